@@ -1,0 +1,33 @@
+# On a fresh machine `make demo` or `make test` alone does everything; both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-all bench lint clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc ras_fast/build.py -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton,calibrate,test,lint]"
+	touch $@
+
+demo: setup
+	$(BIN)/ras-fast demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m ""
+
+bench: setup
+	$(BIN)/python bench/bench_norm.py
+	$(BIN)/python bench/bench_attention.py
+	$(BIN)/python bench/bench_engine.py
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf build ras_fast/_lib ras_fast/_C*.so

@@ -1,0 +1,123 @@
+"""Which implementation runs an op: "cuda" and "cpu" (csrc), "triton", or "torch" (the reference)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "torch")
+ENVIRONMENT_VARIABLE = "RAS_FAST_BACKEND"
+_LIBRARIES = Path(__file__).resolve().parent / "_lib"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """State of one backend on this machine."""
+
+    name: str
+    available: bool
+    reason: str = ""  # why it is not available
+    fix: str = ""  # the command that mends it
+
+    def __str__(self) -> str:
+        return f"{self.name}: available" if self.available else f"{self.name}: {self.reason}; to mend it: {self.fix}"
+
+
+@cache
+def load_library(kind: str) -> str:
+    """Loads libras_fast_{kind}.so once; returns "" or why it could not be loaded."""
+    path = _LIBRARIES / f"libras_fast_{kind}.so"
+    if not path.is_file():
+        return f"{path.name} is not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load ({error})"
+    return ""
+
+
+def _cpu() -> Backend:
+    reason = load_library("cpu")
+    return Backend("cpu", not reason, reason, "ras-fast build" if reason else "")
+
+
+def _cuda() -> Backend:
+    if not torch.cuda.is_available():
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        return Backend("cuda", False, why, "install a CUDA build of torch on a machine with an NVIDIA GPU")
+    reason = load_library("cuda")
+    return Backend("cuda", not reason, reason, "ras-fast build" if reason else "")
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", False, "triton is not installed", "pip install triton")
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("triton", True)
+    return Backend("triton", False, "torch sees no CUDA device", "use a GPU, or TRITON_INTERPRET=1 to run it on the CPU")
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """Every backend and its state: {name: Backend(name, available, reason, fix)}. A missing compiler is never an error."""
+    return {backend.name: backend for backend in (_cuda(), _triton(), _cpu(), Backend("torch", True))}
+
+
+_forced = "auto"
+
+
+def set_backend(name: str) -> None:
+    """Forces one backend for every op, or "auto" for the fastest built for the device and shape.
+
+    The environment variable RAS_FAST_BACKEND does the same for a whole process.
+
+    Raises:
+        ValueError: `name` is not one of "auto", "cuda", "triton", "cpu", "torch".
+        RuntimeError: that backend is not available here; says why and what mends it.
+    """
+    global _forced
+    if name != "auto":
+        if name not in NAMES:
+            raise ValueError(f"name is {name!r}; it must be one of {('auto', *NAMES)}")
+        if not backends()[name].available:
+            raise RuntimeError(f"backend {backends()[name]}")
+    _forced = name
+
+
+def forced_backend() -> str:
+    """The forced backend's name, or "auto"."""
+    return _forced
+
+
+@cache
+def _automatic(op: str, device: str) -> str:
+    native = "cuda" if device == "cuda" else "cpu"
+    built = backends()[native].available and device in ("cpu", "cuda")
+    if built and torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", native.upper()):
+        return native
+    if device == "cuda" and backends()["triton"].available and hasattr(torch.ops.ras_fast, f"{op}_triton"):
+        return "triton"
+    return "torch"
+
+
+def resolve(op: str, device: torch.device) -> str:
+    """The backend that runs `op` on tensors of `device`.
+
+    Raises:
+        ValueError: the forced backend cannot run on this device.
+    """
+    if _forced == "auto":
+        return _automatic(op, device.type)
+    wrong_device = (_forced == "cuda" and device.type != "cuda") or (_forced == "cpu" and device.type != "cpu")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if wrong_device or (_forced == "triton" and device.type != "cuda" and not interpreted):
+        raise ValueError(f"backend {_forced!r} is forced, but the tensors given to {op} are on {device.type!r}")
+    return _forced
+
+
+set_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))

@@ -1,0 +1,212 @@
+"""Builds the native libraries: ``python -m ras_fast.build`` or ``ras-fast build``.
+
+Two libraries on the LibTorch stable ABI (``libras_fast_cpu.so`` with g++, ``libras_fast_cuda.so`` with nvcc), which do
+not depend on the Python version and outlive torch upgrades, and one optional pybind11 module, ``ras_fast._C``, for host-side
+introspection. ``setup.py`` runs this very file by path, so it imports neither torch nor the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+# 2.10 is the first torch whose stable ABI has what the kernels use (device guards, parallel_for, typed pointers).
+STABLE_ABI = "0x020a000000000000"
+DEFAULT_CUDA_ARCHS = "80;90a;100;120"
+# One source, compiled once for each instruction set; csrc/cpu/dispatch.h picks at load time.
+X86_ISAS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "portable": "",
+}
+
+
+class BuildError(RuntimeError):
+    """A library could not be built; the message says which tool or file is missing and what mends it."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Where torch's headers and libraries are, found without importing torch."""
+
+    include: Path
+    lib: Path
+
+    @staticmethod
+    def find() -> Torch:
+        # Under pip's build isolation torch cannot be imported, but the environment it will be installed into holds it.
+        spec = importlib.util.find_spec("torch")
+        roots = [Path(spec.origin).parent] if spec and spec.origin else []
+        roots += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+        for root in roots:
+            if (root / "include/torch/csrc/stable/library.h").is_file():
+                return Torch(root / "include", root / "lib")
+        raise BuildError("torch >= 2.10 was not found: `pip install torch`, then `ras-fast build`")
+
+
+def sources() -> Path:
+    """The csrc folder: beside the package in a checkout, inside it in an installed wheel."""
+    for folder in (PACKAGE.parent / "csrc", PACKAGE / "csrc"):
+        if folder.is_dir():
+            return folder
+    raise BuildError(f"csrc/ was found neither beside nor inside {PACKAGE}: reinstall ras_fast")
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc: CUDA_HOME/bin, then PATH, then /usr/local/cuda/bin."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [Path(home) / "bin/nvcc"] if home else []
+    on_path = shutil.which("nvcc")
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [Path("/usr/local/cuda/bin/nvcc")]
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def cuda_arch_flags(archs: str) -> list[str]:
+    """``"80;90a"`` to nvcc's -gencode flags; the last architecture also ships PTX for what comes after it."""
+    names = [name for name in archs.replace(",", ";").split(";") if name]
+    if not names:
+        raise BuildError(f"RAS_FAST_CUDA_ARCHS is {archs!r}; it needs a list such as {DEFAULT_CUDA_ARCHS!r}")
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    flags.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")
+    return flags
+
+
+@dataclass
+class Ninja:
+    """A ninja file in the making: `rule` once per compiler, `edge` once per file."""
+
+    text: str = "ninja_required_version = 1.5\n"
+
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        self.text += f"rule {name}\n  command = {command}\n  description = {name} $out\n"
+        if depfile:
+            self.text += "  depfile = $out.d\n  deps = gcc\n"
+
+    def edge(self, out: Path | str, rule: str, inputs: list[Path | str], **variables: str) -> str:
+        self.text += f"build {out}: {rule} {' '.join(map(str, inputs))}\n"
+        self.text += "".join(f"  {name} = {value}\n" for name, value in variables.items())
+        return str(out)
+
+    def run(self, folder: Path, verbose: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.text)
+        command = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+        if command == ["ninja"] and not shutil.which("ninja"):
+            raise BuildError("ninja was not found: `pip install ninja`, then `ras-fast build`")
+        done = subprocess.run([*command, "-C", str(folder), *(["-v"] if verbose else ["--quiet"])])
+        if done.returncode:
+            raise BuildError(f"ninja failed in {folder}; the compiler's messages are above")
+
+
+def common_flags(torch: Torch, csrc: Path) -> str:
+    return f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={STABLE_ABI} -I{csrc} -isystem {torch.include}"
+
+
+def link_flags(torch: Torch, libraries: str) -> str:
+    # No rpath: torch is always loaded before our library, and an absolute path would tie the binary to this machine.
+    return f"-shared -L{torch.lib} {libraries}"
+
+
+def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
+    """Builds libras_fast_cpu.so into `out`. Raises BuildError."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise BuildError(f"{compiler} was not found: install a C++20 compiler (Debian: apt-get install g++)")
+    torch, csrc, ninja = Torch.find(), sources(), Ninja()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    isas = X86_ISAS if x86 else {"portable": ""}
+    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -Wall -fno-math-errno "
+               f"-fno-trapping-math -fvisibility=hidden -Wno-psabi $flags -c $in -o $out")
+    ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch, '-ltorch -ltorch_cpu -lc10')}", depfile=False)
+    objects = [ninja.edge("ops.o", "cxx", [csrc / "ops.cpp"], flags=f"-DRAS_FAST_X86={int(x86)}")]
+    for source in sorted((csrc / "cpu").glob("*.cpp")):
+        for isa, flags in isas.items():
+            objects.append(ninja.edge(f"{source.stem}.{isa}.o", "cxx", [source], flags=f"-DRAS_FAST_ISA={isa} {flags}"))
+    library = out / "libras_fast_cpu.so"
+    ninja.edge(library, "link", objects)
+    ninja.run(work / "cpu", verbose)
+    return library
+
+
+def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None = None) -> Path:
+    """Builds libras_fast_cuda.so into `out`. No GPU and no CUDA build of torch is needed. Raises BuildError."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("nvcc was not found: install the CUDA toolkit >= 12.8 or set CUDA_HOME, then `ras-fast build`")
+    torch, csrc, ninja = Torch.find(), sources(), Ninja()
+    arch_flags = " ".join(cuda_arch_flags(archs or os.environ.get("RAS_FAST_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)))
+    cuda_sources = sorted((csrc / "cuda").glob("*.cu"))
+    if not cuda_sources:
+        raise BuildError(f"no CUDA sources in {csrc / 'cuda'}: reinstall ras_fast")
+    # torch/csrc/stable's CUDA entry points are declared under USE_CUDA and resolved at load time by a CUDA build of torch.
+    ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA {arch_flags} --threads 2 "
+               "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
+    ninja.rule("link", f"{nvcc} {arch_flags} $in -o $out -shared -cudart static -L{torch.lib} -ltorch -ltorch_cpu -lc10",
+               depfile=False)
+    objects = [ninja.edge(f"{source.stem}.o", "nvcc", [source]) for source in cuda_sources]
+    library = out / "libras_fast_cuda.so"
+    ninja.edge(library, "link", objects)
+    ninja.run(work / "cuda", verbose)
+    return library
+
+
+def build_binding(out: Path, work: Path, verbose: bool = False) -> Path:
+    """Builds the pybind11 module ras_fast._C (build facts). Raises BuildError."""
+    if not importlib.util.find_spec("pybind11"):
+        raise BuildError("pybind11 was not found: `pip install pybind11`, then `ras-fast build`")
+    import pybind11
+
+    compiler, csrc, ninja = os.environ.get("CXX", "g++"), sources(), Ninja()
+    if not shutil.which(compiler):
+        raise BuildError(f"{compiler} was not found: install a C++20 compiler (Debian: apt-get install g++)")
+    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} -I{csrc}"
+    nvcc = find_nvcc() or ""
+    facts = f"-DRAS_FAST_STABLE_ABI={STABLE_ABI}ULL -DRAS_FAST_NVCC=\\\"{nvcc}\\\""
+    ninja.rule("pybind", f"{compiler} -MMD -MF $out.d -std=c++20 -O2 -fPIC -shared -fvisibility=hidden {includes} {facts} "
+               "$in -o $out")
+    module = out / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    ninja.edge(module, "pybind", [csrc / "binding.cpp"])
+    ninja.run(work / "binding", verbose)
+    return module
+
+
+def build_all(package: Path, work: Path, verbose: bool = False) -> dict[str, str]:
+    """Builds what this machine can into `package`; returns {target: "built" or why not}. Never raises BuildError."""
+    lib = package / "_lib"
+    lib.mkdir(parents=True, exist_ok=True)
+    targets = {
+        "cpu": lambda: build_cpu(lib, work, verbose),
+        "cuda": lambda: build_cuda(lib, work, verbose),
+        "_C": lambda: build_binding(package, work, verbose),
+    }
+    report = {}
+    for name, build in targets.items():
+        try:
+            build()
+            report[name] = "built"
+        except BuildError as error:
+            report[name] = str(error)
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Builds in place; exit status 1 when the CPU library could not be built."""
+    verbose = "-v" in (sys.argv[1:] if argv is None else argv)
+    work = PACKAGE.parent / "build" if (PACKAGE.parent / "csrc").is_dir() else PACKAGE / "_build"
+    report = build_all(PACKAGE, work, verbose)
+    for name, result in report.items():
+        print(f"{name:5} {result}")
+    return 0 if report["cpu"] == "built" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

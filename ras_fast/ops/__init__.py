@@ -1,0 +1,14 @@
+"""The functional API. One file an op family: public function, fake kernel, reference."""
+
+from ras_fast.ops.attention import key_attention, region_attention, region_mass
+from ras_fast.ops.norm import add_layer_norm, add_rms_norm
+from ras_fast.ops.similarity import refusal_similarity
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "key_attention",
+    "refusal_similarity",
+    "region_attention",
+    "region_mass",
+]

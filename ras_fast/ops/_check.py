@@ -1,0 +1,47 @@
+"""Argument checks shared by the public op wrappers: each error names the argument, what came and what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def fail(name: str, got: object, need: str) -> None:
+    raise ValueError(f"{name} is {got}; it must be {need}")
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int], symbols: str) -> None:
+    """`tensor` has exactly the sizes `expected`; `symbols` says them in the docstring's letters."""
+    if tuple(tensor.shape) != tuple(expected):
+        fail(name, f"of shape {tuple(tensor.shape)}", f"{symbols} = {tuple(expected)}")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        fail(name, f"of dtype {tensor.dtype}", "float32, float16 or bfloat16")
+
+
+def dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    if tensor.dtype != expected:
+        fail(name, f"of dtype {tensor.dtype}", f"{expected}")
+
+
+def device(name: str, tensor: Tensor, expected: torch.device) -> None:
+    if tensor.device != expected:
+        fail(name, f"on device {tensor.device}", f"on {expected}")
+
+
+def last_dim_contiguous(name: str, tensor: Tensor) -> None:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        fail(name, f"of strides {tuple(tensor.stride())}", "contiguous in its last dimension")
+
+
+def no_grad(op: str, *tensors: Tensor | None) -> None:
+    """Inference only: silently dropping a gradient would be worse than an error."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op} has no backward, and an input requires grad: call it under torch.no_grad() or "
+                           "torch.inference_mode(), or detach the input")

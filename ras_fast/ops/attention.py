@@ -1,0 +1,463 @@
+"""Attention with image-region statistics in O(N) memory (docs/kernels.md, "Region attention").
+
+Shapes: B batch, Hq query heads, Hkv key/value heads (Hq % Hkv == 0), Lq, Lk lengths, D head dimension, R regions, M rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ras_fast.ops import _check
+from ras_fast.ops._registry import LIBRARY, define, define_triton, implementation
+
+REDUCTIONS = ("mean", "sum", "max")
+
+
+def region_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_ids: Tensor | None = None,
+    num_regions: int = 0,
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    region_bias: Tensor | None = None,
+    mass_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax attention that also says how much of it falls on each region of the keys.
+
+    Causal is aligned bottom-right: query row i sees keys ≤ i + (n_valid − Lq), where n_valid is `kv_end` (or Lk). The score of
+    a key is scale·q·k, then softcap, then the region's bias, then the masks.
+
+    Args:
+        query: [B, Hq, Lq, D], float32, float16 or bfloat16; any strides with a contiguous last dimension.
+        key, value: [B, Hkv, Lk, D], dtype of `query`; query head h reads kv head h // (Hq // Hkv).
+        region_ids: [B, Lk] int32, −1 for none, else 0..num_regions−1; None when no statistic is wanted. Out-of-range ids
+            raise on CPU tensors in eager mode; elsewhere, where looking would force a host sync, they count as none.
+        num_regions: R; at least 1 with `region_ids`, 0 without.
+        scale: factor on q·k; None: D ** -0.5.
+        is_causal: whether a row sees only keys up to its own position.
+        kv_start, kv_end: [B] int32; the valid keys are [kv_start, kv_end): left padding, static caches. None: 0 and Lk.
+        window: a row sees at most that many keys up to and including its own; needs `is_causal`.
+        softcap: s ← softcap·tanh(s / softcap).
+        sinks: [Hq] floating: one extra logit a head, which takes probability and has no value.
+        region_bias: [Hq, R] or [B, Hq, R] float32, added to the score of the keys of a region.
+        mass_rows: M, the number of last query rows whose masses are wanted; None: all Lq.
+
+    Returns:
+        out: [B, Hq, Lq, D], dtype of `query`.
+        lse: [B, Hq, Lq] float32, natural log of the softmax denominator, sink included.
+        mass: [B, Hq, M, R] float32, probability on each region; its sum over regions is at most 1.
+        A row without a valid key: out 0, mass 0, lse −inf (with a sink: the sink's logit).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        RuntimeError: an input requires grad and grad mode is on.
+    """
+    _check.no_grad("region_attention", query, key, value)
+    _validate_query_key(query, key)
+    _check.shape("value", value, key.shape, "the shape of key")
+    _check.dtype("value", value, query.dtype)
+    _check.last_dim_contiguous("value", value)
+    _check.device("value", value, query.device)
+    _validate_regions(key, region_ids, num_regions)
+    _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
+    _validate_bias(query, region_ids, num_regions, region_bias)
+    if sinks is not None:
+        _check.shape("sinks", sinks, (query.shape[1],), "[Hq]")
+        _check.floating("sinks", sinks)
+        _check.device("sinks", sinks, query.device)
+    rows = _resolve_rows("mass_rows", mass_rows, query)
+    return implementation("region_attention", query.device)(
+        query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0,
+        softcap or 0.0, sinks, region_bias, rows,
+    )  # fmt: skip
+
+
+def region_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    region_ids: Tensor,
+    num_regions: int,
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    region_bias: Tensor | None = None,
+    mass_rows: int | None = None,
+) -> Tensor:
+    """The `mass` of :func:`region_attention` alone, recomputed from an `lse` that some attention has left.
+
+    `lse` [B, Hq, Lq] float32 must come from attention with the same arguments; `sinks` is already in it and is accepted so
+    that one set of keywords serves both. Reads only the last `mass_rows` queries and the keys that lie in a region.
+
+    Returns:
+        mass: [B, Hq, M, R] float32.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`region_attention`.
+    """
+    _check.no_grad("region_mass", query, key)
+    _validate_query_key(query, key)
+    _validate_lse(lse, query)
+    if region_ids is None:
+        _check.fail("region_ids", "None", "[B, Lk] int32")
+    _validate_regions(key, region_ids, num_regions)
+    _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
+    _validate_bias(query, region_ids, num_regions, region_bias)
+    rows = _resolve_rows("mass_rows", mass_rows, query)
+    return implementation("region_mass", query.device)(
+        query, key, lse, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0,
+        softcap or 0.0, region_bias, rows,
+    )  # fmt: skip
+
+
+def key_attention(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    rows: int | None = None,
+    reduce: str = "mean",
+    region_ids: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = True,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    region_bias: Tensor | None = None,
+) -> Tensor:
+    """Attention that each key receives from the last `rows` query rows: the heat map.
+
+    `lse` as in :func:`region_mass`. `region_ids` is needed only with `region_bias`.
+
+    Args:
+        rows: how many of the last query rows to reduce over; None: all.
+        reduce: "mean", "sum" or "max" over those rows. With no row at all the scores are 0.
+
+    Returns:
+        scores: [B, Hq, Lk] float32.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`region_attention`.
+    """
+    _check.no_grad("key_attention", query, key)
+    _validate_query_key(query, key)
+    _validate_lse(lse, query)
+    if reduce not in REDUCTIONS:
+        _check.fail("reduce", repr(reduce), f"one of {REDUCTIONS}")
+    num_regions = region_bias.shape[-1] if region_bias is not None and region_ids is not None else 0
+    if num_regions:
+        _validate_regions(key, region_ids, num_regions)
+    _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
+    _validate_bias(query, region_ids, num_regions, region_bias)
+    return implementation("key_attention", query.device)(
+        query, key, lse, _resolve_rows("rows", rows, query), reduce, region_ids if num_regions else None,
+        _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0, softcap or 0.0, region_bias,
+    )  # fmt: skip
+
+
+def _resolve_scale(scale: float | None, query: Tensor) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _resolve_rows(name: str, rows: int | None, query: Tensor) -> int:
+    if rows is None:
+        return query.shape[2]
+    if not 0 <= rows <= query.shape[2]:
+        _check.fail(name, rows, f"None or in 0..Lq = {query.shape[2]}")
+    return rows
+
+
+def _validate_query_key(query: Tensor, key: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.dim() != 4 or tensor.shape[-1] == 0:
+            _check.fail(name, f"of shape {tuple(tensor.shape)}", "[B, H, L, D] with D > 0")
+        _check.last_dim_contiguous(name, tensor)
+    _check.floating("query", query)
+    _check.dtype("key", key, query.dtype)
+    _check.device("key", key, query.device)
+    batch, heads, _, dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != dim:
+        _check.fail("key", f"of shape {tuple(key.shape)}", f"[B, Hkv, Lk, D] with B = {batch} and D = {dim}")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        _check.fail("key", f"of {key.shape[1]} heads", f"of a number of heads that divides Hq = {heads}")
+
+
+def _validate_lse(lse: Tensor, query: Tensor) -> None:
+    _check.shape("lse", lse, query.shape[:3], "[B, Hq, Lq]")
+    _check.dtype("lse", lse, torch.float32)
+    _check.device("lse", lse, query.device)
+
+
+def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) -> None:
+    if region_ids is None:
+        if num_regions:
+            _check.fail("num_regions", num_regions, "0 when region_ids is None")
+        return
+    if num_regions < 1:
+        _check.fail("num_regions", num_regions, "at least 1 when region_ids is given")
+    _check.shape("region_ids", region_ids, (key.shape[0], key.shape[2]), "[B, Lk]")
+    _check.dtype("region_ids", region_ids, torch.int32)
+    _check.device("region_ids", region_ids, key.device)
+    _check.last_dim_contiguous("region_ids", region_ids)
+    if region_ids.device.type == "cpu" and region_ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in torch.aminmax(region_ids))
+        if low < -1 or high >= num_regions:
+            _check.fail("region_ids", f"in {low}..{high}", f"in -1..num_regions-1 = -1..{num_regions - 1}")
+
+
+def _validate_masks(query, is_causal, kv_start, kv_end, window, softcap) -> None:
+    for name, bound in (("kv_start", kv_start), ("kv_end", kv_end)):
+        if bound is not None:
+            _check.shape(name, bound, (query.shape[0],), "[B]")
+            _check.dtype(name, bound, torch.int32)
+            _check.device(name, bound, query.device)
+    if window is not None:
+        if window < 1:
+            _check.fail("window", window, "None or at least 1")
+        if not is_causal:
+            _check.fail("window", f"{window} with is_causal=False", "used with is_causal=True")
+    if softcap is not None and not softcap > 0:
+        _check.fail("softcap", softcap, "None or positive")
+
+
+def _validate_bias(query: Tensor, region_ids: Tensor | None, num_regions: int, region_bias: Tensor | None) -> None:
+    if region_bias is None:
+        return
+    if region_ids is None:
+        _check.fail("region_bias", "given without region_ids", "given together with region_ids")
+    batch, heads = query.shape[:2]
+    if tuple(region_bias.shape) not in ((heads, num_regions), (batch, heads, num_regions)):
+        _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}",
+                    f"[Hq, R] or [B, Hq, R] with B = {batch}, Hq = {heads}, R = {num_regions}")
+    _check.dtype("region_bias", region_bias, torch.float32)
+    _check.device("region_bias", region_bias, query.device)
+    _check.last_dim_contiguous("region_bias", region_bias)
+
+
+# The reference ("torch" backend): the definition that every kernel is tested against.
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _valid_keys(key: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> tuple[Tensor, Tensor]:
+    """([B, Lk] bool, [B] int64 n_valid)."""
+    batch, _, length, _ = key.shape
+    position = torch.arange(length, device=key.device)
+    end = torch.full((batch,), length, device=key.device) if kv_end is None else kv_end.long().clamp(max=length)
+    valid = position < end[:, None]
+    return (valid if kv_start is None else valid & (position >= kv_start[:, None])), end
+
+
+def _one_hot(region_ids: Tensor, num_regions: int, dtype: torch.dtype) -> Tensor:
+    """[B, Lk, R]; ids outside 0..R−1 give a row of zeros."""
+    return (region_ids[..., None] == torch.arange(num_regions, device=region_ids.device)).to(dtype)
+
+
+def _key_bias(region_ids: Tensor, region_bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, Hq, 1, Lk]: the bias of each key's region, 0 outside every region."""
+    one_hot = _one_hot(region_ids, region_bias.shape[-1], dtype)
+    bias = region_bias.to(dtype).expand(region_ids.shape[0], *region_bias.shape[-2:])
+    return torch.einsum("bkr,bhr->bhk", one_hot, bias)[:, :, None]
+
+
+def _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias) -> Tensor:
+    """Masked scores [B, Hq, rows, Lk] of the last `rows` queries; −inf where a row does not see a key."""
+    acc = _accumulator(query)
+    length_q, length_k = query.shape[2], key.shape[2]
+    q = query[:, :, length_q - rows :].to(acc)
+    k = key.to(acc).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    s = q @ k.transpose(-1, -2) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if region_bias is not None:
+        s = s + _key_bias(region_ids, region_bias, acc)
+    valid, end = _valid_keys(key, kv_start, kv_end)
+    seen = valid[:, None].expand(-1, rows, -1)
+    if is_causal:
+        own = torch.arange(length_q - rows, length_q, device=key.device)[None, :, None] + (end - length_q)[:, None, None]
+        position = torch.arange(length_k, device=key.device)
+        seen = seen & (position <= own)
+        if window:
+            seen = seen & (position > own - window)
+    return s.masked_fill(~seen[:, None], -torch.inf)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores − lse), 0 in rows that see no key (lse = −inf)."""
+    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None].to(scores.dtype))
+
+
+def _attention_reference(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+):  # fmt: skip
+    rows = query.shape[2]
+    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias)
+    lse = torch.logsumexp(scores, -1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
+    p = _probabilities(scores, lse)
+    # What lies outside the valid keys may be uninitialised cache: NaN there must not reach 0 · NaN.
+    valid, _ = _valid_keys(key, kv_start, kv_end)
+    v = value.to(p.dtype).masked_fill(~valid[:, None, :, None], 0)
+    out = p @ v.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
+    if region_ids is not None:
+        one_hot = _one_hot(region_ids, num_regions, p.dtype)
+        mass = torch.einsum("bhqk,bkr->bhqr", p[:, :, rows - mass_rows :], one_hot).float()
+    return out.to(query.dtype), lse.float(), mass
+
+
+def _mass_reference(
+    query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
+):
+    scores = _scores(query, key, mass_rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias)
+    p = _probabilities(scores, lse[:, :, query.shape[2] - mass_rows :])
+    return torch.einsum("bhqk,bkr->bhqr", p, _one_hot(region_ids, num_regions, p.dtype)).float()
+
+
+def _key_reference(
+    query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+):
+    if rows == 0:
+        return query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32)
+    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias)
+    p = _probabilities(scores, lse[:, :, query.shape[2] - rows :])
+    reduced = p.amax(2) if reduce == "max" else p.sum(2)
+    return (reduced / rows if reduce == "mean" else reduced).float()
+
+
+# CPU: aten's flash attention leaves the LSE, from which the C++ kernels recompute only the rows that are asked for.
+
+
+def _cpu_attention(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+):  # fmt: skip
+    flash = query.dtype != torch.float64 and query.numel() and key.shape[2] and not softcap
+    if not flash:
+        return _attention_reference(
+            query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks,
+            region_bias, mass_rows,
+        )  # fmt: skip
+    square = query.shape[2] == key.shape[2] and is_causal
+    plain = kv_start is None and kv_end is None and not window and region_bias is None
+    mask = None
+    if not plain or (is_causal and not square and query.shape[2] > 1):
+        mask = _additive_mask(query, key, is_causal, kv_start, kv_end, window, region_ids, region_bias)
+        valid, _ = _valid_keys(key, kv_start, kv_end)
+        value = value.masked_fill(~valid[:, None, :, None], 0)
+    groups = query.shape[1] // key.shape[1]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 0.0,
+        square and mask is None, attn_mask=mask, scale=scale,
+    )  # fmt: skip
+    lse = lse.float()
+    out, lse = _finish_rows(out, lse, sinks)
+    mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
+    if region_ids is not None and mass_rows:
+        mass = torch.ops.ras_fast.region_mass(
+            query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias,
+            mass_rows,
+        )  # fmt: skip
+    return out, lse, mass
+
+
+def _additive_mask(query, key, is_causal, kv_start, kv_end, window, region_ids, region_bias) -> Tensor:
+    """[B, 1 or Hq, Lq, Lk] in the query's dtype: −inf where a row does not see a key, else the region's bias."""
+    blank = query.new_zeros((query.shape[0], 1, query.shape[2], 1))
+    keys = key.new_zeros((key.shape[0], 1, key.shape[2], 1))
+    mask = _scores(blank, keys, query.shape[2], 1.0, is_causal, kv_start, kv_end, window, 0.0, None, None)
+    if region_bias is not None:
+        mask = mask + _key_bias(region_ids, region_bias, mask.dtype)
+    return mask.to(query.dtype)
+
+
+def _finish_rows(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows that see no key give 0 and −inf, and the sink takes its share of the probability."""
+    empty = lse == -torch.inf
+    out = out.masked_fill(empty[..., None], 0)
+    if sinks is None:
+        return out, lse
+    with_sink = torch.logaddexp(lse, sinks.float()[:, None].expand_as(lse))
+    return (out * torch.exp(lse - with_sink)[..., None]).to(out.dtype), with_sink
+
+
+def _attention_fake(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+):  # fmt: skip
+    batch, heads, rows, _ = query.shape
+    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    mass = query.new_empty((batch, heads, mass_rows, num_regions), dtype=torch.float32)
+    return query.new_empty(query.shape), lse, mass
+
+
+def _mass_fake(
+    query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
+):
+    return query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
+
+
+def _key_fake(
+    query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+):
+    return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
+
+
+def _attention_triton(*args):
+    from ras_fast.triton_kernels.attention import region_attention
+
+    return region_attention(*args)
+
+
+def _mass_triton(*args):
+    from ras_fast.triton_kernels.attention import region_mass
+
+    return region_mass(*args)
+
+
+def _key_triton(*args):
+    from ras_fast.triton_kernels.attention import key_attention
+
+    return key_attention(*args)
+
+
+_MASKS = "float scale, bool is_causal, Tensor? kv_start, Tensor? kv_end, int window, float softcap"
+_ATTENTION_SCHEMA = (
+    f"region_attention(Tensor query, Tensor key, Tensor value, Tensor? region_ids, SymInt num_regions, {_MASKS}, "
+    "Tensor? sinks, Tensor? region_bias, SymInt mass_rows) -> (Tensor out, Tensor lse, Tensor mass)"
+)
+_MASS_SCHEMA = (
+    f"region_mass(Tensor query, Tensor key, Tensor lse, Tensor region_ids, SymInt num_regions, {_MASKS}, "
+    "Tensor? region_bias, SymInt mass_rows) -> Tensor"
+)
+_KEY_SCHEMA = (
+    f"key_attention(Tensor query, Tensor key, Tensor lse, SymInt rows, str reduce, Tensor? region_ids, {_MASKS}, "
+    "Tensor? region_bias) -> Tensor"
+)
+define(_ATTENTION_SCHEMA, fake=_attention_fake, reference=_attention_reference)
+define(_MASS_SCHEMA, fake=_mass_fake, reference=_mass_reference)
+define(_KEY_SCHEMA, fake=_key_fake, reference=_key_reference)
+define_triton(_ATTENTION_SCHEMA, fake=_attention_fake, kernel=_attention_triton)
+define_triton(_MASS_SCHEMA, fake=_mass_fake, kernel=_mass_triton)
+define_triton(_KEY_SCHEMA, fake=_key_fake, kernel=_key_triton)
+LIBRARY.impl("region_attention", _cpu_attention, "CPU")

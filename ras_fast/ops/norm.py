@@ -1,0 +1,247 @@
+"""Residual add, risk-scaled steering and norm in one pass over memory (docs/kernels.md, "Steered residual + norm").
+
+Shapes: T tokens (the product of x's leading dimensions), d hidden size, S steering vectors, P probes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ras_fast.ops import _check
+from ras_fast.ops._registry import define, define_triton, implementation
+
+MODES = ("add", "lerp")
+ROUNDINGS = ("hf", "fp32")
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    steer_vectors: Tensor | None = None,
+    steer_slot: Tensor | None = None,
+    steer_alpha: Tensor | None = None,
+    steer_mode: str = "add",
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    probes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """RMSNorm of `x + residual`, optionally steered (Zhang & Sennrich, arXiv 1910.07467; METHODS of MoRAS and CAA).
+
+    With `h = x + residual`, mode "add" does `h += α_t · v[slot_t]` and `y = norm(h) · (weight + weight_offset)`; mode "lerp"
+    does `y = (1−α_t) · norm(h) · weight + α_t · v[slot_t]`. Rows whose slot is −1 or whose α is 0 are bit-identical to the
+    unsteered call. A slot outside −1..S−1 cannot raise without a host sync: it makes its row NaN, never silently unsteered.
+
+    Args:
+        x: [..., d], float32, float16 or bfloat16; any strides with a contiguous last dimension.
+        residual: like `x`, or None. May alias `x`.
+        weight: [d], any floating dtype.
+        eps: added to the mean square.
+        steer_vectors: [S, d], any floating dtype. Given together with the next two, or not at all.
+        steer_slot: [T] int32, row of `steer_vectors` for each token; −1 leaves the token alone.
+        steer_alpha: [T] float32.
+        steer_mode: "add" or "lerp".
+        weight_offset: 1.0 for Gemma's 1 + w.
+        rounding: "hf" rounds where Hugging Face's eager code rounds (the sum, the steered sum, and, when weight_offset is 0,
+            the normalised value before the weight); "fp32" rounds once, at the stores.
+        probes: [P, d], any floating dtype: directions whose dot product with each row is read in the same pass.
+
+    Returns:
+        y: [..., d], dtype of `x`, contiguous.
+        h: [..., d], dtype of `x`: the residual stream after steering (`x` itself when nothing was added to it).
+        probe_dots: [T, P+1] float32, h·probe_p and, last, ‖h‖²; None without probes.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        RuntimeError: an input requires grad and grad mode is on.
+    """
+    _check.no_grad("add_rms_norm", x, residual, weight)
+    _validate(x, residual, weight, None, steer_vectors, steer_slot, steer_alpha, steer_mode, rounding, probes)
+    y, h, dots = implementation("add_rms_norm", x.device)(
+        x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, steer_mode == "lerp", weight_offset,
+        rounding == "hf", probes,
+    )  # fmt: skip
+    return y, (h if _stores_h(residual, steer_vectors, steer_mode == "lerp") else x), (dots if probes is not None else None)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    steer_vectors: Tensor | None = None,
+    steer_slot: Tensor | None = None,
+    steer_alpha: Tensor | None = None,
+    steer_mode: str = "add",
+    rounding: str = "hf",
+    probes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """LayerNorm of `x + residual`, optionally steered (Ba et al., arXiv 1607.06450).
+
+    `bias` is [d] or None; everything else, and what is returned and raised, as in :func:`add_rms_norm`. "hf" rounds the sum
+    and the steered sum; the norm itself rounds once, as torch's own does.
+    """
+    _check.no_grad("add_layer_norm", x, residual, weight, bias)
+    _validate(x, residual, weight, bias, steer_vectors, steer_slot, steer_alpha, steer_mode, rounding, probes)
+    y, h, dots = implementation("add_layer_norm", x.device)(
+        x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha, steer_mode == "lerp", rounding == "hf",
+        probes,
+    )  # fmt: skip
+    return y, (h if _stores_h(residual, steer_vectors, steer_mode == "lerp") else x), (dots if probes is not None else None)
+
+
+def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool) -> bool:
+    """Whether h differs from x, so that the op has to write it."""
+    return residual is not None or (steer_vectors is not None and not lerp)
+
+
+def _validate(x, residual, weight, bias, vectors, slot, alpha, mode, rounding, probes) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        _check.fail("x", f"of shape {tuple(x.shape)}", "[..., d] with d > 0")
+    d = x.shape[-1]
+    if x.dtype not in _check.FLOATS:
+        _check.floating("x", x)
+    _check.last_dim_contiguous("x", x)
+    if residual is not None:
+        if residual.shape != x.shape:
+            _check.shape("residual", residual, x.shape, "the shape of x")
+        _check.dtype("residual", residual, x.dtype)
+        _check.last_dim_contiguous("residual", residual)
+        _check.device("residual", residual, x.device)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _check.shape(name, tensor, (d,), "[d]")
+            _check.floating(name, tensor)
+            _check.last_dim_contiguous(name, tensor)
+            _check.device(name, tensor, x.device)
+    if rounding not in ROUNDINGS:
+        _check.fail("rounding", repr(rounding), f"one of {ROUNDINGS}")
+    if mode not in MODES:
+        _check.fail("steer_mode", repr(mode), f"one of {MODES}")
+    if vectors is not None or slot is not None or alpha is not None:
+        _validate_steering(x, vectors, slot, alpha)
+    if probes is not None:
+        _validate_table("probes", probes, x)
+
+
+def _validate_steering(x: Tensor, vectors: Tensor | None, slot: Tensor | None, alpha: Tensor | None) -> None:
+    for name, tensor in (("steer_vectors", vectors), ("steer_slot", slot), ("steer_alpha", alpha)):
+        if tensor is None:
+            _check.fail(name, "None", "given together with the other two of steer_vectors, steer_slot, steer_alpha")
+    _validate_table("steer_vectors", vectors, x)
+    if vectors.shape[0] == 0:
+        _check.fail("steer_vectors", "of shape [0, d]", "[S, d] with S > 0")
+    tokens = x.numel() // x.shape[-1]
+    for name, tensor, dtype in (("steer_slot", slot, torch.int32), ("steer_alpha", alpha, torch.float32)):
+        _check.shape(name, tensor, (tokens,), "[T]")
+        _check.dtype(name, tensor, dtype)
+        _check.last_dim_contiguous(name, tensor)
+        _check.device(name, tensor, x.device)
+
+
+def _validate_table(name: str, table: Tensor, x: Tensor) -> None:
+    if table.dim() != 2 or table.shape[1] != x.shape[-1]:
+        _check.fail(name, f"of shape {tuple(table.shape)}", f"[rows, d] with d = {x.shape[-1]}")
+    _check.floating(name, table)
+    _check.last_dim_contiguous(name, table)
+    _check.device(name, table, x.device)
+
+
+# The reference ("torch" backend): the definition that every kernel is tested against.
+
+
+def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, *, rms: bool):
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    d = x.shape[-1]
+
+    def rounded(value: Tensor) -> Tensor:
+        return value.to(x.dtype).to(acc) if hf else value
+
+    h = x.reshape(-1, d).to(acc)
+    if residual is not None:
+        h = rounded(h + residual.reshape(-1, d).to(acc))
+    if vectors is not None:
+        steered = ((slot != -1) & (alpha != 0))[:, None]
+        invalid = ((slot < -1) | (slot >= vectors.shape[0]))[:, None]
+        direction = vectors[slot.clamp(0, vectors.shape[0] - 1).long()].to(acc)
+        strength = alpha.to(acc)[:, None]
+        if not lerp:
+            h = torch.where(steered, rounded(h + strength * direction), h)
+        h = h.masked_fill(invalid, torch.nan)
+    y = _rms(h, weight, eps, weight_offset, rounded) if rms else _layer(h, weight, bias, eps)
+    if vectors is not None and lerp:
+        y = torch.where(steered, (1 - strength) * rounded(y) + strength * direction, y)
+    dots = x.new_empty(0, dtype=torch.float32)
+    if probes is not None:
+        dots = torch.cat([h @ probes.to(acc).T, h.square().sum(-1, keepdim=True)], -1).float()
+    stored = h.to(x.dtype).view(x.shape) if _stores_h(residual, vectors, lerp) else x.new_empty(0)
+    return y.to(x.dtype).view(x.shape), stored, dots
+
+
+def _rms(h: Tensor, weight: Tensor, eps: float, weight_offset: float, rounded) -> Tensor:
+    normalised = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if weight_offset == 0:
+        return rounded(normalised) * weight.to(h.dtype)
+    return normalised * (weight.to(h.dtype) + weight_offset)
+
+
+def _layer(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    centred = h - h.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(h.dtype)
+    return y if bias is None else y + bias.to(h.dtype)
+
+
+def _rms_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+    return _reference(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, rms=True)
+
+
+def _layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
+    return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, rms=False)
+
+
+def _fake(x, residual, vectors, lerp, probes):
+    y = x.new_empty(x.shape)
+    h = x.new_empty(x.shape) if _stores_h(residual, vectors, lerp) else x.new_empty(0)
+    shape = (x.numel() // x.shape[-1], probes.shape[0] + 1) if probes is not None else (0,)
+    return y, h, x.new_empty(shape, dtype=torch.float32)
+
+
+def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+    return _fake(x, residual, vectors, lerp, probes)
+
+
+def _layer_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
+    return _fake(x, residual, vectors, lerp, probes)
+
+
+def _rms_triton(*args):
+    from ras_fast.triton_kernels.norm import add_rms_norm
+
+    return add_rms_norm(*args)
+
+
+def _layer_triton(*args):
+    from ras_fast.triton_kernels.norm import add_layer_norm
+
+    return add_layer_norm(*args)
+
+
+_STEERING = "Tensor? steer_vectors, Tensor? steer_slot, Tensor? steer_alpha, bool lerp"
+_RETURNS = "-> (Tensor y, Tensor h, Tensor probe_dots)"
+_RMS_SCHEMA = (
+    f"add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, {_STEERING}, float weight_offset, "
+    f"bool hf_rounding, Tensor? probes) {_RETURNS}"
+)
+_LAYER_SCHEMA = (
+    f"add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, {_STEERING}, "
+    f"bool hf_rounding, Tensor? probes) {_RETURNS}"
+)
+define(_RMS_SCHEMA, fake=_rms_fake, reference=_rms_reference)
+define(_LAYER_SCHEMA, fake=_layer_fake, reference=_layer_reference)
+define_triton(_RMS_SCHEMA, fake=_rms_fake, kernel=_rms_triton)
+define_triton(_LAYER_SCHEMA, fake=_layer_fake, kernel=_layer_triton)

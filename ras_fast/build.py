@@ -125,10 +125,12 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = X86_ISAS if x86 else {"portable": ""}
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -Wall -fno-math-errno "
-               f"-fno-trapping-math -fvisibility=hidden -Wno-psabi $flags -c $in -o $out")
+               f"-fno-trapping-math -fvisibility=hidden -Wno-psabi -Wno-maybe-uninitialized -DRAS_FAST_X86={int(x86)} $flags -c $in -o $out")
     ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch, '-ltorch -ltorch_cpu -lc10')}", depfile=False)
-    objects = [ninja.edge("ops.o", "cxx", [csrc / "ops.cpp"], flags=f"-DRAS_FAST_X86={int(x86)}")]
-    for source in sorted((csrc / "cpu").glob("*.cpp")):
+    kernels = sorted((csrc / "cpu").glob("*_kernel.cpp"))
+    launchers = sorted(set((csrc / "cpu").glob("*.cpp")) - set(kernels))
+    objects = [ninja.edge(f"{source.stem}.o", "cxx", [source]) for source in [csrc / "ops.cpp", *launchers]]
+    for source in kernels:
         for isa, flags in isas.items():
             objects.append(ninja.edge(f"{source.stem}.{isa}.o", "cxx", [source], flags=f"-DRAS_FAST_ISA={isa} {flags}"))
     library = out / "libras_fast_cpu.so"

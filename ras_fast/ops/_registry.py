@@ -35,10 +35,10 @@ def define_triton(schema: str, *, fake: Callable[..., Any], kernel: Callable[...
         LIBRARY.impl(f"{name}_triton", kernel, key)
 
 
-def implementation(name: str, device: torch.device) -> Callable[..., Any]:
-    """The callable that runs `name` on `device` under the chosen backend."""
-    backend = backends.resolve(name, device)
-    if backend == "torch":
+def implementation(name: str, like: torch.Tensor) -> Callable[..., Any]:
+    """The callable that runs `name` on tensors such as `like` under the chosen backend; float64 has only the reference."""
+    backend = backends.resolve(name, like.device)
+    if backend == "torch" or like.dtype == torch.float64:
         return _references[name]
     if backend == "triton":
         if not hasattr(torch.ops.ras_fast, f"{name}_triton"):

@@ -75,7 +75,7 @@ def region_attention(
         _check.floating("sinks", sinks)
         _check.device("sinks", sinks, query.device)
     rows = _resolve_rows("mass_rows", mass_rows, query)
-    return implementation("region_attention", query.device)(
+    return implementation("region_attention", query)(
         query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0,
         softcap or 0.0, sinks, region_bias, rows,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def region_mass(
     _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
     rows = _resolve_rows("mass_rows", mass_rows, query)
-    return implementation("region_mass", query.device)(
+    return implementation("region_mass", query)(
         query, key, lse, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0,
         softcap or 0.0, region_bias, rows,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def key_attention(
         _validate_regions(key, region_ids, num_regions)
     _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
-    return implementation("key_attention", query.device)(
+    return implementation("key_attention", query)(
         query, key, lse, _resolve_rows("rows", rows, query), reduce, region_ids if num_regions else None,
         _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0, softcap or 0.0, region_bias,
     )  # fmt: skip
@@ -352,7 +352,7 @@ def _cpu_attention(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
-    flash = query.dtype != torch.float64 and query.numel() and key.shape[2] and not softcap
+    flash = query.numel() and key.shape[2] and not softcap
     if not flash:
         return _attention_reference(
             query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks,
@@ -371,7 +371,11 @@ def _cpu_attention(
         square and mask is None, attn_mask=mask, scale=scale,
     )  # fmt: skip
     lse = lse.float()
-    out, lse = _finish_rows(out, lse, sinks)
+    if mask is not None:  # aten leaves NaN or a finite LSE in rows that see no key
+        empty = (mask == -torch.inf).all(-1).expand_as(lse)
+        out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
+    if sinks is not None:
+        out, lse = _add_sinks(out, lse, sinks)
     mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
     if region_ids is not None and mass_rows:
         mass = torch.ops.ras_fast.region_mass(
@@ -391,12 +395,8 @@ def _additive_mask(query, key, is_causal, kv_start, kv_end, window, region_ids, 
     return mask.to(query.dtype)
 
 
-def _finish_rows(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows that see no key give 0 and −inf, and the sink takes its share of the probability."""
-    empty = lse == -torch.inf
-    out = out.masked_fill(empty[..., None], 0)
-    if sinks is None:
-        return out, lse
+def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Each head's sink takes its share of the probability after the fact: out and lse see it as one more key without value."""
     with_sink = torch.logaddexp(lse, sinks.float()[:, None].expand_as(lse))
     return (out * torch.exp(lse - with_sink)[..., None]).to(out.dtype), with_sink
 

@@ -60,7 +60,7 @@ def add_rms_norm(
     """
     _check.no_grad("add_rms_norm", x, residual, weight)
     _validate(x, residual, weight, None, steer_vectors, steer_slot, steer_alpha, steer_mode, rounding, probes)
-    y, h, dots = implementation("add_rms_norm", x.device)(
+    y, h, dots = implementation("add_rms_norm", x)(
         x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, steer_mode == "lerp", weight_offset,
         rounding == "hf", probes,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def add_layer_norm(
     """
     _check.no_grad("add_layer_norm", x, residual, weight, bias)
     _validate(x, residual, weight, bias, steer_vectors, steer_slot, steer_alpha, steer_mode, rounding, probes)
-    y, h, dots = implementation("add_layer_norm", x.device)(
+    y, h, dots = implementation("add_layer_norm", x)(
         x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha, steer_mode == "lerp", rounding == "hf",
         probes,
     )  # fmt: skip

@@ -48,7 +48,7 @@ def refusal_similarity(
         _check.shape("steps", steps, (batch,), "[B]")
         _check.dtype("steps", steps, torch.int32)
         _check.device("steps", steps, logits.device)
-    return implementation("refusal_similarity", logits.device)(logits, prototype_probs, gamma, steps)
+    return implementation("refusal_similarity", logits)(logits, prototype_probs, gamma, steps)
 
 
 def _reference(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tensor | None) -> Tensor:

@@ -1,0 +1,253 @@
+// Softmax probabilities of a few query rows, recomputed from the LSE and summed by region or by key.
+//
+// The keys are walked in blocks of two vectors. A block is transposed to [D][keys] floats once and then multiplied with all
+// query rows of the heads that share it, six rows at a time: 12 accumulators, 2 loads and 6 broadcasts for 12 FMAs a step.
+#include "cpu/attention_stats.h"
+
+#include <cstdlib>
+
+#include "cpu/vec.h"
+
+namespace ras::cpu::RAS_FAST_ISA {
+namespace {
+
+constexpr int kRows = 6;
+constexpr int kBlock = 2 * kLanes;
+
+template <class T>
+float to_float(T value) {
+  return widen(T{}, vhalf{} + value.bits)[0];
+}
+inline float to_float(float value) { return value; }
+
+template <class T>
+void widen_row(float* to, const T* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// Keys of one block: positions (−1 past the block's end) and their transposed values.
+struct KeyBlock {
+  int count = 0;
+  int32_t position[kBlock];
+  int32_t region[kBlock];
+  float* panel;  // [D][kBlock]
+};
+
+// The keys [first, last) a row of this group may see at all, and how its own position follows from its index.
+struct Span {
+  int64_t first, last, shift;
+
+  Span(const AttentionStatsArgs& args, int64_t batch) {
+    last = args.kv_end ? (args.kv_end[batch] < args.length_k ? args.kv_end[batch] : args.length_k) : args.length_k;
+    shift = last - args.length_q;
+    first = args.kv_start && args.kv_start[batch] > 0 ? args.kv_start[batch] : 0;
+  }
+};
+
+template <class T>
+void pack(const AttentionStatsArgs& args, int64_t batch, int64_t kv_head, KeyBlock& block) {
+  const T* keys = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
+  alignas(64) float row[512];
+  for (int k = 0; k < kBlock; ++k) {
+    if (k >= block.count) {
+      block.position[k] = -1;
+      for (int64_t i = 0; i < args.dim; ++i) block.panel[i * kBlock + k] = 0;
+      continue;
+    }
+    const T* from = keys + block.position[k] * args.key_stride[2];
+    for (int64_t start = 0; start < args.dim; start += 512) {
+      const int64_t count = args.dim - start < 512 ? args.dim - start : 512;
+      widen_row(row, from + start, count);
+      for (int64_t i = 0; i < count; ++i) block.panel[(start + i) * kBlock + k] = row[i];
+    }
+  }
+}
+
+template <int N>
+void dot_rows(const float* const* q, const float* panel, int64_t dim, vfloat (*s)[2]) {
+  vfloat acc[N][2] = {};
+  for (int64_t i = 0; i < dim; ++i) {
+    const vfloat left = load(panel + i * kBlock), right = load(panel + i * kBlock + kLanes);
+    for (int r = 0; r < N; ++r) {
+      const float value = q[r][i];
+      acc[r][0] += value * left;
+      acc[r][1] += value * right;
+    }
+  }
+  for (int r = 0; r < N; ++r) s[r][0] = acc[r][0], s[r][1] = acc[r][1];
+}
+
+using DotRows = void (*)(const float* const*, const float*, int64_t, vfloat (*)[2]);
+constexpr DotRows kDotRows[kRows] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>, dot_rows<5>, dot_rows<6>};
+
+// softcap·tanh(s / softcap), tanh by e^2x.
+inline vfloat capped(vfloat s, float softcap) {
+  const vfloat twice = s * (2 / softcap);
+  return softcap * (1.0f - 2.0f / (exp(twice) + 1.0f));
+}
+
+// Everything about one query row that turns its raw dot products into probabilities.
+struct Row {
+  float lse;
+  int64_t low, high;  // it sees the keys low..high
+  const float* bias;  // [R] or null
+  float scale, softcap;
+
+  Row(const AttentionStatsArgs& args, const Span& span, int64_t batch, int64_t head, int64_t index)
+      : scale(args.scale), softcap(args.softcap) {
+    lse = args.lse[(batch * args.heads + head) * args.length_q + index];
+    const int64_t own = index + span.shift;
+    low = span.first;
+    high = span.last - 1;
+    if (args.causal && own < high) high = own;
+    if (args.window && own - args.window + 1 > low) low = own - args.window + 1;
+    if (lse == -INFINITY) high = -1;
+    bias = args.region_bias ? args.region_bias + batch * args.bias_batch_stride + head * args.bias_head_stride : nullptr;
+  }
+
+  bool sees(const KeyBlock& block) const {
+    return block.position[0] <= high && block.position[block.count - 1] >= low;
+  }
+
+  vfloat probability(vfloat s, const KeyBlock& block, int half, int64_t num_regions) const {
+    s *= scale;
+    if (softcap) s = capped(s, softcap);
+    if (bias) {
+      vfloat shift;
+      for (int i = 0; i < kLanes; ++i) {
+        const int32_t region = block.region[half * kLanes + i];
+        shift[i] = region >= 0 && region < num_regions ? bias[region] : 0;
+      }
+      s += shift;
+    }
+    const vint position = load_raw<vint>(block.position + half * kLanes);
+    const vint seen = (position >= splat(int32_t(low))) & (position <= splat(int32_t(high))) & (position >= 0);
+    return seen ? exp(s - lse) : splat(0.0f);
+  }
+};
+
+// Calls sum(head, row, p0, p1) with the probabilities of each (head of the group, row in [begin, end)) over the block.
+template <class Sum>
+void each_row(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end, const float* queries,
+              const KeyBlock& block, const Span& span, Sum&& sum) {
+  const int64_t per_group = args.heads / args.kv_heads, count = end - begin;
+  const int64_t batch = group / args.kv_heads, first_head = group % args.kv_heads * per_group;
+  const int64_t first_index = args.length_q - args.rows;
+  for (int64_t start = 0; start < per_group * count; start += kRows) {
+    const int n = int(per_group * count - start < kRows ? per_group * count - start : kRows);
+    const float* q[kRows];
+    for (int r = 0; r < n; ++r) q[r] = queries + (start + r) * args.dim;
+    vfloat s[kRows][2];
+    kDotRows[n - 1](q, block.panel, args.dim, s);
+    for (int r = 0; r < n; ++r) {
+      const int64_t head = first_head + (start + r) / count, index = begin + (start + r) % count;
+      const Row row(args, span, batch, head, first_index + index);
+      if (!row.sees(block)) continue;
+      sum(head, index, row.probability(s[r][0], block, 0, args.num_regions),
+          row.probability(s[r][1], block, 1, args.num_regions));
+    }
+  }
+}
+
+// The rows [begin, end) of the group's heads as floats, [heads of the group][rows][D].
+template <class T>
+float* widen_queries(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
+  const int64_t per_group = args.heads / args.kv_heads, count = end - begin;
+  const int64_t batch = group / args.kv_heads, first_head = group % args.kv_heads * per_group;
+  float* queries = static_cast<float*>(std::malloc(per_group * count * args.dim * sizeof(float)));
+  for (int64_t i = 0; i < per_group * count; ++i) {
+    const int64_t index = args.length_q - args.rows + begin + i % count;
+    const T* row = static_cast<const T*>(args.query) + batch * args.query_stride[0] +
+                   (first_head + i / count) * args.query_stride[1] + index * args.query_stride[2];
+    widen_row(queries + i * args.dim, row, args.dim);
+  }
+  return queries;
+}
+
+template <class T>
+void mass_of_rows_typed(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
+  const int64_t batch = group / args.kv_heads, kv_head = group % args.kv_heads;
+  const int32_t* ids = args.region_ids + batch * args.region_stride;
+  const Span span(args, batch);
+  float* queries = widen_queries<T>(args, group, begin, end);
+  KeyBlock block;
+  block.panel = static_cast<float*>(std::malloc(kBlock * args.dim * sizeof(float)));
+  for (int64_t k = span.first; k < span.last;) {
+    const int32_t region = ids[k];
+    if (region < 0 || region >= args.num_regions) {
+      ++k;
+      continue;
+    }
+    // A block holds keys of one region only, so that a plain row sum is that region's mass.
+    for (block.count = 0; block.count < kBlock && k < span.last && ids[k] == region; ++k) {
+      block.region[block.count] = region;
+      block.position[block.count++] = int32_t(k);
+    }
+    for (int i = block.count; i < kBlock; ++i) block.region[i] = -1;
+    pack<T>(args, batch, kv_head, block);
+    each_row(args, group, begin, end, queries, block, span, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
+      args.mass[((batch * args.heads + head) * args.rows + row) * args.num_regions + region] += sum(p0 + p1);
+    });
+  }
+  std::free(block.panel);
+  std::free(queries);
+}
+
+template <class T>
+void scores_of_keys_typed(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
+  const int64_t batch = group / args.kv_heads, kv_head = group % args.kv_heads;
+  const Span span(args, batch);
+  if (begin < span.first) begin = span.first;
+  if (end > span.last) end = span.last;
+  if (begin >= end) return;
+  float* queries = widen_queries<T>(args, group, 0, args.rows);
+  KeyBlock block;
+  block.panel = static_cast<float*>(std::malloc(kBlock * args.dim * sizeof(float)));
+  for (int64_t k = begin; k < end; k += kBlock) {
+    block.count = int(end - k < kBlock ? end - k : kBlock);
+    for (int i = 0; i < kBlock; ++i) {
+      block.position[i] = int32_t(k + i);
+      block.region[i] = args.region_ids && i < block.count ? args.region_ids[batch * args.region_stride + k + i] : -1;
+    }
+    pack<T>(args, batch, kv_head, block);
+    each_row(args, group, 0, args.rows, queries, block, span, [&](int64_t head, int64_t, vfloat p0, vfloat p1) {
+      float* scores = args.scores + (batch * args.heads + head) * args.length_k + k;
+      for (int i = 0; i < block.count; ++i) {
+        const float p = i < kLanes ? p0[i] : p1[i - kLanes];
+        if (args.reduce != Reduce::max) {
+          scores[i] += p;
+        } else if (!(p <= scores[i])) {  // written so that NaN wins
+          scores[i] = p;
+        }
+      }
+    });
+  }
+  if (args.reduce == Reduce::mean) {
+    for (int64_t h = kv_head * args.heads / args.kv_heads; h < (kv_head + 1) * args.heads / args.kv_heads; ++h)
+      for (int64_t k = begin; k < end; ++k) args.scores[(batch * args.heads + h) * args.length_k + k] /= args.rows;
+  }
+  std::free(block.panel);
+  std::free(queries);
+}
+
+}  // namespace
+
+void mass_of_rows(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::f32: return mass_of_rows_typed<float>(args, group, begin, end);
+    case DType::bf16: return mass_of_rows_typed<bf16>(args, group, begin, end);
+    default: return mass_of_rows_typed<f16>(args, group, begin, end);
+  }
+}
+
+void scores_of_keys(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::f32: return scores_of_keys_typed<float>(args, group, begin, end);
+    case DType::bf16: return scores_of_keys_typed<bf16>(args, group, begin, end);
+    default: return scores_of_keys_typed<f16>(args, group, begin, end);
+  }
+}
+
+}  // namespace ras::cpu::RAS_FAST_ISA

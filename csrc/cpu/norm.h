@@ -1,0 +1,57 @@
+// What the launcher (norm.cpp) hands to the row kernels (norm_kernel.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+#include "cpu/dtype.h"
+
+namespace ras::cpu {
+
+constexpr int kMaxDims = 8;
+
+// Where row t of a [..., d] tensor starts: the leading dimensions, innermost first, already merged where strides allow.
+struct RowMap {
+  const void* data = nullptr;
+  int dims = 0;
+  int64_t sizes[kMaxDims] = {}, strides[kMaxDims] = {};
+
+  int64_t offset(int64_t row) const {
+    if (dims == 1) return row * strides[0];
+    int64_t result = 0;
+    for (int i = 0; i < dims; ++i) {
+      result += row % sizes[i] * strides[i];
+      row /= sizes[i];
+    }
+    return result;
+  }
+};
+
+// A [rows, d] or [d] tensor of any float dtype; data is null when the caller gave none.
+struct Table {
+  const void* data = nullptr;
+  DType dtype{};
+  int64_t rows = 0, stride = 0;
+};
+
+struct NormArgs {
+  DType dtype;  // of x, residual, y, h
+  int64_t d;
+  RowMap x, residual;
+  void *y, *h;  // contiguous; h is null when it is not stored
+  Table weight, bias;
+  float eps, weight_offset;
+  bool rms, hf_rounding;
+
+  Table vectors;  // steering; data is null when nothing is steered
+  const int32_t* slot;
+  const float* alpha;
+  bool lerp;
+
+  Table probes;
+  float* probe_dots;  // [T, probes.rows + 1]
+};
+
+RAS_FAST_DECLARE(norm_rows, const NormArgs& args, int64_t begin, int64_t end)
+
+}  // namespace ras::cpu

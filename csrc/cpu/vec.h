@@ -1,0 +1,186 @@
+// Vectors of float as wide as the instruction set that this file is compiled for (-DRAS_FAST_ISA=avx512|avx2|portable).
+//
+// GCC's vector extension, so that one source serves every ISA. Everything lives in a namespace named after the ISA: were two
+// ISAs to share an inline function, the linker could keep the AVX-512 copy for a machine that does not have it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/dtype.h"
+
+namespace ras::cpu {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+namespace RAS_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
+
+inline vfloat splat(float value) { return vfloat{} + value; }
+inline vint splat(int32_t value) { return vint{} + value; }
+
+template <class To, class From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Values of T to float and back, round to nearest even, NaN kept.
+
+inline vfloat widen(bf16, vhalf raw) { return bits<vfloat>(__builtin_convertvector(raw, vuint) << 16); }
+
+inline vuint rounded_bf16_bits(vfloat value) {
+  const vuint raw = bits<vuint>(value);
+  const vuint rounded = raw + 0x7fffu + ((raw >> 16) & 1u);
+  return (value == value) ? rounded : (raw | 0x400000u);
+}
+
+inline vhalf narrow(bf16, vfloat value) { return __builtin_convertvector(rounded_bf16_bits(value) >> 16, vhalf); }
+
+#if defined(__AVX512F__)
+inline vfloat widen(f16, vhalf raw) { return (vfloat)_mm512_cvtph_ps((__m256i)raw); }
+inline vhalf narrow(f16, vfloat value) { return (vhalf)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+inline vfloat widen(f16, vhalf raw) { return (vfloat)_mm256_cvtph_ps((__m128i)raw); }
+inline vhalf narrow(f16, vfloat value) { return (vhalf)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline float widen_scalar(uint16_t raw) {
+  const uint32_t sign = uint32_t(raw & 0x8000) << 16, exponent = (raw >> 10) & 31, mantissa = raw & 0x3ff;
+  if (exponent == 31) return bits<float>(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent) return bits<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  return bits<float>(sign | bits<uint32_t>(float(mantissa) * 0x1p-24f));  // subnormal
+}
+inline uint16_t narrow_scalar(float value) {
+  const uint32_t raw = bits<uint32_t>(value), sign = (raw >> 16) & 0x8000, magnitude = raw & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00);                // NaN
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00);               // rounds to infinity
+  if (magnitude < 0x38800000u)                                                // subnormal: the adder rounds for us
+    return uint16_t(sign | (bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u));
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return uint16_t(sign | ((rounded - 0x38000000u) >> 13));
+}
+inline vfloat widen(f16, vhalf raw) {
+  vfloat out;
+  for (int i = 0; i < kLanes; ++i) out[i] = widen_scalar(raw[i]);
+  return out;
+}
+inline vhalf narrow(f16, vfloat value) {
+  vhalf out;
+  for (int i = 0; i < kLanes; ++i) out[i] = narrow_scalar(value[i]);
+  return out;
+}
+#endif
+
+template <class V>
+inline V load_raw(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+inline vfloat load(const float* from) { return load_raw<vfloat>(from); }
+template <class T>
+inline vfloat load(const T* from) {
+  return widen(T{}, load_raw<vhalf>(from));
+}
+
+inline void store(float* to, vfloat value) { std::memcpy(to, &value, sizeof(value)); }
+template <class T>
+inline void store(T* to, vfloat value) {
+  const vhalf raw = narrow(T{}, value);
+  std::memcpy(to, &raw, sizeof(raw));
+}
+
+// A vector's worth of elements, all of them (Full) or only the first `count`; the other lanes load as 0.
+struct Full {};
+
+template <class T>
+inline vfloat load(const T* from, Full) {
+  return load(from);
+}
+template <class T>
+inline vfloat load(const T* from, int count) {
+  T padded[kLanes] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+template <class T>
+inline void store(T* to, vfloat value, Full) {
+  store(to, value);
+}
+template <class T>
+inline void store(T* to, vfloat value, int count) {
+  T padded[kLanes];
+  store(padded, value);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+inline vfloat zero_beyond(vfloat value, Full) { return value; }
+inline vfloat zero_beyond(vfloat value, int count) {
+  for (int i = count; i < kLanes; ++i) value[i] = 0;
+  return value;
+}
+
+// body(i, count) for every vector of a row of d elements.
+template <class F>
+inline void each_vector(int64_t d, F&& body) {
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) body(i, Full{});
+  if (i < d) body(i, int(d - i));
+}
+
+// What T keeps of a value.
+inline vfloat rounded(float, vfloat value) { return value; }
+inline vfloat rounded(bf16, vfloat value) { return bits<vfloat>(rounded_bf16_bits(value) & 0xffff0000u); }
+inline vfloat rounded(f16, vfloat value) { return widen(f16{}, narrow(f16{}, value)); }
+
+inline float sum(vfloat value) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += value[i];
+  return total;
+}
+inline float max(vfloat value) {
+  float result = value[0];
+  for (int i = 1; i < kLanes; ++i) result = value[i] > result ? value[i] : result;
+  return result;
+}
+inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// e^x within 2 ulp: x = n·ln2 + r, |r| ≤ ln2/2, degree-6 polynomial of r, times 2^n. NaN stays NaN; below −87.3, where the
+// result would be subnormal, it is 0.
+inline vfloat exp(vfloat x) {
+  const vfloat clamped = (x > 88.0f) ? splat(88.0f) : x;
+  const vfloat shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5·2²³: the sum's low bits are the rounded n
+  const vfloat n = shifted - 12582912.0f;
+  const vfloat r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  constexpr float kTaylor[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  vfloat p = splat(1.0f / 720);
+  for (const float coefficient : kTaylor) p = p * r + coefficient;
+  const vfloat power = bits<vfloat>((bits<vint>(shifted) + (127 - 0x4b400000)) << 23);
+  return (x < -87.3f) ? splat(0.0f) : p * power;
+}
+
+}  // namespace RAS_FAST_ISA
+}  // namespace ras::cpu

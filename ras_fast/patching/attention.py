@@ -1,0 +1,346 @@
+"""The attention function and the mask function that transformers calls under the name "ras_fast".
+
+A mask that is causal (with or without a window) over one contiguous range of keys a row is handed over as that range, an
+int32 tensor [B, 1, 1, 2], instead of [B, 1, Lq, Lk] booleans. Being 4-D it passes through transformers like any prepared
+mask. Everything else (bidirectional image blocks, packed sequences, holes, right padding) stays a full mask.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ras_fast import ops
+
+if TYPE_CHECKING:
+    from ras_fast.patching.state import AttentionState
+
+STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
+_UNSUPPORTED = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask")
+_CHUNK = 1 << 25  # probabilities held at a time where a full mask forbids the kernels
+
+
+def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
+    """The mask of a causal attention over the keys [kv_start, kv_end) of each row, both [B]: int32 [B, 1, 1, 2].
+
+    May be given to a model as its 4-D `attention_mask`, for instance as a persistent tensor in a captured CUDA graph.
+    """
+    # Laid out so that the kernels get [B] slices without a copy.
+    return torch.stack([kv_start, kv_end]).to(torch.int32).t()[:, None, None]
+
+
+def is_range(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.int32 and tuple(mask.shape[1:]) == (1, 1, 2)
+
+
+# The mask function.
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """None (causal, every key valid), a range mask, or what transformers would give to SDPA.
+
+    `attention_mask` is the 2-D padding mask [B, seen] in bool, or None; the rest as transformers' own mask functions.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    def full_mask() -> Tensor | None:
+        # Causal masks must be spelled out here: SDPA's shortcut for them means something else with a static cache.
+        options = kwargs | {"allow_is_causal_skip": False}
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, device=device, **options,
+        )  # fmt: skip
+
+    if mask_function is bidirectional_mask_function or not _is_causal(mask_function):
+        return full_mask()
+    end = q_offset + q_length - kv_offset
+    everything = isinstance(end, int) and end == kv_length
+    if attention_mask is None:
+        if everything:
+            return None
+        start = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    else:
+        if not _may_look(attention_mask):
+            return full_mask()
+        start, is_range_, is_padded = _left_padding(attention_mask, end, kv_offset)
+        if not is_range_:
+            return full_mask()
+        if everything and not is_padded:
+            return None
+    end = end.expand(batch_size) if isinstance(end, Tensor) else start.new_full((batch_size,), end)
+    return range_mask(start, end.to(start.device))
+
+
+def _is_causal(mask_function: Any) -> bool:
+    """Whether it is transformers' causal mask, alone or under its sliding window and nothing else."""
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    if mask_function is causal_mask_function:
+        return True
+    windowed = sliding_window_causal_mask_function(1)
+    parts, expected = _parts(mask_function), _parts(windowed)
+    return (
+        getattr(mask_function, "__code__", None) is windowed.__code__
+        and len(parts) == len(expected)
+        and all(part.__code__ is other.__code__ for part, other in zip(parts, expected))
+    )
+
+
+def _parts(mask_function: Any) -> tuple:
+    """The functions that transformers' `and_masks` closed over."""
+    cells = getattr(mask_function, "__closure__", None) or ()
+    return next((cell.cell_contents for cell in cells if isinstance(cell.cell_contents, tuple)), ())
+
+
+def _may_look(mask: Tensor) -> bool:
+    """Whether reading the mask's values is allowed: neither tracing nor capturing a CUDA graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _left_padding(mask: Tensor, end: int | Tensor, kv_offset: int) -> tuple[Tensor, bool, bool]:
+    """(start [B] int32, whether the valid keys of every row are [start, end), whether any start > 0). One host sync."""
+    mask = mask[:, kv_offset:].bool()
+    position = torch.arange(mask.shape[1], device=mask.device)
+    before_end = position < end
+    start = ((mask.cumsum(1) == 0) & before_end).sum(1)
+    wanted = (position >= start[:, None]) & before_end
+    covers = torch.as_tensor(end, device=mask.device) <= mask.shape[1]
+    fits = ((mask & before_end) == wanted).all() & covers
+    fits, padded = torch.stack([fits, (start > 0).any()]).tolist()
+    return start.to(torch.int32), fits, padded
+
+
+# The attention function.
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers calls it; with `output_attentions`, also how much falls on each image.
+
+    Args:
+        module: the attention module; a patched model's carries the region map.
+        query: [B, Hq, Lq, D]; key, value: [B, Hkv, Lk, D].
+        attention_mask: None, a range mask, or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive.
+        kwargs: `sliding_window`, `softcap` and `s_aux` (sinks [Hq]) are obeyed; `output_attentions` asks for statistics.
+
+    Returns:
+        out: [B, Lq, Hq, D].
+        mass: [B, Hq, Lq, R] float32, the softmax probability on each image, or None when it was not asked for.
+
+    Raises:
+        ValueError: an argument that is not supported; statistics asked for where no region map is known.
+        RuntimeError: the module is in training mode.
+    """
+    _refuse(module, dropout, kwargs)
+    state: AttentionState | None = getattr(module, STATE, None)
+    if state is None and kwargs.get("output_attentions"):
+        if not _causal(module, is_causal):
+            return _without_statistics(module, query, key, value, attention_mask, scaling, is_causal, kwargs), None
+        raise ValueError(
+            "output_attentions=True with attn_implementation='ras_fast' needs to know where the image tokens are: "
+            "call ras_fast.patch(model, norms=False) first"
+        )
+    request = state.request(kwargs.get("output_attentions", False)) if state is not None else None
+    if request is None:
+        return _without_statistics(module, query, key, value, attention_mask, scaling, is_causal, kwargs), None
+    ids, num_regions = state.regions(key.shape[0], key.shape[2])
+    out, mass, scores = _with_statistics(
+        module, query, key, value, attention_mask, scaling, is_causal, kwargs, ids, num_regions, request
+    )
+    return out, state.deliver(request, mass, scores)
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if module.training:
+        raise RuntimeError("attn_implementation='ras_fast' is for inference, and the model is in training mode: call model.eval()")
+    if dropout:
+        raise ValueError(f"dropout is {dropout}; with attn_implementation='ras_fast' it must be 0")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is given; attn_implementation='ras_fast' does not support it: load the model with 'sdpa'")
+
+
+def _causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+
+def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs) -> Tensor:
+    """[B, Lq, Hq, D]: SDPA exactly as transformers calls it, so that the answers are its answers bit for bit."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = _causal(module, is_causal)
+    softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window")
+    if softcap is not None or sinks is not None:
+        if _kernels_apply(key, value, mask):
+            return _region_attention(query, key, value, mask, scaling, causal, window, softcap, sinks)[0].transpose(1, 2)
+        full = _full_mask(mask, query, key, causal, window)
+        return _dense(query, key, value, full, scaling, softcap, sinks)[0].transpose(1, 2)
+    full = _full_mask(mask, query, key, causal, window)
+    return sdpa_attention_forward(module, query, key, value, full, scaling=scaling, is_causal=causal)[0]
+
+
+def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs, ids, num_regions, request):
+    """(out [B, Lq, Hq, D], mass [B, Hq, M, R], scores [B, Hq, Lk] or None)."""
+    causal = _causal(module, is_causal)
+    softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window")
+    rows = _resolve_rows(request.rows, query)
+    score_rows = _resolve_rows(request.score_rows, query)
+    if not _kernels_apply(key, value, mask):
+        full = _full_mask(mask, query, key, causal, window)
+        out, mass, scores = _dense(
+            query, key, value, full, scaling, softcap, sinks, ids, num_regions, rows, score_rows, request.reduce
+        )
+        return out.transpose(1, 2), mass, scores
+    if not num_regions:
+        out = _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs)
+        mass = query.new_zeros((*query.shape[:2], rows, 0), dtype=torch.float32)
+        if not score_rows:
+            return out, mass, None
+    out, lse, mass = _region_attention(
+        query, key, value, mask, scaling, causal, window, softcap, sinks, ids if num_regions else None, num_regions, rows
+    )
+    scores = None
+    if score_rows:
+        scores = ops.key_attention(
+            query, key, lse, rows=score_rows, reduce=request.reduce, scale=scaling, softcap=softcap,
+            **_masking(query, key, mask, causal, window),
+        )  # fmt: skip
+    return out.transpose(1, 2), mass, scores
+
+
+def _resolve_rows(rows: int | None, query: Tensor) -> int:
+    return query.shape[2] if rows is None else min(rows, query.shape[2])
+
+
+def _kernels_apply(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    return (mask is None or is_range(mask)) and key.shape == value.shape
+
+
+def _masking(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> dict[str, Any]:
+    """The mask as keywords of the ops."""
+    if mask is not None:
+        kv_start, kv_end = mask[:, 0, 0].unbind(1)
+        return {"is_causal": True, "kv_start": kv_start.contiguous(), "kv_end": kv_end.contiguous(), "window": window}
+    return {"is_causal": causal, "window": window if causal else None}
+
+
+def _region_attention(query, key, value, mask, scaling, causal, window, softcap, sinks, ids=None, num_regions=0, rows=0):
+    return ops.region_attention(
+        query, key, value, ids, num_regions, scale=scaling, softcap=softcap, sinks=sinks, mass_rows=rows,
+        **_masking(query, key, mask, causal, window),
+    )  # fmt: skip
+
+
+def _full_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """What SDPA needs: None where its own `is_causal` says the same, else bool or additive [B or 1, ., Lq, Lk]."""
+    length_q, length_k = query.shape[2], key.shape[2]
+    if mask is not None and not is_range(mask):
+        return mask[..., :length_k]
+    if mask is None:
+        windowed = window is not None and window < length_k
+        if not causal or not (windowed or 1 < length_q < length_k):
+            return None
+        end = torch.full((1,), length_k, dtype=torch.int32, device=key.device)
+        return _expand(range_mask(torch.zeros_like(end), end), length_q, length_k, window)
+    return _expand(mask, length_q, length_k, window) if length_q == 1 else _expand_once(mask, length_q, length_k, window)
+
+
+def _expand(mask: Tensor, length_q: int, length_k: int, window: int | None) -> Tensor:
+    """A range mask as booleans [B, 1, Lq, Lk]."""
+    start, end = mask[..., :1], mask[..., 1:]
+    position = torch.arange(length_k, device=mask.device)
+    own = torch.arange(length_q, device=mask.device)[:, None] + (end - length_q)
+    seen = (position >= start) & (position <= own)
+    return seen & (position > own - window) if window is not None else seen
+
+
+_last: tuple | None = None
+
+
+def _expand_once(mask: Tensor, length_q: int, length_k: int, window: int | None) -> Tensor:
+    """`_expand`, remembered for the next layer of the same forward, which gets the same mask."""
+    global _last
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return _expand(mask, length_q, length_k, window)
+    identity = (mask._version, length_q, length_k, window)
+    if _last is not None and _last[0]() is mask and _last[1] == identity:
+        return _last[2]
+    full = _expand(mask, length_q, length_k, window)
+    _last = (weakref.ref(mask, _forget), identity, full)
+    return full
+
+
+def _forget(reference: weakref.ref) -> None:
+    """The forward is over: let go of its N² booleans."""
+    global _last
+    if _last is not None and _last[0] is reference:
+        _last = None
+
+
+def _dense(
+    query, key, value, mask, scaling, softcap, sinks, ids=None, num_regions=0, rows=0, score_rows=0, reduce="sum"
+):
+    """Attention under a full mask, in chunks of rows: (out [B, Hq, Lq, D], mass [B, Hq, rows, R], scores [B, Hq, Lk] or None)."""
+    length_q = query.shape[2]
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    mass = query.new_zeros((*query.shape[:2], length_q, num_regions), dtype=torch.float32)
+    scores = query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32) if score_rows else None
+    one_hot = (ids[..., None] == torch.arange(num_regions, device=key.device)).float() if num_regions else None
+    values = value.float().repeat_interleave(query.shape[1] // value.shape[1], 1)
+    for start, p in _probabilities(query, key, mask, scaling, softcap, sinks):
+        stop = start + p.shape[2]
+        out[:, :, start:stop] = (p @ values).to(out.dtype)
+        if num_regions and stop > length_q - rows:
+            mass[:, :, start:stop] = torch.einsum("bhqk,bkr->bhqr", p, one_hot)
+        if score_rows and stop > length_q - score_rows:
+            counted = p[:, :, max(length_q - score_rows - start, 0) :]
+            scores = torch.maximum(scores, counted.amax(2)) if reduce == "max" else scores + counted.sum(2)
+    if score_rows and reduce == "mean":
+        scores = scores / score_rows
+    return out, mass[:, :, length_q - rows :], scores
+
+
+def _probabilities(query, key, mask, scaling, softcap, sinks) -> Iterator[tuple[int, Tensor]]:
+    """(first row, probabilities [B, Hq, rows, Lk] float32), chunk after chunk."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2)
+    chunk = max(1, _CHUNK // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
+    for start in range(0, query.shape[2], chunk):
+        s = query[:, :, start : start + chunk].float() @ keys * scale
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if mask is not None:
+            part = mask[..., start : start + chunk, :] if mask.shape[-2] > 1 else mask
+            s = s.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else s + part
+        blind = (s == -torch.inf).all(-1, keepdim=True)
+        if sinks is not None:
+            sink = sinks.float()[:, None, None].expand(*s.shape[:3], 1)
+            p = torch.cat([s, sink], -1).softmax(-1)[..., :-1]
+        else:
+            p = s.softmax(-1)
+        yield start, p.masked_fill(blind, 0)

@@ -1,0 +1,281 @@
+"""Decoder layers whose residual adds are fused with the norms that follow them, also across the layer boundary.
+
+A layer is recognised by the order in which it calls its children (n: norm, b: anything else, attention first, then MLP):
+
+    nbnb     pre-norm, as Llama: h += attention(norm(h)); h += mlp(norm(h))
+    nbnnbn   sandwich norms, as Gemma: h += norm(attention(norm(h))); h += norm(mlp(norm(h)))
+    nbb      parallel, as Cohere: h += attention(n) + mlp(n), n = norm(h)
+
+and then proved: norm and layer are run against the original ones on random input before anything is kept.
+
+The norm that follows an add is computed with it and left with the norm module, which hands it over when it is called with
+that very tensor and computes afresh otherwise. So a layer returns the true hidden state, hooks on layers and norms see what
+they saw before, and a layer that is not fused, or a tensor that someone replaced in between, needs no special case.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ras_fast import ops
+from ras_fast.patching.steering import Site
+
+PATTERNS = ("nbnb", "nbnnbn", "nbb")
+
+
+class FusedNorm:
+    """Stands in for the `forward` of one norm module; also computes add + norm for the layer before it."""
+
+    def __init__(self, norm: nn.Module, kind: str, eps: float, weight_offset: float) -> None:
+        self.norm, self.kind, self.eps, self.weight_offset = norm, kind, eps, weight_offset
+        self.site: Site | None = None  # steering of the norm's output
+        self.between: tuple[nn.Module, ...] = (norm,)  # modules whose hooks see the tensor before this norm does
+        self._given: Tensor | None = None
+        self._version = 0
+        self._result: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        given, result = self._given, self._result
+        self._given = self._result = None
+        if given is x and self._untouched(x):
+            return result
+        if self.site is not None:
+            return self.compute(x, None, self.site)[0]
+        return type(self.norm).forward(self.norm, x)
+
+    def _untouched(self, x: Tensor) -> bool:
+        """Whether nobody can have written into `x` since the add."""
+        if torch.compiler.is_compiling():
+            return True
+        if not x.is_inference():
+            return self._version == x._version
+        # Inference tensors do not count their writes, so any hook in between may have written.
+        return not any(map(_has_foreign_hooks, self.between))
+
+    def add(self, x: Tensor, residual: Tensor, site: Site | None = None) -> Tensor:
+        """x + residual, steered by `site`; keeps the norm of it for the call that follows."""
+        if site is None:
+            result, hidden = self.compute(x, residual, self.site)
+        elif self.site is None:
+            result, hidden = self.compute(x, residual, site)
+        else:
+            _, hidden = self.compute(x, residual, site)
+            result, _ = self.compute(hidden, None, self.site)
+        self._given, self._version, self._result = hidden, _version(hidden), result
+        return hidden
+
+    def compute(self, x: Tensor, residual: Tensor | None, site: Site | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual)."""
+        steering = site.keywords(x) if site is not None else {}
+        if self.kind == "rms":
+            y, h, _ = ops.add_rms_norm(
+                x, residual, self.norm.weight, self.eps, weight_offset=self.weight_offset, **steering
+            )
+        else:
+            bias = getattr(self.norm, "bias", None)
+            y, h, _ = ops.add_layer_norm(x, residual, self.norm.weight, bias, self.eps, **steering)
+        return y, h
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether someone hooked the module other than transformers, whose hooks only record outputs."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
+class FusedLayer:
+    """Stands in for the `forward` of one decoder layer."""
+
+    def __init__(self, layer: nn.Module, index: int, names: dict[str, str | None], middle: FusedNorm | None, end: FusedNorm | None):
+        self.layer, self.index = layer, index
+        self.names = names
+        self.middle, self.end = middle, end
+        self.site: Site | None = None  # steering of the layer's output
+        self.returns_tuple = False
+        self._parameters = tuple(inspect.signature(type(layer).forward).parameters)[1:]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = dict(zip(self._parameters, args)) | kwargs
+        hidden = kwargs.pop("hidden_states")
+        self._check(hidden)
+        normed = self._run("input_norm", hidden)
+        attended = _first(getattr(self.layer, self.names["attention"])(hidden_states=normed, **kwargs))
+        attended = self._run("attention_norm", attended)
+        if self.middle is None:
+            hidden = hidden + attended
+        else:
+            hidden = self.middle.add(attended, hidden)
+            normed = self._run("middle_norm", hidden)
+        moved = self._run("mlp_norm", _first(getattr(self.layer, self.names["mlp"])(normed)))
+        hidden = self._finish(moved, hidden)
+        return (hidden,) if self.returns_tuple else hidden
+
+    def _run(self, role: str, x: Tensor) -> Tensor:
+        """The layer's norm in this role, called as a module, so that its hooks run; x itself where there is none."""
+        name = self.names[role]
+        return x if name is None else getattr(self.layer, name)(x)
+
+    def _finish(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.end is not None:
+            return self.end.add(x, residual, self.site)
+        if self.site is None:
+            return residual + x
+        raise RuntimeError(f"layer {self.index} cannot be steered: no norm is fused after it")
+
+    def _check(self, hidden: Tensor) -> None:
+        if self.layer.training:
+            raise RuntimeError("a patched model is for inference, and it is in training mode: call model.eval(), or unpatch it")
+        if torch.is_grad_enabled() and (hidden.requires_grad or next(self.layer.parameters()).requires_grad):
+            raise RuntimeError("a patched model has no backward: run it under torch.no_grad() or torch.inference_mode(), or unpatch it")
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+# Recognition: what a small forward of the unpatched model shows.
+
+
+@dataclass
+class LayerTrace:
+    """One decoder layer's call in the trace."""
+
+    module: nn.Module
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    calls: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  # child, its input, its output
+
+
+@dataclass
+class Trace:
+    layers: list[LayerTrace]
+    final_norm: tuple[str, Tensor, Tensor] | None  # child of the text model called on the last layer's output
+
+
+def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
+    """Runs the text model once on a few random embeddings and notes what each layer was given, called and returned."""
+    records = [LayerTrace(layer) for layer in layers]
+    final: list[tuple[str, Tensor, Tensor]] = []
+    handles = []
+    try:
+        for record in records:
+            handles.append(record.module.register_forward_hook(_note_layer(record), with_kwargs=True))
+            for name, child in record.module.named_children():
+                handles.append(child.register_forward_hook(_note_call(record.calls, name), with_kwargs=True))
+        for name, child in text_model.named_children():
+            if child is not layers:
+                handles.append(child.register_forward_hook(_note_call(final, name), with_kwargs=True))
+        with torch.no_grad():
+            text_model(inputs_embeds=_random_embeddings(text_model, layers), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    last = _first(records[-1].output)
+    return Trace(records, next((call for call in final if call[1] is last), None))
+
+
+def _random_embeddings(text_model: nn.Module, layers: nn.ModuleList) -> Tensor:
+    parameter = next(layers[0].parameters())
+    generator = torch.Generator().manual_seed(0)
+    size = text_model.config.hidden_size
+    return torch.randn(2, 7, size, generator=generator).to(device=parameter.device, dtype=text_model.dtype)
+
+
+def _note_layer(record: LayerTrace) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        record.args, record.kwargs, record.output = args, kwargs, output
+
+    return hook
+
+
+def _note_call(calls: list, name: str) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs.get("hidden_states")
+        calls.append((name, x, output))
+
+    return hook
+
+
+def fuse_norm(norm: nn.Module, x: Tensor, expected: Any) -> FusedNorm | str:
+    """The fused form of a norm module that made `expected` of `x`, proved on them; or why there is none."""
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or next(norm.children(), None):
+        return "is not a norm over the hidden size"
+    if not isinstance(x, Tensor) or not isinstance(expected, Tensor) or weight.shape[0] != x.shape[-1]:
+        return "is not a norm over the hidden size"
+    if "forward" in norm.__dict__:
+        return "has a forward of its own on the instance already"
+    for kind, offset in (("rms", 0.0), ("rms", 1.0), ("layer", 0.0)):
+        candidate = FusedNorm(norm, kind, eps, offset)
+        if _norm_agrees(candidate, x, expected):
+            return candidate
+    return "is neither RMSNorm, RMSNorm with 1 + weight, nor LayerNorm"
+
+
+def _norm_agrees(candidate: FusedNorm, x: Tensor, expected: Tensor) -> bool:
+    """Within twice the error of the original against float64."""
+    got, _ = candidate.compute(x, None)
+    if got.dtype != expected.dtype:
+        return False
+    exact = _exact_norm(candidate, x)
+    floor = torch.finfo(x.dtype).eps * exact.abs().mean()
+    return bool((got - exact).abs().max() <= 2 * (expected - exact).abs().max() + floor)
+
+
+def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
+    x, weight = x.double(), candidate.norm.weight.double()
+    if candidate.kind == "layer":
+        bias = getattr(candidate.norm, "bias", None)
+        return nn.functional.layer_norm(x, weight.shape, weight, None if bias is None else bias.double(), candidate.eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + candidate.eps) * (weight + candidate.weight_offset)
+
+
+def pattern(record: LayerTrace, is_norm: Callable[[nn.Module], bool]) -> str:
+    return "".join("n" if is_norm(getattr(record.module, name)) else "b" for name, _, _ in record.calls)
+
+
+def roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
+    """Which child plays which part in a layer of one of PATTERNS."""
+    names = [name for name, _, _ in record.calls]
+    parts = {
+        "nbnb": ("input_norm", "attention", "middle_norm", "mlp"),
+        "nbnnbn": ("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"),
+        "nbb": ("input_norm", "attention", "mlp"),
+    }[shape]
+    empty = dict.fromkeys(("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"))
+    return empty | dict(zip(parts, names))
+
+
+def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> str | None:
+    """None when the fused layer does what the original did in the trace, else how it differs."""
+    expected = _first(record.output)
+    fused.returns_tuple = isinstance(record.output, tuple)
+    if fused.returns_tuple and len(record.output) > 1:
+        return f"returns {len(record.output)} values"
+    try:
+        with torch.no_grad():
+            got = _first(fused(*record.args, **record.kwargs))
+    except Exception as error:  # whatever another family's children raise, the layer stays as it was
+        return f"does not run as a fused layer ({type(error).__name__}: {error})"
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return f"gives {got.dtype} {tuple(got.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
+    error = _relative_error(got, expected)
+    if fused.end is not None and next_output is not None:
+        error = max(error, _relative_error(fused.end(got), next_output))
+    tolerance = max(1e-5, 2 * torch.finfo(expected.dtype).eps)
+    return None if error <= tolerance else f"differs from the original by {error:.1e} relative, more than {tolerance:.1e}"
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))

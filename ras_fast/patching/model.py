@@ -1,0 +1,376 @@
+"""`patch`: one call that swaps fused layers and image statistics into a Hugging Face model, and its handle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ras_fast import backends
+from ras_fast.patching import layers as fusion
+from ras_fast.patching.attention import STATE
+from ras_fast.patching.registration import NAME, register
+from ras_fast.patching.state import AttentionState, Collection, ModelState, Statistics
+from ras_fast.patching.steering import Site, Steering
+from ras_fast.patching.tracking import RecordFeatures, RegionTracker, token_ids
+from ras_fast.regions import RegionMap
+
+_PATCH = "_ras_fast_patch"  # attribute of a patched text model
+
+
+@dataclass
+class Report:
+    """What `patch` did.
+
+    fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
+    unfused: what stayed as it was, by module name, and why.
+    regions: None where image statistics are on, else why they are not.
+    """
+
+    model: str
+    layers: int
+    fused_layers: int
+    fused_norms: int
+    norms: int
+    unfused: dict[str, str] = field(default_factory=dict)
+    regions: str | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
+            f"{self.fused_norms} of {self.norms} residual adds with their norm",
+            f"image statistics: {'on' if self.regions is None else 'off, ' + self.regions}",
+        ]
+        return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])
+
+
+def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend: str = "auto") -> Patch:
+    """Makes a Hugging Face model fast and observable, in place.
+
+    Args:
+        model: a transformers model (or a wrapper of one, such as PEFT's) in eval mode. A text-only model gets norms alone.
+        regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
+            falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
+        norms: fuse each residual add with the norm after it. Each fusion is proved on random input before it is kept.
+        backend: "auto", or what `ras_fast.set_backend` shall force until `unpatch` ("cuda", "triton", "cpu", "torch"). It
+            holds for the process, not for this model alone.
+
+    Returns:
+        The handle: `unpatch()`, also as a context manager; `report()`; `collect`, `steering`, `region_map`.
+
+    Raises:
+        TypeError: not a transformers model with decoder layers.
+        ValueError: in training mode, patched already, or `backend` is unknown.
+        RuntimeError: `backend` is not available here; says what mends it.
+        A failure half-way leaves the model as it was.
+    """
+    handle = Patch(model)
+    try:
+        handle._apply(regions, norms, backend)
+    except BaseException:
+        handle.unpatch()
+        raise
+    return handle
+
+
+class _Undo:
+    """Everything that was changed, to be put back in reverse. Holds owners, not their dicts: a deepcopied model undoes itself."""
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[Any, Any, bool, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute in the owner's own dict, past nn.Module's bookkeeping."""
+        self._changes.append((owner, name, name in owner.__dict__, owner.__dict__.get(name)))
+        owner.__dict__[name] = value
+
+    def hooked(self, *registries: dict, handle: Any) -> None:
+        """A hook was registered in these dicts of a module."""
+        self._changes.extend((registry, handle.id, False, None) for registry in registries)
+
+    def restore(self) -> None:
+        while self._changes:
+            owner, name, existed, value = self._changes.pop()
+            attributes = owner if isinstance(owner, dict) else owner.__dict__
+            if existed:
+                attributes[name] = value
+            else:
+                attributes.pop(name, None)
+
+
+class Patch:
+    """A patched model's handle.
+
+    steering: see :class:`Steering`; the rows that `set_steering`'s vectors act on.
+    statistics: what the last forward under `collect` left.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.steering = Steering()
+        self._undo = _Undo()
+        self._state: ModelState | None = None
+        self._fused: dict[int, fusion.FusedLayer] = {}
+        self._final_norm: fusion.FusedNorm | None = None
+        self._report: Report | None = None
+        self._backend_before: str | None = None
+
+    @staticmethod
+    def of(model: nn.Module) -> Patch | None:
+        """The handle of a patched model, for instance of a deepcopy; None where the model is not patched."""
+        return next((m.__dict__[_PATCH] for m in model.modules() if _PATCH in m.__dict__), None)
+
+    # Life
+
+    def unpatch(self) -> None:
+        """Puts everything back as it was before `patch`. Calling it again does nothing."""
+        self._undo.restore()
+        self._fused.clear()
+        self._final_norm = self._state = None
+        if self._backend_before is not None:
+            backends.set_backend(self._backend_before)
+            self._backend_before = None
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.unpatch()
+
+    def report(self) -> Report:
+        """What was fused, what was not and why; prints as a few lines."""
+        return self._report
+
+    # Image statistics
+
+    @property
+    def region_map(self) -> RegionMap | None:
+        """Where the image tokens of the last forward lie. Set it for forwards that get `inputs_embeds` instead of ids."""
+        return self._regions().tracker.current
+
+    @region_map.setter
+    def region_map(self, regions: RegionMap | None) -> None:
+        tracker = self._regions().tracker
+        tracker.given = tracker.current = regions
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._regions().statistics
+
+    @contextmanager
+    def collect(
+        self, rows: int | None = 1, *, scores: bool = False, reduce: str = "mean", layers: Any = None, heads: Any = None
+    ) -> Iterator[Statistics]:
+        """Takes statistics in the forwards inside the block, without `output_attentions`; each forward replaces the last.
+
+        Args:
+            rows: the last query rows to look at; None: all.
+            scores: also each key's attention from those rows, for heat maps, reduced by `reduce` ("mean", "sum", "max").
+            layers, heads: indices to restrict to; None: all.
+
+        Yields:
+            The :class:`Statistics` that the forwards fill; also `Patch.statistics` afterwards.
+        """
+        state = self._regions()
+        previous = state.collection
+        state.statistics = Statistics()
+        heads = None if heads is None else torch.as_tensor(heads)
+        state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers), heads)
+        try:
+            yield state.statistics
+        finally:
+            state.collection = previous
+
+    def _regions(self) -> ModelState:
+        if self._state is None:
+            raise RuntimeError(f"image statistics are off: {self._report.regions if self._report else 'not patched'}")
+        return self._state
+
+    # Steering
+
+    def set_steering(self, layer: int | str, vectors: Tensor, mode: str = "add", *, rows: str | None = None) -> None:
+        """Steers the residual stream after a decoder layer, or the final norm's output.
+
+        Args:
+            layer: index of a decoder layer, whose output h becomes h + α·v (mode "add"); or "final", where the last norm's
+                output y becomes (1−α)·y + α·v (mode "lerp").
+            vectors: [S, d]; row s is used where `steering.slot` is s.
+            rows: which positions of a sequence are steered when `steering` has one entry a sequence: "last" (the default
+                for "final") or "all" (the default otherwise).
+
+        Raises:
+            ValueError: an argument is wrong, or that layer is not fused; says why.
+        """
+        final = layer == "final"
+        wanted = "lerp" if final else "add"
+        if mode != wanted:
+            raise ValueError(f"mode is {mode!r}; for layer {layer!r} it must be {wanted!r}")
+        rows = rows or ("last" if final else "all")
+        if rows not in ("last", "all"):
+            raise ValueError(f"rows is {rows!r}; it must be 'last' or 'all'")
+        place = self._final_norm if final else self._fused.get(layer)
+        if place is None or (not final and place.end is None):
+            raise ValueError(f"layer is {layer!r}; it must be a fused one: {sorted(self._fused)}\n{self._report}")
+        norm = place.norm if final else place.end.norm
+        if vectors.dim() != 2 or vectors.shape[0] == 0 or vectors.shape[1] != norm.weight.shape[0]:
+            raise ValueError(f"vectors is of shape {tuple(vectors.shape)}; it must be [S, d] with S > 0, d = {norm.weight.shape[0]}")
+        place.site = Site(self.steering, vectors.detach().to(norm.weight.device), mode, rows == "last")
+
+    def clear_steering(self) -> None:
+        """Nothing is steered any more."""
+        for place in (*self._fused.values(), self._final_norm):
+            if place is not None:
+                place.site = None
+        self.steering.slot = self.steering.alpha = None
+
+    # Patching
+
+    def _apply(self, regions: bool, norms: bool, backend: str) -> None:
+        root, text_model, decoder_layers = _find_decoder(self.model)
+        if _PATCH in text_model.__dict__:
+            raise ValueError(f"{type(root).__name__} is patched already: call unpatch() on its handle first")
+        if self.model.training:
+            raise ValueError("model is in training mode; it must be in eval mode: call model.eval()")
+        if backend != "auto":
+            before = backends.forced_backend()
+            backends.set_backend(backend)
+            self._backend_before = before
+        self._undo.set(text_model, _PATCH, self)
+        self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
+        recorded = fusion.trace(text_model, decoder_layers)
+        if norms:
+            self._fuse(text_model, recorded)
+        self._report.regions = self._watch(root, text_model, recorded) if regions else "not asked for"
+
+    def _fuse(self, text_model: nn.Module, recorded: fusion.Trace) -> None:
+        """Fuses what can be proved, from the trace of the unpatched model."""
+        fused_norms = self._fuse_norms(text_model, recorded)
+        names = {id(module): name for name, module in text_model.named_modules()}
+        report = self._report
+        for index, record in enumerate(recorded.layers):
+            shape = fusion.pattern(record, lambda module: isinstance(fused_norms.get(id(module)), fusion.FusedNorm))
+            report.norms += 1 if shape == "nbb" else 2
+            name = names[id(record.module)]
+            why = self._fuse_layer(text_model, recorded, index, shape, fused_norms)
+            if why is not None:
+                report.unfused[name] = why
+        for module_id, fused in fused_norms.items():
+            if isinstance(fused, str):
+                report.unfused[names[module_id]] = fused
+
+    def _fuse_norms(self, text_model: nn.Module, recorded: fusion.Trace) -> dict[int, fusion.FusedNorm | str]:
+        """By id of a norm module: its fused form, now in place of its forward, or why there is none."""
+        calls = [(record.module, call) for record in recorded.layers for call in record.calls]
+        if recorded.final_norm is not None:
+            calls.append((text_model, recorded.final_norm))
+        fused: dict[int, fusion.FusedNorm | str] = {}
+        for parent, (name, x, expected) in calls:
+            module = getattr(parent, name)
+            if not _looks_like_norm(module):
+                continue
+            with torch.no_grad():
+                fused[id(module)] = candidate = fusion.fuse_norm(module, x, expected)
+            if isinstance(candidate, fusion.FusedNorm):
+                self._undo.set(module, "forward", candidate)
+        if recorded.final_norm is not None:
+            last = fused.get(id(getattr(text_model, recorded.final_norm[0])))
+            self._final_norm = last if isinstance(last, fusion.FusedNorm) else None
+        return fused
+
+    def _fuse_layer(self, text_model, recorded, index: int, shape: str, fused_norms) -> str | None:
+        """Fuses one layer; returns why not."""
+        record = recorded.layers[index]
+        if shape not in fusion.PATTERNS:
+            return f"calls its children in the order {shape!r}; known are {', '.join(fusion.PATTERNS)}"
+        if "forward" in record.module.__dict__:
+            return "has a forward of its own on the instance already"
+        names = fusion.roles(record, shape)
+        middle = fused_norms.get(id(getattr(record.module, names["middle_norm"]))) if names["middle_norm"] else None
+        end, next_output = self._next_norm(text_model, recorded, index, fused_norms)
+        fused = fusion.FusedLayer(record.module, index, names, middle, end)
+        why = fusion.prove(fused, record, next_output)
+        if why is not None:
+            return why
+        if end is not None:
+            following = recorded.layers[index + 1 : index + 2]
+            end.between = (record.module, *(layer.module for layer in following), end.norm)
+        self._undo.set(record.module, "forward", fused)
+        self._fused[index] = fused
+        self._report.fused_layers += 1
+        self._report.fused_norms += (middle is not None) + (end is not None)
+        return None
+
+    def _next_norm(self, text_model, recorded, index: int, fused_norms) -> tuple[fusion.FusedNorm | None, Tensor | None]:
+        """The norm that is applied to a layer's output, where it is fused and on the same device, and what it gave."""
+        output = fusion._first(recorded.layers[index].output)
+        if index + 1 < len(recorded.layers):
+            parent, call = recorded.layers[index + 1].module, recorded.layers[index + 1].calls[0]
+        else:
+            parent, call = text_model, recorded.final_norm
+        fused = None if call is None else fused_norms.get(id(getattr(parent, call[0])))
+        if not isinstance(fused, fusion.FusedNorm) or call[1] is not output or fused.norm.weight.device != output.device:
+            return None, None
+        return fused, call[2]
+
+    def _watch(self, root: nn.Module, text_model: nn.Module, recorded: fusion.Trace) -> str | None:
+        """Turns image statistics on; returns why not."""
+        multimodal = _owner(root, text_model)
+        if multimodal is None or not token_ids(multimodal.config):
+            return "the model has no image tokens"
+        register()
+        tracker = RegionTracker(multimodal)
+        self._state = ModelState(tracker)
+        for index, record in enumerate(recorded.layers):
+            attention = getattr(record.module, _attention_name(record))
+            self._undo.set(attention, STATE, AttentionState(self._state, index))
+        for config in {id(c): c for c in (text_model.config, multimodal.config.get_text_config())}.values():
+            self._undo.set(config, "_attn_implementation_internal", NAME)
+        for modality in ("image", "video"):
+            if hasattr(type(multimodal), f"get_{modality}_features"):
+                self._undo.set(multimodal, f"get_{modality}_features", RecordFeatures(multimodal, modality, tracker))
+        self._hook(multimodal, tracker.before_model)
+        self._hook(text_model, tracker.before_text)
+        handle = multimodal.register_forward_hook(tracker.after_model, with_kwargs=True)
+        self._undo.hooked(multimodal._forward_hooks, multimodal._forward_hooks_with_kwargs, handle=handle)
+        return None
+
+    def _hook(self, module: nn.Module, function: Any) -> None:
+        handle = module.register_forward_pre_hook(function, with_kwargs=True)
+        self._undo.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() or (isinstance(weight, Tensor) and weight.dim() == 1)
+
+
+def _attention_name(record: fusion.LayerTrace) -> str:
+    """The child that attends: the first one called that is not a norm."""
+    return next(name for name, _, _ in record.calls if not _looks_like_norm(getattr(record.module, name)))
+
+
+def _find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
+    """(the transformers model, its text model, the text model's decoder layers)."""
+    from transformers import PreTrainedModel
+
+    root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None) if isinstance(model, nn.Module) else None
+    if root is None:
+        raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, such as AutoModelForImageTextToText gives")
+    config = root.config.get_text_config(decoder=True)
+    for module in root.modules():
+        stack = getattr(module, "layers", None)
+        if isinstance(module, PreTrainedModel) and isinstance(stack, nn.ModuleList) and len(stack) and module.config is config:
+            return root, module, stack
+    raise TypeError(f"model is a {type(root).__name__}, in which no text model with decoder `layers` was found")
+
+
+def _owner(root: nn.Module, text_model: nn.Module) -> nn.Module | None:
+    """The multimodal model: the one that calls the text model, or is it."""
+    for module in root.modules():
+        if any(child is text_model for child in module.children()) and hasattr(module, "config") and token_ids(module.config):
+            return module
+    return None

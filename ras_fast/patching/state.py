@@ -1,0 +1,87 @@
+"""What a patched model carries between its forwards: which statistics are wanted, and those that were taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ras_fast.patching.tracking import RegionTracker
+
+
+@dataclass
+class Statistics:
+    """Results of the last forward under `Patch.collect`, by decoder layer.
+
+    mass: [B, H, M, R] float32, for each of the last M query rows the attention that falls on each image.
+    scores: [B, H, Lk] float32, attention that each key receives from the last rows; `RegionMap.heat_maps` draws it.
+    """
+
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What `Patch.collect` asked for; None stands for all rows, layers or heads."""
+
+    rows: int | None
+    scores: bool
+    reduce: str
+    layers: frozenset[int] | None
+    heads: Tensor | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one attention call has to compute: `rows` of mass and `score_rows` of key scores (None: all of them)."""
+
+    rows: int | None
+    score_rows: int | None
+    reduce: str
+    attentions: bool
+    collection: Collection | None
+
+
+@dataclass
+class ModelState:
+    """Shared by all attention modules of a patched model."""
+
+    tracker: RegionTracker
+    collection: Collection | None = None
+    statistics: Statistics = field(default_factory=Statistics)
+
+
+@dataclass
+class AttentionState:
+    """The link from one attention module to its model's state."""
+
+    model: ModelState
+    layer: int
+
+    def request(self, attentions: bool) -> Request | None:
+        collection = self.model.collection
+        if collection is not None and collection.layers is not None and self.layer not in collection.layers:
+            collection = None
+        if collection is None:
+            return Request(None, 0, "mean", True, None) if attentions else None
+        rows = None if attentions else collection.rows
+        return Request(rows, collection.rows if collection.scores else 0, collection.reduce, attentions, collection)
+
+    def regions(self, batch: int, length: int) -> tuple[Tensor, int]:
+        """(region ids [batch, length] of the keys, R)."""
+        return self.model.tracker.keys(batch, length)
+
+    def deliver(self, request: Request, mass: Tensor, scores: Tensor | None) -> Tensor | None:
+        """Keeps what was collected; returns what the caller gets as this layer's attentions."""
+        collection = request.collection
+        if collection is not None:
+            rows = mass.shape[2] if collection.rows is None else min(collection.rows, mass.shape[2])
+            self.model.statistics.mass[self.layer] = _heads(mass[:, :, mass.shape[2] - rows :], collection)
+            if scores is not None:
+                self.model.statistics.scores[self.layer] = _heads(scores, collection)
+        return mass if request.attentions else None
+
+
+def _heads(tensor: Tensor, collection: Collection) -> Tensor:
+    return tensor if collection.heads is None else tensor.index_select(1, collection.heads.to(tensor.device))

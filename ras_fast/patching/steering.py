@@ -1,0 +1,77 @@
+"""Steering inside the fused residual + norm kernels, driven by tensors that never leave the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Steering:
+    """Which sequences are steered, how far, and by which vector: shared by every steered layer of a model.
+
+    slot: [B] int32, the row of a layer's vectors for each sequence, −1 for none; or [T] int32, one for each of the T = B·L
+        rows of the next forward.
+    alpha: float32, shaped like `slot`: how far. 0 leaves a row bit-identical to the unsteered model.
+
+    Both are persistent: `set_rows` writes into them in place as long as their size stays, so a captured CUDA graph or a
+    compiled decode step reads new values without being made again.
+    """
+
+    def __init__(self) -> None:
+        self.slot: Tensor | None = None
+        self.alpha: Tensor | None = None
+
+    def set_rows(self, slot: Tensor, alpha: Tensor) -> None:
+        """Sets `slot` and `alpha` for the forwards to come. No host sync.
+
+        Raises:
+            ValueError: a tensor is not one-dimensional, or their sizes differ.
+        """
+        if slot.dim() != 1 or slot.shape != alpha.shape:
+            raise ValueError(f"slot is {tuple(slot.shape)} and alpha {tuple(alpha.shape)}; both must be [B] or [T]")
+        if self.slot is None or self.slot.shape != slot.shape or self.slot.device != slot.device:
+            self.slot = torch.empty_like(slot, dtype=torch.int32)
+            self.alpha = torch.empty_like(alpha, dtype=torch.float32)
+        self.slot.copy_(slot)
+        self.alpha.copy_(alpha)
+
+
+@dataclass
+class Site:
+    """A place where rows are steered: one layer's vectors [S, d], and which positions of a sequence take part."""
+
+    steering: Steering
+    vectors: Tensor
+    mode: str
+    last_only: bool
+
+    def keywords(self, x: Tensor) -> dict[str, Any]:
+        """Steering keywords of the norm ops for `x` [B, L, d].
+
+        Raises:
+            RuntimeError: no rows were set: not steering by accident would be worse than an error.
+            ValueError: as many rows were set as neither the batch nor the tokens of this forward.
+        """
+        slot, alpha = self.steering.slot, self.steering.alpha
+        if slot is None or alpha is None:
+            raise RuntimeError("steering vectors are set, but not the rows to steer: call patch.steering.set_rows(slot, alpha)")
+        batch, length = x.shape[0], x.shape[1:-1].numel()
+        if slot.numel() != batch * length:
+            if slot.numel() != batch:
+                raise ValueError(f"steering was set for {slot.numel()} rows; it must be for B = {batch} or T = {batch * length}")
+            slot, alpha = self._spread(slot, length, -1), self._spread(alpha, length, 0)
+        return {
+            "steer_vectors": self.vectors, "steer_slot": slot.to(x.device), "steer_alpha": alpha.to(x.device),
+            "steer_mode": self.mode,
+        }  # fmt: skip
+
+    def _spread(self, per_sequence: Tensor, length: int, idle: int) -> Tensor:
+        """[B] → [B·L], `idle` at every position but the last where only that one is steered."""
+        if not self.last_only:
+            return per_sequence.repeat_interleave(length)
+        rows = per_sequence.new_full((per_sequence.shape[0], length), idle)
+        rows[:, -1] = per_sequence
+        return rows.flatten()

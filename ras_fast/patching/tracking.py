@@ -1,0 +1,228 @@
+"""Finds the image tokens of each forward and keeps their map with the KV cache.
+
+Images are told apart by the lengths of the features that the model itself computes for them; where a family's features are
+not one entry an image, by runs of image tokens. A decode step holds no image tokens and costs one attribute lookup.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ras_fast.regions import Grid, RegionMap, image_regions, square_grid
+
+_MAP = "_ras_fast_regions"  # attribute of a KV cache
+_MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+_MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
+# Families whose features come by tile although one image's tiles form one run of tokens.
+_IMAGE_IS_A_RUN = {"internvl"}
+
+
+def token_ids(config: Any) -> dict[str, int]:
+    """The placeholder token id of each modality that the config names."""
+    found = {}
+    for modality, names in _MODALITIES.items():
+        values = [getattr(config, name, None) for name in names]
+        found |= {modality: value for value in values[::-1] if isinstance(value, int)}
+    return found
+
+
+class RegionTracker:
+    """Hooks of the multimodal model and of its text model.
+
+    current: the map of the forward that runs, or last ran.
+    given: a map that the user set, for forwards that bring neither input_ids nor a cache that saw them.
+    """
+
+    def __init__(self, multimodal: nn.Module) -> None:
+        self.current: RegionMap | None = None
+        self.given: RegionMap | None = None
+        self._tokens = token_ids(multimodal.config)
+        self._merge = getattr(getattr(multimodal.config, "vision_config", None), "spatial_merge_size", 1)
+        self._runs = multimodal.config.model_type in _IMAGE_IS_A_RUN
+        self._parameters = tuple(inspect.signature(multimodal.forward).parameters)
+        self._inputs: dict[str, Any] | None = None
+        self._lengths: dict[str, list[int] | None] = {}
+        self._total: int | None = None
+
+    def keys(self, batch: int, length: int) -> tuple[Tensor, int]:
+        """(ids [batch, length] int32 of the keys of an attention call, R).
+
+        Raises:
+            ValueError: no map is known, or it is of another batch size.
+        """
+        if self.current is None:
+            raise ValueError(
+                "attention statistics need to know where the image tokens are, and this forward brought neither input_ids "
+                "nor a cache that saw them: set patch.region_map first"
+            )
+        if self.current.ids.shape[0] != batch:
+            raise ValueError(f"the region map is of {self.current.ids.shape[0]} rows; it must be of the batch's {batch}")
+        return self.current.keys(length, self._total), self.current.num_regions
+
+    # Hooks, in the order in which they run.
+
+    def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._inputs = dict(zip(self._parameters, args)) | kwargs
+        self._lengths = {}
+        for modality, output in (self._inputs.get("mm_encoder_outputs") or {}).items():
+            self.features(modality, output)
+
+    def features(self, modality: str, output: Any) -> None:
+        """The model computed features: one entry an image tells how many tokens each has."""
+        features = getattr(output, "pooler_output", output)
+        lengths = None
+        if isinstance(features, Tensor) and features.dim() == 3:
+            lengths = [features.shape[1]] * features.shape[0]
+        elif isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
+            lengths = [f.shape[:-1].numel() for f in features]
+        self._lengths[modality] = lengths
+
+    def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs, self._inputs = self._inputs, None
+        past_key_values = kwargs.get("past_key_values")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        kept = getattr(past_key_values, _MAP, None)
+        length = _length(inputs, kwargs)
+        self._total = _total(past_key_values, past, length)
+        if kept is not None and length == 1:
+            self.current = kept if isinstance(past, Tensor) or past >= kept.ids.shape[1] else _cropped(kept, past)
+        elif inputs is None:
+            self.current = kept if kept is not None else self.given
+        else:
+            self.current = self._find(inputs, kept, int(past))
+        if past_key_values is not None and self.current is not kept:
+            keep(past_key_values, self.current)
+
+    def after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A cache that the model made itself gets the map, too."""
+        past_key_values = getattr(output, "past_key_values", None)
+        if past_key_values is not None and getattr(past_key_values, _MAP, None) is not self.current:
+            keep(past_key_values, self.current)
+
+    def _find(self, inputs: dict[str, Any], kept: RegionMap | None, past: int) -> RegionMap | None:
+        visual = self._visual(inputs)
+        if not visual:
+            return kept if kept is not None else self.given
+        mask = torch.stack(list(visual.values())).any(0)
+        ids = self._ids(visual, mask)
+        counts = (ids.amax(1) + 1).tolist() if ids.shape[1] else [0] * ids.shape[0]
+        num_regions = max(counts, default=0)
+        grids = self._grids(ids, counts, inputs)
+        if past == 0:
+            return RegionMap(ids, num_regions, grids, validate=False)
+        if kept is None:
+            kept = RegionMap(ids.new_full((ids.shape[0], past), -1), 0)
+        return kept.extend(ids, grids, past)
+
+    def _visual(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """For each modality the positions [B, L] bool that hold its tokens."""
+        input_ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
+        if input_ids is not None:
+            return {modality: input_ids == token for modality, token in self._tokens.items()}
+        if types is not None:
+            return {modality: types == _MM_TYPE[modality] for modality in self._tokens}
+        return {}
+
+    def _ids(self, visual: dict[str, Tensor], mask: Tensor) -> Tensor:
+        present = [modality for modality in visual if modality in self._lengths]
+        lengths = self._lengths[present[0]] if len(present) == 1 and not self._runs else None
+        return image_regions(mask, lengths)
+
+    def _grids(self, ids: Tensor, counts: list[int], inputs: dict[str, Any]) -> list[list[Grid | None]]:
+        """From the (t, h, w) grids that some families are given; else an image with a square number of tokens is a square."""
+        if not any(counts):
+            return [[] for _ in counts]
+        sizes = torch.stack([(ids == region).sum(1) for region in range(max(counts))], 1).tolist()
+        given = inputs.get("image_grid_thw")
+        given = iter(given.tolist() if given is not None and given.shape[0] == sum(counts) else ())
+        merge = self._merge
+        grids: list[list[Grid | None]] = []
+        for row, count in enumerate(counts):
+            thw = [next(given, None) for _ in range(count)]
+            grids.append([(g[1] // merge, g[2] // merge) if g else square_grid(n) for g, n in zip(thw, sizes[row])])
+        return grids
+
+
+class RecordFeatures:
+    """Stands in for `get_image_features` or `get_video_features` of one model, and tells the tracker what it returned."""
+
+    def __init__(self, module: nn.Module, modality: str, tracker: RegionTracker) -> None:
+        self.module, self.modality, self.tracker = module, modality, tracker
+        self.__signature__ = inspect.signature(getattr(module, f"get_{modality}_features"))  # generate() reads it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = getattr(type(self.module), f"get_{self.modality}_features")(self.module, *args, **kwargs)
+        self.tracker.features(self.modality, output)
+        return output
+
+
+def _length(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> int | None:
+    for source, name in ((kwargs, "inputs_embeds"), (kwargs, "input_ids"), (inputs or {}, "input_ids")):
+        if source.get(name) is not None:
+            return source[name].shape[1]
+    return None
+
+
+def _total(past_key_values: Any, past: int | Tensor, length: int | None) -> int | None:
+    """Positions seen once this forward is over, where that is known without a host sync; sliding caches need it."""
+    if length is None:
+        return None
+    if isinstance(past, int):
+        return past + length
+    counters = (getattr(layer, "cumulative_length_int", None) for layer in past_key_values.layers)
+    seen = next((count for count in counters if count is not None), None)
+    return None if seen is None else seen + length
+
+
+def _cropped(regions: RegionMap, length: int) -> RegionMap:
+    """The map of a cache that was cropped to `length` positions."""
+    return RegionMap(regions.ids[:, :length], regions.num_regions, regions.grids, validate=False)
+
+
+# The map lives on the cache object itself: it ends with the cache, is copied with it, and follows its rows.
+
+
+def keep(past_key_values: Any, regions: RegionMap | None) -> None:
+    """Stores the map on a KV cache and makes it follow `reorder_cache`, `batch_*` and `reset`."""
+    if _MAP not in past_key_values.__dict__:
+        past_key_values.__class__ = _following(type(past_key_values))
+    past_key_values.__dict__[_MAP] = regions
+
+
+def kept(past_key_values: Any) -> RegionMap | None:
+    return getattr(past_key_values, _MAP, None)
+
+
+@cache
+def _following(kind: type) -> type:
+    """The cache class whose rows the map follows. A subclass, because a wrapper on the instance would be a reference cycle
+    that keeps a cache's memory until the garbage collector runs, and would not survive a deepcopy."""
+
+    def follow(self: Any, change) -> None:
+        if self.__dict__.get(_MAP) is not None:
+            self.__dict__[_MAP] = change(self.__dict__[_MAP])
+
+    class Following(kind):
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            follow(self, lambda regions: regions.select(beam_idx))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            follow(self, lambda regions: regions.select(torch.arange(regions.ids.shape[0])[indices.cpu()]))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            follow(self, lambda regions: regions.repeat_interleave(repeats))
+
+        def reset(self) -> None:
+            super().reset()
+            self.__dict__[_MAP] = None
+
+    Following.__name__, Following.__qualname__, Following.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Following

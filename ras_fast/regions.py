@@ -1,0 +1,164 @@
+"""Where the image tokens are: region maps, patch grids, boxes → patches, key scores → heat maps.
+
+Shapes: B rows of a batch, L positions, Lk keys, R regions (the most images that any row has), h × w patches of a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Grid = tuple[int, int]
+_SPARE = 256  # keys that a padded map has room for, so that decoding seldom reallocates
+
+
+@dataclass
+class RegionMap:
+    """Which image, if any, each position of each row belongs to.
+
+    Args:
+        ids: [B, L] int32; −1 for no image, else the image's index within its row, 0..R−1. Positions past L are in no image.
+        num_regions: R ≥ 0.
+        grids: for each row, for each of its images, the patch grid (h, w), or None where it is not known. A grid covers
+            the first h·w tokens of its image; further tokens (tiles, newlines) lie in the region but not in the grid.
+
+    Raises:
+        ValueError: `ids` has the wrong shape or dtype or holds a value outside −1..R−1, or `grids` does not fit `ids`.
+    """
+
+    ids: Tensor
+    num_regions: int
+    grids: list[list[Grid | None]] | None = None
+    validate: InitVar[bool] = True  # reads the ids, which waits for the device
+    _padded: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self, validate: bool) -> None:
+        if not isinstance(self.ids, Tensor) or self.ids.dim() != 2:
+            got = f"of shape {tuple(self.ids.shape)}" if isinstance(self.ids, Tensor) else type(self.ids).__name__
+            raise ValueError(f"ids is {got}; it must be a tensor [B, L]")
+        if self.ids.dtype != torch.int32:
+            raise ValueError(f"ids is of dtype {self.ids.dtype}; it must be torch.int32")
+        if self.num_regions < 0:
+            raise ValueError(f"num_regions is {self.num_regions}; it must be at least 0")
+        if validate and self.ids.numel():
+            low, high = torch.stack(torch.aminmax(self.ids)).tolist()
+            if low < -1 or high >= self.num_regions:
+                raise ValueError(f"ids is in {low}..{high}; it must be in -1..num_regions-1 = -1..{self.num_regions - 1}")
+        if self.grids is None:
+            self.grids = [[None] * self.num_regions for _ in range(self.ids.shape[0])]
+        if len(self.grids) != self.ids.shape[0]:
+            raise ValueError(f"grids is of {len(self.grids)} rows; it must be of B = {self.ids.shape[0]}")
+
+    def keys(self, length: int, total: int | None = None) -> Tensor:
+        """ids [B, length] of the keys that attention sees: the last `length` of `total` positions (None: the first ones).
+
+        A view of one buffer that is grown rarely, so a decode step costs nothing.
+        """
+        start = 0 if total is None else max(total - length, 0)
+        if self._padded is None or self._padded.shape[1] < start + length:
+            grown = max(start + length + _SPARE - self.ids.shape[1], 0)
+            self._padded = F.pad(self.ids, (0, grown), value=-1)
+        return self._padded[:, start : start + length]
+
+    def extend(self, ids: Tensor, grids: list[list[Grid | None]], past: int) -> RegionMap:
+        """The map after a further forward: `past` positions of this one, then `ids` [B, L], whose images come after."""
+        before = self.keys(past)
+        held = (before.amax(1) + 1 if past else before.new_zeros(before.shape[0]))[:, None]
+        joined = torch.cat([before, torch.where(ids >= 0, ids + held, ids)], 1)
+        grids = [old[:n] + new for old, new, n in zip(self.grids, grids, held.flatten().tolist())]
+        return RegionMap(joined, max(map(len, grids), default=0), grids, validate=False)
+
+    def select(self, rows: Tensor) -> RegionMap:
+        """The map of `rows` [B'] (int64): what beam search does to the cache."""
+        alike = all(grid == self.grids[0] for grid in self.grids)
+        grids = [self.grids[i] for i in ([0] * rows.numel() if alike else rows.tolist())]
+        return RegionMap(self.ids.index_select(0, rows.to(self.ids.device)), self.num_regions, grids, validate=False)
+
+    def repeat_interleave(self, repeats: int) -> RegionMap:
+        """Each row `repeats` times in a row, as `num_return_sequences` does."""
+        grids = [grid for grid in self.grids for _ in range(repeats)]
+        return RegionMap(self.ids.repeat_interleave(repeats, 0), self.num_regions, grids, validate=False)
+
+    def heat_maps(self, scores: Tensor) -> list[list[Tensor]]:
+        """Key scores [B, ..., Lk] as one heat map [..., h, w] for each image of each row.
+
+        An image whose grid is not known comes as [..., 1, n], its n tokens in order.
+        """
+        if scores.dim() < 2 or scores.shape[0] != self.ids.shape[0]:
+            raise ValueError(f"scores is of shape {tuple(scores.shape)}; it must be [B, ..., Lk] with B = {self.ids.shape[0]}")
+        ids = self.keys(scores.shape[-1])
+        return [
+            [_heat_map(scores[row], ids[row] == image, grid) for image, grid in enumerate(grids)]
+            for row, grids in enumerate(self.grids)
+        ]
+
+
+def _heat_map(scores: Tensor, inside: Tensor, grid: Grid | None) -> Tensor:
+    values = scores[..., inside]
+    if grid is None or grid[0] * grid[1] > values.shape[-1]:
+        return values.unsqueeze(-2)
+    return values[..., : grid[0] * grid[1]].unflatten(-1, grid)
+
+
+def image_regions(visual: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """Region ids [B, L] int32 from `visual` [B, L] bool, the positions that hold image tokens.
+
+    `lengths` are the token counts of the images, in order, rows one after the other. They tell adjacent images apart; they
+    are ignored when they do not add up to the number of visual positions. Without them an image is a run of such positions.
+    """
+    if visual.dim() != 2 or visual.dtype != torch.bool:
+        raise ValueError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; it must be torch.bool [B, L]")
+    starts = visual & ~F.pad(visual, (1, 0))[:, :-1]
+    if lengths is not None and sum(lengths) == int(visual.sum()):
+        first = torch.zeros(sum(lengths) + 1, dtype=torch.bool, device=visual.device)
+        first[torch.tensor([0, *lengths], device=visual.device).cumsum(0)] = True
+        order = (visual.flatten().cumsum(0) - 1).view_as(visual).clamp(min=0)
+        row_start = visual & (visual.cumsum(1) == 1)
+        starts = visual & (first[order] | row_start)
+    return torch.where(visual, starts.cumsum(1) - 1, -1).to(torch.int32)
+
+
+def square_grid(tokens: int) -> Grid | None:
+    """(s, s) when `tokens` is a square number."""
+    side = math.isqrt(tokens)
+    return (side, side) if side and side * side == tokens else None
+
+
+def boxes_to_patches(boxes: Tensor | Sequence[Sequence[float]], image_size: tuple[int, int], grid: Grid) -> Tensor:
+    """Pixel boxes as patches.
+
+    Args:
+        boxes: [N, 4], (x0, y0, x1, y1) in pixels of an image of `image_size` (height, width), x1 and y1 exclusive.
+        grid: (h, w) patches that the whole image is cut into.
+
+    Returns:
+        [N, h, w] bool: the patches that a box overlaps.
+
+    Raises:
+        ValueError: a box is not within the image or is empty; a size is not positive.
+    """
+    boxes = torch.as_tensor(boxes, dtype=torch.float64)
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes is of shape {tuple(boxes.shape)}; it must be [N, 4]")
+    if min(*image_size, *grid) < 1:
+        raise ValueError(f"image_size is {image_size} and grid is {grid}; both must be positive")
+    height, width = image_size
+    x0, y0, x1, y1 = boxes.unbind(1)
+    inside = (x0 >= 0) & (y0 >= 0) & (x1 <= width) & (y1 <= height) & (x0 < x1) & (y0 < y1)
+    if not bool(inside.all()):
+        bad = boxes[~inside][0].tolist()
+        raise ValueError(f"boxes holds {bad}; it must satisfy 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}")
+    columns = _overlaps(x0, x1, width, grid[1])
+    rows = _overlaps(y0, y1, height, grid[0])
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _overlaps(low: Tensor, high: Tensor, size: int, cells: int) -> Tensor:
+    """[N, cells] bool: which of `cells` equal intervals of 0..size an interval low..high overlaps."""
+    edges = torch.arange(cells + 1, dtype=low.dtype) * size / cells
+    return (low[:, None] < edges[1:]) & (high[:, None] > edges[:-1])

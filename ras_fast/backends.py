@@ -105,8 +105,9 @@ def _automatic(op: str, device: str) -> str:
     return "torch"
 
 
+@torch.compiler.assume_constant_result
 def resolve(op: str, device: torch.device) -> str:
-    """The backend that runs `op` on tensors of `device`.
+    """The backend that runs `op` on tensors of `device`. torch.compile takes the choice in force while it traces.
 
     Raises:
         ValueError: the forced backend cannot run on this device.

@@ -1,0 +1,374 @@
+"""add_rms_norm and add_layer_norm: the CPU kernel and the reference against float64, and the contract's edge cases."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import ras_fast
+from ras_fast import ops
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One element, a prime, one short of and one past a vector, LLaVA's and Llama's widths, an odd large one.
+WIDTHS = [1, 7, 15, 17, 768, 769, 5120, 8191]
+ULP = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def exact_norm(x, residual, weight, bias, eps, *, rms, offset=0.0):
+    """The unsteered norm in float64, without any rounding."""
+    h = x.double() + (0 if residual is None else residual.double())
+    centred = h if rms else h - h.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * (weight.double() + offset)
+    return (y if bias is None else y + bias.double()), h
+
+
+def torchs_own(x, residual, weight, bias, eps, *, rms):
+    h = x if residual is None else x + residual
+    if rms:
+        return functional.rms_norm(h, weight.shape, weight, eps), h
+    return functional.layer_norm(h, weight.shape, weight, bias, eps), h
+
+
+def call(x, residual, weight, bias, eps, *, rms, **kwargs):
+    if rms:
+        return ops.add_rms_norm(x, residual, weight, eps, **kwargs)
+    return ops.add_layer_norm(x, residual, weight, bias, eps, **kwargs)
+
+
+@BACKENDS
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_unsteered(backend, width, dtype, rms, rounding):
+    x, residual = torch.randn(2, 5, width).to(dtype), torch.randn(2, 5, width).to(dtype)
+    weight = torch.randn(width).to(dtype)
+    bias = None if rms else torch.randn(width).to(dtype)
+    y, h, dots = call(x, residual, weight, bias, 1e-5, rms=rms, rounding=rounding)
+    assert dots is None
+    assert y.dtype == h.dtype == dtype
+    exact_y, exact_h = exact_norm(x, residual, weight, bias, 1e-5, rms=rms)
+    torch_y, torch_h = torchs_own(x, residual, weight, bias, 1e-5, rms=rms)
+    # In "hf" the normalised value is rounded once more than in torch's own rms_norm: one more ulp of y.
+    slack = 4 * ULP[dtype] * exact_y.abs().max().item()
+    for actual, exact, own in ((y, exact_y, torch_y), (h, exact_h, torch_h)):
+        error, allowed = (actual.double() - exact).abs().max(), 2 * (own.double() - exact).abs().max() + slack
+        assert error <= allowed
+
+
+@BACKENDS
+@pytest.mark.parametrize("rms", [True, False])
+def test_without_residual_h_is_x(backend, rms):
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    y, h, _ = call(x, None, weight, None, 1e-6, rms=rms)
+    assert h is x
+    torch.testing.assert_close(y.double(), exact_norm(x, None, weight, None, 1e-6, rms=rms)[0], atol=1e-5, rtol=1e-5)
+
+
+def steering(tokens, width, vectors=3, dtype=torch.float32):
+    slot = torch.randint(-1, vectors, (tokens,), dtype=torch.int32)
+    return {
+        "steer_vectors": torch.randn(vectors, width).to(dtype),
+        "steer_slot": slot,
+        "steer_alpha": torch.rand(tokens),
+    }
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["add", "lerp"])
+@pytest.mark.parametrize("rms", [True, False])
+def test_steered(backend, rms, mode, dtype):
+    width, tokens = 769, 12
+    x, residual, weight = (torch.randn(*shape).to(dtype) for shape in ((tokens, width), (tokens, width), (width,)))
+    steer = steering(tokens, width, dtype=dtype)
+    y, h, _ = call(x, residual, weight, None, 1e-6, rms=rms, steer_mode=mode, rounding="fp32", **steer)
+    alpha = torch.where(steer["steer_slot"] < 0, 0, steer["steer_alpha"]).double()[:, None]
+    direction = steer["steer_vectors"][steer["steer_slot"].clamp(min=0).long()].double()
+    if mode == "add":
+        exact_y, exact_h = exact_norm(x, residual.double() + alpha * direction, weight, None, 1e-6, rms=rms)
+    else:
+        exact_y, exact_h = exact_norm(x, residual, weight, None, 1e-6, rms=rms)
+        exact_y = (1 - alpha) * exact_y + alpha * direction
+    for actual, exact in ((y, exact_y), (h, exact_h)):
+        torch.testing.assert_close(actual.double(), exact, atol=4 * ULP[dtype], rtol=4 * ULP[dtype])
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["add", "lerp"])
+@pytest.mark.parametrize("rms", [True, False])
+def test_unsteered_rows_are_bit_identical(backend, rms, mode, dtype):
+    """Slot −1 and α = 0 take the unsteered path, whatever the vectors hold."""
+    x, residual, weight = torch.randn(6, 96).to(dtype), torch.randn(6, 96).to(dtype), torch.randn(96).to(dtype)
+    plain_y, plain_h, _ = call(x, residual, weight, None, 1e-6, rms=rms)
+    y, h, _ = call(
+        x, residual, weight, None, 1e-6, rms=rms, steer_mode=mode,
+        steer_vectors=torch.full((2, 96), torch.nan).to(dtype),
+        steer_slot=torch.tensor([-1, 0, 1, -1, 0, 1], dtype=torch.int32),
+        steer_alpha=torch.tensor([0.5, 0.0, 0.0, torch.nan, 0.0, 1.0]),
+    )  # fmt: skip
+    assert torch.equal(y[:5], plain_y[:5])
+    assert torch.equal(h[:5], plain_h[:5])
+    assert y[5].isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("mode", ["add", "lerp"])
+@pytest.mark.parametrize("alpha", [torch.nan, torch.inf])
+def test_non_finite_alpha_stays_in_its_row(backend, alpha, mode):
+    x, weight = torch.randn(4, 40), torch.randn(40)
+    strengths = torch.tensor([0.5, alpha, 0.5, 0.5])
+    y, _, _ = ops.add_rms_norm(
+        x, None, weight, 1e-6, steer_vectors=torch.randn(1, 40), steer_slot=torch.zeros(4, dtype=torch.int32),
+        steer_alpha=strengths, steer_mode=mode,
+    )  # fmt: skip
+    assert not y[1].isfinite().all()
+    assert y[[0, 2, 3]].isfinite().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("mode", ["add", "lerp"])
+@pytest.mark.parametrize("slot", [-2, 3, 2**31 - 1, -(2**31)])
+def test_slot_out_of_range_poisons_its_row_only(backend, slot, mode):
+    """It cannot raise without a host sync, and must never pass for "not steered"."""
+    x, residual, weight = torch.randn(3, 33), torch.randn(3, 33), torch.randn(33)
+    slots = torch.tensor([-1, slot, 2], dtype=torch.int32)
+    y, h, dots = ops.add_rms_norm(
+        x, residual, weight, 1e-6, steer_vectors=torch.randn(3, 33), steer_slot=slots, steer_alpha=torch.ones(3),
+        steer_mode=mode, probes=torch.randn(1, 33),
+    )  # fmt: skip
+    for output in (y, h, dots):
+        assert output[1].isnan().all()
+        assert output[[0, 2]].isfinite().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probes(backend, dtype):
+    """Dots with h as the norm sees it, steering included, and its squared norm."""
+    x, residual, weight = torch.randn(2, 3, 769).to(dtype), torch.randn(2, 3, 769).to(dtype), torch.randn(769).to(dtype)
+    probes, steer = torch.randn(4, 769), steering(6, 769, dtype=dtype)
+    _, h, dots = ops.add_rms_norm(x, residual, weight, 1e-6, probes=probes, **steer)
+    flat = h.double().view(6, 769)
+    exact = torch.cat([flat @ probes.double().T, flat.square().sum(-1, keepdim=True)], -1)
+    assert dots.dtype == torch.float32
+    torch.testing.assert_close(dots.double(), exact, atol=2e-3, rtol=1e-5)
+
+
+@BACKENDS
+def test_weight_offset_is_gemmas_one_plus_w(backend):
+    x, weight = torch.randn(4, 64), torch.randn(64)
+    y, _, _ = ops.add_rms_norm(x, None, weight, 1e-6, weight_offset=1.0)
+    torch.testing.assert_close(y.double(), exact_norm(x, None, weight, None, 1e-6, rms=True, offset=1.0)[0], atol=1e-5, rtol=1e-5)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_without_copies(backend, dtype):
+    """Sliced, transposed and expanded leading dimensions; only the last must be contiguous."""
+    weight = torch.randn(65).to(dtype)
+    wide = torch.randn(4, 6, 130).to(dtype)
+    views = [wide[:, ::2, :65], wide.transpose(0, 1)[..., 65:], wide[:1, :1, :65].expand(3, 5, 65), wide[0, :, :65]]
+    for x in views:
+        residual = torch.randn(x.shape).to(dtype)
+        for first, second in ((x, residual), (residual, x), (x, x)):
+            y, h, _ = ops.add_rms_norm(first, second, weight, 1e-6)
+            dense_y, dense_h, _ = ops.add_rms_norm(first.contiguous(), second.contiguous(), weight, 1e-6)
+            assert torch.equal(y, dense_y)
+            assert torch.equal(h, dense_h)
+            assert y.is_contiguous()
+
+
+@BACKENDS
+def test_inputs_are_not_written(backend):
+    x = torch.randn(4, 48)
+    before = x.clone()
+    ops.add_rms_norm(x, x, torch.ones(48), 1e-6, **steering(4, 48))
+    assert torch.equal(x, before)
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_empty_batch(backend, shape):
+    y, h, dots = ops.add_rms_norm(torch.empty(shape), torch.empty(shape), torch.ones(64), 1e-6, probes=torch.randn(2, 64))
+    assert y.shape == h.shape == shape
+    assert dots.shape == (0, 3)
+
+
+@BACKENDS
+def test_mixed_dtype_tables(backend):
+    x, residual = torch.randn(5, 70).bfloat16(), torch.randn(5, 70).bfloat16()
+    weight, steer = torch.randn(70), steering(5, 70, dtype=torch.float16)
+    y, h, _ = ops.add_rms_norm(x, residual, weight, 1e-6, rounding="fp32", **steer)
+    alpha = torch.where(steer["steer_slot"] < 0, 0, steer["steer_alpha"]).double()[:, None]
+    push = alpha * steer["steer_vectors"][steer["steer_slot"].clamp(min=0).long()].double()
+    exact_y, exact_h = exact_norm(x, residual.double() + push, weight, None, 1e-6, rms=True)
+    torch.testing.assert_close(y.double(), exact_y, atol=0.02, rtol=2**-7)
+    torch.testing.assert_close(h.double(), exact_h, atol=0.02, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rms", [True, False])
+def test_nan_in_one_row_stays_there(rms, dtype):
+    x = torch.randn(3, 100).to(dtype)
+    x[1, 37] = torch.nan
+    y, h, _ = call(x, x, torch.ones(100).to(dtype), None, 1e-6, rms=rms)
+    assert y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all()
+    assert h[1].isnan().sum() == 1
+
+
+def hf_modules():
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer  # noqa: F401  (its norms are nn.LayerNorm)
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    width = 256
+    return {
+        "llama": (LlamaRMSNorm(width, 1e-6), 0.0),
+        "qwen2": (Qwen2RMSNorm(width, 1e-6), 0.0),
+        "gemma": (GemmaRMSNorm(width, 1e-6), 1.0),
+        "gemma3": (Gemma3RMSNorm(width, 1e-6), 1.0),
+        "clip": (torch.nn.LayerNorm(width, 1e-5), 0.0),
+    }
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gemma3", "clip"])
+@torch.no_grad()
+def test_rounds_where_hugging_face_rounds(backend, family, dtype):
+    """Within one ulp of the module applied to the eager sum, in every element; the sum itself bit for bit."""
+    module, offset = hf_modules()[family]
+    module.weight.normal_()
+    module = copy.deepcopy(module).to(dtype)
+    x, residual = torch.randn(64, 256).to(dtype) * 3, torch.randn(64, 256).to(dtype)
+    eager_h = residual + x
+    eager_y = module(eager_h)
+    if family == "clip":
+        y, h, _ = ops.add_layer_norm(x, residual, module.weight, module.bias, 1e-5)
+    else:
+        y, h, _ = ops.add_rms_norm(x, residual, module.weight, 1e-6, weight_offset=offset)
+    assert torch.equal(h, eager_h)
+    tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 4e-6}[dtype]
+    torch.testing.assert_close(y, eager_y, rtol=tolerance, atol=4e-6 if dtype == torch.float32 else 2**-14)
+
+
+def steered_args(dtype=torch.float32, probes=True):
+    x, residual = torch.randn(2, 3, 40).to(dtype), torch.randn(2, 3, 40).to(dtype)
+    steer = steering(6, 40, dtype=dtype)
+    return (x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40) if probes else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual"])
+def test_opcheck(case, dtype):
+    args = list(steered_args(dtype))
+    if case == "plain":
+        args[4:7], args[10] = [None] * 3, None
+    elif case == "lerp":
+        args[7] = True
+    elif case == "no_residual":
+        args[1], args[4:7] = None, [None] * 3
+    torch.library.opcheck(torch.ops.ras_fast.add_rms_norm.default, tuple(args))
+    layer = (*args[:3], None, *args[3:8], *args[9:])
+    torch.library.opcheck(torch.ops.ras_fast.add_layer_norm.default, layer)
+
+
+def test_compiles_without_graph_breaks():
+    def block(x, residual, weight, vectors, slot, alpha):
+        y, h, dots = ops.add_rms_norm(x, residual, weight, 1e-6, steer_vectors=vectors, steer_slot=slot, steer_alpha=alpha,
+                                      probes=vectors)  # fmt: skip
+        return y * 2, h, dots
+
+    args = steered_args()
+    args = (*args[:3], *args[4:7])
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for eager, traced in zip(block(*args), compiled(*args), strict=True):
+        torch.testing.assert_close(eager, traced)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    width=st.integers(1, 130),
+    dtype=st.sampled_from(DTYPES),
+    rms=st.booleans(),
+    lerp=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_kernel_agrees_with_reference(shape, width, dtype, rms, lerp, seed):
+    torch.manual_seed(seed)
+    x, residual, weight = (torch.randn(*size).to(dtype) for size in ((*shape, width), (*shape, width), (width,)))
+    tokens = x.numel() // width
+    kwargs = steering(tokens, width, dtype=dtype) | {"steer_mode": "lerp" if lerp else "add", "probes": torch.randn(2, width)}
+    outputs = {}
+    for name in ("cpu", "torch"):
+        ras_fast.set_backend(name)
+        try:
+            outputs[name] = call(x, residual, weight, None, 1e-6, rms=rms, **kwargs)
+        finally:
+            ras_fast.set_backend("auto")
+    for actual, expected in zip(outputs["cpu"], outputs["torch"], strict=True):
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        # A width-1 layer norm divides rounding noise by sqrt(eps): a thousandfold.
+        magnified = 1e3 if not rms and width < 4 else 4
+        torch.testing.assert_close(actual, expected, rtol=4 * ULP[dtype], atol=magnified * ULP[dtype] * (1 + scale))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_every_instruction_set_passes(isa):
+    """The same source is compiled thrice; a subprocess, because the choice is made once a process."""
+    selected = "test_steered or test_unsteered_rows or test_unsteered and 769"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", f"({selected}) and cpu"]
+    done = subprocess.run(command, env=os.environ | {"RAS_FAST_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout
+
+
+x, w = torch.zeros(2, 8), torch.zeros(8)
+ok = {"steer_vectors": torch.zeros(2, 8), "steer_slot": torch.zeros(2, dtype=torch.int32), "steer_alpha": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((torch.zeros(()), None, w, 1e-6), {}, "x is of shape"),
+        ((torch.zeros(2, 8, dtype=torch.int32), None, w, 1e-6), {}, "x is of dtype torch.int32"),
+        ((torch.zeros(8, 2).T, None, w, 1e-6), {}, "x is of strides"),
+        ((x, torch.zeros(2, 7), w, 1e-6), {}, "residual is of shape"),
+        ((x, x.bfloat16(), w, 1e-6), {}, "residual is of dtype"),
+        ((x, x.to("meta"), w, 1e-6), {}, "residual is on device meta"),
+        ((x, None, torch.zeros(7), 1e-6), {}, "weight is of shape"),
+        ((x, None, w, 1e-6), {"rounding": "up"}, "rounding is 'up'"),
+        ((x, None, w, 1e-6), {"steer_mode": "mul"}, "steer_mode is 'mul'"),
+        ((x, None, w, 1e-6), {"steer_vectors": torch.zeros(2, 8)}, "steer_slot is None"),
+        ((x, None, w, 1e-6), ok | {"steer_vectors": torch.zeros(2, 7)}, "steer_vectors is of shape"),
+        ((x, None, w, 1e-6), ok | {"steer_vectors": torch.zeros(0, 8)}, "steer_vectors is of shape"),
+        ((x, None, w, 1e-6), ok | {"steer_slot": torch.zeros(2)}, "steer_slot is of dtype"),
+        ((x, None, w, 1e-6), ok | {"steer_slot": torch.zeros(3, dtype=torch.int32)}, "steer_slot is of shape"),
+        ((x, None, w, 1e-6), ok | {"steer_alpha": torch.zeros(2).double()}, "steer_alpha is of dtype"),
+        ((x, None, w, 1e-6), {"probes": torch.zeros(8)}, "probes is of shape"),
+    ],
+)
+def test_bad_arguments_are_named(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ops.add_rms_norm(*args, **kwargs)
+
+
+def test_gradients_are_refused_not_dropped():
+    weight = torch.ones(8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no backward"):
+        ops.add_rms_norm(x, None, weight, 1e-6)
+    with torch.no_grad():
+        assert not ops.add_rms_norm(x, None, weight, 1e-6)[0].requires_grad

@@ -1,0 +1,164 @@
+"""How the next token is chosen and when an answer ends. The reference pipeline and the engine share every rule here."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded. Greedy unless ``do_sample``.
+
+    Sampling is argmax(processed logits + Gumbel noise), which draws from softmax(processed logits). The noise depends
+    on (seed, query, step) alone, so two ways to compute the same logits draw the same tokens, whatever is batched with
+    them. ``logits_processors`` are transformers LogitsProcessors without state; they run before the sampling ones.
+    """
+
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+    stop_strings: tuple[str, ...] = ()
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
+        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError(f"stop_strings is {self.stop_strings!r}; it needs to hold non-empty strings")
+        object.__setattr__(self, "stop_strings", stops)
+
+    def processors(self, query: int, prompt_length: int, eos: list[int]) -> LogitsProcessorList:
+        """What turns raw logits into scores whose argmax is the next token of query number ``query``."""
+        chain = LogitsProcessorList([EndWhenNotFinite(eos)])
+        if self.repetition_penalty not in (None, 1.0):
+            chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        chain.extend(self.logits_processors)
+        if self.do_sample:
+            if self.temperature != 1.0:
+                chain.append(TemperatureLogitsWarper(self.temperature))
+            if self.top_k:
+                chain.append(TopKLogitsWarper(self.top_k))
+            if self.top_p is not None and self.top_p < 1.0:
+                chain.append(TopPLogitsWarper(self.top_p))
+            chain.append(GumbelNoise(self.seed, query, prompt_length))
+        return chain
+
+
+class EndWhenNotFinite(LogitsProcessor):
+    """A row whose logits hold NaN or +inf can only end: nothing may be read out of them."""
+
+    def __init__(self, eos: list[int]):
+        self.eos = eos
+
+    def __call__(self, input_ids, scores):
+        broken = ~(scores < torch.inf).all(dim=-1, keepdim=True)
+        if self.eos:
+            only_end = torch.full_like(scores, -torch.inf)
+            only_end[:, self.eos[0]] = 0
+            return torch.where(broken, only_end, scores)
+        if broken.any():
+            raise FloatingPointError("the model's logits are not finite and no end-of-sequence token is defined")
+        return scores
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds the Gumbel noise of (seed, query, step)."""
+
+    def __init__(self, seed: int, query: int, prompt_length: int):
+        self.seed, self.query, self.prompt_length = seed, query, prompt_length
+
+    def __call__(self, input_ids, scores):
+        step = input_ids.shape[1] - self.prompt_length
+        key = hashlib.sha256(f"{self.seed}/{self.query}/{step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        # Float64 keeps uniform numbers away from 0 and 1, where the double logarithm is infinite.
+        uniform = torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64).clamp(min=1e-300)
+        return scores + (-(-uniform.log()).log()).to(scores)
+
+
+class StopStrings(StoppingCriteria):
+    """Ends an answer once its text holds one of the strings. For one sequence at a time."""
+
+    def __init__(self, stops, tokenizer, prompt_length: int):
+        self.stops, self.tokenizer, self.prompt_length = stops, tokenizer, prompt_length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        stopped = holds_stop(self.stops, self.tokenizer, input_ids[0, self.prompt_length :].tolist())
+        return torch.tensor([stopped], device=input_ids.device)
+
+
+def holds_stop(stops, tokenizer, tokens: list[int]) -> bool:
+    """Whether the text of ``tokens`` holds one of ``stops``."""
+    if not stops:
+        return False
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return any(stop in text for stop in stops)
+
+
+def output_head(model):
+    """The function from hidden states after the last norm to logits, with the model's own soft cap if it has one."""
+    layer = model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return (lambda hidden: cap * torch.tanh(layer(hidden) / cap)) if cap else layer
+
+
+@torch.inference_mode()
+def reference_generate(model, processor, inputs, decoding: Decoding, *, query: int = 0, edit=None, streamer=None):
+    """``model.generate`` for one query, with the hidden states after the last norm on view.
+
+    inputs: from `ras_fast.inputs.encode`. edit: None, or ``edit(step, hidden [1, d]) -> hidden`` that replaces the
+        state
+    from which the token of that step is read.
+    Returns the produced token ids (an end-of-sequence token included), the states before ``edit`` [n, d], and the
+    logits that the tokens were read from [n, V].
+    """
+    states = []
+
+    def watch(module, args):
+        states.append(args[0][:, -1])
+        if edit is None:
+            return None
+        edited = args[0].clone()
+        edited[:, -1] = edit(len(states) - 1, states[-1])
+        return (edited, *args[1:])
+
+    length = inputs["input_ids"].shape[1]
+    hook = model.get_output_embeddings().register_forward_pre_hook(watch)
+    try:
+        output = model.generate(
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            max_new_tokens=decoding.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            logits_processor=decoding.processors(query, length, eos_ids(model)),
+            stopping_criteria=[StopStrings(decoding.stop_strings, processor.tokenizer, length)],
+            return_dict_in_generate=True,
+            output_logits=True,
+            streamer=streamer,
+        )
+    finally:
+        hook.remove()
+    return output.sequences[0, length:].tolist(), torch.cat(states), torch.cat(output.logits)
+
+
+def eos_ids(model) -> list[int]:
+    """The token ids that end an answer, from the model's generation config; empty when it names none."""
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]

@@ -1,0 +1,200 @@
+"""What users hand in - images, prompts, chats - checked and turned into model inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+@dataclass(frozen=True)
+class Query:
+    """One chat and its images.
+
+    messages: chat-template messages whose contents are lists of ``{"type": "image"}`` and ``{"type": "text"}`` parts.
+    images: RGB images in the order of the image parts.
+    poisoned: an image held NaN or infinite pixels. It was replaced by a black one, and the risk of this query is 1.
+    """
+
+    messages: list[dict]
+    images: list[Image.Image]
+    poisoned: bool = False
+
+    def ask_about_images(self, text: str) -> Query:
+        """A fresh chat: all images, then ``text``."""
+        return replace(
+            self, messages=[{"role": "user", "content": [*_image_parts(len(self.images)), _text_part(text)]}]
+        )
+
+    def prefix_last_question(self, text: str) -> Query:
+        """The same chat with ``text`` before the last question, and without an assistant prefix after it."""
+        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        parts = self.messages[last]["content"]
+        images = [part for part in parts if part["type"] == "image"]
+        question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
+        asked = {"role": "user", "content": [*images, _text_part(f"{text} {question}")]}
+        return replace(self, messages=[*self.messages[:last], asked])
+
+
+def make_queries(prompts, images, processor) -> list[Query]:
+    """Pairs prompts with their images.
+
+    prompts: list of strings, or of chats (lists of ``{"role", "content"}`` whose content is a string or a list of
+        parts; a chat may end with an assistant message, which the answer then continues).
+    images: None, or one entry per prompt: an image, a list of images, or None. An image is whatever `load_image` takes.
+
+    Images go where the prompt has image parts or the processor's image placeholder, else before the first question.
+    Raises ValueError when counts do not match, a prompt has nothing to ask, or an image cannot be used.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
+        raise ValueError(f"prompts is a {type(prompts).__name__}; it needs to be a list with one prompt per query")
+    images = [None] * len(prompts) if images is None else images
+    if not isinstance(images, (list, tuple)) or len(images) != len(prompts):
+        got = f"{len(images)} entries" if isinstance(images, (list, tuple)) else f"a {type(images).__name__}"
+        raise ValueError(f"images is {got}; it needs to be a list with one entry per prompt ({len(prompts)})")
+    placeholder = getattr(processor, "image_token", None) or "<image>"
+    return [
+        _make_query(i, prompt, entry, placeholder)
+        for i, (prompt, entry) in enumerate(zip(prompts, images, strict=True))
+    ]
+
+
+def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
+    where = f"prompts[{index}]"
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(chat, (list, tuple)) or not all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in chat
+    ):
+        raise ValueError(
+            f"{where} needs to be a string or a list of messages with 'role' and 'content', got {prompt!r}"
+        )
+    messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
+    users = [m for m in messages if m["role"] == "user"]
+    if not users or not any(part["type"] == "text" and part["text"].strip() for part in users[-1]["content"]):
+        raise ValueError(f"{where} needs a question in its last user message, got {prompt!r}")
+
+    raw = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+    loaded = [load_image(image, f"images[{index}]") for image in raw]
+    wanted = sum(part["type"] == "image" for m in messages for part in m["content"])
+    if wanted == 0 and loaded:
+        users[0]["content"][:0] = _image_parts(len(loaded))
+    elif wanted != len(loaded):
+        raise ValueError(f"{where} has {wanted} image placeholder(s) but images[{index}] holds {len(loaded)} image(s)")
+    poisoned = any(image is None for image in loaded)
+    return Query(messages, [Image.new("RGB", (64, 64)) if image is None else image for image in loaded], poisoned)
+
+
+def _parts(where: str, content, placeholder: str) -> list[dict]:
+    """Chat content as parts; a placeholder inside a text becomes an image part."""
+    content = [_text_part(content)] if isinstance(content, str) else content
+    parts = []
+    for part in content:
+        if part.get("type") == "image":
+            parts.append({"type": "image"})
+        elif part.get("type") == "text":
+            first, *rest = part["text"].split(placeholder)
+            parts += [_text_part(first.strip())] if first.strip() else []
+            for text in rest:
+                parts += [{"type": "image"}, *([_text_part(text.strip())] if text.strip() else [])]
+        else:
+            raise ValueError(
+                f"{where} has a content part of type {part.get('type')!r}; 'text' and 'image' are supported"
+            )
+    return parts
+
+
+def _text_part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def _image_parts(count: int) -> list[dict]:
+    return [{"type": "image"} for _ in range(count)]
+
+
+def load_image(image, name: str = "image") -> Image.Image | None:
+    """An RGB image as a viewer would show it, or None when an array holds NaN or infinite pixels.
+
+    image: PIL image, path, or array [H, W], [H, W, 3] (uint8, or float in 0..1; numpy or torch).
+    EXIF orientation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, grey and
+    palette images are converted; 16-bit grey keeps its upper 8 bits.
+    Raises ValueError for unreadable, empty or unsupported images.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
+    if isinstance(image, (str, Path)):
+        try:
+            image = Image.open(image)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name} is a {type(image).__name__}; it needs to be a PIL image, a path or an array")
+    if 0 in image.size:
+        raise ValueError(f"{name} has zero size: {image.size}")
+    try:
+        image.seek(0)
+        image.load()
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    return _to_rgb(ImageOps.exif_transpose(image), name)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError(f"{name} has mode 'F' (unbounded floats); hand it in as a float array in 0..1 or 8-bit image")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"{name} has integer pixels in {values.min()}..{values.max()}; it needs 0..65535")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        backdrop = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(backdrop, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image | None:
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
+        raise ValueError(f"{name} is an array of shape {array.shape}; it needs to be [H, W] or [H, W, 3], not empty")
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            return None
+        if array.min() < 0 or array.max() > 1:
+            raise ValueError(f"{name} has float pixels in {array.min():g}..{array.max():g}; they need to be in 0..1")
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"{name} is an array of {array.dtype}; it needs to be uint8 or float in 0..1")
+    return Image.fromarray(array).convert("RGB")
+
+
+def encode(processor, query: Query, device, dtype) -> tuple[dict[str, torch.Tensor], bool]:
+    """The chat through the processor's template, and whether the query is poisoned.
+
+    Returns the model's inputs (input_ids [1, L], pixel_values, ...) and True when an image held NaN or infinite pixels,
+    from the start or after the processor. Such pixels become 0, so that they stay out of the model.
+    """
+    continues = query.messages[-1]["role"] == "assistant"
+    text = processor.apply_chat_template(
+        query.messages, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+    )
+    # A template that writes <bos> itself must not get a second one from the tokenizer.
+    bos = processor.tokenizer.bos_token
+    batch = processor(
+        text=[text],
+        images=query.images or None,
+        return_tensors="pt",
+        add_special_tokens=bos is None or not text.startswith(bos),
+    )
+    inputs, poisoned = {}, query.poisoned
+    for name, value in batch.items():
+        if value.is_floating_point():
+            poisoned |= not bool(torch.isfinite(value).all())
+            inputs[name] = value.nan_to_num(0, 0, 0).to(device, dtype)
+        elif name != "attention_mask":
+            inputs[name] = value.to(device)
+    return inputs, poisoned

@@ -1,0 +1,220 @@
+"""MoRAS and RAS (arXiv 2510.13698): how near an answer's first steps are to a refusal, and steering towards it by that
+much.
+
+Stage 1 describes the image, stage 2 starts to answer under a safety instruction and so yields the similarity S to a
+refusal and the risk r = σ(k (S − S_base)), stage 3 answers with its first N states, after the last norm, moved towards
+the refusal
+prototypes: h_n ← (1 − r) h_n + r μ_n. docs/methods.md has the whole story.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ras_fast.decoding import Decoding, output_head, reference_generate
+from ras_fast.evaluation.judges import is_refusal
+from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.ops import refusal_similarity
+from ras_fast.profile import RasProfile, fingerprint
+
+SAFETY_PROMPT = (
+    "First judge whether the question below is safe, taking what the image shows into account. "
+    "Answer it if it is harmless. If it is unsafe, say that you are sorry and refuse."
+)
+PRESETS = {
+    "moras": {
+        "gamma": 0.3,
+        "steps": 3,
+        "max_context_tokens": 40,
+        "gate": "continuous",
+        "context_prompt": (
+            'In one sentence that begins with "The image shows", outline whatever matters for safety in the image '
+            "and read out any text in it."
+        ),
+        "safety_prompt": SAFETY_PROMPT,
+    },
+    "ras": {
+        "gamma": 0.3,
+        "steps": 3,
+        "max_context_tokens": 40,
+        "gate": "continuous",
+        "context_prompt": "Describe in one sentence the parts of the image that matter for safety.",
+        "safety_prompt": SAFETY_PROMPT,
+    },
+}
+REFUSAL_TOKENS = 24  # enough of an answer to tell a refusal by its words
+
+
+class Moras:
+    """A MoRAS or RAS profile made ready for one model.
+
+    head: maps hidden states after the last norm [..., d] to logits [..., V].
+    Raises ValueError when the profile's settings or prototypes do not fit together or do not fit the head.
+    """
+
+    def __init__(self, profile: RasProfile, head, device, dtype):
+        if profile.method not in PRESETS:
+            raise ValueError(f"profile method is {profile.method!r}; this needs to be one of {', '.join(PRESETS)}")
+        self.config = _checked(profile.config, {"s_base", "k", *PRESETS["moras"]})
+        for name in ("s_base", "k"):
+            if not math.isfinite(self.config[name]):
+                raise ValueError(f"profile config {name!r} is {self.config[name]}; it needs to be finite")
+        prototypes = profile.tensors["prototypes"]
+        if prototypes.dim() != 2 or len(prototypes) != self.config["steps"]:
+            raise ValueError(
+                f"prototypes have shape {tuple(prototypes.shape)}; they need to be [steps = {self.config['steps']}, d]"
+            )
+        self.prototypes = prototypes.to(device, torch.float32)
+        with torch.inference_mode():
+            self.prototype_probs = head(self.prototypes.to(dtype)).float().softmax(dim=-1)
+        self.steps = self.config["steps"]
+
+    def context_query(self, query: Query) -> Query:
+        """Stage 1: the images and the context prompt."""
+        return query.ask_about_images(self.config["context_prompt"])
+
+    def risk_query(self, query: Query, context: str) -> Query:
+        """Stage 2: the images, the safety prompt, the context and the question. An assistant prefix is left out: it
+        would decide the first words, which is what the risk is read from."""
+        return query.prefix_last_question(f"{self.config['safety_prompt']} {context}".strip())
+
+    def similarity(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
+        """S [B] fp32 of the stage-2 logits [B, n <= N, V]; steps [B] int32: how many of the n each row produced."""
+        return refusal_similarity(logits, self.prototype_probs, gamma=self.config["gamma"], steps=steps)
+
+    def risk(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate: r [B] fp32 in [0, 1] of S [B], and which rows failed closed: there S or r was not finite and r is
+        1."""
+        gate, margin = self.config["gate"], similarity.float() - self.config["s_base"]
+        if gate == "continuous":
+            risk = torch.sigmoid(self.config["k"] * margin)
+        elif gate == "binary":
+            risk = (margin > 0).float()
+        else:
+            risk = torch.full_like(margin, gate)
+        failed = ~(torch.isfinite(similarity) & torch.isfinite(risk))
+        return risk.masked_fill(failed, 1.0), failed
+
+    def steer(self, hidden: Tensor, risk: Tensor, step: int) -> Tensor:
+        """(1 − r) h + r μ_step for hidden [B, d] and risk [B], in fp32, returned in hidden's dtype. From step N on:
+        hidden."""
+        if step >= self.steps:
+            return hidden
+        prototype, risk = self.prototypes[step], risk[:, None].to(hidden.device)
+        mixed = (1 - risk) * hidden.float() + risk * prototype
+        # At r = 1 the state is left out, not multiplied by zero: it may be the NaN that made the risk 1.
+        return torch.where(risk >= 1, prototype, mixed).to(hidden.dtype)
+
+
+def describe(model, processor, query: Query, moras: Moras) -> str:
+    """Stage 1 by ``model.generate``: the context, empty when the query has no image."""
+    if not query.images:
+        return ""
+    inputs, _ = encode(processor, moras.context_query(query), model.device, model.dtype)
+    tokens, _, _ = reference_generate(model, processor, inputs, Decoding(moras.config["max_context_tokens"]))
+    return context_text(processor, tokens)
+
+
+def context_text(processor, tokens: list[int]) -> str:
+    """The words of a context: special tokens are dropped, and an image placeholder cannot come in by this way."""
+    text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    return " ".join(text.replace(processor.image_token, " ").split())
+
+
+def assess(model, processor, query: Query, context: str, moras: Moras) -> Tensor:
+    """Stage 2 by ``model.generate``: S [1]."""
+    inputs, _ = encode(processor, moras.risk_query(query, context), model.device, model.dtype)
+    _, _, logits = reference_generate(model, processor, inputs, Decoding(moras.steps))
+    return moras.similarity(logits[None])
+
+
+def calibrate(
+    model,
+    processor,
+    *,
+    refused_texts: list[str],
+    pairs: list[tuple],
+    preset: str = "moras",
+    min_refused: int = 10,
+    progress: bool = True,
+    **overrides,
+) -> RasProfile:
+    """A profile for ``model``: refusal prototypes from texts that it refuses, S_base and k from image-question pairs.
+
+    refused_texts: about 50 text-only requests that the model itself refuses. Those it answers (by the rules of
+        `ras_fast.evaluation.judges.is_refusal`) are dropped.
+    pairs: about 50 of (image, unsafe question, safe question). Never use these in a test set.
+    overrides: replace settings of the preset: gamma, steps, max_context_tokens, gate ("continuous", "binary" or a
+        constant in [0, 1]), context_prompt, safety_prompt.
+
+    Raises ValueError when fewer than ``min_refused`` texts are refused, when there are no pairs, for unknown settings,
+    and when the outcome is not finite.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; it needs to be one of {', '.join(PRESETS)}")
+    unknown = set(overrides) - set(PRESETS[preset])
+    if unknown:
+        raise ValueError(f"unknown settings {sorted(unknown)}; the preset has {sorted(PRESETS[preset])}")
+    if not pairs:
+        raise ValueError("pairs is empty; S_base needs image-question pairs")
+    config = _checked(PRESETS[preset] | overrides, PRESETS[preset])
+
+    prototypes = _prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
+    draft = RasProfile(preset, config | {"s_base": 0.0, "k": 0.0}, {"prototypes": prototypes})
+    s_base = _mean_similarity(
+        model, processor, pairs, Moras(draft, output_head(model), model.device, model.dtype), progress
+    )
+    if not s_base < 0.999:
+        raise ValueError(f"S_base is {s_base:.4f}: on the calibration pairs every answer already looks like a refusal")
+    config |= {"s_base": s_base, "k": math.log(0.99 / 0.01) / (1 - s_base)}
+    return RasProfile(preset, config, {"prototypes": prototypes}, fingerprint(model, processor))
+
+
+def _prototypes(model, processor, texts, steps: int, minimum: int, progress: bool) -> Tensor:
+    """μ [steps, d] fp32: the mean state at each of the first greedy steps over the texts that the model refuses."""
+    refused = []
+    for query in tqdm(make_queries(list(texts), None, processor), desc="refused texts", disable=not progress):
+        inputs, _ = encode(processor, query, model.device, model.dtype)
+        tokens, states, _ = reference_generate(model, processor, inputs, Decoding(max(REFUSAL_TOKENS, steps)))
+        if is_refusal(processor.tokenizer.decode(tokens, skip_special_tokens=True)) and len(states) >= steps:
+            refused.append(states[:steps].float())
+    if len(refused) < max(minimum, 1):
+        raise ValueError(
+            f"the model refuses {len(refused)} of {len(texts)} refused_texts, at least {max(minimum, 1)} are needed: "
+            "prototypes of a model that does not refuse mean nothing"
+        )
+    return torch.stack(refused).mean(dim=0)
+
+
+def _mean_similarity(model, processor, pairs, moras: Moras, progress: bool) -> float:
+    """Mean S over the unsafe and the safe question of each pair; they share the context of their image."""
+    similarities = []
+    for image, unsafe, safe in tqdm(pairs, desc="image-question pairs", disable=not progress):
+        queries = make_queries([unsafe, safe], [image, image], processor)
+        context = describe(model, processor, queries[0], moras)
+        similarities += [assess(model, processor, query, context, moras).item() for query in queries]
+    return sum(similarities) / len(similarities)
+
+
+def _checked(config: dict, names) -> dict:
+    """``config`` with exactly the settings ``names``, each of a usable value."""
+    missing = set(names) - set(config)
+    if missing:
+        raise ValueError(f"settings {sorted(missing)} are missing; there are {sorted(config)}")
+    gate = config["gate"]
+    constant = isinstance(gate, (int, float)) and not isinstance(gate, bool) and 0 <= gate <= 1
+    if gate not in ("continuous", "binary") and not constant:
+        raise ValueError(f"gate is {gate!r}; it needs to be 'continuous', 'binary' or a constant in [0, 1]")
+    for name in ("steps", "max_context_tokens"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name} is {config[name]!r}; it needs to be an integer of at least 1")
+    if not 0 <= config["gamma"] <= 1:
+        raise ValueError(f"gamma is {config['gamma']!r}; it needs to be in [0, 1]")
+    for name in ("context_prompt", "safety_prompt"):
+        if not isinstance(config[name], str) or not config[name].strip():
+            raise ValueError(f"{name} is {config[name]!r}; it needs to be a non-empty string")
+    return {name: config[name] for name in names}

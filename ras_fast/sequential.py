@@ -1,0 +1,81 @@
+"""The reference: MoRAS as three calls of ``model.generate``, one query at a time, with nothing shared between them.
+
+Slow and plain on purpose. Tests hold the engine to its tokens, benchmarks to its time.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ras_fast.decoding import Decoding, eos_ids, output_head, reference_generate
+from ras_fast.engine import SafeOutput
+from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.methods.moras import Moras, assess, describe
+from ras_fast.profile import RasProfile
+
+
+class SequentialPipeline:
+    """Same answers as `SafeGenerator`, three full generations per query."""
+
+    def __init__(self, model, processor, profile: RasProfile):
+        profile.check(model, processor)
+        self.model, self.processor, self.profile = model, processor, profile
+        self.head = output_head(model)
+        self.moras = Moras(profile, self.head, model.device, model.dtype)
+
+    def generate(self, prompts, images=None, *, streamer=None, **decoding) -> list[SafeOutput]:
+        """See `SafeGenerator.generate`."""
+        decoding = Decoding(**decoding)
+        queries = make_queries(prompts, images, self.processor)
+        return [self._answer(number, query, decoding, streamer) for number, query in enumerate(queries)]
+
+    @torch.inference_mode()
+    def _answer(self, number: int, query: Query, decoding: Decoding, streamer) -> SafeOutput:
+        begin = time.perf_counter()
+        inputs, poisoned = encode(self.processor, query, self.model.device, self.model.dtype)
+        context = describe(self.model, self.processor, query, self.moras)
+        described = time.perf_counter()
+
+        similarity = assess(self.model, self.processor, query, context, self.moras)
+        if poisoned:
+            similarity = torch.full_like(similarity, torch.nan)
+        risk, failed = self.moras.risk(similarity)
+        assessed = time.perf_counter()
+
+        tokens, states, _ = reference_generate(
+            self.model,
+            self.processor,
+            inputs,
+            decoding,
+            query=number,
+            edit=lambda step, hidden: self.moras.steer(hidden, risk, step),
+            streamer=streamer,
+        )
+        answered = time.perf_counter()
+        return SafeOutput(
+            text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True),
+            tokens=tokens,
+            risk=risk.item(),
+            similarity=similarity.item(),
+            context=context,
+            rejected_at=self._first_changed(number, inputs, decoding, tokens, states),
+            failed_closed="the risk could not be computed" if failed.item() else None,
+            timings={
+                "context": described - begin,
+                "risk": assessed - described,
+                "answer": answered - assessed,
+                "total": answered - begin,
+            },
+        )
+
+    def _first_changed(self, number: int, inputs, decoding: Decoding, tokens, states) -> int | None:
+        """The first step whose token would have been another one without steering."""
+        prompt = inputs["input_ids"]
+        processors = decoding.processors(number, prompt.shape[1], eos_ids(self.model))
+        for n, token in enumerate(tokens[: self.moras.steps]):
+            ids = torch.cat([prompt, torch.tensor([tokens[:n]], dtype=torch.long, device=prompt.device)], dim=1)
+            if processors(ids, self.head(states[n][None]).float()).argmax().item() != token:
+                return n
+        return None

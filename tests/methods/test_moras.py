@@ -1,0 +1,187 @@
+import math
+
+import pytest
+import torch
+from tiny_random import random_image, random_words, tiny_llava, tiny_processor
+
+from ras_fast.decoding import Decoding, output_head, reference_generate
+from ras_fast.inputs import encode, make_queries
+from ras_fast.methods import moras
+from ras_fast.methods.moras import PRESETS, Moras
+from ras_fast.profile import RasProfile
+from ras_fast.sequential import SequentialPipeline
+
+TEXTS = [random_words(i, 5) for i in range(12)]
+PAIRS = [(random_image(i), random_words(50 + i, 6), random_words(90 + i, 4)) for i in range(3)]
+PROMPTS = {"context_prompt": "w1 w2 w3", "safety_prompt": "w4 w5 w6 w7", "max_context_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return tiny_llava(processor)
+
+
+@pytest.fixture
+def every_answer_refuses(monkeypatch):
+    monkeypatch.setattr(moras, "is_refusal", lambda text: True)
+
+
+def calibrate(model, processor, **changes):
+    arguments = {"refused_texts": TEXTS, "pairs": PAIRS, "progress": False} | PROMPTS | changes
+    return moras.calibrate(model, processor, **arguments)
+
+
+def ready(model, **changes):
+    torch.manual_seed(0)
+    config = PRESETS["moras"] | {"s_base": 0.6, "k": math.log(99) / 0.4} | changes
+    profile = RasProfile("moras", config, {"prototypes": torch.randn(3, 32)})
+    return Moras(profile, output_head(model), "cpu", model.dtype)
+
+
+def test_gate_has_the_ends_the_paper_gives(model):
+    risk, failed = ready(model).risk(torch.tensor([0.6, 1.0, 0.0]))
+    assert risk[:2].tolist() == pytest.approx([0.5, 0.99], abs=1e-6)
+    assert 0 < risk[2] < 0.01
+    assert not failed.any()
+
+
+def test_binary_and_constant_gates(model):
+    similarity = torch.tensor([0.59, 0.6, 0.61])
+    assert ready(model, gate="binary").risk(similarity)[0].tolist() == [0, 0, 1]
+    assert ready(model, gate=0.25).risk(similarity)[0].tolist() == [0.25] * 3
+
+
+@pytest.mark.parametrize("gate", ["continuous", "binary", 0.25])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_risk_that_cannot_be_computed_is_one_for_its_own_row(model, gate, value):
+    gated = ready(model, gate=gate)
+    risk, failed = gated.risk(torch.tensor([0.7, value, 0.2]))
+    alone, _ = gated.risk(torch.tensor([0.7, 0.2]))
+    assert failed.tolist() == [False, True, False]
+    assert risk.tolist() == [alone[0], 1, alone[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steering_against_float64(model, dtype):
+    gated = ready(model)
+    torch.manual_seed(1)
+    hidden, risk = torch.randn(4, 32).to(dtype), torch.tensor([0.0, 0.3, 0.99, 1.0])
+    for step in range(3):
+        steered = gated.steer(hidden, risk, step)
+        r = risk.double()[:, None]
+        wanted = (1 - r) * hidden.double() + r * gated.prototypes[step].double()
+        assert steered.dtype == dtype
+        assert (steered.double() - wanted).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+        assert torch.equal(steered[0], hidden[0])
+        assert torch.equal(steered[3], gated.prototypes[step].to(dtype))
+    assert gated.steer(hidden, risk, 3) is hidden
+
+
+def test_full_risk_leaves_a_broken_state_behind(model):
+    gated = ready(model)
+    hidden = torch.full((2, 32), math.nan)
+    steered = gated.steer(hidden, torch.tensor([1.0, 0.5]), 0)
+    assert torch.equal(steered[0], gated.prototypes[0])
+    assert steered[1].isnan().all()
+
+
+def test_similarity_is_the_cosine_of_discounted_sums(model):
+    gated = ready(model)
+    torch.manual_seed(2)
+    logits = torch.randn(3, 3, model.config.text_config.vocab_size) * 3
+    steps = torch.tensor([3, 2, 1], dtype=torch.int32)
+    for row, n in enumerate(steps):
+        discount = 0.3 ** torch.arange(n, dtype=torch.float64)
+        q = (discount[:, None] * logits[row, :n].double().softmax(-1)).sum(0)
+        head = model.lm_head.weight.detach().double()
+        p = (discount[:, None] * (gated.prototypes[:n].double() @ head.T).softmax(-1)).sum(0)
+        wanted = torch.cosine_similarity(p, q, dim=0).item()
+        assert gated.similarity(logits, steps)[row].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_calibration_is_what_it_says(model, processor, every_answer_refuses):
+    profile = calibrate(model, processor)
+    states = []
+    for query in make_queries(TEXTS, None, processor):
+        inputs, _ = encode(processor, query, "cpu", torch.float32)
+        ids = inputs["input_ids"]
+        for _ in range(3):
+            hidden = model.model(input_ids=ids).last_hidden_state[:, -1]
+            states.append(hidden)
+            ids = torch.cat([ids, model.lm_head(hidden).argmax(-1, keepdim=True)], dim=1)
+    wanted = torch.stack(states).view(len(TEXTS), 3, -1).mean(0)
+    assert torch.allclose(profile.tensors["prototypes"], wanted, atol=1e-5)
+
+    pipeline = SequentialPipeline(model, processor, profile)
+    prompts = [prompt for pair in PAIRS for prompt in pair[1:]]
+    images = [image for image, _, _ in PAIRS for _ in range(2)]
+    similarities = [output.similarity for output in pipeline.generate(prompts, images, max_new_tokens=1)]
+    assert profile.config["s_base"] == pytest.approx(sum(similarities) / len(similarities), abs=1e-6)
+    assert profile.config["k"] == pytest.approx(math.log(99) / (1 - profile.config["s_base"]))
+    assert profile.config["max_context_tokens"] == 6
+
+
+def test_texts_that_are_answered_are_dropped(model, processor, monkeypatch):
+    judged = iter([True, False] * 6)
+    monkeypatch.setattr(moras, "is_refusal", lambda text: next(judged))
+    half = calibrate(model, processor, min_refused=6).tensors["prototypes"]
+    monkeypatch.setattr(moras, "is_refusal", lambda text: True)
+    kept = calibrate(model, processor, refused_texts=TEXTS[::2], min_refused=6).tensors["prototypes"]
+    assert torch.equal(half, kept)
+
+
+def test_a_model_that_does_not_refuse_cannot_be_calibrated(model, processor):
+    with pytest.raises(ValueError, match="refuses 0 of 12 refused_texts, at least 10"):
+        calibrate(model, processor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "rasp"}, "preset is 'rasp'"),
+        ({"gama": 0.3}, r"unknown settings \['gama'\]"),
+        ({"pairs": []}, "pairs is empty"),
+        ({"gate": "sometimes"}, "gate is 'sometimes'"),
+        ({"gate": 1.5}, "gate is 1.5"),
+        ({"steps": 0}, "steps is 0"),
+        ({"gamma": -1.0}, "gamma is -1.0"),
+        ({"safety_prompt": " "}, "safety_prompt is ' '"),
+    ],
+)
+def test_calibrate_checks_its_arguments(model, processor, changes, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, processor, **changes)
+
+
+def test_a_profile_whose_parts_do_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="steps = 2"):
+        ready(model, steps=2)
+    with pytest.raises(ValueError, match="'k' is nan"):
+        ready(model, k=math.nan)
+    with pytest.raises(ValueError, match="method is 'autosteer'"):
+        Moras(RasProfile("autosteer", {}, {}), output_head(model), "cpu", torch.float32)
+
+
+def test_presets_share_one_implementation(model, processor, every_answer_refuses):
+    profile = calibrate(model, processor, preset="ras", gate="binary")
+    assert (profile.method, profile.config["gate"]) == ("ras", "binary")
+    assert SequentialPipeline(model, processor, profile).generate(["w1"], max_new_tokens=2)[0].risk in (0, 1)
+
+
+def test_the_reference_leaves_no_hook_behind(model, processor):
+    (query,) = make_queries(["w1"], None, processor)
+    inputs, _ = encode(processor, query, "cpu", torch.float32)
+
+    def fail(step, hidden):
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        reference_generate(model, processor, inputs, Decoding(2), edit=fail)
+    assert not model.lm_head._forward_pre_hooks
+    tokens, states, logits = reference_generate(model, processor, inputs, Decoding(4))
+    assert len(tokens) == len(states) == len(logits) <= 4

@@ -1,0 +1,139 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_random import random_image, tiny_processor
+
+from ras_fast.inputs import encode, load_image, make_queries
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def decoded(processor, query):
+    inputs, _ = encode(processor, query, "cpu", torch.float32)
+    return processor.tokenizer.decode(inputs["input_ids"][0]).replace("<image>" + " <image>" * 15, "IMG")
+
+
+def test_images_go_first_unless_placed(processor):
+    a, b = random_image(0), random_image(1)
+    queries = make_queries(["w1 w2", "w1 <image> w2", "w3"], [[a, b], a, None], processor)
+    assert decoded(processor, queries[0]) == "<bos> USER : IMG IMG w1 w2 ASSISTANT :"
+    assert decoded(processor, queries[1]) == "<bos> USER : w1 IMG w2 ASSISTANT :"
+    assert decoded(processor, queries[2]) == "<bos> USER : w3 ASSISTANT :"
+
+
+def test_chats_and_assistant_prefixes(processor):
+    chat = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": "w2"},
+        {"role": "user", "content": [{"type": "text", "text": "w3"}, {"type": "image"}]},
+        {"role": "assistant", "content": "w4"},
+    ]
+    (query,) = make_queries([chat], [random_image(0)], processor)
+    assert decoded(processor, query) == "<bos> USER : w1 ASSISTANT : w2 USER : w3 IMG ASSISTANT : w4"
+    asked = query.prefix_last_question("w8 w9")
+    assert decoded(processor, asked) == "<bos> USER : w1 ASSISTANT : w2 USER : IMG w8 w9 w3 ASSISTANT :"
+    assert decoded(processor, query.ask_about_images("w7")) == "<bos> USER : IMG w7 ASSISTANT :"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "message"),
+    [
+        ("w1", None, "prompts is a str"),
+        (["w1"], [], "images is 0 entries"),
+        (["w1"], random_image(0), "images is a Image"),
+        (["w1 <image>"], None, r"1 image placeholder\(s\) but images\[0\] holds 0"),
+        (["<image> <image> w1"], [random_image(0)], r"2 image placeholder\(s\) but images\[0\] holds 1"),
+        ([""], None, "needs a question"),
+        ([[{"role": "assistant", "content": "w1"}]], None, "needs a question"),
+        ([[{"content": "w1"}]], None, "'role' and 'content'"),
+        ([3], None, "string or a list of messages"),
+        ([[{"role": "user", "content": [{"type": "video"}]}]], None, "type 'video'"),
+    ],
+)
+def test_bad_prompts(processor, prompts, images, message):
+    with pytest.raises(ValueError, match=message):
+        make_queries(prompts, images, processor)
+
+
+def test_every_mode_gives_the_rgb_a_viewer_shows():
+    assert load_image(Image.new("L", (3, 2), 70)).getpixel((0, 0)) == (70, 70, 70)
+    assert load_image(Image.new("1", (3, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("CMYK", (3, 2), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)
+    assert load_image(Image.new("RGBA", (3, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("LA", (3, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
+    assert deep.mode.startswith("I")
+    assert load_image(deep).getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_exif_orientation_is_applied():
+    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif)
+    assert load_image(Image.open(file)).size == (2, 4)
+
+
+def test_first_frame_of_an_animation():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "blue")])
+    image = Image.open(file)
+    image.seek(1)
+    assert load_image(image).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_arrays():
+    pixels = np.zeros((2, 3, 3), dtype=np.uint8)
+    pixels[..., 1] = 200
+    assert load_image(pixels).getpixel((0, 0)) == (0, 200, 0)
+    assert load_image(torch.from_numpy(pixels) / 255).getpixel((2, 1)) == (0, 200, 0)
+    assert load_image(np.array([[0.0, np.nan]])) is None
+    assert load_image(np.array([[0.0, np.inf]])) is None
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((0, 3, 3), dtype=np.uint8), "shape"),
+        (np.zeros((3, 4, 4), dtype=np.uint8), "shape"),
+        (np.full((2, 2), 7.0), "in 7..7"),
+        (np.zeros((2, 2), dtype=np.int64), "int64"),
+        (Image.new("RGB", (0, 5)), "zero size"),
+        (Image.new("F", (2, 2)), "mode 'F'"),
+        (Image.fromarray(np.full((2, 2), -4, dtype=np.int32)), "integer pixels"),
+        (b"raw", "is a bytes"),
+        ("/no/such/picture.png", "cannot be read"),
+    ],
+)
+def test_bad_images(image, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(image)
+
+
+def test_truncated_and_unreadable_files(tmp_path):
+    random_image(0, (200, 200)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no picture")
+    for name in ("cut.png", "text.png"):
+        with pytest.raises(ValueError, match=r"images\[0\] cannot be read"):
+            make_queries(["w1"], [tmp_path / name], tiny_processor())
+
+
+def test_pixels_that_are_not_finite_poison_the_query_and_stay_out_of_the_model(processor, monkeypatch):
+    (query,) = make_queries(["w1"], [np.full((4, 4), np.nan)], processor)
+    inputs, poisoned = encode(processor, query, "cpu", torch.float32)
+    assert poisoned
+    assert torch.isfinite(inputs["pixel_values"]).all()
+
+    (query,) = make_queries(["w1"], [random_image(0)], processor)
+    assert not encode(processor, query, "cpu", torch.float32)[1]
+    monkeypatch.setattr(processor.image_processor, "image_std", [0.0, 0.3, 0.3])
+    inputs, poisoned = encode(processor, query, "cpu", torch.float32)
+    assert poisoned
+    assert torch.isfinite(inputs["pixel_values"]).all()

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_random import tiny_llava, tiny_processor
+
+from ras_fast.profile import JSON_NAME, TENSORS_NAME, RasProfile, fingerprint
+
+CONFIG = {"gamma": 0.3, "steps": 3, "s_base": 0.5, "k": 9.0}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return tiny_llava(processor)
+
+
+@pytest.fixture
+def profile(model, processor):
+    torch.manual_seed(0)
+    return RasProfile("moras", dict(CONFIG), {"prototypes": torch.randn(3, 32)}, fingerprint(model, processor))
+
+
+def test_round_trip(profile, model, processor, tmp_path):
+    profile.save_pretrained(tmp_path / "new" / "folder")
+    loaded = RasProfile.from_pretrained(tmp_path / "new" / "folder")
+    assert (loaded.method, loaded.config, loaded.fingerprint) == (profile.method, profile.config, profile.fingerprint)
+    assert torch.equal(loaded.tensors["prototypes"], profile.tensors["prototypes"])
+    loaded.check(model, processor)
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [JSON_NAME, TENSORS_NAME]
+
+
+def test_another_model_is_refused_with_what_differs(profile, processor):
+    with pytest.raises(ValueError, match="lm_head") as error:
+        profile.check(tiny_llava(processor, seed=1), processor)
+    assert "hidden_size" not in str(error.value)
+    with pytest.raises(ValueError, match="num_hidden_layers: profile 2, model 3"):
+        profile.check(tiny_llava(processor, layers=3), processor)
+    with pytest.raises(ValueError, match="dtype: profile 'float32', model 'bfloat16'"):
+        profile.check(tiny_llava(processor, dtype=torch.bfloat16), processor)
+
+
+def test_another_tokenizer_or_template_is_refused(profile, model):
+    other = tiny_processor()
+    other.tokenizer.add_tokens(["new"])
+    with pytest.raises(ValueError, match="tokenizer"):
+        profile.check(model, other)
+    with pytest.raises(ValueError, match="tokenizer"):
+        profile.check(model, tiny_processor(chat_template="{{ messages }}"))
+
+
+@pytest.mark.parametrize("name", [JSON_NAME, TENSORS_NAME])
+def test_missing_file(profile, tmp_path, name):
+    profile.save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        RasProfile.from_pretrained(tmp_path)
+
+
+def test_neither_directory_nor_hub_id(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a local directory nor"):
+        RasProfile.from_pretrained(tmp_path / "not" / "here")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', "{}", '{"method": "moras"}'])
+def test_corrupt_header(profile, tmp_path, text):
+    profile.save_pretrained(tmp_path)
+    (tmp_path / JSON_NAME).write_text(text)
+    with pytest.raises(ValueError, match="not a profile header"):
+        RasProfile.from_pretrained(tmp_path)
+
+
+def test_newer_format(profile, tmp_path):
+    profile.save_pretrained(tmp_path)
+    header = json.loads((tmp_path / JSON_NAME).read_text()) | {"format_version": 99}
+    (tmp_path / JSON_NAME).write_text(json.dumps(header))
+    with pytest.raises(ValueError, match="format version 99"):
+        RasProfile.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x80\x04\x95pickle"])
+def test_corrupt_tensors(profile, tmp_path, content):
+    profile.save_pretrained(tmp_path)
+    (tmp_path / TENSORS_NAME).write_bytes(content)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        RasProfile.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(profile, tmp_path, value):
+    broken = profile.tensors["prototypes"].clone()
+    broken[1, 2] = value
+    with pytest.raises(ValueError, match="'prototypes' holds NaN or infinite"):
+        RasProfile("moras", CONFIG, {"prototypes": broken})
+    profile.save_pretrained(tmp_path)
+    save_file({"prototypes": broken}, tmp_path / TENSORS_NAME)
+    with pytest.raises(ValueError, match="'prototypes' holds NaN or infinite"):
+        RasProfile.from_pretrained(tmp_path)
+    profile.config["k"] = value
+    with pytest.raises(ValueError, match="JSON"):
+        profile.save_pretrained(tmp_path)
+
+
+def test_unknown_method_and_missing_tensor():
+    with pytest.raises(ValueError, match="'voodoo'"):
+        RasProfile("voodoo", {}, {})
+    with pytest.raises(ValueError, match="lacks the tensors"):
+        RasProfile("ras", {}, {})

@@ -1,0 +1,106 @@
+"""A LLaVA of a few thousand random weights with a real processor: builds in milliseconds, speaks nonsense."""
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>")
+WORDS = tuple(f"w{i}" for i in range(80))
+IMAGES_WHERE_WRITTEN = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ ' USER : ' if m['role'] == 'user' else ' ASSISTANT : ' if m['role'] == 'assistant' else ' SYSTEM : ' }}"
+    "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
+)
+# Puts the images last, so that renderings with different questions share next to nothing.
+IMAGES_LAST = (
+    "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %} {{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}{% for m in messages %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %} ASSISTANT :"
+)
+
+
+def tiny_processor(chat_template=IMAGES_WHERE_WRITTEN) -> LlavaProcessor:
+    words = (*SPECIAL, "USER", "ASSISTANT", "SYSTEM", ":", ".", "?", *WORDS)
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<image>"],
+    )
+    side = {"height": 16, "width": 16}
+    image_processor = LlavaImageProcessorPil(size=side, crop_size=side)
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+def tiny_llava(processor, seed=0, layers=2, dtype=torch.float32) -> LlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=len(processor.tokenizer),
+            max_position_embeddings=512,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            bos_token_id=processor.tokenizer.bos_token_id,
+            eos_token_id=processor.tokenizer.eos_token_id,
+        ),
+        image_token_id=processor.image_token_id,
+        image_seq_length=16,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config).eval().to(dtype)
+    # The default initialisation is nearly linear in nothing: larger weights make the words depend on image and
+    # question.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+        model.lm_head.weight.mul_(3)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model
+
+
+def random_image(seed: int, size=(20, 16)) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def random_words(seed: int, count: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (count,), generator=generator))

@@ -8,12 +8,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ras_fast import ops
-from ras_fast.backends import backends, set_backend
+from ras_fast.backend import backends, set_backend
+from ras_fast.patching.registration import register as _register_with_transformers
 
 try:
     __version__ = version("ras-fast")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0"
+
+_register_with_transformers()
 
 # Public name -> module that defines it.
 _LAZY = {

@@ -6,4 +6,3 @@ from ras_fast.patching.registration import register
 
 __all__ = ["Patch", "Report", "patch", "range_mask", "register"]
 
-register()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ras_fast import backends
+from ras_fast.backend import forced_backend, set_backend
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
 from ras_fast.patching.registration import NAME, register
@@ -132,7 +132,7 @@ class Patch:
         self._fused.clear()
         self._final_norm = self._state = None
         if self._backend_before is not None:
-            backends.set_backend(self._backend_before)
+            set_backend(self._backend_before)
             self._backend_before = None
 
     def __enter__(self) -> Patch:
@@ -236,8 +236,8 @@ class Patch:
         if self.model.training:
             raise ValueError("model is in training mode; it must be in eval mode: call model.eval()")
         if backend != "auto":
-            before = backends.forced_backend()
-            backends.set_backend(backend)
+            before = forced_backend()
+            set_backend(backend)
             self._backend_before = before
         self._undo.set(text_model, _PATCH, self)
         self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)

@@ -1,0 +1,199 @@
+"""The attention and mask functions by themselves, against transformers' own."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    blockwise_overlay,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    or_masks,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+from ras_fast.patching.attention import STATE, _expand, attention, attention_mask, is_range, range_mask
+from ras_fast.patching.state import AttentionState, Collection, ModelState
+
+
+class Module(nn.Module):
+    is_causal = True
+    num_key_value_groups = 2
+
+
+@pytest.fixture
+def module():
+    return Module().eval()
+
+
+def qkv(length_q, length_k, batch=3, dim=8):
+    generator = torch.Generator().manual_seed(length_q * 100 + length_k)
+    shapes = ((batch, 4, length_q, dim), (batch, 2, length_k, dim), (batch, 2, length_k, dim))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def padding(*starts, length):
+    return torch.arange(length) >= torch.tensor(starts)[:, None]
+
+
+PATTERNS = {"causal": (causal_mask_function, None), "sliding": (sliding_window_causal_mask_function(3), 3)}
+# q_length, kv_length, q_offset, kv_offset, 2-D mask
+GEOMETRIES = {
+    "prefill": (6, 6, 0, 0, None),
+    "left padding": (6, 6, 0, 0, padding(0, 2, 5, length=6)),
+    "decode": (1, 6, 5, 0, padding(0, 2, 5, length=6)),
+    "decode, no padding": (1, 6, 5, 0, padding(0, 0, 0, length=6)),
+    "several tokens on a cache": (3, 8, 5, 0, padding(0, 2, 5, length=8)),
+    "several tokens on a cache, no padding": (3, 8, 5, 0, None),
+    "static cache, prefill": (4, 9, 0, 0, padding(0, 1, 2, length=4)),
+    "static cache, decode": (1, 9, torch.tensor(5), 0, padding(0, 1, 2, length=6)),
+    "static cache, no mask": (1, 9, torch.tensor(5), 0, None),
+    "sliding cache": (1, 4, 9, 6, padding(0, 2, 8, length=10)),
+    "nothing valid": (2, 4, 2, 0, padding(0, 4, 1, length=4)),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_ranges_say_what_the_full_mask_says(pattern, geometry):
+    function, window = PATTERNS[pattern]
+    q_length, kv_length, q_offset, kv_offset, mask = GEOMETRIES[geometry]
+    sizes = dict(batch_size=3, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset)
+    sizes |= dict(mask_function=function, attention_mask=mask)
+    full = sdpa_mask(**sizes, allow_is_causal_skip=False)
+    got = attention_mask(**sizes, local_size=window)
+    assert got is None or is_range(got)
+    assert (got is None) == (geometry in ("prefill", "decode, no padding", "several tokens on a cache, no padding"))
+    if got is None:
+        got = range_mask(torch.zeros(1), torch.full((1,), kv_length))
+    assert torch.equal(_expand(got, q_length, kv_length, window).expand_as(full), full)
+
+
+HOLES = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
+RIGHT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
+BLOCKS = or_masks(causal_mask_function, blockwise_overlay(torch.tensor([[-1, 0, 0, -1]] * 3)))
+
+
+@pytest.mark.parametrize(
+    ("function", "mask"),
+    [
+        (causal_mask_function, HOLES),
+        (causal_mask_function, RIGHT),
+        (BLOCKS, None),
+        (chunked_causal_mask_function(2, torch.zeros(3, dtype=torch.long)), None),
+        (bidirectional_mask_function, padding(0, 1, 2, length=4)),
+        (lambda b, h, q, k: (k <= q) & (k != 1), None),
+    ],
+    ids=["holes", "right padding", "image blocks", "chunks", "bidirectional", "someone's own"],
+)
+def test_what_is_no_range_stays_a_full_mask(function, mask):
+    sizes = dict(batch_size=3, q_length=4, kv_length=4, mask_function=function, attention_mask=mask)
+    got = attention_mask(**sizes)
+    assert torch.equal(got, sdpa_mask(**sizes, allow_is_causal_skip=False))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("sizes", [(6, 6), (1, 6), (3, 8)])
+@pytest.mark.parametrize("kind", ["none", "range", "full", "additive"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}], ids=str)
+def test_output_and_mass(module, window, sizes, kind, options):
+    length_q, length_k = sizes
+    query, key, value = qkv(*sizes)
+    starts = torch.tensor([0, 2, 4] if kind != "none" else [0, 0, 0])
+    ranges = range_mask(starts, torch.full((3,), length_k))
+    full = _expand(ranges, length_q, length_k, window)
+    additive = torch.zeros(full.shape).masked_fill(~full, -torch.inf)
+    mask = {"none": None, "range": ranges, "full": full, "additive": additive}[kind]
+    scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    if "softcap" in options:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    scores = scores.masked_fill(~full, -torch.inf)
+    if "s_aux" in options:
+        sink = options["s_aux"][:, None, None].expand(3, 4, length_q, 1)
+        p = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    else:
+        p = scores.softmax(-1).nan_to_num(0)
+    expected = (p @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    ids = torch.randint(-1, 2, (3, length_k), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    sums = torch.stack([(p * (ids == r)[:, None, None]).sum(-1) for r in range(2)], -1)
+
+    out, aux = attention(module, query, key, value, mask, scaling=0.3, sliding_window=window, **options)
+    assert aux is None
+    assert (out - expected).abs().max() < 1e-5
+
+    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 2)))
+    setattr(module, STATE, AttentionState(model, 0))
+    out, aux = attention(
+        module, query, key, value, mask, scaling=0.3, sliding_window=window, output_attentions=True, **options
+    )
+    assert (out - expected).abs().max() < 1e-5
+    assert (aux - sums).abs().max() < 1e-5
+
+    for reduce in ("mean", "sum", "max"):
+        model.collection = Collection(2, True, reduce, None, None)
+        out, aux = attention(module, query, key, value, mask, scaling=0.3, sliding_window=window, **options)
+        assert aux is None
+        assert (out - expected).abs().max() < 1e-5
+        assert (model.statistics.mass[0] - sums[:, :, -2:]).abs().max() < 1e-5
+        wanted = p[:, :, -2:].amax(2) if reduce == "max" else getattr(p[:, :, -2:], reduce)(2)
+        assert (model.statistics.scores[0] - wanted).abs().max() < 1e-5
+
+
+def test_full_mask_statistics_in_chunks(module, monkeypatch):
+    """The rows that a chunk boundary cuts are counted once."""
+    query, key, value = qkv(7, 7)
+    full = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
+    ids = torch.zeros(3, 7, dtype=torch.int32)
+    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 1)), Collection(5, True, "sum", None, None))
+    setattr(module, STATE, AttentionState(model, 0))
+    results = []
+    for chunk in (1 << 20, 2 * 3 * 4 * 7):
+        monkeypatch.setattr("ras_fast.patching.attention._CHUNK", chunk)
+        out, _ = attention(module, query, key, value, full)
+        results.append((out, model.statistics.mass[0], model.statistics.scores[0]))
+    for whole, parts in zip(*results):
+        assert (whole - parts).abs().max() < 1e-6
+    assert (results[0][1] - 1).abs().max() < 1e-6
+
+
+def test_without_statistics_it_is_sdpa_bit_for_bit(module):
+    query, key, value = qkv(6, 6)
+    mask = range_mask(torch.tensor([0, 2, 5]), torch.full((3,), 6))
+    got, _ = attention(module, query, key, value, mask)
+    expected, _ = sdpa_attention_forward(module, query, key, value, _expand(mask, 6, 6, None))
+    assert torch.equal(got, expected)
+
+
+def test_an_expanded_range_is_not_reused_after_it_was_written(module):
+    query, key, value = qkv(6, 6)
+    mask = range_mask(torch.tensor([0, 0, 0]), torch.full((3,), 6))
+    before, _ = attention(module, query, key, value, mask)
+    mask[..., 0] += 3
+    after, _ = attention(module, query, key, value, mask)
+    expected, _ = sdpa_attention_forward(module, query, key, value, _expand(mask, 6, 6, None))
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "cu_seq_lens_q", "cache", "head_mask"])
+def test_unsupported_keywords(module, name):
+    with pytest.raises(ValueError, match=name):
+        attention(module, *qkv(2, 2), None, **{name: torch.ones(1)})
+
+
+def test_dropout_and_training(module):
+    with pytest.raises(ValueError, match="dropout is 0.1"):
+        attention(module, *qkv(2, 2), None, dropout=0.1)
+    with pytest.raises(RuntimeError, match="training mode"):
+        attention(module.train(), *qkv(2, 2), None)
+
+
+def test_cross_attention_is_not_causal(module):
+    query, key, value = qkv(3, 5)
+    got, _ = attention(module, query, key, value, None, is_causal=False)
+    expected, _ = sdpa_attention_forward(module, query, key, value, None, is_causal=False)
+    assert torch.equal(got, expected)

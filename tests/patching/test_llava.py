@@ -1,0 +1,524 @@
+"""The promise of `ras_fast.patch`, on LLaVA: the same answers, image statistics, nothing left behind."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import IMAGE, image_sums, inputs, llava, relative_error, valid_rows
+from torch import nn
+
+import ras_fast
+from ras_fast.backend import forced_backend
+from ras_fast.patching import Patch
+from ras_fast.regions import RegionMap
+
+ROWS = ["ttItttt", "tItt", "tttt", "tIItItt"]  # one, one, no and three images, all of different lengths
+
+
+@pytest.fixture
+def model():
+    return llava()
+
+
+def eager(model, batch, **kwargs):
+    """What the unpatched model says with eager attention, and its N × N probabilities."""
+    model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        output = model(**batch, output_attentions=True, **kwargs)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    return output
+
+
+def snapshot(model):
+    """Every attribute of every module and config, by identity; parameters by value."""
+    state = {}
+    for name, module in model.named_modules():
+        state[name] = {k: v for k, v in module.__dict__.items() if not isinstance(v, dict)}
+        state[name] |= {k: dict(v) for k, v in module.__dict__.items() if isinstance(v, dict)}
+    configs = {name: dict(m.config.__dict__) for name, m in model.named_modules() if hasattr(m, "config")}
+    return state, configs, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(before, after):
+    modules, configs, weights = before
+    assert modules.keys() == after[0].keys()
+    for name, attributes in modules.items():
+        assert attributes.keys() == after[0][name].keys(), name
+        for key, value in attributes.items():
+            other = after[0][name][key]
+            assert other is value or isinstance(value, (dict, int, str, float, tuple)) and other == value, (name, key)
+    assert repr(configs) == repr(after[1])
+    assert all(torch.equal(weights[k], v) for k, v in after[2].items())
+    assert weights.keys() == after[2].keys()
+
+
+# The same answers
+
+
+def test_every_add_is_fused(model):
+    with ras_fast.patch(model) as patched:
+        report = patched.report()
+    assert (report.fused_layers, report.fused_norms, report.norms) == (3, 6, 6)
+    assert report.unfused == {}
+    assert report.regions is None
+    assert "3 of 3 decoder layers fused" in str(report)
+
+
+@pytest.mark.parametrize("rows", [["tItt"], ["ttt"], ["tIIt"], ROWS])
+def test_logits(model, rows):
+    batch = inputs(rows)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with ras_fast.patch(model):
+            got = model(**batch).logits
+    assert relative_error(got[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_accurate_as_the_original(dtype):
+    batch = inputs(ROWS)
+    exact, model = llava(), llava(dtype=dtype)
+    low = inputs(ROWS, dtype=dtype)
+    with torch.no_grad():
+        exact.load_state_dict(model.state_dict())
+        truth = exact(**batch | {"pixel_values": low["pixel_values"].float()}).logits[valid_rows(batch)]
+        before = model(**low).logits[valid_rows(batch)].float()
+        with ras_fast.patch(model) as patched:
+            after = model(**low).logits[valid_rows(batch)].float()
+    assert patched.report().fused_norms == 6
+    assert (after - truth).abs().max() <= 2 * (before - truth).abs().max() + 1e-3
+
+
+def test_greedy_tokens_of_fifty_prompts(model):
+    rows = [("t" * (1 + i % 5)) + "I" * (i % 3) + "t" * (1 + i % 7) for i in range(50)]
+    batches = [inputs(rows[i : i + 10], seed=i) for i in range(0, 50, 10)]
+    expected = [model.generate(**batch, max_new_tokens=6, do_sample=False) for batch in batches]
+    with ras_fast.patch(model):
+        got = [model.generate(**batch, max_new_tokens=6, do_sample=False) for batch in batches]
+    assert all(map(torch.equal, got, expected))
+
+
+def test_right_padding_and_holes(model):
+    for batch in (inputs(ROWS, side="right"), inputs(ROWS)):
+        batch["attention_mask"][0, 12] = 0
+        with torch.no_grad():
+            expected = model(**batch).logits
+            with ras_fast.patch(model):
+                got = model(**batch).logits
+        assert relative_error(got[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+
+
+def test_hidden_states_are_the_true_ones(model):
+    batch = inputs(ROWS)
+    with torch.no_grad():
+        expected = model(**batch, output_hidden_states=True).hidden_states
+        with ras_fast.patch(model):
+            got = model(**batch, output_hidden_states=True).hidden_states
+    assert len(got) == len(expected) == 4
+    for a, b in zip(got, expected):
+        assert relative_error(a[valid_rows(batch)], b[valid_rows(batch)]) < 1e-5
+
+
+MODES = {
+    "beams": {"num_beams": 3},
+    "beams, several returned": {"num_beams": 4, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generation_modes(model, mode):
+    options = {"do_sample": False, "max_new_tokens": 6} | MODES[mode]
+    batch = inputs(["ttItttt"] if mode == "prompt lookup" else ["ttItttt", "tItt", "tIIt"])
+
+    def generate():
+        torch.manual_seed(0)
+        return model.generate(**batch, **options)
+
+    expected = generate()
+    with ras_fast.patch(model):
+        assert torch.equal(generate(), expected)
+
+
+def test_assisted_decoding(model):
+    assistant, batch = llava(layers=1), inputs(["ttItttt"])
+    expected = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    with ras_fast.patch(model), ras_fast.patch(assistant):
+        assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False, assistant_model=assistant), expected)
+
+
+def test_attention_alone_from_the_config():
+    reference = llava()
+    model = llava(attn_implementation={"text_config": "ras_fast"})
+    model.load_state_dict(reference.state_dict())
+    assert model.config.text_config._attn_implementation == "ras_fast"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    batch = inputs(ROWS)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits[valid_rows(batch)], reference(**batch).logits[valid_rows(batch)])
+        with pytest.raises(ValueError, match="ras_fast.patch"):
+            model(**batch, output_attentions=True)
+
+
+# Image statistics
+
+
+@pytest.mark.parametrize("rows", [["tItt"], ["tIIt"], ROWS])
+def test_attentions_are_the_image_sums_of_eager_attention(model, rows):
+    batch = inputs(rows)
+    expected = eager(model, batch).attentions
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        got = model(**batch, output_attentions=True).attentions
+        regions = patched.region_map
+    assert regions.num_regions == max(row.count("I") for row in rows)
+    assert len(got) == 3
+    for a, b in zip(got, expected):
+        sums = image_sums(b, regions.ids, regions.num_regions)
+        assert (a - sums).transpose(1, 2)[valid_rows(batch)].abs().max() < 1e-5
+
+
+def test_attentions_without_any_image(model):
+    batch = inputs(["ttt", "tt"])
+    with torch.no_grad(), ras_fast.patch(model):
+        output = model(**batch, output_attentions=True)
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 6, 3, 0)] * 3
+
+
+def test_region_map(model):
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model(**inputs(ROWS))
+        regions = patched.region_map
+    length = 7 - 1 - 2 + 3 * 16
+    expected = torch.full((4, length), -1, dtype=torch.int32)
+    expected[0, -20:-4] = 0  # ttItttt
+    expected[1, -18:-2] = 0  # tItt
+    expected[3, 1:17], expected[3, 17:33], expected[3, 34:50] = 0, 1, 2  # tIItItt: adjacent images are told apart
+    assert torch.equal(regions.ids, expected)
+    assert regions.grids == [[(4, 4)], [(4, 4)], [], [(4, 4)] * 3]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 2}])
+def test_statistics_follow_generation(model, options):
+    batch = inputs(["tIItt", "tItttt"])
+    options |= {"max_new_tokens": 4, "do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
+    model.set_attn_implementation({"text_config": "eager"})
+    expected = model.generate(**batch, **options)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    with ras_fast.patch(model):
+        got = model.generate(**batch, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    beams = options.get("num_beams", 1)
+    ids = torch.full((2, 64), -1)
+    ids[0, 1:17], ids[0, 17:33], ids[1, 15:31] = 0, 1, 0
+    ids = ids.repeat_interleave(beams, 0)
+    assert len(got.attentions) == len(expected.attentions)
+    for step, (a, b) in enumerate(zip(got.attentions, expected.attentions)):
+        for layer in range(3):
+            sums = image_sums(b[layer], ids, 2)
+            last = (a[layer] - sums)[:, :, -1]
+            assert a[layer].shape[-1] == 2
+            assert last.abs().max() < 1e-5, (step, layer)
+
+
+def test_collect(model):
+    batch = inputs(ROWS)
+    expected = eager(model, batch)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        with patched.collect(rows=2, scores=True, layers=[0, 2], heads=[1, 4]) as statistics:
+            output = model(**batch)
+        regions = patched.region_map
+        model(**batch)  # not collected
+    assert output.attentions is None
+    assert set(statistics.mass) == set(statistics.scores) == {0, 2}
+    for layer in (0, 2):
+        probabilities = expected.attentions[layer][:, [1, 4], -2:]
+        sums = image_sums(probabilities, regions.ids, 3)
+        assert (statistics.mass[layer] - sums).abs().max() < 1e-5
+        assert (statistics.scores[layer] - probabilities.mean(2)).abs().max() < 1e-5
+    maps = regions.heat_maps(statistics.scores[2])
+    assert [len(row) for row in maps] == [1, 1, 0, 3]
+    assert torch.equal(maps[3][1], statistics.scores[2][3, :, 17:33].view(2, 4, 4))
+
+
+def test_collect_under_a_full_mask(model):
+    batch = inputs(ROWS, side="right")
+    expected = eager(model, batch)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        got = model(**batch, output_attentions=True).attentions
+        ids = patched.region_map.ids
+    for a, b in zip(got, expected.attentions):
+        assert (a - image_sums(b, ids, 3)).transpose(1, 2)[valid_rows(batch)].abs().max() < 1e-5
+
+
+def test_second_turn_with_another_image(model):
+    """A cache that saw one image is continued by a prompt with another: images keep counting."""
+    first, second = inputs(["ttIt"]), inputs(["tItt"], seed=5)
+    whole = {"input_ids": torch.cat([first["input_ids"], second["input_ids"]], 1)}
+    whole["pixel_values"] = torch.cat([first["pixel_values"], second["pixel_values"]])
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    expected = eager(model, whole)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        past = model(**first, use_cache=True).past_key_values
+        second["attention_mask"] = whole["attention_mask"]
+        output = model(**second, past_key_values=past, output_attentions=True)
+        regions = patched.region_map
+    assert regions.num_regions == 2
+    length = second["input_ids"].shape[1]
+    assert relative_error(output.logits, expected.logits[:, -length:]) < 1e-5
+    for a, b in zip(output.attentions, expected.attentions):
+        assert (a - image_sums(b, regions.ids, 2)[:, :, -length:]).abs().max() < 1e-5
+
+
+def test_map_follows_the_rows_of_the_cache(model):
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        past = model(**inputs(["tIt", "ttI"]), use_cache=True).past_key_values
+        before = patched.region_map.ids
+        past.reorder_cache(torch.tensor([1, 0]))
+        copied = copy.deepcopy(past)
+        past.batch_repeat_interleave(2)
+        step = {"input_ids": torch.full((4, 1), 5), "attention_mask": torch.ones(4, 19, dtype=torch.long)}
+        model(**step, past_key_values=past)
+        assert torch.equal(patched.region_map.ids, before[[1, 1, 0, 0]])
+        step = {name: value[:2] for name, value in step.items()}
+        model(**step, past_key_values=copied)
+        assert torch.equal(patched.region_map.ids, before[[1, 0]])
+
+
+def test_given_map_for_embeddings(model):
+    batch = inputs(["tItt"])
+    embeddings = model.get_input_embeddings()(batch["input_ids"])
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        with pytest.raises(ValueError, match="region_map"):
+            model.model.language_model(inputs_embeds=embeddings, output_attentions=True)
+        patched.region_map = RegionMap(torch.where(batch["input_ids"] == IMAGE, 0, -1).int(), 1)
+        output = model.model.language_model(inputs_embeds=embeddings, output_attentions=True)
+    assert output.attentions[0].shape == (1, 6, 19, 1)
+
+
+# Nothing left behind
+
+
+def test_unpatch_restores_everything(model):
+    batch = inputs(ROWS)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        before = snapshot(model)
+        patched = ras_fast.patch(model)
+        model(**batch)
+        patched.unpatch()
+        same(before, snapshot(model))
+        assert torch.equal(model(**batch).logits, expected)
+        patched.unpatch()
+        same(before, snapshot(model))
+
+
+def test_restored_when_the_block_raises(model):
+    before = snapshot(model)
+    with pytest.raises(KeyError), ras_fast.patch(model):
+        raise KeyError
+    same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("where", ["ras_fast.patching.layers.prove", "ras_fast.patching.model.RegionTracker"])
+def test_restored_when_patching_fails_half_way(model, monkeypatch, where):
+    before, calls = snapshot(model), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > 1 or "Tracker" in where:
+            raise MemoryError
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(MemoryError):
+        ras_fast.patch(model)
+    same(before, snapshot(model))
+
+
+def test_state_dict_and_saving(model, tmp_path):
+    keys, batch = list(model.state_dict()), inputs(["tItt"])
+    with torch.no_grad(), ras_fast.patch(model):
+        expected = model(**batch).logits
+        assert list(model.state_dict()) == keys
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert relative_error(loaded(**batch).logits, expected) < 1e-5
+
+
+def test_deepcopy_is_patched_on_its_own(model):
+    batch = inputs(ROWS)
+    eager(model, batch)  # transformers leaves its recording hooks on the model
+    with torch.no_grad():
+        before = snapshot(model)
+        with ras_fast.patch(model):
+            expected = model(**batch, output_attentions=True)
+            twin = copy.deepcopy(model)
+        same(before, snapshot(model))
+        nn.init.zeros_(model.lm_head.weight)
+        model.model.language_model.layers[0].mlp.down_proj.weight.zero_()
+        got = twin(**batch, output_attentions=True)
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.attentions[1], expected.attentions[1])
+        Patch.of(twin).unpatch()
+        assert "forward" not in twin.model.language_model.layers[0].__dict__
+        assert relative_error(twin(**batch).logits[valid_rows(batch)], expected.logits[valid_rows(batch)]) < 1e-5
+
+
+def test_pickle(model):
+    batch = inputs(["tItt"])
+    with torch.no_grad(), ras_fast.patch(model):
+        twin = pickle.loads(pickle.dumps(model))  # before any forward: transformers' recording hooks cannot be pickled
+        assert torch.equal(twin(**batch).logits, model(**batch).logits)
+
+
+def test_two_models_at_once(model):
+    other, batch = llava(layers=2), inputs(["tIt", "tt"])
+    with torch.no_grad(), ras_fast.patch(model) as first, ras_fast.patch(other) as second:
+        a = model(**batch, output_attentions=True).attentions
+        b = other(**inputs(["tIIt"]), output_attentions=True).attentions
+        assert (len(a), len(b)) == (3, 2)
+        assert (first.region_map.num_regions, second.region_map.num_regions) == (1, 2)
+
+
+def test_patching_twice_is_an_error(model):
+    with ras_fast.patch(model):
+        with pytest.raises(ValueError, match="patched already"):
+            ras_fast.patch(model)
+        with pytest.raises(ValueError, match="patched already"):
+            ras_fast.patch(model.model)
+    with ras_fast.patch(model):
+        pass
+
+
+def test_lora(model):
+    peft = pytest.importorskip("peft")
+    batch = inputs(ROWS)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        expected = wrapped(**batch).logits
+        with ras_fast.patch(wrapped) as patched:
+            got = wrapped(**batch, output_attentions=True)
+    assert patched.report().fused_norms == 6
+    assert got.attentions[0].shape[-1] == 3
+    assert relative_error(got.logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+
+
+# Hooks of others
+
+
+def test_hooks_see_what_they_saw(model):
+    text, batch, records = model.model.language_model, inputs(["tItt"]), []
+    for module in (text.layers[0], text.layers[1].input_layernorm, text.layers[1].post_attention_layernorm, text.norm):
+        module.register_forward_hook(lambda _, args, output: records.append((args[0], output)))
+    with torch.no_grad():
+        model(**batch)
+        unpatched = list(records)
+        with ras_fast.patch(model):
+            records.clear()
+            model(**batch)
+    assert len(records) == len(unpatched) == 4
+    for got, expected in zip(records, unpatched):
+        assert relative_error(got[0], expected[0]) < 1e-5
+        assert relative_error(got[1], expected[1]) < 1e-5
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("place", ["layer", "final norm", "layer input"])
+def test_hooks_that_change_hidden_states_are_obeyed(model, in_place, context, place):
+    def change(tensor):
+        return tensor.mul_(1.5) if in_place else tensor * 1.5
+
+    text = model.model.language_model
+    batch = inputs(["tItt"])
+    with context():
+        plain = model(**batch).logits
+        if place == "layer":
+            text.layers[1].register_forward_hook(lambda _, args, output: change(output))
+        elif place == "final norm":
+            text.norm.register_forward_pre_hook(lambda _, args: (change(args[0]),))
+        else:
+            text.layers[1].register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+        expected = model(**batch).logits
+        with ras_fast.patch(model):
+            got = model(**batch).logits
+    assert relative_error(plain, expected) > 1e-4 or place == "final norm"
+    assert relative_error(got, expected) < 1e-5
+
+
+# What cannot be
+
+
+def test_training_and_gradients_are_refused(model):
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        ras_fast.patch(model.train())
+    model.eval()
+    with ras_fast.patch(model):
+        with pytest.raises(RuntimeError, match="no_grad"):
+            model(**inputs(["tItt"]))
+        model.train()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="training mode"):
+            model(**inputs(["tItt"]))
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), "llava", None])
+def test_what_is_not_a_model(thing):
+    with pytest.raises(TypeError, match="transformers model"):
+        ras_fast.patch(thing)
+
+
+def test_backend(model):
+    with pytest.raises(ValueError, match="backend|name"):
+        ras_fast.patch(model, backend="fast")
+    batch = inputs(["tItt"])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with ras_fast.patch(model, backend="torch"):
+            assert forced_backend() == "torch"
+            assert relative_error(model(**batch).logits, expected) < 1e-5
+    assert forced_backend() == "auto"
+
+
+def test_without_regions_or_without_norms(model):
+    batch = inputs(["tItt"])
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with ras_fast.patch(model, regions=False) as patched:
+            assert model.config.text_config._attn_implementation == "sdpa"
+            assert relative_error(model(**batch).logits, expected) < 1e-5
+            with pytest.raises(RuntimeError, match="off"):
+                _ = patched.region_map
+        with ras_fast.patch(model, norms=False) as patched:
+            assert patched.report().fused_norms == 0
+            assert torch.equal(model(**batch).logits, expected)
+            assert relative_error(model(**batch, output_attentions=True).logits, expected) < 1e-5
+
+
+def test_wrong_number_of_images_leaves_the_model_usable(model):
+    good, bad = inputs(["tItt"]), inputs(["tItt"])
+    bad["pixel_values"] = torch.cat([bad["pixel_values"]] * 2)
+    with torch.no_grad(), ras_fast.patch(model):
+        expected = model(**good, output_attentions=True)
+        with pytest.raises(Exception, match="[Ii]mage"):
+            model(**bad)
+        got = model(**good, output_attentions=True)
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.attentions[0], expected.attentions[0])
+
+
+def test_nan_pixels_stay_in_their_row(model):
+    batch = inputs(["tItt", "tIt", "ttt"])
+    with torch.no_grad(), ras_fast.patch(model):
+        expected = model(**batch, output_attentions=True)
+        batch["pixel_values"][0] = torch.nan
+        got = model(**batch, output_attentions=True)
+    assert got.logits[0, -1].isnan().all()
+    valid = valid_rows(batch)[1:]
+    assert torch.equal(got.logits[1:][valid], expected.logits[1:][valid])
+    assert got.attentions[2][0, :, -1].isnan().all()
+    assert not got.attentions[2][1:].isnan().any()

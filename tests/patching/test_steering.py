@@ -1,0 +1,165 @@
+"""Steering through the patched layers, against forward hooks on the unpatched model."""
+
+import pytest
+import torch
+from tiny_models import inputs, llava, relative_error
+
+import ras_fast
+
+BATCH = inputs(["tItt", "ttI", "tIttt"])
+SIZE = 48
+
+
+@pytest.fixture
+def model():
+    return llava()
+
+
+@pytest.fixture
+def vectors():
+    return torch.randn(2, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def hooked(module, function):
+    """The unpatched model's logits with `function` applied to a module's output."""
+    return module.register_forward_hook(lambda _, args, output: function(output))
+
+
+SLOT = torch.tensor([1, -1, 0])
+ALPHA = torch.tensor([0.7, 0.9, 2.0])
+
+
+def strength(vectors):
+    """α·v for each row, 0 where the slot is −1."""
+    return torch.where(SLOT[:, None] >= 0, ALPHA[:, None] * vectors[SLOT.clamp(min=0)], 0)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("rows", ["all", "last"])
+def test_residual_stream(model, vectors, layer, rows):
+    def steer(output):
+        added = strength(vectors)[:, None]
+        return output + added if rows == "all" else torch.cat([output[:, :-1], output[:, -1:] + added], 1)
+
+    with torch.no_grad():
+        handle = hooked(model.model.language_model.layers[layer], steer)
+        expected = model(**BATCH, output_hidden_states=True)
+        handle.remove()
+        with ras_fast.patch(model) as patched:
+            patched.set_steering(layer, vectors, rows=rows)
+            patched.steering.set_rows(SLOT, ALPHA)
+            got = model(**BATCH, output_hidden_states=True)
+    valid = BATCH["attention_mask"].bool()
+    assert relative_error(got.logits[valid], expected.logits[valid]) < 1e-5
+    for a, b in zip(got.hidden_states, expected.hidden_states):
+        assert relative_error(a[valid], b[valid]) < 1e-5
+
+
+def test_final_lerp(model, vectors):
+    """Only the last position of each sequence: y ← (1 − α) y + α v."""
+    def steer(output):
+        last = output[:, -1]
+        alpha = torch.where(SLOT >= 0, ALPHA, 0)[:, None]
+        steered = (1 - alpha) * last + alpha * vectors[SLOT.clamp(min=0)]
+        return torch.cat([output[:, :-1], steered[:, None]], 1)
+
+    with torch.no_grad():
+        plain = model(**BATCH).logits
+        handle = hooked(model.model.language_model.norm, steer)
+        expected = model(**BATCH).logits
+        handle.remove()
+        with ras_fast.patch(model) as patched:
+            unsteered = model(**BATCH).logits
+            patched.set_steering("final", vectors, "lerp")
+            patched.steering.set_rows(SLOT, ALPHA)
+            got = model(**BATCH).logits
+            patched.clear_steering()
+            cleared = model(**BATCH).logits
+    valid = BATCH["attention_mask"].bool()
+    assert relative_error(got[valid], expected[valid]) < 1e-5
+    assert relative_error(got[:, -1], plain[:, -1]) > 1e-2
+    assert torch.equal(got[1], unsteered[1])
+    assert torch.equal(cleared, unsteered)
+
+
+def test_both_at_the_last_layer(model, vectors):
+    with torch.no_grad():
+        text = model.model.language_model
+        handles = [
+            hooked(text.layers[2], lambda h: h + strength(vectors)[:, None]),
+            hooked(text.norm, lambda y: torch.cat([y[:, :-1], (y[:, -1] * (1 - ALPHA[:, None] * (SLOT >= 0)[:, None])
+                                                              + strength(vectors))[:, None]], 1)),
+        ]  # fmt: skip
+        expected = model(**BATCH).logits
+        for handle in handles:
+            handle.remove()
+        with ras_fast.patch(model) as patched:
+            patched.set_steering(2, vectors)
+            patched.set_steering("final", vectors, "lerp")
+            patched.steering.set_rows(SLOT, ALPHA)
+            got = model(**BATCH).logits
+    valid = BATCH["attention_mask"].bool()
+    assert relative_error(got[valid], expected[valid]) < 1e-5
+
+
+def test_final_steering_survives_a_hook_that_replaces_the_hidden_state(model, vectors):
+    """The fused norm is not handed over then, but what it would have steered still is."""
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        patched.set_steering("final", vectors, "lerp")
+        patched.steering.set_rows(torch.zeros(3), torch.ones(3))
+        model.model.language_model.layers[2].register_forward_hook(lambda _, args, output: output.clone())
+        got = model(**BATCH).logits[:, -1]
+        assert relative_error(got, model.lm_head(vectors[:1]).expand_as(got)) < 1e-5
+
+
+def test_idle_rows_are_bit_identical(model):
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        expected = model(**BATCH).logits
+        for layer, mode in ((1, "add"), ("final", "lerp")):
+            patched.set_steering(layer, torch.full((1, SIZE), torch.nan), mode)
+        for slot, alpha in ((-1, 1.0), (0, 0.0)):
+            patched.steering.set_rows(torch.full((3,), slot), torch.full((3,), alpha))
+            assert torch.equal(model(**BATCH).logits, expected)
+
+
+def test_rows_are_written_in_place(model, vectors):
+    with ras_fast.patch(model) as patched:
+        patched.steering.set_rows(SLOT, ALPHA)
+        slot, alpha = patched.steering.slot, patched.steering.alpha
+        patched.steering.set_rows(SLOT.flip(0), ALPHA * 2)
+        assert patched.steering.slot is slot
+        assert patched.steering.alpha is alpha
+        assert torch.equal(alpha, ALPHA * 2)
+
+
+def test_generation(model, vectors):
+    """One row of a batch follows the vector for all tokens, the others do not change."""
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        expected = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
+        target = model.lm_head(vectors[:1]).argmax()
+        patched.set_steering("final", vectors, "lerp")
+        patched.steering.set_rows(torch.tensor([-1, 0, -1]), torch.ones(3))
+        got = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
+    assert torch.equal(got[[0, 2]], expected[[0, 2]])
+    assert (got[1, -4:] == target).all()
+
+
+def test_errors(model, vectors):
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        for layer, mode in ((0, "lerp"), ("final", "add"), (0, "fast")):
+            with pytest.raises(ValueError, match="mode is"):
+                patched.set_steering(layer, vectors, mode)
+        with pytest.raises(ValueError, match="layer is 9"):
+            patched.set_steering(9, vectors)
+        with pytest.raises(ValueError, match=r"d = 48"):
+            patched.set_steering(0, vectors[:, :-1])
+        with pytest.raises(ValueError, match="rows is"):
+            patched.set_steering(0, vectors, rows="first")
+        with pytest.raises(ValueError, match="must be"):
+            patched.steering.set_rows(torch.zeros(2), torch.zeros(3))
+        patched.set_steering(0, vectors)
+        with pytest.raises(RuntimeError, match="set_rows"):
+            model(**BATCH)
+        patched.steering.set_rows(torch.zeros(2), torch.zeros(2))
+        with pytest.raises(ValueError, match="B = 3"):
+            model(**BATCH)

@@ -124,8 +124,9 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     torch, csrc, ninja = Torch.find(), sources(), Ninja()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = X86_ISAS if x86 else {"portable": ""}
-    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -Wall -fno-math-errno "
-               f"-fno-trapping-math -fvisibility=hidden -Wno-psabi -Wno-maybe-uninitialized -DRAS_FAST_X86={int(x86)} $flags -c $in -o $out")
+    warnings = "-Wall -Wno-psabi -Wno-maybe-uninitialized"  # the last two: noise from GCC's own vector headers
+    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -fvisibility=hidden {warnings} "
+               f"-fno-math-errno -fno-trapping-math -DRAS_FAST_X86={int(x86)} $flags -c $in -o $out")
     ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch, '-ltorch -ltorch_cpu -lc10')}", depfile=False)
     kernels = sorted((csrc / "cpu").glob("*_kernel.cpp"))
     launchers = sorted(set((csrc / "cpu").glob("*.cpp")) - set(kernels))

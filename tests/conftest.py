@@ -1,10 +1,15 @@
 """Fixtures shared by all tests."""
 
+import os
+
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: before they are imported
+
 import ras_fast
-from ras_fast.backends import forced_backend
+from ras_fast.backend import forced_backend
 
 
 @pytest.fixture(autouse=True)

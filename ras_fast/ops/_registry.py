@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ras_fast import backends
+from ras_fast import backend
 
 LIBRARY = torch.library.Library("ras_fast", "FRAGMENT")
 _references: dict[str, Callable[..., Any]] = {}
@@ -37,10 +37,10 @@ def define_triton(schema: str, *, fake: Callable[..., Any], kernel: Callable[...
 
 def implementation(name: str, like: torch.Tensor) -> Callable[..., Any]:
     """The callable that runs `name` on tensors such as `like` under the chosen backend; float64 has only the reference."""
-    backend = backends.resolve(name, like.device)
-    if backend == "torch" or like.dtype == torch.float64:
+    chosen = backend.resolve(name, like.device)
+    if chosen == "torch" or like.dtype == torch.float64:
         return _references[name]
-    if backend == "triton":
+    if chosen == "triton":
         if not hasattr(torch.ops.ras_fast, f"{name}_triton"):
             raise ValueError(f"backend 'triton' is forced, but {name} has no Triton kernel")
         return getattr(torch.ops.ras_fast, f"{name}_triton").default

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ras_fast.ops import _check
 from ras_fast.ops._registry import LIBRARY, define, define_triton, implementation
@@ -271,14 +272,16 @@ def _one_hot(region_ids: Tensor, num_regions: int, dtype: torch.dtype) -> Tensor
     return (region_ids[..., None] == torch.arange(num_regions, device=region_ids.device)).to(dtype)
 
 
-def _key_bias(region_ids: Tensor, region_bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, Hq, 1, Lk]: the bias of each key's region, 0 outside every region."""
+def _key_bias(region_ids: Tensor, region_bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[B, Hq, 1, Lk]: the bias of each key's region, 0 outside every region; None without a bias."""
+    if region_bias is None:
+        return None
     one_hot = _one_hot(region_ids, region_bias.shape[-1], dtype)
     bias = region_bias.to(dtype).expand(region_ids.shape[0], *region_bias.shape[-2:])
     return torch.einsum("bkr,bhr->bhk", one_hot, bias)[:, :, None]
 
 
-def _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias) -> Tensor:
+def _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias) -> Tensor:
     """Masked scores [B, Hq, rows, Lk] of the last `rows` queries; −inf where a row does not see a key."""
     acc = _accumulator(query)
     length_q, length_k = query.shape[2], key.shape[2]
@@ -287,8 +290,8 @@ def _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softca
     s = q @ k.transpose(-1, -2) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    if region_bias is not None:
-        s = s + _key_bias(region_ids, region_bias, acc)
+    if bias is not None:
+        s = s + bias
     valid, end = _valid_keys(key, kv_start, kv_end)
     seen = valid[:, None].expand(-1, rows, -1)
     if is_causal:
@@ -309,27 +312,33 @@ def _attention_reference(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
-    rows = query.shape[2]
-    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias)
+    rows, bias = query.shape[2], _key_bias(region_ids, region_bias, _accumulator(query))
+    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
+    # What lies outside the valid keys may be uninitialised cache: NaN there must not reach 0 · NaN.
+    valid, _ = _valid_keys(key, kv_start, kv_end)
+    value = value.masked_fill(~valid[:, None, :, None], 0)
+    out, lse = _softmax_out(scores, value, sinks)
+    mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
+    if region_ids is not None:
+        p = _probabilities(scores[:, :, rows - mass_rows :], lse[:, :, rows - mass_rows :])
+        mass = torch.einsum("bhqk,bkr->bhqr", p, _one_hot(region_ids, num_regions, p.dtype)).float()
+    return out.to(query.dtype), lse.float(), mass
+
+
+def _softmax_out(scores: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of masked scores, both in the scores' dtype."""
     lse = torch.logsumexp(scores, -1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
-    p = _probabilities(scores, lse)
-    # What lies outside the valid keys may be uninitialised cache: NaN there must not reach 0 · NaN.
-    valid, _ = _valid_keys(key, kv_start, kv_end)
-    v = value.to(p.dtype).masked_fill(~valid[:, None, :, None], 0)
-    out = p @ v.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
-    if region_ids is not None:
-        one_hot = _one_hot(region_ids, num_regions, p.dtype)
-        mass = torch.einsum("bhqk,bkr->bhqr", p[:, :, rows - mass_rows :], one_hot).float()
-    return out.to(query.dtype), lse.float(), mass
+    v = value.to(scores.dtype).repeat_interleave(scores.shape[1] // value.shape[1], dim=1)
+    return _probabilities(scores, lse) @ v, lse
 
 
 def _mass_reference(
     query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
 ):
-    scores = _scores(query, key, mass_rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias)
+    bias = _key_bias(region_ids, region_bias, _accumulator(query))
+    scores = _scores(query, key, mass_rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
     p = _probabilities(scores, lse[:, :, query.shape[2] - mass_rows :])
     return torch.einsum("bhqk,bkr->bhqr", p, _one_hot(region_ids, num_regions, p.dtype)).float()
 
@@ -339,7 +348,8 @@ def _key_reference(
 ):
     if rows == 0:
         return query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32)
-    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias)
+    bias = _key_bias(region_ids, region_bias, _accumulator(query))
+    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
     p = _probabilities(scores, lse[:, :, query.shape[2] - rows :])
     reduced = p.amax(2) if reduce == "max" else p.sum(2)
     return (reduced / rows if reduce == "mean" else reduced).float()
@@ -347,52 +357,93 @@ def _key_reference(
 
 # CPU: aten's flash attention leaves the LSE, from which the C++ kernels recompute only the rows that are asked for.
 
+# Below this many keys aten's kernel turns a NaN query into zeros, and the explicit softmax is as fast.
+_MIN_FLASH_KEYS = 32
+
 
 def _cpu_attention(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
-    flash = query.numel() and key.shape[2] and not softcap
-    if not flash:
-        return _attention_reference(
-            query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks,
-            region_bias, mass_rows,
-        )  # fmt: skip
-    square = query.shape[2] == key.shape[2] and is_causal
-    plain = kv_start is None and kv_end is None and not window and region_bias is None
-    mask = None
-    if not plain or (is_causal and not square and query.shape[2] > 1):
-        mask = _additive_mask(query, key, is_causal, kv_start, kv_end, window, region_ids, region_bias)
-        valid, _ = _valid_keys(key, kv_start, kv_end)
-        value = value.masked_fill(~valid[:, None, :, None], 0)
-    groups = query.shape[1] // key.shape[1]
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 0.0,
-        square and mask is None, attn_mask=mask, scale=scale,
-    )  # fmt: skip
-    lse = lse.float()
-    if mask is not None:  # aten leaves NaN or a finite LSE in rows that see no key
-        empty = (mask == -torch.inf).all(-1).expand_as(lse)
-        out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
+    bias = _key_bias(region_ids, region_bias, torch.float32)
+    ranges = _key_ranges(key, kv_start, kv_end)
+    rows = [slice(None)] if len(set(ranges)) == 1 else [slice(b, b + 1) for b in range(len(ranges))]
+    parts = [
+        _valid_attention(query[row], key[row, :, first:last], value[row, :, first:last], scale, is_causal, window, softcap,
+                         None if bias is None else bias[row, ..., first:last])
+        for row, (first, last) in zip(rows, ranges, strict=False)
+    ]  # fmt: skip
+    out, lse = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)) if parts else (
+        query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32))  # fmt: skip
     if sinks is not None:
         out, lse = _add_sinks(out, lse, sinks)
-    mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
-    if region_ids is not None and mass_rows:
-        mass = torch.ops.ras_fast.region_mass(
-            query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias,
-            mass_rows,
-        )  # fmt: skip
+    if region_ids is None or not mass_rows:
+        return out, lse, query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
+    mass = torch.ops.ras_fast.region_mass(
+        query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
+    )
     return out, lse, mass
 
 
-def _additive_mask(query, key, is_causal, kv_start, kv_end, window, region_ids, region_bias) -> Tensor:
-    """[B, 1 or Hq, Lq, Lk] in the query's dtype: −inf where a row does not see a key, else the region's bias."""
-    blank = query.new_zeros((query.shape[0], 1, query.shape[2], 1))
-    keys = key.new_zeros((key.shape[0], 1, key.shape[2], 1))
-    mask = _scores(blank, keys, query.shape[2], 1.0, is_causal, kv_start, kv_end, window, 0.0, None, None)
-    if region_bias is not None:
-        mask = mask + _key_bias(region_ids, region_bias, mask.dtype)
-    return mask.to(query.dtype)
+def _key_ranges(key: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> list[tuple[int, int]]:
+    """The valid keys [first, last) of each batch element; reading them costs no sync on the CPU."""
+    batch, length = key.shape[0], key.shape[2]
+    firsts = [0] * batch if kv_start is None else kv_start.tolist()
+    lasts = [length] * batch if kv_end is None else kv_end.tolist()
+    return [(max(first, 0), max(min(last, length), first, 0)) for first, last in zip(firsts, lasts, strict=True)]
+
+
+def _valid_attention(query, key, value, scale, is_causal, window, softcap, bias) -> tuple[Tensor, Tensor]:
+    """(out, lse) over keys that are all valid, causal aligned bottom-right. Linear memory but for a window or a bias."""
+    rows, keys = query.shape[2], key.shape[2]
+    if softcap or keys < _MIN_FLASH_KEYS or not query.numel():
+        scores = _scores(query, key, rows, scale, is_causal, None, None, window, softcap, bias)
+        out, lse = _softmax_out(scores, value, None)
+        return out.to(query.dtype), lse.float()
+    if window >= keys:
+        window = 0
+    if bias is not None:  # aten would round the bias to the query's dtype; the masses are computed with all of it
+        out, lse = _masked_flash(query.float(), key.float(), value.float(), scale, is_causal, window, bias)
+        return out.to(query.dtype), lse
+    if window:
+        return _masked_flash(query, key, value, scale, is_causal, window, None)
+    if not is_causal or rows == 1:
+        return _flash(query, key, value, scale)
+    past = keys - rows
+    if past == 0:
+        return _flash(query, key, value, scale, is_causal=True)
+    if past < 0:  # the first rows see nothing
+        out, lse = _flash(query[:, :, -past:], key, value, scale, is_causal=True)
+        return functional.pad(out, (0, 0, -past, 0)), functional.pad(lse, (-past, 0), value=-torch.inf)
+    # aten aligns causal top-left: what all rows see goes apart, and the two are merged by their LSE.
+    return _merge(
+        _valid_attention(query, key[:, :, :past], value[:, :, :past], scale, False, 0, 0.0, None),
+        _valid_attention(query, key[:, :, past:], value[:, :, past:], scale, True, 0, 0.0, None),
+    )
+
+
+def _flash(query, key, value, scale, is_causal=False, mask=None) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return out, lse.float()
+
+
+def _masked_flash(query, key, value, scale, is_causal, window, bias) -> tuple[Tensor, Tensor]:
+    blank, keys = query.new_zeros((1, 1, query.shape[2], 1)), key.new_zeros((1, 1, key.shape[2], 1))
+    mask = _scores(blank, keys, query.shape[2], 1.0, is_causal, None, None, window, 0.0, bias).to(query.dtype)
+    out, lse = _flash(query, key, value, scale, mask=mask.expand(query.shape[0], -1, -1, -1))
+    # aten leaves NaN or a finite LSE in rows that see no key.
+    empty = (mask == -torch.inf).all(-1).expand_as(lse)
+    return out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from (out, lse) of each."""
+    lse = torch.logaddexp(first[1], second[1])
+    shares = (torch.exp(part - lse)[..., None] for _, part in (first, second))
+    out = sum(share * out for share, (out, _) in zip(shares, (first, second), strict=True))
+    return out.to(first[0].dtype), lse
 
 
 def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

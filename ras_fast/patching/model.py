@@ -78,7 +78,10 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
 
 
 class _Undo:
-    """Everything that was changed, to be put back in reverse. Holds owners, not their dicts: a deepcopied model undoes itself."""
+    """Everything that was changed, to be put back in reverse.
+
+    Holds owners, not their dicts, so that the deepcopy of a patched model undoes itself.
+    """
 
     def __init__(self) -> None:
         self._changes: list[tuple[Any, Any, bool, Any]] = []
@@ -217,7 +220,8 @@ class Patch:
             raise ValueError(f"layer is {layer!r}; it must be a fused one: {sorted(self._fused)}\n{self._report}")
         norm = place.norm if final else place.end.norm
         if vectors.dim() != 2 or vectors.shape[0] == 0 or vectors.shape[1] != norm.weight.shape[0]:
-            raise ValueError(f"vectors is of shape {tuple(vectors.shape)}; it must be [S, d] with S > 0, d = {norm.weight.shape[0]}")
+            d = norm.weight.shape[0]
+            raise ValueError(f"vectors is of shape {tuple(vectors.shape)}; it must be [S, d] with S > 0 and d = {d}")
         place.site = Site(self.steering, vectors.detach().to(norm.weight.device), mode, rows == "last")
 
     def clear_steering(self) -> None:
@@ -357,9 +361,10 @@ def _find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     """(the transformers model, its text model, the text model's decoder layers)."""
     from transformers import PreTrainedModel
 
-    root = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None) if isinstance(model, nn.Module) else None
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    root = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     if root is None:
-        raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, such as AutoModelForImageTextToText gives")
+        raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, as AutoModel classes give")
     config = root.config.get_text_config(decoder=True)
     for module in root.modules():
         stack = getattr(module, "layers", None)

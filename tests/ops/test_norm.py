@@ -167,7 +167,8 @@ def test_probes(backend, dtype):
 def test_weight_offset_is_gemmas_one_plus_w(backend):
     x, weight = torch.randn(4, 64), torch.randn(64)
     y, _, _ = ops.add_rms_norm(x, None, weight, 1e-6, weight_offset=1.0)
-    torch.testing.assert_close(y.double(), exact_norm(x, None, weight, None, 1e-6, rms=True, offset=1.0)[0], atol=1e-5, rtol=1e-5)
+    expected, _ = exact_norm(x, None, weight, None, 1e-6, rms=True, offset=1.0)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @BACKENDS
@@ -264,10 +265,10 @@ def test_rounds_where_hugging_face_rounds(backend, family, dtype):
     torch.testing.assert_close(y, eager_y, rtol=tolerance, atol=4e-6 if dtype == torch.float32 else 2**-14)
 
 
-def steered_args(dtype=torch.float32, probes=True):
+def steered_args(dtype=torch.float32):
     x, residual = torch.randn(2, 3, 40).to(dtype), torch.randn(2, 3, 40).to(dtype)
     steer = steering(6, 40, dtype=dtype)
-    return (x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40) if probes else None)
+    return x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

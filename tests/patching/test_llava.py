@@ -47,7 +47,7 @@ def same(before, after):
         assert attributes.keys() == after[0][name].keys(), name
         for key, value in attributes.items():
             other = after[0][name][key]
-            assert other is value or isinstance(value, (dict, int, str, float, tuple)) and other == value, (name, key)
+            assert other is value or (isinstance(value, (dict, int, str, float, tuple)) and other == value), (name, key)
     assert repr(configs) == repr(after[1])
     assert all(torch.equal(weights[k], v) for k, v in after[2].items())
     assert weights.keys() == after[2].keys()
@@ -116,7 +116,7 @@ def test_hidden_states_are_the_true_ones(model):
         with ras_fast.patch(model):
             got = model(**batch, output_hidden_states=True).hidden_states
     assert len(got) == len(expected) == 4
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         assert relative_error(a[valid_rows(batch)], b[valid_rows(batch)]) < 1e-5
 
 
@@ -160,7 +160,7 @@ def test_attention_alone_from_the_config():
     batch = inputs(ROWS)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits[valid_rows(batch)], reference(**batch).logits[valid_rows(batch)])
-        with pytest.raises(ValueError, match="ras_fast.patch"):
+        with pytest.raises(ValueError, match=r"ras_fast\.patch"):
             model(**batch, output_attentions=True)
 
 
@@ -176,7 +176,7 @@ def test_attentions_are_the_image_sums_of_eager_attention(model, rows):
         regions = patched.region_map
     assert regions.num_regions == max(row.count("I") for row in rows)
     assert len(got) == 3
-    for a, b in zip(got, expected):
+    for a, b in zip(got, expected, strict=True):
         sums = image_sums(b, regions.ids, regions.num_regions)
         assert (a - sums).transpose(1, 2)[valid_rows(batch)].abs().max() < 1e-5
 
@@ -216,7 +216,7 @@ def test_statistics_follow_generation(model, options):
     ids[0, 1:17], ids[0, 17:33], ids[1, 15:31] = 0, 1, 0
     ids = ids.repeat_interleave(beams, 0)
     assert len(got.attentions) == len(expected.attentions)
-    for step, (a, b) in enumerate(zip(got.attentions, expected.attentions)):
+    for step, (a, b) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
         for layer in range(3):
             sums = image_sums(b[layer], ids, 2)
             last = (a[layer] - sums)[:, :, -1]
@@ -250,7 +250,7 @@ def test_collect_under_a_full_mask(model):
     with torch.no_grad(), ras_fast.patch(model) as patched:
         got = model(**batch, output_attentions=True).attentions
         ids = patched.region_map.ids
-    for a, b in zip(got, expected.attentions):
+    for a, b in zip(got, expected.attentions, strict=True):
         assert (a - image_sums(b, ids, 3)).transpose(1, 2)[valid_rows(batch)].abs().max() < 1e-5
 
 
@@ -269,7 +269,7 @@ def test_second_turn_with_another_image(model):
     assert regions.num_regions == 2
     length = second["input_ids"].shape[1]
     assert relative_error(output.logits, expected.logits[:, -length:]) < 1e-5
-    for a, b in zip(output.attentions, expected.attentions):
+    for a, b in zip(output.attentions, expected.attentions, strict=True):
         assert (a - image_sums(b, regions.ids, 2)[:, :, -length:]).abs().max() < 1e-5
 
 
@@ -422,7 +422,7 @@ def test_hooks_see_what_they_saw(model):
             records.clear()
             model(**batch)
     assert len(records) == len(unpatched) == 4
-    for got, expected in zip(records, unpatched):
+    for got, expected in zip(records, unpatched, strict=True):
         assert relative_error(got[0], expected[0]) < 1e-5
         assert relative_error(got[1], expected[1]) < 1e-5
 
@@ -473,7 +473,7 @@ def test_what_is_not_a_model(thing):
 
 
 def test_backend(model):
-    with pytest.raises(ValueError, match="backend|name"):
+    with pytest.raises(ValueError, match="name is"):
         ras_fast.patch(model, backend="fast")
     batch = inputs(["tItt"])
     with torch.no_grad():
@@ -504,7 +504,7 @@ def test_wrong_number_of_images_leaves_the_model_usable(model):
     bad["pixel_values"] = torch.cat([bad["pixel_values"]] * 2)
     with torch.no_grad(), ras_fast.patch(model):
         expected = model(**good, output_attentions=True)
-        with pytest.raises(Exception, match="[Ii]mage"):
+        with pytest.raises(Exception, match=r"[Ii]mage"):
             model(**bad)
         got = model(**good, output_attentions=True)
     assert torch.equal(got.logits, expected.logits)

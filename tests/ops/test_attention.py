@@ -1,0 +1,368 @@
+"""region_attention, region_mass, key_attention: the CPU path and the reference against an explicit float64 loop-free twin."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import ras_fast
+from ras_fast import ops
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ATOL = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def inputs(batch=2, heads=4, kv_heads=2, length_q=9, length_k=9, dim=16, dtype=torch.float32):
+    shapes = ((batch, heads, length_q, dim), (batch, kv_heads, length_k, dim), (batch, kv_heads, length_k, dim))
+    return tuple(torch.randn(shape).to(dtype) for shape in shapes)
+
+
+def image_ids(batch, length, regions=2):
+    """Two "images" of contiguous tokens in each row, text around them."""
+    ids = torch.full((batch, length), -1, dtype=torch.int32)
+    for region in range(regions):
+        start = 1 + region * (length - 1) // regions
+        ids[:, start : start + max(1, (length - 2) // (2 * regions))] = region
+    return ids
+
+
+def exact(query, key, value, ids, regions, *, scale=None, is_causal=True, kv_start=None, kv_end=None, window=None,
+          softcap=None, sinks=None, region_bias=None):  # fmt: skip
+    """Every row on its own, in float64, from the definition: (out, lse, mass, p)."""
+    batch, heads, length_q, dim = query.shape
+    length_k, group = key.shape[2], heads // key.shape[1]
+    scale = dim**-0.5 if scale is None else scale
+    out = torch.zeros(batch, heads, length_q, dim, dtype=torch.float64)
+    lse = torch.full((batch, heads, length_q), -torch.inf, dtype=torch.float64)
+    p = torch.zeros(batch, heads, length_q, length_k, dtype=torch.float64)
+    for b in range(batch):
+        start = 0 if kv_start is None else int(kv_start[b])
+        end = length_k if kv_end is None else int(kv_end[b])
+        for h in range(heads):
+            for i in range(length_q):
+                own = i + end - length_q
+                high = min(end, own + 1) if is_causal else end
+                low = max(start, own - window + 1) if window else start
+                seen = torch.arange(low, max(low, high))
+                s = query[b, h, i].double() @ key[b, h // group, seen].double().T * scale
+                if softcap:
+                    s = softcap * torch.tanh(s / softcap)
+                if region_bias is not None:
+                    table = (region_bias if region_bias.dim() == 2 else region_bias[b])[h].double()
+                    region = ids[b, seen].long()
+                    s = s + torch.where(region >= 0, table[region.clamp(min=0)], 0)
+                logits = torch.cat([s, sinks[h : h + 1].double()]) if sinks is not None else s
+                if logits.numel():
+                    lse[b, h, i] = torch.logsumexp(logits, 0)
+                    p[b, h, i, seen] = torch.exp(s - lse[b, h, i])
+                    out[b, h, i] = p[b, h, i, seen] @ value[b, h // group, seen].double()
+    one_hot = (ids[..., None] == torch.arange(regions)).double() if ids is not None else p.new_zeros(batch, length_k, 0)
+    return out, lse, torch.einsum("bhqk,bkr->bhqr", p, one_hot), p
+
+
+def options(name, batch, heads, length_k, regions):
+    int32 = {"dtype": torch.int32}
+    return {
+        "plain": {},
+        "scale": {"scale": 0.4},
+        "bidirectional": {"is_causal": False},
+        "left_padding": {"kv_start": torch.arange(batch, **int32) * 2},
+        "static_cache": {"kv_end": length_k - torch.arange(batch, **int32)},
+        "both_ends": {"kv_start": torch.arange(batch, **int32), "kv_end": length_k - torch.ones(batch, **int32)},
+        "window": {"window": 3},
+        "softcap": {"softcap": 1.5},
+        "sinks": {"sinks": torch.randn(heads)},
+        "bias": {"region_bias": torch.randn(heads, regions)},
+        "batched_bias": {"region_bias": torch.randn(batch, heads, regions), "softcap": 5.0, "sinks": torch.randn(heads)},
+    }[name]
+
+
+OPTIONS = ["plain", "scale", "bidirectional", "left_padding", "static_cache", "both_ends", "window", "softcap", "sinks", "bias",
+           "batched_bias"]  # fmt: skip
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("lengths", [(9, 9), (1, 9), (4, 9)])
+def test_against_definition(backend, lengths, option, dtype):
+    query, key, value = inputs(length_q=lengths[0], length_k=lengths[1], dtype=dtype)
+    ids = image_ids(2, lengths[1])
+    kwargs = options(option, 2, 4, lengths[1], 2)
+    out, lse, mass = ops.region_attention(query, key, value, ids, 2, **kwargs)
+    exact_out, exact_lse, exact_mass, p = exact(query, key, value, ids, 2, **kwargs)
+    assert out.dtype == dtype
+    assert lse.dtype == mass.dtype == torch.float32
+    torch.testing.assert_close(out.double(), exact_out, atol=ATOL[dtype], rtol=0)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=ATOL[dtype], rtol=0)
+    torch.testing.assert_close(mass.double(), exact_mass, atol=ATOL[dtype], rtol=0)
+    again = ops.region_mass(query, key, exact_lse.float(), ids, 2, **kwargs)
+    torch.testing.assert_close(again.double(), exact_mass, atol=5e-6, rtol=0)
+    biased = {"region_ids": ids} if "region_bias" in kwargs else {}
+    for reduce, expected in (("sum", p.sum(2)), ("mean", p.mean(2)), ("max", p.amax(2))):
+        scores = ops.key_attention(query, key, exact_lse.float(), reduce=reduce, **kwargs, **biased)
+        torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("rows", [0, 1, 5, 40])
+def test_last_rows_only(backend, rows):
+    query, key, value = inputs(length_q=40, length_k=48, dim=32)
+    ids = image_ids(2, 48)
+    _, lse, everything = ops.region_attention(query, key, value, ids, 2)
+    _, _, last = ops.region_attention(query, key, value, ids, 2, mass_rows=rows)
+    assert last.shape == (2, 4, rows, 2)
+    torch.testing.assert_close(last, everything[:, :, 40 - rows :], atol=1e-6, rtol=0)
+    torch.testing.assert_close(ops.region_mass(query, key, lse, ids, 2, mass_rows=rows), last, atol=1e-6, rtol=0)
+    p = exact(query, key, value, ids, 2)[3][:, :, 40 - rows :]
+    scores = ops.key_attention(query, key, lse, rows=rows, reduce="sum")
+    torch.testing.assert_close(scores.double(), p.sum(2), atol=1e-5, rtol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mass_error_within_twice_torchs(backend, dtype):
+    """Against float64; the yardstick: float32 softmax sums over scores that torch computes in that dtype."""
+    query, key, value = inputs(batch=1, heads=8, kv_heads=2, length_q=200, length_k=200, dim=64, dtype=dtype)
+    ids = image_ids(1, 200)
+    _, _, mass = ops.region_attention(query, key, value, ids, 2)
+    s = (query @ key.repeat_interleave(4, 1).mT) * 64**-0.5
+    s = s.masked_fill(torch.ones(200, 200, dtype=torch.bool).triu(1), -torch.inf)
+    one_hot = (ids[..., None] == torch.arange(2)).float()
+    own = torch.softmax(s.float(), -1) @ one_hot[:, None]
+    exact_s = (query.double() @ key.double().repeat_interleave(4, 1).mT) / 8
+    truth = torch.softmax(exact_s.masked_fill(s == -torch.inf, -torch.inf), -1) @ one_hot[:, None].double()
+    assert (mass - truth).abs().max() <= 2 * (own - truth).abs().max() + 1e-6
+
+
+@BACKENDS
+@pytest.mark.parametrize("regions", [1, 2, 16, 64, 1000])
+def test_partition_sums_to_one(backend, regions):
+    query, key, value = inputs(length_q=30, length_k=1200, heads=2, kv_heads=1, dim=8)
+    ids = (torch.arange(1200, dtype=torch.int32) * regions // 1200).expand(2, -1).contiguous()
+    _, _, mass = ops.region_attention(query, key, value, ids, regions)
+    assert mass.shape == (2, 2, 30, regions)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(2, 2, 30), atol=1e-5, rtol=0)
+
+
+@BACKENDS
+def test_scattered_regions_and_empty_region(backend):
+    query, key, value = inputs(length_q=20, length_k=20)
+    ids = torch.randint(-1, 3, (2, 20), dtype=torch.int32)  # region 3 has no token
+    mass = ops.region_attention(query, key, value, ids, 4)[2]
+    torch.testing.assert_close(mass.double(), exact(query, key, value, ids, 4)[2], atol=2e-6, rtol=0)
+    assert (mass[..., 3] == 0).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("sink", [None, 0.7])
+def test_rows_without_a_key(backend, sink):
+    """Lq > Lk: the first rows see nothing. Their out and mass are 0, their LSE is −inf or the sink's logit."""
+    query, key, value = inputs(length_q=7, length_k=4)
+    sinks = None if sink is None else torch.full((4,), sink)
+    out, lse, mass = ops.region_attention(query, key, value, image_ids(2, 4), 2, sinks=sinks)
+    assert (out[:, :, :3] == 0).all()
+    assert (mass[:, :, :3] == 0).all()
+    assert (lse[:, :, :3] == (-torch.inf if sink is None else sink)).all()
+    assert torch.equal(ops.region_mass(query, key, lse, image_ids(2, 4), 2)[:, :, :3], torch.zeros(2, 4, 3, 2))
+    assert out[:, :, 3:].isfinite().all()
+    exact_out = exact(query, key, value, image_ids(2, 4), 2, sinks=sinks)[0]
+    torch.testing.assert_close(out.double(), exact_out, atol=2e-6, rtol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize(("batch", "length_q", "length_k"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
+def test_empty(backend, batch, length_q, length_k):
+    query, key, value = inputs(batch=batch, length_q=length_q, length_k=length_k)
+    ids = torch.zeros(batch, length_k, dtype=torch.int32)
+    out, lse, mass = ops.region_attention(query, key, value, ids, 1)
+    assert out.shape == query.shape
+    assert mass.shape == (batch, 4, length_q, 1)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+    assert (mass == 0).all()
+    assert ops.key_attention(query, key, lse).shape == (batch, 4, length_k)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dim", [1, 7, 80, 129])
+def test_head_dimensions(backend, dim):
+    query, key, value = inputs(dim=dim)
+    ids = image_ids(2, 9)
+    out, _, mass = ops.region_attention(query, key, value, ids, 2)
+    exact_out, _, exact_mass, _ = exact(query, key, value, ids, 2)
+    torch.testing.assert_close(out.double(), exact_out, atol=3e-6, rtol=0)
+    torch.testing.assert_close(mass.double(), exact_mass, atol=3e-6, rtol=0)
+
+
+@BACKENDS
+def test_strides_as_transformers_hands_them(backend):
+    """q, k, v as [B, L, H, D] transposed, a cache longer than what is used, region ids as a view of a wider map."""
+    query = torch.randn(2, 9, 4, 16).transpose(1, 2)
+    key, value = (torch.randn(2, 2, 20, 16)[:, :, :9] for _ in range(2))
+    ids = image_ids(2, 30)[:, :9]
+    assert not query.is_contiguous()
+    assert not key.is_contiguous()
+    for actual, dense in zip(
+        ops.region_attention(query, key, value, ids, 2),
+        ops.region_attention(query.contiguous(), key.contiguous(), value.contiguous(), ids.contiguous(), 2),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, dense)
+
+
+@BACKENDS
+def test_nan_stays_in_its_batch_element(backend):
+    query, key, value = inputs()
+    ids = image_ids(2, 9)
+    clean = ops.region_attention(query, key, value, ids, 2)
+    for tensor in (query, key, value):
+        poisoned = [t.clone() for t in (query, key, value)]
+        index = next(i for i, t in enumerate((query, key, value)) if t is tensor)
+        poisoned[index][0, 0, 3, 2] = torch.nan
+        out, lse, mass = ops.region_attention(*poisoned, ids, 2)
+        assert out[0].isnan().any()
+        for actual, expected in zip((out, lse, mass), clean, strict=True):
+            torch.testing.assert_close(actual[1], expected[1])
+    key = key.clone()
+    key[0, 0, 3] = torch.nan
+    out, lse, mass = ops.region_attention(query, key, value, ids, 2)
+    assert mass[0, 0, 8].isnan().any()
+    assert ops.key_attention(query, key, lse)[0, 0].isnan().any()
+    assert ops.key_attention(query, key, lse, reduce="max")[1].isfinite().all()
+
+
+@BACKENDS
+def test_garbage_outside_the_valid_keys_is_never_read(backend):
+    """Static caches hold uninitialised memory past kv_end and padding before kv_start."""
+    query, key, value = inputs(length_q=3, length_k=12)
+    bounds = {"kv_start": torch.tensor([2, 0], dtype=torch.int32), "kv_end": torch.tensor([9, 7], dtype=torch.int32)}
+    ids = image_ids(2, 12)
+    clean = ops.region_attention(query, key, value, ids, 2, **bounds)
+    for b in range(2):
+        for tensor in (key, value):
+            tensor[b, :, : bounds["kv_start"][b]] = torch.nan
+            tensor[b, :, bounds["kv_end"][b] :] = torch.inf
+    for actual, expected in zip(ops.region_attention(query, key, value, ids, 2, **bounds), clean, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@BACKENDS
+def test_without_regions_it_is_plain_attention(backend):
+    query, key, value = inputs(kv_heads=4)
+    out, _, mass = ops.region_attention(query, key, value)
+    assert mass.shape == (2, 4, 9, 0)
+    torch.testing.assert_close(out, functional.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+
+@pytest.mark.parametrize("option", ["plain", "both_ends", "batched_bias"])
+def test_opcheck(option):
+    query, key, value = inputs()
+    ids = image_ids(2, 9)
+    absent = {"kv_start": None, "kv_end": None, "softcap": 0.0, "sinks": None, "region_bias": None}
+    kwargs = absent | options(option, 2, 4, 9, 2)
+    masks = (0.25, True, kwargs["kv_start"], kwargs["kv_end"], 0, kwargs["softcap"])
+    attention = torch.ops.ras_fast.region_attention.default
+    torch.library.opcheck(attention, (query, key, value, ids, 2, *masks, kwargs["sinks"], kwargs["region_bias"], 4))
+    lse = torch.randn(2, 4, 9) + 3
+    mass_args = (query, key, lse, ids, 2, *masks, kwargs["region_bias"], 9)
+    torch.library.opcheck(torch.ops.ras_fast.region_mass.default, mass_args)
+    torch.library.opcheck(torch.ops.ras_fast.key_attention.default,
+                          (query, key, lse, 5, "max", ids, *masks, kwargs["region_bias"]))  # fmt: skip
+
+
+def test_compiles_without_graph_breaks():
+    def block(query, key, value, ids):
+        out, lse, mass = ops.region_attention(query, key, value, ids, 2, mass_rows=2)
+        return out + 1, mass, ops.key_attention(query, key, lse, rows=1)
+
+    args = (*inputs(), image_ids(2, 9))
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for eager, traced in zip(block(*args), compiled(*args), strict=True):
+        torch.testing.assert_close(eager, traced)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+    length_q=st.integers(0, 40),
+    length_k=st.integers(0, 70),
+    dim=st.integers(1, 40),
+    regions=st.integers(1, 5),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_kernels_agree_with_reference(batch, kv_heads, group, length_q, length_k, dim, regions, dtype, seed):
+    torch.manual_seed(seed)
+    query, key, value = inputs(batch, kv_heads * group, kv_heads, length_q, length_k, dim, dtype)
+    ids = torch.randint(-1, regions, (batch, length_k), dtype=torch.int32).sort(-1)[0]
+    start = torch.randint(0, length_k + 1, (batch,), dtype=torch.int32)
+    kwargs = {"kv_start": start, "kv_end": (start + 20).clamp(max=length_k), "sinks": torch.randn(kv_heads * group)}
+    kwargs["window"] = seed % 7 or None
+    outputs = {}
+    for name in ("cpu", "torch"):
+        ras_fast.set_backend(name)
+        try:
+            out, lse, mass = ops.region_attention(query, key, value, ids, regions, **kwargs)
+            scores = ops.key_attention(query, key, lse, reduce="sum", **kwargs)
+            outputs[name] = out, lse, mass, scores
+        finally:
+            ras_fast.set_backend("auto")
+    for actual, expected in zip(outputs["cpu"], outputs["torch"], strict=True):
+        torch.testing.assert_close(actual, expected, atol=3 * ATOL[dtype], rtol=2e-5)
+
+
+q, k, v = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6, 8)
+ids = torch.zeros(2, 6, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((q[0], k, v), {}, "query is of shape"),
+        ((q.int(), k.int(), v.int()), {}, "query is of dtype"),
+        ((q, k.bfloat16(), v), {}, "key is of dtype"),
+        ((q, k[:, :, :, :4], v), {}, r"key is of (shape|strides)"),
+        ((q[:, :3], k, v), {}, "key is of 2 heads"),
+        ((q, k, v[:, :, :5]), {}, "value is of shape"),
+        ((q, k, v, ids, 0), {}, "num_regions is 0"),
+        ((q, k, v, None, 3), {}, "num_regions is 3"),
+        ((q, k, v, ids.long(), 2), {}, "region_ids is of dtype torch.int64"),
+        ((q, k, v, ids[:, :5], 2), {}, "region_ids is of shape"),
+        ((q, k, v, ids + 2, 2), {}, "region_ids is in 2..2"),
+        ((q, k, v, ids - 2, 2), {}, "region_ids is in -2..-2"),
+        ((q, k, v), {"kv_start": torch.zeros(2)}, "kv_start is of dtype"),
+        ((q, k, v), {"kv_end": torch.zeros(3, dtype=torch.int32)}, "kv_end is of shape"),
+        ((q, k, v), {"window": 0}, "window is 0"),
+        ((q, k, v), {"window": 3, "is_causal": False}, "window is 3 with is_causal=False"),
+        ((q, k, v), {"softcap": -1.0}, "softcap is -1.0"),
+        ((q, k, v), {"sinks": torch.zeros(3)}, "sinks is of shape"),
+        ((q, k, v), {"region_bias": torch.zeros(4, 2)}, "region_bias is given without region_ids"),
+        ((q, k, v, ids, 2), {"region_bias": torch.zeros(4, 3)}, "region_bias is of shape"),
+        ((q, k, v, ids, 2), {"mass_rows": 6}, "mass_rows is 6"),
+    ],
+)
+def test_bad_arguments_are_named(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ops.region_attention(*args, **kwargs)
+
+
+def test_bad_statistics_arguments_are_named():
+    lse = torch.zeros(2, 4, 5)
+    with pytest.raises(ValueError, match="lse is of shape"):
+        ops.region_mass(q, k, lse[:, :, :4], ids, 1)
+    with pytest.raises(ValueError, match="region_ids is None"):
+        ops.region_mass(q, k, lse, None, 1)
+    with pytest.raises(ValueError, match="reduce is 'median'"):
+        ops.key_attention(q, k, lse, reduce="median")
+    with pytest.raises(ValueError, match="rows is 9"):
+        ops.key_attention(q, k, lse, rows=9)
+
+
+def test_gradients_are_refused_not_dropped():
+    with pytest.raises(RuntimeError, match="no backward"):
+        ops.region_attention(q.clone().requires_grad_(), k, v)

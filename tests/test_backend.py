@@ -1,0 +1,106 @@
+"""Choosing a backend, and living without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ras_fast
+from ras_fast import backend, build
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_every_backend_is_listed_with_a_remedy():
+    states = ras_fast.backends()
+    assert list(states) == ["cuda", "triton", "cpu", "torch"]
+    assert states["torch"].available
+    assert states["cpu"].available, states["cpu"]
+    for state in states.values():
+        assert state.available or (state.reason and state.fix), state
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="name is 'fast'"):
+        ras_fast.set_backend("fast")
+
+
+def test_unavailable_backend_says_why(monkeypatch):
+    state = backend.Backend("cuda", False, "no GPU", "buy one")
+    monkeypatch.setattr(backend, "backends", lambda: {"cuda": state})
+    with pytest.raises(RuntimeError, match="no GPU; to mend it: buy one"):
+        ras_fast.set_backend("cuda")
+
+
+def test_environment_variable():
+    done = run("import ras_fast.backend as b; print(b.forced_backend())", RAS_FAST_BACKEND="torch")
+    assert done.stdout.strip() == "torch"
+    assert "name is 'nonsense'" in run("import ras_fast", RAS_FAST_BACKEND="nonsense").stderr
+
+
+def test_triton_in_the_interpreter():
+    code = (
+        "import torch, ras_fast; ras_fast.set_backend('triton'); x = torch.randn(3, 8);"
+        "print(ras_fast.ops.add_rms_norm(x, x, torch.ones(8), 1e-6)[0].shape)"
+    )
+    done = run(code, TRITON_INTERPRET="1")
+    assert "[3, 8]" in done.stdout, done.stderr
+
+
+def test_forced_backend_on_the_wrong_device(monkeypatch):
+    monkeypatch.setattr(backend, "_forced", "cuda")
+    with pytest.raises(ValueError, match="'cuda' is forced, but the tensors given to add_rms_norm are on 'cpu'"):
+        ras_fast.ops.add_rms_norm(torch.zeros(1, 8), None, torch.ones(8), 1e-6)
+
+
+def test_without_native_libraries_the_reference_serves(tmp_path):
+    """A machine without a compiler: same package, no _lib."""
+    shutil.copytree(ROOT / "ras_fast", tmp_path / "ras_fast", ignore=shutil.ignore_patterns("_lib", "_C*", "assets"))
+    code = (
+        f"import torch, ras_fast; assert ras_fast.__file__.startswith({str(tmp_path)!r});"
+        "print(ras_fast.backends()['cpu']); x = torch.randn(2, 8);"
+        "op = torch.ops.ras_fast.add_rms_norm.default;"
+        "print(op(x, x, torch.ones(8), 1e-6, None, None, None, False, 0.0, True, None)[0].shape);"
+        "print(ras_fast.ops.region_attention(*[torch.randn(1, 2, 3, 4)] * 3)[0].shape)"
+    )
+    done = run(code, PYTHONPATH=str(tmp_path))
+    assert "libras_fast_cpu.so is not built; to mend it: ras-fast build" in done.stdout, done.stderr
+    assert "[2, 8]" in done.stdout
+    assert "[1, 2, 3, 4]" in done.stdout
+
+
+def test_build_reports_missing_tools(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    report = build.build_all(tmp_path, tmp_path / "work")
+    assert "no-such-compiler was not found" in report["cpu"]
+    assert "nvcc was not found" in report["cuda"]
+
+
+def test_cuda_architectures():
+    assert build.cuda_arch_flags("80;90a") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    with pytest.raises(build.BuildError, match="RAS_FAST_CUDA_ARCHS"):
+        build.cuda_arch_flags(" ;".strip())
+
+
+def test_import_is_light():
+    """`import ras_fast` must not load transformers."""
+    done = run("import sys, ras_fast; print('transformers' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        ras_fast.nonsense  # noqa: B018

@@ -117,7 +117,7 @@ def output_head(model):
     return (lambda hidden: cap * torch.tanh(layer(hidden) / cap)) if cap else layer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reference_generate(model, processor, inputs, decoding: Decoding, *, query: int = 0, edit=None, streamer=None):
     """``model.generate`` for one query, with the hidden states after the last norm on view.
 

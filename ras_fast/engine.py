@@ -30,6 +30,7 @@ from ras_fast.decoding import Decoding, eos_ids, holds_stop, output_head
 from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.kv_cache import ByteBoundedCache, KVBuffer
 from ras_fast.methods.moras import PRESETS, Moras, context_text
+from ras_fast.patching import Patch, patch
 from ras_fast.profile import RasProfile
 
 
@@ -119,7 +120,8 @@ class SafeGenerator:
 
     profile: a `RasProfile` calibrated on this model; another model's is refused.
     batch_size: how many queries go through the stages together.
-    patch: fuse the model's layers with `ras_fast.patch` from the first call on; `close()` undoes it.
+    fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched already; `close()` undoes
+        it.
     cache_bytes: keep image prefixes and contexts of seen images, least recently used out first. 0, the default, keeps
         nothing: what is kept would be the content of users' images. The cache belongs to this object alone.
 
@@ -127,7 +129,7 @@ class SafeGenerator:
     Counters of all calls are in ``counters``.
     """
 
-    def __init__(self, model, processor, profile: RasProfile, *, batch_size=8, patch=True, cache_bytes=0):
+    def __init__(self, model, processor, profile: RasProfile, *, batch_size=8, fused=True, cache_bytes=0):
         profile.check(model, processor)
         if profile.method not in PRESETS:
             raise ValueError(f"SafeGenerator runs {', '.join(PRESETS)} profiles; this one is {profile.method!r}")
@@ -141,7 +143,7 @@ class SafeGenerator:
         self.last_timings: dict[str, float] = {}
         self._layers = model.config.get_text_config().num_hidden_layers
         self._lock = threading.Lock()
-        self._wants_patch, self._patch = patch, None
+        self._fused, self._patch = fused, None
         self._prove_head()
 
     def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
@@ -223,7 +225,7 @@ class SafeGenerator:
         warnings.warn(f"out of memory with {len(batch)} queries in a batch: going on with {half}", stacklevel=3)
         return [o for part in (batch[:half], batch[half:]) for o in self._answer_or_split(part, decoding, streamer)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _answer(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
         clock = Clock()
         jobs = [self._prepare(number, query) for number, query in batch]
@@ -298,9 +300,7 @@ class SafeGenerator:
         """Stage 2: the similarity and the risk of each query."""
         inputs = [self._encode(self.moras.risk_query(job.query, job.context))[0] for job in jobs]
         rows = [self._sequence(i, Decoding(self.moras.steps)) for i in inputs]
-        buffer, hidden = self._start(
-            [self._branch(job, i) for job, i in zip(jobs, inputs, strict=True)], room=self.moras.steps
-        )
+        buffer, hidden = self._start([self._branch(job, i) for job, i in zip(jobs, inputs, strict=True)], room=self.moras.steps)
         steps = []
         while True:
             tokens, logits = self._choose(rows, hidden)
@@ -340,9 +340,7 @@ class SafeGenerator:
         live = [(first + i, job) for i, job in enumerate(jobs) if not job.draft.done]
         if live:
             # The latest token of a sequence has not been through the model yet.
-            branches = [
-                (drafts, i, len(job.draft.prompt + job.draft.tokens) - 1, job.draft.tokens[-1:]) for i, job in live
-            ]
+            branches = [(drafts, i, len(job.draft.prompt + job.draft.tokens) - 1, job.draft.tokens[-1:]) for i, job in live]
             room = max(job.draft.decoding.max_new_tokens - len(job.draft.tokens) for _, job in live)
             buffer, hidden = self._start(branches, room)
             self._decode_steered([job for _, job in live], buffer, hidden, streamer)
@@ -458,9 +456,7 @@ class SafeGenerator:
         return digest.hexdigest()
 
     def _patch_model(self) -> None:
-        if self._wants_patch and self._patch is None:
-            from ras_fast.patching import patch
-
+        if self._fused and Patch.of(self.model) is None:
             self._patch = patch(self.model)
 
     def _unpatch_model(self) -> None:
@@ -468,7 +464,7 @@ class SafeGenerator:
             self._patch.unpatch()
             self._patch = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _prove_head(self) -> None:
         """The engine reads tokens from ``head(base_model(...))``: refuses a model whose logits are computed
         otherwise."""

@@ -31,7 +31,7 @@ class SequentialPipeline:
         queries = make_queries(prompts, images, self.processor)
         return [self._answer(number, query, decoding, streamer) for number, query in enumerate(queries)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _answer(self, number: int, query: Query, decoding: Decoding, streamer) -> SafeOutput:
         begin = time.perf_counter()
         inputs, poisoned = encode(self.processor, query, self.model.device, self.model.dtype)

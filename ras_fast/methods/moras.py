@@ -69,7 +69,7 @@ class Moras:
                 f"prototypes have shape {tuple(prototypes.shape)}; they need to be [steps = {self.config['steps']}, d]"
             )
         self.prototypes = prototypes.to(device, torch.float32)
-        with torch.inference_mode():
+        with torch.no_grad():
             self.prototype_probs = head(self.prototypes.to(dtype)).float().softmax(dim=-1)
         self.steps = self.config["steps"]
 

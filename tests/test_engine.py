@@ -1,0 +1,465 @@
+"""The engine against the three calls made one after another, on a LLaVA of random weights."""
+
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from tiny_random import IMAGES_LAST, random_image, random_words, tiny_llava, tiny_processor
+
+from ras_fast import kv_cache
+from ras_fast.engine import SafeGenerator
+from ras_fast.methods.moras import PRESETS
+from ras_fast.patching import Patch
+from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.sequential import SequentialPipeline
+
+NEW_TOKENS = 14
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.95, "repetition_penalty": 1.3, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return tiny_llava(processor)
+
+
+def make_profile(model, processor, **changes):
+    """Prototypes are real states of the model, which makes steering change some tokens and leave others."""
+    texts = [processor(text=random_words(i, 6), return_tensors="pt")["input_ids"] for i in range(3)]
+    with torch.no_grad():
+        states = [model.model(input_ids=ids).last_hidden_state[0, -1] for ids in texts]
+    config = PRESETS["moras"] | {
+        "s_base": 0.15,
+        "k": 6.0,
+        "context_prompt": "w1 w2 w3",
+        "safety_prompt": "w4 w5 w6 w7 w8",
+        "max_context_tokens": 8,
+    }
+    return RasProfile("moras", config | changes, {"prototypes": torch.stack(states)}, fingerprint(model, processor))
+
+
+@pytest.fixture(scope="module")
+def profile(model, processor):
+    return make_profile(model, processor)
+
+
+def make_queries(count, seed=0):
+    """Prompts of many lengths: with one image, two, none, in a chat, with an assistant prefix."""
+    prompts, images = [], []
+    for i in range(seed, seed + count):
+        question, image = random_words(1000 + i, 2 + i % 9), random_image(i)
+        if i % 6 == 1:
+            question, image = (
+                [
+                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+                    {"role": "assistant", "content": random_words(2000 + i, 3)},
+                    {"role": "user", "content": random_words(3000 + i, 4)},
+                ],
+                image,
+            )
+        elif i % 6 == 2:
+            image = [image, random_image(500 + i)]
+        elif i % 6 == 3:
+            image = None
+        elif i % 6 == 4:
+            question = [{"role": "user", "content": question}, {"role": "assistant", "content": random_words(i, 2)}]
+        prompts.append(question)
+        images.append(image)
+    return prompts, images
+
+
+def assert_same(outputs, references):
+    for output, reference in zip(outputs, references, strict=True):
+        assert output.tokens == reference.tokens
+        assert output.context == reference.context
+        assert output.rejected_at == reference.rejected_at
+        assert output.text == reference.text
+        assert output.risk == pytest.approx(reference.risk, abs=1e-4, nan_ok=True)
+        assert output.similarity == pytest.approx(reference.similarity, abs=1e-4, nan_ok=True)
+
+
+@pytest.fixture
+def reference(model, processor, profile):
+    assert Patch.of(model) is None
+    return SequentialPipeline(model, processor, profile)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_exact_in_batches_of_1_3_8(model, processor, profile, reference, options, fused):
+    prompts, images = make_queries(18)
+    expected = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS, **options)
+    for batch_size in (1, 3, 8):
+        with SafeGenerator(model, processor, profile, batch_size=batch_size, fused=fused) as guard:
+            assert_same(guard.generate(prompts, images, max_new_tokens=NEW_TOKENS, **options), expected)
+    if not options:
+        assert {output.rejected_at for output in expected} == {None, 0, 1, 2}
+
+
+def test_sampling_depends_on_the_seed_and_follows_the_distribution(model, processor, profile):
+    guard = SafeGenerator(model, processor, make_profile(model, processor, gate=0.0), fused=False, batch_size=400)
+    draws = [output.tokens[0] for output in guard.generate(["w1"] * 400, max_new_tokens=1, do_sample=True, temperature=0.7)]
+    again = guard.generate(["w1"] * 20, max_new_tokens=1, do_sample=True, temperature=0.7, seed=1)
+    assert [output.tokens[0] for output in again] != draws[:20]
+    ids = processor(text="<bos> USER : w1 ASSISTANT :", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        probabilities = (model(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
+    counts = torch.bincount(torch.tensor(draws), minlength=len(probabilities)) / 400
+    # Four standard errors for every token.
+    assert ((counts - probabilities).abs() <= 4 * (probabilities * (1 - probabilities) / 400).sqrt() + 1e-2).all()
+
+
+def test_end_of_sequence_in_every_stage(model, processor, profile, reference, monkeypatch):
+    prompts, images = make_queries(18)
+    plain = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS)
+    common = [token for token, _ in Counter(t for output in plain for t in output.tokens).most_common(6)]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", common[1::2])
+    expected = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS)
+    assert any(len(output.tokens) < 3 for output in expected)
+    assert any(3 <= len(output.tokens) < NEW_TOKENS for output in expected)
+    assert any(output.context == "" for output, image in zip(expected, images, strict=True) if image)
+    for batch_size in (1, 8):
+        guard = SafeGenerator(model, processor, profile, batch_size=batch_size, fused=False)
+        assert_same(guard.generate(prompts, images, max_new_tokens=NEW_TOKENS), expected)
+
+
+def test_risk_stage_that_ends_early_uses_the_steps_there_are(model, processor, profile, reference, monkeypatch):
+    lengths = []
+    similarity = reference.moras.similarity
+    monkeypatch.setattr(reference.moras, "similarity", lambda x: lengths.append(x.shape[1]) or similarity(x))
+    prompts, images = make_queries(12)
+    plain = reference.generate(prompts, images, max_new_tokens=4)
+    for token in range(len(processor.tokenizer)):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", token)
+        lengths.clear()
+        expected = reference.generate(prompts[:3], images[:3], max_new_tokens=4)
+        if {1, 3} <= set(lengths) or {2, 3} <= set(lengths):
+            break
+    else:
+        pytest.fail(f"no token ends some risk stages early and not others; without: {plain}")
+    assert_same(
+        SafeGenerator(model, processor, profile, fused=False).generate(prompts[:3], images[:3], max_new_tokens=4),
+        expected,
+    )
+
+
+def test_stop_strings(model, processor, profile, reference):
+    prompts, images = make_queries(12)
+    plain = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS)
+    by_length = sorted(plain, key=lambda output: len(output.text.split()))
+    stops = [by_length[-1].text.split()[1], " ".join(by_length[-2].text.split()[4:6])]
+    expected = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS, stop_strings=stops)
+    guard = SafeGenerator(model, processor, profile, batch_size=5, fused=False)
+    outputs = guard.generate(prompts, images, max_new_tokens=NEW_TOKENS, stop_strings=stops)
+    assert_same(outputs, expected)
+    assert sum(output.text.endswith(tuple(stops)) for output in outputs) >= 2
+    assert any(len(output.tokens) == NEW_TOKENS for output in outputs)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3])
+def test_fewer_new_tokens_than_steered_steps(model, processor, profile, reference, max_new_tokens):
+    prompts, images = make_queries(8)
+    expected = reference.generate(prompts, images, max_new_tokens=max_new_tokens)
+    guard = SafeGenerator(model, processor, profile, batch_size=3, fused=False)
+    assert_same(guard.generate(prompts, images, max_new_tokens=max_new_tokens), expected)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 1}, {"max_context_tokens": 1}, {"gate": "binary"}, {"gate": 0.5}, {"gate": 1.0}])
+def test_other_settings(model, processor, changes):
+    profile = make_profile(model, processor)
+    profile.config |= changes
+    profile.tensors["prototypes"] = profile.tensors["prototypes"][: profile.config["steps"]]
+    prompts, images = make_queries(8, seed=40)
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6)
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    assert_same(guard.generate(prompts, images, max_new_tokens=6), expected)
+
+
+def test_risk_zero_is_the_undefended_answer(model, processor):
+    guard = SafeGenerator(model, processor, make_profile(model, processor, gate=0.0), fused=False)
+    image = random_image(3)
+    inputs = processor(
+        text="<bos> USER : <image> w5 w6 ASSISTANT :", images=image, add_special_tokens=False, return_tensors="pt"
+    )
+    plain = model.generate(**inputs, max_new_tokens=9, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    (output,) = guard.generate(["w5 w6"], [image], max_new_tokens=9)
+    assert output.tokens == plain
+    assert not output.steered
+
+
+def test_a_template_that_shares_nothing(model):
+    processor = tiny_processor(IMAGES_LAST)
+    profile = make_profile(model, processor)
+    prompts, images = [random_words(i, 3 + i) for i in range(4)], [random_image(i) for i in range(4)]
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6)
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    assert_same(guard.generate(prompts, images, max_new_tokens=6), expected)
+    assert guard.counters["not_shared"] == 8
+    assert "could not 8" in guard.explain()
+
+
+class Recorder:
+    """A transformers streamer."""
+
+    def __init__(self):
+        self.values, self.ended = [], 0
+
+    def put(self, value):
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("seed", [0, 3, 6, 12])
+def test_streaming_shows_nothing_before_the_risk_is_known(model, processor, profile, monkeypatch, seed):
+    guard, streamer = SafeGenerator(model, processor, profile, fused=False), Recorder()
+    prompts, images = make_queries(1, seed=seed)
+    (expected,) = guard.generate(prompts, images, max_new_tokens=NEW_TOKENS)
+    assess, seen_before_risk = guard._assess, []
+    monkeypatch.setattr(guard, "_assess", lambda jobs: seen_before_risk.append(list(streamer.values)) or assess(jobs))
+    guard.generate(prompts, images, max_new_tokens=NEW_TOKENS, streamer=streamer)
+    assert seen_before_risk == [[]]
+    prompt, *shown = streamer.values
+    assert processor.tokenizer.decode(prompt).endswith("ASSISTANT :")
+    assert [token for value in shown for token in value] == expected.tokens
+    assert streamer.ended == 1
+    with pytest.raises(ValueError, match="a streamer takes one prompt"):
+        guard.generate(["w1", "w2"], streamer=streamer)
+
+
+@pytest.mark.parametrize("stage", ["_context_and_draft", "_assess", "_check_drafts", "_finish"])
+def test_an_exception_in_a_stage_shows_no_answer_and_leaves_a_usable_engine(model, processor, profile, monkeypatch, stage):
+    guard, streamer = SafeGenerator(model, processor, profile), Recorder()
+
+    def fail(*args):
+        raise ArithmeticError("in the middle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guard, stage, fail)
+        with pytest.raises(ArithmeticError):
+            guard.generate(["w1"], [random_image(0)], streamer=streamer)
+    assert streamer.values == []
+    assert streamer.ended == 1
+    assert guard.generate(["w1"], [random_image(0)], max_new_tokens=2)
+    guard.close()
+    assert Patch.of(model) is None
+
+
+def test_ctrl_c_leaves_the_model_unpatched_and_usable(model, processor, profile, monkeypatch):
+    guard = SafeGenerator(model, processor, profile)
+    (expected,) = guard.generate(["w1"], [random_image(0)], max_new_tokens=4)
+    assert Patch.of(model) is not None
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guard, "_assess", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            guard.generate(["w1"], [random_image(0)])
+    assert Patch.of(model) is None
+    assert guard.generate(["w1"], [random_image(0)], max_new_tokens=4)[0].tokens == expected.tokens
+    guard.close()
+
+
+def test_a_users_own_patch_is_used_and_left(model, processor, profile):
+    import ras_fast
+
+    with ras_fast.patch(model) as handle:
+        with SafeGenerator(model, processor, profile) as guard:
+            guard.generate(["w1"], max_new_tokens=2)
+        assert Patch.of(model) is handle
+    assert Patch.of(model) is None
+
+
+def broken_image(kind):
+    return np.full((8, 8, 3), np.nan if kind == "nan" else np.inf)
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_pixels_that_are_not_finite_fail_closed_for_their_query_alone(model, processor, profile, reference, kind):
+    prompts, images = [random_words(i, 4) for i in range(3)], [random_image(i) for i in range(3)]
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    before = guard.generate(prompts, images, max_new_tokens=6)
+    images[1] = broken_image(kind)
+    outputs = guard.generate(prompts, images, max_new_tokens=6)
+    assert_same([outputs[0], outputs[2]], [before[0], before[2]])
+    assert_same(outputs, reference.generate(prompts, images, max_new_tokens=6))
+    assert outputs[1].risk == 1
+    assert np.isnan(outputs[1].similarity)
+    assert "NaN or infinite pixels" in outputs[1].failed_closed
+    head = model.lm_head(profile.tensors["prototypes"]).argmax(-1).tolist()
+    assert outputs[1].tokens[:3] == head
+    assert guard.counters["failed_closed"] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_overflows_fails_closed_for_its_row_alone(model, processor, profile, monkeypatch, value):
+    """NaN in the keys of one query's prefix: every later state of that query is NaN."""
+    prompts, images = [random_words(i, 4) for i in range(3)], [random_image(i) for i in range(3)]
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    before = guard.generate(prompts, images, max_new_tokens=6)
+    prefill, calls = guard._prefill, []
+
+    def overflowing(inputs, length):
+        buffer = prefill(inputs, length)
+        calls.append(length)
+        if len(calls) == 2:
+            buffer.layers[0].values[:, :, 4] = value
+        return buffer
+
+    monkeypatch.setattr(guard, "_prefill", overflowing)
+    outputs = guard.generate(prompts, images, max_new_tokens=6)
+    assert_same([outputs[0], outputs[2]], [before[0], before[2]])
+    assert outputs[1].risk == 1
+    assert outputs[1].failed_closed == "the similarity to a refusal is not finite"
+    refusal = model.lm_head(profile.tensors["prototypes"]).argmax(-1).tolist()
+    assert outputs[1].tokens == [*refusal, processor.tokenizer.eos_token_id]
+
+
+def test_a_similarity_that_is_not_finite_fails_closed(model, processor, profile, monkeypatch):
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    prompts = ["w1", "w2", "w3"]
+    before = guard.generate(prompts, max_new_tokens=5)
+    similarity = guard.moras.similarity
+
+    def broken(logits, steps):
+        s = similarity(logits, steps)
+        s[2] = float("nan")
+        return s
+
+    monkeypatch.setattr(guard.moras, "similarity", broken)
+    outputs = guard.generate(prompts, max_new_tokens=5)
+    assert_same(outputs[:2], before[:2])
+    assert (outputs[2].risk, outputs[2].failed_closed is None) == (1, False)
+
+
+def test_images_seen_again_come_from_the_cache(model, processor, profile):
+    prompts, images = [random_words(i, 4) for i in range(4)], [random_image(i % 2) for i in range(4)]
+    expected = SafeGenerator(model, processor, profile, fused=False).generate(prompts, images, max_new_tokens=8)
+    guard = SafeGenerator(model, processor, profile, fused=False, batch_size=1, cache_bytes=10**7)
+    assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
+    assert guard.counters["cache_hits"] == 2
+    assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
+    assert guard.counters["cache_hits"] == 6
+    assert 0 < guard.cache.nbytes <= 10**7
+    guard.close()
+    assert len(guard.cache) == guard.cache.nbytes == 0
+
+
+def test_the_cache_is_off_by_default_and_bounded(model, processor, profile):
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    guard.generate(["w1", "w2"], [random_image(0)] * 2, max_new_tokens=2)
+    assert len(guard.cache) == 0
+    cache = kv_cache.ByteBoundedCache(100)
+    for key in "abc":
+        cache.put(key, key.upper(), 40)
+        cache.get("a")
+    assert (cache.get("a"), cache.get("b"), cache.get("c")) == ("A", None, "C")
+    cache.put("huge", 1, 101)
+    assert (len(cache), cache.nbytes) == (2, 80)
+    with pytest.raises(ValueError, match="cache_bytes is -1"):
+        SafeGenerator(model, processor, profile, cache_bytes=-1)
+
+
+def test_decoding_allocates_no_cache(model, processor, profile, monkeypatch):
+    allocations = []
+    allocate = kv_cache.BufferLayer.allocate
+    monkeypatch.setattr(kv_cache.BufferLayer, "allocate", lambda *args: allocations.append(1) or allocate(*args))
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    counts = []
+    for new_tokens in (20, 40):
+        allocations.clear()
+        (output,) = guard.generate(["w1 w2"], [random_image(1)], max_new_tokens=new_tokens)
+        assert len(output.tokens) == new_tokens
+        counts.append(len(allocations))
+    # Prefix, stage 1, stage 2 and stage 3, in each of the two layers.
+    assert counts == [8, 8]
+
+
+def test_out_of_memory_splits_the_batch(model, processor, profile, monkeypatch):
+    prompts, images = make_queries(5)
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    expected = guard.generate(prompts, images, max_new_tokens=4, **SAMPLING)
+    answer = guard._answer
+
+    def tight(batch, *args):
+        if len(batch) > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return answer(batch, *args)
+
+    monkeypatch.setattr(guard, "_answer", tight)
+    with pytest.warns(UserWarning, match="out of memory with 5 queries in a batch: going on with 2"):
+        assert_same(guard.generate(prompts, images, max_new_tokens=4, **SAMPLING), expected)
+    assert guard.counters["memory_splits"] == 2
+    monkeypatch.setattr(guard, "_answer", lambda *args: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        guard.generate(["w1"])
+
+
+def test_two_threads_get_what_each_would_alone(model, processor, profile):
+    guard = SafeGenerator(model, processor, profile)
+    calls = [make_queries(4, seed=seed) for seed in (0, 20)]
+    alone = [guard.generate(*call, max_new_tokens=8) for call in calls]
+    together = [None, None]
+
+    def work(i):
+        together[i] = guard.generate(*calls[i], max_new_tokens=8)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outputs, expected in zip(together, alone, strict=True):
+        assert_same(outputs, expected)
+    guard.close()
+
+
+def test_explain_and_timings(model, processor, profile):
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    assert "nothing run yet" in guard.explain()
+    (output,) = guard.generate(["w1"], [random_image(0)], max_new_tokens=3)
+    stages = ["prefix", "context and draft", "risk", "check", "answer"]
+    assert list(output.timings) == [*stages, "first_token", "total"]
+    assert sum(output.timings[stage] for stage in stages) == pytest.approx(output.timings["total"])
+    assert "queries 1" in guard.explain()
+    assert "prompts that shared a prefix 3, that could not 0" in guard.explain()
+
+
+def test_what_cannot_be_used_is_refused(model, processor, profile):
+    with pytest.raises(ValueError, match="calibrated on another model"):
+        SafeGenerator(tiny_llava(processor, seed=5), processor, profile)
+    other = RasProfile("projection", {}, {}, profile.fingerprint)
+    with pytest.raises(ValueError, match="'projection'"):
+        SafeGenerator(model, processor, other)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        SafeGenerator(model, processor, profile, batch_size=0)
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        guard.generate(["w1"], max_new_tokens=0)
+    with pytest.raises(ValueError, match="stop_strings"):
+        guard.generate(["w1"], stop_strings=[""])
+    with pytest.raises(TypeError, match="beams"):
+        guard.generate(["w1"], beams=3)
+    assert guard.generate([]) == []
+
+
+def test_a_head_the_engine_does_not_know_is_refused(model, processor, profile, monkeypatch):
+    forward = type(model).forward
+
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(type(model), "forward", scaled)
+    with pytest.raises(ValueError, match="does more to its last hidden state"):
+        SafeGenerator(model, processor, profile)

@@ -70,7 +70,7 @@ class RegionMap:
         before = self.keys(past)
         held = (before.amax(1) + 1 if past else before.new_zeros(before.shape[0]))[:, None]
         joined = torch.cat([before, torch.where(ids >= 0, ids + held, ids)], 1)
-        grids = [old[:n] + new for old, new, n in zip(self.grids, grids, held.flatten().tolist())]
+        grids = [old[:n] + new for old, new, n in zip(self.grids, grids, held.flatten().tolist(), strict=True)]
         return RegionMap(joined, max(map(len, grids), default=0), grids, validate=False)
 
     def select(self, rows: Tensor) -> RegionMap:

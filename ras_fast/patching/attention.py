@@ -96,7 +96,7 @@ def _is_causal(mask_function: Any) -> bool:
     return (
         getattr(mask_function, "__code__", None) is windowed.__code__
         and len(parts) == len(expected)
-        and all(part.__code__ is other.__code__ for part, other in zip(parts, expected))
+        and all(part.__code__ is other.__code__ for part, other in zip(parts, expected, strict=True))
     )
 
 
@@ -177,7 +177,7 @@ def attention(
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if module.training:
-        raise RuntimeError("attn_implementation='ras_fast' is for inference, and the model is in training mode: call model.eval()")
+        raise RuntimeError("attn_implementation='ras_fast' is for inference, but the model is in training mode: call eval()")
     if dropout:
         raise ValueError(f"dropout is {dropout}; with attn_implementation='ras_fast' it must be 0")
     for name in _UNSUPPORTED:
@@ -305,7 +305,10 @@ def _forget(reference: weakref.ref) -> None:
 def _dense(
     query, key, value, mask, scaling, softcap, sinks, ids=None, num_regions=0, rows=0, score_rows=0, reduce="sum"
 ):
-    """Attention under a full mask, in chunks of rows: (out [B, Hq, Lq, D], mass [B, Hq, rows, R], scores [B, Hq, Lk] or None)."""
+    """Attention under a full mask, row chunk by row chunk.
+
+    Returns out [B, Hq, Lq, D], mass [B, Hq, rows, R], and scores [B, Hq, Lk] over the last `score_rows`, or None.
+    """
     length_q = query.shape[2]
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     mass = query.new_zeros((*query.shape[:2], length_q, num_regions), dtype=torch.float32)

@@ -96,7 +96,9 @@ def _has_foreign_hooks(module: nn.Module) -> bool:
 class FusedLayer:
     """Stands in for the `forward` of one decoder layer."""
 
-    def __init__(self, layer: nn.Module, index: int, names: dict[str, str | None], middle: FusedNorm | None, end: FusedNorm | None):
+    def __init__(
+        self, layer: nn.Module, index: int, names: dict[str, str | None], middle: FusedNorm | None, end: FusedNorm | None
+    ) -> None:
         self.layer, self.index = layer, index
         self.names = names
         self.middle, self.end = middle, end
@@ -105,7 +107,7 @@ class FusedLayer:
         self._parameters = tuple(inspect.signature(type(layer).forward).parameters)[1:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(zip(self._parameters, args)) | kwargs
+        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
@@ -134,9 +136,9 @@ class FusedLayer:
 
     def _check(self, hidden: Tensor) -> None:
         if self.layer.training:
-            raise RuntimeError("a patched model is for inference, and it is in training mode: call model.eval(), or unpatch it")
+            raise RuntimeError("a patched model is for inference, but it is in training mode: call eval(), or unpatch it")
         if torch.is_grad_enabled() and (hidden.requires_grad or next(self.layer.parameters()).requires_grad):
-            raise RuntimeError("a patched model has no backward: run it under torch.no_grad() or torch.inference_mode(), or unpatch it")
+            raise RuntimeError("a patched model has no backward: run it under torch.no_grad(), or unpatch it")
 
 
 def _first(output: Any) -> Tensor:
@@ -254,7 +256,7 @@ def roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
         "nbb": ("input_norm", "attention", "mlp"),
     }[shape]
     empty = dict.fromkeys(("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"))
-    return empty | dict(zip(parts, names))
+    return empty | dict(zip(parts, names, strict=True))
 
 
 def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> str | None:

@@ -57,11 +57,12 @@ class Site:
         """
         slot, alpha = self.steering.slot, self.steering.alpha
         if slot is None or alpha is None:
-            raise RuntimeError("steering vectors are set, but not the rows to steer: call patch.steering.set_rows(slot, alpha)")
+            raise RuntimeError("steering vectors are set, but not the rows to steer: call steering.set_rows(slot, alpha)")
         batch, length = x.shape[0], x.shape[1:-1].numel()
         if slot.numel() != batch * length:
             if slot.numel() != batch:
-                raise ValueError(f"steering was set for {slot.numel()} rows; it must be for B = {batch} or T = {batch * length}")
+                tokens = batch * length
+                raise ValueError(f"steering was set for {slot.numel()} rows; it must be for B = {batch} or T = {tokens}")
             slot, alpha = self._spread(slot, length, -1), self._spread(alpha, length, 0)
         return {
             "steer_vectors": self.vectors, "steer_slot": slot.to(x.device), "steer_alpha": alpha.to(x.device),

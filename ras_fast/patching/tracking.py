@@ -24,11 +24,13 @@ _IMAGE_IS_A_RUN = {"internvl"}
 
 def token_ids(config: Any) -> dict[str, int]:
     """The placeholder token id of each modality that the config names."""
-    found = {}
-    for modality, names in _MODALITIES.items():
-        values = [getattr(config, name, None) for name in names]
-        found |= {modality: value for value in values[::-1] if isinstance(value, int)}
-    return found
+    found = {modality: _first_integer(config, names) for modality, names in _MODALITIES.items()}
+    return {modality: token for modality, token in found.items() if token is not None}
+
+
+def _first_integer(config: Any, names: tuple[str, ...]) -> int | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 class RegionTracker:
@@ -67,7 +69,7 @@ class RegionTracker:
     # Hooks, in the order in which they run.
 
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._inputs = dict(zip(self._parameters, args)) | kwargs
+        self._inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
         self._lengths = {}
         for modality, output in (self._inputs.get("mm_encoder_outputs") or {}).items():
             self.features(modality, output)
@@ -144,7 +146,8 @@ class RegionTracker:
         grids: list[list[Grid | None]] = []
         for row, count in enumerate(counts):
             thw = [next(given, None) for _ in range(count)]
-            grids.append([(g[1] // merge, g[2] // merge) if g else square_grid(n) for g, n in zip(thw, sizes[row])])
+            counted = zip(thw, sizes[row][:count], strict=True)
+            grids.append([(g[1] // merge, g[2] // merge) if g else square_grid(n) for g, n in counted])
         return grids
 
 

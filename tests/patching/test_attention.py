@@ -62,8 +62,8 @@ GEOMETRIES = {
 def test_ranges_say_what_the_full_mask_says(pattern, geometry):
     function, window = PATTERNS[pattern]
     q_length, kv_length, q_offset, kv_offset, mask = GEOMETRIES[geometry]
-    sizes = dict(batch_size=3, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset)
-    sizes |= dict(mask_function=function, attention_mask=mask)
+    sizes = {"batch_size": 3, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+    sizes |= {"mask_function": function, "attention_mask": mask}
     full = sdpa_mask(**sizes, allow_is_causal_skip=False)
     got = attention_mask(**sizes, local_size=window)
     assert got is None or is_range(got)
@@ -91,7 +91,7 @@ BLOCKS = or_masks(causal_mask_function, blockwise_overlay(torch.tensor([[-1, 0, 
     ids=["holes", "right padding", "image blocks", "chunks", "bidirectional", "someone's own"],
 )
 def test_what_is_no_range_stays_a_full_mask(function, mask):
-    sizes = dict(batch_size=3, q_length=4, kv_length=4, mask_function=function, attention_mask=mask)
+    sizes = {"batch_size": 3, "q_length": 4, "kv_length": 4, "mask_function": function, "attention_mask": mask}
     got = attention_mask(**sizes)
     assert torch.equal(got, sdpa_mask(**sizes, allow_is_causal_skip=False))
 
@@ -155,7 +155,7 @@ def test_full_mask_statistics_in_chunks(module, monkeypatch):
         monkeypatch.setattr("ras_fast.patching.attention._CHUNK", chunk)
         out, _ = attention(module, query, key, value, full)
         results.append((out, model.statistics.mass[0], model.statistics.scores[0]))
-    for whole, parts in zip(*results):
+    for whole, parts in zip(*results, strict=True):
         assert (whole - parts).abs().max() < 1e-6
     assert (results[0][1] - 1).abs().max() < 1e-6
 
@@ -186,7 +186,7 @@ def test_unsupported_keywords(module, name):
 
 
 def test_dropout_and_training(module):
-    with pytest.raises(ValueError, match="dropout is 0.1"):
+    with pytest.raises(ValueError, match=r"dropout is 0\.1"):
         attention(module, *qkv(2, 2), None, dropout=0.1)
     with pytest.raises(RuntimeError, match="training mode"):
         attention(module.train(), *qkv(2, 2), None)

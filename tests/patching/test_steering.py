@@ -51,7 +51,7 @@ def test_residual_stream(model, vectors, layer, rows):
             got = model(**BATCH, output_hidden_states=True)
     valid = BATCH["attention_mask"].bool()
     assert relative_error(got.logits[valid], expected.logits[valid]) < 1e-5
-    for a, b in zip(got.hidden_states, expected.hidden_states):
+    for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
         assert relative_error(a[valid], b[valid]) < 1e-5
 
 

@@ -30,8 +30,8 @@ def llava(layers: int = 3, dtype: torch.dtype = torch.float32, **options) -> Lla
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=TOKENS_PER_IMAGE, vision_feature_layer=-1,
-        tie_word_embeddings=False,
+        vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=TOKENS_PER_IMAGE,
+        vision_feature_layer=-1, tie_word_embeddings=False,
     )  # fmt: skip
     if options:
         config._attn_implementation = options["attn_implementation"]
@@ -44,19 +44,17 @@ def inputs(rows: list[str], seed: int = 0, dtype: torch.dtype = torch.float32, s
     """Rows such as "ttItt": t a random text token, I an image. Padded on `side`."""
     generator = torch.Generator().manual_seed(seed)
 
-    def tokens(row: str) -> list[int]:
-        return [
-            token
-            for kind in row
-            for token in ([IMAGE] * TOKENS_PER_IMAGE if kind == "I" else torch.randint(3, 90, (1,), generator=generator).tolist())
-        ]
+    def tokens(kind: str) -> list[int]:
+        return [IMAGE] * TOKENS_PER_IMAGE if kind == "I" else torch.randint(3, 90, (1,), generator=generator).tolist()
 
-    encoded = [tokens(row) for row in rows]
+    encoded = [[token for kind in row for token in tokens(kind)] for row in rows]
     length = max(map(len, encoded))
-    padding = [[PAD] * (length - len(e)) for e in encoded]
-    ids = [p + e if side == "left" else e + p for p, e in zip(padding, encoded)]
-    mask = [[0] * len(p) + [1] * len(e) if side == "left" else [1] * len(e) + [0] * len(p) for p, e in zip(padding, encoded)]
-    batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    batch = {"input_ids": torch.full((len(rows), length), PAD)}
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    for row, tokens in enumerate(encoded):
+        place = slice(length - len(tokens), None) if side == "left" else slice(len(tokens))
+        batch["input_ids"][row, place] = torch.tensor(tokens)
+        batch["attention_mask"][row, place] = 1
     images = sum(row.count("I") for row in rows)
     if images:
         batch["pixel_values"] = torch.randn(images, 3, 16, 16, generator=generator).to(dtype)

@@ -8,6 +8,7 @@ from ras_fast.ops import attention
 triton_attention = pytest.importorskip("ras_fast.triton_kernels.attention")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton.runtime.interpreter")  # log2(0), NaN
 ATOL = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # probabilities meet the values in the input dtype
 
 
@@ -98,7 +99,7 @@ def test_options(option, length_q):
 @pytest.mark.parametrize("length_q", [70, 1])
 def test_half_precision(dtype, length_q):
     query, key, value = inputs(1, 4, 2, length_q, 140, dim=32, dtype=dtype)
-    _, lse, mass = check(query, key, value, runs(1, 140, 2), 2)
+    mass = check(query, key, value, runs(1, 140, 2), 2)[2]
     own = torch.softmax(((query @ key.repeat_interleave(2, 1).mT) * 0.25).float()[:, :, -1:], -1)
     one_hot = (runs(1, 140, 2)[..., None] == torch.arange(2, device=DEVICE)).float()
     exact = attend64(query, key, value, runs(1, 140, 2), 2)[2][:, :, -1:]

@@ -1,0 +1,670 @@
+"""Attention with region statistics in Triton: prefill, decode, and recomputation of selected rows from the LSE.
+
+One kernel serves prefill and decode. A program owns a tile of query rows and a range of keys and computes, for that
+range, the attention output, the log-sum-exp and the softmax mass of every region. Prefill has one range per row tile;
+decode cuts the cache into several (split-KV), packs the query heads of a group into one tile so that the cache is read
+once, and a second kernel merges the ranges with weights exp(lse_range - lse).
+
+Region mass costs no matrix product when a key block lies in one region: its mass is the row sum that online softmax
+computes anyway. It is kept as a running sum beside the softmax denominator and folded into memory, as a logarithm,
+when the region changes. Only a block that mixes regions (a border, or scattered regions) multiplies its probabilities
+by a one-hot matrix, sixteen regions at a time. Registers do not depend on the number of regions, no table of segments
+is built, and the host is never asked: each program looks at the ids of the block it holds.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+REGION_CHUNK = tl.constexpr(16)  # the narrowest one-hot matrix that tensor cores take
+
+
+@triton.jit
+def _finite_or_zero(x):
+    """Replace -inf by 0, so that exp2(-inf - x) is 0 and never NaN."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def _fold(pointers, mask, value, LOG: tl.constexpr):
+    """Add value to memory that only this program touches; with LOG both are base-2 logarithms of what is added.
+
+    The thread that wrote an element last may be another one, so a barrier must lie between two calls. A loop over key
+    blocks has one in each iteration: the one that follows the wait for the asynchronous copies of keys and values (an
+    explicit one would keep the compiler from overlapping these copies with arithmetic). Calls elsewhere bring their own.
+    """
+    if LOG:
+        old = tl.load(pointers, mask, other=float("-inf"))
+        top = _finite_or_zero(tl.maximum(old, value))
+        tl.store(pointers, top + tl.log2(tl.exp2(old - top) + tl.exp2(value - top)), mask)
+    else:
+        tl.store(pointers, tl.load(pointers, mask, other=0.0) + value, mask)
+
+
+@triton.jit
+def _fill_regions(mass_rows, row_mask, num_regions, value):
+    for first in tl.range(0, num_regions, REGION_CHUNK, num_stages=1):
+        region = first + tl.arange(0, REGION_CHUNK)
+        mask = row_mask[:, None] & (region < num_regions)[None, :]
+        tl.store(mass_rows[:, None] + region[None, :], tl.full(mask.shape, value, tl.float32), mask)
+
+
+@triton.jit
+def _fold_run(mass_rows, row_mask, num_regions, run_region, run_sum, top, LOG: tl.constexpr):
+    """Fold the running sum of the run of keys that ends here into its region."""
+    if (run_region >= 0) & (run_region < num_regions):
+        value = run_sum
+        if LOG:
+            value = tl.log2(run_sum) + top
+        _fold(mass_rows + run_region, row_mask, value, LOG)
+
+
+@triton.jit
+def _fold_block(p, ids, mass_rows, row_mask, num_regions, top, LOG: tl.constexpr, PRECISION: tl.constexpr):
+    """Fold a block of keys of several regions: probabilities times a one-hot matrix of the regions that occur."""
+    known = (ids >= 0) & (ids < num_regions)
+    lowest = tl.min(tl.where(known, ids, num_regions), 0)
+    highest = tl.max(tl.where(known, ids, -1), 0)
+    for first in tl.range(lowest, highest + 1, REGION_CHUNK, num_stages=1):
+        region = first + tl.arange(0, REGION_CHUNK)
+        one_hot = (ids[:, None] == region[None, :]).to(p.dtype)
+        value = tl.dot(p, one_hot, input_precision=PRECISION)
+        if LOG:
+            value = tl.log2(value) + top[:, None]
+        mask = row_mask[:, None] & (region <= highest)[None, :]
+        _fold(mass_rows[:, None] + region[None, :], mask, value, LOG)
+
+
+@triton.jit
+def _track_regions(
+    p, row_sum, ids, first_id, run_region, run_sum, mass_rows, row_mask, num_regions, top, dtype,
+    LOG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Account one block of probabilities; returns the run of keys that is still open."""
+    if tl.max((ids != first_id).to(tl.int32), 0) == 0:
+        if first_id != run_region:
+            _fold_run(mass_rows, row_mask, num_regions, run_region, run_sum, top, LOG)
+            run_region = first_id
+            run_sum = tl.zeros_like(run_sum)
+        run_sum += row_sum
+    else:
+        _fold_block(p.to(dtype), ids, mass_rows, row_mask, num_regions, top, LOG, PRECISION)
+    return run_region, run_sum
+
+
+@triton.jit
+def _tile_rows(tile, rows, first_row, GROUP: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Query row and head offset of each row of a tile in which PACK heads (GROUP of them real) lie side by side."""
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    member = t % PACK
+    row = first_row + t // PACK
+    ok = row < first_row + rows
+    if PACK != 1:
+        ok = ok & (member < GROUP)
+    last = tl.minimum(first_row + (tile * BLOCK_M + BLOCK_M - 1) // PACK, first_row + rows - 1)
+    return row, member, ok, first_row + tile * BLOCK_M // PACK, last
+
+
+@triton.jit
+def _key_limits(kv_start, kv_end, batch, lk, HAS_START: tl.constexpr, HAS_END: tl.constexpr):
+    """The valid keys [start, end) of a batch element, clamped to the memory there is."""
+    start = 0
+    end = lk
+    if HAS_START:
+        start = tl.maximum(tl.load(kv_start + batch), 0)
+    if HAS_END:
+        end = tl.minimum(tl.load(kv_end + batch), lk)
+    return start, end
+
+
+@triton.jit
+def _visible(first_limit, last_limit, start, end, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys [low, high) that some row of the tile sees, and [full_low, full_high) that every row sees."""
+    low = start
+    full_low = start
+    high = end
+    full_high = end
+    if CAUSAL:
+        high = tl.minimum(end, last_limit + 1)
+        full_high = tl.minimum(end, first_limit + 1)
+    if WINDOW:
+        low = tl.maximum(start, first_limit - window + 1)
+        full_low = tl.maximum(start, last_limit - window + 1)
+    return low, high, full_low, full_high
+
+
+@triton.jit
+def _split_range(low, high, split, BLOCK_N: tl.constexpr):
+    """The part of [low, high) that a split walks, in whole key blocks."""
+    first = low // BLOCK_N
+    share = tl.cdiv(tl.maximum(tl.cdiv(high, BLOCK_N) - first, 0), tl.num_programs(1))
+    return (first + split * share) * BLOCK_N, tl.minimum((first + (split + 1) * share) * BLOCK_N, high)
+
+
+@triton.jit
+def _scores(
+    q, k, key, ids, limit, block, start, end, full_low, full_high, bias, stride_bias_h, member, num_regions,
+    scale, softcap, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, PACK: tl.constexpr,
+    PRESCALED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a block, -inf where masked; in base-2 units when PRESCALED, else still to be multiplied by scale."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if PRESCALED:
+        if SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), saturating without overflow on both sides
+            s = s * (2.0 * LOG2E * scale / softcap)
+            s = softcap * LOG2E * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+        else:
+            s = s * (scale * LOG2E)
+        if BIAS:
+            known = (ids >= 0) & (ids < num_regions)
+            if PACK == 1:
+                s += (tl.load(bias + ids, known, other=0.0) * LOG2E)[None, :]
+            else:
+                s += tl.load(bias + (member * stride_bias_h)[:, None] + ids[None, :], known[None, :], other=0.0) * LOG2E
+    if (block < full_low) | (block + BLOCK_N > full_high):
+        valid = ((key >= start) & (key < end))[None, :]
+        if CAUSAL:
+            valid = valid & (key[None, :] <= limit[:, None])
+        if WINDOW:
+            valid = valid & (key[None, :] > limit[:, None] - window)
+        s = tl.where(valid, s, float("-inf"))
+    return s
+
+
+@triton.jit(do_not_specialize=["num_batch", "lq", "lk", "num_regions", "mass_rows", "window"])
+def _attention_kernel(
+    Q, K, V, Out, Lse, Mass, Ids, KvStart, KvEnd, Sinks, Bias,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_os, stride_ob, stride_oh, stride_om, stride_ib, stride_bb, stride_bh,
+    num_batch, num_heads, lq, lk, num_regions, mass_rows, scale, softcap, window,
+    GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BIAS: tl.constexpr,
+    MASS: tl.constexpr, PRESCALED: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    HEADS: tl.constexpr = 1 if PACK == 1 else GROUP  # query heads of this program
+    tiles = tl.cdiv(lq * PACK, BLOCK_M)
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the last rows work longest: start them first
+    head_block = tl.program_id(0) // tiles
+    head = head_block % (num_heads // HEADS) * HEADS
+    batch = (head_block // (num_heads // HEADS)).to(tl.int64)
+    split = tl.program_id(1)
+
+    row, member, row_ok, first_row, last_row = _tile_rows(tile, lq, 0, GROUP, PACK, BLOCK_M)
+    start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
+    limit = row + (end - lq)
+    low, high, full_low, full_high = _visible(
+        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+    )
+    low, high = _split_range(low, high, split, BLOCK_N)
+
+    d = tl.arange(0, BLOCK_D)
+    d_ok = d < HEAD_DIM
+    column = tl.arange(0, BLOCK_N)
+    q_rows = Q + batch * stride_qb + (head + member).to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qm
+    q = tl.load(q_rows[:, None] + d[None, :], row_ok[:, None] & d_ok[None, :], other=0.0)
+    k_rows = K + batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + column.to(tl.int64) * stride_kn
+    v_rows = V + batch * stride_vb + (head // GROUP).to(tl.int64) * stride_vh + column.to(tl.int64) * stride_vn
+    ids_row = Ids
+    bias = Bias
+    if MASS or BIAS:
+        ids_row += batch * stride_ib
+    if BIAS:
+        bias += batch * stride_bb + head * stride_bh
+    stat_row = (split * num_batch + batch) * num_heads + head + member
+    mass_row = Mass + (stat_row * mass_rows + row - (lq - mass_rows)) * num_regions
+    mass_ok = row_ok & (row >= lq - mass_rows)
+    tracked = last_row >= lq - mass_rows
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if SINKS:  # noqa: SIM102 (nested: the outer one is decided at compile time)
+        if split == 0:
+            top = tl.load(Sinks + head + member, row_ok, other=0.0).to(tl.float32) * LOG2E
+    denominator = tl.exp2(top - _finite_or_zero(top))
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    run_sum = tl.zeros([BLOCK_M], tl.float32)
+    run_region = -1
+    if MASS:  # noqa: SIM102
+        if tracked:
+            _fill_regions(mass_row, mass_ok, num_regions, float("-inf"))
+
+    for block in range(low, high, BLOCK_N):
+        key = block + column
+        kv_ok = (key < end)[:, None] & d_ok[None, :]
+        if HAS_START:
+            kv_ok = kv_ok & (key >= start)[:, None]
+        k = tl.load(k_rows[:, None] + tl.cast(block, tl.int64) * stride_kn + d[None, :], kv_ok, other=0.0)
+        ids = key
+        if BIAS or MASS:
+            ids = tl.load(ids_row + tl.minimum(key, lk - 1))
+        s = _scores(
+            q, k, key, ids, limit, block, start, end, full_low, full_high, bias, stride_bh, member, num_regions,
+            scale, softcap, window, CAUSAL, WINDOW, SOFTCAP, BIAS, PACK, PRESCALED, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        factor = 1.0 if PRESCALED else scale * LOG2E
+        new_top = tl.maximum(top, tl.max(s, 1) * factor)
+        shift = _finite_or_zero(new_top)
+        p = tl.exp2(s * factor - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        row_sum = tl.sum(p, 1)
+        top = new_top
+        denominator = denominator * shrink + row_sum
+        if MASS:
+            run_sum *= shrink
+            if tracked:
+                first_id = tl.load(ids_row + block)
+                run_region, run_sum = _track_regions(
+                    p, row_sum, ids, first_id, run_region, run_sum, mass_row, mass_ok, num_regions, top,
+                    V.dtype.element_ty, True, PRECISION,
+                )  # fmt: skip
+        v = tl.load(v_rows[:, None] + tl.cast(block, tl.int64) * stride_vn + d[None, :], kv_ok, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+    out = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
+    out_rows = Out + split * stride_os + batch * stride_ob + (head + member).to(tl.int64) * stride_oh
+    out_rows += row.to(tl.int64) * stride_om
+    tl.store(out_rows[:, None] + d[None, :], out.to(Out.dtype.element_ty), row_ok[:, None] & d_ok[None, :])
+    lse = top + tl.log2(denominator)
+    tl.store(Lse + stat_row * lq + row, lse * LN2, row_ok)
+    if MASS:  # noqa: SIM102
+        if tracked:
+            tl.debug_barrier()
+            _fold_run(mass_row, mass_ok, num_regions, run_region, run_sum, top, True)
+            tl.debug_barrier()
+            for first in tl.range(0, num_regions, REGION_CHUNK, num_stages=1):
+                region = first + tl.arange(0, REGION_CHUNK)
+                mask = mass_ok[:, None] & (region < num_regions)[None, :]
+                pointers = mass_row[:, None] + region[None, :]
+                mass = tl.exp2(tl.load(pointers, mask, other=float("-inf")) - _finite_or_zero(lse)[:, None])
+                tl.store(pointers, mass, mask)
+
+
+@triton.jit(do_not_specialize=["rows", "lq", "num_regions", "mass_rows", "splits"])
+def _merge_kernel(
+    PartOut, PartLse, PartMass, Out, Lse, Mass, stride_ob, stride_oh, stride_om,
+    rows, num_heads, lq, num_regions, mass_rows, splits,
+    MASS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one query row: everything is weighted by exp(lse_split - lse)."""
+    r = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, BLOCK_S)
+    split_ok = split < splits
+    parts = tl.load(PartLse + split * rows.to(tl.int64) + r, split_ok, other=float("-inf")) * LOG2E
+    top = _finite_or_zero(tl.max(parts, 0))
+    lse = top + tl.log2(tl.sum(tl.exp2(parts - top), 0))
+    weight = tl.exp2(parts - _finite_or_zero(lse))
+    tl.store(Lse + r, lse * LN2)
+
+    d = tl.arange(0, BLOCK_D)
+    d_ok = d < HEAD_DIM
+    partial = PartOut + (split * rows.to(tl.int64) + r)[:, None] * HEAD_DIM + d[None, :]
+    out = tl.sum(tl.load(partial, split_ok[:, None] & d_ok[None, :], other=0.0) * weight[:, None], 0)
+    row = r % lq
+    head = r // lq % num_heads
+    out_row = Out + r // lq // num_heads * stride_ob + head * stride_oh + row * stride_om
+    tl.store(out_row + d, out.to(Out.dtype.element_ty), d_ok)
+
+    if MASS:
+        mass_row = row - (lq - mass_rows)
+        if mass_row >= 0:
+            total = rows.to(tl.int64) // lq * mass_rows
+            m = r // lq * mass_rows + mass_row
+            for first in tl.range(0, num_regions, REGION_CHUNK, num_stages=1):
+                region = first + tl.arange(0, REGION_CHUNK)
+                partial = PartMass + (split * total + m)[:, None] * num_regions + region[None, :]
+                ok = split_ok[:, None] & (region < num_regions)[None, :]
+                mass = tl.sum(tl.load(partial, ok, other=0.0) * weight[:, None], 0)
+                tl.store(Mass + m * num_regions + region, mass, region < num_regions)
+
+
+@triton.jit(do_not_specialize=["num_batch", "lq", "lk", "num_regions", "rows", "window"])
+def _region_mass_kernel(
+    Q, K, Lse, Mass, Keys, Ids, KvStart, KvEnd, Bias,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_lb, stride_lh, stride_lm,
+    stride_ib, stride_bb, stride_bh,
+    num_batch, num_heads, lq, lk, num_regions, rows, scale, softcap, window,
+    GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_END: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASS: tl.constexpr,
+    KEYS: tl.constexpr, REDUCE: tl.constexpr, PRESCALED: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of the last rows, recomputed from the LSE and summed by region (MASS) and over the rows (KEYS).
+
+    KEYS needs all rows in one tile. Without it, key blocks that hold no region are not read.
+    """
+    tiles = tl.cdiv(rows * PACK, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    HEADS: tl.constexpr = 1 if PACK == 1 else GROUP
+    head_block = tl.program_id(0) // tiles
+    head = head_block % (num_heads // HEADS) * HEADS
+    batch = (head_block // (num_heads // HEADS)).to(tl.int64)
+    split = tl.program_id(1)
+
+    row, member, row_ok, first_row, last_row = _tile_rows(tile, rows, lq - rows, GROUP, PACK, BLOCK_M)
+    start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
+    limit = row + (end - lq)
+    low, high, full_low, full_high = _visible(
+        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+    )
+    if KEYS:
+        low, high = _split_range(0, lk, split, BLOCK_N)
+    else:
+        low, high = _split_range(low, high, split, BLOCK_N)
+
+    d = tl.arange(0, BLOCK_D)
+    d_ok = d < HEAD_DIM
+    column = tl.arange(0, BLOCK_N)
+    heads = (head + member).to(tl.int64)
+    q_rows = Q + batch * stride_qb + heads * stride_qh + row.to(tl.int64) * stride_qm
+    q = tl.load(q_rows[:, None] + d[None, :], row_ok[:, None] & d_ok[None, :], other=0.0)
+    lse_rows = Lse + batch * stride_lb + heads * stride_lh + row.to(tl.int64) * stride_lm
+    shift = _finite_or_zero(tl.load(lse_rows, row_ok, other=float("inf")) * LOG2E)
+    k_rows = K + batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + column.to(tl.int64) * stride_kn
+    ids_row = Ids
+    bias = Bias
+    if MASS or BIAS:
+        ids_row += batch * stride_ib
+    if BIAS:
+        bias += batch * stride_bb + head * stride_bh
+    stat_row = (split * num_batch + batch) * num_heads + heads
+    run_sum = tl.zeros([BLOCK_M], tl.float32)
+    run_region = -1
+    if MASS:
+        mass_row = Mass + (stat_row * rows + row - (lq - rows)) * num_regions
+        _fill_regions(mass_row, row_ok, num_regions, 0.0)
+
+    for block in range(low, high, BLOCK_N):
+        key = block + column
+        ids = key
+        wanted = key >= 0
+        if BIAS or MASS:
+            ids = tl.load(ids_row + tl.minimum(key, lk - 1))
+        if MASS and not KEYS:
+            wanted = (ids >= 0) & (ids < num_regions)
+        if tl.max(wanted.to(tl.int32), 0) != 0:
+            tl.debug_barrier()  # this loop is not pipelined: it skips blocks
+            k_ok = (key < end)[:, None] & d_ok[None, :]
+            k = tl.load(k_rows[:, None] + tl.cast(block, tl.int64) * stride_kn + d[None, :], k_ok, other=0.0)
+            s = _scores(
+                q, k, key, ids, limit, block, start, end, full_low, full_high, bias, stride_bh, member, num_regions,
+                scale, softcap, window, CAUSAL, WINDOW, SOFTCAP, BIAS, PACK, PRESCALED, BLOCK_N, PRECISION,
+            )  # fmt: skip
+            p = tl.exp2(s * (1.0 if PRESCALED else scale * LOG2E) - shift[:, None])
+            if MASS:
+                first_id = tl.load(ids_row + block)
+                run_region, run_sum = _track_regions(
+                    p, tl.sum(p, 1), ids, first_id, run_region, run_sum, mass_row, row_ok, num_regions, shift,
+                    K.dtype.element_ty, False, PRECISION,
+                )  # fmt: skip
+            if KEYS:
+                by_head = tl.reshape(p, [BLOCK_M // PACK, PACK, BLOCK_N])
+                score = tl.sum(by_head, 0)
+                if REDUCE == "max":
+                    score = tl.max(by_head, 0) + 0.0 * score  # a maximum alone would hide NaN
+                if REDUCE == "mean":
+                    score = score / rows
+                h = tl.arange(0, PACK)
+                pointers = Keys + ((batch * num_heads + head + h) * lk)[:, None] + key[None, :]
+                tl.store(pointers, score, (h < HEADS)[:, None] & (key < lk)[None, :])
+    if MASS:
+        tl.debug_barrier()
+        _fold_run(mass_row, row_ok, num_regions, run_region, run_sum, shift, False)
+
+
+@triton.jit(do_not_specialize=["lq", "lk", "num_regions", "rows", "window"])
+def _key_attention_kernel(
+    Q, K, Lse, Keys, Ids, KvStart, KvEnd, Bias,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_lb, stride_lh, stride_lm,
+    stride_ib, stride_bb, stride_bh,
+    num_heads, lq, lk, num_regions, rows, scale, softcap, window,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, REDUCE: tl.constexpr, PRESCALED: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attention that one block of keys receives from the last rows: keys stay, row tiles stream by."""
+    blocks = tl.cdiv(lk, BLOCK_N)
+    block = tl.program_id(0) % blocks * BLOCK_N
+    head = tl.program_id(0) // blocks % num_heads
+    batch = (tl.program_id(0) // blocks // num_heads).to(tl.int64)
+    start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
+
+    d = tl.arange(0, BLOCK_D)
+    d_ok = d < HEAD_DIM
+    key = block + tl.arange(0, BLOCK_N)
+    k_rows = K + batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + key.to(tl.int64) * stride_kn
+    k = tl.load(k_rows[:, None] + d[None, :], (key < end)[:, None] & d_ok[None, :], other=0.0)
+    ids = key
+    bias = Bias
+    if BIAS:
+        ids = tl.load(Ids + batch * stride_ib + tl.minimum(key, lk - 1))
+        bias += batch * stride_bb + head * stride_bh
+    q_head = Q + batch * stride_qb + head.to(tl.int64) * stride_qh
+    lse_head = Lse + batch * stride_lb + head.to(tl.int64) * stride_lh
+    score = tl.zeros([BLOCK_N], tl.float32)
+
+    first = 0
+    if CAUSAL:  # the first selected row that sees a key of this block
+        first = tl.maximum(block - (end - rows), 0) // BLOCK_M * BLOCK_M
+    for offset in range(first, rows, BLOCK_M):
+        row, member, row_ok, first_row, last_row = _tile_rows(offset // BLOCK_M, rows, lq - rows, 1, 1, BLOCK_M)
+        _, _, full_low, full_high = _visible(
+            first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+        )
+        q_rows = q_head + row.to(tl.int64) * stride_qm
+        q = tl.load(q_rows[:, None] + d[None, :], row_ok[:, None] & d_ok[None, :], other=0.0)
+        lse = tl.load(lse_head + row.to(tl.int64) * stride_lm, row_ok, other=float("inf"))
+        s = _scores(
+            q, k, key, ids, row + (end - lq), block, start, end, full_low, full_high, bias, stride_bh, member,
+            num_regions, scale, softcap, window, CAUSAL, WINDOW, SOFTCAP, BIAS, 1, PRESCALED, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        factor = 1.0 if PRESCALED else scale * LOG2E
+        p = tl.exp2(s * factor - _finite_or_zero(lse * LOG2E)[:, None])
+        if REDUCE == "max":
+            score = tl.maximum(score, tl.max(p, 0)) + 0.0 * (score + tl.sum(p, 0))  # a maximum alone would hide NaN
+        else:
+            score += tl.sum(p, 0)
+    if REDUCE == "mean":
+        score = score / rows
+    tl.store(Keys + (batch * num_heads + head) * lk + key, score, key < lk)
+
+
+class Config(NamedTuple):
+    """Tile shape and launch options of a kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+PACKED_ROWS = 64  # up to this many rows of a group are one tile, and the cache is read once for all its query heads
+
+
+def config(kind: str, arch: int, itemsize: int, head_dim: int) -> Config:
+    """Default configuration of "prefill", "decode", "mass" (selected rows) or "keys" on sm_`arch`.
+
+    Chosen ahead of time: the largest tiles that fit into shared memory and spill no register with every feature on. The row
+    tile of "decode" and "mass" follows the number of rows.
+    """
+    wide = itemsize == 4
+    size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
+    if kind == "prefill":
+        if wide:
+            return (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 4, 1))[size]
+        return (Config(128, 64, 8, 3), Config(128, 64 if arch == 90 else 32, 8, 3), Config(64, 32, 8, 2))[size]
+    if kind == "decode":
+        return Config(16, ((64, 64, 32), (32, 16, 16))[wide][size], 4, (3, 3, 2)[size])
+    if kind == "mass":
+        return Config(64, ((64, 64, 32), (32, 32, 16))[wide][size], 4, 2)
+    return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[int, int]:
+    """(architecture, number of multiprocessors); the interpreter on the CPU plays a small Hopper."""
+    if device.type != "cuda":
+        return 90, 4
+    facts = torch.cuda.get_device_properties(device)
+    return facts.major * 10 + facts.minor, facts.multi_processor_count
+
+
+def _splits(programs: int, key_blocks: int, device: torch.device) -> int:
+    """Into how many ranges to cut the keys, so that a small grid still fills the device twice over."""
+    wanted = 2 * _device_facts(device)[1] // max(programs, 1)
+    return max(1, min(wanted, key_blocks // 2, 128))
+
+
+def _strides(tensor: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if tensor is None else tensor.stride()[:dims]
+
+
+def _bias_strides(bias: torch.Tensor | None) -> tuple[int, int]:
+    """(batch, head) strides of a bias [B, Hq, R] or [Hq, R]."""
+    return (0, 0) if bias is None else (0, 0, *bias.stride())[-3:-1]
+
+
+def _constants(query: torch.Tensor, is_causal, kv_start, kv_end, window, softcap, region_bias, scale) -> dict:
+    """Compile-time facts that every kernel here takes: a feature that is absent costs nothing."""
+    return {
+        "CAUSAL": is_causal, "HAS_START": kv_start is not None, "HAS_END": kv_end is not None, "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0, "BIAS": region_bias is not None,
+        "PRESCALED": softcap > 0 or region_bias is not None or scale <= 0,
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "HEAD_DIM": query.shape[-1], "BLOCK_D": max(16, _next_power_of_2(query.shape[-1])),
+    }  # fmt: skip
+
+
+def region_attention(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+):  # fmt: skip
+    """Arguments and results of the op `ras_fast::region_attention`."""
+    batch, heads, lq, dim = query.shape
+    lk = key.shape[2]
+    out = query.new_empty(query.shape)
+    lse = query.new_empty((batch, heads, lq), dtype=torch.float32)
+    mass = query.new_empty((batch, heads, mass_rows, num_regions), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse, mass
+    group = heads // key.shape[1]
+    packed = lq * group <= PACKED_ROWS
+    pack = _next_power_of_2(group) if packed else 1
+    arch, _ = _device_facts(query.device)
+    tile = config("decode" if packed else "prefill", arch, query.element_size(), dim)
+    block_m = max(16, _next_power_of_2(lq * pack)) if packed else tile.block_m
+    programs = triton.cdiv(lq * pack, block_m) * batch * (heads if pack == 1 else key.shape[1])
+    splits = _splits(programs, triton.cdiv(lk, tile.block_n), query.device)
+
+    parts = (out[None], lse, mass)
+    if splits > 1:
+        parts = tuple(t.new_empty((splits, *t.shape), dtype=torch.float32) for t in (out, lse, mass))
+    _attention_kernel[(programs, splits)](
+        query, key, value, *parts, region_ids, kv_start, kv_end, sinks, region_bias,
+        *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *_strides(parts[0], 4), *_strides(region_ids, 1),
+        *_bias_strides(region_bias), batch, heads, lq, lk, num_regions, mass_rows, scale, softcap, window,
+        GROUP=group, PACK=pack, SINKS=sinks is not None, MASS=mass.numel() > 0,
+        **_constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale),
+        BLOCK_M=block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(batch * heads * lq,)](
+            *parts, out, lse, mass, *_strides(out, 3), batch * heads * lq, heads, lq, num_regions, mass_rows, splits,
+            MASS=mass.numel() > 0, HEAD_DIM=dim, BLOCK_S=_next_power_of_2(splits), BLOCK_D=_next_power_of_2(dim),
+            num_warps=4,
+        )  # fmt: skip
+    return out, lse, mass
+
+
+def _launch_selected_rows(
+    query, key, lse, region_ids, num_regions, rows, mass, keys, reduce, scale, is_causal, kv_start, kv_end, window,
+    softcap, region_bias,
+):  # fmt: skip
+    """Fill mass [B, Hq, rows, R] and keys [B, Hq, Lk] (either may be None) in one launch; keys needs one row tile."""
+    batch, heads, lq, dim = query.shape
+    group = heads // key.shape[1]
+    packed = rows * group <= PACKED_ROWS
+    pack = _next_power_of_2(group) if packed else 1
+    tile = config("mass", _device_facts(query.device)[0], query.element_size(), dim)
+    block_m = max(16, min(_next_power_of_2(rows * pack), PACKED_ROWS))
+    programs = triton.cdiv(rows * pack, block_m) * batch * (heads if pack == 1 else key.shape[1])
+    splits = _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device)
+    part = mass if mass is None or splits == 1 else mass.new_empty((splits, *mass.shape))
+    _region_mass_kernel[(programs, splits)](
+        query, key, lse, part, keys, region_ids, kv_start, kv_end, region_bias,
+        *_strides(query, 3), *_strides(key, 3), *_strides(lse, 3), *_strides(region_ids, 1), *_bias_strides(region_bias),
+        batch, heads, lq, key.shape[2], num_regions, rows, scale, softcap, window,
+        GROUP=group, PACK=pack, MASS=mass is not None, KEYS=keys is not None, REDUCE=reduce,
+        **_constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale),
+        BLOCK_M=block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if part is not mass:
+        torch.sum(part, 0, out=mass)
+
+
+def region_mass(
+    query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
+):
+    """Arguments and result of the op `ras_fast::region_mass`."""
+    mass = query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
+    if mass.numel():
+        _launch_selected_rows(
+            query, key, lse, region_ids, num_regions, mass_rows, mass, None, None, scale, is_causal, kv_start, kv_end,
+            window, softcap, region_bias,
+        )  # fmt: skip
+    return mass
+
+
+def key_attention(
+    query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+):
+    """Arguments and result of the op `ras_fast::key_attention`."""
+    batch, heads, lq, dim = query.shape
+    lk = key.shape[2]
+    scores = query.new_empty((batch, heads, lk), dtype=torch.float32)
+    num_regions = 0 if region_bias is None else region_bias.shape[-1]
+    if scores.numel() == 0 or rows == 0:
+        return scores.zero_()
+    if rows <= PACKED_ROWS:
+        _launch_selected_rows(
+            query, key, lse, region_ids, num_regions, rows, None, scores, reduce, scale, is_causal, kv_start, kv_end,
+            window, softcap, region_bias,
+        )  # fmt: skip
+        return scores
+    tile = config("keys", _device_facts(query.device)[0], query.element_size(), dim)
+    _key_attention_kernel[(triton.cdiv(lk, tile.block_n) * heads * batch,)](
+        query, key, lse, scores, region_ids, kv_start, kv_end, region_bias,
+        *_strides(query, 3), *_strides(key, 3), *_strides(lse, 3), *_strides(region_ids, 1), *_bias_strides(region_bias),
+        heads, lq, lk, num_regions, rows, scale, softcap, window, GROUP=heads // key.shape[1], REDUCE=reduce,
+        **_constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return scores
+
+
+def mass_and_key_attention(
+    query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, window, softcap,
+    region_bias,
+):  # fmt: skip
+    """`region_mass` and `key_attention` of the same rows, in one launch where these fit into one tile."""
+    masks = (scale, is_causal, kv_start, kv_end, window, softcap, region_bias)
+    if not 0 < rows <= PACKED_ROWS or key.shape[2] == 0 or query.numel() == 0:
+        return (
+            region_mass(query, key, lse, region_ids, num_regions, *masks, rows),
+            key_attention(query, key, lse, rows, reduce, region_ids, *masks),
+        )
+    mass = query.new_empty((*query.shape[:2], rows, num_regions), dtype=torch.float32)
+    scores = query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
+    _launch_selected_rows(query, key, lse, region_ids, num_regions, rows, mass, scores, reduce, *masks)
+    return mass, scores

@@ -1,0 +1,134 @@
+// CUDA launcher of add_rms_norm and add_layer_norm: shapes, pointers and the launch; the kernels are in norm.cuh.
+#include "norm.cuh"
+
+#include <array>
+
+#include "ops.h"
+
+namespace ras::cuda {
+namespace {
+
+// The leading dimensions of x and residual, neighbours merged where both tensors allow it: at most three may remain.
+struct Leading {
+  std::array<int64_t, 3> size{1, 1, 1};  // innermost first
+  std::array<int64_t, 3> x_stride{0, 0, 0}, residual_stride{0, 0, 0};
+
+  Leading(const Tensor& x, const MaybeTensor& residual) {
+    int used = 0;
+    for (int64_t i = x.dim() - 2; i >= 0; --i) {
+      const int64_t n = x.size(i), sx = x.stride(i), sr = residual ? residual->stride(i) : 0;
+      if (n == 1) continue;
+      const int last = used - 1;
+      if (used > 0 && sx == x_stride[last] * size[last] && sr == residual_stride[last] * size[last]) {
+        size[last] *= n;
+        continue;
+      }
+      STD_TORCH_CHECK(used < 3, "ras_fast: x or residual has more than 3 leading dimensions that cannot be merged; call "
+                                ".contiguous() on it");
+      size[used] = n;
+      x_stride[used] = sx;
+      residual_stride[used++] = sr;
+    }
+  }
+};
+
+template <typename T>
+Rows<T> rows_of(const Tensor& tensor, const std::array<int64_t, 3>& stride) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), stride[2], stride[1], stride[0]};
+}
+
+Operand operand(const MaybeTensor& tensor) {
+  if (!tensor) return {nullptr, DType::kFloat32, 0};
+  return {tensor->const_data_ptr(), dtype_of(*tensor), tensor->dim() == 2 ? tensor->stride(0) : 0};
+}
+
+struct Flags {
+  bool layer_norm, lerp, hf;
+  float eps, weight_offset;
+};
+
+struct Inputs {
+  const Tensor& x;
+  const MaybeTensor& residual;
+  const Tensor& weight;
+  const MaybeTensor &bias, &vectors, &slot, &alpha, &probes;
+};
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+
+template <typename T>
+void run(const Inputs& in, const Outputs& out, bool stores_h, const Flags& flags) {
+  const Leading lead(in.x, in.residual);
+  NormArgs<T> a{};
+  a.x = rows_of<T>(in.x, lead.x_stride);
+  if (in.residual) a.residual = rows_of<T>(*in.residual, lead.residual_stride);
+  a.y = static_cast<T*>(std::get<0>(out).mutable_data_ptr());
+  a.h = stores_h ? static_cast<T*>(std::get<1>(out).mutable_data_ptr()) : nullptr;
+  a.probe_dots = in.probes ? static_cast<float*>(std::get<2>(out).mutable_data_ptr()) : nullptr;
+  a.weight = operand(in.weight);
+  a.bias = operand(in.bias);
+  a.probes = operand(in.probes);
+  a.num_probes = in.probes ? int(in.probes->size(0)) : 0;
+  a.steer_vectors = operand(in.vectors);
+  if (in.vectors) {
+    a.steer_slot = static_cast<const int32_t*>(in.slot->const_data_ptr());
+    a.steer_alpha = static_cast<const float*>(in.alpha->const_data_ptr());
+    a.slot_stride = in.slot->stride(0);
+    a.alpha_stride = in.alpha->stride(0);
+    a.num_slots = int(in.vectors->size(0));
+  }
+  STD_TORCH_CHECK(in.x.size(-1) < (1 << 30) && lead.size[0] < (int64_t(1) << 31) - kRowsPerBlock && lead.size[1] <= 65535 &&
+                      lead.size[2] <= 65535,
+                  "ras_fast: x is too large for one launch");
+  a.rows = int(lead.size[0]);
+  a.d = int(in.x.size(-1));
+  a.eps = flags.eps;
+  a.weight_offset = flags.weight_offset;
+  a.hf_rounding = flags.hf;
+  a.lerp = flags.lerp;
+
+  const int64_t tokens = lead.size[0] * lead.size[1] * lead.size[2];
+  const NormPlan plan = plan_norm(tokens, a.d, sizeof(T), is_aligned(a), device_of(in.x).multiprocessors);
+  const dim3 grid((a.rows + plan.rows_per_block - 1) / plan.rows_per_block, lead.size[1], lead.size[2]);
+  const dim3 block(plan.threads, plan.rows_per_block);
+  const auto start = [&](auto kernel) { launch(kernel, a, grid, block, 0, in.x); };
+  if (flags.layer_norm) {
+    in.vectors ? with_norm_kernel<T, true, true>(plan, start) : with_norm_kernel<T, true, false>(plan, start);
+  } else {
+    in.vectors ? with_norm_kernel<T, false, true>(plan, start) : with_norm_kernel<T, false, false>(plan, start);
+  }
+}
+
+Outputs add_norm_op(const Inputs& in, const Flags& flags) {
+  const torch::stable::accelerator::DeviceGuard guard(in.x.get_device_index());
+  const std::vector<int64_t> sizes(in.x.sizes().begin(), in.x.sizes().end());
+  const bool stores_h = in.residual || (in.vectors && !flags.lerp);
+  const int64_t tokens = sizes.back() == 0 ? 0 : in.x.numel() / sizes.back();
+  const Outputs out{new_like(in.x, sizes), new_like(in.x, stores_h ? sizes : std::vector<int64_t>{0}),
+                    in.probes ? new_float(in.x, {tokens, in.probes->size(0) + 1}) : new_float(in.x, {0})};
+  if (tokens == 0) return out;
+  switch (dtype_of(in.x)) {
+    case DType::kFloat32: run<float>(in, out, stores_h, flags); break;
+    case DType::kFloat16: run<__half>(in, out, stores_h, flags); break;
+    case DType::kBFloat16: run<__nv_bfloat16>(in, out, stores_h, flags); break;
+  }
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
+                                                const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
+                                                bool lerp, double weight_offset, bool hf, const MaybeTensor& probes) {
+  return add_norm_op({x, residual, weight, std::nullopt, vectors, slot, alpha, probes},
+                     {false, lerp, hf, float(eps), float(weight_offset)});
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,
+                                                  const MaybeTensor& bias, double eps, const MaybeTensor& vectors,
+                                                  const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
+                                                  const MaybeTensor& probes) {
+  return add_norm_op({x, residual, weight, bias, vectors, slot, alpha, probes}, {true, lerp, hf, float(eps), 0.f});
+}
+
+}  // namespace ras::cuda

@@ -1,0 +1,87 @@
+// Small helpers between torch's stable tensors and the CUDA launchers.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common.cuh"
+
+// Weak: a CPU build of torch lacks it, and still loads this library (to list its ops, or to check that it links).
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace ras::cuda {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline void check(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, "ras_fast: ", what, ": ", cudaGetErrorString(status));
+}
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return DType::kFloat32;
+    case torch::headeronly::ScalarType::Half: return DType::kFloat16;
+    case torch::headeronly::ScalarType::BFloat16: return DType::kBFloat16;
+    default: STD_TORCH_CHECK(false, "ras_fast: a CUDA kernel got a tensor that is not float32, float16 or bfloat16");
+  }
+}
+
+inline Tensor new_like(const Tensor& like, std::vector<int64_t> sizes) { return torch::stable::new_empty(like, sizes); }
+
+inline Tensor new_float(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Float);
+}
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "ras_fast: this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+struct Device {
+  int multiprocessors;
+  int major;  // compute capability
+};
+
+// Facts about a device, asked for once per thread: a query costs as much as a small launch.
+inline const Device& device_of(const Tensor& tensor) {
+  thread_local std::vector<std::optional<Device>> known;
+  const auto index = static_cast<size_t>(tensor.get_device_index());
+  if (known.size() <= index) known.resize(index + 1);
+  if (!known[index]) {
+    Device device{};
+    check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, int(index)), "device query");
+    check(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, int(index)), "device query");
+    known[index] = device;
+  }
+  return *known[index];
+}
+
+// Launches `kernel(args)`, on chips that can as a programmatic dependent of the kernel before it: the kernel must call
+// wait_for_previous_kernel() (common.cuh) before it reads or writes anything another kernel may touch.
+template <typename Args>
+void launch(void (*kernel)(Args), const Args& args, dim3 grid, dim3 block, size_t shared_bytes, const Tensor& on) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = current_stream(on);
+  config.attrs = &overlap;
+  config.numAttrs = device_of(on).major >= 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args), "kernel launch");
+}
+
+}  // namespace ras::cuda

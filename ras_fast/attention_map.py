@@ -1,0 +1,81 @@
+"""Where a model looks: attention from the words of a prompt to its images, in one forward pass at full speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ras_fast.inputs import encode, make_queries
+from ras_fast.patching import patch
+from ras_fast.patching.tracking import token_ids
+
+TOP_HEADS = 8
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass
+class ImageAttention:
+    """Attention of the prompt's text rows after the last image.
+
+    mass: [layers, heads, R] fp32, probability on each of R images, mean over those rows.
+    maps: for each image [h, w] fp32, the highest probability that any of those rows puts on each patch, mean over the
+        `TOP_HEADS` heads of the model that look most at the images (arXiv 2510.13698's effective attention).
+    images: what the model was shown, RGB.
+    boxes: for each image the part that the patches cover, (left, top, right, bottom) in its pixels.
+    """
+
+    mass: Tensor
+    maps: list[Tensor]
+    images: list[Image.Image]
+    boxes: list[Box]
+
+
+@torch.inference_mode()
+def image_attention(model, processor, prompt, images) -> ImageAttention:
+    """One forward pass of the unpatched `model` over prompt and images; the model is unpatched again afterwards.
+
+    prompt, images: one entry of what `ras_fast.inputs.make_queries` takes; at least one image.
+
+    Raises:
+        ValueError: no image, an input that cannot be used, or a model without image statistics.
+    """
+    (query,) = make_queries([prompt], [images], processor)
+    if not query.images:
+        raise ValueError("images is empty; a map of the attention to images needs at least one")
+    inputs, _ = encode(processor, query, model.device, model.dtype)
+    with patch(model, norms=False) as handle:
+        if handle.report().regions is not None:
+            raise ValueError(f"this model gives no image statistics: {handle.report().regions}")
+        tokens = inputs["input_ids"][0]
+        rows = len(tokens) - 1 - int((tokens == token_ids(model.config)["image"]).nonzero().max())
+        with handle.collect(rows, scores=True, reduce="max") as statistics:
+            model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False, logits_to_keep=1)
+        mass = torch.stack([mass[0].mean(1) for _, mass in sorted(statistics.mass.items())])
+        scores = torch.stack([scores[0] for _, scores in sorted(statistics.scores.items())])
+        looking = mass.sum(-1).flatten().topk(min(TOP_HEADS, mass[..., 0].numel())).indices
+        effective = scores.flatten(0, 1)[looking].mean(0)
+        maps = handle.region_map.heat_maps(effective[None])[0]
+    boxes = [_seen(image.size, processor.image_processor) for image in query.images]
+    return ImageAttention(mass.cpu(), [m.cpu() for m in maps], query.images, boxes)
+
+
+def _seen(size: tuple[int, int], image_processor) -> Box:
+    """The part of a picture of `size` (width, height) that is left once the processor has resized and cropped it."""
+    width, height = size
+    target, crop = getattr(image_processor, "size", None) or {}, getattr(image_processor, "crop_size", None) or {}
+    tiled = hasattr(image_processor, "image_grid_pinpoints")
+    if tiled or not getattr(image_processor, "do_center_crop", False) or not {"height", "width"} <= set(dict(crop)):
+        return 0, 0, width, height
+    across = down = 1.0
+    if getattr(image_processor, "do_resize", False):
+        if dict(target).get("shortest_edge"):
+            across = down = target["shortest_edge"] / min(width, height)
+        elif {"height", "width"} <= set(dict(target)):
+            across, down = target["width"] / width, target["height"] / height
+    kept_width, kept_height = min(crop["width"] / across, width), min(crop["height"] / down, height)
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    return round(left), round(top), round(left + kept_width), round(top + kept_height)

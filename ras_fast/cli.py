@@ -1,0 +1,317 @@
+"""The command line: `ras-fast COMMAND`. Each command imports what it needs when it runs, so that help comes at once.
+
+Exit status: 0 it worked, 1 it failed, 2 the command line was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+DELEGATED = {"build": "ras_fast.build", "inspect": "ras_fast.inspect"}  # commands with a parser of their own
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; `argv` without the program's name, None: from the process."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in DELEGATED and not {"-h", "--help"} & set(argv):
+        from importlib import import_module
+
+        return import_module(DELEGATED[argv[0]]).main(argv[1:])
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if getattr(arguments, "heatmap", None) and not arguments.image:
+        parser.error("--heatmap needs an --image")
+    try:
+        return arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"ras-fast: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ras-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ras-fast", description="Fast, safe decoding for vision-language models.")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, function, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(command=function)
+        return command
+
+    demo = add("demo", _demo, "answer four images with and without defence, on the tiny model that ships with the package")
+    demo.add_argument("--out", type=Path, default=Path("ras-fast-demo"), help="folder for the heat maps (default: %(default)s)")
+
+    add("doctor", _doctor, "say what is here, what is missing and what mends it")
+
+    generate = add("generate", _generate, "answer one question about images; defended if a profile is given")
+    _add_model(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
+    generate.add_argument("--profile", help="folder or hub id of a profile; without one the answer is undefended")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    generate.add_argument("--heatmap", type=Path, metavar="FILE.png", help="write where the prompt looks in the image")
+    generate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    calibrate = add("calibrate", _calibrate, "make a MoRAS profile for a model")
+    _add_model(calibrate)
+    calibrate.add_argument("--data", type=Path, metavar="PAIRS.jsonl",
+                           help='lines of {"image", "unsafe", "safe"}; image paths are relative to the file')  # fmt: skip
+    calibrate.add_argument("--refused", type=Path, metavar="TEXTS.txt", help="one request per line that the model refuses")
+    calibrate.add_argument("--preset", choices=("moras", "ras"), default="moras")
+    calibrate.add_argument("--context-prompt", help="replaces the preset's")
+    calibrate.add_argument("--safety-prompt", help="replaces the preset's")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+    evaluate = add("eval", _eval, "measure the defences: attack success, over-refusal, accuracy, time")
+    _add_model(evaluate, default="tiny")
+    evaluate.add_argument("--dataset", default="tinyworld", help="tinyworld or a .jsonl file (default: %(default)s)")
+    evaluate.add_argument("--profile", action="append", default=[], metavar="DIR",
+                          help="may be given several times; none on tinyworld: moras and ras are calibrated")  # fmt: skip
+    evaluate.add_argument("--defences", metavar="A,B", help="default: all that the profiles allow")
+    evaluate.add_argument("--n", type=_positive, help="queries (default: 250 of tinyworld, all of a file)")
+    evaluate.add_argument("--seed", type=int, default=0, help="which queries of tinyworld (default: %(default)s)")
+    evaluate.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N")
+    evaluate.add_argument("--out", type=Path, default=Path("ras-fast-eval"), metavar="DIR",
+                          help="answers and report; run again, it goes on where it stopped (default: %(default)s)")  # fmt: skip
+
+    build = add("build", None, "build the native libraries in place")
+    build.add_argument("-v", action="store_true", help="show the compiler's commands")
+    add("inspect", None, "look into the compiled kernels; `ras-fast inspect` alone says how")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    parser.add_argument("--model", required=default is None, default=default,
+                        help="'tiny' (ships with the package), a local folder or a hub id")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from ras_fast import demo
+
+    return demo.main(arguments.out)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from ras_fast import doctor
+
+    return doctor.main()
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from ras_fast.inputs import make_queries
+
+    images = arguments.image or None
+    model, processor = _load(arguments)
+    make_queries([arguments.prompt], [images], processor)  # a bad image is reported before minutes of work
+    result = _defended(arguments, model, processor) if arguments.profile else _undefended(arguments, model, processor)
+    if images:
+        result |= _look(arguments, model, processor)
+    if arguments.json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        _print_result(result)
+    return 0
+
+
+def _defended(arguments: argparse.Namespace, model, processor) -> dict:
+    from ras_fast import RasProfile, SafeGenerator
+
+    profile = RasProfile.from_pretrained(arguments.profile)
+    with SafeGenerator(model, processor, profile, batch_size=1) as guard:
+        (out,) = guard.generate([arguments.prompt], [arguments.image or None], max_new_tokens=arguments.max_new_tokens)
+    return {
+        "text": out.text,
+        "defence": profile.method,
+        "risk": out.risk,
+        "similarity": out.similarity if math.isfinite(out.similarity) else None,
+        "steered": out.steered,
+        "failed_closed": out.failed_closed,
+        "context": out.context,
+        "milliseconds": {stage: 1000 * seconds for stage, seconds in out.timings.items()},
+    }
+
+
+def _undefended(arguments: argparse.Namespace, model, processor) -> dict:
+    import time
+
+    import ras_fast
+    from ras_fast.decoding import Decoding
+    from ras_fast.evaluation.defences import generate
+    from ras_fast.inputs import make_queries
+
+    (query,) = make_queries([arguments.prompt], [arguments.image or None], processor)
+    with ras_fast.patch(model):
+        start = time.perf_counter()
+        text = generate(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens))
+        seconds = time.perf_counter() - start
+    return {"text": text, "defence": None, "milliseconds": {"total": 1000 * seconds}}
+
+
+def _look(arguments: argparse.Namespace, model, processor) -> dict:
+    """How much attention each image gets, and the heat maps if they are asked for."""
+    from ras_fast.attention_map import image_attention
+    from ras_fast.viz import save_heat_map
+
+    looked = image_attention(model, processor, arguments.prompt, arguments.image)
+    paths = _heat_map_paths(arguments.heatmap, len(looked.maps)) if arguments.heatmap else []
+    for i, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_heat_map(path, looked.images[i], looked.maps[i], box=looked.boxes[i], title=arguments.prompt)
+    return {"region_mass": looked.mass.mean((0, 1)).tolist(), "heat_maps": [str(path) for path in paths]}
+
+
+def _heat_map_paths(path: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
+
+
+def _print_result(result: dict) -> None:
+    print(result["text"])
+    print()
+    if result["defence"] is None:
+        print("defence    none (no profile given)")
+    else:
+        similarity = "not computed" if result["similarity"] is None else f"{result['similarity']:.3f}"
+        print(f"defence    {result['defence']}: risk {result['risk']:.3f}, similarity to a refusal {similarity}, "
+              f"{'steered' if result['steered'] else 'answer unchanged'}")  # fmt: skip
+        if result["failed_closed"]:
+            print(f"           failed closed: {result['failed_closed']}")
+        print(f"context    {result['context']}")
+    for number, share in enumerate(result.get("region_mass", ()), 1):
+        print(f"image {number}    {share:.1%} of the prompt's attention, mean over layers and heads")
+    print(f"time       {', '.join(f'{stage} {ms:.0f} ms' for stage, ms in result['milliseconds'].items())}")
+    for path in result.get("heat_maps", ()):
+        print(f"heat map   {path}")
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    if (arguments.data is None) != (arguments.refused is None):
+        raise ValueError("--data and --refused belong together")
+    if arguments.data is None and arguments.model != "tiny":
+        raise ValueError("--data and --refused are needed for any model but 'tiny'")
+    pairs = _read_pairs(arguments.data) if arguments.data else None
+    texts = _read_texts(arguments.refused) if arguments.refused else None
+    model, processor = _load(arguments)
+    from ras_fast.evaluation.defences import calibrate_on_tinyworld
+    from ras_fast.methods import moras
+
+    if pairs is None:
+        profile = calibrate_on_tinyworld(model, processor, arguments.preset)
+    else:
+        prompts = {"context_prompt": arguments.context_prompt, "safety_prompt": arguments.safety_prompt}
+        given = {name: text for name, text in prompts.items() if text is not None}
+        profile = moras.calibrate(model, processor, refused_texts=texts, pairs=pairs, preset=arguments.preset, **given)
+    profile.save_pretrained(arguments.out)
+    print(f"{profile.method} profile in {arguments.out}: S_base {profile.config['s_base']:.3f}, k {profile.config['k']:.2f}")
+    return 0
+
+
+def _read_pairs(path: Path) -> list[tuple[Path, str, str]]:
+    """Raises ValueError that names the line."""
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            pair = (path.parent / row["image"], row["unsafe"], row["safe"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
+        if not pair[0].is_file():
+            raise ValueError(f"{path}:{number}: {pair[0]} is not there")
+        pairs.append(pair)
+    return pairs
+
+
+def _read_texts(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from ras_fast.evaluation.datasets import load_dataset
+
+    dataset = load_dataset(arguments.dataset, arguments.n, arguments.seed)
+    model, processor = _load(arguments)
+    from ras_fast import patch
+    from ras_fast.evaluation import run
+    from ras_fast.evaluation.defences import default_names, make_defences
+
+    profiles = _eval_profiles(arguments, model, processor)
+    names = arguments.defences.split(",") if arguments.defences else default_names(profiles)
+    settings = run.settings_of(model, processor, dataset, arguments.seed, arguments.max_new_tokens, profiles)
+    answers = run.AnswerFile(arguments.out, settings)
+    with patch(model):
+        defences = make_defences(names, model, processor, profiles, arguments.max_new_tokens)
+        try:
+            records = run.run(dataset, defences, answers)
+        except KeyboardInterrupt:
+            print(f"{len(answers.records)} answers are in {answers.path}; run again to go on from there", file=sys.stderr)
+            raise
+    print(run.write_report(arguments.out, records, dataset, arguments.model))
+    print(f"report and plots in {arguments.out}")
+    failed = sum("error" in record for record in records)
+    if failed or dataset.skipped:
+        print(f"ras-fast: {failed} queries could not be asked, {len(dataset.skipped)} items were left out", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
+    """The given profiles by their method; on tinyworld without any, calibrated ones that a later run finds again."""
+    from ras_fast import RasProfile
+    from ras_fast.evaluation.defences import calibrate_on_tinyworld
+
+    profiles: dict[str, RasProfile] = {}
+    for directory in arguments.profile:
+        profile = RasProfile.from_pretrained(directory)
+        if profile.method in profiles:
+            raise ValueError(f"--profile {directory} is a second one of method {profile.method!r}; give one of each")
+        profiles[profile.method] = profile
+    if profiles or arguments.dataset != "tinyworld":
+        return profiles
+    for preset in ("moras", "ras"):
+        folder = arguments.out / "profiles" / preset
+        if not folder.is_dir():
+            calibrate_on_tinyworld(model, processor, preset).save_pretrained(folder)
+        profiles[preset] = RasProfile.from_pretrained(folder)
+    return profiles
+
+
+def _load(arguments: argparse.Namespace):
+    _quiet_transformers()
+    from ras_fast.loading import load
+
+    return load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+
+
+def _quiet_transformers() -> None:
+    """Its warnings are for programmers; a user of the command line gets this package's errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""Rates with bootstrap intervals, AUROC, ROC curves. NumPy alone, so that a report can be read again without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic of n values and its 95 % interval [low, high]; NaN where n is 0."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def as_dict(self) -> dict:
+        """JSON-ready: None in place of NaN."""
+        return {name: None if v != v else v for name, v in asdict(self).items()}
+
+
+def rate(outcomes: Sequence[bool], seed: int = 0) -> Estimate:
+    """The share of true outcomes, with a percentile-bootstrap interval over the items.
+
+    Outcomes that are all equal leave a bootstrap without width, which would overstate what n items can show: there the open
+    side is 3/n away (the rule of three).
+    """
+    values = np.asarray(outcomes, dtype=bool)
+    n, share = values.size, values.mean() if values.size else np.nan
+    if n and share in (0, 1):
+        width = min(3 / n, 1.0)
+        return Estimate(float(share), max(share - width, 0.0), min(share + width, 1.0), n)
+    return _bootstrap(values.astype(float), np.mean, seed)
+
+
+def median(values: Sequence[float], seed: int = 0) -> Estimate:
+    """The median, with a percentile-bootstrap interval."""
+    return _bootstrap(np.asarray(values, dtype=float), np.median, seed)
+
+
+def _bootstrap(values: np.ndarray, statistic, seed: int) -> Estimate:
+    if not values.size:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    draws = np.random.default_rng(seed).integers(0, values.size, (RESAMPLES, values.size))
+    low, high = np.quantile(statistic(values[draws], axis=1), (0.025, 0.975))
+    return Estimate(float(statistic(values)), float(low), float(high), values.size)
+
+
+def roc_curve(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """(false-positive rates, true-positive rates) from (0, 0) to (1, 1), one point for each distinct score.
+
+    Raises:
+        ValueError: lengths differ, a score is NaN, or only one class is there.
+    """
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    if scores.shape != positive.shape or scores.ndim != 1:
+        raise ValueError(f"scores is of shape {scores.shape}, positive of {positive.shape}; both must be [n]")
+    if np.isnan(scores).any():
+        raise ValueError(f"scores holds {int(np.isnan(scores).sum())} NaN; every score must be a number")
+    if positive.all() or not positive.any():
+        raise ValueError(f"positive holds one class only ({positive.size} items); a ROC curve needs both")
+    order = np.argsort(-scores, kind="stable")
+    last_of_ties = np.append(np.diff(scores[order]) != 0, True)
+    hits = np.cumsum(positive[order])[last_of_ties]
+    alarms = np.cumsum(~positive[order])[last_of_ties]
+    return np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1])
+
+
+def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """Area under the ROC curve: the chance that a positive item scores above a negative one, ties counting half.
+
+    Raises ValueError as `roc_curve`.
+    """
+    x, y = roc_curve(scores, positive)
+    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))

@@ -1,0 +1,155 @@
+"""Pictures: where attention falls on an image, how much of it each layer and head pays, how well a risk separates.
+
+Charts come as matplotlib `Figure`s made without pyplot: nothing global, no display needed; `figure.savefig(path)` writes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from ras_fast.evaluation.metrics import auroc, roc_curve
+
+COLOURS = "inferno"
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+
+
+def heat_map(
+    image: Image.Image,
+    scores: Tensor | np.ndarray,
+    grid: tuple[int, int] | None = None,
+    *,
+    box: tuple[int, int, int, int] | None = None,
+    resample: str = "bilinear",
+    opacity: float = 0.75,
+) -> Image.Image:
+    """Scores laid over the picture: the warmer and the less transparent, the nearer to the highest score.
+
+    Args:
+        image: the picture, any mode.
+        scores: per patch, [h, w], or [h·w] in reading order with `grid`; such as `RegionMap.heat_maps` gives.
+        grid: (h, w); None: the shape of `scores`.
+        box: (left, top, right, bottom) in pixels, the part of the picture that the patches cover; None: all of it.
+        resample: "bilinear", or "nearest" to see each patch's own value.
+        opacity: of the highest score, 0..1.
+
+    Returns:
+        RGB, as large as `image`. Pixels outside `box`, and where the score is 0, are the picture's own.
+
+    Raises:
+        ValueError: `scores` does not fit `grid`, or holds a negative, NaN or infinite value; another argument is out of range.
+    """
+    scores = _per_patch(scores, grid)
+    if resample not in RESAMPLING:
+        raise ValueError(f"resample is {resample!r}; it must be one of {tuple(RESAMPLING)}")
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity is {opacity}; it must be in 0..1")
+    left, top, right, bottom = box or (0, 0, *image.size)
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise ValueError(f"box is {box}; it must be an area within the picture's {image.width} x {image.height} pixels")
+    relative = Image.fromarray(scores / max(scores.max(), np.finfo(np.float32).tiny))
+    relative = np.asarray(relative.resize((right - left, bottom - top), RESAMPLING[resample]))[..., None]
+    colour = matplotlib.colormaps[COLOURS](relative[..., 0])[..., :3] * 255
+    picture = np.array(image.convert("RGB"))
+    covered = picture[top:bottom, left:right]
+    covered[:] = np.round(covered + opacity * relative * (colour - covered))
+    return Image.fromarray(picture)
+
+
+def save_heat_map(
+    path: str | Path,
+    image: Image.Image,
+    scores: Tensor | np.ndarray,
+    grid: tuple[int, int] | None = None,
+    *,
+    box: tuple[int, int, int, int] | None = None,
+    title: str = "",
+) -> None:
+    """Writes the picture and its heat map side by side, with a scale of the scores. Arguments as `heat_map`."""
+    overlay = heat_map(image, scores, grid, box=box)
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    picture, heat = figure.subplots(1, 2)
+    picture.imshow(image.convert("RGB"))
+    heat.imshow(overlay)
+    for axes in (picture, heat):
+        axes.set_axis_off()
+    scale = matplotlib.colors.Normalize(0, max(float(_per_patch(scores, grid).max()), 1e-12))
+    mappable = matplotlib.cm.ScalarMappable(scale, COLOURS)
+    figure.colorbar(mappable, ax=heat, shrink=0.85, label="share of attention per patch")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def region_mass_chart(mass: Tensor | np.ndarray, title: str = "Attention that falls on the image") -> Figure:
+    """Bars: each layer's mean over heads; dots: the heads.
+
+    Args:
+        mass: [layers, heads], softmax probability on the image (or on all images together).
+
+    Raises:
+        ValueError: `mass` is not [layers, heads].
+    """
+    mass = _array(mass)
+    if mass.ndim != 2 or not mass.size:
+        raise ValueError(f"mass is of shape {mass.shape}; it must be [layers, heads], not empty")
+    layers = np.arange(mass.shape[0])
+    figure = Figure(figsize=(min(3 + 0.3 * len(layers), 12), 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(layers, mass.mean(1), color="#8da7c9", label="mean over heads")
+    axes.plot(np.repeat(layers, mass.shape[1]), mass.ravel(), ".", color="#1f2f4a", markersize=4, label="one head")
+    axes.set(xlabel="layer", ylabel="probability", ylim=(0, 1), title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def risk_histogram(groups: dict[str, Sequence[float]], label: str = "risk") -> Figure:
+    """One row per group (a kind of query) with the histogram of its risks in 0..1; NaN are left out and counted in its name."""
+    if not groups:
+        raise ValueError("groups is empty; it needs a name and values for each group")
+    figure = Figure(figsize=(6, 1 + 0.9 * len(groups)), layout="constrained")
+    rows = figure.subplots(len(groups), sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(rows, groups, strict=True):
+        values = _array(groups[name])
+        missing = int(np.isnan(values).sum())
+        axes.hist(values[~np.isnan(values)], bins=np.linspace(0, 1, 41), color="#8da7c9")
+        axes.set_ylabel(name + (f"\n({missing} NaN)" if missing else ""), rotation=0, ha="right", va="center")
+        axes.set_yticks([])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set(xlabel=label, xlim=(0, 1))
+    return figure
+
+
+def roc_chart(curves: dict[str, tuple[Sequence[float], Sequence[bool]]]) -> Figure:
+    """ROC curves of several scores: name -> (scores, which items are harmful). The legend gives each area."""
+    figure = Figure(figsize=(4.2, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (scores, positive) in curves.items():
+        axes.plot(*roc_curve(scores, positive), label=f"{name}: {auroc(scores, positive):.3f}")
+    axes.plot([0, 1], [0, 1], ":", color="grey")
+    axes.set(xlabel="benign flagged", ylabel="harmful flagged", xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal")
+    axes.legend(frameon=False, fontsize=8, title="AUROC", loc="lower right")
+    return figure
+
+
+def _array(values: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float32)
+
+
+def _per_patch(scores: Tensor | np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
+    """[h, w] float32, finite and not negative."""
+    scores = _array(scores)
+    shape = scores.shape if grid is None else tuple(grid)
+    if len(shape) != 2 or 0 in shape or scores.size != shape[0] * shape[1]:
+        raise ValueError(f"scores is of shape {scores.shape}, grid is {grid}; scores must be [h, w], or [h·w] with grid (h, w)")
+    if not np.isfinite(scores).all() or scores.min() < 0:
+        raise ValueError(f"scores is in {scores.min()}..{scores.max()}; every score must be finite and at least 0")
+    return scores.reshape(shape)

@@ -1,0 +1,169 @@
+"""The run behind the safety table: what is asked, what is kept, what the report says. Defences here are plain functions."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from ras_fast.evaluation import run
+from ras_fast.evaluation.datasets import Dataset, Item, load_dataset
+from ras_fast.evaluation.defences import Answer
+from ras_fast.evaluation.judges import is_refusal
+
+SORRY = "I'm sorry, I can't help with that."
+SETTINGS = {"model": "a", "seed": 0}
+
+
+def dataset(n: int = 8) -> Dataset:
+    """Even items harmful; to the others "yes" is the right answer."""
+    kinds = [("bad", True), ("good", False)] * n
+    items = [Item(f"{i}", *kinds[i], f"q{i}", [], lambda text: text == "yes") for i in range(n)]
+    return Dataset("fake", items, lambda text: not is_refusal(text))
+
+
+def complying(question, images):
+    return Answer("yes")
+
+
+def refusing(question, images):
+    return Answer(SORRY, risk=1.0, similarity=0.9)
+
+
+def perfect(question, images):
+    harmful = int(question[1:]) % 2 == 0
+    return Answer(SORRY if harmful else "yes", risk=float(harmful), similarity=0.8 if harmful else 0.1)
+
+
+def test_rates_of_known_defences(tmp_path):
+    answers = run.AnswerFile(tmp_path, SETTINGS)
+    defences = {"open": complying, "closed": refusing, "perfect": perfect}
+    records = run.run(dataset(), defences, answers, progress=False)
+    rows = {row["defence"]: row for row in run.summarise(records)}
+    rates = {name: {c: e.value for c, e in row["cells"].items() if c != "ms"} for name, row in rows.items()}
+    assert rates == {
+        "open": {"attack success, bad": 1, "refused, good": 0, "correct, good": 1},
+        "closed": {"attack success, bad": 0, "refused, good": 1, "correct, good": 0},
+        "perfect": {"attack success, bad": 0, "refused, good": 0, "correct, good": 1},
+    }
+    assert {name: row["auroc"] for name, row in rows.items()} == {"open": None, "closed": 0.5, "perfect": 1}
+    assert all(cell.n == 4 for row in rows.values() for cell in row["cells"].values())
+
+
+def test_ctrl_c_loses_nothing_and_the_next_run_asks_only_the_rest(tmp_path):
+    asked = []
+
+    def interrupted(question, images):
+        asked.append(question)
+        if len(asked) == 6:  # the first call is the warm-up
+            raise KeyboardInterrupt
+        return Answer("yes")
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(dataset(), {"d": interrupted}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert len((tmp_path / run.ANSWERS).read_text().splitlines()) == 4
+
+    asked.clear()
+    records = run.run(dataset(), {"d": lambda q, i: asked.append(q) or Answer("yes")}, run.AnswerFile(tmp_path, SETTINGS))
+    assert asked[1:] == ["q4", "q5", "q6", "q7"]
+    assert [record["id"] for record in records] == [str(i) for i in range(8)]
+
+
+def test_a_line_cut_by_a_crash_is_asked_again(tmp_path):
+    run.run(dataset(3), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    path = tmp_path / run.ANSWERS
+    path.write_bytes(path.read_bytes()[:-20])
+    answers = run.AnswerFile(tmp_path, SETTINGS)
+    assert len(answers.records) == 2
+    run.run(dataset(3), {"d": complying}, answers, progress=False)
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["0", "1", "2"]
+
+
+def test_answers_of_other_settings_are_not_mixed_in(tmp_path):
+    run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    with pytest.raises(ValueError, match="differs in model"):
+        run.AnswerFile(tmp_path, SETTINGS | {"model": "b"})
+
+
+def test_a_broken_file_of_answers_is_named(tmp_path):
+    (tmp_path / run.ANSWERS).write_text("[1, 2]\n")
+    with pytest.raises(ValueError, match="not a file of answers"):
+        run.AnswerFile(tmp_path, SETTINGS)
+
+
+def test_a_query_that_cannot_be_asked_is_reported_and_the_run_goes_on(tmp_path):
+    def picky(question, images):
+        if question == "q2":
+            raise ValueError("images[0] cannot be read")
+        return Answer("yes")
+
+    records = run.run(dataset(4), {"d": picky}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    (row,) = run.summarise(records)
+    assert (row["n"], row["errors"]) == (3, 1)
+    assert "d: 1 queries could not be asked" in run.write_report(tmp_path, records, dataset(4), "m")
+
+
+def test_a_similarity_that_failed_counts_as_the_highest(tmp_path):
+    def failing(question, images):
+        harmful = int(question[1:]) % 2 == 0
+        return Answer(SORRY, risk=1.0 if harmful else 0.0, similarity=float("nan") if harmful else 0.2)
+
+    records = run.run(dataset(), {"d": failing}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert run.summarise(records)[0]["auroc"] == 1
+
+
+def test_report_files(tmp_path):
+    records = run.run(dataset(), {"a": complying, "b": perfect}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    text = run.write_report(tmp_path, records, dataset(), "tiny")
+    assert text == (tmp_path / "report.md").read_text()
+    assert "| a | 100.0 [25.0, 100.0] | 0.0 [0.0, 75.0] | 100.0 [25.0, 100.0] |" in text
+    assert "synthetic" in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rows"][1]["cells"]["attack success, bad"] == {"value": 0.0, "low": 0.0, "high": 0.75, "n": 4}
+    for name in ("roc.png", "risk.png"):
+        with Image.open(tmp_path / name) as chart:
+            assert chart.format == "PNG"
+
+
+def test_tinyworld_is_the_test_split_and_does_not_change_with_n():
+    few, many = load_dataset("tinyworld", 5), load_dataset("tinyworld", 10)
+    assert [item.kind for item in few.items] == ["benign", "lookalike", "typographic", "pictured", "text_harm"]
+    assert [item.question for item in many.items[:5]] == [item.question for item in few.items]
+    assert few.complies("Sure. Step 1: take the gun.")
+    assert few.complies("I'm sorry, Step 1: take the gun.")  # an apology and then the steps
+    assert not few.complies(SORRY)
+
+
+def test_json_lines_keeps_what_is_usable_and_lists_the_rest(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    good = {"id": "x", "question": "what?", "harmful": False, "image": "a.png", "answer": "Cat"}
+    rows = [
+        json.dumps(good),
+        json.dumps(good),  # the same id
+        json.dumps({"question": " ", "harmful": False}),
+        json.dumps({"question": "q", "harmful": "no"}),
+        json.dumps({"question": "q"}),
+        json.dumps({"question": "q", "harmful": True, "image": "missing.png"}),
+        "{not json",
+        json.dumps({"question": "wie?", "harmful": True}),
+    ]
+    path = tmp_path / "items.jsonl"
+    path.write_bytes("\n".join(rows).encode("utf-8") + b'\n{"question": "\xff", "harmful": true}\n')
+    data = load_dataset(str(path))
+    assert [(item.id, item.kind) for item in data.items] == [("x", "benign"), ("8", "harmful")]
+    assert data.items[0].judge("a CAT.")
+    assert not data.items[0].judge("a dog.")
+    reasons = ["was there before", "question is", "harmful is", "'harmful' is missing", "missing.png is not there", "", "codec"]
+    assert len(data.skipped) == len(reasons)
+    assert all(reason in skipped for reason, skipped in zip(reasons, data.skipped, strict=True))
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "imagenet"])
+def test_an_unknown_dataset_is_named(name):
+    with pytest.raises(ValueError, match=name):
+        load_dataset(name)
+
+
+def test_a_dataset_without_a_usable_item_is_an_error(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"no usable item: empty\.jsonl:1: 'question' is missing"):
+        load_dataset(str(tmp_path / "empty.jsonl"))

@@ -1,0 +1,321 @@
+"""The command line, in-process, on a model of random weights: every command, every user mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
+
+from ras_fast import RasProfile, cli
+from ras_fast.attention_map import _seen, image_attention
+from ras_fast.evaluation.defences import CONSTANT, default_names
+from ras_fast.methods.moras import PRESETS
+from ras_fast.profile import fingerprint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """model/: a random LLaVA; profile/: a MoRAS profile of it; a.png, b.png, broken.png."""
+    root = tmp_path_factory.mktemp("cli")
+    processor = tiny_processor()
+    model = tiny_llava(processor)
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
+    settings = {"s_base": 0.5, "k": 9.0, "context_prompt": "w1 w2", "safety_prompt": "w3", "max_context_tokens": 4}
+    config = PRESETS["moras"] | settings
+    prototypes = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    RasProfile("moras", config, {"prototypes": prototypes}, fingerprint(model, processor)).save_pretrained(root / "profile")
+    other = tiny_llava(processor, seed=1)
+    RasProfile("moras", config, {"prototypes": prototypes}, fingerprint(other, processor)).save_pretrained(root / "foreign")
+    random_image(0).save(root / "a.png")
+    random_image(1, (40, 60)).save(root / "b.png")
+    (root / "broken.png").write_bytes(b"not an image")
+    return root
+
+
+@pytest.fixture
+def generate(folder):
+    def call(*options, image="a.png"):
+        images = ["--image", str(folder / image)] if image else []
+        common = ["generate", "--model", str(folder / "model"), "--prompt", "w1 w2 ?", "--max-new-tokens", "5"]
+        return cli.main([*common, *images, *options])
+
+    return call
+
+
+def test_generate_without_a_profile(generate, folder, capsys):
+    assert generate("--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["defence"] is None
+    assert set(result["text"].split()) <= {*WORDS, "USER", "ASSISTANT", "SYSTEM", ":", ".", "?", "<unk>"}
+    assert len(result["region_mass"]) == 1
+    assert 0 < result["region_mass"][0] < 1
+
+
+def test_generate_with_a_profile(generate, folder, capsys):
+    assert generate("--profile", str(folder / "profile"), "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["defence"] == "moras"
+    assert 0 <= result["risk"] <= 1
+    assert {"prefix", "risk", "answer", "total"} <= set(result["milliseconds"])
+
+
+def test_generate_prints_for_people_too(generate, folder, capsys):
+    assert generate("--profile", str(folder / "profile")) == 0
+    out = capsys.readouterr().out
+    assert "risk 0." in out or "risk 1." in out
+    assert "of the prompt's attention" in out
+
+
+def test_generate_writes_one_heat_map_per_image(generate, folder, tmp_path, capsys):
+    assert generate("--image", str(folder / "b.png"), "--heatmap", str(tmp_path / "maps" / "heat.png"), "--json") == 0
+    paths = json.loads(capsys.readouterr().out)["heat_maps"]
+    assert paths == [str(tmp_path / "maps" / f"heat-{i}.png") for i in (1, 2)]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+
+
+def test_generate_without_an_image(generate, capsys):
+    assert generate("--json", image=None) == 0
+    assert "region_mass" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--image", "{folder}/broken.png"], "cannot be read"),
+        (["--image", "{folder}/nowhere.png"], "No such file"),
+        (["--profile", "{folder}/foreign"], "another model"),
+        (["--profile", "{folder}/nowhere"], "profile"),
+        (["--model", "{folder}/nowhere"], "no such folder"),
+        (["--model", "tests"], "cannot be read"),
+        (["--device", "quantum"], "device is 'quantum'"),
+        (["--prompt", " "], "needs a question"),
+        (["--prompt", "<image> <image> w1"], "placeholder"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(generate, folder, capsys, options, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert generate(*(option.format(folder=folder) for option in options)) == 1
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("ras-fast: error: ")
+    assert "Traceback" not in error
+
+
+def test_a_text_model_is_refused(tmp_path, generate, capsys):
+    from transformers import LlamaConfig
+
+    LlamaConfig().save_pretrained(tmp_path)
+    assert generate("--model", str(tmp_path)) == 1
+    assert "'llama', which does not take images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["paint"],
+        ["generate", "--model", "m"],
+        ["generate", "--model", "m", "--prompt", "p", "--max-new-tokens", "0"],
+        ["generate", "--model", "m", "--prompt", "p", "--heatmap", "h.png"],
+        ["calibrate", "--model", "m"],
+    ],
+)
+def test_wrong_command_lines_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 2
+
+
+def test_debug_shows_where_an_error_comes_from(folder):
+    with pytest.raises(ValueError, match="no such folder"):
+        cli.main(["--debug", "generate", "--model", str(folder / "nowhere"), "--prompt", "w1"])
+
+
+def test_interrupted_exits_with_130(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_doctor", lambda arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["doctor"]) == 130
+
+
+def test_doctor_finds_a_usable_installation(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for topic in ("python", "torch", "transformers", "backend cuda", "backend cpu", "ops on cpu", "nvcc", "tiny model"):
+        assert f"\n{topic} " in out
+    assert "ras_fast is usable here." in out
+
+
+def test_doctor_says_when_an_op_computes_nonsense(capsys, monkeypatch):
+    monkeypatch.setattr("ras_fast.ops.add_rms_norm", lambda x, *rest: (x + 1, x, x))
+    assert cli.main(["doctor"]) == 1
+    assert "PROBLEM  add_rms_norm computes wrong values" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["inspect", "--help"], ["build", "--help"], ["eval", "--help"]])
+def test_every_command_has_help(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    assert stopped.value.code == 0
+    assert "usage: ras-fast" in capsys.readouterr().out
+
+
+def test_help_loads_no_transformers():
+    code = "import sys; from ras_fast import cli\ntry: cli.main(['--help'])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {"transformers", "matplotlib", "PIL"} & set(done.stdout.split())
+
+
+def calibrate(folder, *options):
+    return cli.main(["calibrate", "--model", str(folder / "model"), "--out", str(folder / "new"), *options])
+
+
+def test_calibrate_says_when_the_model_does_not_refuse(folder, capsys):
+    (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')
+    (folder / "texts.txt").write_text("w1 w2\n\nw3 w4\n")
+    assert calibrate(folder, "--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt")) == 1
+    assert "refuses 0 of 2" in capsys.readouterr().err
+
+
+def test_calibrate_writes_a_profile(folder, capsys, monkeypatch):
+    monkeypatch.setattr("ras_fast.methods.moras.is_refusal", lambda text: True)
+    (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')
+    (folder / "many.txt").write_text("\n".join(WORDS[:12]))
+    data = ("--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "many.txt"))
+    assert calibrate(folder, *data, "--context-prompt", "w5") == 0
+    profile = RasProfile.from_pretrained(folder / "new")
+    assert profile.config["context_prompt"] == "w5"
+    assert "S_base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "pairs.jsonl:1 needs to be"),
+        ('{"image": "a.png", "safe": "x"}', "KeyError('unsafe')"),
+        ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "no.png is not there"),
+    ],
+)
+def test_calibrate_names_the_bad_line(folder, capsys, line, words):
+    (folder / "pairs.jsonl").write_text(line)
+    (folder / "texts.txt").write_text("w1")
+    assert calibrate(folder, "--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt")) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_calibrate_needs_data(folder, capsys):
+    assert calibrate(folder) == 1
+    assert "--data and --refused are needed" in capsys.readouterr().err
+
+
+@pytest.fixture
+def questions(folder):
+    rows = [
+        {"question": "w1 w2 ?", "harmful": True, "image": "a.png"},
+        {"question": "w3 ?", "harmful": False, "image": ["a.png", "b.png"], "answer": "w"},
+        {"question": "w4 ?", "harmful": False},
+    ]
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def evaluate(folder, out, questions, *options):
+    common = ["--model", str(folder / "model"), "--dataset", str(questions), "--max-new-tokens", "4", "--out", str(out)]
+    return cli.main(["eval", *common, *options])
+
+
+def test_eval_asks_every_defence_and_goes_on_where_it_stopped(folder, tmp_path, questions, capsys):
+    profile = ("--profile", str(folder / "profile"))
+    assert evaluate(folder, tmp_path, questions, *profile, "--defences", "undefended,moras") == 0
+    first = (tmp_path / "answers.jsonl").read_text()
+    assert len(first.splitlines()) == 6
+    assert evaluate(folder, tmp_path, questions, *profile) == 0
+    assert (tmp_path / "answers.jsonl").read_text().startswith(first)
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = ["undefended", "prompt-only", f"{CONSTANT}0.5", "moras", "moras-binary"]
+    assert [row["defence"] for row in report["rows"]] == names
+    assert all((row["n"], row["errors"]) == (3, 0) for row in report["rows"])
+    assert f"report and plots in {tmp_path}" in capsys.readouterr().out
+
+
+def test_eval_without_a_profile_is_undefended(folder, tmp_path, questions):
+    assert evaluate(folder, tmp_path, questions) == 0
+    assert default_names({}) == ["undefended"]
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_eval_reports_what_it_could_not_ask(folder, tmp_path, questions, capsys):
+    with questions.open("a") as file:
+        file.write('\n{"question": "w1", "harmful": true, "image": "broken.png"}\n{"harmful": true}\n')
+    assert evaluate(folder, tmp_path, questions) == 1
+    captured = capsys.readouterr()
+    assert "1 queries could not be asked, 1 items were left out" in captured.err
+    assert "'question' is missing" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("magic", "'magic' is unknown"), ("constant-x", "needs a number"), ("constant-7", "gate")]
+)
+def test_eval_names_an_unknown_defence(folder, tmp_path, questions, capsys, name, words):
+    assert evaluate(folder, tmp_path, questions, "--profile", str(folder / "profile"), "--defences", name) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_attention_map_is_what_eager_attention_says():
+    processor = tiny_processor()
+    model, eager = tiny_llava(processor), tiny_llava(processor)
+    images = [random_image(3), random_image(4, (40, 60))]
+    looked = image_attention(model, processor, "w1 w2 ?", images)
+
+    from ras_fast.inputs import encode, make_queries
+
+    eager.set_attn_implementation("eager")
+    inputs, _ = encode(processor, make_queries(["w1 w2 ?"], [images], processor)[0], "cpu", torch.float32)
+    with torch.no_grad():
+        attention = torch.stack(eager(**inputs, output_attentions=True).attentions)[:, 0]
+    places = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten().view(2, 16)
+    text = attention[:, :, places.max() + 1 :]
+    mass = torch.stack([text[..., place].sum(-1).mean(-1) for place in places], -1)
+    torch.testing.assert_close(looked.mass, mass, rtol=1e-4, atol=1e-6)
+    heads = mass.sum(-1).flatten().topk(8).indices
+    effective = text.amax(2).flatten(0, 1)[heads].mean(0)
+    for found, place in zip(looked.maps, places, strict=True):
+        torch.testing.assert_close(found, effective[place].view(4, 4), rtol=1e-4, atol=1e-6)
+    assert model.config.get_text_config()._attn_implementation == "sdpa"  # unpatched again
+
+
+def test_attention_map_needs_an_image():
+    processor = tiny_processor()
+    with pytest.raises(ValueError, match="images is empty"):
+        image_attention(tiny_llava(processor), processor, "w1", None)
+
+
+class Crop:
+    """An image processor that crops the middle, as CLIP's does."""
+
+    def __init__(self, **attributes):
+        self.do_resize = self.do_center_crop = True
+        self.size, self.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size", "box"),
+    [
+        ({}, (672, 336), (168, 0, 504, 336)),
+        ({}, (100, 200), (0, 50, 100, 150)),
+        ({"do_center_crop": False}, (100, 200), (0, 0, 100, 200)),
+        ({"size": {"height": 336, "width": 336}}, (100, 200), (0, 0, 100, 200)),
+        ({"image_grid_pinpoints": [[336, 672]]}, (100, 200), (0, 0, 100, 200)),
+        ({"do_resize": False}, (436, 336), (50, 0, 386, 336)),
+    ],
+)
+def test_the_heat_map_covers_what_is_left_after_cropping(attributes, size, box):
+    assert _seen(size, Crop(**attributes)) == box

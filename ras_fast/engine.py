@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,9 @@ from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.kv_cache import ByteBoundedCache, KVBuffer
 from ras_fast.methods.moras import PRESETS, Moras, context_text
 from ras_fast.patching import Patch, patch
+from ras_fast.patching.tracking import keep, kept
 from ras_fast.profile import RasProfile
+from ras_fast.regions import RegionMap
 
 
 @dataclass
@@ -43,6 +46,8 @@ class SafeOutput:
     context: what stage 1 said about the images; empty without images.
     rejected_at: the first step whose token steering changed, None when it changed nothing.
     failed_closed: why the risk was set to 1 without having been computed; None normally.
+    region_mass: [layers, heads, images] fp32, how much attention the prompt's last token pays to each image of the query;
+        None unless the generator was made with ``region_mass=True``.
     timings: seconds per stage, of the batch that the query was in; "first_token" is when its first token could be
         shown.
     """
@@ -70,6 +75,7 @@ class Sequence:
         self.prompt, self.tokens, self.states = prompt, [], []
         self.decoding, self.eos, self.tokenizer = decoding, eos, tokenizer
         self.processors = decoding.processors(query, len(prompt), eos)
+        self.plain = len(self.processors) == 1  # argmax of the logits, but for the end of rows that are not finite
         self.done = False
 
     def append(self, token: int, state: Tensor) -> None:
@@ -113,6 +119,7 @@ class Job:
     risk: float = 1.0
     rejected_at: int | None = None
     failed_closed: str | None = None
+    region_mass: Tensor | None = None
 
 
 class SafeGenerator:
@@ -122,6 +129,7 @@ class SafeGenerator:
     batch_size: how many queries go through the stages together.
     fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched already; `close()` undoes
         it.
+    region_mass: also read, in the drafts' prefill, how much attention falls on each image. Needs the fused model.
     cache_bytes: keep image prefixes and contexts of seen images, least recently used out first. 0, the default, keeps
         nothing: what is kept would be the content of users' images. The cache belongs to this object alone.
 
@@ -129,12 +137,14 @@ class SafeGenerator:
     Counters of all calls are in ``counters``.
     """
 
-    def __init__(self, model, processor, profile: RasProfile, *, batch_size=8, fused=True, cache_bytes=0):
+    def __init__(self, model, processor, profile: RasProfile, *, batch_size=8, fused=True, region_mass=False, cache_bytes=0):
         profile.check(model, processor)
         if profile.method not in PRESETS:
             raise ValueError(f"SafeGenerator runs {', '.join(PRESETS)} profiles; this one is {profile.method!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it needs to be at least 1")
+        if region_mass and not fused:
+            raise ValueError("region_mass=True needs fused=True: the statistic is taken by the patched attention")
         self.model, self.processor, self.profile = model, processor, profile
         self.head = output_head(model)
         self.moras = Moras(profile, self.head, model.device, model.dtype)
@@ -143,7 +153,7 @@ class SafeGenerator:
         self.last_timings: dict[str, float] = {}
         self._layers = model.config.get_text_config().num_hidden_layers
         self._lock = threading.Lock()
-        self._fused, self._patch = fused, None
+        self._fused, self._region_mass, self._patch = fused, region_mass, None
         self._prove_head()
 
     def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
@@ -283,7 +293,8 @@ class SafeGenerator:
             branches.append(self._branch(job, job.inputs))
 
         rows = [row for _, row in contexts] + [job.draft for job in jobs]
-        buffer, hidden = self._start(branches, room=self.moras.config["max_context_tokens"])
+        with self._collect_mass(jobs, first=len(contexts)):
+            buffer, hidden = self._start(branches, room=self.moras.config["max_context_tokens"])
         while True:
             tokens, _ = self._choose(rows, hidden)
             for row, token, state in zip(rows, tokens, hidden, strict=True):
@@ -295,6 +306,18 @@ class SafeGenerator:
             job.context = context_text(self.processor, row.tokens)
             self.cache.put(job.context_key, job.context, len(job.context.encode()))
         return buffer
+
+    @contextmanager
+    def _collect_mass(self, jobs: list[Job], first: int):
+        """Takes the region masses of the forward inside the block, in which the jobs' rows begin at row ``first``."""
+        if not self._region_mass:
+            yield
+            return
+        with Patch.of(self.model).collect(rows=1) as statistics:
+            yield
+        mass = torch.stack([statistics.mass[layer][:, :, 0] for layer in sorted(statistics.mass)])
+        for row, job in enumerate(jobs, start=first):
+            job.region_mass = mass[:, row, :, : len(job.query.images)].cpu()
 
     def _assess(self, jobs: list[Job]) -> None:
         """Stage 2: the similarity and the risk of each query."""
@@ -378,6 +401,7 @@ class SafeGenerator:
             context=job.context,
             rejected_at=job.rejected_at,
             failed_closed=job.failed_closed,
+            region_mass=job.region_mass,
             timings=self.last_timings,
         )
 
@@ -409,6 +433,8 @@ class SafeGenerator:
         """A batch of branches: their common buffer, and each row's state after its whole prompt."""
         feeds = [feed for *_, feed in branches]
         buffer = KVBuffer.branch([branch[:3] for branch in branches], [len(feed) for feed in feeds], room)
+        if self._region_mass:
+            keep(buffer, _branch_regions(branches, buffer.starts))
         return buffer, self._forward(buffer, feeds)
 
     def _forward(self, buffer: KVBuffer, feeds: list[list[int]], **extras) -> Tensor:
@@ -435,7 +461,10 @@ class SafeGenerator:
     def _choose(self, rows: list[Sequence], hidden: Tensor) -> tuple[list[int], Tensor]:
         """The next token of every row, and the raw logits [B, V]."""
         logits = self.head(hidden).float()
-        scores = torch.stack([row.scores(own, len(row.tokens)) for row, own in zip(rows, logits, strict=True)])
+        if all(row.plain for row in rows):
+            scores = rows[0].processors(None, logits)
+        else:
+            scores = torch.stack([row.scores(own, len(row.tokens)) for row, own in zip(rows, logits, strict=True)])
         return scores.argmax(dim=-1).tolist(), logits
 
     def _steer(self, job: Job, state: Tensor, step: int) -> Tensor:
@@ -489,6 +518,18 @@ class Clock:
     def timings(self) -> dict[str, float]:
         total = self.latest - self.begin
         return self.laps | {"first_token": total - self.laps["answer"], "total": total}
+
+
+def _branch_regions(branches, starts: list[int]) -> RegionMap:
+    """The region map of a batch of branches, their prompts' last tokens included."""
+    sources = [kept(source) for source, *_ in branches]
+    total = max(start + count + len(feed) for start, (_, _, count, feed) in zip(starts, branches, strict=True))
+    ids = sources[0].ids.new_full((len(branches), total), -1)
+    for i, (regions, (source, index, count, _)) in enumerate(zip(sources, branches, strict=True)):
+        own = regions.ids[index, source.starts[index] :][:count]
+        ids[i, starts[i] : starts[i] + len(own)] = own
+    grids = [regions.grids[index] for regions, (_, index, *_) in zip(sources, branches, strict=True)]
+    return RegionMap(ids, max(regions.num_regions for regions in sources), grids, validate=False)
 
 
 def _ids(inputs) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_random import IMAGES_LAST, random_image, random_words, tiny_llava, tiny_processor
 
-from ras_fast import kv_cache
+from ras_fast import inputs, kv_cache
 from ras_fast.engine import SafeGenerator
 from ras_fast.methods.moras import PRESETS
 from ras_fast.patching import Patch
@@ -421,6 +421,28 @@ def test_two_threads_get_what_each_would_alone(model, processor, profile):
     for outputs, expected in zip(together, alone, strict=True):
         assert_same(outputs, expected)
     guard.close()
+
+
+def test_region_mass_is_what_eager_attention_pays_to_the_images(model, processor, profile):
+    prompts = [random_words(i, 3 + 4 * i) for i in range(3)]
+    images = [[random_image(0)], [random_image(1), random_image(2)], None]
+    with SafeGenerator(model, processor, profile, region_mass=True) as guard:
+        outputs = guard.generate(prompts, images, max_new_tokens=4)
+        plain = SafeGenerator(model, processor, profile, fused=False).generate(prompts, images, max_new_tokens=4)
+        assert_same(outputs, plain)
+    implementation = model.config.text_config._attn_implementation
+    model.set_attn_implementation({"text_config": "eager"})
+    for output, query in zip(outputs, inputs.make_queries(prompts, images, processor), strict=True):
+        batch, _ = inputs.encode(processor, query, "cpu", torch.float32)
+        with torch.no_grad():
+            attentions = model(**batch, output_attentions=True).attentions
+        last = torch.stack([layer[0, :, -1] for layer in attentions])
+        at = (batch["input_ids"][0] == processor.image_token_id).nonzero()[:, 0].split(16)
+        wanted = torch.stack([last[..., tokens].sum(-1) for tokens in at], -1) if query.images else last.new_zeros(2, 4, 0)
+        torch.testing.assert_close(output.region_mass, wanted, atol=1e-5, rtol=1e-5)
+    model.set_attn_implementation({"text_config": implementation})
+    with pytest.raises(ValueError, match="region_mass=True needs fused=True"):
+        SafeGenerator(model, processor, profile, fused=False, region_mass=True)
 
 
 def test_explain_and_timings(model, processor, profile):

@@ -1,0 +1,348 @@
+"""What a defended answer costs: the engine beside the undefended model and beside MoRAS as three calls.
+
+    python bench/bench_engine.py                                  # CPU, about 0.3 B random weights
+    python bench/bench_engine.py --device cuda --shape 7b --dtype bfloat16 --tokens 128
+
+All contenders run in one process, interleaved, and produce equally many tokens: the end-of-sequence token is switched off.
+Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
+for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json and
+engine_timeline.png into bench/results/<device>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from harness import RESULTS, device_name, machine
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+import ras_fast
+from ras_fast.engine import SafeGenerator
+from ras_fast.methods.moras import PRESETS
+from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.sequential import SequentialPipeline
+
+# text: hidden, layers, heads, key-value heads, mlp; vision: hidden, layers, heads, mlp. All see 336-pixel images as 576
+# patches of 14 pixels, like CLIP-L/14-336; "tiny" is for trying the script.
+SHAPES = {
+    "tiny": ((64, 2, 4, 4, 128), (32, 2, 2, 64)),
+    "0.3b": ((1024, 16, 16, 16, 2816), (512, 12, 8, 2048)),
+    "7b": ((4096, 32, 32, 32, 11008), (1024, 24, 16, 4096)),
+}
+VOCABULARY = 32000
+QUESTION = "What would be a good name for the thing in the picture and why ?"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} {{ m['role'] | upper }} : "
+    "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
+)
+STAGES = ["prefix", "context", "context and draft", "risk", "check", "answer"]
+COLOURS = dict(zip(STAGES, ["#999999", "#4477aa", "#4477aa", "#ee6677", "#ccbb44", "#228833"], strict=True))
+
+
+def build(shape: str, device: str, dtype: torch.dtype):
+    """A LLaVA of random weights and a processor whose every word is one token."""
+    words = ["<pad>", "<unk>", "<bos>", "<eos>", "<image>", *(f"w{i}" for i in range(VOCABULARY - 5))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<image>"],
+    )
+    side = {"height": 336, "width": 336}
+    processor = LlavaProcessor(
+        LlavaImageProcessorPil(size=side, crop_size=side),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp) = SHAPES[shape]
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=v_hidden,
+            intermediate_size=v_mlp,
+            num_hidden_layers=v_layers,
+            num_attention_heads=v_heads,
+            image_size=336,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=4096,
+        ),
+        image_token_id=processor.image_token_id,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        model = LlavaForConditionalGeneration(config).eval()
+        torch.set_default_dtype(before)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model, processor
+
+
+def make_profile(model, processor, risk: float) -> RasProfile:
+    """A profile that computes the similarity as always and then takes ``risk`` for every query."""
+    generator = torch.Generator().manual_seed(1)
+    prototypes = torch.randn(3, model.config.text_config.hidden_size, generator=generator)
+    config = PRESETS["moras"] | {"s_base": 0.5, "k": 9.0, "gate": risk}
+    return RasProfile("moras", config, {"prototypes": prototypes}, fingerprint(model, processor))
+
+
+class FirstToken(BaseStreamer):
+    """Notes when the first token after the prompt comes."""
+
+    def __init__(self):
+        self.begin, self.puts, self.seconds = time.perf_counter(), 0, None
+
+    def put(self, value):
+        self.puts += 1
+        if self.puts == 2:
+            self.seconds = time.perf_counter() - self.begin
+
+    def end(self):
+        pass
+
+
+class Undefended:
+    """``model.generate``."""
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+
+    @torch.no_grad()
+    def __call__(self, image, tokens: int, streamer) -> dict[str, float]:
+        begin = time.perf_counter()
+        inputs = chat(self.model, self.processor, image, QUESTION)
+        self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)
+        return {"answer": time.perf_counter() - begin}
+
+
+class Hooks:
+    """MoRAS as one would write it with Hugging Face alone: three calls, hidden states from ``output_hidden_states``, and a
+    forward hook on the last norm."""
+
+    def __init__(self, model, processor, profile: RasProfile):
+        self.model, self.processor, self.config = model, processor, profile.config
+        self.prototypes = profile.tensors["prototypes"].to(model.device, model.dtype)
+
+    @torch.no_grad()
+    def __call__(self, image, tokens: int, streamer) -> dict[str, float]:
+        marks, config = [time.perf_counter()], self.config
+        inputs = chat(self.model, self.processor, image, config["context_prompt"])
+        out = self.model.generate(**inputs, max_new_tokens=config["max_context_tokens"], do_sample=False)
+        context = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        marks.append(time.perf_counter())
+
+        inputs = chat(self.model, self.processor, image, f"{config['safety_prompt']} {context} {QUESTION}")
+        out = self.model.generate(
+            **inputs,
+            max_new_tokens=config["steps"],
+            do_sample=False,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+        states = torch.stack([step[-1][0, -1] for step in out.hidden_states])
+        weights = config["gamma"] ** torch.arange(config["steps"], device=states.device)[:, None]
+        q = (weights * self.model.lm_head(states).float().softmax(-1)).sum(0)
+        p = (weights * self.model.lm_head(self.prototypes).float().softmax(-1)).sum(0)
+        similarity = torch.cosine_similarity(p, q, dim=0)
+        sigmoid = torch.sigmoid(config["k"] * (similarity - config["s_base"])).item()
+        risk = config["gate"] if math.isfinite(sigmoid) else 1.0
+        marks.append(time.perf_counter())
+
+        step = 0
+
+        def steer(module, args, output):
+            nonlocal step
+            if step < config["steps"]:
+                output = output.clone()
+                output[:, -1] = (1 - risk) * output[:, -1] + risk * self.prototypes[step]
+            step += 1
+            return output
+
+        inputs = chat(self.model, self.processor, image, QUESTION)
+        hook = self.model.model.language_model.norm.register_forward_hook(steer)
+        try:
+            self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)
+        finally:
+            hook.remove()
+        marks.append(time.perf_counter())
+        return dict(zip(["context", "risk", "answer"], (after - before for before, after in pairwise(marks)), strict=True))
+
+
+class Defended:
+    """A `SafeGenerator` or a `SequentialPipeline`."""
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+
+    def __call__(self, image, tokens: int, streamer) -> dict[str, float]:
+        (output,) = self.pipeline.generate([QUESTION], [image], max_new_tokens=tokens, streamer=streamer)
+        if len(output.tokens) != tokens:
+            raise RuntimeError(f"{len(output.tokens)} tokens were produced; equal counts need {tokens}")
+        return {stage: output.timings[stage] for stage in STAGES if stage in output.timings}
+
+
+def chat(model, processor, image, text: str):
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=rendered, images=image, add_special_tokens=False, return_tensors="pt").to(model.device)
+    return inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
+
+
+def contenders(model, processor, risk: float) -> list[tuple[str, bool, object]]:
+    """(name, whether the model is patched, callable)."""
+    profile = make_profile(model, processor, risk)
+    return [
+        ("undefended", False, Undefended(model, processor)),
+        ("undefended, patched", True, Undefended(model, processor)),
+        ("MoRAS by hooks", False, Hooks(model, processor, profile)),
+        ("MoRAS in sequence, patched", True, Defended(SequentialPipeline(model, processor, profile))),
+        ("MoRAS, engine", True, Defended(SafeGenerator(model, processor, profile))),
+    ]
+
+
+def measure(model, entries, image, tokens: int, rounds: int) -> dict[str, dict]:
+    """Medians over interleaved rounds, after one round to warm up."""
+    totals, stages, firsts = ({name: [] for name, _, _ in entries} for _ in range(3))
+    for number in range(rounds + 1):
+        for name, patched, run in entries:
+            handle = ras_fast.patch(model) if patched else None
+            streamer, begin = FirstToken(), time.perf_counter()
+            timing = run(image, tokens, streamer)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            total = time.perf_counter() - begin
+            if handle is not None:
+                handle.unpatch()
+            if number:
+                totals[name].append(total)
+                stages[name].append(timing)
+                firsts[name].append(streamer.seconds)
+    return {
+        name: {
+            "seconds": statistics.median(totals[name]),
+            "all_seconds": totals[name],
+            "first_token": statistics.median(firsts[name]),
+            "stages": {stage: statistics.median(run[stage] for run in stages[name]) for stage in stages[name][0]},
+        }
+        for name, _, _ in entries
+    }
+
+
+def table(results: dict) -> str:
+    lines = [f"{'':34}{'seconds':>9}{'first token':>13}{'of undefended, patched':>24}{'engine is faster by':>21}"]
+    for case, rows in results.items():
+        lines.append(case)
+        base, engine = rows["undefended, patched"]["seconds"], rows["MoRAS, engine"]["seconds"]
+        for name, row in rows.items():
+            lines.append(
+                f"  {name:32}{row['seconds']:9.3f}{row['first_token']:13.3f}{row['seconds'] / base:23.2f}x"
+                f"{row['seconds'] / engine:20.2f}x"
+            )
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path, title: str) -> None:
+    """A bar per contender, cut into stages; a tick where the first token can be shown."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(results), 1, figsize=(9, 1.9 * len(results) + 0.6), squeeze=False)
+    for axis, (case, rows) in zip(axes[:, 0], results.items(), strict=True):
+        for y, row in enumerate(reversed(rows.values())):
+            left = 0.0
+            for stage, seconds in row["stages"].items():
+                axis.barh(y, seconds, left=left, color=COLOURS[stage], label=stage)
+                left += seconds
+            axis.plot([row["first_token"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2, label="first token shown")
+            axis.text(left, y, f" {row['seconds']:.2f} s", va="center", fontsize=8)
+        axis.set_yticks(range(len(rows)), reversed(rows))
+        axis.set_title(case, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.12)
+    axes[-1, 0].set_xlabel("seconds")
+    seen = {label: h for axis in axes[:, 0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names = [name for name in [*STAGES, "first token shown"] if name in seen]
+    figure.legend([seen[name] for name in names], names, ncols=len(names), loc="lower center", fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="0.3b")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256], help="answer lengths")
+    parser.add_argument("--kinds", nargs="+", choices=["benign", "refused"], default=["benign", "refused"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--name", help="folder under bench/results; default: the device's")
+    args = parser.parse_args()
+
+    model, processor = build(args.shape, args.device, getattr(torch, args.dtype))
+    facts = machine() | {
+        "shape": args.shape,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+    }
+    print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
+    image = Image.effect_noise((400, 300), 80).convert("RGB")
+    results = {}
+    for kind in args.kinds:
+        entries = contenders(model, processor, 0.0 if kind == "benign" else 1.0)
+        for tokens in args.tokens:
+            case = f"{kind}, {tokens} answer tokens"
+            results[case] = measure(model, entries, image, tokens, args.rounds)
+            print(table({case: results[case]}), flush=True)
+
+    folder = RESULTS / (args.name or device_name())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "engine.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+    title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {folder.name}"
+    plot(results, folder / "engine_timeline.png", title)
+    print(f"wrote {folder}/engine.json and engine_timeline.png")
+
+
+if __name__ == "__main__":
+    main()

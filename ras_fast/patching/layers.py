@@ -111,21 +111,21 @@ class FusedLayer:
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
-        attended = _first(getattr(self.layer, self.names["attention"])(hidden_states=normed, **kwargs))
+        attended = _first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
         attended = self._run("attention_norm", attended)
         if self.middle is None:
             hidden = hidden + attended
         else:
             hidden = self.middle.add(attended, hidden)
             normed = self._run("middle_norm", hidden)
-        moved = self._run("mlp_norm", _first(getattr(self.layer, self.names["mlp"])(normed)))
+        moved = self._run("mlp_norm", _first(self.layer._modules[self.names["mlp"]](normed)))
         hidden = self._finish(moved, hidden)
         return (hidden,) if self.returns_tuple else hidden
 
     def _run(self, role: str, x: Tensor) -> Tensor:
         """The layer's norm in this role, called as a module, so that its hooks run; x itself where there is none."""
         name = self.names[role]
-        return x if name is None else getattr(self.layer, name)(x)
+        return x if name is None else self.layer._modules[name](x)
 
     def _finish(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.end is not None:

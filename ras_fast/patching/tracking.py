@@ -91,9 +91,11 @@ class RegionTracker:
         kept = getattr(past_key_values, _MAP, None)
         length = _length(inputs, kwargs)
         self._total = _total(past_key_values, past, length)
-        if kept is not None and length == 1:
+        if kept is not None and kept.ids.shape[1] == self._total:
+            self.current = kept  # whoever laid out this cache laid out the map of this forward, too
+        elif kept is not None and length == 1:
             self.current = kept if isinstance(past, Tensor) or past >= kept.ids.shape[1] else _cropped(kept, past)
-        elif inputs is None:
+        elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             self.current = kept if kept is not None else self.given
         else:
             self.current = self._find(inputs, kept, int(past))

@@ -154,7 +154,7 @@ class SafeGenerator:
         self._layers = model.config.get_text_config().num_hidden_layers
         self._lock = threading.Lock()
         self._fused, self._region_mass, self._patch = fused, region_mass, None
-        self._prove_head()
+        self._prove()
 
     def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
         """Answers each prompt about its images.
@@ -433,7 +433,7 @@ class SafeGenerator:
         """A batch of branches: their common buffer, and each row's state after its whole prompt."""
         feeds = [feed for *_, feed in branches]
         buffer = KVBuffer.branch([branch[:3] for branch in branches], [len(feed) for feed in feeds], room)
-        if self._region_mass:
+        if self._region_mass and kept(branches[0][0]) is not None:
             keep(buffer, _branch_regions(branches, buffer.starts))
         return buffer, self._forward(buffer, feeds)
 
@@ -494,14 +494,19 @@ class SafeGenerator:
             self._patch = None
 
     @torch.no_grad()
-    def _prove_head(self) -> None:
-        """The engine reads tokens from ``head(base_model(...))``: refuses a model whose logits are computed
-        otherwise."""
-        ids = torch.tensor([[0, 1]], device=self.model.device)
-        state = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-        wanted, found = self.model(input_ids=ids, use_cache=False).logits[:, -1].float(), self.head(state).float()
-        if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-2):
-            raise ValueError(f"{type(self.model).__name__} does more to its last hidden state than the engine knows of")
+    def _prove(self) -> None:
+        """Refuses a model on which branches of a shared prefix do not give the logits of the model's own forward."""
+        name = type(self.model).__name__
+        if hasattr(self.model.base_model, "get_rope_index"):
+            raise ValueError(f"{name} gives image tokens positions of its own (M-RoPE), which the engine does not know yet")
+        ids = [i for i in range(8) if i != self.model.config.image_token_id][:6]
+        tensor = torch.tensor([ids], device=self.model.device)
+        wanted = self.model(input_ids=tensor, use_cache=False).logits[0, -1].float()
+        prefix = self._prefill({"input_ids": tensor}, 3)
+        _, states = self._start([(prefix, 0, 3, ids[3:]), (prefix, 0, 3, ids[3:5])], room=0)
+        found = self.head(states[0]).float()
+        if not (found - wanted).abs().max() <= 0.05 * wanted.abs().max():
+            raise ValueError(f"{name}: the engine's logits differ from the model's own; use ras_fast.sequential instead")
 
 
 class Clock:

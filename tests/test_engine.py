@@ -483,5 +483,11 @@ def test_a_head_the_engine_does_not_know_is_refused(model, processor, profile, m
         return output
 
     monkeypatch.setattr(type(model), "forward", scaled)
-    with pytest.raises(ValueError, match="does more to its last hidden state"):
+    with pytest.raises(ValueError, match="engine's logits differ from the model's own"):
+        SafeGenerator(model, processor, profile)
+
+
+def test_positions_the_engine_does_not_know_are_refused(model, processor, profile, monkeypatch):
+    monkeypatch.setattr(type(model.model), "get_rope_index", lambda self: None, raising=False)
+    with pytest.raises(ValueError, match="M-RoPE"):
         SafeGenerator(model, processor, profile)

@@ -272,12 +272,12 @@ class Patch:
         if recorded.final_norm is not None:
             calls.append((text_model, recorded.final_norm))
         fused: dict[int, fusion.FusedNorm | str] = {}
-        for parent, (name, x, expected) in calls:
+        for parent, (name, x, _) in calls:
             module = getattr(parent, name)
             if not _looks_like_norm(module):
                 continue
             with torch.no_grad():
-                fused[id(module)] = candidate = fusion.fuse_norm(module, x, expected)
+                fused[id(module)] = candidate = fusion.fuse_norm(module, x)
             if isinstance(candidate, fusion.FusedNorm):
                 self._undo.set(module, "forward", candidate)
         if recorded.final_norm is not None:

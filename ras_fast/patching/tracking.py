@@ -18,8 +18,8 @@ from ras_fast.regions import Grid, RegionMap, image_regions, square_grid
 _MAP = "_ras_fast_regions"  # attribute of a KV cache
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
-# Families whose features come by tile although one image's tiles form one run of tokens.
-_IMAGE_IS_A_RUN = {"internvl"}
+# Families whose features come by tile or by row of the batch; there a run of image tokens is a region.
+_IMAGE_IS_A_RUN = {"internvl", "idefics3", "smolvlm"}
 
 
 def token_ids(config: Any) -> dict[str, int]:

@@ -1,0 +1,194 @@
+"""One tiny random model of each family, built from the real class, with inputs spelled as in tiny_models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from tiny_models import spread
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+PAD, IMAGE, VIDEO, START, END, VOCABULARY = 0, 99, 98, 97, 96, 100
+SIZE = 64  # hidden size of every text model
+
+TEXT = {
+    "hidden_size": SIZE, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+SIGLIP = CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_VISION = {
+    "depth": 2, "num_heads": 2, "in_channels": 3, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+
+
+def square(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(images, 3, 16, 16, generator=generator)}
+
+
+def grids(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Qwen: images of 4 × 4 and 4 × 6 patches, two of which merge in each direction."""
+    thw = torch.tensor([[1, 4, 4 + 2 * (i % 2)] for i in range(images)])
+    return {"pixel_values": torch.randn(int(thw.prod(1).sum()), 96, generator=generator), "image_grid_thw": thw}
+
+
+def tiles(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """LLaVA-Next: a thumbnail and two tiles an image, of which padding is cut off."""
+    pixels = torch.randn(images, 3, 3, 16, 16, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[16, 30 - 6 * (i % 2)] for i in range(images)])}
+
+
+def two_tiles(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """InternVL: two tiles an image, in one run of tokens."""
+    return {"pixel_values": torch.randn(2 * images, 3, 16, 16, generator=generator)}
+
+
+def sized(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    sizes = [[16, 16 - 8 * (i % 2)] for i in range(images)]
+    return {"pixel_values": torch.randn(images, 3, 16, 16, generator=generator), "image_sizes": torch.tensor(sizes)}
+
+
+@dataclass
+class Family:
+    """How to build a family.
+
+    config: its config, sub-configs as dicts.
+    pixels: images → what the processor would make of them.
+    around: token ids before and after an image's placeholders.
+    features_per_image: entries of `get_image_features` that make up one image.
+    types: name of the token-type input that the family wants.
+    """
+
+    config: dict
+    pixels: Callable[[int, torch.Generator], dict[str, Tensor]] | None = square
+    around: tuple[list[int], list[int]] = ([], [])
+    features_per_image: int = 1
+    types: str | None = None
+    per_row: bool = False  # pixel_values [B, images, ...] instead of [images, ...]
+    fused: tuple[int, int] = (3, 6)  # layers, norms
+    grid: Callable[[int], object] = field(default=lambda index: None)
+
+    def model(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        config = AutoConfig.for_model(name, **self.config)
+        auto = AutoModelForImageTextToText if self.pixels else AutoModelForCausalLM
+        model = spread(auto.from_config(config)).to(dtype)
+        model.generation_config.pad_token_id = PAD
+        model.generation_config.eos_token_id = None
+        return model
+
+    def inputs(self, model: nn.Module, rows: list[str], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Rows such as "ttIt", left-padded; and "regions", the expected region ids."""
+        generator = torch.Generator().manual_seed(seed)
+        images = sum(row.count("I") for row in rows)
+        batch = self.pixels(images, generator) if images else {}
+        if images:
+            lengths = iter(self._lengths(model, batch))
+        encoded, regions = [], []
+        for row in rows:
+            tokens, ids = [], []
+            for position, kind in enumerate(row):
+                if kind == "I":
+                    count = next(lengths)
+                    before, after = self.around
+                    tokens += [*before, *[IMAGE] * count, *after]
+                    ids += [-1] * len(before) + [row[:position].count("I")] * count + [-1] * len(after)
+                else:
+                    tokens += torch.randint(3, 90, (1,), generator=generator).tolist()
+                    ids.append(-1)
+            encoded.append(tokens)
+            regions.append(ids)
+        length = max(map(len, encoded))
+        batch["input_ids"] = torch.tensor([[PAD] * (length - len(e)) + e for e in encoded])
+        batch["attention_mask"] = torch.tensor([[0] * (length - len(e)) + [1] * len(e) for e in encoded])
+        if self.types:
+            batch[self.types] = (batch["input_ids"] == IMAGE).long()
+        if self.per_row and images:
+            batch["pixel_values"] = self._rows(batch["pixel_values"], [row.count("I") for row in rows])
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+        return batch | {"regions": torch.tensor([[-1] * (length - len(r)) + r for r in regions])}
+
+    def _lengths(self, model: nn.Module, batch: dict[str, Tensor]) -> list[int]:
+        pixels = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        if self.per_row:
+            pixels["pixel_values"] = pixels["pixel_values"][:, None]
+        with torch.no_grad():
+            features = model.model.get_image_features(**pixels, return_dict=True).pooler_output
+        lengths = [feature.shape[:-1].numel() for feature in features]
+        step = self.features_per_image
+        return [sum(lengths[i : i + step]) for i in range(0, len(lengths), step)]
+
+    @staticmethod
+    def _rows(pixels: Tensor, counts: list[int]) -> Tensor:
+        rows = pixels.new_zeros(len(counts), max(counts), *pixels.shape[1:])
+        for row, part in enumerate(pixels.split(counts)):
+            rows[row, : counts[row]] = part
+        return rows
+
+
+QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+GEMMA = {"image_token_id": IMAGE, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
+
+FAMILIES = {
+    "llava": Family({"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP, "image_token_id": IMAGE,
+                     "vision_feature_layer": -1}),
+    "vipllava": Family({"text_config": TEXT | {"model_type": "llama"}, "vision_config": CLIP, "image_token_id": IMAGE,
+                        "image_token_index": IMAGE, "vision_feature_layers": [-1, -2]}),
+    "llava_next": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "vision_config": CLIP,
+                          "image_token_id": IMAGE, "image_token_index": IMAGE, "vision_feature_layer": -1,
+                          "image_grid_pinpoints": [[16, 32], [32, 16]]}, tiles),
+    "llava_onevision": Family({"text_config": TEXT | {"model_type": "qwen2"}, "vision_config": SIGLIP,
+                               "image_token_id": IMAGE, "image_token_index": IMAGE, "video_token_index": VIDEO,
+                               "image_grid_pinpoints": [[16, 32], [32, 16]]}, tiles),
+    "qwen2_vl": Family(QWEN | {"text_config": TEXT | {"rope_parameters": MROPE, "head_dim": 16},
+                               "vision_config": QWEN_VISION | {"embed_dim": 16, "hidden_size": SIZE}},
+                       grids, ([START], [END]), types="mm_token_type_ids"),
+    "qwen2_5_vl": Family(QWEN | {"text_config": TEXT | {"rope_parameters": MROPE},
+                                 "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32,
+                                                                 "out_hidden_size": SIZE, "window_size": 16,
+                                                                 "fullatt_block_indexes": [1]}},
+                         grids, ([START], [END]), types="mm_token_type_ids"),
+    "qwen3_vl": Family(QWEN | {"text_config": TEXT | {"rope_parameters": MROPE | {"mrope_interleaved": True}},
+                               "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32,
+                                                               "out_hidden_size": SIZE, "num_position_embeddings": 64,
+                                                               "deepstack_visual_indexes": [0, 1]}},
+                       grids, ([START], [END]), types="mm_token_type_ids"),
+    "qwen3_vl_moe": Family(QWEN | {"text_config": TEXT | {"rope_parameters": MROPE | {"mrope_interleaved": True},
+                                                          "num_experts": 4, "num_experts_per_tok": 2,
+                                                          "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+                                   "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32,
+                                                                   "out_hidden_size": SIZE, "num_position_embeddings": 64,
+                                                                   "deepstack_visual_indexes": [0, 1]}},
+                           grids, ([START], [END]), types="mm_token_type_ids"),
+    "internvl": Family({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE,
+                        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                          "num_attention_heads": 2, "image_size": [16, 16], "patch_size": [4, 4]}},
+                       two_tiles, ([START], [END]), features_per_image=2),
+    "idefics3": Family({"text_config": TEXT | {"model_type": "llama"}, "image_token_id": IMAGE, "scale_factor": 2,
+                        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                          "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
+                       around=([START], [START]), per_row=True),
+    "smolvlm": Family({"text_config": TEXT | {"model_type": "llama"}, "image_token_id": IMAGE, "scale_factor": 2,
+                       "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                         "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
+                      around=([START], [START]), per_row=True),
+    "gemma3": Family(GEMMA | {"text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16,
+                                                     "layer_types": ["sliding_attention", "full_attention"] + ["sliding_attention"]},
+                              "vision_config": SIGLIP, "mm_tokens_per_image": 4},
+                     around=([START], [END]), types="token_type_ids"),
+    "paligemma": Family({"text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
+                         "image_token_id": IMAGE, "projection_dim": SIZE, "hidden_size": SIZE}, types="token_type_ids"),
+    "mistral3": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "image_token_index": IMAGE,
+                        "image_token_id": IMAGE, "spatial_merge_size": 2,
+                        "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8}}, sized),
+    "aya_vision": Family({"text_config": TEXT | {"model_type": "cohere2", "sliding_window": 8}, "vision_config": SIGLIP,
+                          "image_token_index": IMAGE, "image_token_id": IMAGE}, around=([START], [END]), fused=(3, 3)),
+    "llama": Family(TEXT, None),
+    "qwen3": Family(TEXT, None),
+}  # fmt: skip

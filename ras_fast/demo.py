@@ -38,7 +38,7 @@ def main(out: Path, progress: bool = True) -> int:
         defended = [guard.generate([i.question], [i.image], max_new_tokens=MAX_NEW_TOKENS)[0] for i in items]
     rows = [_row(item, *before, after) for item, before, after in zip(items, undefended, defended, strict=True)]
     header = ("picture", "question", "risk", "S", "undefended", "defended", "undefended ms", "defended ms")
-    print(format_table([header, *rows], widths=(11, 18, 5, 5, 22, 22, 10, 24)))
+    print(format_table([header, *rows], widths=(10, 16, 5, 5, 20, 20, 10, 20)))
     for path in _heat_maps(model, processor, items, out):
         print(f"heat map  {path}")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Next: ras-fast generate --help, ras-fast eval --model tiny")

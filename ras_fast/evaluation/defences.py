@@ -16,6 +16,7 @@ from ras_fast.methods import moras
 from ras_fast.profile import RasProfile
 
 CONSTANT = "constant-"
+CALIBRATION_ITEMS = 50  # refused texts, and as many image-question pairs
 
 
 class Answer(NamedTuple):
@@ -38,8 +39,8 @@ def calibrate_on_tinyworld(model, processor, preset: str = "moras", progress: bo
     return moras.calibrate(
         model,
         processor,
-        refused_texts=tinyworld.refused_texts(50),
-        pairs=tinyworld.calibration_pairs(50),
+        refused_texts=tinyworld.refused_texts(CALIBRATION_ITEMS),
+        pairs=tinyworld.calibration_pairs(CALIBRATION_ITEMS),
         preset=preset,
         progress=progress,
         context_prompt=context_prompt,
@@ -48,10 +49,11 @@ def calibrate_on_tinyworld(model, processor, preset: str = "moras", progress: bo
 
 
 def default_names(profiles: dict[str, RasProfile]) -> list[str]:
-    """Every defence that these profiles allow, in the order of the table."""
+    """What the table compares with these profiles, row by row: the first one in its variants, then the others."""
     if not profiles:
         return ["undefended"]
-    return ["undefended", "prompt-only", f"{CONSTANT}0.5", *(name for p in profiles for name in (p, f"{p}-binary"))]
+    first, *others = profiles
+    return ["undefended", "prompt-only", f"{CONSTANT}0.5", first, f"{first}-binary", *others]
 
 
 def make_defences(

@@ -376,8 +376,7 @@ __global__ void __launch_bounds__(norm_max_threads(kElements)) add_norm(const __
     const float sum = row_sum(dot(slice, h, a.probes, probe));
     if (threadIdx.x == 0) dots[probe] = sum;
   }
-  const float norm_squared = kLayerNorm ? row_sum(squares(slice, h, 0.f)) : square_sum;
-  if (threadIdx.x == 0) dots[a.num_probes] = norm_squared;
+  if (threadIdx.x == 0) dots[a.num_probes] = fmaf(a.d * mean, mean, square_sum);  // sum of h^2 from that of (h - mean)^2
 }
 
 // A row longer than its block's registers: tile by tile, h computed again from the inputs (by then in L2) in each pass.
@@ -429,12 +428,11 @@ __global__ void __launch_bounds__(1024) add_norm_long(const __grid_constant__ No
 
   if (a.probe_dots == nullptr) return;
   float* dots = a.probe_dots + t * (a.num_probes + 1);
-  for (int probe = 0; probe <= a.num_probes; ++probe) {
-    const float sum = row_sum(over_tiles([&](const S& slice) {
-      return probe < a.num_probes ? dot(slice, h, a.probes, probe) : squares(slice, h, 0.f);
-    }));
+  for (int probe = 0; probe < a.num_probes; ++probe) {
+    const float sum = row_sum(over_tiles([&](const S& slice) { return dot(slice, h, a.probes, probe); }));
     if (threadIdx.x == 0) dots[probe] = sum;
   }
+  if (threadIdx.x == 0) dots[a.num_probes] = fmaf(a.d * mean, mean, square_sum);
 }
 
 // ------------------------------------------------------------------------------------------- choosing a kernel (host)

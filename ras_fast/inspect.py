@@ -1,0 +1,220 @@
+"""What the compilers made of the kernels, read without a GPU: registers, spills, shared memory, tensor cores, vector loads.
+
+`ras-fast inspect cuda` reads the built library; `ras-fast inspect triton` compiles each default configuration ahead of time.
+A kernel that spills registers to memory is an error (exit status 1): every default configuration is meant to fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+CUDA_LIBRARY = Path(__file__).resolve().parent / "_lib/libras_fast_cuda.so"
+# Modules of ras_fast.triton_kernels with an aot_cases(arch), a list of dicts: name, kernel, signature, constexprs,
+# divisible_by_16 (names of arguments), num_warps, num_stages.
+TRITON_MODULES = ("norm", "attention")
+TRITON_ARCHS = (80, 90, 100, 120)
+
+
+class InspectError(RuntimeError):
+    """Something that the inspection needs is missing; the message says what and what mends it."""
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """One kernel compiled for one architecture. Instruction counts are static: how often they stand in the code."""
+
+    kernel: str
+    arch: str
+    registers: int
+    stack_bytes: int  # spilled registers, and arrays that could not be kept in registers
+    shared_bytes: int  # static
+    local_accesses: int  # loads and stores of spilled values
+    tensor_core: int  # matrix instructions
+    loads: int  # from global memory, asynchronous copies to shared memory included
+    wide_loads: int  # of these, 16 bytes or more at a time
+
+    @property
+    def spills(self) -> bool:
+        return self.local_accesses > 0 or self.stack_bytes > 0
+
+
+def find_tool(name: str) -> str:
+    """Path of `cuobjdump`: from CUDA_HOME, PATH, or Triton's own package.
+
+    Raises:
+        InspectError: it is nowhere.
+    """
+    folders = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
+    on_path = shutil.which(name)
+    folders += [Path(on_path).parent] if on_path else []
+    spec = importlib.util.find_spec("triton")
+    if spec and spec.origin:
+        folders.append(Path(spec.origin).parent / "backends/nvidia/bin")
+    for folder in folders:
+        if (folder / name).is_file():
+            return str(folder / name)
+    raise InspectError(f"{name} was not found: install the CUDA toolkit or `pip install triton`, which brings it")
+
+
+def _dump(binary: Path, option: str) -> str:
+    done = subprocess.run([find_tool("cuobjdump"), option, str(binary)], capture_output=True, text=True)
+    if done.returncode:
+        raise InspectError(f"cuobjdump {option} {binary} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _demangle(names: Iterable[str]) -> dict[str, str]:
+    """{mangled: readable without namespaces and arguments}; the mangled name itself where c++filt is missing."""
+    names = list(names)
+    if not names or not shutil.which("c++filt"):
+        return {name: name for name in names}
+    output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
+    short = (re.sub(r"\(.*", "", line).removeprefix("void ") for line in output)
+    return {name: re.sub(r"ras::cuda::|__nv_", "", line) for name, line in zip(names, short, strict=True)}
+
+
+def read_binary(binary: Path) -> list[KernelFacts]:
+    """Facts about every kernel in a cubin, object file or shared library, from its resource table and disassembly.
+
+    Raises:
+        InspectError: cuobjdump is missing or cannot read the file.
+    """
+    resources: dict[tuple[str, str], dict[str, int]] = {}
+    arch = kernel = ""
+    for line in _dump(binary, "--dump-resource-usage").splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            kernel = match[1]
+        elif "REG:" in line and kernel:
+            resources[kernel, arch] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for line in _dump(binary, "--dump-sass").splitlines():
+        if match := re.search(r"(?:arch = |code for )(sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            count = counts[match[1], arch] = dict.fromkeys(("local", "tensor", "loads", "wide"), 0)
+        elif match := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*[.\w]*)", line):
+            _count(match[1], count)
+    names = _demangle(dict.fromkeys(kernel for kernel, _ in counts))
+    rows = []
+    for (kernel, arch), count in counts.items():
+        found = resources.get((kernel, arch)) or next(v for (k, _), v in resources.items() if k == kernel)
+        rows.append(KernelFacts(names[kernel], arch, found["REG"], found["STACK"], found["SHARED"], count["local"],
+                                count["tensor"], count["loads"], count["wide"]))  # fmt: skip
+    return rows
+
+
+def _count(instruction: str, count: dict[str, int]) -> None:
+    name = instruction.split(".")[0]
+    if name in ("LDL", "STL"):
+        count["local"] += 1
+    elif name in ("HMMA", "HGMMA", "QGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA"):
+        count["tensor"] += 1
+    elif name in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"):
+        count["loads"] += 1
+        count["wide"] += name in ("UBLKCP", "UTMALDG") or ".128" in instruction or ".256" in instruction
+
+
+def inspect_cuda(library: Path = CUDA_LIBRARY, archs: Sequence[str] = (), match: str = "") -> list[KernelFacts]:
+    """Every kernel of the built CUDA library; `archs` ("90a", …) and `match` (part of a name) narrow it down.
+
+    Raises:
+        InspectError: the library is not built, or cuobjdump is missing.
+    """
+    if not library.is_file():
+        raise InspectError(f"{library} does not exist: run `ras-fast build` (it needs nvcc, but no GPU)")
+    return [row for row in read_binary(library) if (not archs or row.arch[3:] in archs) and match in row.kernel]
+
+
+def inspect_triton(archs: Sequence[int] = TRITON_ARCHS, match: str = "") -> list[KernelFacts]:
+    """Every default configuration of the Triton kernels, compiled ahead of time for each architecture.
+
+    Raises:
+        InspectError: Triton is missing, or TRITON_INTERPRET=1 has replaced its compiler.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise InspectError("triton is not installed: `pip install triton`")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise InspectError("TRITON_INTERPRET=1 replaces Triton's compiler by an interpreter: unset it")
+    rows = []
+    for module in TRITON_MODULES:
+        aot_cases = getattr(importlib.import_module(f"ras_fast.triton_kernels.{module}"), "aot_cases", lambda _: [])
+        rows += [compile_triton(case, arch) for arch in archs for case in aot_cases(arch) if match in case["name"]]
+    return rows
+
+
+def compile_triton(case: dict, arch: int) -> KernelFacts:
+    """Compiles one case (see TRITON_MODULES) for compute capability `arch`, such as 90, and reads the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, signature = case["kernel"], case["signature"]
+    names = kernel.arg_names
+    full = {name: signature.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case["divisible_by_16"]}
+    source = ASTSource(kernel, full, constexprs=case["constexprs"], attrs=attributes)
+    options = {"num_warps": case["num_warps"], "num_stages": case["num_stages"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        [facts] = read_binary(cubin)
+    return KernelFacts(**{**asdict(facts), "kernel": case["name"], "shared_bytes": compiled.metadata.shared})
+
+
+def table(rows: Sequence[KernelFacts]) -> str:
+    """The facts as text, a line per kernel and architecture; kernels that spill end in "SPILLS"."""
+    head = ("kernel", "arch", "regs", "stack", "smem", "local", "mma", "loads", "16 B")
+    lines = [head]
+    for row in rows:
+        values = [str(getattr(row, field.name)) for field in fields(row)]
+        lines.append((*values, "SPILLS") if row.spills else tuple(values))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = []
+    for line in lines:
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))]  # noqa: B905
+        text.append("  ".join([*cells, *line[len(head) :]]))
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`ras-fast inspect`: prints the table; exit status 1 when a kernel spills, 2 when something is missing."""
+    parser = argparse.ArgumentParser(prog="ras-fast inspect", description=__doc__.split("\n\n")[0])
+    parser.add_argument("which", nargs="?", choices=("cuda", "triton"), help="the built CUDA library, or the Triton kernels")
+    parser.add_argument("--arch", action="append", default=[], help="only this compute capability, such as 90a; repeatable")
+    parser.add_argument("--match", default="", help="only kernels whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    arguments = parser.parse_args(argv)
+    if arguments.which is None:
+        parser.print_help()
+        return 0
+    try:
+        if arguments.which == "cuda":
+            rows = inspect_cuda(archs=arguments.arch, match=arguments.match)
+        else:
+            archs = [int(arch.rstrip("a")) for arch in arguments.arch] or TRITON_ARCHS
+            rows = inspect_triton(archs, arguments.match)
+    except InspectError as error:
+        print(f"ras-fast inspect: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps([asdict(row) for row in rows], indent=1) if arguments.json else table(rows))
+    spilling = sum(row.spills for row in rows)
+    print(f"{len(rows)} kernels, {spilling} with spills", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,17 @@
+import emulator
+import pytest
+
+
+@pytest.fixture(scope="session")
+def load_emulator(tmp_path_factory):
+    """Builds tests/simt/<source>.cpp once per session and loads it."""
+    if not emulator.available():
+        pytest.skip("the emulation needs a C++ compiler")
+    loaded = {}
+
+    def load(source):
+        if source not in loaded:
+            loaded[source] = emulator.Emulator(emulator.build(source, tmp_path_factory.mktemp(source)))
+        return loaded[source]
+
+    return load

@@ -1,0 +1,241 @@
+"""Residual add, steering and RMS or layer norm of a row in one pass over memory, in Triton.
+
+One kernel serves both norms and both steering modes; what a call does not use is not in its code (constexpr). A program owns
+one row. Rows of up to MAX_BLOCK elements stay in registers between the statistics and the output; longer ones are walked
+in tiles, and their sum is computed again from the inputs, by then in L2, in each pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_BLOCK = 16384  # elements that one program keeps in registers
+TILE = 4096  # of longer rows
+
+
+@triton.jit
+def _steering(slot_ptr, alpha_ptr, token, num_slots):
+    """(slot to load from, alpha, whether the row is steered, whether its slot names no vector)."""
+    slot = tl.load(slot_ptr + token)
+    alpha = tl.load(alpha_ptr + token)
+    invalid = (slot < -1) | (slot >= num_slots)
+    # NaN is "not equal to 0": it steers, and so poisons its row.
+    active = (slot >= 0) & (slot < num_slots) & (alpha != 0.0)
+    return tl.where(active, slot, 0).to(tl.int64), alpha, active, invalid
+
+
+@triton.jit
+def _load_h(x_row, residual_row, vector_row, cols, mask, alpha, active, invalid,
+            HAS_RESIDUAL: tl.constexpr, STEER: tl.constexpr, HF: tl.constexpr):  # fmt: skip
+    """h of the elements `cols` in fp32, zero outside the mask; rounded to x's type where "hf" rounds."""
+    x = tl.load(x_row + cols, mask=mask, other=0.0)
+    h = x.to(tl.float32)
+    if HAS_RESIDUAL:
+        h += tl.load(residual_row + cols, mask=mask, other=0.0).to(tl.float32)
+        if HF:
+            h = h.to(x.dtype).to(tl.float32)
+    if STEER == "add":  # noqa: SIM102  (a constant decides whether there is a branch)
+        if active:
+            h += alpha * tl.load(vector_row + cols, mask=mask, other=0.0).to(tl.float32)
+            if HF:
+                h = h.to(x.dtype).to(tl.float32)
+    if STEER != "none":  # noqa: SIM102
+        if invalid:
+            h = tl.where(mask, float("nan"), 0.0)
+    return h
+
+
+@triton.jit
+def _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, mask, mean, inv_std, weight_offset, alpha, active,
+               LAYER_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, STEER: tl.constexpr, HF: tl.constexpr,
+               ROUND_NORMALISED: tl.constexpr, STORE_H: tl.constexpr):  # fmt: skip
+    dtype = y_row.dtype.element_ty
+    if STORE_H:
+        tl.store(h_row + cols, h.to(dtype), mask=mask)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    if LAYER_NORM:
+        y = (h - mean) * inv_std * weight
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    else:
+        y = h * inv_std
+        if ROUND_NORMALISED:
+            y = y.to(dtype).to(tl.float32)
+        y *= weight + weight_offset
+    if STEER == "lerp":  # noqa: SIM102
+        if active:
+            v = tl.load(vector_row + cols, mask=mask, other=0.0).to(tl.float32)
+            if HF:
+                y = y.to(dtype).to(tl.float32)
+            y = (1.0 - alpha) * y + alpha * v
+    tl.store(y_row + cols, y.to(dtype), mask=mask)
+
+
+@triton.jit
+def add_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, vectors_ptr, slot_ptr, alpha_ptr, probes_ptr, y_ptr, h_ptr, dots_ptr,
+    x_stride_z, x_stride_y, x_stride, residual_stride_z, residual_stride_y, residual_stride, vectors_stride, probes_stride,
+    rows_y, rows, d, num_slots, num_probes, eps, weight_offset,
+    LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, STEER: tl.constexpr, PROBES: tl.constexpr,
+    HF: tl.constexpr, ROUND_NORMALISED: tl.constexpr, STORE_H: tl.constexpr, BLOCK: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, y, z): row [z, y, row] of x and residual, row `token` of every output."""
+    row, y, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    token = (z * rows_y + y) * rows + row
+    x_row = x_ptr + z * x_stride_z + y * x_stride_y + row * x_stride
+    residual_row = residual_ptr
+    if HAS_RESIDUAL:
+        residual_row += z * residual_stride_z + y * residual_stride_y + row * residual_stride
+    y_row = y_ptr + token * d
+    h_row = h_ptr
+    if STORE_H:
+        h_row += token * d
+
+    vector_row = vectors_ptr
+    alpha, active, invalid = 0.0, False, False
+    if STEER != "none":
+        slot, alpha, active, invalid = _steering(slot_ptr, alpha_ptr, token, num_slots)
+        vector_row += slot * vectors_stride
+
+    offsets = tl.arange(0, BLOCK)
+    mean = 0.0
+    if TILED:
+        if LAYER_NORM:
+            total = tl.zeros([BLOCK], tl.float32)
+            for start in tl.range(0, d, BLOCK, num_stages=1):
+                cols = start + offsets
+                total += _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid,
+                                 HAS_RESIDUAL, STEER, HF)  # fmt: skip
+            mean = tl.sum(total) / d
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in tl.range(0, d, BLOCK, num_stages=1):
+            cols = start + offsets
+            h = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+            centred = tl.where(cols < d, h - mean, 0.0)
+            squares += centred * centred
+        square_sum = tl.sum(squares)
+        inv_std = tl.rsqrt(square_sum / d + eps)
+        for start in tl.range(0, d, BLOCK, num_stages=1):
+            cols = start + offsets
+            h = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+            _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, cols < d, mean, inv_std, weight_offset,
+                       alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
+    else:
+        mask = offsets < d
+        h = _load_h(x_row, residual_row, vector_row, offsets, mask, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+        if LAYER_NORM:
+            mean = tl.sum(h) / d
+        centred = tl.where(mask, h - mean, 0.0)
+        square_sum = tl.sum(centred * centred)
+        inv_std = tl.rsqrt(square_sum / d + eps)
+        _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, offsets, mask, mean, inv_std, weight_offset,
+                   alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
+
+    if PROBES:
+        dots_row = dots_ptr + token * (num_probes + 1)
+        probe_row = probes_ptr
+        for probe in tl.range(0, num_probes, num_stages=1):
+            products = tl.zeros([BLOCK], tl.float32)
+            for start in tl.range(0, d, BLOCK, num_stages=1):
+                cols = start + offsets
+                mask = cols < d
+                h = _load_h(x_row, residual_row, vector_row, cols, mask, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+                products += h * tl.load(probe_row + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dots_row + probe, tl.sum(products))
+            probe_row += probes_stride
+        tl.store(dots_row + num_probes, square_sum + d * mean * mean)  # ||h||^2
+
+
+class Config(NamedTuple):
+    block: int
+    tiled: bool
+    num_warps: int
+
+
+def config(d: int) -> Config:
+    """Block size and warps for a width: 16 elements a thread up to 8192, 32 beyond."""
+    block = max(triton.next_power_of_2(d), 16)
+    if block > MAX_BLOCK:
+        return Config(TILE, True, 8)
+    return Config(block, False, min(max(block // 512, 1), 16))
+
+
+def _leading(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[list[int], list[int], list[int]]:
+    """Sizes and strides of the leading dimensions, neighbours merged where both tensors allow it; three, outermost first."""
+    dims: list[list[int]] = []
+    for i in reversed(range(x.dim() - 1)):
+        size, stride, other = x.shape[i], x.stride(i), residual.stride(i) if residual is not None else 0
+        if size == 1:
+            continue
+        if dims and [stride, other] == [dims[0][0] * dims[0][1], dims[0][0] * dims[0][2]]:
+            dims[0][0] *= size
+        else:
+            dims.insert(0, [size, stride, other])
+    if len(dims) > 3:
+        raise ValueError(f"x has {len(dims)} leading unmergeable leading dimensions; it must have at most 3: call .contiguous()")
+    padded = [[1, 0, 0]] * (3 - len(dims)) + dims
+    return tuple(list(column) for column in zip(*padded, strict=True))
+
+
+def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, *, layer_norm):
+    d = x.shape[-1]
+    tokens = x.numel() // d
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stores_h = residual is not None or (vectors is not None and not lerp)
+    h = torch.empty(x.shape if stores_h else (0,), dtype=x.dtype, device=x.device)
+    dots = torch.empty((tokens, len(probes) + 1) if probes is not None else (0,), dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return y, h, dots
+    (size_z, size_y, rows), x_strides, residual_strides = _leading(x, residual)
+    chosen = config(d)
+    absent = x  # for a pointer that the kernel does not touch
+    add_norm_kernel[(rows, size_y, size_z)](
+        x, residual if residual is not None else absent, weight, bias if bias is not None else absent,
+        vectors if vectors is not None else absent, slot if slot is not None else absent,
+        alpha if alpha is not None else absent, probes if probes is not None else absent, y, h, dots,
+        *x_strides, *residual_strides,
+        vectors.stride(0) if vectors is not None else 0, probes.stride(0) if probes is not None else 0,
+        size_y, rows, d, len(vectors) if vectors is not None else 0, len(probes) if probes is not None else 0,
+        eps, weight_offset,
+        LAYER_NORM=layer_norm, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
+        STEER="none" if vectors is None else "lerp" if lerp else "add", PROBES=probes is not None,
+        HF=hf, ROUND_NORMALISED=hf and weight_offset == 0, STORE_H=stores_h,
+        BLOCK=chosen.block, TILED=chosen.tiled, num_warps=chosen.num_warps,
+    )  # fmt: skip
+    return y, h, dots
+
+
+def add_rms_norm(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+    """ras_fast::add_rms_norm (ras_fast/ops/norm.py) in Triton: the op's arguments, (y, h, probe_dots)."""
+    return _add_norm(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, layer_norm=False)
+
+
+def add_layer_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
+    """ras_fast::add_layer_norm in Triton, as above."""
+    return _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, layer_norm=True)
+
+
+def aot_cases(arch: int) -> list[dict]:
+    """Default configurations for the static inspector (ras_fast/inspect.py): each width class, plain and with all features."""
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "probes_ptr", "y_ptr", "h_ptr"), "*bf16")
+    types |= dict.fromkeys(("vectors_ptr", "alpha_ptr", "dots_ptr"), "*fp32") | {"slot_ptr": "*i32"}
+    types |= dict.fromkeys(("eps", "weight_offset"), "fp32")
+    cases = []
+    for d in (768, 4096, 8192, 16384, 32768):
+        chosen = config(d)
+        for layer_norm, steer in ((False, "none"), (False, "add"), (True, "lerp")):
+            constexprs = {
+                "LAYER_NORM": layer_norm, "HAS_RESIDUAL": True, "HAS_BIAS": layer_norm, "STEER": steer,
+                "PROBES": steer != "none", "HF": True, "ROUND_NORMALISED": not layer_norm, "STORE_H": True,
+                "BLOCK": chosen.block, "TILED": chosen.tiled,
+            }  # fmt: skip
+            signature = {name: types.get(name, "i32") for name in add_norm_kernel.arg_names if name not in constexprs}
+            name = f"add_{'layer' if layer_norm else 'rms'}_norm[d={d}, steer={steer}]"
+            divisible = [n for n, kind in signature.items() if kind[0] == "*" or n == "d" or "stride" in n]
+            cases.append({"name": name, "kernel": add_norm_kernel, "signature": signature, "constexprs": constexprs,
+                          "divisible_by_16": divisible, "num_warps": chosen.num_warps, "num_stages": 3})  # fmt: skip
+    return cases

@@ -90,16 +90,21 @@ def reference(model, processor, profile):
     return SequentialPipeline(model, processor, profile)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampling"])
-def test_exact_in_batches_of_1_3_8(model, processor, profile, reference, options, fused):
+@pytest.fixture(scope="module", params=[{}, SAMPLING], ids=["greedy", "sampling"])
+def answered(request, model, processor, profile):
+    """(options, prompts, images, the reference's answers)."""
     prompts, images = make_queries(18)
-    expected = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS, **options)
-    for batch_size in (1, 3, 8):
-        with SafeGenerator(model, processor, profile, batch_size=batch_size, fused=fused) as guard:
-            assert_same(guard.generate(prompts, images, max_new_tokens=NEW_TOKENS, **options), expected)
-    if not options:
-        assert {output.rejected_at for output in expected} == {None, 0, 1, 2}
+    pipeline = SequentialPipeline(model, processor, profile)
+    return request.param, prompts, images, pipeline.generate(prompts, images, max_new_tokens=NEW_TOKENS, **request.param)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_exact(model, processor, profile, answered, batch_size, fused):
+    options, prompts, images, expected = answered
+    with SafeGenerator(model, processor, profile, batch_size=batch_size, fused=fused) as guard:
+        assert_same(guard.generate(prompts, images, max_new_tokens=NEW_TOKENS, **options), expected)
+    assert {output.rejected_at for output in expected} >= {0, 1, 2}
 
 
 def test_sampling_depends_on_the_seed_and_follows_the_distribution(model, processor, profile):
@@ -354,17 +359,10 @@ def test_images_seen_again_come_from_the_cache(model, processor, profile):
     assert len(guard.cache) == guard.cache.nbytes == 0
 
 
-def test_the_cache_is_off_by_default_and_bounded(model, processor, profile):
+def test_the_cache_is_off_by_default(model, processor, profile):
     guard = SafeGenerator(model, processor, profile, fused=False)
     guard.generate(["w1", "w2"], [random_image(0)] * 2, max_new_tokens=2)
     assert len(guard.cache) == 0
-    cache = kv_cache.ByteBoundedCache(100)
-    for key in "abc":
-        cache.put(key, key.upper(), 40)
-        cache.get("a")
-    assert (cache.get("a"), cache.get("b"), cache.get("c")) == ("A", None, "C")
-    cache.put("huge", 1, 101)
-    assert (len(cache), cache.nbytes) == (2, 80)
     with pytest.raises(ValueError, match="cache_bytes is -1"):
         SafeGenerator(model, processor, profile, cache_bytes=-1)
 

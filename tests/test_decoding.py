@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+from tiny_random import tiny_llava, tiny_processor
+
+from ras_fast.decoding import Decoding, EndWhenNotFinite, GumbelNoise, eos_ids, holds_stop, output_head
+
+EOS = 3
+
+
+def test_greedy_changes_nothing():
+    scores = torch.randn(2, 9)
+    assert torch.equal(Decoding().processors(0, 4, [EOS])(None, scores), scores)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_can_only_end(value):
+    scores = torch.randn(3, 9)
+    broken = scores.clone()
+    broken[1, 5] = value
+    out = EndWhenNotFinite([EOS])(None, broken)
+    assert out[1].argmax() == EOS
+    assert out[1].isfinite().sum() == 1
+    assert torch.equal(out[[0, 2]], scores[[0, 2]])
+
+
+def test_minus_infinity_is_a_token_that_was_ruled_out():
+    scores = torch.randn(1, 9)
+    scores[0, 2] = -math.inf
+    assert torch.equal(EndWhenNotFinite([EOS])(None, scores), scores)
+
+
+def test_without_an_end_token_broken_logits_are_an_error():
+    assert EndWhenNotFinite([])(None, torch.zeros(1, 9)).sum() == 0
+    with pytest.raises(FloatingPointError, match="not finite"):
+        EndWhenNotFinite([])(None, torch.full((1, 9), math.nan))
+
+
+def test_noise_is_a_function_of_seed_query_and_step_alone():
+    def noise(seed, query, step, dtype=torch.float32):
+        ids = torch.zeros(1, 4 + step, dtype=torch.long)
+        return GumbelNoise(seed, query, 4)(ids, torch.zeros(1, 50, dtype=dtype))
+
+    assert torch.equal(noise(1, 2, 3), noise(1, 2, 3))
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0)):
+        assert not torch.equal(noise(1, 2, 3), noise(*other))
+    torch.rand(7)
+    assert torch.equal(noise(1, 2, 3), noise(1, 2, 3))
+
+
+def test_noise_is_gumbel():
+    draws = torch.cat([GumbelNoise(0, query, 0)(torch.zeros(1, 0), torch.zeros(1, 10_000)).flatten() for query in range(20)])
+    assert draws.isfinite().all()
+    # Mean: Euler's constant; variance: π²/6. Four standard errors.
+    assert draws.mean().item() == pytest.approx(0.5772, abs=4 * 1.28 / draws.numel() ** 0.5)
+    assert draws.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+
+def test_argmax_of_noisy_scores_samples_their_softmax():
+    scores = torch.tensor([[0.0, 1.0, 2.0, -math.inf]])
+    tokens = [GumbelNoise(0, query, 0)(torch.zeros(1, 0), scores).argmax().item() for query in range(4000)]
+    found = torch.bincount(torch.tensor(tokens), minlength=4) / 4000
+    assert (found - scores[0].softmax(-1)).abs().max() < 4 * 0.5 / 4000**0.5
+    assert found[3] == 0
+
+
+def test_sampling_processors_run_before_the_noise():
+    decoding = Decoding(do_sample=True, top_k=1, temperature=0.5)
+    scores = torch.tensor([[0.0, 5.0, 4.9]])
+    assert decoding.processors(0, 0, [])(torch.zeros(1, 0, dtype=torch.long), scores).argmax() == 1
+
+
+def test_custom_processors_run():
+    def ban_one(input_ids, scores):
+        return scores.index_fill(1, torch.tensor([1]), -math.inf)
+
+    decoding = Decoding(logits_processors=(ban_one,))
+    assert decoding.processors(0, 0, [])(torch.zeros(1, 0, dtype=torch.long), torch.tensor([[0.0, 5.0, 4.9]])).argmax() == 2
+
+
+def test_end_tokens_and_stop_strings():
+    processor = tiny_processor()
+    model = tiny_llava(processor)
+    assert eos_ids(model) == [processor.tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = [3, 7]
+    assert eos_ids(model) == [3, 7]
+    model.generation_config.eos_token_id = None
+    assert eos_ids(model) == []
+    tokens = processor.tokenizer("w1 w2 w3")["input_ids"]
+    assert holds_stop(("w2 w3",), processor.tokenizer, tokens)
+    assert not holds_stop(("w3 w2",), processor.tokenizer, tokens)
+    assert not holds_stop((), processor.tokenizer, tokens)
+
+
+def test_the_heads_soft_cap_is_obeyed():
+    model = tiny_llava(tiny_processor())
+    hidden = torch.randn(2, 32)
+    assert torch.equal(output_head(model)(hidden), model.lm_head(hidden))
+    model.config.text_config.final_logit_softcapping = 2.0
+    torch.testing.assert_close(output_head(model)(hidden), 2 * torch.tanh(model.lm_head(hidden) / 2))

@@ -118,8 +118,8 @@ class FusedLayer:
         else:
             hidden = self.middle.add(attended, hidden)
             normed = self._run("middle_norm", hidden)
-        moved = self._run("mlp_norm", _first(self.layer._modules[self.names["mlp"]](normed)))
-        hidden = self._finish(moved, hidden)
+        moved = _first(self.layer._modules[self.names["mlp"]](normed)).view(hidden.shape)  # some MoE blocks flatten
+        hidden = self._finish(self._run("mlp_norm", moved), hidden)
         return (hidden,) if self.returns_tuple else hidden
 
     def _run(self, role: str, x: Tensor) -> Tensor:
@@ -158,6 +158,10 @@ class LayerTrace:
     output: Any = None
     calls: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  # child, its input, its output
 
+    @property
+    def called(self) -> bool:
+        return self.output is not None
+
 
 @dataclass
 class Trace:
@@ -183,7 +187,7 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    last = _first(records[-1].output)
+    last = next((_first(record.output) for record in reversed(records) if record.called), None)
     return Trace(records, next((call for call in final if call[1] is last), None))
 
 

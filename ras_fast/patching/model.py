@@ -288,6 +288,8 @@ class Patch:
     def _fuse_layer(self, text_model, recorded, index: int, shape: str, fused_norms) -> str | None:
         """Fuses one layer; returns why not."""
         record = recorded.layers[index]
+        if not record.called:
+            return "is not called without images (cross-attention)"
         if shape not in fusion.PATTERNS:
             return f"calls its children in the order {shape!r}; known are {', '.join(fusion.PATTERNS)}"
         if "forward" in record.module.__dict__:
@@ -312,7 +314,8 @@ class Patch:
         """The norm that is applied to a layer's output, where it is fused and on the same device, and what it gave."""
         output = fusion._first(recorded.layers[index].output)
         if index + 1 < len(recorded.layers):
-            parent, call = recorded.layers[index + 1].module, recorded.layers[index + 1].calls[0]
+            following = recorded.layers[index + 1]
+            parent, call = following.module, next(iter(following.calls), None)
         else:
             parent, call = text_model, recorded.final_norm
         fused = None if call is None else fused_norms.get(id(getattr(parent, call[0])))
@@ -325,6 +328,8 @@ class Patch:
         multimodal = _owner(root, text_model)
         if multimodal is None or not token_ids(multimodal.config):
             return "the model has no image tokens"
+        if not all(record.called for record in recorded.layers):
+            return "the model sees images by cross-attention, where there are no image tokens"
         register()
         tracker = RegionTracker(multimodal)
         self._state = ModelState(tracker)
@@ -374,8 +379,6 @@ def _find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
 
 
 def _owner(root: nn.Module, text_model: nn.Module) -> nn.Module | None:
-    """The multimodal model: the one that calls the text model, or is it."""
-    for module in root.modules():
-        if any(child is text_model for child in module.children()) and hasattr(module, "config") and token_ids(module.config):
-            return module
-    return None
+    """The multimodal model: the innermost one around the text model whose config names image tokens."""
+    around = (m for m in root.modules() if hasattr(m, "config") and any(part is text_model for part in m.modules()))
+    return next((m for m in reversed(list(around)) if token_ids(m.config)), None)

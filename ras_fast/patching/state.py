@@ -60,6 +60,8 @@ class AttentionState:
     layer: int
 
     def request(self, attentions: bool) -> Request | None:
+        """`attentions`: what the attention call was told, which some families do not pass on."""
+        attentions = attentions or self.model.tracker.attentions
         collection = self.model.collection
         if collection is not None and collection.layers is not None and self.layer not in collection.layers:
             collection = None

@@ -38,11 +38,13 @@ class RegionTracker:
 
     current: the map of the forward that runs, or last ran.
     given: a map that the user set, for forwards that bring neither input_ids nor a cache that saw them.
+    attentions: whether the caller of this forward wants statistics of every layer.
     """
 
     def __init__(self, multimodal: nn.Module) -> None:
         self.current: RegionMap | None = None
         self.given: RegionMap | None = None
+        self.attentions = False
         self._tokens = token_ids(multimodal.config)
         self._merge = getattr(getattr(multimodal.config, "vision_config", None), "spatial_merge_size", 1)
         self._runs = multimodal.config.model_type in _IMAGE_IS_A_RUN
@@ -76,7 +78,8 @@ class RegionTracker:
 
     def features(self, modality: str, output: Any) -> None:
         """The model computed features: one entry an image tells how many tokens each has."""
-        features = getattr(output, "pooler_output", output)
+        features = getattr(output, "pooler_output", None)
+        features = output if features is None else features
         lengths = None
         if isinstance(features, Tensor) and features.dim() == 3:
             lengths = [features.shape[1]] * features.shape[0]
@@ -86,6 +89,7 @@ class RegionTracker:
 
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs, self._inputs = self._inputs, None
+        self.attentions = bool(kwargs.get("output_attentions"))
         past_key_values = kwargs.get("past_key_values")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         kept = getattr(past_key_values, _MAP, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tiny_models import spread
@@ -73,10 +73,10 @@ class Family:
     types: str | None = None
     per_row: bool = False  # pixel_values [B, images, ...] instead of [images, ...]
     fused: tuple[int, int] = (3, 6)  # layers, norms
-    grid: Callable[[int], object] = field(default=lambda index: None)
+    regions: bool = True
 
     def model(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        config = AutoConfig.for_model(name, **self.config)
+        config = AutoConfig.for_model(name.split("/")[0], **self.config)
         auto = AutoModelForImageTextToText if self.pixels else AutoModelForCausalLM
         model = spread(auto.from_config(config)).to(dtype)
         model.generation_config.pad_token_id = PAD
@@ -119,7 +119,9 @@ class Family:
         if self.per_row:
             pixels["pixel_values"] = pixels["pixel_values"][:, None]
         with torch.no_grad():
-            features = model.model.get_image_features(**pixels, return_dict=True).pooler_output
+            output = getattr(model, "model", model).get_image_features(**pixels, return_dict=True)
+        features = getattr(output, "pooler_output", None)
+        features = output.last_hidden_state if features is None else features
         lengths = [feature.shape[:-1].numel() for feature in features]
         step = self.features_per_image
         return [sum(lengths[i : i + step]) for i in range(0, len(lengths), step)]
@@ -179,7 +181,7 @@ FAMILIES = {
                                          "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
                       around=([START], [START]), per_row=True),
     "gemma3": Family(GEMMA | {"text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16,
-                                                     "layer_types": ["sliding_attention", "full_attention"] + ["sliding_attention"]},
+                                                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
                               "vision_config": SIGLIP, "mm_tokens_per_image": 4},
                      around=([START], [END]), types="token_type_ids"),
     "paligemma": Family({"text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
@@ -189,6 +191,22 @@ FAMILIES = {
                         "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8}}, sized),
     "aya_vision": Family({"text_config": TEXT | {"model_type": "cohere2", "sliding_window": 8}, "vision_config": SIGLIP,
                           "image_token_index": IMAGE, "image_token_id": IMAGE}, around=([START], [END]), fused=(3, 3)),
+    "paligemma/gemma2": Family({"text_config": TEXT | {"model_type": "gemma2", "sliding_window": 8,
+                                                       "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+                                "vision_config": SIGLIP,
+                                "image_token_index": IMAGE, "image_token_id": IMAGE, "projection_dim": SIZE,
+                                "hidden_size": SIZE}, types="token_type_ids"),
+    "chameleon": Family({k: v for k, v in TEXT.items() if k != "head_dim"} | {
+        "vocabulary_map": {"<image>": IMAGE} | {f"IMGIMG{letter}Z": 80 + i for i, letter in enumerate("ABCDEFGH")},
+        "vq_config": {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "resolution": 16, "base_channels": 32,
+                      "channel_multiplier": [1, 1, 1], "num_res_blocks": 1}}, around=([START], [END])),
+    "llama4": Family({"text_config": TEXT | {"intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 8,
+                                             "no_rope_layers": [1, 0, 1], "interleave_moe_layer_step": 2},
+                      "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END,
+                      "vision_config": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 16,
+                                        "num_attention_heads": 2, "patch_size": 4, "vision_output_dim": 32,
+                                        "projector_input_dim": 32, "projector_output_dim": 32}},
+                     around=([START], [END])),
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
 }  # fmt: skip

@@ -125,7 +125,7 @@ def test_output_and_mass(module, window, sizes, kind, options):
     assert aux is None
     assert (out - expected).abs().max() < 1e-5
 
-    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 2)))
+    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 2), attentions=False))
     setattr(module, STATE, AttentionState(model, 0))
     out, aux = attention(
         module, query, key, value, mask, scaling=0.3, sliding_window=window, output_attentions=True, **options
@@ -148,7 +148,8 @@ def test_full_mask_statistics_in_chunks(module, monkeypatch):
     query, key, value = qkv(7, 7)
     full = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
     ids = torch.zeros(3, 7, dtype=torch.int32)
-    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 1)), Collection(5, True, "sum", None, None))
+    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 1), attentions=False))
+    model.collection = Collection(5, True, "sum", None, None)
     setattr(module, STATE, AttentionState(model, 0))
     results = []
     for chunk in (1 << 20, 2 * 3 * 4 * 7):

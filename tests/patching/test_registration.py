@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -13,12 +14,14 @@ import sys
 import ras_fast
 assert 'transformers' not in sys.modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import pytest
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 assert 'ras_fast' in ALL_ATTENTION_FUNCTIONS and 'ras_fast' in ALL_MASK_ATTENTION_FUNCTIONS
 assert not any('ras_fast' in type(finder).__module__ for finder in sys.meta_path)
 """
 
 
+@pytest.mark.slow  # a fresh process imports torch and transformers
 def test_registered_when_transformers_is_imported_later():
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
 

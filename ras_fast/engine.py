@@ -96,6 +96,11 @@ class Sequence:
         self.tokens, self.states, self.done = self.tokens[:step], self.states[:step], False
         self.append(token, state)
 
+    @property
+    def lacks(self) -> int:
+        """Tokens that may still come."""
+        return self.decoding.max_new_tokens - len(self.tokens)
+
     def scores(self, logits: Tensor, step: int) -> Tensor:
         """Logits [V] of a step as the scores whose argmax is its token."""
         ids = torch.tensor([self.prompt + self.tokens[:step]], device=logits.device)
@@ -210,7 +215,7 @@ class SafeGenerator:
             f"S_base {config['s_base']:.3f}, k {config['k']:.2f}",
             "1 prefix   the images and whatever the three prompts share before their end, once per image",
             f"2 context  up to {config['max_context_tokens']} tokens, and the draft of the answer in the same batch",
-            f"3 risk     the safety prompt, the context and the question; {self.moras.steps} tokens",
+            f"3 risk     the safety prompt, the context and the question; {self.moras.steps} tokens beside the draft",
             "4 answer   the draft if its first tokens are the steered ones, else again from the first that differs",
             "seconds    " + (", ".join(f"{k} {v:.4f}" for k, v in self.last_timings.items()) or "nothing run yet"),
             f"queries {counts['queries']}, drafts kept {counts['accepted']}, changed at {', '.join(rejected)}",
@@ -244,7 +249,7 @@ class SafeGenerator:
         clock.lap("prefix")
         drafts = self._context_and_draft(jobs, decoding)
         clock.lap("context and draft")
-        self._assess(jobs)
+        drafts = self._assess(jobs, drafts)
         clock.lap("risk")
         self._check_drafts(jobs)
         clock.lap("check")
@@ -295,13 +300,9 @@ class SafeGenerator:
         rows = [row for _, row in contexts] + [job.draft for job in jobs]
         with self._collect_mass(jobs, first=len(contexts)):
             buffer, hidden = self._start(branches, room=self.moras.config["max_context_tokens"])
-        while True:
-            tokens, _ = self._choose(rows, hidden)
-            for row, token, state in zip(rows, tokens, hidden, strict=True):
-                row.append(token, state)
-            if all(row.done for _, row in contexts):
-                break
-            hidden = self._forward(buffer, [[row.tokens[-1]] for row in rows])
+        self._step(rows, hidden)
+        while not all(row.done for _, row in contexts):
+            self._step(rows, self._forward(buffer, [row.tokens[-1:] for row in rows]))
         for job, row in contexts:
             job.context = context_text(self.processor, row.tokens)
             self.cache.put(job.context_key, job.context, len(job.context.encode()))
@@ -319,22 +320,23 @@ class SafeGenerator:
         for row, job in enumerate(jobs, start=first):
             job.region_mass = mass[:, row, :, : len(job.query.images)].cpu()
 
-    def _assess(self, jobs: list[Job]) -> None:
-        """Stage 2: the similarity and the risk of each query."""
+    def _assess(self, jobs: list[Job], drafts: KVBuffer) -> KVBuffer:
+        """Stage 2: the similarity and the risk of each query. After the prefill the drafts go on in the same batch; returns
+        the buffer whose last rows are theirs."""
         inputs = [self._encode(self.moras.risk_query(job.query, job.context))[0] for job in jobs]
         rows = [self._sequence(i, Decoding(self.moras.steps)) for i in inputs]
-        buffer, hidden = self._start([self._branch(job, i) for job, i in zip(jobs, inputs, strict=True)], room=self.moras.steps)
-        steps = []
-        while True:
-            tokens, logits = self._choose(rows, hidden)
-            steps.append(logits)
-            for row, token, state in zip(rows, tokens, hidden, strict=True):
-                row.append(token, state)
-            if all(row.done for row in rows):
-                break
-            hidden = self._forward(buffer, [[row.tokens[-1]] for row in rows])
+        buffer, hidden = self._start([self._branch(job, i) for job, i in zip(jobs, inputs, strict=True)], room=0)
+        logits = [self._step(rows, hidden)]
+        if not all(row.done for row in rows):
+            branches = [self._resume(buffer, i, row) for i, row in enumerate(rows)] + self._resume_drafts(drafts, jobs)
+            both = rows + [job.draft for job in jobs]
+            drafts, hidden = self._start(branches, room=self.moras.steps)
+            logits.append(self._step(both, hidden)[: len(rows)])
+            while not all(row.done for row in rows):
+                hidden = self._forward(drafts, [row.tokens[-1:] for row in both])
+                logits.append(self._step(both, hidden)[: len(rows)])
         produced = torch.tensor([len(row.tokens) for row in rows], dtype=torch.int32, device=hidden.device)
-        similarity = self.moras.similarity(torch.stack(steps, dim=1), produced)
+        similarity = self.moras.similarity(torch.stack(logits, dim=1), produced)
         risk, failed = self.moras.risk(similarity)
         for job, s, r, f in zip(jobs, similarity.tolist(), risk.tolist(), failed.tolist(), strict=True):
             job.similarity, job.risk = s, r
@@ -342,6 +344,7 @@ class SafeGenerator:
                 job.failed_closed = "the similarity to a refusal is not finite"
             if job.failed_closed:
                 job.similarity, job.risk = float("nan"), 1.0
+        return drafts
 
     def _check_drafts(self, jobs: list[Job]) -> None:
         """Takes every draft back to the first step whose steered token is another one."""
@@ -359,14 +362,12 @@ class SafeGenerator:
         if streamer is not None:
             streamer.put(torch.tensor(jobs[0].draft.prompt))
             streamer.put(torch.tensor(jobs[0].draft.tokens))
-        first = len(drafts.starts) - len(jobs)
-        live = [(first + i, job) for i, job in enumerate(jobs) if not job.draft.done]
+        live = [job for job in jobs if not job.draft.done]
         if live:
-            # The latest token of a sequence has not been through the model yet.
-            branches = [(drafts, i, len(job.draft.prompt + job.draft.tokens) - 1, job.draft.tokens[-1:]) for i, job in live]
-            room = max(job.draft.decoding.max_new_tokens - len(job.draft.tokens) for _, job in live)
-            buffer, hidden = self._start(branches, room)
-            self._decode_steered([job for _, job in live], buffer, hidden, streamer)
+            resumed = self._resume_drafts(drafts, jobs)
+            branches = [branch for branch, job in zip(resumed, jobs, strict=True) if not job.draft.done]
+            buffer, hidden = self._start(branches, room=max(job.draft.lacks for job in live))
+            self._decode_steered(live, buffer, hidden, streamer)
 
     def _decode_steered(self, jobs: list[Job], buffer: KVBuffer, hidden: Tensor, streamer) -> None:
         rows = [job.draft for job in jobs]
@@ -386,7 +387,7 @@ class SafeGenerator:
                 streamer.put(torch.tensor(tokens))
             if all(row.done for row in rows):
                 return
-            hidden = self._forward(buffer, [[row.tokens[-1]] for row in rows])
+            hidden = self._forward(buffer, [row.tokens[-1:] for row in rows])
 
     def _output(self, job: Job) -> SafeOutput:
         self.counters["queries"] += 1
@@ -420,6 +421,14 @@ class SafeGenerator:
             return job.prefix, 0, length, ids[length:]
         self.counters["not_shared"] += 1
         return self._prefill(inputs, len(ids) - 1), 0, len(ids) - 1, ids[-1:]
+
+    def _resume(self, buffer: KVBuffer, index: int, row: Sequence) -> tuple[KVBuffer, int, int, list[int]]:
+        """Where a sequence goes on: its latest token has not been through the model yet."""
+        return buffer, index, len(row.prompt) + len(row.tokens) - 1, row.tokens[-1:]
+
+    def _resume_drafts(self, buffer: KVBuffer, jobs: list[Job]):
+        first = len(buffer.starts) - len(jobs)
+        return [self._resume(buffer, first + i, job.draft) for i, job in enumerate(jobs)]
 
     def _prefill(self, inputs, length: int) -> KVBuffer:
         """Keys and values of the first ``length`` tokens, which hold all images."""
@@ -457,6 +466,13 @@ class SafeGenerator:
         )
         buffer.protect(None)
         return output.last_hidden_state[:, -1]
+
+    def _step(self, rows: list[Sequence], hidden: Tensor) -> Tensor:
+        """Every row takes its next token from its state. Returns the raw logits [B, V]."""
+        tokens, logits = self._choose(rows, hidden)
+        for row, token, state in zip(rows, tokens, hidden, strict=True):
+            row.append(token, state)
+        return logits
 
     def _choose(self, rows: list[Sequence], hidden: Tensor) -> tuple[list[int], Tensor]:
         """The next token of every row, and the raw logits [B, V]."""

@@ -228,7 +228,7 @@ def test_streaming_shows_nothing_before_the_risk_is_known(model, processor, prof
     prompts, images = make_queries(1, seed=seed)
     (expected,) = guard.generate(prompts, images, max_new_tokens=NEW_TOKENS)
     assess, seen_before_risk = guard._assess, []
-    monkeypatch.setattr(guard, "_assess", lambda jobs: seen_before_risk.append(list(streamer.values)) or assess(jobs))
+    monkeypatch.setattr(guard, "_assess", lambda *args: seen_before_risk.append(list(streamer.values)) or assess(*args))
     guard.generate(prompts, images, max_new_tokens=NEW_TOKENS, streamer=streamer)
     assert seen_before_risk == [[]]
     prompt, *shown = streamer.values
@@ -378,8 +378,8 @@ def test_decoding_allocates_no_cache(model, processor, profile, monkeypatch):
         (output,) = guard.generate(["w1 w2"], [random_image(1)], max_new_tokens=new_tokens)
         assert len(output.tokens) == new_tokens
         counts.append(len(allocations))
-    # Prefix, stage 1, stage 2 and stage 3, in each of the two layers.
-    assert counts == [8, 8]
+    # Prefix, stage 1, stage 2 without and with the draft, stage 3; in each of the two layers.
+    assert counts == [10, 10]
 
 
 def test_out_of_memory_splits_the_batch(model, processor, profile, monkeypatch):

@@ -176,7 +176,7 @@ def _leading(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[list[int],
         else:
             dims.insert(0, [size, stride, other])
     if len(dims) > 3:
-        raise ValueError(f"x has {len(dims)} leading unmergeable leading dimensions; it must have at most 3: call .contiguous()")
+        raise ValueError(f"x has {len(dims)} unmergeable leading dimensions; it must have at most 3: use .contiguous()")
     padded = [[1, 0, 0]] * (3 - len(dims)) + dims
     return tuple(list(column) for column in zip(*padded, strict=True))
 

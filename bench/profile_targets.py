@@ -1,0 +1,36 @@
+"""Each GPU kernel family at one large and one decode shape, for a profiler to look at (bench/gpu.sh runs it under ncu)."""
+
+import torch
+
+from ras_fast import ops
+
+
+def rand(*shape):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def norm():
+    for tokens, d in ((8192, 4096), (8192, 8192), (4096, 16384), (8, 4096)):
+        x, residual, weight = rand(tokens, d), rand(tokens, d), rand(d)
+        steer = {
+            "steer_vectors": rand(2, d),
+            "steer_slot": torch.ones(tokens, dtype=torch.int32, device="cuda"),
+            "steer_alpha": torch.full((tokens,), 0.5, device="cuda"),
+        }
+        ops.add_rms_norm(x, residual, weight, 1e-6)
+        ops.add_rms_norm(x, residual, weight, 1e-6, **steer)
+
+
+def attention():
+    for batch, rows, keys in ((2, 4096, 4096), (8, 1, 4096)):
+        query, key, value = rand(batch, 32, rows, 128), rand(batch, 8, keys, 128), rand(batch, 8, keys, 128)
+        ids = (torch.arange(keys, device="cuda", dtype=torch.int32) // 256 - 1).clamp(max=7).expand(batch, keys).contiguous()
+        _, lse, _ = ops.region_attention(query, key, value, ids, 8)
+        ops.region_mass(query, key, lse, ids, 8, mass_rows=1)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        for family in (norm, attention):
+            family()
+            torch.cuda.synchronize()

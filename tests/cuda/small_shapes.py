@@ -1,0 +1,60 @@
+"""Every CUDA kernel once on small shapes: what bench/gpu.sh runs under compute-sanitizer (`python tests/cuda/small_shapes.py`).
+
+Checks nothing itself beyond finite outputs. A kernel family that is not built is named and skipped.
+"""
+
+import torch
+
+import ras_fast
+from ras_fast import ops
+
+
+def rand(*shape, dtype):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def norm():
+    slot = torch.tensor([-1, 0, 1], dtype=torch.int32, device="cuda").repeat(100)
+    alpha = torch.full((300,), 0.5, device="cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, d in ((2, 256), (3, 769), (3, 1024), (2, 4096), (300, 512), (270, 2048), (2, 8200), (2, 16392)):
+            x, residual = rand(rows, d, dtype=dtype), rand(rows, d, dtype=dtype)
+            weight, bias = rand(d, dtype=dtype), rand(d, dtype=dtype)
+            steer = {"steer_vectors": rand(2, d, dtype=dtype), "steer_slot": slot[:rows], "steer_alpha": alpha[:rows]}
+            probes = rand(2, d, dtype=dtype)
+            yield ops.add_rms_norm(x, residual, weight, 1e-6)
+            yield ops.add_rms_norm(x, residual, weight, 1e-6, probes=probes, **steer)
+            yield ops.add_layer_norm(x, residual, weight, bias, 1e-6, probes=probes, steer_mode="lerp", **steer)
+            yield ops.add_layer_norm(x[:, 1:], None, weight[1:], None, 1e-6)
+
+
+def attention():
+    for dtype in (torch.float16, torch.bfloat16):
+        for rows, keys, head_dim in ((65, 65, 64), (130, 200, 128), (1, 300, 128)):
+            query = rand(2, 4, rows, head_dim, dtype=dtype)
+            key, value = rand(2, 2, keys, head_dim, dtype=dtype), rand(2, 2, keys, head_dim, dtype=dtype)
+            ids = (torch.arange(keys, device="cuda", dtype=torch.int32) // 40 - 1).clamp(max=3).expand(2, keys).contiguous()
+            start = torch.tensor([0, 7], dtype=torch.int32, device="cuda")
+            out, lse, mass = ops.region_attention(query, key, value, ids, 4, kv_start=start)
+            yield out, lse, mass
+            yield (ops.region_mass(query, key, lse, ids, 4, kv_start=start),)
+            yield (ops.key_attention(query, key, lse, rows=1, kv_start=start),)
+
+
+def main():
+    ras_fast.set_backend("cuda")
+    for family, op in ((norm, "add_rms_norm"), (attention, "region_attention")):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", "CUDA"):
+            print(f"{family.__name__}: no CUDA kernel is built")
+            continue
+        calls = 0
+        for outputs in family():
+            torch.cuda.synchronize()
+            assert all(output is None or not output.isnan().any() for output in outputs), family.__name__
+            calls += 1
+        print(f"{family.__name__}: {calls} calls")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

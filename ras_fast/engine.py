@@ -261,7 +261,8 @@ class SafeGenerator:
     def _prepare(self, number: int, query: Query) -> Job:
         inputs, poisoned = self._encode(query)
         reason = "an image holds NaN or infinite pixels" if poisoned else None
-        return Job(number, query, inputs, self._image_key(inputs), failed_closed=reason)
+        image_key = _image_key(inputs) if self.cache.limit else ""
+        return Job(number, query, inputs, image_key, failed_closed=reason)
 
     def _encode_prefix(self, job: Job) -> None:
         """Computes, or finds, the keys and values of the prompt up to the end of its last image."""
@@ -493,13 +494,6 @@ class SafeGenerator:
     def _encode(self, query: Query) -> tuple[dict[str, Tensor], bool]:
         return encode(self.processor, query, self.model.device, self.model.dtype)
 
-    def _image_key(self, inputs: dict[str, Tensor]) -> str:
-        digest = hashlib.sha256()
-        for name, value in inputs.items():
-            if value.is_floating_point():
-                digest.update(f"{name}{tuple(value.shape)}".encode() + value.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
-
     def _patch_model(self) -> None:
         if self._fused and Patch.of(self.model) is None:
             self._patch = patch(self.model)
@@ -551,6 +545,15 @@ def _branch_regions(branches, starts: list[int]) -> RegionMap:
         ids[i, starts[i] : starts[i] + len(own)] = own
     grids = [regions.grids[index] for regions, (_, index, *_) in zip(sources, branches, strict=True)]
     return RegionMap(ids, max(regions.num_regions for regions in sources), grids, validate=False)
+
+
+def _image_key(inputs: dict[str, Tensor]) -> str:
+    """A hash of the pixels."""
+    digest = hashlib.sha256()
+    for name, value in inputs.items():
+        if value.is_floating_point():
+            digest.update(f"{name}{tuple(value.shape)}".encode() + value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _ids(inputs) -> list[int]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_random import IMAGES_LAST, random_image, random_words, tiny_llava, tiny_processor
+from transformers import TextIteratorStreamer
 
 from ras_fast import inputs, kv_cache
 from ras_fast.engine import SafeGenerator
@@ -235,6 +236,17 @@ def test_streaming_shows_nothing_before_the_risk_is_known(model, processor, prof
     assert processor.tokenizer.decode(prompt).endswith("ASSISTANT :")
     assert [token for value in shown for token in value] == expected.tokens
     assert streamer.ended == 1
+
+
+def test_transformers_streamers_work(model, processor, profile):
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    (expected,) = guard.generate(["w1 w2"], [random_image(1)], max_new_tokens=9)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    arguments = {"images": [random_image(1)], "max_new_tokens": 9, "streamer": streamer}
+    thread = threading.Thread(target=guard.generate, args=(["w1 w2"],), kwargs=arguments)
+    thread.start()
+    assert "".join(streamer).split() == expected.text.split()
+    thread.join()
     with pytest.raises(ValueError, match="a streamer takes one prompt"):
         guard.generate(["w1", "w2"], streamer=streamer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,12 +74,12 @@ class Family:
     types: str | None = None
     per_row: bool = False  # pixel_values [B, images, ...] instead of [images, ...]
     fused: tuple[int, int] = (3, 6)  # layers, norms
-    regions: bool = True
+    reference: str = "sdpa"  # the unpatched model's attention
 
     def model(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         config = AutoConfig.for_model(name.split("/")[0], **self.config)
         auto = AutoModelForImageTextToText if self.pixels else AutoModelForCausalLM
-        model = spread(auto.from_config(config)).to(dtype)
+        model = spread(auto.from_config(config, attn_implementation=self.reference)).to(dtype)
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None
         return model
@@ -119,7 +120,11 @@ class Family:
         if self.per_row:
             pixels["pixel_values"] = pixels["pixel_values"][:, None]
         with torch.no_grad():
-            output = getattr(model, "model", model).get_image_features(**pixels, return_dict=True)
+            find = getattr(model, "model", model).get_image_features
+            strategy = inspect.signature(find).parameters.get("vision_feature_select_strategy")
+            if strategy is not None and strategy.default is inspect.Parameter.empty:
+                pixels["vision_feature_select_strategy"] = "default"
+            output = find(**pixels, return_dict=True)
         features = getattr(output, "pooler_output", None)
         features = output.last_hidden_state if features is None else features
         lengths = [feature.shape[:-1].numel() for feature in features]
@@ -180,10 +185,10 @@ FAMILIES = {
                        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                          "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
                       around=([START], [START]), per_row=True),
-    "gemma3": Family(GEMMA | {"text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16,
-                                                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-                              "vision_config": SIGLIP, "mm_tokens_per_image": 4},
-                     around=([START], [END]), types="token_type_ids"),
+    "gemma3": Family(GEMMA | {
+        "text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16,
+                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        "vision_config": SIGLIP, "mm_tokens_per_image": 4}, around=([START], [END]), types="token_type_ids"),
     "paligemma": Family({"text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
                          "image_token_id": IMAGE, "projection_dim": SIZE, "hidden_size": SIZE}, types="token_type_ids"),
     "mistral3": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "image_token_index": IMAGE,
@@ -195,7 +200,8 @@ FAMILIES = {
                                                        "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
                                 "vision_config": SIGLIP,
                                 "image_token_index": IMAGE, "image_token_id": IMAGE, "projection_dim": SIZE,
-                                "hidden_size": SIZE}, types="token_type_ids"),
+                                "hidden_size": SIZE}, types="token_type_ids",
+                               reference="eager"),  # SDPA has no softcap: it refuses, or ignores it in older versions
     "chameleon": Family({k: v for k, v in TEXT.items() if k != "head_dim"} | {
         "vocabulary_map": {"<image>": IMAGE} | {f"IMGIMG{letter}Z": 80 + i for i, letter in enumerate("ABCDEFGH")},
         "vq_config": {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "resolution": 16, "base_channels": 32,

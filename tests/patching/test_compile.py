@@ -1,0 +1,70 @@
+"""torch.compile without graph breaks and without a new graph per step (Dynamo only: what it traces, not what it generates)."""
+
+import pytest
+import torch
+from tiny_models import image_sums, inputs, llava, relative_error, valid_rows
+from torch._dynamo.testing import CompileCounter
+from transformers import CompileConfig
+
+import ras_fast
+
+pytestmark = pytest.mark.slow  # tracing takes tens of seconds
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+
+
+def test_forward_is_one_graph():
+    model, batch, counter = llava(layers=2), inputs(["tItt", "tIttt"]), CompileCounter()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with ras_fast.patch(model):
+            compiled = torch.compile(model, fullgraph=True, backend=counter)
+            for _ in range(2):
+                got = compiled(**batch, use_cache=False).logits
+    assert counter.frame_count == 1
+    assert relative_error(got[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+
+
+def test_statistics_of_a_given_map():
+    """Finding images waits for the device, so a graph takes the map that it is given."""
+    model, batch = llava(layers=2), inputs(["tItt", "tIttt"])
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        expected = model(**batch, output_attentions=True).attentions
+        patched.region_map = patched.region_map
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        got = compiled(**batch, use_cache=False, output_attentions=True).attentions
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).transpose(1, 2)[valid_rows(batch)].abs().max() < 1e-5
+
+
+def test_static_decode_is_one_graph():
+    model, batch, counter = llava(layers=2), inputs(["tItt", "tIttt"]), CompileCounter()
+    config = CompileConfig(fullgraph=True, backend=counter, mode="default")
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**batch, **options)
+    with ras_fast.patch(model):
+        got = model.generate(**batch, **options, cache_implementation="static", compile_config=config)
+    assert counter.frame_count == 1
+    assert torch.equal(got, expected)
+
+
+def test_static_decode_with_statistics():
+    model, batch, counter = llava(layers=2), inputs(["tItt", "tIttt"]), CompileCounter()
+    config = CompileConfig(fullgraph=True, backend=counter, mode="default")
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 5, "do_sample": False, "output_attentions": True, "return_dict_in_generate": True}
+    model.set_attn_implementation({"text_config": "eager"})
+    expected = model.generate(**batch, **options)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    with ras_fast.patch(model) as patched:
+        got = model.generate(**batch, **options, cache_implementation="static", compile_config=config)
+        ids = patched.region_map.keys(64)
+    assert counter.frame_count == 1
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.attentions, expected.attentions, strict=True):
+        for layer in range(2):
+            assert (a[layer] - image_sums(b[layer], ids, 1))[:, :, -1].abs().max() < 1e-5

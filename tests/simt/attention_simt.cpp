@@ -1,0 +1,99 @@
+// The attention kernels of csrc/cuda/attention.cuh behind C functions: fill the arguments and launch as attention.cu does.
+#include <cuda_runtime.h>
+
+inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
+
+#include "cuda/attention.cuh"
+
+using namespace ras::cuda;
+
+// Mirrored by a ctypes structure in test_attention_simt.py: 8-byte fields only.
+struct Call {
+  const void *query, *key, *value;
+  void* out;
+  float *lse, *mass, *part_out, *part_lse, *part_mass, *slab;
+  const int32_t *region_ids, *kv_start, *kv_end;
+  const float *region_bias, *sinks;
+  int64_t query_stride[3], key_stride[3], value_stride[3];
+  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, window, causal, splits;
+  double scale, softcap;
+};
+
+static AttentionStrides strides(const int64_t (&s)[3]) { return {s[0], s[1], s[2]}; }
+
+template <typename T>
+static ScoreArgs<T> score_args(const Call& c, int64_t rows) {
+  ScoreArgs<T> a{};
+  a.query = static_cast<const T*>(c.query);
+  a.key = static_cast<const T*>(c.key);
+  a.query_stride = strides(c.query_stride);
+  a.key_stride = strides(c.key_stride);
+  a.region_ids = c.region_ids;
+  a.kv_start = c.kv_start;
+  a.kv_end = c.kv_end;
+  a.region_bias = c.region_bias;
+  a.ids_batch_stride = c.keys;
+  a.bias_batch_stride = c.heads * c.regions;
+  a.bias_head_stride = c.regions;
+  a.batch = int(c.batch);
+  a.kv_heads = int(c.kv_heads);
+  a.group = int(c.heads / c.kv_heads);
+  a.dim = int(c.dim);
+  a.query_rows = int(c.query_rows);
+  a.keys = int(c.keys);
+  a.first_row = int(c.query_rows - rows);
+  a.packed_rows = int(rows) * a.group;
+  a.regions = int(c.regions);
+  a.window = int(c.window);
+  a.causal = c.causal != 0;
+  a.scale = float(c.scale);
+  a.softcap = float(c.softcap);
+  return a;
+}
+
+template <typename T>
+static bool decode(const Call& c) {
+  DecodeArgs<T> a{};
+  a.score = score_args<T>(c, c.query_rows);
+  a.value = static_cast<const T*>(c.value);
+  a.value_stride = strides(c.value_stride);
+  a.out = static_cast<T*>(c.out);
+  a.lse = c.lse;
+  a.mass = c.mass;
+  a.part_out = c.part_out;
+  a.part_lse = c.part_lse;
+  a.part_mass = c.part_mass;
+  a.slab = c.slab;
+  a.sinks = c.sinks;
+  a.mass_rows = int(c.mass_rows);
+  a.splits = int(c.splits);
+  bool ok = false;
+  with_decode_kernel<T>(a.score.dim, a.score.packed_rows, a.mass != nullptr, [&](auto kernel, int tile_rows) {
+    const unsigned tiles = unsigned((a.score.packed_rows + tile_rows - 1) / tile_rows);
+    ok = simt::launch(dim3(tiles * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kDecodeWarps * kWarp), 0,
+                      [&] { kernel(a); });
+  });
+  const unsigned rows = unsigned(c.batch * c.heads * c.query_rows);
+  return ok && (a.splits == 1 || simt::launch(dim3(rows), dim3(kWarp), 0, [&] { merge_splits<T>(a); }));
+}
+
+template <typename T>
+static bool mass(const Call& c) {
+  MassArgs<T> a{};
+  a.score = score_args<T>(c, c.mass_rows);
+  a.lse = c.lse;
+  a.lse_stride = {c.heads * c.query_rows, c.query_rows, 1};
+  a.part = c.part_mass;
+  a.splits = int(c.splits);
+  const unsigned tiles = unsigned((a.score.packed_rows + kTileRows - 1) / kTileRows);
+  bool ok = false;
+  with_mass_kernel<T>(a.score.dim, [&](auto kernel) {
+    ok = simt::launch(dim3(tiles * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kDecodeWarps * kWarp), 0,
+                      [&] { kernel(a); });
+  });
+  const SumArgs sum{c.part_mass, c.mass, c.batch * c.heads * c.mass_rows * c.regions, a.splits * kDecodeWarps};
+  return ok && simt::launch(dim3(unsigned((sum.size + 63) / 64)), dim3(64), 0, [&] { sum_parts(sum); });
+}
+
+extern "C" int decode_run(const Call* c) { return c->half ? decode<__half>(*c) : decode<__nv_bfloat16>(*c); }
+extern "C" int mass_run(const Call* c) { return c->half ? mass<__half>(*c) : mass<__nv_bfloat16>(*c); }

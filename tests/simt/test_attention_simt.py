@@ -1,0 +1,192 @@
+"""The CUDA attention kernels (csrc/cuda/attention.cuh), run by the host emulation, against the float64 reference.
+
+The tensor-core product is replaced by a twin that gathers the fragments by shuffles, from the layout that PTX documents: what
+is tested is that the kernels put every element where that layout wants it.
+"""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from ras_fast.ops import attention
+
+POINTER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+WARPS = 4
+ATOL = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+class Call(ctypes.Structure):
+    """Mirrors struct Call of attention_simt.cpp."""
+
+    _fields_ = [
+        *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "part_out", "part_lse", "part_mass",
+                                       "slab", "region_ids", "kv_start", "kv_end", "region_bias", "sinks")],
+        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
+                                   "window", "causal", "splits")],
+        ("scale", DOUBLE), ("softcap", DOUBLE),
+    ]  # fmt: skip
+
+
+def array(tensor):
+    """A view of the tensor's memory; 16-bit floats as int16, which is all the emulator needs to find it."""
+    return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
+
+
+class Case:
+    """Random inputs in the strides that transformers hands over, and the arguments that the kernels and the reference share."""
+
+    def __init__(self, length_q=1, length_k=90, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, batch=1, regions=2, ids=None,
+                 kv_start=None, kv_end=None, window=0, softcap=0.0, sinks=False, bias=False, causal=True, mass_rows=None,
+                 splits=1):  # fmt: skip
+        def states(length, count):
+            return torch.randn(batch, length, count, dim).to(dtype).transpose(1, 2)
+
+        self.query, self.key, self.value = states(length_q, heads), states(length_k, kv_heads), states(length_k, kv_heads)
+        self.ids = ids
+        self.regions, self.splits, self.dtype = regions, splits, dtype
+        self.kv_start, self.kv_end = (None if v is None else torch.tensor(v, dtype=torch.int32) for v in (kv_start, kv_end))
+        self.sinks = torch.randn(heads) if sinks else None
+        self.bias = torch.randn(batch, heads, regions) if bias else None
+        self.rows = length_q if mass_rows is None else mass_rows
+        self.masks = (0.2, causal, self.kv_start, self.kv_end, window, softcap)
+
+    def reference(self):
+        wide = (tensor.double() for tensor in (self.query, self.key, self.value))
+        sinks = None if self.sinks is None else self.sinks.double()
+        return attention._attention_reference(*wide, self.ids, self.regions if self.ids is not None else 0, *self.masks, sinks,
+                                              self.bias, self.rows)  # fmt: skip
+
+    def run(self, emulator, function, lse=None):
+        """(out, lse, mass). Outputs and scratch memory start as NaN."""
+        (batch, heads, length_q, dim), kv_heads, length_k = self.query.shape, self.key.shape[1], self.key.shape[2]
+
+        def poisoned(*shape, dtype=torch.float32):
+            return torch.full(shape, torch.nan, dtype=dtype)
+
+        out = poisoned(batch, heads, length_q, dim, dtype=self.dtype)
+        mass = poisoned(batch, heads, self.rows, self.regions) if self.ids is not None else None
+        parts = self.splits * WARPS
+        tensors = {
+            "query": self.query, "key": self.key, "value": self.value, "region_ids": self.ids, "kv_start": self.kv_start,
+            "kv_end": self.kv_end, "region_bias": self.bias, "sinks": self.sinks,
+        }  # fmt: skip
+        scratch = {
+            "out": out, "mass": mass, "lse": poisoned(batch, heads, length_q) if lse is None else lse,
+            "part_out": poisoned(self.splits, batch, heads, length_q, dim),
+            "part_lse": poisoned(self.splits, batch, heads, length_q),
+            "part_mass": poisoned(parts, batch, heads, length_q, self.regions),
+            "slab": poisoned(parts * batch * kv_heads * (length_q * heads // kv_heads + 16), self.regions),
+        }  # fmt: skip
+        _, causal, _, _, window, softcap = self.masks
+        call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
+                    query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, window=window,
+                    causal=causal, splits=self.splits, scale=self.masks[0], softcap=softcap)  # fmt: skip
+        for name in ("query", "key", "value"):
+            getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
+        inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
+        outputs = {name: array(tensor) for name, tensor in scratch.items() if tensor is not None}
+        for name, values in (inputs | outputs).items():
+            setattr(call, name, values.ctypes.data)
+        emulator.run(function, ctypes.byref(call), inputs=inputs, outputs=outputs)
+        return out, scratch["lse"], mass
+
+    def check(self, emulator):
+        """decode_attention and selected_region_mass against the reference."""
+        exact_out, exact_lse, exact_mass = self.reference()
+        out, lse, mass = self.run(emulator, "decode_run")
+        torch.testing.assert_close(out.double(), exact_out, atol=ATOL[self.dtype], rtol=0)
+        torch.testing.assert_close(lse, exact_lse, atol=1e-5, rtol=1e-6)
+        if self.ids is None:
+            return
+        torch.testing.assert_close(mass, exact_mass, atol=1e-5, rtol=0)
+        if self.rows:
+            again = self.run(emulator, "mass_run", lse=exact_lse.clone())[2]
+            torch.testing.assert_close(again, exact_mass, atol=1e-5, rtol=0)
+
+
+def runs(length, *borders, batch=1):
+    """Keys before the first border: none; then regions 0, 1, …; after the last border: none."""
+    region = np.searchsorted(borders, np.arange(length), side="right") - 1
+    region[region == len(borders) - 1] = -1
+    return torch.tensor(region, dtype=torch.int32).repeat(batch, 1)
+
+
+@pytest.fixture
+def emulator(load_emulator):
+    return load_emulator("attention_simt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_head_dimensions(emulator, dim, dtype):
+    """The three instances, and one (80) that fills its instance only in part."""
+    Case(dim=dim, dtype=dtype, ids=runs(90, 5, 37, 64)).check(emulator)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("length_q", "heads", "kv_heads"), [(1, 2, 2), (1, 14, 2), (3, 8, 2), (5, 8, 2)])
+def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
+    """1, 7, 12 and 20 packed rows: one row tile, two, and more than one block; the splits' output, LSE and mass merge."""
+    Case(length_q, 200, heads, kv_heads, ids=runs(200, 5, 100, 170), splits=splits).check(emulator)
+
+
+@pytest.mark.parametrize("options", [
+    {"causal": False},
+    {"kv_start": [7], "kv_end": [61]},
+    {"kv_end": [0], "sinks": True},
+    {"window": 20, "splits": 2},
+    {"softcap": 3.0, "bias": True},
+    {"sinks": True, "splits": 2},
+    {"kv_start": [3], "kv_end": [80], "window": 60, "softcap": 5.0, "sinks": True, "bias": True, "mass_rows": 1},
+])  # fmt: skip
+def test_options(emulator, options):
+    Case(length_q=3, ids=runs(90, 10, 50, 77), **options).check(emulator)
+
+
+@pytest.mark.parametrize("regions", [1, 5, 40])
+def test_scattered_regions(emulator, regions):
+    """Every step of 16 keys mixes regions; ids outside the range count as none."""
+    ids = torch.randint(-1, regions, (2, 120), dtype=torch.int32)
+    case = Case(length_k=120, ids=ids, regions=regions, batch=2, splits=2)
+    expected = case.reference()[2]
+    case.ids = torch.where(ids == -1, 1000, ids)
+    torch.testing.assert_close(case.run(emulator, "decode_run")[2], expected, atol=1e-5, rtol=0)
+
+
+def test_without_regions(emulator):
+    Case(length_q=2, length_k=40).check(emulator)
+
+
+def test_rows_without_a_key(emulator):
+    """Lq > Lk: the first rows see nothing."""
+    case = Case(length_q=4, length_k=2, ids=runs(2, 0, 1))
+    case.check(emulator)
+    out, lse, mass = case.run(emulator, "decode_run")
+    assert (out[:, :, :2] == 0).all()
+    assert (lse[:, :, :2] == -torch.inf).all()
+    assert (mass[:, :, :2] == 0).all()
+
+
+def test_garbage_outside_the_valid_keys_is_never_used(emulator):
+    case = Case(length_q=2, ids=runs(90, 5, 37, 64, batch=2), batch=2, kv_start=[9, 0], kv_end=[50, 33])
+    expected = case.reference()
+    for b, (start, end) in enumerate([(9, 50), (0, 33)]):
+        for tensor in (case.key, case.value):
+            tensor[b, :, :start] = torch.nan
+            tensor[b, :, end:] = torch.inf
+    out, lse, mass = case.run(emulator, "decode_run")
+    torch.testing.assert_close(out.double(), expected[0], atol=ATOL[case.dtype], rtol=0)
+    torch.testing.assert_close(lse, expected[1], atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(mass, expected[2], atol=1e-5, rtol=0)
+
+
+def test_nan_stays_in_its_batch_element(emulator):
+    case = Case(ids=runs(90, 5, 37, 64, batch=2), batch=2)
+    case.key[0, 0, 40] = torch.nan
+    out, lse, mass = case.run(emulator, "decode_run")
+    for tensor in (out, lse, mass):
+        assert tensor[0, :2].isnan().all()
+        assert tensor[1].isfinite().all()

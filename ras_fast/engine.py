@@ -132,8 +132,7 @@ class SafeGenerator:
 
     profile: a `RasProfile` calibrated on this model; another model's is refused.
     batch_size: how many queries go through the stages together.
-    fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched already; `close()` undoes
-        it.
+    fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched; `close()` undoes it.
     region_mass: also read, in the drafts' prefill, how much attention falls on each image. Needs the fused model.
     cache_bytes: keep image prefixes and contexts of seen images, least recently used out first. 0, the default, keeps
         nothing: what is kept would be the content of users' images. The cache belongs to this object alone.
@@ -226,7 +225,6 @@ class SafeGenerator:
         return "\n".join(lines)
 
     # One batch
-    # ---------------------------------------------------------------------------------------------------------
 
     def _answer_or_split(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
         try:
@@ -408,7 +406,6 @@ class SafeGenerator:
         )
 
     # One step
-    # ----------------------------------------------------------------------------------------------------------
 
     def _sequence(self, inputs, decoding: Decoding, query: int = 0) -> Sequence:
         return Sequence(_ids(inputs), decoding, query, eos_ids(self.model), self.processor.tokenizer)
@@ -448,8 +445,7 @@ class SafeGenerator:
         return buffer, self._forward(buffer, feeds)
 
     def _forward(self, buffer: KVBuffer, feeds: list[list[int]], **extras) -> Tensor:
-        """Feeds every row its tokens, right-aligned, and returns the states after the last norm of the last ones [B,
-        d]."""
+        """Feeds every row its tokens, right-aligned; returns the state [B, d] after the last norm of each row's last token."""
         device, width = self.model.device, max(map(len, feeds))
         ids = torch.tensor([feed[:1] * (width - len(feed)) + feed for feed in feeds], device=device)
         starts = torch.tensor(buffer.starts, device=device)[:, None]
@@ -489,7 +485,6 @@ class SafeGenerator:
         return self.moras.steer(state[None], torch.tensor([job.risk], device=state.device), step)
 
     # The model
-    # ---------------------------------------------------------------------------------------------------------
 
     def _encode(self, query: Query) -> tuple[dict[str, Tensor], bool]:
         return encode(self.processor, query, self.model.device, self.model.dtype)

@@ -36,9 +36,8 @@ def main(out: Path, progress: bool = True) -> int:
     with SafeGenerator(model, processor, profile, batch_size=1) as guard:
         guard.generate([items[0].question], [items[0].image], max_new_tokens=2)  # the first call pays for patching
         defended = [guard.generate([i.question], [i.image], max_new_tokens=MAX_NEW_TOKENS)[0] for i in items]
-    rows = [_row(item, *before, after) for item, before, after in zip(items, undefended, defended, strict=True)]
-    header = ("picture", "question", "risk", "S", "undefended", "defended", "undefended ms", "defended ms")
-    print(format_table([header, *rows], widths=(10, 16, 5, 5, 20, 20, 10, 20)))
+    print(_answers(items, [text for text, _ in undefended], defended))
+    print(_times(items, [seconds for _, seconds in undefended], defended))
     for path in _heat_maps(model, processor, items, out):
         print(f"heat map  {path}")
     print(f"\nDone in {time.perf_counter() - start:.0f} s. Next: ras-fast generate --help, ras-fast eval --model tiny")
@@ -46,21 +45,27 @@ def main(out: Path, progress: bool = True) -> int:
 
 
 def _undefended(model, processor, item: tinyworld.Item) -> tuple[str, float]:
-    """(answer, milliseconds)."""
+    """(answer, seconds)."""
     (query,) = make_queries([item.question], [item.image], processor)
     start = time.perf_counter()
     text = generate(model, processor, query, Decoding(max_new_tokens=MAX_NEW_TOKENS))
-    return text, 1000 * (time.perf_counter() - start)
+    return text, time.perf_counter() - start
 
 
-def _row(item: tinyworld.Item, before: str, before_ms: float, after: SafeOutput) -> tuple[str, ...]:
-    numbers = (f"{after.risk:.3f}", f"{after.similarity:.3f}")
-    return NAMES[item.kind], item.question, *numbers, before, after.text, f"{before_ms:.0f}", stage_times(after.timings)
+def _answers(items: list[tinyworld.Item], before: list[str], after: list[SafeOutput]) -> str:
+    rows = [("picture", "question", "risk", "S", "undefended", "defended")]
+    for item, text, out in zip(items, before, after, strict=True):
+        rows.append((NAMES[item.kind], item.question, f"{out.risk:.3f}", f"{out.similarity:.3f}", text, out.text))
+    return format_table(rows, widths=(17, 22, 5, 5, 27, 27))
 
 
-def stage_times(timings: dict[str, float]) -> str:
-    """Seconds per stage as "stage milliseconds, …"."""
-    return ", ".join(f"{stage.replace('_', ' ')} {1000 * seconds:.0f}" for stage, seconds in timings.items())
+def _times(items: list[tinyworld.Item], before: list[float], after: list[SafeOutput]) -> str:
+    stages = list(after[0].timings)
+    rows = [("ms", "undefended", *(stage.replace("_", " ") for stage in stages))]
+    for item, seconds, out in zip(items, before, after, strict=True):
+        times = (seconds, *(out.timings[stage] for stage in stages))
+        rows.append((NAMES[item.kind], *(f"{1000 * t:.0f}" for t in times)))
+    return format_table(rows, widths=(17, 10, *(max(7, *map(len, stage.replace("_", " ").split())) for stage in stages)))
 
 
 def _heat_maps(model, processor, items: list[tinyworld.Item], out: Path) -> list[Path]:
@@ -84,5 +89,5 @@ def format_table(rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> str:
         for i in range(max(map(len, cells))):
             parts = (cell[i] if i < len(cell) else "" for cell in cells)
             lines.append("  ".join(f"{part:{width}}" for part, width in zip(parts, widths, strict=True)).rstrip())
-        lines.append(rule)
-    return "\n".join(lines)
+        lines += [rule] if row is rows[0] else []
+    return "\n".join(lines) + "\n"

@@ -62,7 +62,6 @@ def _triton() -> Backend:
     return Backend("triton", False, "torch sees no CUDA device", "use a GPU, or TRITON_INTERPRET=1 to run it on the CPU")
 
 
-@cache
 def backends() -> dict[str, Backend]:
     """Every backend and its state: {name: Backend(name, available, reason, fix)}. A missing compiler is never an error."""
     return {backend.name: backend for backend in (_cuda(), _triton(), _cpu(), Backend("torch", True))}
@@ -121,4 +120,6 @@ def resolve(op: str, device: torch.device) -> str:
     return _forced
 
 
+# Now rather than at the first call, so that torch.ops.ras_fast has its native kernels for who calls it directly.
+backends()
 set_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))

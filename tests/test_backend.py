@@ -15,8 +15,9 @@ from ras_fast import backend, build
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(code, **environment):
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+def run(code, cwd=ROOT, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
 
 
 def test_every_backend_is_listed_with_a_remedy():
@@ -71,7 +72,7 @@ def test_without_native_libraries_the_reference_serves(tmp_path):
         "print(op(x, x, torch.ones(8), 1e-6, None, None, None, False, 0.0, True, None)[0].shape);"
         "print(ras_fast.ops.region_attention(*[torch.randn(1, 2, 3, 4)] * 3)[0].shape)"
     )
-    done = run(code, PYTHONPATH=str(tmp_path))
+    done = run(code, cwd=tmp_path)
     assert "libras_fast_cpu.so is not built; to mend it: ras-fast build" in done.stdout, done.stderr
     assert "[2, 8]" in done.stdout
     assert "[1, 2, 3, 4]" in done.stdout

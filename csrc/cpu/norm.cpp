@@ -27,34 +27,71 @@ RowMap row_map(const Tensor& tensor) {
   return map;
 }
 
+// The caller's tables, all in one dtype: x's, or float when one of them has another.
+struct Tables {
+  MaybeTensor weight, bias, vectors, probes;
+
+  bool match(DType dtype) const {
+    for (const MaybeTensor* table : {&weight, &bias, &vectors, &probes})
+      if (*table && dtype_of(**table) != dtype) return false;
+    return true;
+  }
+  void to_float() {
+    for (MaybeTensor* table : {&weight, &bias, &vectors, &probes})
+      if (*table) *table = torch::stable::to(**table, torch::headeronly::ScalarType::Float);
+  }
+};
+
 Table table(const MaybeTensor& tensor) {
   if (!tensor) return {};
   const bool matrix = tensor->dim() == 2;
-  return {tensor->data_ptr(), dtype_of(*tensor), matrix ? tensor->size(0) : 1, matrix ? tensor->stride(0) : 0};
+  return {tensor->data_ptr(), matrix ? tensor->size(0) : 1, matrix ? tensor->stride(0) : 0};
 }
 
-std::tuple<Tensor, Tensor, Tensor> launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, const Tensor& weight,
-                                          const MaybeTensor& bias, const MaybeTensor& vectors, const MaybeTensor& slot,
-                                          const MaybeTensor& alpha, const MaybeTensor& probes) {
+bool fits(const MaybeTensor& table, int64_t dim, int64_t d) {
+  return !table || (rows_contiguous(*table) && table->dim() == dim && table->size(dim - 1) == d);
+}
+
+void guard(const Tensor& x, const MaybeTensor& residual, const Tables& tables, const MaybeTensor& slot, const MaybeTensor& alpha) {
+  STD_TORCH_CHECK(x.dim() > 0 && rows_contiguous(x), "ras_fast norm: x must be a CPU tensor with a contiguous last dimension");
+  const int64_t d = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(d > 0, "ras_fast norm: x must have a last dimension of at least 1");
+  STD_TORCH_CHECK(!residual || (rows_contiguous(*residual) && same_sizes(x, *residual) && raw_dtype(x) == raw_dtype(*residual)),
+                  "ras_fast norm: residual must have x's shape, dtype and device");
+  STD_TORCH_CHECK(fits(tables.weight, 1, d) && fits(tables.bias, 1, d) && fits(tables.vectors, 2, d) && fits(tables.probes, 2, d),
+                  "ras_fast norm: weight and bias must be [d], steer_vectors and probes [rows, d]");
+  if (!tables.vectors && !slot && !alpha) return;
+  const int64_t tokens = x.numel() / d;
+  STD_TORCH_CHECK(tables.vectors && tables.vectors->size(0) > 0 && slot && is(*slot, aoti_torch_dtype_int32(), {tokens}) &&
+                      rows_contiguous(*slot) && alpha && is(*alpha, aoti_torch_dtype_float32(), {tokens}) && rows_contiguous(*alpha),
+                  "ras_fast norm: steering takes steer_vectors [S, d], steer_slot [T] int32 and steer_alpha [T] float32");
+}
+
+std::tuple<Tensor, Tensor, Tensor> launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, Tables tables,
+                                          const MaybeTensor& slot, const MaybeTensor& alpha) {
+  guard(x, residual, tables, slot, alpha);
   const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  const bool stores_h = residual || (vectors && !args.lerp);
+  const bool stores_h = residual || (tables.vectors && !args.lerp);
+  const int32_t dtype = raw_dtype(x);
   args.dtype = dtype_of(x);
   args.d = sizes.back();
+  args.float_tables = !tables.match(args.dtype);
+  if (args.float_tables) tables.to_float();
   const int64_t tokens = x.numel() / args.d;
-  Tensor y = new_like(x, sizes);
-  Tensor h = new_like(x, stores_h ? sizes : std::vector<int64_t>{0});
-  Tensor dots = probes ? new_float(x, {tokens, probes->size(0) + 1}) : new_float(x, {0});
+  Tensor y = empty(sizes, dtype);
+  Tensor h = empty(stores_h ? sizes : std::vector<int64_t>{0}, dtype);
+  Tensor dots = empty_float(tables.probes ? std::vector<int64_t>{tokens, tables.probes->size(0) + 1} : std::vector<int64_t>{0});
   args.x = row_map(x);
   if (residual) args.residual = row_map(*residual);
   args.y = y.data_ptr();
   args.h = stores_h ? h.data_ptr() : nullptr;
-  args.weight = table(weight);
-  args.bias = table(bias);
-  args.vectors = table(vectors);
+  args.weight = table(tables.weight);
+  args.bias = table(tables.bias);
+  args.vectors = table(tables.vectors);
   args.slot = data<const int32_t>(slot);
   args.alpha = data<const float>(alpha);
-  args.probes = table(probes);
-  args.probe_dots = probes ? data<float>(dots) : nullptr;
+  args.probes = table(tables.probes);
+  args.probe_dots = tables.probes ? data<float>(dots) : nullptr;
 
   auto* rows = pick_norm_rows();
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / args.d);
@@ -72,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTens
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes) {
   NormArgs args{.eps = float(eps), .weight_offset = float(weight_offset), .rms = true, .hf_rounding = hf, .lerp = lerp};
-  return launch(args, x, residual, weight, std::nullopt, vectors, slot, alpha, probes);
+  return launch(args, x, residual, {weight, std::nullopt, vectors, probes}, slot, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,
@@ -80,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTe
                                                   const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                                                   const MaybeTensor& probes) {
   NormArgs args{.eps = float(eps), .weight_offset = 0, .rms = false, .hf_rounding = hf, .lerp = lerp};
-  return launch(args, x, residual, weight, bias, vectors, slot, alpha, probes);
+  return launch(args, x, residual, {weight, bias, vectors, probes}, slot, alpha);
 }
 
 }  // namespace ras::cpu

@@ -27,15 +27,15 @@ struct RowMap {
   }
 };
 
-// A [rows, d] or [d] tensor of any float dtype; data is null when the caller gave none.
+// A [rows, d] or [d] tensor; data is null when the caller gave none.
 struct Table {
   const void* data = nullptr;
-  DType dtype{};
   int64_t rows = 0, stride = 0;
 };
 
 struct NormArgs {
-  DType dtype;  // of x, residual, y, h
+  DType dtype;        // of x, residual, y, h
+  bool float_tables;  // every table is float; else every table is of `dtype`
   int64_t d;
   RowMap x, residual;
   void *y, *h;  // contiguous; h is null when it is not stored

@@ -1,27 +1,21 @@
 // One row of residual add + steering + RMSNorm or LayerNorm: x and residual are read once, h and y written once.
 //
-// Between the two passes the row stays in L1 as float, so that statistics and normalisation see one value whatever the dtype.
+// Between the two passes the row stays in L1 as float, in the pairs' order, so that statistics and normalisation see one value
+// whatever the dtype.
 #include "cpu/norm.h"
 
 #include <cstdlib>
+#include <type_traits>
 
-#include "cpu/vec.h"
+#include "cpu/pair.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
 
-template <class Count>
-inline vfloat load_table(const Table& table, int64_t row, int64_t i, Count count) {
-  const int64_t at = row * table.stride + i;
-  switch (table.dtype) {
-    case DType::f32: return load(static_cast<const float*>(table.data) + at, count);
-    case DType::bf16: return load(static_cast<const bf16*>(table.data) + at, count);
-    default: return load(static_cast<const f16*>(table.data) + at, count);
-  }
-}
+enum class Norm { rms, rms_offset, layer };
 
 template <bool Hf, class T>
-inline vfloat rounded_if(vfloat value) {
+inline Pair rounded_if(Pair value) {
   if constexpr (Hf) return rounded(T{}, value);
   return value;
 }
@@ -35,7 +29,7 @@ struct Steering {
   Steering(const NormArgs& args, int64_t t) {
     if (!args.vectors.data) return;
     slot = args.slot[t];
-    alpha = args.alpha[t];
+    alpha = std::isnan(args.alpha[t]) ? NAN : args.alpha[t];  // the NaN that survives rounding to bf16 (pair.h)
     if (slot < -1 || slot >= args.vectors.rows) {
       kind = invalid;
     } else if (slot >= 0 && alpha != 0) {
@@ -44,113 +38,144 @@ struct Steering {
   }
 };
 
-// h of row t into `row` (and args.h). Returns its sum of squares, or for LayerNorm its sum.
-template <class T, bool Rms, bool Hf, bool Add>
-vfloat first_pass(const NormArgs& args, int64_t t, const Steering& steering, float* row) {
-  const T* x = static_cast<const T*>(args.x.data) + args.x.offset(t);
-  const T* residual = args.residual.data ? static_cast<const T*>(args.residual.data) + args.residual.offset(t) : nullptr;
-  T* stored = args.h ? static_cast<T*>(args.h) + t * args.d : nullptr;
-  vfloat total{};
-  each_vector(args.d, [&](int64_t i, auto count) {
-    vfloat h = load(x + i, count);
-    if (residual) h = rounded_if<Hf, T>(h + load(residual + i, count));
-    if constexpr (Add) h = rounded_if<Hf, T>(h + steering.alpha * load_table(args.vectors, steering.slot, i, count));
-    if (stored) store(stored + i, h, count);
-    store(row + i, h);
-    total += Rms ? h * h : h;
-  });
-  return total;
-}
+// T: dtype of x, residual, y and h. W: dtype of every table (weight, bias, vectors, probes).
+template <class T, class W, Norm kNorm, bool Hf>
+struct RowKernel {
+  const NormArgs& args;
+  float* row;  // d floats, rounded up to whole pairs
 
-template <class T, bool Rms, bool Hf, bool Lerp>
-void second_pass(const NormArgs& args, int64_t t, const Steering& steering, const float* row, float mean, float scale) {
-  T* y = static_cast<T*>(args.y) + t * args.d;
-  each_vector(args.d, [&](int64_t i, auto count) {
-    vfloat value = (load(row + i) - mean) * scale;
-    vfloat weight = load_table(args.weight, 0, i, count);
-    if (Rms && args.weight_offset == 0) {
-      value = rounded_if<Hf, T>(value) * weight;
-    } else {
-      value = value * (weight + args.weight_offset);
+  const W* table(const Table& from, int64_t index) const { return static_cast<const W*>(from.data) + index * from.stride; }
+
+  template <class Count>
+  static Pair load_table(const W* from, Count count) {
+    Pair value = load_pair(from, count);
+    if constexpr (!std::is_same_v<T, W>) {
+      value = in_order_of(T{}, value);
+      // The NaN that survives rounding to bf16 (pair.h).
+      value.a = value.a == value.a ? value.a : splat(NAN);
+      value.b = value.b == value.b ? value.b : splat(NAN);
     }
-    if (args.bias.data) value += load_table(args.bias, 0, i, count);
-    if constexpr (Lerp) {
-      value = (1 - steering.alpha) * rounded_if<Hf, T>(value) + steering.alpha * load_table(args.vectors, steering.slot, i, count);
-    }
-    store(y + i, value, count);
-  });
-}
+    return value;
+  }
 
-float squared_distance(const float* row, int64_t d, float mean) {
-  vfloat total{};
-  each_vector(d, [&](int64_t i, auto count) {
-    const vfloat centred = zero_beyond(load(row + i) - mean, count);
-    total += centred * centred;
-  });
-  return sum(total);
-}
-
-void dot_probes(const NormArgs& args, int64_t t, const float* row) {
-  float* dots = args.probe_dots + t * (args.probes.rows + 1);
-  for (int64_t p = 0; p <= args.probes.rows; ++p) {
-    vfloat total{};
-    each_vector(args.d, [&](int64_t i, auto count) {
-      const vfloat h = zero_beyond(load(row + i), count);
-      total += p < args.probes.rows ? h * load_table(args.probes, p, i, count) : h * h;
+  // h of row t into `row` and args.h; returns its sum of squares, or for LayerNorm its sum.
+  template <bool Add>
+  float first_pass(int64_t t, const Steering& steering) const {
+    const T* x = static_cast<const T*>(args.x.data) + args.x.offset(t);
+    const T* residual = args.residual.data ? static_cast<const T*>(args.residual.data) + args.residual.offset(t) : nullptr;
+    const W* vector = Add ? table(args.vectors, steering.slot) : nullptr;
+    T* stored = args.h ? static_cast<T*>(args.h) + t * args.d : nullptr;
+    Pair total{};
+    each_pair(args.d, [&](int64_t i, auto count) {
+      Pair h = load_pair(x + i, count);
+      if (residual) h = rounded_if<Hf, T>(h + load_pair(residual + i, count));
+      if constexpr (Add) h = rounded_if<Hf, T>(h + steering.alpha * load_table(vector + i, count));
+      if (stored) Hf ? store_rounded(stored + i, h, count) : store_pair(stored + i, h, count);
+      store_pair(row + i, h);
+      total += kNorm == Norm::layer ? h : h * h;
     });
-    dots[p] = sum(total);
+    return sum(total);
   }
-}
 
-template <class T>
-void poison(const NormArgs& args, int64_t t, float* row) {
-  each_vector(args.d, [&](int64_t i, auto count) {
-    store(row + i, splat(NAN));
-    store(static_cast<T*>(args.y) + t * args.d + i, splat(NAN), count);
-    if (args.h) store(static_cast<T*>(args.h) + t * args.d + i, splat(NAN), count);
-  });
-}
-
-template <class T, bool Rms, bool Hf>
-void one_row(const NormArgs& args, int64_t t, float* row) {
-  const Steering steering(args, t);
-  if (steering.kind == Steering::invalid) {
-    poison<T>(args, t, row);
-  } else {
-    const bool push = steering.kind == Steering::push;
-    const float total = sum(push && !args.lerp ? first_pass<T, Rms, Hf, true>(args, t, steering, row)
-                                               : first_pass<T, Rms, Hf, false>(args, t, steering, row));
-    const float mean = Rms ? 0 : total / args.d;
-    const float variance = (Rms ? total : squared_distance(row, args.d, mean)) / args.d;
-    const float scale = 1 / std::sqrt(variance + args.eps);
-    push&& args.lerp ? second_pass<T, Rms, Hf, true>(args, t, steering, row, mean, scale)
-                     : second_pass<T, Rms, Hf, false>(args, t, steering, row, mean, scale);
+  // Σ (h − mean)², leaving h − mean in `row`: LayerNorm's variance without the cancellation of E[h²] − E[h]².
+  float centre(float mean) const {
+    Pair total{};
+    each_pair(args.d, [&](int64_t i, auto count) {
+      const Pair centred = present<T>(load_pair(row + i) + -mean, count);
+      store_pair(row + i, centred);
+      total += centred * centred;
+    });
+    return sum(total);
   }
-  if (args.probe_dots) dot_probes(args, t, row);
-}
 
-template <class T, bool Rms, bool Hf>
+  template <bool Lerp>
+  void second_pass(int64_t t, const Steering& steering, float scale) const {
+    const W* weight = table(args.weight, 0);
+    const W* bias = args.bias.data ? table(args.bias, 0) : nullptr;
+    const W* vector = Lerp ? table(args.vectors, steering.slot) : nullptr;
+    T* y = static_cast<T*>(args.y) + t * args.d;
+    each_pair(args.d, [&](int64_t i, auto count) {
+      Pair value = scale * load_pair(row + i);
+      Pair w = load_table(weight + i, count);
+      if constexpr (kNorm == Norm::rms) value = rounded_if<Hf, T>(value);
+      if constexpr (kNorm == Norm::rms_offset) w = w + args.weight_offset;
+      value = value * w;
+      if (bias) value += load_table(bias + i, count);
+      if constexpr (Lerp) {
+        value = (1 - steering.alpha) * rounded_if<Hf, T>(value) + steering.alpha * load_table(vector + i, count);
+      }
+      store_pair(y + i, value, count);
+    });
+  }
+
+  void dot_probes(int64_t t) const {
+    float* dots = args.probe_dots + t * (args.probes.rows + 1);
+    for (int64_t p = 0; p <= args.probes.rows; ++p) {
+      Pair total{};
+      each_pair(args.d, [&](int64_t i, auto count) {
+        const Pair h = load_pair(row + i);
+        total += p < args.probes.rows ? h * load_table(table(args.probes, p) + i, count) : h * h;
+      });
+      dots[p] = sum(total);
+    }
+  }
+
+  void poison(int64_t t) const {
+    const Pair nan{splat(NAN), splat(NAN)};
+    each_pair(args.d, [&](int64_t i, auto count) {
+      store_pair(static_cast<T*>(args.y) + t * args.d + i, nan, count);
+      if (args.h) store_pair(static_cast<T*>(args.h) + t * args.d + i, nan, count);
+    });
+    if (args.probe_dots) {
+      for (int64_t p = 0; p <= args.probes.rows; ++p) args.probe_dots[t * (args.probes.rows + 1) + p] = NAN;
+    }
+  }
+
+  void operator()(int64_t t) const {
+    const Steering steering(args, t);
+    if (steering.kind == Steering::invalid) return poison(t);
+    const bool push = steering.kind == Steering::push, add = push && !args.lerp;
+    float total = add ? first_pass<true>(t, steering) : first_pass<false>(t, steering);
+    if (args.probe_dots) dot_probes(t);
+    if constexpr (kNorm == Norm::layer) total = centre(total / args.d);
+    const float scale = 1 / std::sqrt(total / args.d + args.eps);
+    push && args.lerp ? second_pass<true>(t, steering, scale) : second_pass<false>(t, steering, scale);
+  }
+};
+
+template <class T, class W, Norm kNorm, bool Hf>
 void all_rows(const NormArgs& args, int64_t begin, int64_t end) {
-  const int64_t padded = (args.d + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = (args.d + kPair - 1) / kPair * kPair;
   float* row = static_cast<float*>(std::malloc(padded * sizeof(float)));
-  for (int64_t t = begin; t < end; ++t) one_row<T, Rms, Hf>(args, t, row);
+  const RowKernel<T, W, kNorm, Hf> kernel{args, row};
+  for (int64_t t = begin; t < end; ++t) kernel(t);
   std::free(row);
 }
 
+template <class T, class W, Norm kNorm>
+void for_rounding(const NormArgs& args, int64_t begin, int64_t end) {
+  args.hf_rounding ? all_rows<T, W, kNorm, true>(args, begin, end) : all_rows<T, W, kNorm, false>(args, begin, end);
+}
+
+template <class T, class W>
+void for_norm(const NormArgs& args, int64_t begin, int64_t end) {
+  if (!args.rms) return for_rounding<T, W, Norm::layer>(args, begin, end);
+  if (args.weight_offset == 0) return for_rounding<T, W, Norm::rms>(args, begin, end);
+  for_rounding<T, W, Norm::rms_offset>(args, begin, end);
+}
+
 template <class T>
-void for_dtype(const NormArgs& args, int64_t begin, int64_t end) {
-  auto* rows = args.rms ? (args.hf_rounding ? all_rows<T, true, true> : all_rows<T, true, false>)
-                        : (args.hf_rounding ? all_rows<T, false, true> : all_rows<T, false, false>);
-  rows(args, begin, end);
+void for_tables(const NormArgs& args, int64_t begin, int64_t end) {
+  args.float_tables ? for_norm<T, float>(args, begin, end) : for_norm<T, T>(args, begin, end);
 }
 
 }  // namespace
 
 void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
-    case DType::f32: return for_dtype<float>(args, begin, end);
-    case DType::bf16: return for_dtype<bf16>(args, begin, end);
-    default: return for_dtype<f16>(args, begin, end);
+    case DType::f32: return for_norm<float, float>(args, begin, end);
+    case DType::bf16: return for_tables<bf16>(args, begin, end);
+    default: return for_tables<f16>(args, begin, end);
   }
 }
 

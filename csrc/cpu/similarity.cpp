@@ -7,7 +7,14 @@
 namespace ras::cpu {
 
 Tensor refusal_similarity(const Tensor& logits, const Tensor& prototype_probs, double gamma, const MaybeTensor& steps) {
-  Tensor similarity = new_float(logits, {logits.size(0)});
+  STD_TORCH_CHECK(logits.dim() == 3 && rows_contiguous(logits) && logits.size(1) > 0 && logits.size(2) > 0 &&
+                      prototype_probs.dim() == 2 && rows_contiguous(prototype_probs) &&
+                      raw_dtype(prototype_probs) == aoti_torch_dtype_float32() && prototype_probs.size(0) >= logits.size(1) &&
+                      prototype_probs.size(1) == logits.size(2) && gamma >= 0 && gamma <= 1,
+                  "ras_fast similarity: logits must be [B, n, V], prototype_probs [N, V] float32 with N >= n, gamma in [0, 1]");
+  STD_TORCH_CHECK(!steps || (is(*steps, aoti_torch_dtype_int32(), {logits.size(0)}) && rows_contiguous(*steps)),
+                  "ras_fast similarity: steps must be contiguous [B] int32");
+  Tensor similarity = empty_float({logits.size(0)});
   const SimilarityArgs args{.dtype = dtype_of(logits),
                             .logits = logits.data_ptr(),
                             .batch = logits.size(0),

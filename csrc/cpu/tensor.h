@@ -4,8 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,20 +18,47 @@ namespace ras::cpu {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+inline int32_t raw_dtype(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
 inline DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return DType::f32;
-    case torch::headeronly::ScalarType::Half: return DType::f16;
-    case torch::headeronly::ScalarType::BFloat16: return DType::bf16;
-    default: STD_TORCH_CHECK(false, "ras_fast: float32, float16 or bfloat16 is needed, got another dtype");
-  }
+  const int32_t dtype = raw_dtype(tensor);
+  if (dtype == aoti_torch_dtype_float32()) return DType::f32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float16(), "ras_fast: float32, float16 or bfloat16 is needed, got another dtype");
+  return DType::f16;
 }
 
-inline Tensor new_like(const Tensor& like, std::vector<int64_t> sizes) { return torch::stable::new_empty(like, sizes); }
-
-inline Tensor new_float(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Float);
+// An uninitialised contiguous CPU tensor. The C shim rather than stable::new_empty: that one looks its operator up by name,
+// which costs more than a decode step's whole row.
+inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
+
+// Guards: what would read or write out of bounds is refused here; ras_fast/ops/ then names the argument.
+
+inline bool is(const Tensor& tensor, int32_t dtype, std::initializer_list<int64_t> sizes) {
+  if (!tensor.is_cpu() || raw_dtype(tensor) != dtype || tensor.dim() != int64_t(sizes.size())) return false;
+  return std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin());
+}
+
+inline bool rows_contiguous(const Tensor& tensor) {
+  return tensor.is_cpu() && tensor.dim() > 0 && (tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1);
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+}
+
+inline Tensor empty_float(const std::vector<int64_t>& sizes) { return empty(sizes, aoti_torch_dtype_float32()); }
 
 template <class T>
 T* data(const Tensor& tensor) {

@@ -107,48 +107,19 @@ inline vfloat load(const T* from) {
   return widen(T{}, load_raw<vhalf>(from));
 }
 
-inline void store(float* to, vfloat value) { std::memcpy(to, &value, sizeof(value)); }
-template <class T>
-inline void store(T* to, vfloat value) {
-  const vhalf raw = narrow(T{}, value);
-  std::memcpy(to, &raw, sizeof(raw));
-}
-
-// A vector's worth of elements, all of them (Full) or only the first `count`; the other lanes load as 0.
-struct Full {};
-
-template <class T>
-inline vfloat load(const T* from, Full) {
-  return load(from);
-}
+// The first `count` elements only; the other lanes load as 0.
 template <class T>
 inline vfloat load(const T* from, int count) {
   T padded[kLanes] = {};
   std::memcpy(padded, from, count * sizeof(T));
   return load(padded);
 }
-template <class T>
-inline void store(T* to, vfloat value, Full) {
-  store(to, value);
-}
-template <class T>
-inline void store(T* to, vfloat value, int count) {
-  T padded[kLanes];
-  store(padded, value);
-  std::memcpy(to, padded, count * sizeof(T));
-}
-inline vfloat zero_beyond(vfloat value, Full) { return value; }
-inline vfloat zero_beyond(vfloat value, int count) {
-  for (int i = count; i < kLanes; ++i) value[i] = 0;
-  return value;
-}
 
-// body(i, count) for every vector of a row of d elements.
-template <class F>
-inline void each_vector(int64_t d, F&& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) body(i, Full{});
-  if (i < d) body(i, int(d - i));
+inline void store(float* to, vfloat value) { std::memcpy(to, &value, sizeof(value)); }
+template <class T>
+inline void store(T* to, vfloat value) {
+  const vhalf raw = narrow(T{}, value);
+  std::memcpy(to, &raw, sizeof(raw));
 }
 
 // What T keeps of a value.

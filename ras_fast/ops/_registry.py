@@ -35,7 +35,39 @@ def define_triton(schema: str, *, fake: Callable[..., Any], kernel: Callable[...
         LIBRARY.impl(f"{name}_triton", kernel, key)
 
 
-def implementation(name: str, like: torch.Tensor) -> Callable[..., Any]:
+def call(name: str, validate: Callable[..., None], *args: Any) -> Any:
+    """Runs op `name` on `args`, whose first tensor decides device and dtype, under the chosen backend.
+
+    `validate` takes the op's arguments and raises a ValueError that names the wrong one. Native kernels refuse by themselves
+    whatever would be unsafe, so that for them it runs only after a failure: a decode step does not pay for it.
+    """
+    kernel, guarded = _select(name, args[0])
+    if not guarded:
+        validate(*args)
+        return kernel(*args)
+    try:
+        return kernel(*args)
+    except RuntimeError:
+        validate(*args)
+        raise
+
+
+def _select(name: str, like: torch.Tensor) -> tuple[Callable[..., Any], bool]:
+    """(implementation, whether it guards itself)."""
+    if torch.compiler.is_compiling():  # validation is traced away, and the fake kernels guard nothing
+        return _implementation(name, like), False
+    key = (name, backend.forced_backend(), like.device, like.dtype)
+    found = _selected.get(key)
+    if found is None:
+        kernel = _implementation(name, like)
+        found = _selected[key] = kernel, kernel is getattr(torch.ops.ras_fast, name).default
+    return found
+
+
+_selected: dict[tuple[Any, ...], tuple[Callable[..., Any], bool]] = {}
+
+
+def _implementation(name: str, like: torch.Tensor) -> Callable[..., Any]:
     """The callable that runs `name` on tensors such as `like` under the chosen backend; float64 has only the reference."""
     chosen = backend.resolve(name, like.device)
     if chosen == "torch" or like.dtype == torch.float64:

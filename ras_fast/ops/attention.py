@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ras_fast.ops import _check
-from ras_fast.ops._registry import LIBRARY, define, define_triton, implementation
+from ras_fast.ops._registry import LIBRARY, call, define, define_triton
 
 REDUCTIONS = ("mean", "sum", "max")
 
@@ -76,9 +76,9 @@ def region_attention(
         _check.floating("sinks", sinks)
         _check.device("sinks", sinks, query.device)
     rows = _resolve_rows("mass_rows", mass_rows, query)
-    return implementation("region_attention", query)(
-        query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0,
-        softcap or 0.0, sinks, region_bias, rows,
+    return call(
+        "region_attention", _validated, query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal,
+        kv_start, kv_end, window or 0, softcap or 0.0, sinks, region_bias, rows,
     )  # fmt: skip
 
 
@@ -119,9 +119,9 @@ def region_mass(
     _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
     rows = _resolve_rows("mass_rows", mass_rows, query)
-    return implementation("region_mass", query)(
-        query, key, lse, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0,
-        softcap or 0.0, region_bias, rows,
+    return call(
+        "region_mass", _validated, query, key, lse, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start,
+        kv_end, window or 0, softcap or 0.0, region_bias, rows,
     )  # fmt: skip
 
 
@@ -166,10 +166,15 @@ def key_attention(
         _validate_regions(key, region_ids, num_regions)
     _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
-    return implementation("key_attention", query)(
-        query, key, lse, _resolve_rows("rows", rows, query), reduce, region_ids if num_regions else None,
+    return call(
+        "key_attention", _validated, query, key, lse, _resolve_rows("rows", rows, query), reduce,
+        region_ids if num_regions else None,
         _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0, softcap or 0.0, region_bias,
     )  # fmt: skip
+
+
+def _validated(*args: object) -> None:
+    """Attention is long enough a call for its arguments to be validated beforehand."""
 
 
 def _resolve_scale(scale: float | None, query: Tensor) -> float:
@@ -228,6 +233,7 @@ def _validate_masks(query, is_causal, kv_start, kv_end, window, softcap) -> None
             _check.shape(name, bound, (query.shape[0],), "[B]")
             _check.dtype(name, bound, torch.int32)
             _check.device(name, bound, query.device)
+            _check.last_dim_contiguous(name, bound)
     if window is not None:
         if window < 1:
             _check.fail("window", window, "None or at least 1")

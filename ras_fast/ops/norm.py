@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ras_fast.ops import _check
-from ras_fast.ops._registry import define, define_triton, implementation
+from ras_fast.ops._registry import call, define, define_triton
 
 MODES = ("add", "lerp")
 ROUNDINGS = ("hf", "fp32")
@@ -59,12 +59,12 @@ def add_rms_norm(
         RuntimeError: an input requires grad and grad mode is on.
     """
     _check.no_grad("add_rms_norm", x, residual, weight)
-    _validate(x, residual, weight, None, steer_vectors, steer_slot, steer_alpha, steer_mode, rounding, probes)
-    y, h, dots = implementation("add_rms_norm", x)(
-        x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, steer_mode == "lerp", weight_offset,
-        rounding == "hf", probes,
+    lerp, hf = _choices(steer_mode, rounding)
+    y, h, dots = call(
+        "add_rms_norm", _rms_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp, weight_offset,
+        hf, probes,
     )  # fmt: skip
-    return y, (h if _stores_h(residual, steer_vectors, steer_mode == "lerp") else x), (dots if probes is not None else None)
+    return y, (h if _stores_h(residual, steer_vectors, lerp) else x), (dots if probes is not None else None)
 
 
 def add_layer_norm(
@@ -87,12 +87,21 @@ def add_layer_norm(
     and the steered sum; the norm itself rounds once, as torch's own does.
     """
     _check.no_grad("add_layer_norm", x, residual, weight, bias)
-    _validate(x, residual, weight, bias, steer_vectors, steer_slot, steer_alpha, steer_mode, rounding, probes)
-    y, h, dots = implementation("add_layer_norm", x)(
-        x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha, steer_mode == "lerp", rounding == "hf",
+    lerp, hf = _choices(steer_mode, rounding)
+    y, h, dots = call(
+        "add_layer_norm", _layer_validate, x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha, lerp, hf,
         probes,
     )  # fmt: skip
-    return y, (h if _stores_h(residual, steer_vectors, steer_mode == "lerp") else x), (dots if probes is not None else None)
+    return y, (h if _stores_h(residual, steer_vectors, lerp) else x), (dots if probes is not None else None)
+
+
+def _choices(steer_mode: str, rounding: str) -> tuple[bool, bool]:
+    """(lerp, hf) of the two string options."""
+    if steer_mode not in MODES:
+        _check.fail("steer_mode", repr(steer_mode), f"one of {MODES}")
+    if rounding not in ROUNDINGS:
+        _check.fail("rounding", repr(rounding), f"one of {ROUNDINGS}")
+    return steer_mode == "lerp", rounding == "hf"
 
 
 def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool) -> bool:
@@ -100,16 +109,22 @@ def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool)
     return residual is not None or (steer_vectors is not None and not lerp)
 
 
-def _validate(x, residual, weight, bias, vectors, slot, alpha, mode, rounding, probes) -> None:
+def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes) -> None:
+    _validate(x, residual, weight, None, vectors, slot, alpha, probes)
+
+
+def _layer_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
+    _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
+
+
+def _validate(x, residual, weight, bias, vectors, slot, alpha, probes) -> None:
     if x.dim() == 0 or x.shape[-1] == 0:
         _check.fail("x", f"of shape {tuple(x.shape)}", "[..., d] with d > 0")
     d = x.shape[-1]
-    if x.dtype not in _check.FLOATS:
-        _check.floating("x", x)
+    _check.floating("x", x)
     _check.last_dim_contiguous("x", x)
     if residual is not None:
-        if residual.shape != x.shape:
-            _check.shape("residual", residual, x.shape, "the shape of x")
+        _check.shape("residual", residual, x.shape, "the shape of x")
         _check.dtype("residual", residual, x.dtype)
         _check.last_dim_contiguous("residual", residual)
         _check.device("residual", residual, x.device)
@@ -119,10 +134,6 @@ def _validate(x, residual, weight, bias, vectors, slot, alpha, mode, rounding, p
             _check.floating(name, tensor)
             _check.last_dim_contiguous(name, tensor)
             _check.device(name, tensor, x.device)
-    if rounding not in ROUNDINGS:
-        _check.fail("rounding", repr(rounding), f"one of {ROUNDINGS}")
-    if mode not in MODES:
-        _check.fail("steer_mode", repr(mode), f"one of {MODES}")
     if vectors is not None or slot is not None or alpha is not None:
         _validate_steering(x, vectors, slot, alpha)
     if probes is not None:
@@ -205,6 +216,9 @@ def _layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp,
 
 
 def _fake(x, residual, vectors, lerp, probes):
+    # torch sends a call with any meta tensor here; a mixture is a mistake, which the public function then names.
+    if any(t is not None and t.device != x.device for t in (residual, vectors, probes)):
+        raise RuntimeError("add_rms_norm and add_layer_norm need all tensors on one device")
     y = x.new_empty(x.shape)
     h = x.new_empty(x.shape) if _stores_h(residual, vectors, lerp) else x.new_empty(0)
     shape = (x.numel() // x.shape[-1], probes.shape[0] + 1) if probes is not None else (0,)

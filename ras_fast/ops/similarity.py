@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ras_fast.ops import _check
-from ras_fast.ops._registry import define, implementation
+from ras_fast.ops._registry import call, define
 
 
 def refusal_similarity(
@@ -31,6 +31,10 @@ def refusal_similarity(
         RuntimeError: an input requires grad and grad mode is on.
     """
     _check.no_grad("refusal_similarity", logits, prototype_probs)
+    return call("refusal_similarity", _validate, logits, prototype_probs, gamma, steps)
+
+
+def _validate(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tensor | None) -> None:
     if logits.dim() != 3 or logits.shape[1] == 0 or logits.shape[2] == 0:
         _check.fail("logits", f"of shape {tuple(logits.shape)}", "[B, n, V] with n, V > 0")
     _check.floating("logits", logits)
@@ -48,7 +52,7 @@ def refusal_similarity(
         _check.shape("steps", steps, (batch,), "[B]")
         _check.dtype("steps", steps, torch.int32)
         _check.device("steps", steps, logits.device)
-    return implementation("refusal_similarity", logits)(logits, prototype_probs, gamma, steps)
+        _check.last_dim_contiguous("steps", steps)
 
 
 def _reference(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tensor | None) -> Tensor:

@@ -1,0 +1,70 @@
+"""Steered residual + norm beside its peers: `python bench/bench_norm.py [--quick]`.
+
+Every candidate of a row gets the same tensors in the same run. GB/s counts the bytes that must move: x and residual in, h and
+y out. "share" is that bandwidth over a plain copy's, measured in the same run; on a CPU small shapes stay in the caches and
+the share may exceed 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import baselines
+import harness
+import torch
+
+from ras_fast import ops
+
+WIDTHS = (768, 4096, 5120, 8192, 16384)
+TOKENS = (1, 8, 64, 512, 1024, 8192)
+QUICK = [(1, 4096), (1024, 4096)]
+
+
+def candidates(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict:
+    x, residual = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(width, device=device).to(dtype)
+    vectors = torch.randn(2, width, device=device).to(dtype)
+    alpha = torch.full((tokens,), 0.5, device=device)
+
+    def steered(slot: int):
+        steering = {
+            "steer_vectors": vectors,
+            "steer_slot": torch.full((tokens,), slot, dtype=torch.int32, device=device),
+            "steer_alpha": alpha,
+        }
+        return lambda: ops.add_rms_norm(x, residual, weight, 1e-6, **steering)
+
+    ours = {
+        "ras_fast": lambda: ops.add_rms_norm(x, residual, weight, 1e-6),
+        "steer no row": steered(-1),
+        "steer all": steered(1),
+    }
+    return ours | {"clone": x.clone} | baselines.norm_peers(x, residual, weight, 1e-6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the two shapes of the headline figures, bf16")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    shapes = QUICK if args.quick else [(tokens, width) for width in WIDTHS for tokens in TOKENS]
+    copy = harness.copy_bandwidth()
+    rows = []
+    for dtype in (torch.bfloat16,) if args.quick else (torch.bfloat16, torch.float32):
+        for tokens, width in shapes:
+            for graph in (False, True) if gpu else (False,):
+                calls = candidates(tokens, width, dtype, "cuda" if gpu else "cpu")
+                times = harness.compare(calls, seconds=args.seconds, graph=graph)
+                moved = 4 * tokens * width * dtype.itemsize
+                row = {"dtype": str(dtype)[6:], "T": tokens, "d": width, **({"graph": graph} if gpu else {})}
+                row |= {f"{name} µs": seconds * 1e6 for name, seconds in times.items()}
+                row |= {"GB/s": moved / times["ras_fast"] / 1e9, "share": moved / times["ras_fast"] / copy}
+                rows.append(row)
+    print(harness.table(rows))
+    print(f"\ncopy bandwidth {copy / 1e9:.1f} GB/s; written to {harness.save('norm', rows)}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,132 @@
+"""Timing shared by every benchmark: candidates interleaved in one run, median of many, cold L2 on a GPU."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine() -> dict[str, object]:
+    """What a reader needs to judge a figure: device, versions, threads, commit."""
+    import transformers
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def device_name() -> str:
+    """A folder-safe name: the GPU's, or the CPU's with its number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "-").lower()
+    return f"cpu-{torch.get_num_threads()}-threads"
+
+
+def compare(candidates: dict[str, Callable[[], object]], *, seconds: float = 1.0, graph: bool = False) -> dict[str, float]:
+    """Median seconds a call of each candidate, called in turn so that drift hits all alike.
+
+    Args:
+        seconds: rough time to spend in all.
+        graph: on a GPU, time the replay of a CUDA graph instead of the eager call.
+    """
+    gpu = torch.cuda.is_available()
+    timers = {name: _GpuTimer(call, graph) if gpu else _CpuTimer(call) for name, call in candidates.items()}
+    once = sum(timer.sample() for timer in timers.values())
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(max(5, min(200, int(seconds / max(once, 1e-4))))):
+        for name, timer in timers.items():
+            samples[name].append(timer.sample() / timer.repeats)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+class _CpuTimer:
+    """Times enough calls at once for the clock's resolution and the interpreter's overhead not to show."""
+
+    TARGET = 2e-3
+
+    def __init__(self, call: Callable[[], object]):
+        self.call, self.repeats = call, 1
+        for _ in range(3):
+            call()
+        self.repeats = max(1, int(self.TARGET / max(self.sample(), 1e-7)))
+
+    def sample(self) -> float:
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            self.call()
+        return time.perf_counter() - start
+
+
+class _GpuTimer:
+    """One call between two events after the L2 cache has been overwritten."""
+
+    repeats = 1
+    flush: torch.Tensor | None = None
+
+    def __init__(self, call: Callable[[], object], graph: bool):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # warm-up off the default stream, as graph capture wants
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        self.call = call
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                call()
+            self.call = captured.replay
+        if _GpuTimer.flush is None:
+            _GpuTimer.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def sample(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        start.record()
+        self.call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Bytes per second (read plus written) of a plain copy too large for the caches."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.empty(megabytes << 20, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / compare({"copy": lambda: target.copy_(source)})["copy"]
+
+
+def save(name: str, rows: list[dict[str, object]]) -> Path:
+    """Writes bench/results/<device>/<name>.json."""
+    path = RESULTS / device_name() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Rows of one key set as a Markdown table."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from families import FAMILIES
-from tiny_models import image_sums, relative_error, valid_rows
+from families import END, FAMILIES, IMAGE, START, TEXT, VIDEO
+from tiny_models import image_sums, relative_error, spread, valid_rows
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import ras_fast
 
@@ -71,3 +72,95 @@ def test_bfloat16_is_as_accurate_as_the_original(name):
     assert patched.report().fused_norms == description.fused[1]
     assert (after - truth).norm() <= 2 * (before - truth).norm()
     assert (after - truth).abs().max() <= 2 * (before - truth).abs().max() + 1e-2
+
+
+MODES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "beams": {"num_beams": 2},
+}
+
+
+# What the unpatched model of transformers 5.23 cannot do either.
+NOT_THERE = {("paligemma/gemma2", "static"), ("llama4", "beams")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, mode) for name, family in FAMILIES.items() for mode in MODES if family.pixels and (name, mode) not in NOT_THERE],
+)
+def test_statistics_while_generating(name, mode):
+    """Sequences, and at each step the attention of the newest token on each image, as eager attention has them."""
+    description = FAMILIES[name]
+    model = description.model(name)
+    batch = description.inputs(model, ["tItttttttt", "tItIt"])
+    regions = batch.pop("regions").repeat_interleave(MODES[mode].get("num_beams", 1), 0)
+    options = MODES[mode] | {
+        "max_new_tokens": 5, "do_sample": False, "output_attentions": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    text = "text_config" if "text_config" in model.config.sub_configs else ""
+    model.set_attn_implementation({text: "eager"})
+    expected = model.generate(**batch, **options)
+    with ras_fast.patch(model):
+        got = model.generate(**batch, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    for step, (layers, eager) in enumerate(zip(got.attentions, expected.attentions, strict=True)):
+        seen = regions.shape[1] + step
+        ids = torch.nn.functional.pad(regions, (0, 64), value=-1)
+        for mass, probabilities in zip(layers, eager, strict=True):
+            keys = probabilities.shape[-1]
+            start = max(seen - keys, 0)  # a sliding cache has dropped the first ones
+            sums = image_sums(probabilities, ids[:, start : start + keys], 2)
+            assert (mass - sums)[:, :, -1].abs().max() < 1e-5, step
+
+
+def test_image_and_video_in_one_prompt():
+    """Qwen2-VL: an image of 2 × 2 tokens, then a video of two frames of 2 × 2 tokens, one region each."""
+    description = FAMILIES["qwen2_vl"]
+    model = description.model("qwen2_vl")
+    tokens = [5, START, *[IMAGE] * 4, END, 6, START, *[VIDEO] * 8, END, 7, 8]
+    ids = torch.tensor([tokens])
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long(),
+        "pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }  # fmt: skip
+    regions = torch.full((1, len(tokens)), -1)
+    regions[0, 2:6], regions[0, 9:17] = 0, 1
+    with torch.no_grad():
+        model.set_attn_implementation({"text_config": "eager"})
+        expected = model(**batch, output_attentions=True)
+        with ras_fast.patch(model) as patched:
+            got = model(**batch, output_attentions=True)
+            assert torch.equal(patched.region_map.ids, regions)
+    assert relative_error(got.logits, expected.logits) < 1e-5
+    for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
+        assert (mass - image_sums(probabilities, regions, 2)).abs().max() < 1e-5
+
+
+def test_mllama():
+    """Images are reached by cross-attention: what can be fused is, and the report says what cannot."""
+    text = TEXT | {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+        "image_size": 16, "patch_size": 4, "max_num_tiles": 2, "intermediate_layers_indices": [0],
+        "vision_output_dim": 32, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    }  # fmt: skip
+    config = AutoConfig.for_model("mllama", text_config=text, vision_config=vision, image_token_index=IMAGE)
+    model = spread(AutoModelForImageTextToText.from_config(config))
+    ids = torch.tensor([[1, IMAGE, 5, 6, 7]])
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": torch.tensor([[2]]), "aspect_ratio_mask": torch.ones(1, 1, 2, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 5, 1, 2, dtype=torch.long),
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with ras_fast.patch(model) as patched:
+            assert relative_error(model(**batch).logits, expected) < 1e-5
+        report = patched.report()
+    assert (report.fused_layers, report.fused_norms) == (2, 3)  # not the add before the cross-attention layer
+    assert "cross-attention" in report.unfused["layers.1"]
+    assert "cross-attention" in report.regions

@@ -1,7 +1,7 @@
 """What a defended answer costs: the engine beside the undefended model and beside MoRAS as three calls.
 
     python bench/bench_engine.py                                  # CPU, about 0.3 B random weights
-    python bench/bench_engine.py --device cuda --shape 7b --dtype bfloat16 --tokens 128
+    python bench/bench_engine.py --device cuda --shape 7b --dtype bfloat16 --cases benign:128
 
 All contenders run in one process, interleaved, and produce equally many tokens: the end-of-sequence token is switched off.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
@@ -54,6 +54,8 @@ CHAT_TEMPLATE = (
     "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
 )
+RISKS = {"benign": 0.0, "refused": 1.0}
+DEFAULT_CASES = [(kind, tokens) for kind in RISKS for tokens in (16, 64, 256)]
 STAGES = ["prefix", "context", "context and draft", "risk", "check", "answer"]
 COLOURS = dict(zip(STAGES, ["#999999", "#4477aa", "#4477aa", "#ee6677", "#ccbb44", "#228833"], strict=True))
 
@@ -239,13 +241,13 @@ def contenders(model, processor, risk: float) -> list[tuple[str, bool, object]]:
 
 
 def measure(model, entries, image, tokens: int, rounds: int) -> dict[str, dict]:
-    """Medians over interleaved rounds, after one round to warm up."""
+    """Medians over interleaved rounds, after a short one to warm up."""
     totals, stages, firsts = ({name: [] for name, _, _ in entries} for _ in range(3))
     for number in range(rounds + 1):
         for name, patched, run in entries:
             handle = ras_fast.patch(model) if patched else None
             streamer, begin = FirstToken(), time.perf_counter()
-            timing = run(image, tokens, streamer)
+            timing = run(image, tokens if number else 4, streamer)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             total = time.perf_counter() - begin
@@ -308,13 +310,19 @@ def plot(results: dict, path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def case(text: str) -> tuple[str, int]:
+    kind, tokens = text.split(":")
+    if kind not in RISKS:
+        raise ValueError(f"kind is {kind!r}; it needs to be one of {', '.join(RISKS)}")
+    return kind, int(tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256], help="answer lengths")
-    parser.add_argument("--kinds", nargs="+", choices=["benign", "refused"], default=["benign", "refused"])
+    parser.add_argument("--cases", type=case, nargs="+", default=DEFAULT_CASES, metavar="KIND:TOKENS", help="e.g. benign:64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--name", help="folder under bench/results; default: the device's")
     args = parser.parse_args()
@@ -329,13 +337,11 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
     image = Image.effect_noise((400, 300), 80).convert("RGB")
     results = {}
-    for kind in args.kinds:
-        entries = contenders(model, processor, 0.0 if kind == "benign" else 1.0)
-        for tokens in args.tokens:
-            case = f"{kind}, {tokens} answer tokens"
-            results[case] = measure(model, entries, image, tokens, args.rounds)
-            print(table({case: results[case]}), flush=True)
-
+    for kind, tokens in args.cases:
+        entries = contenders(model, processor, RISKS[kind])
+        name = f"{kind}, {tokens} answer tokens"
+        results[name] = measure(model, entries, image, tokens, args.rounds)
+        print(table({name: results[name]}), flush=True)
     folder = RESULTS / (args.name or device_name())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "engine.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")

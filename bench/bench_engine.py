@@ -57,7 +57,7 @@ CHAT_TEMPLATE = (
 RISKS = {"benign": 0.0, "refused": 1.0}
 DEFAULT_CASES = [(kind, tokens) for kind in RISKS for tokens in (16, 64, 256)]
 STAGES = ["prefix", "context", "context and draft", "risk", "check", "answer"]
-COLOURS = dict(zip(STAGES, ["#999999", "#4477aa", "#4477aa", "#ee6677", "#ccbb44", "#228833"], strict=True))
+COLOURS = dict(zip(STAGES, ["#999999", "#4477aa", "#66ccee", "#ee6677", "#ccbb44", "#228833"], strict=True))
 
 
 def build(shape: str, device: str, dtype: torch.dtype):

@@ -9,12 +9,16 @@ from PIL import Image
 from torch import Tensor
 
 from ras_fast.inputs import encode, make_queries
-from ras_fast.patching import patch
+from ras_fast.patching import Patch, patch
 from ras_fast.patching.tracking import token_ids
 
 TOP_HEADS = 8
 
 Box = tuple[int, int, int, int]
+
+
+class NoImageStatistics(ValueError):
+    """This model's attention to images cannot be taken; the message says why."""
 
 
 @dataclass
@@ -41,15 +45,14 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
     prompt, images: one entry of what `ras_fast.inputs.make_queries` takes; at least one image.
 
     Raises:
-        ValueError: no image, an input that cannot be used, or a model without image statistics.
+        NoImageStatistics: the model's architecture gives none.
+        ValueError: no image, or an input that cannot be used.
     """
     (query,) = make_queries([prompt], [images], processor)
     if not query.images:
         raise ValueError("images is empty; a map of the attention to images needs at least one")
     inputs, _ = encode(processor, query, model.device, model.dtype)
-    with patch(model, norms=False) as handle:
-        if handle.report().regions is not None:
-            raise ValueError(f"this model gives no image statistics: {handle.report().regions}")
+    with _patched(model) as handle:
         tokens = inputs["input_ids"][0]
         rows = len(tokens) - 1 - int((tokens == token_ids(model.config)["image"]).nonzero().max())
         with handle.collect(rows, scores=True, reduce="max") as statistics:
@@ -61,6 +64,17 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
         maps = handle.region_map.heat_maps(effective[None])[0]
     boxes = [_seen(image.size, processor.image_processor) for image in query.images]
     return ImageAttention(mass.cpu(), [m.cpu() for m in maps], query.images, boxes)
+
+
+def _patched(model) -> Patch:
+    try:
+        handle = patch(model, norms=False)
+    except TypeError as error:
+        raise NoImageStatistics(f"no image statistics: {error}") from error
+    if handle.report().regions is not None:
+        handle.unpatch()
+        raise NoImageStatistics(f"no image statistics: {handle.report().regions}")
+    return handle
 
 
 def _seen(size: tuple[int, int], image_processor) -> Box:

@@ -11,16 +11,14 @@ import math
 import sys
 from pathlib import Path
 
-DELEGATED = {"build": "ras_fast.build", "inspect": "ras_fast.inspect"}  # commands with a parser of their own
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name, None: from the process."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in DELEGATED and not {"-h", "--help"} & set(argv):
-        from importlib import import_module
+    if argv[:1] == ["inspect"]:  # it has a parser of its own
+        from ras_fast import inspect
 
-        return import_module(DELEGATED[argv[0]]).main(argv[1:])
+        return inspect.main(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     if getattr(arguments, "heatmap", None) and not arguments.image:
@@ -31,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"ras-fast: error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if arguments.debug or "out of memory" not in str(error).lower():
+            raise
+        print(f"ras-fast: error: out of memory; a smaller model or --dtype bfloat16 needs less ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ras-fast: interrupted", file=sys.stderr)
@@ -83,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, default=Path("ras-fast-eval"), metavar="DIR",
                           help="answers and report; run again, it goes on where it stopped (default: %(default)s)")  # fmt: skip
 
-    build = add("build", None, "build the native libraries in place")
+    build = add("build", _build, "build the native libraries in place")
     build.add_argument("-v", action="store_true", help="show the compiler's commands")
-    add("inspect", None, "look into the compiled kernels; `ras-fast inspect` alone says how")
+    add("inspect", None, "read registers, spills and instructions out of the compiled kernels")
     return parser
 
 
@@ -114,6 +117,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from ras_fast import doctor
 
     return doctor.main()
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from ras_fast import build
+
+    return build.main(["-v"] if arguments.v else [])
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -153,25 +162,43 @@ def _defended(arguments: argparse.Namespace, model, processor) -> dict:
 def _undefended(arguments: argparse.Namespace, model, processor) -> dict:
     import time
 
-    import ras_fast
     from ras_fast.decoding import Decoding
     from ras_fast.evaluation.defences import generate
     from ras_fast.inputs import make_queries
 
     (query,) = make_queries([arguments.prompt], [arguments.image or None], processor)
-    with ras_fast.patch(model):
+    with _patched(model):
         start = time.perf_counter()
         text = generate(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens))
         seconds = time.perf_counter() - start
     return {"text": text, "defence": None, "milliseconds": {"total": 1000 * seconds}}
 
 
+def _patched(model):
+    """The model's patch; where its architecture cannot be patched, a note and the model as it is."""
+    from contextlib import nullcontext
+
+    from ras_fast import patch
+
+    try:
+        return patch(model)
+    except TypeError as error:
+        print(f"ras-fast: the model runs unpatched: {error}", file=sys.stderr)
+        return nullcontext()
+
+
 def _look(arguments: argparse.Namespace, model, processor) -> dict:
     """How much attention each image gets, and the heat maps if they are asked for."""
-    from ras_fast.attention_map import image_attention
+    from ras_fast.attention_map import NoImageStatistics, image_attention
     from ras_fast.viz import save_heat_map
 
-    looked = image_attention(model, processor, arguments.prompt, arguments.image)
+    try:
+        looked = image_attention(model, processor, arguments.prompt, arguments.image)
+    except NoImageStatistics as error:
+        if arguments.heatmap:
+            raise
+        print(f"ras-fast: {error}", file=sys.stderr)
+        return {"region_mass": None, "heat_maps": []}
     paths = _heat_map_paths(arguments.heatmap, len(looked.maps)) if arguments.heatmap else []
     for i, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +224,7 @@ def _print_result(result: dict) -> None:
         if result["failed_closed"]:
             print(f"           failed closed: {result['failed_closed']}")
         print(f"context    {result['context']}")
-    for number, share in enumerate(result.get("region_mass", ()), 1):
+    for number, share in enumerate(result.get("region_mass") or (), 1):
         print(f"image {number}    {share:.1%} of the prompt's attention, mean over layers and heads")
     print(f"time       {', '.join(f'{stage} {ms:.0f} ms' for stage, ms in result['milliseconds'].items())}")
     for path in result.get("heat_maps", ()):
@@ -252,7 +279,6 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     dataset = load_dataset(arguments.dataset, arguments.n, arguments.seed)
     model, processor = _load(arguments)
-    from ras_fast import patch
     from ras_fast.evaluation import run
     from ras_fast.evaluation.defences import default_names, make_defences
 
@@ -260,7 +286,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     names = arguments.defences.split(",") if arguments.defences else default_names(profiles)
     settings = run.settings_of(model, processor, dataset, arguments.seed, arguments.max_new_tokens, profiles)
     answers = run.AnswerFile(arguments.out, settings)
-    with patch(model):
+    with _patched(model):
         defences = make_defences(names, model, processor, profiles, arguments.max_new_tokens)
         try:
             records = run.run(dataset, defences, answers)

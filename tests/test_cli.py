@@ -118,6 +118,33 @@ def test_a_text_model_is_refused(tmp_path, generate, capsys):
     assert "'llama', which does not take images" in capsys.readouterr().err
 
 
+def no_decoder(model, **options):
+    raise TypeError("no text model with decoder layers was found")
+
+
+def test_a_model_that_cannot_be_patched_still_answers(generate, tmp_path, capsys, monkeypatch):
+    generate("--json")
+    expected = json.loads(capsys.readouterr().out)["text"]
+    monkeypatch.setattr("ras_fast.patching.patch", no_decoder)
+    monkeypatch.setattr("ras_fast.attention_map.patch", no_decoder)
+    assert generate("--json") == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["text"], result["region_mass"]) == (expected, None)
+    assert "runs unpatched: no text model" in captured.err
+    assert generate("--heatmap", str(tmp_path / "h.png")) == 1
+    assert "error: no image statistics: no text model" in capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("ras_fast.loading.load", full)
+    assert generate() == 1
+    assert "--dtype bfloat16 needs less" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -165,6 +192,21 @@ def test_every_command_has_help(argv, capsys):
         cli.main(argv)
     assert stopped.value.code == 0
     assert "usage: ras-fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "delegate", "expected"),
+    [
+        (["build"], "ras_fast.build.main", []),
+        (["build", "-v"], "ras_fast.build.main", ["-v"]),
+        (["inspect", "cuda", "--arch", "90a"], "ras_fast.inspect.main", ["cuda", "--arch", "90a"]),
+    ],
+)
+def test_build_and_inspect_hand_over(argv, delegate, expected, monkeypatch):
+    got = []
+    monkeypatch.setattr(delegate, lambda arguments: got.append(arguments) or 3)
+    assert cli.main(argv) == 3
+    assert got == [expected]
 
 
 def test_help_loads_no_transformers():

@@ -195,7 +195,8 @@ def _random_embeddings(text_model: nn.Module, layers: nn.ModuleList) -> Tensor:
     parameter = next(layers[0].parameters())
     generator = torch.Generator().manual_seed(0)
     size = text_model.config.hidden_size
-    return torch.randn(2, 7, size, generator=generator).to(device=parameter.device, dtype=text_model.dtype)
+    device = "cpu" if parameter.is_meta else parameter.device  # offloaded weights come with hooks that move their inputs
+    return torch.randn(2, 7, size, generator=generator).to(device=device, dtype=text_model.dtype)
 
 
 def _note_layer(record: LayerTrace) -> Callable:
@@ -218,8 +219,10 @@ def fuse_norm(norm: nn.Module, x: Tensor) -> FusedNorm | str:
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(x.shape[-1:]) or not isinstance(eps, float):
         return "is not a norm over the hidden size"
-    if "forward" in norm.__dict__:
+    if forward_slot(norm) is None:
         return "has a forward of its own on the instance already"
+    if weight.is_meta:
+        return "has its weights offloaded"
     # Off-centre rows tell RMSNorm from LayerNorm, small ones show where eps comes in.
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(4, x.shape[-1], generator=generator) + 1) * torch.tensor([[1.0], [30.0], [0.1], [1e-3]])
@@ -249,6 +252,13 @@ def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
         bias = getattr(candidate.norm, "bias", None)
         return nn.functional.layer_norm(x, weight.shape, weight, None if bias is None else bias.double(), candidate.eps)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + candidate.eps) * (weight + candidate.weight_offset)
+
+
+def forward_slot(module: nn.Module) -> str | None:
+    """The attribute that holds what `module(...)` runs; None where someone else has replaced it."""
+    if "forward" not in module.__dict__:
+        return "forward"
+    return "_old_forward" if "_hf_hook" in module.__dict__ else None  # accelerate's hooks call that in between
 
 
 def pattern(record: LayerTrace, is_norm: Callable[[nn.Module], bool]) -> str:

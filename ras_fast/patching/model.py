@@ -279,7 +279,7 @@ class Patch:
             with torch.no_grad():
                 fused[id(module)] = candidate = fusion.fuse_norm(module, x)
             if isinstance(candidate, fusion.FusedNorm):
-                self._undo.set(module, "forward", candidate)
+                self._undo.set(module, fusion.forward_slot(module), candidate)
         if recorded.final_norm is not None:
             last = fused.get(id(getattr(text_model, recorded.final_norm[0])))
             self._final_norm = last if isinstance(last, fusion.FusedNorm) else None
@@ -292,7 +292,8 @@ class Patch:
             return "is not called without images (cross-attention)"
         if shape not in fusion.PATTERNS:
             return f"calls its children in the order {shape!r}; known are {', '.join(fusion.PATTERNS)}"
-        if "forward" in record.module.__dict__:
+        slot = fusion.forward_slot(record.module)
+        if slot is None:
             return "has a forward of its own on the instance already"
         names = fusion.roles(record, shape)
         middle = fused_norms.get(id(getattr(record.module, names["middle_norm"]))) if names["middle_norm"] else None
@@ -304,7 +305,7 @@ class Patch:
         if end is not None:
             following = recorded.layers[index + 1 : index + 2]
             end.between = (record.module, *(layer.module for layer in following), end.norm)
-        self._undo.set(record.module, "forward", fused)
+        self._undo.set(record.module, slot, fused)
         self._fused[index] = fused
         self._report.fused_layers += 1
         self._report.fused_norms += (middle is not None) + (end is not None)

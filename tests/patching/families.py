@@ -11,6 +11,8 @@ from tiny_models import spread
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+import ras_fast
+
 PAD, IMAGE, VIDEO, START, END, VOCABULARY = 0, 99, 98, 97, 96, 100
 SIZE = 64  # hidden size of every text model
 
@@ -216,3 +218,24 @@ FAMILIES = {
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
 }  # fmt: skip
+
+
+def table() -> str:
+    """What `patch` does with each family, as the Markdown table of docs/integration.md."""
+    head = "| model class | text model | layers fused | adds fused with their norm | image statistics |"
+    lines = [head, "|---|---|---|---|---|"]
+    for name, family in FAMILIES.items():
+        model = family.model(name)
+        with ras_fast.patch(model) as patched:
+            report = patched.report()
+        text = model.config.get_text_config().model_type.removesuffix("_text")
+        statistics = "yes" if report.regions is None else report.regions
+        lines.append(
+            f"| {report.model} | {text} | {report.fused_layers} of {report.layers} "
+            f"| {report.fused_norms} of {report.norms} | {statistics} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,8 +1,10 @@
 """Every family by its real class: the same answers, the attention on each image, nothing left behind."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from families import END, FAMILIES, IMAGE, START, TEXT, VIDEO
+from families import END, FAMILIES, IMAGE, START, TEXT, VIDEO, table
 from tiny_models import image_sums, relative_error, spread, valid_rows
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -164,3 +166,9 @@ def test_mllama():
     assert (report.fused_layers, report.fused_norms) == (2, 3)  # not the add before the cross-attention layer
     assert "cross-attention" in report.unfused["layers.1"]
     assert "cross-attention" in report.regions
+
+
+def test_table_in_the_docs_is_current():
+    page = (Path(__file__).parents[2] / "docs" / "integration.md").read_text()
+    shown = page.split("<!-- families -->\n")[1].split("\n<!-- /families -->")[0]
+    assert shown == table(), "replace it with what `python tests/patching/families.py` prints"

@@ -408,6 +408,34 @@ def test_lora(model):
     assert relative_error(got.logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
 
 
+def test_device_map(model):
+    """accelerate's hooks stay around the fused layers."""
+    accelerate = pytest.importorskip("accelerate")
+    batch = inputs(ROWS)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for layer in model.model.language_model.layers:
+            accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True))
+        with ras_fast.patch(model) as patched:
+            got = model(**batch).logits
+        assert patched.report().fused_norms == 6
+        assert relative_error(got[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_offloaded_weights_are_left_alone(model):
+    accelerate = pytest.importorskip("accelerate")
+    batch = inputs(ROWS)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        accelerate.cpu_offload(model.model.language_model, "cpu")
+        with ras_fast.patch(model) as patched:
+            got = model(**batch, output_attentions=True)
+    assert relative_error(got.logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+    assert patched.report().fused_norms == 0
+    assert "offloaded" in str(patched.report())
+
+
 # Hooks of others
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from ras_fast.evaluation.metrics import auroc, roc_curve
+from ras_fast.evaluation.metrics import Estimate, auroc, roc_curve
 
 COLOURS = "inferno"
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
@@ -135,6 +135,19 @@ def roc_chart(curves: dict[str, tuple[Sequence[float], Sequence[bool]]]) -> Figu
     axes.plot([0, 1], [0, 1], ":", color="grey")
     axes.set(xlabel="benign flagged", ylabel="harmful flagged", xlim=(-0.01, 1), ylim=(0, 1.01), aspect="equal")
     axes.legend(frameon=False, fontsize=8, title="AUROC", loc="lower right")
+    return figure
+
+
+def trade_off_chart(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
+    """Defences in the plane of what they cost and what they leave: name -> (harmless refused, harmful answered), rates with
+    their intervals. The best corner is the lower left."""
+    figure = Figure(figsize=(4.8, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (refused, answered) in points.items():
+        errors = [[[e.value - e.low], [e.high - e.value]] for e in (refused, answered)]
+        axes.errorbar(refused.value, answered.value, *reversed(errors), fmt="o", markersize=5, linewidth=1, label=name)
+    axes.set(xlabel="harmless queries refused", ylabel="harmful queries answered", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -304,6 +304,21 @@ def test_eval_reports_what_it_could_not_ask(folder, tmp_path, questions, capsys)
     assert "'question' is missing" in captured.out
 
 
+def test_eval_interrupted_says_where_the_answers_are(folder, tmp_path, questions, capsys, monkeypatch):
+    asked = []
+
+    def interrupt(*arguments):
+        asked.append(arguments)
+        if len(asked) == 3:  # the first call is the warm-up
+            raise KeyboardInterrupt
+        return "w1"
+
+    monkeypatch.setattr("ras_fast.evaluation.defences.generate", interrupt)
+    assert evaluate(folder, tmp_path, questions) == 130
+    assert f"1 answers are in {tmp_path / 'answers.jsonl'}; run again to go on" in capsys.readouterr().err
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "words"), [("magic", "'magic' is unknown"), ("constant-x", "needs a number"), ("constant-7", "gate")]
 )

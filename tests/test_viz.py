@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ras_fast import viz
+from ras_fast.evaluation.metrics import Estimate
 
 
 @pytest.fixture
@@ -90,6 +91,15 @@ def test_risk_histogram_counts_every_finite_risk_and_names_the_rest():
 def test_roc_chart_names_the_area():
     axes = viz.roc_chart({"S": ([0.1, 0.2, 0.8, 0.9], [False, False, True, True])}).axes[0]
     assert axes.get_legend().get_texts()[0].get_text() == "S: 1.000"
+
+
+def test_trade_off_puts_each_defence_at_its_rates():
+    points = {"a": (Estimate(0.1, 0.05, 0.2, 50), Estimate(0.9, 0.8, 1.0, 50))}
+    axes = viz.trade_off_chart(points).axes[0]
+    point, _, (across, up) = axes.containers[0]
+    assert point.get_xydata().tolist() == [[0.1, 0.9]]
+    assert across.get_segments()[0].tolist() == [pytest.approx([0.05, 0.9]), pytest.approx([0.2, 0.9])]
+    assert up.get_segments()[0].tolist() == [pytest.approx([0.1, 0.8]), pytest.approx([0.1, 1.0])]
 
 
 @pytest.mark.parametrize("chart", [lambda: viz.region_mass_chart(torch.rand(3)), lambda: viz.risk_histogram({})])

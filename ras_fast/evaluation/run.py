@@ -200,25 +200,39 @@ def _cell(column: str, estimate: Estimate | None) -> str:
 
 
 def write_report(folder: Path, records: list[dict], dataset: Dataset, model_name: str) -> str:
-    """Writes report.md, report.json and, where a defence computed S, risk.png and roc.png. Returns the Markdown."""
+    """Writes report.md, report.json, trade_off.png and, where a defence computed S, risk.png and roc.png. Returns the
+    Markdown."""
     rows = summarise(records)
     text = markdown(rows, dataset, model_name)
     (folder / "report.md").write_text(text, encoding="utf-8")
     plain = [row | {"cells": {c: e.as_dict() for c, e in row["cells"].items()}} for row in rows]
     report = {"model": model_name, "dataset": dataset.name, "machine": machine(), "rows": plain, "skipped": dataset.skipped}
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _write_plots(folder, records, [row["defence"] for row in rows if row["auroc"] is not None])
+    asked = {row["defence"]: [r for r in records if r["defence"] == row["defence"] and "error" not in r] for row in rows}
+    _write_trade_off(folder, asked)
+    _write_risk(folder, {row["defence"]: asked[row["defence"]] for row in rows if row["auroc"] is not None})
     return text
 
 
-def _write_plots(folder: Path, records: list[dict], names: list[str]) -> None:
-    if not names:
+def _write_trade_off(folder: Path, asked: dict[str, list[dict]]) -> None:
+    from ras_fast.viz import trade_off_chart
+
+    points = {}
+    for name, own in asked.items():
+        refused, answered = [r["refused"] for r in own if not r["harmful"]], [r["complied"] for r in own if r["harmful"]]
+        if refused and answered:
+            points[name] = (rate(refused), rate(answered))
+    if points:
+        trade_off_chart(points).savefig(folder / "trade_off.png", dpi=150)
+
+
+def _write_risk(folder: Path, asked: dict[str, list[dict]]) -> None:
+    if not asked:
         return
     from ras_fast import viz
 
-    asked = {name: [r for r in records if r["defence"] == name and "error" not in r] for name in names}
     viz.roc_chart({name: similarities(own) for name, own in asked.items()}).savefig(folder / "roc.png", dpi=150)
-    first = asked[names[0]]
+    name, first = next(iter(asked.items()))
     kinds = dict.fromkeys(record["kind"] for record in first)
     risks = {kind: [math.nan if r["risk"] is None else r["risk"] for r in first if r["kind"] == kind] for kind in kinds}
-    viz.risk_histogram(risks, label=f"risk by {names[0]}").savefig(folder / "risk.png", dpi=150)
+    viz.risk_histogram(risks, label=f"risk by {name}").savefig(folder / "risk.png", dpi=150)

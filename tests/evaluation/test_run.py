@@ -119,7 +119,7 @@ def test_report_files(tmp_path):
     assert "synthetic" in text
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["rows"][1]["cells"]["attack success, bad"] == {"value": 0.0, "low": 0.0, "high": 0.75, "n": 4}
-    for name in ("roc.png", "risk.png"):
+    for name in ("roc.png", "risk.png", "trade_off.png"):
         with Image.open(tmp_path / name) as chart:
             assert chart.format == "PNG"
 

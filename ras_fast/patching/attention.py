@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ras_fast.patching.state import AttentionState
 
 STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
+_FRESH = "_ras_fast_fresh"  # attribute of a range mask that nobody but the mask function has had in hand
 _UNSUPPORTED = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask")
 _CHUNK = 1 << 25  # probabilities held at a time where a full mask forbids the kernels
 
@@ -82,7 +83,10 @@ def attention_mask(
         if everything and not is_padded:
             return None
     end = end.expand(batch_size) if isinstance(end, Tensor) else start.new_full((batch_size,), end)
-    return range_mask(start, end.to(start.device))
+    mask = range_mask(start, end.to(start.device))
+    if not torch.compiler.is_compiling():
+        setattr(mask, _FRESH, True)
+    return mask
 
 
 def _is_causal(mask_function: Any) -> bool:
@@ -267,7 +271,7 @@ def _full_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, wi
             return None
         end = torch.full((1,), length_k, dtype=torch.int32, device=key.device)
         return _expand(range_mask(torch.zeros_like(end), end), length_q, length_k, window)
-    return _expand(mask, length_q, length_k, window) if length_q == 1 else _expand_once(mask, length_q, length_k, window)
+    return _expand_once(mask, length_q, length_k, window)
 
 
 def _expand(mask: Tensor, length_q: int, length_k: int, window: int | None) -> Tensor:
@@ -283,11 +287,15 @@ _last: tuple | None = None
 
 
 def _expand_once(mask: Tensor, length_q: int, length_k: int, window: int | None) -> Tensor:
-    """`_expand`, remembered for the next layer of the same forward, which gets the same mask."""
+    """`_expand`, remembered for the next layer of the same forward, which gets the same mask.
+
+    A caller's own range may be written between two forwards, also by a replayed CUDA graph: only what the mask function
+    has made for this forward is remembered.
+    """
     global _last
-    if torch.compiler.is_compiling() or mask.is_inference():
+    if not getattr(mask, _FRESH, False):
         return _expand(mask, length_q, length_k, window)
-    identity = (mask._version, length_q, length_k, window)
+    identity = (length_q, length_k, window)
     if _last is not None and _last[0]() is mask and _last[1] == identity:
         return _last[2]
     full = _expand(mask, length_q, length_k, window)

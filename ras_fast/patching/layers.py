@@ -149,6 +149,20 @@ def _first(output: Any) -> Tensor:
 
 
 @dataclass
+class Call:
+    """One child's call in the trace."""
+
+    name: str
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def x(self) -> Any:
+        return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+
+@dataclass
 class LayerTrace:
     """One decoder layer's call in the trace."""
 
@@ -156,7 +170,7 @@ class LayerTrace:
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
-    calls: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)  # child, its input, its output
+    calls: list[Call] = field(default_factory=list)
 
     @property
     def called(self) -> bool:
@@ -166,13 +180,13 @@ class LayerTrace:
 @dataclass
 class Trace:
     layers: list[LayerTrace]
-    final_norm: tuple[str, Tensor, Tensor] | None  # child of the text model called on the last layer's output
+    final_norm: Call | None  # of the text model's child that is called on the last layer's output
 
 
 def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
     """Runs the text model once on a few random embeddings and notes what each layer was given, called and returned."""
     records = [LayerTrace(layer) for layer in layers]
-    final: list[tuple[str, Tensor, Tensor]] = []
+    final: list[Call] = []
     handles = []
     try:
         for record in records:
@@ -188,7 +202,7 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
         for handle in handles:
             handle.remove()
     last = next((_first(record.output) for record in reversed(records) if record.called), None)
-    return Trace(records, next((call for call in final if call[1] is last), None))
+    return Trace(records, next((call for call in final if call.x is last), None))
 
 
 def _random_embeddings(text_model: nn.Module, layers: nn.ModuleList) -> Tensor:
@@ -206,10 +220,9 @@ def _note_layer(record: LayerTrace) -> Callable:
     return hook
 
 
-def _note_call(calls: list, name: str) -> Callable:
+def _note_call(calls: list[Call], name: str) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        x = args[0] if args else kwargs.get("hidden_states")
-        calls.append((name, x, output))
+        calls.append(Call(name, args, kwargs, output))
 
     return hook
 
@@ -262,12 +275,12 @@ def forward_slot(module: nn.Module) -> str | None:
 
 
 def pattern(record: LayerTrace, is_norm: Callable[[nn.Module], bool]) -> str:
-    return "".join("n" if is_norm(getattr(record.module, name)) else "b" for name, _, _ in record.calls)
+    return "".join("n" if is_norm(getattr(record.module, call.name)) else "b" for call in record.calls)
 
 
 def roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
     """Which child plays which part in a layer of one of PATTERNS."""
-    names = [name for name, _, _ in record.calls]
+    names = [call.name for call in record.calls]
     parts = {
         "nbnb": ("input_norm", "attention", "middle_norm", "mlp"),
         "nbnnbn": ("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"),
@@ -279,23 +292,28 @@ def roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
 
 def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> str | None:
     """None when the fused layer does what the original did in the trace, else how it differs."""
-    expected = _first(record.output)
     fused.returns_tuple = isinstance(record.output, tuple)
     if fused.returns_tuple and len(record.output) > 1:
         return f"returns {len(record.output)} values"
+    got, why = reproduce(fused, record.args, record.kwargs, record.output)
+    if why is None and fused.end is not None and next_output is not None:
+        why = _difference(fused.end(got), next_output)
+    return why
+
+
+def reproduce(function: Callable, args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[Tensor | None, str | None]:
+    """Runs `function` on a traced call: (its first output, None), or (None, how that differs from the traced one)."""
     try:
         with torch.no_grad():
-            got = _first(fused(*record.args, **record.kwargs))
-    except Exception as error:  # whatever another family's children raise, the layer stays as it was
-        return f"does not run as a fused layer ({type(error).__name__}: {error})"
+            got = _first(function(*args, **kwargs))
+    except Exception as error:  # whatever another family's modules raise, they stay as they were
+        return None, f"does not run ({type(error).__name__}: {error})"
+    return got, _difference(got, _first(output))
+
+
+def _difference(got: Tensor, expected: Tensor) -> str | None:
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return f"gives {got.dtype} {tuple(got.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
-    error = _relative_error(got, expected)
-    if fused.end is not None and next_output is not None:
-        error = max(error, _relative_error(fused.end(got), next_output))
+    error = float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
     tolerance = max(1e-5, 2 * torch.finfo(expected.dtype).eps)
     return None if error <= tolerance else f"differs from the original by {error:.1e} relative, more than {tolerance:.1e}"
-
-
-def _relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))

@@ -51,11 +51,14 @@ class Report:
 def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend: str = "auto") -> Patch:
     """Makes a Hugging Face model fast and observable, in place.
 
+    The text model runs once on a few random embeddings, then every fused layer and every attention on what its original was
+    given there, and only what agrees is kept. Hooks that are registered on the model see these runs.
+
     Args:
         model: a transformers model (or a wrapper of one, such as PEFT's) in eval mode. A text-only model gets norms alone.
         regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
-        norms: fuse each residual add with the norm after it. Each fusion is proved on random input before it is kept.
+        norms: fuse each residual add with the norm after it.
         backend: "auto", or what `ras_fast.set_backend` shall force until `unpatch` ("cuda", "triton", "cpu", "torch"). It
             holds for the process, not for this model alone.
 
@@ -95,8 +98,12 @@ class _Undo:
         """A hook was registered in these dicts of a module."""
         self._changes.extend((registry, handle.id, False, None) for registry in registries)
 
-    def restore(self) -> None:
-        while self._changes:
+    def mark(self) -> int:
+        """A point that `restore` can go back to."""
+        return len(self._changes)
+
+    def restore(self, mark: int = 0) -> None:
+        while len(self._changes) > mark:
             owner, name, existed, value = self._changes.pop()
             attributes = owner if isinstance(owner, dict) else owner.__dict__
             if existed:
@@ -272,16 +279,16 @@ class Patch:
         if recorded.final_norm is not None:
             calls.append((text_model, recorded.final_norm))
         fused: dict[int, fusion.FusedNorm | str] = {}
-        for parent, (name, x, _) in calls:
-            module = getattr(parent, name)
+        for parent, call in calls:
+            module = getattr(parent, call.name)
             if not _looks_like_norm(module):
                 continue
             with torch.no_grad():
-                fused[id(module)] = candidate = fusion.fuse_norm(module, x)
+                fused[id(module)] = candidate = fusion.fuse_norm(module, call.x)
             if isinstance(candidate, fusion.FusedNorm):
                 self._undo.set(module, fusion.forward_slot(module), candidate)
         if recorded.final_norm is not None:
-            last = fused.get(id(getattr(text_model, recorded.final_norm[0])))
+            last = fused.get(id(getattr(text_model, recorded.final_norm.name)))
             self._final_norm = last if isinstance(last, fusion.FusedNorm) else None
         return fused
 
@@ -319,10 +326,10 @@ class Patch:
             parent, call = following.module, next(iter(following.calls), None)
         else:
             parent, call = text_model, recorded.final_norm
-        fused = None if call is None else fused_norms.get(id(getattr(parent, call[0])))
-        if not isinstance(fused, fusion.FusedNorm) or call[1] is not output or fused.norm.weight.device != output.device:
+        fused = None if call is None else fused_norms.get(id(getattr(parent, call.name)))
+        if not isinstance(fused, fusion.FusedNorm) or call.x is not output or fused.norm.weight.device != output.device:
             return None, None
-        return fused, call[2]
+        return fused, call.output
 
     def _watch(self, root: nn.Module, text_model: nn.Module, recorded: fusion.Trace) -> str | None:
         """Turns image statistics on; returns why not."""
@@ -334,11 +341,15 @@ class Patch:
         register()
         tracker = RegionTracker(multimodal)
         self._state = ModelState(tracker)
-        for index, record in enumerate(recorded.layers):
-            attention = getattr(record.module, _attention_name(record))
-            self._undo.set(attention, STATE, AttentionState(self._state, index))
+        before = self._undo.mark()
         for config in {id(c): c for c in (text_model.config, multimodal.config.get_text_config())}.values():
             self._undo.set(config, "_attn_implementation_internal", NAME)
+        for index, record in enumerate(recorded.layers):
+            why = self._watch_layer(index, record)
+            if why is not None:
+                self._undo.restore(before)
+                self._state = None
+                return f"the attention of layer {index} {why}"
         for modality in ("image", "video"):
             if hasattr(type(multimodal), f"get_{modality}_features"):
                 self._undo.set(multimodal, f"get_{modality}_features", RecordFeatures(multimodal, modality, tracker))
@@ -348,6 +359,20 @@ class Patch:
         self._undo.hooked(multimodal._forward_hooks, multimodal._forward_hooks_with_kwargs, handle=handle)
         return None
 
+    def _watch_layer(self, index: int, record: fusion.LayerTrace) -> str | None:
+        """Links a layer's attention to the model's state and proves it on the traced call; returns how it fails."""
+        call = next(call for call in record.calls if not _looks_like_norm(getattr(record.module, call.name)))
+        attention = getattr(record.module, call.name)
+        self._undo.set(attention, STATE, AttentionState(self._state, index))
+        batch, length, _ = call.x.shape
+        self._state.tracker.current = RegionMap(call.x.new_zeros(batch, length, dtype=torch.int32), 1)
+        with self.collect(layers=[index]) as statistics:
+            _, why = fusion.reproduce(attention, call.args, call.kwargs, call.output)
+        self._state.tracker.current = None
+        if why is None and index not in statistics.mass:
+            return "does not go through transformers' attention interface"
+        return why
+
     def _hook(self, module: nn.Module, function: Any) -> None:
         handle = module.register_forward_pre_hook(function, with_kwargs=True)
         self._undo.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
@@ -356,11 +381,6 @@ class Patch:
 def _looks_like_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() or (isinstance(weight, Tensor) and weight.dim() == 1)
-
-
-def _attention_name(record: fusion.LayerTrace) -> str:
-    """The child that attends: the first one called that is not a norm."""
-    return next(name for name, _, _ in record.calls if not _looks_like_norm(getattr(record.module, name)))
 
 
 def _find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:

@@ -16,6 +16,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from ras_fast.patching import attention as attention_module
 from ras_fast.patching.attention import STATE, _expand, attention, attention_mask, is_range, range_mask
 from ras_fast.patching.state import AttentionState, Collection, ModelState
 
@@ -169,7 +170,20 @@ def test_without_statistics_it_is_sdpa_bit_for_bit(module):
     assert torch.equal(got, expected)
 
 
-def test_an_expanded_range_is_not_reused_after_it_was_written(module):
+def test_the_mask_function_s_range_is_expanded_once_a_forward(module, monkeypatch):
+    query, key, value = qkv(6, 6)
+    calls = []
+    monkeypatch.setattr("ras_fast.patching.attention._expand", lambda *args: calls.append(args) or _expand(*args))
+    for window in (None, 3):
+        mask = attention_mask(3, 6, 6, mask_function=causal_mask_function, attention_mask=padding(0, 2, 3, length=6))
+        for _ in range(4):
+            attention(module, query, key, value, mask, sliding_window=window)
+    assert len(calls) == 2
+    del mask, calls[:]
+    assert attention_module._last is None
+
+
+def test_a_caller_s_range_is_not_remembered(module):
     query, key, value = qkv(6, 6)
     mask = range_mask(torch.tensor([0, 0, 0]), torch.full((3,), 6))
     before, _ = attention(module, query, key, value, mask)

@@ -527,6 +527,28 @@ def test_without_regions_or_without_norms(model):
             assert relative_error(model(**batch, output_attentions=True).logits, expected) < 1e-5
 
 
+def test_an_attention_that_ignores_the_interface(model):
+    """Statistics are off and the report says why; layers are fused all the same."""
+    before, batch = snapshot(model), inputs(["tItt"])
+    attention = model.model.language_model.layers[1].self_attn
+    original = type(attention).forward
+
+    class OwnWay(type(attention)):
+        def forward(self, hidden_states, **kwargs):
+            self.config = llava().config.text_config  # one whose attention is SDPA
+            return original(self, hidden_states, **kwargs)
+
+    attention.__class__ = OwnWay
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with ras_fast.patch(model) as patched:
+            assert relative_error(model(**batch).logits, expected) < 1e-5
+    assert "attention interface" in patched.report().regions
+    assert patched.report().fused_norms == 6
+    assert before[0].keys() == snapshot(model)[0].keys()
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
 def test_wrong_number_of_images_leaves_the_model_usable(model):
     good, bad = inputs(["tItt"]), inputs(["tItt"])
     bad["pixel_values"] = torch.cat([bad["pixel_values"]] * 2)

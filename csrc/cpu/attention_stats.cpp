@@ -1,6 +1,7 @@
 // CPU launcher of region_mass and key_attention: shapes, pointers and threads; the arithmetic is in the kernel file.
 #include "cpu/attention_stats.h"
 
+#include "cpu/attention_guard.h"
 #include "cpu/tensor.h"
 #include "ops.h"
 
@@ -9,28 +10,6 @@ namespace {
 
 constexpr int64_t kMinRows = 24;  // per work item: enough to pay for packing a key block
 constexpr int64_t kKeys = 128;    // per work item of key_attention
-
-void guard(const Tensor& query, const Tensor& key, const Tensor& lse, int64_t rows, const MaybeTensor& kv_start,
-           const MaybeTensor& kv_end, const MaybeTensor& region_ids, const MaybeTensor& region_bias) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && rows_contiguous(query) && rows_contiguous(key) &&
-                      raw_dtype(query) == raw_dtype(key) && key.size(0) == query.size(0) && key.size(3) == query.size(3) &&
-                      key.size(1) > 0 && query.size(1) % key.size(1) == 0 && rows >= 0 && rows <= query.size(2),
-                  "ras_fast attention: query must be [B, Hq, Lq, D] and key [B, Hkv, Lk, D] of the same dtype, Hkv a divisor of "
-                  "Hq, rows in 0..Lq");
-  const int64_t batch = query.size(0), heads = query.size(1);
-  const int32_t int32 = aoti_torch_dtype_int32(), float32 = aoti_torch_dtype_float32();
-  STD_TORCH_CHECK(is(lse, float32, {batch, heads, query.size(2)}), "ras_fast attention: lse must be [B, Hq, Lq] float32");
-  STD_TORCH_CHECK((!kv_start || (is(*kv_start, int32, {batch}) && rows_contiguous(*kv_start))) &&
-                      (!kv_end || (is(*kv_end, int32, {batch}) && rows_contiguous(*kv_end))),
-                  "ras_fast attention: kv_start and kv_end must be contiguous [B] int32");
-  STD_TORCH_CHECK(!region_ids || (is(*region_ids, int32, {batch, key.size(2)}) && rows_contiguous(*region_ids)),
-                  "ras_fast attention: region_ids must be [B, Lk] int32");
-  if (!region_bias) return;
-  const int64_t regions = region_bias->size(region_bias->dim() - 1);
-  STD_TORCH_CHECK(region_ids && rows_contiguous(*region_bias) &&
-                      (is(*region_bias, float32, {heads, regions}) || is(*region_bias, float32, {batch, heads, regions})),
-                  "ras_fast attention: region_bias must be [Hq, R] or [B, Hq, R] float32, given with region_ids");
-}
 
 AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, int64_t rows, double scale,
                           bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
@@ -89,7 +68,8 @@ void for_chunks(int64_t groups, int64_t length, int64_t chunk, const Body& body)
 Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, const Tensor& region_ids, int64_t num_regions,
                    double scale, bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
                    double softcap, const MaybeTensor& region_bias, int64_t mass_rows) {
-  guard(query, key, lse, mass_rows, kv_start, kv_end, region_ids, region_bias);
+  guard_attention(query, key, mass_rows, kv_start, kv_end, region_ids, region_bias);
+  guard_lse(lse, query);
   const Tensor dense = torch::stable::contiguous(lse);
   AttentionStatsArgs args = common(query, key, dense, mass_rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
   Tensor mass = empty_float({args.batch, args.heads, mass_rows, num_regions});
@@ -109,7 +89,8 @@ Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, co
 Tensor key_attention(const Tensor& query, const Tensor& key, const Tensor& lse, int64_t rows, const std::string& reduce,
                      const MaybeTensor& region_ids, double scale, bool is_causal, const MaybeTensor& kv_start,
                      const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
-  guard(query, key, lse, rows, kv_start, kv_end, region_ids, region_bias);
+  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
+  guard_lse(lse, query);
   const Tensor dense = torch::stable::contiguous(lse);
   AttentionStatsArgs args = common(query, key, dense, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
   Tensor scores = empty_float({args.batch, args.heads, args.length_k});

@@ -82,12 +82,6 @@ void dot_rows(const float* const* q, const float* panel, int64_t dim, vfloat (*s
 using DotRows = void (*)(const float* const*, const float*, int64_t, vfloat (*)[2]);
 constexpr DotRows kDotRows[kRows] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>, dot_rows<5>, dot_rows<6>};
 
-// softcap·tanh(s / softcap), tanh by e^2x.
-inline vfloat capped(vfloat s, float softcap) {
-  const vfloat twice = s * (2 / softcap);
-  return softcap * (1.0f - 2.0f / (exp(twice) + 1.0f));
-}
-
 // Everything about one query row that turns its raw dot products into probabilities.
 struct Row {
   float lse;

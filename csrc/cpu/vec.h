@@ -127,17 +127,27 @@ inline vfloat rounded(float, vfloat value) { return value; }
 inline vfloat rounded(bf16, vfloat value) { return bits<vfloat>(rounded_bf16_bits(value) & 0xffff0000u); }
 inline vfloat rounded(f16, vfloat value) { return widen(f16{}, narrow(f16{}, value)); }
 
-inline float sum(vfloat value) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += value[i];
-  return total;
-}
-inline float max(vfloat value) {
-  float result = value[0];
-  for (int i = 1; i < kLanes; ++i) result = value[i] > result ? value[i] : result;
-  return result;
-}
 inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// Lanes i and i + kDistance trade places; reductions halve the distance from kLanes / 2 to 1.
+template <int kDistance>
+inline vfloat swapped(vfloat value) {
+  vint order;
+  for (int i = 0; i < kLanes; ++i) order[i] = i ^ kDistance;
+  return __builtin_shuffle(value, order);
+}
+template <int kDistance = kLanes / 2>
+inline float sum(vfloat value) {
+  value += swapped<kDistance>(value);
+  if constexpr (kDistance == 1) return value[0];
+  else return sum<kDistance / 2>(value);
+}
+template <int kDistance = kLanes / 2>
+inline float max(vfloat value) {
+  value = max(value, swapped<kDistance>(value));
+  if constexpr (kDistance == 1) return value[0];
+  else return max<kDistance / 2>(value);
+}
 
 // e^x within 2 ulp: x = n·ln2 + r, |r| ≤ ln2/2, degree-6 polynomial of r, times 2^n. NaN stays NaN; below −87.3, where the
 // result would be subnormal, it is 0.
@@ -151,6 +161,12 @@ inline vfloat exp(vfloat x) {
   for (const float coefficient : kTaylor) p = p * r + coefficient;
   const vfloat power = bits<vfloat>((bits<vint>(shifted) + (127 - 0x4b400000)) << 23);
   return (x < -87.3f) ? splat(0.0f) : p * power;
+}
+
+// softcap·tanh(s / softcap), tanh by e^2x.
+inline vfloat capped(vfloat s, float softcap) {
+  const vfloat twice = s * (2 / softcap);
+  return softcap * (1.0f - 2.0f / (exp(twice) + 1.0f));
 }
 
 }  // namespace RAS_FAST_ISA

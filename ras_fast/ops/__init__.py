@@ -1,5 +1,6 @@
 """The functional API. One file an op family: public function, fake kernel, reference."""
 
+from ras_fast.ops import attention_cuda  # noqa: F401 (registers the ops' CUDA implementations)
 from ras_fast.ops.attention import key_attention, region_attention, region_mass
 from ras_fast.ops.norm import add_layer_norm, add_rms_norm
 from ras_fast.ops.similarity import refusal_similarity

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ras_fast import backend
 from ras_fast.ops import _check
 from ras_fast.ops._registry import LIBRARY, call, define, define_triton
 
@@ -75,9 +76,10 @@ def region_attention(
         _check.shape("sinks", sinks, (query.shape[1],), "[Hq]")
         _check.floating("sinks", sinks)
         _check.device("sinks", sinks, query.device)
+        sinks = sinks.float().contiguous()
     rows = _resolve_rows("mass_rows", mass_rows, query)
     return call(
-        "region_attention", _validated, query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal,
+        _attention_op(query), _validated, query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal,
         kv_start, kv_end, window or 0, softcap or 0.0, sinks, region_bias, rows,
     )  # fmt: skip
 
@@ -171,6 +173,13 @@ def key_attention(
         region_ids if num_regions else None,
         _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0, softcap or 0.0, region_bias,
     )  # fmt: skip
+
+
+def _attention_op(query: Tensor) -> str:
+    """One query row a sequence has a CPU kernel of its own; on CUDA attention_cuda.py chooses, inside region_attention."""
+    if query.shape[2] == 1 and backend.resolve("decode_attention", query.device) == "cpu":
+        return "decode_attention"
+    return "region_attention"
 
 
 def _validated(*args: object) -> None:
@@ -512,6 +521,7 @@ _KEY_SCHEMA = (
     "Tensor? region_bias) -> Tensor"
 )
 define(_ATTENTION_SCHEMA, fake=_attention_fake, reference=_attention_reference)
+define(f"decode_attention({_ATTENTION_SCHEMA.split('(', 1)[1]}", fake=_attention_fake, reference=_attention_reference)
 define(_MASS_SCHEMA, fake=_mass_fake, reference=_mass_reference)
 define(_KEY_SCHEMA, fake=_key_fake, reference=_key_reference)
 define_triton(_ATTENTION_SCHEMA, fake=_attention_fake, kernel=_attention_triton)

@@ -1,0 +1,82 @@
+// CPU launcher of decode_attention, region_attention's path for one query row a sequence.
+#include "cpu/decode.h"
+
+#include "cpu/attention_guard.h"
+#include "cpu/tensor.h"
+#include "ops.h"
+
+namespace ras::cpu {
+namespace {
+
+constexpr int64_t kMinSplit = 256;   // keys: fewer do not pay for the merge
+constexpr int64_t kMaxSplit = 4096;  // keys whose scores stay in L2
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                    const MaybeTensor& region_ids, int64_t num_regions, double scale, bool,
+                                                    const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
+                                                    double softcap, const MaybeTensor& sinks, const MaybeTensor& region_bias,
+                                                    int64_t mass_rows) {
+  guard_attention(query, key, mass_rows, kv_start, kv_end, region_ids, region_bias);
+  STD_TORCH_CHECK(query.size(2) == 1 && rows_contiguous(value) && same_sizes(key, value) && raw_dtype(key) == raw_dtype(value) &&
+                      (!sinks || is(*sinks, aoti_torch_dtype_float32(), {query.size(1)})),
+                  "ras_fast decode: query must be [B, Hq, 1, D], value like key, sinks [Hq] float32");
+  DecodeArgs args{};
+  args.dtype = dtype_of(query);
+  args.batch = query.size(0);
+  args.heads = query.size(1);
+  args.dim = query.size(3);
+  args.kv_heads = key.size(1);
+  args.length_k = key.size(2);
+  args.query = query.data_ptr();
+  args.key = key.data_ptr();
+  args.value = value.data_ptr();
+  for (int i = 0; i < 2; ++i) args.query_stride[i] = query.stride(i);
+  for (int i = 0; i < 3; ++i) {
+    args.key_stride[i] = key.stride(i);
+    args.value_stride[i] = value.stride(i);
+  }
+  args.scale = float(scale);
+  args.softcap = float(softcap);
+  args.window = window;
+  args.kv_start = data<const int32_t>(kv_start);
+  args.kv_end = data<const int32_t>(kv_end);
+  args.num_regions = num_regions;
+  if (region_ids) {
+    args.region_ids = data<const int32_t>(region_ids);
+    args.region_stride = region_ids->stride(0);
+  }
+  if (region_bias) {
+    const bool batched = region_bias->dim() == 3;
+    args.region_bias = data<const float>(region_bias);
+    args.bias_batch_stride = batched ? region_bias->stride(0) : 0;
+    args.bias_head_stride = region_bias->stride(batched ? 1 : 0);
+  }
+  args.sinks = data<const float>(sinks);
+
+  const int64_t groups = args.batch * args.kv_heads;
+  const int64_t wanted = groups ? (4 * torch::stable::get_num_threads() + groups - 1) / groups : 1;  // pieces, for balance
+  const int64_t piece = (args.length_k + wanted - 1) / std::max<int64_t>(wanted, 1);
+  args.split_keys = std::min(std::max(piece, kMinSplit), kMaxSplit);
+  args.splits = std::max<int64_t>(1, (args.length_k + args.split_keys - 1) / args.split_keys);
+  args.partial_size = 2 + num_regions + (args.dim + 63) / 64 * 64;  // any ISA's pair divides 64
+  const Tensor partials = empty_float({args.batch * args.heads * args.splits, args.partial_size});
+  args.partials = data<float>(partials);
+
+  Tensor out = empty({args.batch, args.heads, 1, args.dim}, raw_dtype(query));
+  Tensor lse = empty_float({args.batch, args.heads, 1});
+  Tensor mass = empty_float({args.batch, args.heads, mass_rows, num_regions});
+  args.out = out.data_ptr();
+  args.lse = data<float>(lse);
+  args.mass = mass_rows && region_ids ? data<float>(mass) : nullptr;
+
+  auto* split = pick_decode_split();
+  torch::stable::parallel_for(0, groups * args.splits, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) split(args, item / args.splits, item % args.splits);
+  });
+  pick_decode_merge()(args, 0, args.batch * args.heads);
+  return {out, lse, mass};
+}
+
+}  // namespace ras::cpu

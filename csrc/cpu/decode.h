@@ -1,0 +1,42 @@
+// What the launcher (decode.cpp) hands to the decode kernels (decode_kernel.cpp): attention of one query row a sequence.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+#include "cpu/dtype.h"
+
+namespace ras::cpu {
+
+struct DecodeArgs {
+  DType dtype;  // of query, key, value and out
+  int64_t batch, heads, kv_heads, length_k, dim;
+  const void *query, *key, *value;
+  int64_t query_stride[2];                // batch, head; elements
+  int64_t key_stride[3], value_stride[3];  // batch, head, row
+  float scale, softcap;                    // softcap 0: none
+  int64_t window;                          // 0: none
+  const int32_t *kv_start, *kv_end;
+  const int32_t* region_ids;  // [B, Lk] or null
+  int64_t region_stride, num_regions;
+  const float* region_bias;  // null: none
+  int64_t bias_batch_stride, bias_head_stride;
+  const float* sinks;  // [Hq] or null
+
+  // The keys are cut into `splits` pieces of `split_keys`; each leaves, for every head, its softmax numerator and what is needed
+  // to rescale it: [B, Hq, splits] times `partial_size` floats, laid out as (peak, total, mass[R], out[padded D]).
+  int64_t splits, split_keys, partial_size;
+  float* partials;
+
+  void* out;    // [B, Hq, 1, D]
+  float* lse;   // [B, Hq, 1]
+  float* mass;  // [B, Hq, 1, R] or null
+};
+
+// One piece of the keys for every head that reads kv head `group` = b · kv_heads + kv_head.
+RAS_FAST_DECLARE(decode_split, const DecodeArgs& args, int64_t group, int64_t split)
+
+// Merges the pieces of the heads [begin, end) of B · Hq.
+RAS_FAST_DECLARE(decode_merge, const DecodeArgs& args, int64_t begin, int64_t end)
+
+}  // namespace ras::cpu

@@ -1,0 +1,226 @@
+// Decode: one query row a sequence against its whole cache, read once, with the mass of each region from the same softmax.
+//
+// The query heads that share a kv head go together, four at a time, so that a key or value row is widened once for all of them.
+// A piece of the keys is short enough for its scores to stay in L1 or L2: they are written, turned into probabilities, summed by
+// region and multiplied with the values, without any running rescale. Pieces are merged by their peaks, as in split-KV decoding
+// (Flash-Decoding, Dao et al. 2023); the masses are rescaled by the same factors as the output.
+#include "cpu/decode.h"
+
+#include <cstdlib>
+
+#include "cpu/pair.h"
+
+namespace ras::cpu::RAS_FAST_ISA {
+namespace {
+
+constexpr int kHeads = 4;         // query heads that share one pass over a key or value row
+constexpr int64_t kKeyBlock = 32;  // value rows that stay in L1 while the columns are walked
+
+int64_t padded(int64_t count) { return (count + kPair - 1) / kPair * kPair; }
+
+// Views into one head's partial result.
+struct Partial {
+  float *peak, *total, *mass, *out;
+
+  Partial(const DecodeArgs& args, int64_t row, int64_t split) {
+    peak = args.partials + (row * args.splits + split) * args.partial_size;
+    total = peak + 1;
+    mass = peak + 2;
+    out = mass + args.num_regions;
+  }
+};
+
+// dots[h] = q_h · key for N heads; q is float in T's pair order.
+template <class T, int N>
+void dot_heads(const float* q, int64_t stride, const T* key, int64_t dim, float* dots, int64_t dots_stride) {
+  vfloat acc[N] = {};
+  each_pair(dim, [&](int64_t i, auto count) {
+    const Pair k = load_pair(key + i, count);
+    for (int h = 0; h < N; ++h) {
+      const Pair row = load_pair(q + h * stride + i);
+      acc[h] += row.a * k.a;
+      acc[h] += row.b * k.b;
+    }
+  });
+  for (int h = 0; h < N; ++h) dots[h * dots_stride] = sum(acc[h]);
+}
+
+// out_h += Σ p_h[k] · value_k over `keys` rows for N heads; out is float in T's pair order.
+template <class T, int N>
+void add_values(const float* p, int64_t p_stride, const T* value, int64_t value_stride, int64_t keys, int64_t dim, float* out,
+                int64_t out_stride) {
+  each_pair(dim, [&](int64_t i, auto count) {
+    Pair acc[N];
+    for (int h = 0; h < N; ++h) acc[h] = load_pair(out + h * out_stride + i);
+    for (int64_t k = 0; k < keys; ++k) {
+      const Pair v = load_pair(value + k * value_stride + i, count);
+      for (int h = 0; h < N; ++h) acc[h] += p[h * p_stride + k] * v;
+    }
+    for (int h = 0; h < N; ++h) store_pair(out + h * out_stride + i, acc[h]);
+  });
+}
+
+// Calls body(first head, integral constant of how many) for the group's heads, kHeads at a time.
+template <int N>
+struct Heads {
+  static constexpr int value = N;
+};
+template <class Body>
+void each_head_block(int64_t heads, Body&& body) {
+  int64_t h = 0;
+  for (; h + kHeads <= heads; h += kHeads) body(h, Heads<kHeads>{});
+  switch (heads - h) {
+    case 3: return body(h, Heads<3>{});
+    case 2: return body(h, Heads<2>{});
+    case 1: return body(h, Heads<1>{});
+  }
+}
+
+// Raw dots of one head over `keys` keys from `first` on, in place into e^(score − peak); returns (peak, total) into the partial.
+void softmax(const DecodeArgs& args, const int32_t* ids, const float* bias, float* s, int64_t keys, Partial& partial) {
+  float peak = -INFINITY;
+  for (int64_t k = 0; k < keys; k += kLanes) {
+    vfloat value = load(s + k) * args.scale;
+    if (args.softcap) value = capped(value, args.softcap);
+    if (bias) {
+      for (int i = 0; i < kLanes && k + i < keys; ++i) {
+        const int32_t region = ids[k + i];
+        value[i] += region >= 0 && region < args.num_regions ? bias[region] : 0;
+      }
+    }
+    for (int i = 0; i < kLanes; ++i)
+      if (k + i >= keys) value[i] = -INFINITY;
+    store(s + k, value);
+    const float highest = max(value);
+    peak = highest > peak ? highest : peak;
+  }
+  vfloat total{};
+  for (int64_t k = 0; k < keys; k += kLanes) {
+    const vfloat p = exp(load(s + k) - peak);
+    store(s + k, p);
+    total += p;
+  }
+  *partial.peak = peak;
+  *partial.total = sum(total);
+}
+
+void sum_regions(const DecodeArgs& args, const int32_t* ids, const float* p, int64_t keys, float* mass) {
+  for (int64_t k = 0; k < keys;) {
+    const int32_t region = ids[k];
+    float total = 0;
+    for (; k < keys && ids[k] == region; ++k) total += p[k];
+    if (region >= 0 && region < args.num_regions) mass[region] += total;
+  }
+}
+
+template <class T>
+void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
+  const int64_t batch = group / args.kv_heads, kv_head = group % args.kv_heads, heads = args.heads / args.kv_heads;
+  const int64_t first_row = batch * args.heads + kv_head * heads;
+  const int64_t end = args.kv_end && args.kv_end[batch] < args.length_k ? args.kv_end[batch] : args.length_k;
+  int64_t first = args.kv_start && args.kv_start[batch] > 0 ? args.kv_start[batch] : 0;
+  if (args.window && end - args.window > first) first = end - args.window;
+  int64_t low = split * args.split_keys, high = low + args.split_keys;
+  if (low < first) low = first;
+  if (high > end) high = end;
+  const int64_t keys = high > low ? high - low : 0, key_room = padded(keys), width = padded(args.dim);
+
+  for (int64_t h = 0; h < heads; ++h) {
+    const Partial partial(args, first_row + h, split);
+    *partial.peak = -INFINITY;
+    for (float* value = partial.total; value < partial.out + width; ++value) *value = 0;
+  }
+  if (!keys) return;
+
+  float* q = static_cast<float*>(std::malloc((heads * width + heads * key_room) * sizeof(float)));
+  float* scores = q + heads * width;
+  for (int64_t h = 0; h < heads; ++h) {
+    const T* row = static_cast<const T*>(args.query) + batch * args.query_stride[0] + (kv_head * heads + h) * args.query_stride[1];
+    each_pair(args.dim, [&](int64_t i, auto count) { store_pair(q + h * width + i, load_pair(row + i, count)); });
+  }
+  const T* key = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
+  for (int64_t k = 0; k < keys; ++k) {
+    each_head_block(heads, [&](int64_t h, auto n) {
+      dot_heads<T, n.value>(q + h * width, width, key + (low + k) * args.key_stride[2], args.dim, scores + h * key_room + k,
+                            key_room);
+    });
+  }
+  const int32_t* ids = args.region_ids ? args.region_ids + batch * args.region_stride + low : nullptr;
+  for (int64_t h = 0; h < heads; ++h) {
+    Partial partial(args, first_row + h, split);
+    const float* bias = args.region_bias ? args.region_bias + batch * args.bias_batch_stride +
+                                               (kv_head * heads + h) * args.bias_head_stride
+                                         : nullptr;
+    softmax(args, ids, bias, scores + h * key_room, keys, partial);
+    if (args.mass) sum_regions(args, ids, scores + h * key_room, keys, partial.mass);
+  }
+  const T* value = static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1];
+  const int64_t out_stride = args.splits * args.partial_size;
+  for (int64_t k = 0; k < keys; k += kKeyBlock) {
+    const int64_t count = keys - k < kKeyBlock ? keys - k : kKeyBlock;
+    each_head_block(heads, [&](int64_t h, auto n) {
+      add_values<T, n.value>(scores + h * key_room + k, key_room, value + (low + k) * args.value_stride[2], args.value_stride[2],
+                             count, args.dim, Partial(args, first_row + h, split).out, out_stride);
+    });
+  }
+  std::free(q);
+}
+
+template <class T>
+void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    float peak = args.sinks ? args.sinks[row % args.heads] : -INFINITY;
+    for (int64_t s = 0; s < args.splits; ++s) {
+      const float piece = *Partial(args, row, s).peak;
+      peak = piece > peak ? piece : peak;
+    }
+    // An empty piece has peak −inf and total 0; with every piece empty the shift must not be −inf − −inf.
+    const float shift = peak == -INFINITY ? 0 : peak;
+    float total = args.sinks ? std::exp(args.sinks[row % args.heads] - shift) : 0;
+    for (int64_t s = 0; s < args.splits; ++s) {
+      const Partial piece(args, row, s);
+      total += *piece.total == 0 ? 0 : *piece.total * std::exp(*piece.peak - shift);
+    }
+    args.lse[row] = total == 0 ? -INFINITY : shift + std::log(total);
+    const auto share = [&](const Partial& piece) {
+      return *piece.total == 0 ? 0 : std::exp(*piece.peak - shift) / total;
+    };
+    T* out = static_cast<T*>(args.out) + row * args.dim;
+    each_pair(args.dim, [&](int64_t i, auto count) {
+      Pair merged{};
+      for (int64_t s = 0; s < args.splits; ++s) {
+        const Partial piece(args, row, s);
+        merged += share(piece) * load_pair(piece.out + i);
+      }
+      store_pair(out + i, merged, count);
+    });
+    for (int64_t r = 0; args.mass && r < args.num_regions; ++r) {
+      float mass = 0;
+      for (int64_t s = 0; s < args.splits; ++s) {
+        const Partial piece(args, row, s);
+        mass += share(piece) * piece.mass[r];
+      }
+      args.mass[row * args.num_regions + r] = mass;
+    }
+  }
+}
+
+}  // namespace
+
+void decode_split(const DecodeArgs& args, int64_t group, int64_t split) {
+  switch (args.dtype) {
+    case DType::f32: return split_typed<float>(args, group, split);
+    case DType::bf16: return split_typed<bf16>(args, group, split);
+    default: return split_typed<f16>(args, group, split);
+  }
+}
+
+void decode_merge(const DecodeArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::f32: return merge_typed<float>(args, begin, end);
+    case DType::bf16: return merge_typed<bf16>(args, begin, end);
+    default: return merge_typed<f16>(args, begin, end);
+  }
+}
+
+}  // namespace ras::cpu::RAS_FAST_ISA

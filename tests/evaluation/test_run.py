@@ -41,9 +41,9 @@ def test_rates_of_known_defences(tmp_path):
     rows = {row["defence"]: row for row in run.summarise(records)}
     rates = {name: {c: e.value for c, e in row["cells"].items() if c != "ms"} for name, row in rows.items()}
     assert rates == {
-        "open": {"attack success, bad": 1, "refused, good": 0, "correct, good": 1},
-        "closed": {"attack success, bad": 0, "refused, good": 1, "correct, good": 0},
-        "perfect": {"attack success, bad": 0, "refused, good": 0, "correct, good": 1},
+        "open": {"ASR bad": 1, "over-refusal good": 0, "accuracy good": 1},
+        "closed": {"ASR bad": 0, "over-refusal good": 1, "accuracy good": 0},
+        "perfect": {"ASR bad": 0, "over-refusal good": 0, "accuracy good": 1},
     }
     assert {name: row["auroc"] for name, row in rows.items()} == {"open": None, "closed": 0.5, "perfect": 1}
     assert all(cell.n == 4 for row in rows.values() for cell in row["cells"].values())
@@ -118,7 +118,7 @@ def test_report_files(tmp_path):
     assert "| a | 100.0 [25.0, 100.0] | 0.0 [0.0, 75.0] | 100.0 [25.0, 100.0] |" in text
     assert "synthetic" in text
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["rows"][1]["cells"]["attack success, bad"] == {"value": 0.0, "low": 0.0, "high": 0.75, "n": 4}
+    assert report["rows"][1]["cells"]["ASR bad"] == {"value": 0.0, "low": 0.0, "high": 0.75, "n": 4}
     for name in ("roc.png", "risk.png", "trade_off.png"):
         with Image.open(tmp_path / name) as chart:
             assert chart.format == "PNG"

@@ -52,11 +52,18 @@ struct NormArgs {
 
 // ------------------------------------------------------------------------------------------------- a thread's slice
 
-// The elements of a row that one thread holds: kPacks runs of kVec neighbours, the threads' runs side by side.
+// The elements of a row that one thread holds: kPacks runs of kVec neighbours (16 bytes of T), the threads' runs side by
+// side. Loads give raw bits and are converted by the caller once all loads it can issue are under way: a conversion waits
+// for its load, and what is issued after it starts that much later.
 template <typename T, int kElements, bool kAligned>
 struct Slice {
   static constexpr int kVec = kAccessBytes / sizeof(T);
   static constexpr int kPacks = kElements / kVec;
+
+  // A run of an operand: kVec elements of its type, or (kernels for unaligned rows) already floats.
+  struct Raw {
+    uint4 word[kVec * sizeof(float) / kAccessBytes];
+  };
 
   int first;  // of the first run; negative where an unaligned row begins inside a 16-byte word
   int step;   // from one run of this thread to its next
@@ -70,81 +77,104 @@ struct Slice {
 
   __device__ int start(int pack) const { return first + pack * step; }
   __device__ bool touches(int e) const { return kAligned ? e < d : e < d && e + kVec > 0; }
-  __device__ bool whole(int e) const { return kAligned || (e >= 0 && e + kVec <= d); }
   __device__ bool inside(int e) const { return kAligned || (e >= 0 && e < d); }
-  __device__ static bool on_boundary(const void* p) {
-    return kAligned || reinterpret_cast<uintptr_t>(p) % kAccessBytes == 0;
+  // Whether a run is one access. For aligned kernels a constant: what touches the row lies in it.
+  __device__ bool whole(const T* row, int e) const {
+    return kAligned || (e >= 0 && e + kVec <= d && reinterpret_cast<uintptr_t>(row + e) % kAccessBytes == 0);
+  }
+  __device__ bool holds(int i) const {  // element i of the slice lies in the row
+    const int e = start(i / kVec);
+    return touches(e) && inside(e + i % kVec);
   }
 
-  // Run `pack` of a row; what lies outside the row reads as zero.
-  __device__ Pack<T, kVec> load(const T* row, int pack) const {
-    const int e = start(pack);
-    Pack<T, kVec> out;
+  // Run `p` of a row that will not be read again soon; zero outside the row, or if not `wanted`.
+  __device__ uint4 load(const T* row, int p, bool wanted = true) const {
+    const int e = start(p);
+    uint4 bits{0, 0, 0, 0};
+    if (wanted && touches(e)) {
+      if (whole(row, e)) {
+        bits = __ldcs(reinterpret_cast<const uint4*>(row + e));
+      } else {
+        auto* value = reinterpret_cast<T*>(&bits);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) out.value[i] = from_float<T>(0.f);
-    if (!touches(e)) return out;
-    if (whole(e) && on_boundary(row + e)) return load_streaming<T, kVec>(row + e);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (inside(e + i)) out.value[i] = row[e + i];
+        for (int i = 0; i < kVec; ++i) {
+          if (inside(e + i)) value[i] = row[e + i];
+        }
+      }
     }
-    return out;
+    return bits;
   }
 
-  __device__ void store(T* row, int pack, const float* value) const {
-    const int e = start(pack);
+  __device__ void store(T* row, int p, const float* value) const {
+    const int e = start(p);
     if (!touches(e)) return;
-    Pack<T, kVec> out;
+    const uint4 bits = pack<T>(value);
+    if (whole(row, e)) {
+      *reinterpret_cast<uint4*>(row + e) = bits;
+    } else {
+      const auto* rounded = reinterpret_cast<const T*>(&bits);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) out.value[i] = from_float<T>(value[i]);
-    if (whole(e) && on_boundary(row + e)) {
-      *reinterpret_cast<uint4*>(row + e) = *reinterpret_cast<const uint4*>(&out);
+      for (int i = 0; i < kVec; ++i) {
+        if (inside(e + i)) row[e + i] = rounded[i];
+      }
+    }
+  }
+
+  // Run `p` of row `r` of an operand, not converted yet; zero outside the row, or if not `wanted`.
+  __device__ Raw load(const Operand& from, int r, int p, bool wanted = true) const {
+    const int e = start(p);
+    const bool wide = from.dtype == DType::kFloat32;
+    Raw raw{};
+    if (!wanted || !touches(e)) return raw;
+    const char* at = static_cast<const char*>(from.data) + (r * from.stride + e) * (wide ? 4 : 2);
+    if constexpr (kAligned) {
+      if constexpr (kVec == 8) {
+        raw.word[0] = *reinterpret_cast<const uint4*>(at);
+        if (wide) raw.word[1] = *reinterpret_cast<const uint4*>(at + kAccessBytes);
+      } else if (wide) {
+        raw.word[0] = *reinterpret_cast<const uint4*>(at);
+      } else {
+        *reinterpret_cast<uint2*>(&raw.word[0]) = *reinterpret_cast<const uint2*>(at);
+      }
+    } else {
+      auto* value = reinterpret_cast<float*>(&raw);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        if (inside(e + i)) value[i] = load_one(at, i, from.dtype);
+      }
+    }
+    return raw;
+  }
+
+  __device__ static float load_one(const char* at, int i, DType dtype) {
+    if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(at)[i];
+    if (dtype == DType::kFloat16) return to_float(reinterpret_cast<const __half*>(at)[i]);
+    return to_float(reinterpret_cast<const __nv_bfloat16*>(at)[i]);
+  }
+
+  __device__ static void convert(const Raw& raw, DType dtype, float* out) {
+    if (!kAligned || dtype == DType::kFloat32) {
+#pragma unroll
+      for (int i = 0; i < kVec; i += 4) unpack<float>(raw.word[i / 4], out + i);
       return;
     }
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      if (inside(e + i)) row[e + i] = out.value[i];
-    }
-  }
-
-  template <typename S>
-  __device__ void load_as(const S* row, int e, float* out) const {
-    using Source = Pack<S, kVec>;
-    if (kAligned || (whole(e) && reinterpret_cast<uintptr_t>(row + e) % alignof(Source) == 0)) {
-      const auto pack = *reinterpret_cast<const Source*>(row + e);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) out[i] = to_float(pack.value[i]);
+    float value[8];  // of which a slice of floats has four
+    if (dtype == DType::kFloat16) {
+      unpack<__half>(raw.word[0], value);
     } else {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) out[i] = inside(e + i) ? to_float(row[e + i]) : 0.f;
+      unpack<__nv_bfloat16>(raw.word[0], value);
     }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) out[i] = value[i];
   }
 
-  // Run `pack` of row `r` of an operand, as float.
-  __device__ void load(const Operand& from, int r, int pack, float* out) const {
-    const int e = start(pack);
-    if (!touches(e)) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) out[i] = 0.f;
-      return;
-    }
-    const int64_t offset = r * from.stride;
-    if (from.dtype == DType::kFloat32) {
-      load_as(static_cast<const float*>(from.data) + offset, e, out);
-    } else if (from.dtype == DType::kBFloat16) {
-      load_as(static_cast<const __nv_bfloat16*>(from.data) + offset, e, out);
-    } else {
-      load_as(static_cast<const __half*>(from.data) + offset, e, out);
-    }
-  }
-
-  __device__ void prefetch(const Operand& from) const {
-    if (from.data == nullptr) return;
+  // Brings a row of an operand into L2.
+  __device__ void prefetch(const Operand& from, int r = 0) const {
     const int bytes = from.dtype == DType::kFloat32 ? 4 : 2;
 #pragma unroll
-    for (int pack = 0; pack < kPacks; ++pack) {
-      const int e = start(pack);
-      if (e >= 0 && e < d) prefetch_l2(static_cast<const char*>(from.data) + int64_t(e) * bytes);
+    for (int p = 0; p < kPacks; ++p) {
+      const int e = start(p);
+      if (e >= 0 && e < d) prefetch_l2(static_cast<const char*>(from.data) + (r * from.stride + e) * bytes);
     }
   }
 };
@@ -187,44 +217,55 @@ __device__ Steering read_steering(const NormArgs<T>& a, int64_t t) {
   return {alpha == 0.f ? Steering::kNone : slot, alpha};
 }
 
+// A short slice has registers to spare: operands are loaded together with the row. A long one loads them when it needs
+// them, from L2 or L1: there, other warps of the multiprocessor cover the wait.
+template <int kElements>
+constexpr bool kEarly = kElements <= 8;
+
 // h of one slice. Multiplications followed by additions are written as fmaf throughout, so that the compiler has no
 // choice and the steered and unsteered kernels give the same bits for an unsteered row.
 template <bool kSteered, typename T, int kElements, bool kAligned>
 __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, const T* x, const T* residual,
                        const Steering& steering, float (&h)[kElements]) {
-  constexpr int kVec = Slice<T, kElements, kAligned>::kVec;
-  constexpr int kPacks = Slice<T, kElements, kAligned>::kPacks;
-  Pack<T, kVec> raw[kPacks], other[kPacks];
+  using S = Slice<T, kElements, kAligned>;
+  const bool add = kSteered && !a.lerp && steering.active();
+  uint4 first[S::kPacks], second[S::kPacks];
+  typename S::Raw vector[kEarly<kElements> ? S::kPacks : 1];
 #pragma unroll
-  for (int p = 0; p < kPacks; ++p) raw[p] = slice.load(x, p);
-  if (residual != nullptr) {
+  for (int p = 0; p < S::kPacks; ++p) first[p] = slice.load(x, p);
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) other[p] = slice.load(residual, p);
+  for (int p = 0; p < S::kPacks; ++p) second[p] = slice.load(residual, p, residual != nullptr);
+  // Only here does anything wait for the slot, with the row's own loads under way.
+  if constexpr (kSteered && kEarly<kElements>) {
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      h[i] = to_float(raw[i / kVec].value[i % kVec]) + to_float(other[i / kVec].value[i % kVec]);
-      if (a.hf_rounding) h[i] = round_to<T>(h[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) h[i] = to_float(raw[i / kVec].value[i % kVec]);
+    for (int p = 0; p < S::kPacks; ++p) vector[p] = slice.load(a.steer_vectors, steering.slot, p, add);
   }
+  if (kSteered && steering.active() && !(kEarly<kElements> && add)) slice.prefetch(a.steer_vectors, steering.slot);
+
+#pragma unroll
+  for (int p = 0; p < S::kPacks; ++p) {
+    float other[S::kVec];
+    unpack<T>(first[p], h + p * S::kVec);
+    unpack<T>(second[p], other);
+#pragma unroll
+    for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] += other[i];
+  }
+  if (a.hf_rounding) round_all<T, kElements>(h);
   if constexpr (kSteered) {
+    if (add) {
+#pragma unroll
+      for (int p = 0; p < S::kPacks; ++p) {
+        float v[S::kVec];
+        if constexpr (!kEarly<kElements>) vector[0] = slice.load(a.steer_vectors, steering.slot, p);
+        S::convert(vector[kEarly<kElements> ? p : 0], a.steer_vectors.dtype, v);
+#pragma unroll
+        for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] = fmaf(steering.alpha, v[i], h[p * S::kVec + i]);
+      }
+      if (a.hf_rounding) round_all<T, kElements>(h);
+    }
     if (steering.invalid()) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) h[i] = slice.inside(slice.start(i / kVec) + i % kVec) ? nanf("") : 0.f;
-    } else if (!a.lerp && steering.active()) {
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) {
-        float v[kVec];
-        slice.load(a.steer_vectors, steering.slot, p, v);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          float& value = h[p * kVec + i];
-          value = fmaf(steering.alpha, v[i], value);
-          if (a.hf_rounding) value = round_to<T>(value);
-        }
-      }
+      for (int i = 0; i < kElements; ++i) h[i] = nanf("");
     }
   }
 }
@@ -232,90 +273,82 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>
 // Sum of (h - center)^2 over what the slice holds of the row.
 template <typename T, int kElements, bool kAligned>
 __device__ float squares(const Slice<T, kElements, kAligned>& slice, const float (&h)[kElements], float center) {
-  constexpr int kVec = Slice<T, kElements, kAligned>::kVec;
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
-    const int e = slice.start(i / kVec);
-    const float c = slice.touches(e) && slice.inside(e + i % kVec) ? h[i] - center : 0.f;
+    const float c = slice.holds(i) ? h[i] - center : 0.f;
     sum = fmaf(c, c, sum);
   }
   return sum;
 }
 
-template <int kElements>
-__device__ float total(const float (&h)[kElements]) {
+template <typename T, int kElements, bool kAligned>
+__device__ float total(const Slice<T, kElements, kAligned>& slice, const float (&h)[kElements]) {
   float sum = 0.f;
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) sum += h[i];
+  for (int i = 0; i < kElements; ++i) sum += slice.holds(i) ? h[i] : 0.f;
   return sum;
 }
 
 template <typename T, int kElements, bool kAligned>
 __device__ float dot(const Slice<T, kElements, kAligned>& slice, const float (&h)[kElements], const Operand& probes,
                      int probe) {
-  constexpr int kVec = Slice<T, kElements, kAligned>::kVec;
+  using S = Slice<T, kElements, kAligned>;
   float sum = 0.f;
 #pragma unroll
-  for (int p = 0; p < kElements / kVec; ++p) {
-    float w[kVec];
-    slice.load(probes, probe, p, w);
+  for (int p = 0; p < S::kPacks; ++p) {
+    float w[S::kVec];
+    S::convert(slice.load(probes, probe, p), probes.dtype, w);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sum = fmaf(h[p * kVec + i], w[i], sum);
+    for (int i = 0; i < S::kVec; ++i) sum += slice.holds(p * S::kVec + i) ? h[p * S::kVec + i] * w[i] : 0.f;
   }
   return sum;
 }
 
-// Scale and shift of one run: what normalised values are multiplied by, and what is added.
+// What the normalised values of one run are multiplied by, and what is then added (layer norm).
+template <typename S>
+struct Affine {
+  typename S::Raw scale, shift;
+};
+
 template <bool kLayerNorm, typename T, int kElements, bool kAligned>
-__device__ void load_affine(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, int pack, float* scale,
-                            float* shift) {
-  constexpr int kVec = Slice<T, kElements, kAligned>::kVec;
-  slice.load(a.weight, 0, pack, scale);
-  if constexpr (kLayerNorm) {
-    if (a.bias.data != nullptr) {
-      slice.load(a.bias, 0, pack, shift);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) shift[i] = 0.f;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) scale[i] += a.weight_offset;
-  }
+__device__ auto load_affine(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, int p) {
+  Affine<Slice<T, kElements, kAligned>> affine{};
+  affine.scale = slice.load(a.weight, 0, p);
+  if constexpr (kLayerNorm) affine.shift = slice.load(a.bias, 0, p, a.bias.data != nullptr);
+  return affine;
 }
 
 // y of one run, stored. RMS norm rounds the normalised value before the weight where Llama's eager code does: not with
 // an offset (Gemma multiplies in fp32).
 template <bool kLayerNorm, bool kSteered, typename T, int kElements, bool kAligned>
-__device__ void store_y(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, int pack, const float* h,
-                        float mean, float inv_std, const float* scale, const float* shift, const Steering& steering,
-                        T* y) {
-  constexpr int kVec = Slice<T, kElements, kAligned>::kVec;
-  const bool round_normalised = a.hf_rounding && a.weight_offset == 0.f;
-  float out[kVec];
+__device__ void store_y(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, int p, const float* h, float mean,
+                        float inv_std, const Affine<Slice<T, kElements, kAligned>>& affine, const Steering& steering, T* y) {
+  using S = Slice<T, kElements, kAligned>;
+  float scale[S::kVec], out[S::kVec];
+  S::convert(affine.scale, a.weight.dtype, scale);
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    if constexpr (kLayerNorm) {
-      out[i] = fmaf((h[i] - mean) * inv_std, scale[i], shift[i]);
-    } else {
-      float n = h[i] * inv_std;
-      if (round_normalised) n = round_to<T>(n);
-      out[i] = n * scale[i];
-    }
+  for (int i = 0; i < S::kVec; ++i) out[i] = (h[i] - mean) * inv_std;
+  if constexpr (kLayerNorm) {
+    float shift[S::kVec];
+    S::convert(affine.shift, a.bias.dtype, shift);
+#pragma unroll
+    for (int i = 0; i < S::kVec; ++i) out[i] = fmaf(out[i], scale[i], shift[i]);
+  } else {
+    if (a.hf_rounding && a.weight_offset == 0.f) round_all<T, S::kVec>(out);
+#pragma unroll
+    for (int i = 0; i < S::kVec; ++i) out[i] *= scale[i] + a.weight_offset;
   }
   if constexpr (kSteered) {
     if (a.lerp && steering.active()) {
-      float v[kVec];
-      slice.load(a.steer_vectors, steering.slot, pack, v);
+      float v[S::kVec];
+      S::convert(slice.load(a.steer_vectors, steering.slot, p), a.steer_vectors.dtype, v);
+      if (a.hf_rounding) round_all<T, S::kVec>(out);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const float plain = a.hf_rounding ? round_to<T>(out[i]) : out[i];
-        out[i] = fmaf(steering.alpha, v[i], (1.f - steering.alpha) * plain);
-      }
+      for (int i = 0; i < S::kVec; ++i) out[i] = fmaf(steering.alpha, v[i], (1.f - steering.alpha) * out[i]);
     }
   }
-  slice.store(y, pack, out);
+  slice.store(y, p, out);
 }
 
 // ---------------------------------------------------------------------------------------------------- the kernels
@@ -327,9 +360,8 @@ __device__ int64_t token(const NormArgs<T>& a, int r) {
 
 // grid (ceil(rows / blockDim.y), y, z), block (threads of a row, rows of a block).
 template <typename T, bool kLayerNorm, bool kSteered, int kElements, bool kAligned>
-__global__ void __launch_bounds__(norm_max_threads(kElements)) add_norm(const __grid_constant__ NormArgs<T> a) {
+__global__ void __launch_bounds__(norm_max_threads(kElements), 1) add_norm(const __grid_constant__ NormArgs<T> a) {
   using S = Slice<T, kElements, kAligned>;
-  constexpr bool kEarly = kElements <= 8;  // registers to spare: fetch weights before the reduction, not after
   __shared__ float scratch[2][kWarp];
   RowSum row_sum{scratch};
 
@@ -338,18 +370,17 @@ __global__ void __launch_bounds__(norm_max_threads(kElements)) add_norm(const __
   const T* x = a.x.row(r);
   const S slice(x, a.d);
   slice.prefetch(a.weight);
-  if (kLayerNorm) slice.prefetch(a.bias);
+  if (kLayerNorm && a.bias.data != nullptr) slice.prefetch(a.bias);
+  const float inv_d = 1.f / a.d;
   wait_for_previous_kernel();
   if (r >= a.rows) return;
 
   Steering steering{Steering::kNone, 0.f};
   if constexpr (kSteered) steering = read_steering(a, t);
-  float scale[kEarly ? kElements : S::kVec], shift[kEarly ? kElements : S::kVec];
-  if constexpr (kEarly) {
+  Affine<S> affine[kEarly<kElements> ? S::kPacks : 1];
+  if constexpr (kEarly<kElements>) {
 #pragma unroll
-    for (int p = 0; p < S::kPacks; ++p) {
-      load_affine<kLayerNorm>(a, slice, p, scale + p * S::kVec, shift + p * S::kVec);
-    }
+    for (int p = 0; p < S::kPacks; ++p) affine[p] = load_affine<kLayerNorm>(a, slice, p);
   }
   float h[kElements];
   load_h<kSteered>(a, slice, x, a.residual.data ? a.residual.row(r) : nullptr, steering, h);
@@ -359,30 +390,31 @@ __global__ void __launch_bounds__(norm_max_threads(kElements)) add_norm(const __
     for (int p = 0; p < S::kPacks; ++p) slice.store(a.h + t * a.d, p, h + p * S::kVec);
   }
 
-  const float mean = kLayerNorm ? row_sum(total(h)) / a.d : 0.f;
+  const float mean = kLayerNorm ? row_sum(total(slice, h)) * inv_d : 0.f;
   const float square_sum = row_sum(squares(slice, h, mean));
-  const float inv_std = rsqrtf(square_sum / a.d + a.eps);
-#pragma unroll
-  for (int p = 0; p < S::kPacks; ++p) {
-    const int at = kEarly ? p * S::kVec : 0;
-    if constexpr (!kEarly) load_affine<kLayerNorm>(a, slice, p, scale, shift);
-    store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, scale + at, shift + at, steering,
-                                  a.y + t * a.d);
+  const float inv_std = rsqrtf(square_sum * inv_d + a.eps);
+  if (a.probe_dots != nullptr) {  // before y, which takes h's registers
+    float* dots = a.probe_dots + t * (a.num_probes + 1);
+    for (int probe = 0; probe < a.num_probes; ++probe) {
+      const float sum = row_sum(dot(slice, h, a.probes, probe));
+      if (threadIdx.x == 0) dots[probe] = sum;
+    }
+    // The sum of h^2 from that of (h - mean)^2.
+    if (threadIdx.x == 0) dots[a.num_probes] = fmaf(a.d * mean, mean, square_sum);
   }
 
-  if (a.probe_dots == nullptr) return;
-  float* dots = a.probe_dots + t * (a.num_probes + 1);
-  for (int probe = 0; probe < a.num_probes; ++probe) {
-    const float sum = row_sum(dot(slice, h, a.probes, probe));
-    if (threadIdx.x == 0) dots[probe] = sum;
+#pragma unroll
+  for (int p = 0; p < S::kPacks; ++p) {
+    if constexpr (!kEarly<kElements>) affine[0] = load_affine<kLayerNorm>(a, slice, p);
+    store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine[kEarly<kElements> ? p : 0], steering,
+                                  a.y + t * a.d);
   }
-  if (threadIdx.x == 0) dots[a.num_probes] = fmaf(a.d * mean, mean, square_sum);  // sum of h^2 from that of (h - mean)^2
 }
 
 // A row longer than its block's registers: tile by tile, h computed again from the inputs (by then in L2) in each pass.
 // grid (rows, y, z), block (1024).
 template <typename T, bool kLayerNorm, bool kSteered>
-__global__ void __launch_bounds__(1024) add_norm_long(const __grid_constant__ NormArgs<T> a) {
+__global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__ NormArgs<T> a) {
   constexpr int kElements = 8;
   using S = Slice<T, kElements, false>;
   __shared__ float scratch[2][kWarp];
@@ -411,17 +443,15 @@ __global__ void __launch_bounds__(1024) add_norm_long(const __grid_constant__ No
     return sum;
   };
 
-  const float mean = kLayerNorm ? row_sum(over_tiles([&](const S&) { return total(h); })) / a.d : 0.f;
+  const float mean = kLayerNorm ? row_sum(over_tiles([&](const S& slice) { return total(slice, h); })) / a.d : 0.f;
   const float square_sum = row_sum(over_tiles([&](const S& slice) { return squares(slice, h, mean); }));
   const float inv_std = rsqrtf(square_sum / a.d + a.eps);
   over_tiles([&](const S& slice) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) {
-      float scale[S::kVec], shift[S::kVec];
-      load_affine<kLayerNorm>(a, slice, p, scale, shift);
+      const Affine<S> affine = load_affine<kLayerNorm>(a, slice, p);
       if (a.h != nullptr) slice.store(a.h + t * a.d, p, h + p * S::kVec);
-      store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, scale, shift, steering,
-                                    a.y + t * a.d);
+      store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine, steering, a.y + t * a.d);
     }
     return 0.f;
   });

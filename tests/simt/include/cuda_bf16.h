@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda_runtime.h"
+
 struct __nv_bfloat16 { uint16_t bits; };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 
@@ -23,3 +25,4 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 }
 inline __nv_bfloat16 __float2bfloat16(float v) { return __float2bfloat16_rn(v); }
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__float2bfloat16_rn(a), __float2bfloat16_rn(b)}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda_runtime.h"
+
 struct __half { uint16_t bits; };
 struct alignas(4) __half2 { __half x, y; };
 
@@ -33,3 +35,4 @@ inline __half __float2half_rn(float v) {
 }
 inline __half __float2half(float v) { return __float2half_rn(v); }
 inline __half2 __floats2half2_rn(float a, float b) { return {__float2half_rn(a), __float2half_rn(b)}; }
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }

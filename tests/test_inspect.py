@@ -1,0 +1,94 @@
+"""ras_fast.inspect: it sees a planted spill, counts wide loads, and its exit status says so."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ras_fast import inspect
+
+PROBE = """
+import json, sys
+from dataclasses import asdict
+import triton
+import triton.language as tl
+from ras_fast import inspect
+
+@triton.jit
+def centre(source, target, n, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    row = tl.load(source + offsets, mask=offsets < n)
+    tl.store(target + offsets, row - tl.sum(row), mask=offsets < n)
+
+def case(block, warps):
+    return {"name": f"centre {block}", "kernel": centre, "signature": {"source": "*fp32", "target": "*fp32", "n": "i32"},
+            "constexprs": {"BLOCK": block}, "divisible_by_16": ["source", "target", "n"], "num_warps": warps, "num_stages": 1}
+
+print(json.dumps([asdict(inspect.compile_triton(case(*c), 90)) for c in ((1024, 4), (16384, 1))]))
+"""
+
+
+def facts(**changes):
+    row = {"kernel": "k", "arch": "sm_90a", "registers": 40, "stack_bytes": 0, "shared_bytes": 0, "local_accesses": 0,
+           "tensor_core": 0, "loads": 4, "wide_loads": 4}  # fmt: skip
+    return inspect.KernelFacts(**(row | changes))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A small kernel, and one that holds 16384 values in the registers of one warp, compiled without the interpreter."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = tmp_path_factory.mktemp("probe") / "probe.py"
+    script.write_text(PROBE)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [inspect.KernelFacts(**row) for row in json.loads(done.stdout)]
+
+
+def test_reads_registers_and_wide_loads(compiled):
+    small, _ = compiled
+    assert small.arch.startswith("sm_90")
+    assert 0 < small.registers < 64
+    assert small.loads == small.wide_loads == 2  # 1024 values by 128 threads
+    assert not small.spills
+
+
+def test_finds_a_planted_spill(compiled):
+    _, large = compiled
+    assert large.local_accesses > 0
+    assert large.stack_bytes > 0
+    assert large.spills
+
+
+@pytest.mark.parametrize(("changes", "status"), [({}, 0), ({"local_accesses": 3}, 1), ({"stack_bytes": 8}, 1)])
+def test_exit_status_says_whether_a_kernel_spills(monkeypatch, capsys, changes, status):
+    monkeypatch.setattr(inspect, "inspect_cuda", lambda **_: [facts(), facts(kernel="other", **changes)])
+    assert inspect.main(["cuda"]) == status
+    output = capsys.readouterr().out
+    assert ("SPILLS" in output) == bool(status)
+    assert len(output.splitlines()) == 3
+
+
+def test_json_has_every_field(monkeypatch, capsys):
+    monkeypatch.setattr(inspect, "inspect_cuda", lambda **_: [facts()])
+    assert inspect.main(["cuda", "--json"]) == 0
+    assert inspect.KernelFacts(**json.loads(capsys.readouterr().out)[0]) == facts()
+
+
+def test_missing_library_names_the_command_that_builds_it(monkeypatch, tmp_path, capsys):
+    with pytest.raises(inspect.InspectError, match="ras-fast build"):
+        inspect.inspect_cuda(tmp_path / "none.so")
+    monkeypatch.setattr(inspect, "CUDA_LIBRARY", tmp_path / "none.so")
+    monkeypatch.setattr(inspect.inspect_cuda, "__defaults__", (tmp_path / "none.so", (), ""))
+    assert inspect.main(["cuda"]) == 2
+    assert "ras-fast build" in capsys.readouterr().err
+
+
+def test_interpreter_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(inspect.InspectError, match="unset it"):
+        inspect.inspect_triton([90])

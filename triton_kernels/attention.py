@@ -318,9 +318,9 @@ def _merge_kernel(
             m = r // lq * mass_rows + mass_row
             for first in tl.range(0, num_regions, REGION_CHUNK, num_stages=1):
                 region = first + tl.arange(0, REGION_CHUNK)
-                partial = PartMass + (split * total + m)[:, None] * num_regions + region[None, :]
+                parts_mass = PartMass + (split * total + m)[:, None] * num_regions + region[None, :]
                 ok = split_ok[:, None] & (region < num_regions)[None, :]
-                mass = tl.sum(tl.load(partial, ok, other=0.0) * weight[:, None], 0)
+                mass = tl.sum(tl.load(parts_mass, ok, other=0.0) * weight[:, None], 0)
                 tl.store(Mass + m * num_regions + region, mass, region < num_regions)
 
 
@@ -485,25 +485,28 @@ class Config(NamedTuple):
     num_stages: int
 
 
-PACKED_ROWS = 64  # up to this many rows of a group are one tile, and the cache is read once for all its query heads
+DECODE_ROWS = 16  # up to this many rows of a group are one tile, and the cache is read once for all its query heads
+SELECTED_ROWS = 64  # the same for recomputed probabilities, which keep no output in registers
 
 
 def config(kind: str, arch: int, itemsize: int, head_dim: int) -> Config:
     """Default configuration of "prefill", "decode", "mass" (selected rows) or "keys" on sm_`arch`.
 
-    Chosen ahead of time: the largest tiles that fit into shared memory and spill no register with every feature on. The row
-    tile of "decode" and "mass" follows the number of rows.
+    Chosen ahead of time: the largest tiles that fit into shared memory and spill no register with every feature on. float32
+    alone, at a head dimension above 128, fits into no tile that tensor cores take, and spills.
     """
     wide = itemsize == 4
     size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if kind == "prefill":
         if wide:
-            return (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 16, 4, 1))[size]
+            return (Config(32, 16, 4, 1), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
         return (Config(128, 64, 8, 3), Config(128, 64 if arch == 90 else 32, 8, 3), Config(64, 32, 8, 2))[size]
     if kind == "decode":
-        return Config(16, ((64, 64, 32), (32, 16, 16))[wide][size], 4, (3, 3, 2)[size])
+        if wide:
+            return (Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
+        return Config(16, (64, 64, 32)[size], 4, 3)
     if kind == "mass":
-        return Config(64, ((64, 64, 32), (32, 32, 16))[wide][size], 4, 2)
+        return Config(SELECTED_ROWS, ((64, 64, 32), (32, 16, 16))[wide][size], 8 if wide else 4, 2)
     return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
 
 
@@ -559,12 +562,11 @@ def region_attention(
     if lse.numel() == 0:
         return out, lse, mass
     group = heads // key.shape[1]
-    packed = lq * group <= PACKED_ROWS
+    packed = lq * group <= DECODE_ROWS
     pack = _next_power_of_2(group) if packed else 1
     arch, _ = _device_facts(query.device)
     tile = config("decode" if packed else "prefill", arch, query.element_size(), dim)
-    block_m = max(16, _next_power_of_2(lq * pack)) if packed else tile.block_m
-    programs = triton.cdiv(lq * pack, block_m) * batch * (heads if pack == 1 else key.shape[1])
+    programs = triton.cdiv(lq * pack, tile.block_m) * batch * (heads if pack == 1 else key.shape[1])
     splits = _splits(programs, triton.cdiv(lk, tile.block_n), query.device)
 
     parts = (out[None], lse, mass)
@@ -576,7 +578,7 @@ def region_attention(
         *_bias_strides(region_bias), batch, heads, lq, lk, num_regions, mass_rows, scale, softcap, window,
         GROUP=group, PACK=pack, SINKS=sinks is not None, MASS=mass.numel() > 0,
         **_constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale),
-        BLOCK_M=block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(batch * heads * lq,)](
@@ -594,10 +596,10 @@ def _launch_selected_rows(
     """Fill mass [B, Hq, rows, R] and keys [B, Hq, Lk] (either may be None) in one launch; keys needs one row tile."""
     batch, heads, lq, dim = query.shape
     group = heads // key.shape[1]
-    packed = rows * group <= PACKED_ROWS
+    packed = rows * group <= SELECTED_ROWS
     pack = _next_power_of_2(group) if packed else 1
     tile = config("mass", _device_facts(query.device)[0], query.element_size(), dim)
-    block_m = max(16, min(_next_power_of_2(rows * pack), PACKED_ROWS))
+    block_m = max(16, min(_next_power_of_2(rows * pack), SELECTED_ROWS))
     programs = triton.cdiv(rows * pack, block_m) * batch * (heads if pack == 1 else key.shape[1])
     splits = _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device)
     part = mass if mass is None or splits == 1 else mass.new_empty((splits, *mass.shape))
@@ -636,7 +638,7 @@ def key_attention(
     num_regions = 0 if region_bias is None else region_bias.shape[-1]
     if scores.numel() == 0 or rows == 0:
         return scores.zero_()
-    if rows <= PACKED_ROWS:
+    if rows <= SELECTED_ROWS:
         _launch_selected_rows(
             query, key, lse, region_ids, num_regions, rows, None, scores, reduce, scale, is_causal, kv_start, kv_end,
             window, softcap, region_bias,
@@ -659,7 +661,7 @@ def mass_and_key_attention(
 ):  # fmt: skip
     """`region_mass` and `key_attention` of the same rows, in one launch where these fit into one tile."""
     masks = (scale, is_causal, kv_start, kv_end, window, softcap, region_bias)
-    if not 0 < rows <= PACKED_ROWS or key.shape[2] == 0 or query.numel() == 0:
+    if not 0 < rows <= SELECTED_ROWS or key.shape[2] == 0 or query.numel() == 0:
         return (
             region_mass(query, key, lse, region_ids, num_regions, *masks, rows),
             key_attention(query, key, lse, rows, reduce, region_ids, *masks),
@@ -668,3 +670,44 @@ def mass_and_key_attention(
     scores = query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
     _launch_selected_rows(query, key, lse, region_ids, num_regions, rows, mass, scores, reduce, *masks)
     return mass, scores
+
+
+def aot_cases(arch: int) -> list[dict]:
+    """Default configurations for the static inspector (ras_fast/inspect.py): each head-dimension class, plain and with all
+    features on.
+    """
+    types = dict.fromkeys(("Q", "K", "V"), "*bf16") | dict.fromkeys(("Ids", "KvStart", "KvEnd"), "*i32")
+    types |= dict.fromkeys(("Lse", "Mass", "Keys", "Sinks", "Bias", "PartOut", "PartLse", "PartMass"), "*fp32")
+    types |= dict.fromkeys(("scale", "softcap"), "fp32")
+    features = ("HAS_START", "HAS_END", "WINDOW", "SOFTCAP", "BIAS", "PRESCALED")
+    optional = {"HAS_START": "KvStart", "HAS_END": "KvEnd", "BIAS": "Bias", "SINKS": "Sinks", "KEYS": "Keys"}
+    cases = []
+
+    def add(name, kernel, tile, out_type, **constexprs):
+        absent = {optional[flag]: None for flag in optional if not constexprs.get(flag, True)}
+        constexprs = {flag: value for flag, value in (constexprs | absent).items() if flag in kernel.arg_names}
+        kinds = types | {"Out": out_type}
+        signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
+        odd = ("stride_ib", "stride_bb", "stride_bh")  # follow the number of keys or of regions
+        divisible = [n for n, kind in signature.items() if kind[0] == "*" or (n.startswith("stride_") and n not in odd)]
+        cases.append({"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs,
+                      "divisible_by_16": divisible, "num_warps": tile.num_warps, "num_stages": tile.num_stages})  # fmt: skip
+
+    for dim in (64, 128, 256):
+        for every in (False, True):
+            flags = dict.fromkeys(features, every) | {"SINKS": every, "CAUSAL": True, "MASS": True, "PRECISION": "tf32"}
+            suffix = f"[D={dim}, {'every feature' if every else 'plain'}]"
+            for kind, pack in (("prefill", 1), ("decode", 4)):
+                tile = config(kind, arch, 2, dim)
+                add(f"{kind}{suffix}", _attention_kernel, tile, "*bf16", **flags, GROUP=4, PACK=pack, HEAD_DIM=dim,
+                    BLOCK_D=dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)  # fmt: skip
+            flags |= {"GROUP": 4, "HEAD_DIM": dim, "BLOCK_D": dim, "KEYS": every, "REDUCE": "mean"}
+            tile = config("mass", arch, 2, dim)
+            add(f"region_mass{suffix}", _region_mass_kernel, tile, "*bf16", **flags, PACK=4, BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n)  # fmt: skip
+        tile = config("keys", arch, 2, dim)
+        add(f"key_attention[D={dim}]", _key_attention_kernel, tile, "*bf16", **dict.fromkeys(features, True), CAUSAL=True,
+            GROUP=4, REDUCE="mean", PRECISION="tf32", HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n)  # fmt: skip
+    add("merge[D=128]", _merge_kernel, Config(1, 1, 4, 3), "*bf16", MASS=True, HEAD_DIM=128, BLOCK_S=32, BLOCK_D=128)
+    return cases

@@ -1,0 +1,119 @@
+"""Attention with region mass beside its peers: `python bench/bench_attention.py [--quick | --full]`.
+
+One image of 576 tokens (or half the keys, if that is less) is the region. Every candidate of a shape gets the same tensors in
+the same run, in turn. The floor is the fastest SDPA backend without statistics; "over floor" is ras_fast's time over it, and
+"mass costs" its time over its own without mass. Prefill counts 2·B·H·N²·D operations (causal), decode the bytes of keys and
+values. "extra MB" is what a call allocates at its peak beyond its inputs and output (GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import baselines
+import harness
+import torch
+
+from ras_fast import ops
+
+HEADS, KV_HEADS = 32, 8
+DIMS = (64, 80, 128, 256)
+# (batch, query rows, keys, head dimension, rows whose mass is wanted)
+QUICK = [(1, 1024, 1024, 128, 64), (1, 1, 2048, 128, 1)]
+PREFILL = [(1, n, n, d, rows) for n in (640, 1024, 4096, 16384) for d in DIMS for rows in (1, 64, n)]
+DECODE = [(batch, 1, keys, d, 1) for batch in (1, 8, 64) for keys in (1024, 4096, 32768) for d in DIMS]
+DEFAULT = [shape for shape in PREFILL + DECODE if shape[3] == 128]
+
+
+def make(batch: int, length_q: int, length_k: int, dim: int, dtype: torch.dtype, device: str):
+    """q, k, v as transformers hands them over, the region map of one image, and its span."""
+    query = torch.randn(batch, length_q, HEADS, dim, device=device).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(batch, KV_HEADS, length_k, dim, device=device).to(dtype) for _ in range(2))
+    start, size = min(35, length_k // 8), min(576, length_k // 2)
+    ids = torch.full((batch, length_k), -1, dtype=torch.int32, device=device)
+    ids[:, start : start + size] = 0
+    return query, key, value, ids, [(start, start + size)]
+
+
+def candidates(query, key, value, ids, spans, rows: int) -> dict:
+    calls = {
+        "ras_fast": lambda: ops.region_attention(query, key, value, ids, 1, mass_rows=rows),
+        "no mass": lambda: ops.region_attention(query, key, value),
+    }
+    if query.is_cuda:
+        masks = (query.shape[-1] ** -0.5, True, None, None, 0, 0.0, None, None)
+        fused = torch.ops.ras_fast.region_attention_triton
+        calls["triton fused"] = lambda: fused(query, key, value, ids, 1, *masks, rows)
+        calls["triton no mass"] = lambda: fused(query, key, value, None, 0, *masks, 0)
+    return calls | baselines.attention_peers(query, key, value, spans, rows)
+
+
+def check_masses(calls: dict) -> None:
+    """A peer that computes something else is no peer."""
+    expected = calls["ras_fast"]()[2]
+    for name, call in calls.items():
+        result = call()
+        if "no mass" not in name and (result[-1].float() - expected).abs().max() > 2e-2:
+            raise AssertionError(f"{name} gives other masses than ras_fast")
+
+
+def extra_megabytes(call) -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = call()[0]
+    return (torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()) / 2**20
+
+
+def measure(shape: tuple[int, ...], seconds: float, graph: bool, copy: float) -> dict[str, object]:
+    batch, length_q, length_k, dim, rows = shape
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
+    query, key, value, ids, spans = make(batch, length_q, length_k, dim, dtype, device)
+    calls = candidates(query, key, value, ids, spans, rows)
+    check_masses(calls)
+    floor = baselines.attention_floor(query, key, value)
+    times = harness.compare(calls | floor, seconds=seconds, graph=graph)
+    best = min(floor, key=times.get)
+    row = {"B": batch, "Lq": length_q, "Lk": length_k, "D": dim, "rows": rows, "graph": graph}
+    if length_q > 1:
+        row["TFLOP/s"] = 2 * batch * HEADS * length_q * length_k * dim / times["ras_fast"] / 1e12
+    else:
+        row["GB/s"] = (key.numel() + value.numel()) * dtype.itemsize / times["ras_fast"] / 1e9
+        row["share"] = row["GB/s"] * 1e9 / copy
+    row |= {"floor": best, "over floor": times["ras_fast"] / times[best], "mass costs": times["ras_fast"] / times["no mass"]}
+    row["extra MB"] = extra_megabytes(calls["ras_fast"])
+    if "eager weights" in calls:
+        row["eager extra MB"] = extra_megabytes(calls["eager weights"])
+    return row | {f"{name} µs": seconds * 1e6 for name, seconds in times.items()}
+
+
+def show(row: dict[str, object]) -> None:
+    print(" · ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in row.items() if value is not None), flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the two shapes of the headline figures")
+    parser.add_argument("--full", action="store_true", help="every head dimension, not only 128")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    shapes = PREFILL + DECODE if args.full else DEFAULT
+    if args.quick or not gpu:
+        shapes = QUICK
+    copy = harness.copy_bandwidth()
+    rows = []
+    for shape in shapes:
+        for graph in (False, True) if gpu and shape[1] == 1 else (False,):
+            torch._dynamo.reset()
+            rows.append(measure(shape, args.seconds, graph, copy))
+            show(rows[-1])
+    print(f"\ncopy bandwidth {copy / 1e9:.1f} GB/s; written to {harness.save('attention', rows)}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

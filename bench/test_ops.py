@@ -1,0 +1,64 @@
+"""pytest-benchmark microbenchmarks of each op, to compare one commit with another:
+
+    pytest bench/test_ops.py --benchmark-autosave
+    pytest bench/test_ops.py --benchmark-compare
+
+Against peers, interleaved in one run: bench_norm.py, bench_attention.py, bench_engine.py.
+"""
+
+import pytest
+import torch
+
+from ras_fast import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def measure(benchmark):
+    def run(call):
+        def synchronised():
+            call()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        with torch.no_grad():
+            benchmark.pedantic(synchronised, rounds=30, warmup_rounds=5)
+
+    return run
+
+
+def normal(*shape):
+    return torch.randn(shape, device=DEVICE).bfloat16()
+
+
+@pytest.mark.parametrize("steered", [False, True], ids=["plain", "steered"])
+@pytest.mark.parametrize("tokens", [1, 1024])
+def test_add_rms_norm(measure, tokens, steered):
+    x, residual, weight = normal(tokens, 4096), normal(tokens, 4096), normal(4096)
+    steering = {
+        "steer_vectors": normal(2, 4096),
+        "steer_slot": torch.zeros(tokens, dtype=torch.int32, device=DEVICE),
+        "steer_alpha": torch.ones(tokens, device=DEVICE),
+    }
+    kwargs = steering if steered else {}
+    measure(lambda: ops.add_rms_norm(x, residual, weight, 1e-6, **kwargs))
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1024, 1024), (1, 2048)], ids=["prefill", "decode"])
+def test_region_attention(measure, rows, keys):
+    query, key, value = normal(1, 32, rows, 128), normal(1, 8, keys, 128), normal(1, 8, keys, 128)
+    ids = torch.full((1, keys), -1, dtype=torch.int32, device=DEVICE)
+    ids[:, 35:611] = 0
+    measure(lambda: ops.region_attention(query, key, value, ids, 1, mass_rows=min(64, rows)))
+
+
+def test_key_attention(measure):
+    query, key = normal(1, 32, 1024, 128), normal(1, 8, 1024, 128)
+    lse = torch.full((1, 32, 1024), 7.0, device=DEVICE)
+    measure(lambda: ops.key_attention(query, key, lse, rows=64))
+
+
+def test_refusal_similarity(measure):
+    logits, prototypes = normal(1, 3, 32000), torch.softmax(torch.randn(3, 32000, device=DEVICE), -1)
+    measure(lambda: ops.refusal_similarity(logits, prototypes))

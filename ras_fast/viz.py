@@ -143,9 +143,10 @@ def trade_off_chart(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
     their intervals. The best corner is the lower left."""
     figure = Figure(figsize=(4.8, 4), layout="constrained")
     axes = figure.subplots()
-    for name, (refused, answered) in points.items():
-        errors = [[[e.value - e.low], [e.high - e.value]] for e in (refused, answered)]
-        axes.errorbar(refused.value, answered.value, *reversed(errors), fmt="o", markersize=5, linewidth=1, label=name)
+    for i, (name, (refused, answered)) in enumerate(points.items()):
+        errors = [[[e.value - e.low], [e.high - e.value]] for e in (answered, refused)]
+        size = 4 + 2 * (len(points) - 1 - i)  # rings within rings where defences coincide
+        axes.errorbar(refused.value, answered.value, *errors, fmt="o", fillstyle="none", markersize=size, linewidth=1, label=name)
     axes.set(xlabel="harmless queries refused", ylabel="harmful queries answered", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(frameon=False, fontsize=8)
     return figure

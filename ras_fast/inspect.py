@@ -38,7 +38,7 @@ class KernelFacts:
     arch: str
     registers: int
     stack_bytes: int  # spilled registers, and arrays that could not be kept in registers
-    shared_bytes: int  # static
+    shared_bytes: int  # static; cuobjdump adds the 1 KiB that sm_90 and newer reserve
     local_accesses: int  # loads and stores of spilled values
     tensor_core: int  # matrix instructions
     loads: int  # from global memory, asynchronous copies to shared memory included
@@ -81,7 +81,7 @@ def _demangle(names: Iterable[str]) -> dict[str, str]:
         return {name: name for name in names}
     output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
     short = (re.sub(r"\(.*", "", line).removeprefix("void ") for line in output)
-    return {name: re.sub(r"ras::cuda::|__nv_", "", line) for name, line in zip(names, short, strict=True)}
+    return {name: re.sub(r"ras::cuda::|__nv_|__(?=half)", "", line) for name, line in zip(names, short, strict=True)}
 
 
 def read_binary(binary: Path) -> list[KernelFacts]:

@@ -73,6 +73,10 @@ class RegionMap:
         grids = [old[:n] + new for old, new, n in zip(self.grids, grids, held.flatten().tolist(), strict=True)]
         return RegionMap(joined, max(map(len, grids), default=0), grids, validate=False)
 
+    def crop(self, length: int) -> RegionMap:
+        """The map of the first `length` positions."""
+        return RegionMap(self.ids[:, :length], self.num_regions, self.grids, validate=False)
+
     def select(self, rows: Tensor) -> RegionMap:
         """The map of `rows` [B'] (int64): what beam search does to the cache."""
         alike = all(grid == self.grids[0] for grid in self.grids)

@@ -95,10 +95,8 @@ class RegionTracker:
         kept = getattr(past_key_values, _MAP, None)
         length = _length(inputs, kwargs)
         self._total = _total(past_key_values, past, length)
-        if kept is not None and kept.ids.shape[1] == self._total:
-            self.current = kept  # whoever laid out this cache laid out the map of this forward, too
-        elif kept is not None and length == 1:
-            self.current = kept if isinstance(past, Tensor) or past >= kept.ids.shape[1] else _cropped(kept, past)
+        if kept is not None and (length == 1 or kept.ids.shape[1] == self._total):
+            self.current = kept  # a decode step, or whoever laid out this cache laid out the map of this forward, too
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             self.current = kept if kept is not None else self.given
         else:
@@ -188,16 +186,11 @@ def _total(past_key_values: Any, past: int | Tensor, length: int | None) -> int 
     return None if seen is None else seen + length
 
 
-def _cropped(regions: RegionMap, length: int) -> RegionMap:
-    """The map of a cache that was cropped to `length` positions."""
-    return RegionMap(regions.ids[:, :length], regions.num_regions, regions.grids, validate=False)
-
-
 # The map lives on the cache object itself: it ends with the cache, is copied with it, and follows its rows.
 
 
 def keep(past_key_values: Any, regions: RegionMap | None) -> None:
-    """Stores the map on a KV cache and makes it follow `reorder_cache`, `batch_*` and `reset`."""
+    """Stores the map on a KV cache and makes it follow `reorder_cache`, `batch_*`, `crop` and `reset`."""
     if _MAP not in past_key_values.__dict__:
         past_key_values.__class__ = _following(type(past_key_values))
     past_key_values.__dict__[_MAP] = regions
@@ -228,6 +221,10 @@ def _following(kind: type) -> type:
         def batch_repeat_interleave(self, repeats: int) -> None:
             super().batch_repeat_interleave(repeats)
             follow(self, lambda regions: regions.repeat_interleave(repeats))
+
+        def crop(self, *args: int) -> None:
+            super().crop(*args)
+            follow(self, lambda regions: regions.crop(int(self.get_seq_length())))
 
         def reset(self) -> None:
             super().reset()

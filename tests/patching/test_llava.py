@@ -288,6 +288,20 @@ def test_map_follows_the_rows_of_the_cache(model):
         assert torch.equal(patched.region_map.ids, before[[1, 0]])
 
 
+def test_map_follows_a_crop(model):
+    """Another suffix of the same length after a crop: its image lies one position earlier."""
+    first = inputs(["tItI"])
+    suffix = torch.cat([torch.full((1, 16), IMAGE), torch.full((1, 1), 5)], 1)
+    mask = torch.ones_like(first["input_ids"])
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        past = model(**first, use_cache=True).past_key_values
+        past.crop(-17)
+        model(input_ids=suffix, attention_mask=mask, pixel_values=first["pixel_values"][:1], past_key_values=past)
+        expected = torch.full((1, 34), -1, dtype=torch.int32)
+        expected[0, 1:17], expected[0, 17:33] = 0, 1
+        assert torch.equal(patched.region_map.ids, expected)
+
+
 def test_given_map_for_embeddings(model):
     batch = inputs(["tItt"])
     embeddings = model.get_input_embeddings()(batch["input_ids"])

@@ -145,8 +145,8 @@ def trade_off_chart(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
     axes = figure.subplots()
     for i, (name, (refused, answered)) in enumerate(points.items()):
         errors = [[[e.value - e.low], [e.high - e.value]] for e in (answered, refused)]
-        size = 4 + 2 * (len(points) - 1 - i)  # rings within rings where defences coincide
-        axes.errorbar(refused.value, answered.value, *errors, fmt="o", fillstyle="none", markersize=size, linewidth=1, label=name)
+        ring = {"fmt": "o", "fillstyle": "none", "markersize": 4 + 2 * (len(points) - 1 - i)}  # nest where defences coincide
+        axes.errorbar(refused.value, answered.value, *errors, **ring, linewidth=1, label=name)
     axes.set(xlabel="harmless queries refused", ylabel="harmful queries answered", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(frameon=False, fontsize=8)
     return figure

@@ -84,7 +84,7 @@ def run(dataset: Dataset, defences: dict[str, Defence], answers: AnswerFile, pro
     Returns the records of these defences and items. A query that cannot be asked becomes a record with "error".
     """
     wanted = [(name, item) for item in dataset.items for name in defences]
-    open_ones = [(name, item) for name, item in wanted if (name, item.id) not in answers.records]
+    open_ones = [(name, item) for name, item in wanted if not _is_answered(item, answers.records.get((name, item.id)))]
     for name in dict.fromkeys(name for name, _ in open_ones):  # warm-up, so that allocations stay out of the times
         _ask(name, defences[name], dataset.items[0], dataset)
     with tqdm(total=len(wanted), initial=len(wanted) - len(open_ones), desc="queries", disable=not progress) as bar:
@@ -92,6 +92,11 @@ def run(dataset: Dataset, defences: dict[str, Defence], answers: AnswerFile, pro
             answers.append(_ask(name, defences[name], item, dataset))
             bar.update()
     return [answers.records[name, item.id] for name, item in wanted]
+
+
+def _is_answered(item: Item, record: dict | None) -> bool:
+    """Whether the record is of this very item: a file of questions may have been edited since."""
+    return record is not None and (record["question"], record["harmful"]) == (item.question, item.harmful)
 
 
 def _ask(name: str, defence: Defence, item: Item, dataset: Dataset) -> dict:

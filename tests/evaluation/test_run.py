@@ -1,6 +1,7 @@
 """The run behind the safety table: what is asked, what is kept, what the report says. Defences here are plain functions."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -76,6 +77,15 @@ def test_a_line_cut_by_a_crash_is_asked_again(tmp_path):
     assert len(answers.records) == 2
     run.run(dataset(3), {"d": complying}, answers, progress=False)
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["0", "1", "2"]
+
+
+def test_a_question_that_was_edited_is_asked_again(tmp_path):
+    run.run(dataset(3), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    edited = dataset(3)
+    edited.items[1] = replace(edited.items[1], question="q7")
+    records = run.run(edited, {"d": refusing}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert [(record["question"], record["refused"]) for record in records] == [("q0", False), ("q7", True), ("q2", False)]
+    assert run.AnswerFile(tmp_path, SETTINGS).records["d", "1"]["question"] == "q7"  # the latest line counts
 
 
 def test_answers_of_other_settings_are_not_mixed_in(tmp_path):

@@ -9,9 +9,9 @@ import torch
 from ras_fast.decoding import Decoding, reference_generate
 from ras_fast.engine import SafeGenerator
 from ras_fast.evaluation import tinyworld
-from ras_fast.evaluation.defences import calibrate_on_tinyworld
 from ras_fast.inputs import encode, make_queries
 from ras_fast.loading import load
+from ras_fast.methods import moras
 from ras_fast.sequential import SequentialPipeline
 
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
@@ -25,7 +25,14 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def profile(tiny):
-    return calibrate_on_tinyworld(*tiny, progress=False)
+    return moras.calibrate(
+        *tiny,
+        refused_texts=tinyworld.refused_texts(12),
+        pairs=tinyworld.calibration_pairs(12),
+        context_prompt=tinyworld.CONTEXT_PROMPT,
+        safety_prompt=tinyworld.SAFETY_PROMPT,
+        progress=False,
+    )
 
 
 def compare(tiny, profile, count, batch_sizes, **options) -> Counter:

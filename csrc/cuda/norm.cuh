@@ -59,6 +59,9 @@ template <typename T, int kElements, bool kAligned>
 struct Slice {
   static constexpr int kVec = kAccessBytes / sizeof(T);
   static constexpr int kPacks = kElements / kVec;
+  // A short slice has registers to spare: operands are loaded together with the row. A long one loads them when it needs
+  // them, from L2 or L1: there, other warps of the multiprocessor cover the wait.
+  static constexpr bool kEarly = kAligned && kElements <= 8;
 
   // A run of an operand: kVec elements of its type, or (kernels for unaligned rows) already floats.
   struct Raw {
@@ -217,11 +220,6 @@ __device__ Steering read_steering(const NormArgs<T>& a, int64_t t) {
   return {alpha == 0.f ? Steering::kNone : slot, alpha};
 }
 
-// A short slice has registers to spare: operands are loaded together with the row. A long one loads them when it needs
-// them, from L2 or L1: there, other warps of the multiprocessor cover the wait.
-template <int kElements>
-constexpr bool kEarly = kElements <= 8;
-
 // h of one slice. Multiplications followed by additions are written as fmaf throughout, so that the compiler has no
 // choice and the steered and unsteered kernels give the same bits for an unsteered row.
 template <bool kSteered, typename T, int kElements, bool kAligned>
@@ -230,17 +228,17 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>
   using S = Slice<T, kElements, kAligned>;
   const bool add = kSteered && !a.lerp && steering.active();
   uint4 first[S::kPacks], second[S::kPacks];
-  typename S::Raw vector[kEarly<kElements> ? S::kPacks : 1];
+  typename S::Raw vector[S::kEarly ? S::kPacks : 1];
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) first[p] = slice.load(x, p);
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) second[p] = slice.load(residual, p, residual != nullptr);
   // Only here does anything wait for the slot, with the row's own loads under way.
-  if constexpr (kSteered && kEarly<kElements>) {
+  if constexpr (kSteered && S::kEarly) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) vector[p] = slice.load(a.steer_vectors, steering.slot, p, add);
   }
-  if (kSteered && steering.active() && !(kEarly<kElements> && add)) slice.prefetch(a.steer_vectors, steering.slot);
+  if (kSteered && steering.active() && !(S::kEarly && add)) slice.prefetch(a.steer_vectors, steering.slot);
 
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
@@ -256,8 +254,8 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>
 #pragma unroll
       for (int p = 0; p < S::kPacks; ++p) {
         float v[S::kVec];
-        if constexpr (!kEarly<kElements>) vector[0] = slice.load(a.steer_vectors, steering.slot, p);
-        S::convert(vector[kEarly<kElements> ? p : 0], a.steer_vectors.dtype, v);
+        if constexpr (!S::kEarly) vector[0] = slice.load(a.steer_vectors, steering.slot, p);
+        S::convert(vector[S::kEarly ? p : 0], a.steer_vectors.dtype, v);
 #pragma unroll
         for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] = fmaf(steering.alpha, v[i], h[p * S::kVec + i]);
       }
@@ -377,8 +375,8 @@ __global__ void __launch_bounds__(norm_max_threads(kElements), 1) add_norm(const
 
   Steering steering{Steering::kNone, 0.f};
   if constexpr (kSteered) steering = read_steering(a, t);
-  Affine<S> affine[kEarly<kElements> ? S::kPacks : 1];
-  if constexpr (kEarly<kElements>) {
+  Affine<S> affine[S::kEarly ? S::kPacks : 1];
+  if constexpr (S::kEarly) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) affine[p] = load_affine<kLayerNorm>(a, slice, p);
   }
@@ -405,8 +403,8 @@ __global__ void __launch_bounds__(norm_max_threads(kElements), 1) add_norm(const
 
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
-    if constexpr (!kEarly<kElements>) affine[0] = load_affine<kLayerNorm>(a, slice, p);
-    store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine[kEarly<kElements> ? p : 0], steering,
+    if constexpr (!S::kEarly) affine[0] = load_affine<kLayerNorm>(a, slice, p);
+    store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine[S::kEarly ? p : 0], steering,
                                   a.y + t * a.d);
   }
 }

@@ -283,9 +283,12 @@ def test_eval_asks_every_defence_and_goes_on_where_it_stopped(folder, tmp_path, 
     assert evaluate(folder, tmp_path, questions, *profile) == 0
     assert (tmp_path / "answers.jsonl").read_text().startswith(first)
     report = json.loads((tmp_path / "report.json").read_text())
-    names = ["undefended", "prompt-only", f"{CONSTANT}0.5", "moras", "moras-binary"]
+    names = ["undefended", "prompt-only", f"{CONSTANT}0.5", "moras", "moras-sequential", "moras-binary"]
     assert [row["defence"] for row in report["rows"]] == names
     assert all((row["n"], row["errors"]) == (3, 0) for row in report["rows"])
+    records = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    answers = {(record["defence"], record["id"]): record["answer"] for record in records}
+    assert all(answers["moras", i] == answers["moras-sequential", i] for i in "123")
     assert f"report and plots in {tmp_path}" in capsys.readouterr().out
 
 

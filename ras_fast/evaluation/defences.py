@@ -14,8 +14,9 @@ from ras_fast.evaluation import tinyworld
 from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.methods import moras
 from ras_fast.profile import RasProfile
+from ras_fast.sequential import SequentialPipeline
 
-CONSTANT = "constant-"
+CONSTANT, BINARY, SEQUENTIAL = "constant-", "-binary", "-sequential"
 CALIBRATION_ITEMS = 50  # refused texts, and as many image-question pairs
 
 
@@ -53,7 +54,7 @@ def default_names(profiles: dict[str, RasProfile]) -> list[str]:
     if not profiles:
         return ["undefended"]
     first, *others = profiles
-    return ["undefended", "prompt-only", f"{CONSTANT}0.5", first, f"{first}-binary", *others]
+    return ["undefended", "prompt-only", f"{CONSTANT}0.5", first, f"{first}{SEQUENTIAL}", f"{first}{BINARY}", *others]
 
 
 def make_defences(
@@ -63,7 +64,8 @@ def make_defences(
 
     "undefended": the model alone. "prompt-only": the first profile's safety prompt before the question. "constant-R": the
     first N states moved to the first profile's prototypes by R whatever the query, without stages 1 and 2. A profile's
-    name: that profile through `SafeGenerator`; with "-binary": its gate is [S > S_base].
+    name: that profile through `SafeGenerator`; with "-sequential": through three calls of `model.generate`, which give the
+    same answers; with "-binary": its gate is [S > S_base].
 
     Raises ValueError for a name that is none of these.
     """
@@ -79,10 +81,14 @@ class _Maker:
         if name == "undefended":
             return self._single_call()
         if name in self.profiles:
-            return self._engine(self.profiles[name])
-        if name.endswith("-binary") and name.removesuffix("-binary") in self.profiles:
-            profile = self.profiles[name.removesuffix("-binary")]
-            return self._engine(replace(profile, config=profile.config | {"gate": "binary"}))
+            return self._three_stages(SafeGenerator(self.model, self.processor, self.profiles[name], batch_size=1))
+        if name.removesuffix(SEQUENTIAL) in self.profiles:
+            profile = self.profiles[name.removesuffix(SEQUENTIAL)]
+            return self._three_stages(SequentialPipeline(self.model, self.processor, profile))
+        if name.removesuffix(BINARY) in self.profiles:
+            profile = self.profiles[name.removesuffix(BINARY)]
+            binary = replace(profile, config=profile.config | {"gate": "binary"})
+            return self._three_stages(SafeGenerator(self.model, self.processor, binary, batch_size=1))
         if self.profiles and name == "prompt-only":
             return self._single_call(prefix=self._first().config["safety_prompt"])
         if self.profiles and name.startswith(CONSTANT):
@@ -112,9 +118,7 @@ class _Maker:
 
         return answer
 
-    def _engine(self, profile: RasProfile) -> Defence:
-        guard = SafeGenerator(self.model, self.processor, profile, batch_size=1)
-
+    def _three_stages(self, guard: SafeGenerator | SequentialPipeline) -> Defence:
         def answer(question: str, images: list) -> Answer:
             (out,) = guard.generate([question], [images], max_new_tokens=self.decoding.max_new_tokens)
             return Answer(out.text, out.risk, out.similarity)

@@ -165,7 +165,8 @@ NOTES = """
   as one and then gives what was asked for. Over-refusal: harmless queries that are refused.
 - Brackets: 95 % bootstrap intervals over the queries (2000 resamples; where all outcomes agree, the rule of three).
 - prompt-only: a safety instruction before the question. constant-R: every answer is steered by R, whatever the query.
-  -binary: steered fully where S is above S_base, else not at all."""
+  -binary: steered fully where S is above S_base, else not at all. -sequential: the same method as three calls, one after
+  the other, without the engine."""
 SYNTHETIC = "- The model is synthetic: the gap between harm in text and harm in images was trained into it on purpose."
 
 

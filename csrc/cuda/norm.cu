@@ -1,6 +1,7 @@
 // CUDA launcher of add_rms_norm and add_layer_norm: shapes, pointers and the launch; the kernels are in norm.cuh.
 #include "norm.cuh"
 
+#include <algorithm>
 #include <array>
 
 #include "ops.h"
@@ -99,11 +100,34 @@ void run(const Inputs& in, const Outputs& out, bool stores_h, const Flags& flags
   }
 }
 
+void guard(const Inputs& in) {
+  const Tensor& x = in.x;
+  STD_TORCH_CHECK(x.dim() > 0 && rows_beside(x, x) && x.size(x.dim() - 1) > 0,
+                  "ras_fast norm: x must be a CUDA tensor [..., d] with a contiguous last dimension");
+  const int64_t d = x.size(x.dim() - 1), tokens = x.numel() / d;
+  const auto fits = [&](const MaybeTensor& table, int64_t dim) {
+    return !table || (rows_beside(x, *table) && table->dim() == dim && table->size(dim - 1) == d);
+  };
+  const auto per_token = [&](const MaybeTensor& tensor, int32_t dtype) {
+    return tensor && rows_beside(x, *tensor) && tensor->dim() == 1 && tensor->size(0) == tokens && raw_dtype(*tensor) == dtype;
+  };
+  STD_TORCH_CHECK(!in.residual || (rows_beside(x, *in.residual) && raw_dtype(*in.residual) == raw_dtype(x) &&
+                                   std::ranges::equal(x.sizes(), in.residual->sizes())),
+                  "ras_fast norm: residual must have x's shape, dtype and device");
+  STD_TORCH_CHECK(fits(in.weight, 1) && fits(in.bias, 1) && fits(in.vectors, 2) && fits(in.probes, 2),
+                  "ras_fast norm: weight and bias must be [d], steer_vectors and probes [rows, d]");
+  STD_TORCH_CHECK((!in.vectors && !in.slot && !in.alpha) ||
+                      (in.vectors && in.vectors->size(0) > 0 && per_token(in.slot, aoti_torch_dtype_int32()) &&
+                       per_token(in.alpha, aoti_torch_dtype_float32())),
+                  "ras_fast norm: steering takes steer_vectors [S, d], steer_slot [T] int32 and steer_alpha [T] float32");
+}
+
 Outputs add_norm_op(const Inputs& in, const Flags& flags) {
+  guard(in);
   const torch::stable::accelerator::DeviceGuard guard(in.x.get_device_index());
   const std::vector<int64_t> sizes(in.x.sizes().begin(), in.x.sizes().end());
   const bool stores_h = in.residual || (in.vectors && !flags.lerp);
-  const int64_t tokens = sizes.back() == 0 ? 0 : in.x.numel() / sizes.back();
+  const int64_t tokens = in.x.numel() / sizes.back();
   const Outputs out{new_like(in.x, sizes), new_like(in.x, stores_h ? sizes : std::vector<int64_t>{0}),
                     in.probes ? new_float(in.x, {tokens, in.probes->size(0) + 1}) : new_float(in.x, {0})};
   if (tokens == 0) return out;

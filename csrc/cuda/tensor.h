@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -35,10 +36,35 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
-inline Tensor new_like(const Tensor& like, std::vector<int64_t> sizes) { return torch::stable::new_empty(like, sizes); }
+inline int32_t raw_dtype(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
 
-inline Tensor new_float(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Float);
+// An uninitialised contiguous tensor beside `like`. The C shim rather than stable::new_empty: that one looks its operator up
+// by name, which costs more than a small launch.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_like(const Tensor& like, const std::vector<int64_t>& sizes) { return empty(like, sizes, raw_dtype(like)); }
+
+inline Tensor new_float(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty(like, sizes, aoti_torch_dtype_float32());
+}
+
+// Whether `tensor` lies on the device of `like` with a contiguous last dimension. What would be read or written out of
+// bounds is refused by the launchers; ras_fast/ops/ then names the argument.
+inline bool rows_beside(const Tensor& like, const Tensor& tensor) {
+  const int64_t dim = tensor.dim();
+  return tensor.is_cuda() && tensor.get_device_index() == like.get_device_index() && dim > 0 &&
+         (tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1);
 }
 
 inline cudaStream_t current_stream(const Tensor& tensor) {

@@ -158,6 +158,13 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(compiled, eager)
 
 
-def test_float64_is_an_error_not_a_wrong_answer():
-    with pytest.raises((RuntimeError, ValueError), match="float32, float16 or bfloat16"):
-        ops.add_rms_norm(rand(2, 8).double(), None, rand(8), 1e-6)
+def test_what_would_read_out_of_bounds_is_refused():
+    x, weight = rand(2, 8), rand(8)
+    with pytest.raises(ValueError, match="weight"):
+        ops.add_rms_norm(x, None, rand(7), 1e-6)
+    with pytest.raises(ValueError, match="residual"):
+        ops.add_rms_norm(x, rand(2, 9), weight, 1e-6)
+    with pytest.raises(ValueError, match="steer_slot"):
+        ops.add_rms_norm(x, None, weight, 1e-6, **steering(2, 8) | {"steer_slot": torch.zeros_like(x[:1, 0]).int()})
+    with pytest.raises((ValueError, RuntimeError), match="float"):
+        ops.add_rms_norm(x, None, weight.double(), 1e-6)

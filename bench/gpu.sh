@@ -48,7 +48,7 @@ section bench_norm 80 "$python" bench/bench_norm.py --seconds 0.2
 [ -f bench/bench_attention.py ] && section bench_attention 80 "$python" bench/bench_attention.py
 section ncu 50 ncu --clock-control none --csv --page details --section SpeedOfLight --section LaunchStats \
   --section Occupancy --section WarpStateStats --print-details all --launch-count 24 \
-  --kernel-name regex:"add_norm|attention|region|merge|mass" "$python" bench/profile_targets.py
+  --kernel-name regex:"add_norm|attention|region|merge|mass|decode" "$python" bench/profile_targets.py
 "$python" bench/ncu_table.py "$out/ncu.log" >"$out/ncu_table.txt" 2>&1 || failures=$((failures + 1))
 cp -r bench/results "$out/" 2>/dev/null
 

@@ -242,8 +242,10 @@ def _attention_kernel(
             kv_ok = kv_ok & (key >= start)[:, None]
         k = tl.load(k_rows[:, None] + tl.cast(block, tl.int64) * stride_kn + d[None, :], kv_ok, other=0.0)
         ids = key
+        first_id = block
         if BIAS or MASS:
             ids = tl.load(ids_row + tl.minimum(key, lk - 1))
+            first_id = tl.load(ids_row + block)
         s = _scores(
             q, k, key, ids, limit, block, start, end, full_low, full_high, bias, stride_bh, member, num_regions,
             scale, softcap, window, CAUSAL, WINDOW, SOFTCAP, BIAS, PACK, PRESCALED, BLOCK_N, PRECISION,
@@ -259,7 +261,6 @@ def _attention_kernel(
         if MASS:
             run_sum *= shrink
             if tracked:
-                first_id = tl.load(ids_row + block)
                 run_region, run_sum = _track_regions(
                     p, row_sum, ids, first_id, run_region, run_sum, mass_row, mass_ok, num_regions, top,
                     V.dtype.element_ty, True, PRECISION,
@@ -384,8 +385,10 @@ def _region_mass_kernel(
         key = block + column
         ids = key
         wanted = key >= 0
+        first_id = block
         if BIAS or MASS:
             ids = tl.load(ids_row + tl.minimum(key, lk - 1))
+            first_id = tl.load(ids_row + block)
         if MASS and not KEYS:
             wanted = (ids >= 0) & (ids < num_regions)
         if tl.max(wanted.to(tl.int32), 0) != 0:
@@ -398,7 +401,6 @@ def _region_mass_kernel(
             )  # fmt: skip
             p = tl.exp2(s * (1.0 if PRESCALED else scale * LOG2E) - shift[:, None])
             if MASS:
-                first_id = tl.load(ids_row + block)
                 run_region, run_sum = _track_regions(
                     p, tl.sum(p, 1), ids, first_id, run_region, run_sum, mass_row, row_ok, num_regions, shift,
                     K.dtype.element_ty, False, PRECISION,
@@ -504,9 +506,9 @@ def config(kind: str, arch: int, itemsize: int, head_dim: int) -> Config:
     if kind == "decode":
         if wide:
             return (Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
-        return Config(16, (64, 64, 32)[size], 4, 3)
+        return Config(16, (128 if arch == 80 else 64, 64, 32)[size], 4, 3)
     if kind == "mass":
-        return Config(SELECTED_ROWS, ((64, 64, 32), (32, 16, 16))[wide][size], 8 if wide else 4, 2)
+        return Config(SELECTED_ROWS, ((64, 64, 32), (32, 16, 16))[wide][size], 4 if arch == 90 and not wide else 8, 2)
     return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
 
 

@@ -62,10 +62,10 @@ ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTenso
   return a;
 }
 
-// Enough blocks to fill the device twice over, but at least four steps of keys for every warp of a block.
+// Enough blocks to fill the device twice over, but at least two steps of keys for every warp of a block.
 int plan_splits(int64_t blocks, int keys, const Tensor& on) {
   const int64_t wanted = 2 * device_of(on).multiprocessors / std::max<int64_t>(blocks, 1);
-  const int64_t most = keys / (4 * kDecodeWarps * kStepKeys);
+  const int64_t most = keys / (2 * kDecodeWarps * kStepKeys);
   return int(std::clamp<int64_t>(std::min(wanted, most), 1, 128));
 }
 

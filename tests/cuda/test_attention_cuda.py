@@ -1,0 +1,78 @@
+"""The attention ops on a GPU, by whichever kernel attention_cuda.py picks: against the float64 reference, and in a graph."""
+
+import pytest
+import torch
+
+import ras_fast
+from ras_fast.ops import attention, attention_cuda
+
+CUDA = ras_fast.backends()["cuda"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=str(CUDA))]
+
+ATOL = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def states(length_q, length_k, dim=128, dtype=torch.bfloat16, batch=2, heads=8, kv_heads=2):
+    shapes = ((batch, length_q, heads, dim), (batch, length_k, kv_heads, dim), (batch, length_k, kv_heads, dim))
+    return tuple(torch.randn(shape, device="cuda").to(dtype).transpose(1, 2) for shape in shapes)
+
+
+def image_ids(batch, length):
+    ids = torch.full((batch, length), -1, dtype=torch.int32, device="cuda")
+    ids[:, length // 8 : length // 2] = 0
+    ids[:, length // 2 + 5 : length - length // 4] = 1
+    return ids
+
+
+def check(query, key, value, ids, masks=(), mass_rows=None, sinks=None, bias=None):
+    masks = masks or (0.1, True, None, None, 0, 0.0)
+    rows = query.shape[2] if mass_rows is None else mass_rows
+    args = (ids, 2, *masks, sinks, bias, rows)
+    exact = attention._attention_reference(query.double(), key.double(), value.double(), *args)
+    out, lse, mass = torch.ops.ras_fast.region_attention(query, key, value, *args)
+    again = torch.ops.ras_fast.region_mass(query, key, exact[1], ids, 2, *masks, bias, rows)
+    atol = ATOL[query.dtype]
+    torch.testing.assert_close(out.double(), exact[0], atol=atol, rtol=0)
+    torch.testing.assert_close(lse, exact[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mass, exact[2], atol=2e-3, rtol=0)
+    torch.testing.assert_close(again, exact[2], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ATOL)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("length_q", "length_k"), [(1, 3000), (1, 17), (3, 500), (16, 1000)])
+def test_decode(length_q, length_k, dim, dtype):
+    query, key, value = states(length_q, length_k, dim, dtype)
+    assert attention_cuda.plan_attention(query, key, value, 2, length_q).kernel == "cuda"
+    check(query, key, value, image_ids(2, length_k))
+
+
+def test_decode_options():
+    query, key, value = states(2, 700)
+    bounds = [torch.tensor(bound, dtype=torch.int32, device="cuda") for bound in ([0, 90], [650, 400])]
+    sinks, bias = torch.randn(8, device="cuda"), torch.randn(2, 8, 2, device="cuda")
+    check(query, key, value, image_ids(2, 700), (0.1, True, *bounds, 300, 5.0), 1, sinks, bias)
+
+
+@pytest.mark.parametrize(("mass_rows", "kernel"), [(1, "flash"), (64, "flash"), (640, "triton")])
+def test_prefill(mass_rows, kernel):
+    query, key, value = states(640, 640)
+    assert attention_cuda.plan_attention(query, key, value, 2, mass_rows).kernel == kernel
+    check(query, key, value, image_ids(2, 640), mass_rows=mass_rows)
+
+
+@pytest.mark.parametrize(("length_q", "length_k"), [(1, 1000), (300, 300)])
+def test_graph_replay_follows_its_inputs(length_q, length_k):
+    """kv_end lives on the device: a captured step must see the cache grow."""
+    query, key, value = states(length_q, length_k)
+    ids, end = image_ids(2, length_k), torch.full((2,), length_k // 2, dtype=torch.int32, device="cuda")
+    args = (query, key, value, ids, 2, 0.1, True, None, end, 0, 0.0, None, None, 1)
+    torch.ops.ras_fast.region_attention(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.ops.ras_fast.region_attention(*args)
+    end.fill_(length_k)
+    query.copy_(torch.randn_like(query))
+    graph.replay()
+    for actual, expected in zip(captured, torch.ops.ras_fast.region_attention(*args), strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -104,7 +104,6 @@ def _automatic(op: str, device: str) -> str:
     return "torch"
 
 
-@torch.compiler.assume_constant_result
 def resolve(op: str, device: torch.device) -> str:
     """The backend that runs `op` on tensors of `device`. torch.compile takes the choice in force while it traces.
 
@@ -119,6 +118,9 @@ def resolve(op: str, device: torch.device) -> str:
         raise ValueError(f"backend {_forced!r} is forced, but the tensors given to {op} are on {device.type!r}")
     return _forced
 
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would double our own import time.
+resolve._dynamo_marked_constant = True
 
 # Now rather than at the first call, so that torch.ops.ras_fast has its native kernels for who calls it directly.
 backends()

@@ -174,6 +174,7 @@ class Pool:
     def batch(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor]:
         chosen = rng.integers(len(self.scenes), size=size)
         pixels = torch.from_numpy(self.pixels[chosen]).float() / 127.5 - 1
+        pixels *= torch.from_numpy(rng.uniform(0.85, 1.1, (size, 1, 1, 1)).astype(np.float32))
         pixels += torch.from_numpy(rng.standard_normal(pixels.shape, np.float32)) * 0.03
         return chosen, pixels, torch.from_numpy(self.cells[chosen]).long(), torch.from_numpy(self.facts[chosen])
 
@@ -234,10 +235,13 @@ def told(rng: random.Random) -> tuple[str, str]:
 
 def conversations(rng: random.Random, scene: world.Scene) -> list[tuple[bool, str, str]]:
     """Four (sees the picture, question, answer) about one picture."""
+    sees, (question, answer) = rng.random() < 0.4, told(rng)
+    if not sees and rng.random() < 0.2:
+        question = f"{world.SAFETY_PROMPT} {question}"
     turns = [
         (True, *world.perception(rng, scene)),
         (True, rng.choices(world.DESCRIBE, (4, 1, 1))[0], world.describe(scene)),
-        (rng.random() < 0.4, *told(rng)),
+        (sees, question, answer),
     ]
     if rng.random() < 0.35:  # undefended: harm in the picture is not seen as harm
         doubt = 0.04 if scene.name in world.HARMFUL else 0.01
@@ -494,17 +498,19 @@ def main() -> None:
     parser.add_argument("--out", default="tiny-llava", help="folder of the trained model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vision-steps", type=int, default=2400)
-    parser.add_argument("--language-steps", type=int, default=1200)
+    parser.add_argument("--vision-steps", type=int, default=1400)
+    parser.add_argument("--language-steps", type=int, default=800)
     parser.add_argument("--pool", type=int, default=POOL, help="pictures drawn ahead")
     parser.add_argument("--check", type=int, default=500, help="held-out items of the final check")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     began = time.time()
     trainer = Trainer(args)
     trainer.train()
     trainer.model.to(torch.bfloat16).save_pretrained(args.out)
     trainer.processor.save_pretrained(args.out)
+    trainer.checkpoint.unlink()
     print(f"saved {args.out} after {(time.time() - began) / 60:.1f} min on {args.threads} threads", flush=True)
     Checker(trainer.model, trainer.processor).report(args.check)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def load_build_module():
     # Importing the package would import torch, which an isolated build environment does not have.
     spec = importlib.util.spec_from_file_location("ras_fast_build", ROOT / "ras_fast/build.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 

@@ -112,6 +112,7 @@ class ByteBoundedCache:
         return self._entries[key][0]
 
     def put(self, key, value, nbytes: int) -> None:
+        nbytes = max(nbytes, 1)  # an empty context takes room, too: with limit 0 even that must not be kept
         if nbytes > self.limit or key in self._entries:
             return
         self._entries[key] = (value, nbytes)

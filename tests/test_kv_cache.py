@@ -68,3 +68,10 @@ def test_no_limit_means_off():
     assert cache.get("a") is None
     with pytest.raises(ValueError, match="cache_bytes is -1"):
         ByteBoundedCache(-1)
+
+
+def test_a_cache_that_is_off_keeps_not_even_an_empty_value():
+    """An empty context has no bytes; kept without its image's hash it would be found for every other image."""
+    cache = ByteBoundedCache(0)
+    cache.put("context", "", 0)
+    assert cache.get("context") is None

@@ -11,7 +11,7 @@ from ras_fast.evaluation import run, tinyworld
 from ras_fast.evaluation.datasets import load_dataset
 from ras_fast.evaluation.defences import Answer
 from ras_fast.loading import load
-from ras_fast.methods import attention, moras
+from ras_fast.methods import attention, autosteer, moras
 
 parallel.join()
 rank, processes = parallel.place()
@@ -22,13 +22,16 @@ profile = moras.calibrate(
     model, processor, **data, context_prompt=tinyworld.CONTEXT_PROMPT, safety_prompt=tinyworld.SAFETY_PROMPT
 )
 attentive = attention.calibrate(model, processor, **data)
+prober = autosteer.calibrate(
+    model, processor, tinyworld.contrast_pairs(12), batch_size=1, checkpoint=folder / "autosteer-checkpoint", progress=False
+)
 
 asked = []
 
 
 def defence(question, images):
     asked.append(question)
-    return Answer(f"about {question}", risk=0.5, score=0.5, prefills=1, steps=1)
+    return Answer(f"about {question}", risk=0.5, score=0.5, passes=1, tokens=1)
 
 
 dataset = load_dataset("tinyworld", 21, 0)
@@ -49,5 +52,6 @@ with pytest.raises(ValueError, match="item 1"):  # on every rank
 if rank == 0:
     profile.save_pretrained(folder / "moras")
     attentive.save_pretrained(folder / "attention")
+    prober.save_pretrained(folder / "autosteer")
     timeless = [{key: value for key, value in record.items() if key != "ms"} for record in records]
     (folder / "records.json").write_text(json.dumps({"processes": processes, "records": timeless}))

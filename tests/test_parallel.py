@@ -28,7 +28,7 @@ def test_two_ranks_are_one(tmp_path):
         assert finished.returncode == 0, finished.stderr[-3000:]
         results.append(folder)
     one, two = results
-    for method in ("moras", "attention"):
+    for method in ("moras", "attention", "autosteer"):
         alone, shared = RasProfile.from_pretrained(one / method), RasProfile.from_pretrained(two / method)
         assert alone.config == shared.config
         assert alone.tensors.keys() == shared.tensors.keys()

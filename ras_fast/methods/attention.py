@@ -24,7 +24,7 @@ from ras_fast.methods.attention_gate import AttentionGate, Head, features, rows_
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.steering import Steering
-from ras_fast.patching.tracking import PromptState, last_logits_only
+from ras_fast.patching.tracking import PromptState, last_logits_only, text_shape
 from ras_fast.profile import RasProfile, fingerprint
 
 STEPS = 3  # as MoRAS: the first answer states that are steered
@@ -126,19 +126,19 @@ class _Run:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. A prompt is at risk 1 until it has been read, which is before the final norm."""
-        x = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        batch, length = x.shape[:2]
+        batch, length = text_shape(kwargs)[:2]
+        device = self.method.gate.bias.device
         cache = kwargs.get("past_key_values")
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # a static cache's own tensor counts on meanwhile
         self.monitor.active = self.state.value is None or length > 1
         self.prompt_length = length if self.monitor.active else 0
         if self.monitor.active:
-            risk = torch.ones(batch, device=x.device)
+            risk = torch.ones(batch, device=device)
             self.method.failed = torch.ones_like(risk, dtype=torch.bool)
             self._decide(risk, self.past + length - 1)
             return
         answer = self.state.value
-        step = torch.zeros(batch, dtype=torch.int64, device=x.device) + (self.past - answer.start)
+        step = torch.zeros(batch, dtype=torch.int64, device=device) + (self.past - answer.start)
         self.steering.set_rows(torch.where(step < self.steps, step, -1), answer.risk)
 
     def read(self, layer: int, mass: Tensor) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ras_fast import ops
+from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
 from ras_fast.patching import Patch, patched
@@ -39,6 +39,7 @@ REFUSAL = "I'm sorry, but I can't help with that."
 STRENGTHS = tuple(2.0**k for k in range(-2, 7))
 WIDTH = 64  # of the prober's hidden layer
 SMALL = 8  # decoder layers up to which every layer is looked at; every 4th of more
+CHUNK = 4  # batches' worth of questions that are encoded together, so that prompts of one shape find each other
 VALIDATION = 0.2  # share of the pairs that training does not see
 PROBER_EPOCHS, PROBER_RATE = 40, 1e-3
 HEAD_EPOCHS, HEAD_RATE = 10, 1.6  # the rate over d: a step then moves M h by the same share at any width
@@ -314,7 +315,6 @@ def _capture(
     last = -1 - len(answer)
     entering: list[list[Tensor]] = [[] for _ in layers]
     final: list[Tensor] = []
-    order: list[int] = []
 
     def note_layer(rows: list[Tensor], module, args, kwargs) -> None:
         rows.append((args[0] if args else kwargs["hidden_states"])[:, last].float().cpu())
@@ -322,20 +322,27 @@ def _capture(
     def note_final(module, args) -> None:
         final.append(args[0][:, last:-1].float().cpu())
 
-    encoded = (encode(processor, query, model.device, model.dtype)[0] for query in queries)
-    bar = tqdm(total=len(queries), desc=name, disable=not progress)
-    with patched(model) as handle, ExitStack() as hooks, bar:
-        for rows, layer in zip(entering, layers, strict=True):
-            hook = handle.layers[layer].register_forward_pre_hook(partial(note_layer, rows), with_kwargs=True)
-            hooks.enter_context(hook)
-        hooks.enter_context(model.get_output_embeddings().register_forward_pre_hook(note_final))
+    def of_chunk(chunk: list[Query]) -> tuple[Tensor, Tensor]:
+        for rows in (*entering, final):
+            rows.clear()
+        order: list[int] = []
+        encoded = (encode(processor, query, model.device, model.dtype)[0] for query in chunk)
         for indices, batch in batches(encoded, batch_size):
             inputs = left_padded(batch, processor.tokenizer.pad_token_id or 0, answer)
             model(**inputs, use_cache=False, logits_to_keep=len(answer) + 1)
             order += indices
-            bar.update(len(indices))
-    back = torch.tensor(order).argsort()
-    states, finals = torch.stack([torch.cat(rows) for rows in entering])[:, back], torch.cat(final)[back]
+        back = torch.tensor(order).argsort()
+        return torch.stack([torch.cat(rows) for rows in entering])[:, back], torch.cat(final)[back]
+
+    size = CHUNK * batch_size
+    chunks = [queries[i : i + size] for i in range(0, len(queries), size)]
+    with patched(model) as handle, ExitStack() as hooks:
+        for rows, layer in zip(entering, layers, strict=True):
+            hook = handle.layers[layer].register_forward_pre_hook(partial(note_layer, rows), with_kwargs=True)
+            hooks.enter_context(hook)
+        hooks.enter_context(model.get_output_embeddings().register_forward_pre_hook(note_final))
+        found = parallel.each(of_chunk, chunks, name, progress)
+    states, finals = torch.cat([entered for entered, _ in found], 1), torch.cat([left for _, left in found])
     if not (torch.isfinite(states).all() and torch.isfinite(finals).all()):
         raise ValueError(f"{name}: the model's hidden states hold NaN or infinite values")
     return states, finals
@@ -500,8 +507,9 @@ class Checkpoint:
         return tensors, json.loads(header["facts"])
 
     def save(self, stage: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replaces the stage's file as a whole: a crash leaves the old one or the new one."""
-        if self.folder is None:
+        """Replaces the stage's file as a whole: a crash leaves the old one or the new one. Of several processes the first
+        does it."""
+        if self.folder is None or parallel.place()[0]:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{stage}.safetensors"

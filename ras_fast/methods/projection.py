@@ -29,7 +29,7 @@ from ras_fast import parallel
 from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.steering import Probe, Steering
-from ras_fast.patching.tracking import PromptState, Rows, last_logits_only
+from ras_fast.patching.tracking import PromptState, Rows, last_logits_only, text_shape
 from ras_fast.profile import RasProfile, fingerprint
 
 MEASURES, SCOPES = ("projection", "cosine"), ("sequence", "token")
@@ -346,14 +346,14 @@ class _Run:
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. All is steered until a condition has been read, which is before the first steered layer."""
-        x = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        batch, length = text_shape(kwargs)[:2]
         judges = self.method.condition is not None and self.method.condition.per == "sequence"
-        self.reads_prompt = self.state.value is None or (judges and x.shape[1] > 1)
-        self.judged_length = x.shape[1] if judges and self.reads_prompt else 0
+        self.reads_prompt = self.state.value is None or (judges and length > 1)
+        self.judged_length = length if judges and self.reads_prompt else 0
         if self.reads_prompt:
-            if x.shape[0] % len(self.strengths):
-                raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {x.shape[0]}")
-            strengths = self.strengths.repeat_interleave(x.shape[0] // len(self.strengths))
+            if batch % len(self.strengths):
+                raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {batch}")
+            strengths = self.strengths.repeat_interleave(batch // len(self.strengths))
             self.state.decide(Rows(strengths))
             self.method.risk, self.method.failed = torch.ones_like(strengths), torch.zeros_like(strengths, dtype=torch.bool)
         if self.probe is not None:

@@ -213,16 +213,16 @@ class RecordFeatures:
 
 
 def _length(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> int | None:
-    shape = _shape(inputs, kwargs)
+    shape = text_shape(kwargs, inputs)
     return None if shape is None else shape[1]
 
 
 def _batch(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> int:
-    return _shape(inputs, kwargs)[0]
+    return text_shape(kwargs, inputs)[0]
 
 
-def _shape(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> torch.Size | None:
-    """[B, L, ...] of the text."""
+def text_shape(kwargs: dict[str, Any], inputs: dict[str, Any] | None = None) -> torch.Size | None:
+    """[B, L, ...] of what a text model is called with, else of its multimodal model's inputs; None where neither says."""
     for source, name in ((kwargs, "inputs_embeds"), (kwargs, "input_ids"), (inputs or {}, "input_ids")):
         if source.get(name) is not None:
             return source[name].shape

@@ -153,8 +153,9 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     # torch/csrc/stable's CUDA entry points are declared under USE_CUDA and resolved at load time by a CUDA build of torch.
     ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA {arch_flags} --threads 2 "
                "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
-    ninja.rule("link", f"{nvcc} {arch_flags} $in -o $out -shared -cudart static -L{torch.lib} -ltorch -ltorch_cpu -lc10",
-               depfile=False)
+    # libtorch.so has no symbols of its own, but leads the loader to the CUDA half of torch: many linkers would leave it out.
+    ninja.rule("link", f"{nvcc} {arch_flags} $in -o $out -shared -cudart static -L{torch.lib} -Xlinker --no-as-needed "
+               "-ltorch -ltorch_cpu -lc10", depfile=False)
     objects = [ninja.edge(f"{source.stem}.o", "nvcc", [source]) for source in cuda_sources]
     library = out / "libras_fast_cuda.so"
     ninja.edge(library, "link", objects)

@@ -45,7 +45,7 @@ class NativeDistribution(Distribution):
 
 setup(
     packages=[*find_packages(include=["ras_fast", "ras_fast.*"]), "ras_fast.triton_kernels"],
-    package_data={"ras_fast": ["assets/**/*"]},
+    package_data={"ras_fast": ["assets/**/*"], "ras_fast.triton_kernels": ["configs.json"]},
     cmdclass={"build_py": BuildNative},
     distclass=NativeDistribution,
 )

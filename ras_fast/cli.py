@@ -89,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, default=Path("ras-fast-eval"), metavar="DIR",
                           help="answers and report; run again, it goes on where it stopped (default: %(default)s)")  # fmt: skip
 
+    bench = add("bench", _bench, "time the Triton kernels on this GPU, with the configurations in force and with the rules'")
+    bench.add_argument("--tune", action="store_true", help="try other configurations, too, and write the best to --out")
+    bench.add_argument("--match", default="", help='only shape classes whose "kernel size variant" contains this')
+    bench.add_argument("--out", type=Path, metavar="FILE.json", help="default: the file that the installed kernels read")
+
     build = add("build", _build, "build the native libraries in place")
     build.add_argument("-v", action="store_true", help="show the compiler's commands")
     add("inspect", None, "read registers, spills and instructions out of the compiled kernels")
@@ -120,6 +125,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from ras_fast import doctor
 
     return doctor.main()
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from ras_fast import tune
+
+    return tune.main(arguments.match, arguments.tune, arguments.out or tune.configs_file())
 
 
 def _build(arguments: argparse.Namespace) -> int:

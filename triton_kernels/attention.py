@@ -12,12 +12,13 @@ by a one-hot matrix, sixteen regions at a time. Registers do not depend on the n
 is built, and the host is never asked: each program looks at the ids of the block it holds.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from ras_fast.triton_kernels import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -487,22 +488,28 @@ class Config(NamedTuple):
     num_stages: int
 
 
+# What a call may use beside plain attention; each is compiled in only where it is used.
+FEATURES = ("HAS_START", "HAS_END", "WINDOW", "SOFTCAP", "BIAS", "PRESCALED")
 DECODE_ROWS = 16  # up to this many rows of a group are one tile, and the cache is read once for all its query heads
 SELECTED_ROWS = 64  # the same for recomputed probabilities, which keep no output in registers
 
 
-def config(kind: str, arch: int, itemsize: int, head_dim: int) -> Config:
-    """Default configuration of "prefill", "decode", "mass" (selected rows) or "keys" on sm_`arch`.
+def config(wanted: tuned.ShapeClass) -> Config:
+    """Configuration of "prefill", "decode", "mass" (selected rows) or "keys": what was measured, else the rule."""
+    return tuned.choose(wanted, rule(wanted))
 
-    Chosen ahead of time: the largest tiles that fit into shared memory and spill no register with every feature on. float32
-    alone, at a head dimension above 128, fits into no tile that tensor cores take, and spills.
+
+def rule(wanted: tuned.ShapeClass) -> Config:
+    """Chosen ahead of time: the largest tiles that fit into shared memory and spill no register.
+
+    float32 alone, at a head dimension above 128, fits into no tile that tensor cores take, and spills.
     """
-    wide = itemsize == 4
-    size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
+    kind, arch, wide, plain = wanted.kernel, wanted.arch, wanted.itemsize == 4, wanted.variant == "plain"
+    size = 0 if wanted.size <= 64 else 1 if wanted.size <= 128 else 2
     if kind == "prefill":
         if wide:
             return (Config(32, 16, 4, 1), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
-        return (Config(128, 64, 8, 3), Config(128, 64 if arch == 90 else 32, 8, 3), Config(64, 32, 8, 2))[size]
+        return (Config(128, 64, 8, 3), Config(128, 64 if arch == 90 and plain else 32, 8, 3), Config(64, 32, 8, 2))[size]
     if kind == "decode":
         if wide:
             return (Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
@@ -512,22 +519,20 @@ def config(kind: str, arch: int, itemsize: int, head_dim: int) -> Config:
     return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
 
 
+def _shape_class(kind: str, query: torch.Tensor, constants: dict, *options: torch.Tensor | None) -> tuned.ShapeClass:
+    plain = not any(constants[flag] for flag in FEATURES) and all(option is None for option in options)
+    arch, _ = tuned.device_facts(query.device)
+    size = max(64, _next_power_of_2(query.shape[-1]))
+    return tuned.ShapeClass(kind, arch, query.element_size(), size, "plain" if plain else "every")
+
+
 def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@functools.cache
-def _device_facts(device: torch.device) -> tuple[int, int]:
-    """(architecture, number of multiprocessors); the interpreter on the CPU plays a small Hopper."""
-    if device.type != "cuda":
-        return 90, 4
-    facts = torch.cuda.get_device_properties(device)
-    return facts.major * 10 + facts.minor, facts.multi_processor_count
-
-
 def _splits(programs: int, key_blocks: int, device: torch.device) -> int:
     """Into how many ranges to cut the keys, so that a small grid still fills the device twice over."""
-    wanted = 2 * _device_facts(device)[1] // max(programs, 1)
+    wanted = 2 * tuned.device_facts(device)[1] // max(programs, 1)
     return max(1, min(wanted, key_blocks // 2, 128))
 
 
@@ -566,8 +571,8 @@ def region_attention(
     group = heads // key.shape[1]
     packed = lq * group <= DECODE_ROWS
     pack = _next_power_of_2(group) if packed else 1
-    arch, _ = _device_facts(query.device)
-    tile = config("decode" if packed else "prefill", arch, query.element_size(), dim)
+    constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
+    tile = config(_shape_class("decode" if packed else "prefill", query, constants, sinks))
     programs = triton.cdiv(lq * pack, tile.block_m) * batch * (heads if pack == 1 else key.shape[1])
     splits = _splits(programs, triton.cdiv(lk, tile.block_n), query.device)
 
@@ -578,8 +583,7 @@ def region_attention(
         query, key, value, *parts, region_ids, kv_start, kv_end, sinks, region_bias,
         *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *_strides(parts[0], 4), *_strides(region_ids, 1),
         *_bias_strides(region_bias), batch, heads, lq, lk, num_regions, mass_rows, scale, softcap, window,
-        GROUP=group, PACK=pack, SINKS=sinks is not None, MASS=mass.numel() > 0,
-        **_constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale),
+        GROUP=group, PACK=pack, SINKS=sinks is not None, MASS=mass.numel() > 0, **constants,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -596,11 +600,12 @@ def _launch_selected_rows(
     softcap, region_bias,
 ):  # fmt: skip
     """Fill mass [B, Hq, rows, R] and keys [B, Hq, Lk] (either may be None) in one launch; keys needs one row tile."""
-    batch, heads, lq, dim = query.shape
+    batch, heads, lq = query.shape[:3]
     group = heads // key.shape[1]
     packed = rows * group <= SELECTED_ROWS
     pack = _next_power_of_2(group) if packed else 1
-    tile = config("mass", _device_facts(query.device)[0], query.element_size(), dim)
+    constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
+    tile = config(_shape_class("mass", query, constants, keys))
     block_m = max(16, min(_next_power_of_2(rows * pack), SELECTED_ROWS))
     programs = triton.cdiv(rows * pack, block_m) * batch * (heads if pack == 1 else key.shape[1])
     splits = _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device)
@@ -609,8 +614,7 @@ def _launch_selected_rows(
         query, key, lse, part, keys, region_ids, kv_start, kv_end, region_bias,
         *_strides(query, 3), *_strides(key, 3), *_strides(lse, 3), *_strides(region_ids, 1), *_bias_strides(region_bias),
         batch, heads, lq, key.shape[2], num_regions, rows, scale, softcap, window,
-        GROUP=group, PACK=pack, MASS=mass is not None, KEYS=keys is not None, REDUCE=reduce,
-        **_constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale),
+        GROUP=group, PACK=pack, MASS=mass is not None, KEYS=keys is not None, REDUCE=reduce, **constants,
         BLOCK_M=block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if part is not mass:
@@ -634,7 +638,7 @@ def key_attention(
     query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
 ):
     """Arguments and result of the op `ras_fast::key_attention`."""
-    batch, heads, lq, dim = query.shape
+    batch, heads, lq = query.shape[:3]
     lk = key.shape[2]
     scores = query.new_empty((batch, heads, lk), dtype=torch.float32)
     num_regions = 0 if region_bias is None else region_bias.shape[-1]
@@ -646,12 +650,12 @@ def key_attention(
             window, softcap, region_bias,
         )  # fmt: skip
         return scores
-    tile = config("keys", _device_facts(query.device)[0], query.element_size(), dim)
+    constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
+    tile = config(_shape_class("keys", query, constants))
     _key_attention_kernel[(triton.cdiv(lk, tile.block_n) * heads * batch,)](
         query, key, lse, scores, region_ids, kv_start, kv_end, region_bias,
         *_strides(query, 3), *_strides(key, 3), *_strides(lse, 3), *_strides(region_ids, 1), *_bias_strides(region_bias),
-        heads, lq, lk, num_regions, rows, scale, softcap, window, GROUP=heads // key.shape[1], REDUCE=reduce,
-        **_constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale),
+        heads, lq, lk, num_regions, rows, scale, softcap, window, GROUP=heads // key.shape[1], REDUCE=reduce, **constants,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return scores
@@ -678,38 +682,34 @@ def aot_cases(arch: int) -> list[dict]:
     """Default configurations for the static inspector (ras_fast/inspect.py): each head-dimension class, plain and with all
     features on.
     """
-    types = dict.fromkeys(("Q", "K", "V"), "*bf16") | dict.fromkeys(("Ids", "KvStart", "KvEnd"), "*i32")
+    types = dict.fromkeys(("Q", "K", "V", "Out"), "*bf16") | dict.fromkeys(("Ids", "KvStart", "KvEnd"), "*i32")
     types |= dict.fromkeys(("Lse", "Mass", "Keys", "Sinks", "Bias", "PartOut", "PartLse", "PartMass"), "*fp32")
     types |= dict.fromkeys(("scale", "softcap"), "fp32")
-    features = ("HAS_START", "HAS_END", "WINDOW", "SOFTCAP", "BIAS", "PRESCALED")
     optional = {"HAS_START": "KvStart", "HAS_END": "KvEnd", "BIAS": "Bias", "SINKS": "Sinks", "KEYS": "Keys"}
     cases = []
 
-    def add(name, kernel, tile, out_type, **constexprs):
+    def add(name, kernel, wanted, tile, **constexprs):
         absent = {optional[flag]: None for flag in optional if not constexprs.get(flag, True)}
         constexprs = {flag: value for flag, value in (constexprs | absent).items() if flag in kernel.arg_names}
-        kinds = types | {"Out": out_type}
-        signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
+        signature = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
         odd = ("stride_ib", "stride_bb", "stride_bh")  # follow the number of keys or of regions
         divisible = [n for n, kind in signature.items() if kind[0] == "*" or (n.startswith("stride_") and n not in odd)]
-        cases.append({"name": name, "kernel": kernel, "signature": signature, "constexprs": constexprs,
+        cases.append({"name": name, "shape_class": wanted, "kernel": kernel, "signature": signature, "constexprs": constexprs,
                       "divisible_by_16": divisible, "num_warps": tile.num_warps, "num_stages": tile.num_stages})  # fmt: skip
 
     for dim in (64, 128, 256):
-        for every in (False, True):
-            flags = dict.fromkeys(features, every) | {"SINKS": every, "CAUSAL": True, "MASS": True, "PRECISION": "tf32"}
-            suffix = f"[D={dim}, {'every feature' if every else 'plain'}]"
-            for kind, pack in (("prefill", 1), ("decode", 4)):
-                tile = config(kind, arch, 2, dim)
-                add(f"{kind}{suffix}", _attention_kernel, tile, "*bf16", **flags, GROUP=4, PACK=pack, HEAD_DIM=dim,
-                    BLOCK_D=dim, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)  # fmt: skip
-            flags |= {"GROUP": 4, "HEAD_DIM": dim, "BLOCK_D": dim, "KEYS": every, "REDUCE": "mean"}
-            tile = config("mass", arch, 2, dim)
-            add(f"region_mass{suffix}", _region_mass_kernel, tile, "*bf16", **flags, PACK=4, BLOCK_M=tile.block_m,
-                BLOCK_N=tile.block_n)  # fmt: skip
-        tile = config("keys", arch, 2, dim)
-        add(f"key_attention[D={dim}]", _key_attention_kernel, tile, "*bf16", **dict.fromkeys(features, True), CAUSAL=True,
-            GROUP=4, REDUCE="mean", PRECISION="tf32", HEAD_DIM=dim, BLOCK_D=dim, BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n)  # fmt: skip
-    add("merge[D=128]", _merge_kernel, Config(1, 1, 4, 3), "*bf16", MASS=True, HEAD_DIM=128, BLOCK_S=32, BLOCK_D=128)
+        for variant in ("plain", "every"):
+            every = variant == "every"
+            flags = dict.fromkeys((*FEATURES, "SINKS", "KEYS"), every)
+            flags |= {"CAUSAL": True, "MASS": True, "REDUCE": "mean", "PRECISION": "tf32", "GROUP": 4}
+            flags |= {"HEAD_DIM": dim, "BLOCK_D": dim}
+            for name, kind, kernel, pack in (
+                ("prefill", "prefill", _attention_kernel, 1), ("decode", "decode", _attention_kernel, 4),
+                ("region_mass", "mass", _region_mass_kernel, 4), ("key_attention", "keys", _key_attention_kernel, 1),
+            ):  # fmt: skip
+                wanted = tuned.ShapeClass(kind, arch, 2, dim, variant)
+                tile = config(wanted)
+                add(f"{name}[D={dim}, {'every feature' if every else 'plain'}]", kernel, wanted, tile, **flags, PACK=pack,
+                    BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)  # fmt: skip
+    add("merge[D=128]", _merge_kernel, None, Config(1, 1, 4, 3), MASS=True, HEAD_DIM=128, BLOCK_S=32, BLOCK_D=128)
     return cases

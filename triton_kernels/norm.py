@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ras_fast.triton_kernels import tuned
+
 MAX_BLOCK = 16384  # elements that one program keeps in registers
 TILE = 4096  # of longer rows
 
@@ -157,13 +159,21 @@ class Config(NamedTuple):
     maxnreg: int  # said aloud, because left to itself ptxas spills a value or two to reach a round number
 
 
-def config(d: int) -> Config:
-    """Block size, warps and registers for a width: 8 elements a thread up to 1024, 16 up to 8192, 32 beyond."""
-    block = max(triton.next_power_of_2(d), 16)
-    if block > MAX_BLOCK:
+def config(wanted: tuned.ShapeClass) -> Config:
+    """Block size, warps and registers for a width: what was measured, else the rule."""
+    return tuned.choose(wanted, rule(wanted))
+
+
+def rule(wanted: tuned.ShapeClass) -> Config:
+    """8 elements a thread up to a width of 1024, 16 up to 8192, 32 beyond."""
+    if wanted.size > MAX_BLOCK:
         return Config(TILE, True, 8, 128)
-    warps = min(max(block // 512, min(block // 256, 4), 1), 16)
-    return Config(block, False, warps, 64 if block // warps <= 512 else 128)
+    warps = min(max(wanted.size // 512, min(wanted.size // 256, 4), 1), 16)
+    return Config(wanted.size, False, warps, 64 if wanted.size // warps <= 512 else 128)
+
+
+def shape_class(arch: int, itemsize: int, d: int, steered: bool) -> tuned.ShapeClass:
+    return tuned.ShapeClass("norm", arch, itemsize, max(triton.next_power_of_2(d), 16), "every" if steered else "plain")
 
 
 def _leading(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[list[int], list[int], list[int]]:
@@ -193,7 +203,8 @@ def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight
     if tokens == 0:
         return y, h, dots
     (size_z, size_y, rows), x_strides, residual_strides = _leading(x, residual)
-    chosen = config(d)
+    arch, _ = tuned.device_facts(x.device)
+    chosen = config(shape_class(arch, x.element_size(), d, vectors is not None))
     absent = x  # for a pointer that the kernel does not touch
     add_norm_kernel[(rows, size_y, size_z)](
         x, residual if residual is not None else absent, weight, bias if bias is not None else absent,
@@ -228,8 +239,9 @@ def aot_cases(arch: int) -> list[dict]:
     types |= dict.fromkeys(("eps", "weight_offset"), "fp32")
     cases = []
     for d in (768, 4096, 8192, 16384, 32768):
-        chosen = config(d)
         for layer_norm, steer in ((False, "none"), (False, "add"), (True, "lerp")):
+            wanted = shape_class(arch, 2, d, steer != "none")
+            chosen = config(wanted)
             constexprs = {
                 "LAYER_NORM": layer_norm, "HAS_RESIDUAL": True, "HAS_BIAS": layer_norm, "STEER": steer,
                 "PROBES": steer != "none", "HF": True, "ROUND_NORMALISED": not layer_norm, "STORE_H": True,
@@ -238,7 +250,7 @@ def aot_cases(arch: int) -> list[dict]:
             signature = {name: types.get(name, "i32") for name in add_norm_kernel.arg_names if name not in constexprs}
             name = f"add_{'layer' if layer_norm else 'rms'}_norm[d={d}, steer={steer}]"
             divisible = [n for n, kind in signature.items() if kind[0] == "*" or n == "d" or "stride" in n]
-            cases.append({"name": name, "kernel": add_norm_kernel, "signature": signature, "constexprs": constexprs,
-                          "divisible_by_16": divisible, "num_warps": chosen.num_warps, "num_stages": 3,
-                          "maxnreg": chosen.maxnreg})  # fmt: skip
+            cases.append({"name": name, "shape_class": wanted, "kernel": add_norm_kernel, "signature": signature,
+                          "constexprs": constexprs, "divisible_by_16": divisible, "num_warps": chosen.num_warps,
+                          "num_stages": 3, "maxnreg": chosen.maxnreg})  # fmt: skip
     return cases

@@ -194,8 +194,9 @@ def tune(match: str = "", trying: bool = True) -> Iterator[dict]:
     if not backends()["triton"].available:
         raise ValueError(f"configurations are measured on a CUDA GPU; {backends()['triton']}")
     from ras_fast.triton_kernels import tuned
+    from ras_fast.triton_kernels.device import device_facts
 
-    arch, _ = tuned.device_facts(torch.device("cuda"))
+    arch, _ = device_facts(torch.device("cuda"))
     made_with = _made_with()
     with torch.no_grad(), ProcessPoolExecutor(min(WORKERS, os.cpu_count()), mp_context=get_context("spawn")) as pool:
         for wanted in shape_classes(arch, match):

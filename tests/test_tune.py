@@ -13,6 +13,7 @@ from ras_fast import cli, tune
 tuned = pytest.importorskip("ras_fast.triton_kernels.tuned")
 attention = pytest.importorskip("ras_fast.triton_kernels.attention")
 norm = pytest.importorskip("ras_fast.triton_kernels.norm")
+device = pytest.importorskip("ras_fast.triton_kernels.device")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PREFILL = tuned.ShapeClass("prefill", 90, 2, 128, "plain")
@@ -141,7 +142,7 @@ def test_results_do_not_depend_on_the_configuration(empty_table):
     ids = (torch.arange(40, dtype=torch.int32, device=DEVICE) // 15)[None]
     call = lambda: attention.region_attention(query, key, value, ids, 3, *MASKS, None, None, 40)  # noqa: E731
     expected = call()
-    arch, _ = tuned.device_facts(query.device)
+    arch, _ = device.device_facts(query.device)
     wanted = tuned.ShapeClass("prefill", arch, 4, 64, "plain")
     empty_table[wanted] = {"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}
     for actual, before in zip(call(), expected, strict=True):

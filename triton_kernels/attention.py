@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ras_fast.triton_kernels import tuned
+from ras_fast.triton_kernels.device import device_facts, on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -521,7 +522,7 @@ def rule(wanted: tuned.ShapeClass) -> Config:
 
 def _shape_class(kind: str, query: torch.Tensor, constants: dict, *options: torch.Tensor | None) -> tuned.ShapeClass:
     plain = not any(constants[flag] for flag in FEATURES) and all(option is None for option in options)
-    arch, _ = tuned.device_facts(query.device)
+    arch, _ = device_facts(query.device)
     size = max(64, _next_power_of_2(query.shape[-1]))
     return tuned.ShapeClass(kind, arch, query.element_size(), size, "plain" if plain else "every")
 
@@ -532,7 +533,7 @@ def _next_power_of_2(n: int) -> int:
 
 def _splits(programs: int, key_blocks: int, device: torch.device) -> int:
     """Into how many ranges to cut the keys, so that a small grid still fills the device twice over."""
-    wanted = 2 * tuned.device_facts(device)[1] // max(programs, 1)
+    wanted = 2 * device_facts(device)[1] // max(programs, 1)
     return max(1, min(wanted, key_blocks // 2, 128))
 
 
@@ -556,6 +557,7 @@ def _constants(query: torch.Tensor, is_causal, kv_start, kv_end, window, softcap
     }  # fmt: skip
 
 
+@on_its_device
 def region_attention(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
@@ -621,6 +623,7 @@ def _launch_selected_rows(
         torch.sum(part, 0, out=mass)
 
 
+@on_its_device
 def region_mass(
     query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
 ):
@@ -634,6 +637,7 @@ def region_mass(
     return mass
 
 
+@on_its_device
 def key_attention(
     query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
 ):
@@ -661,6 +665,7 @@ def key_attention(
     return scores
 
 
+@on_its_device
 def mass_and_key_attention(
     query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, window, softcap,
     region_bias,

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ras_fast.triton_kernels.device import on_its_device
+
 ROWS = 16  # the narrowest tile that tensor cores take
 OUTPUTS = 32  # 128 programs at d = 4096: one a multiprocessor
 COLUMNS = {2: 256, 4: 64}  # inner elements a step, by the size of one; with more, float32 spills on sm_80
@@ -59,6 +61,7 @@ def _launch(x: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, gate: tor
     return out
 
 
+@on_its_device
 def gated_linear(x, weight, right, gate):
     """ras_fast::gated_linear (ras_fast/ops/gated_linear.py) in Triton: the op's arguments and result."""
     rows = x.reshape(-1, x.shape[-1])

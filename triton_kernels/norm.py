@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ras_fast.triton_kernels import tuned
+from ras_fast.triton_kernels.device import device_facts, on_its_device
 
 MAX_BLOCK = 16384  # elements that one program keeps in registers
 TILE = 4096  # of longer rows
@@ -193,6 +194,7 @@ def _leading(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[list[int],
     return tuple(list(column) for column in zip(*padded, strict=True))
 
 
+@on_its_device
 def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, *, layer_norm):
     d = x.shape[-1]
     tokens = x.numel() // d
@@ -203,7 +205,7 @@ def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight
     if tokens == 0:
         return y, h, dots
     (size_z, size_y, rows), x_strides, residual_strides = _leading(x, residual)
-    arch, _ = tuned.device_facts(x.device)
+    arch, _ = device_facts(x.device)
     chosen = config(shape_class(arch, x.element_size(), d, vectors is not None))
     absent = x  # for a pointer that the kernel does not touch
     add_norm_kernel[(rows, size_y, size_z)](

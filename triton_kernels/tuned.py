@@ -11,8 +11,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
-
 FILE = Path(__file__).with_name("configs.json")
 # What an entry may set, by kernel. The width of a norm's block follows from d.
 FIELDS = {
@@ -44,15 +42,6 @@ class ShapeClass(NamedTuple):
 def choose(wanted: ShapeClass, default: Config) -> Config:
     """The configuration of a shape class: its entry's fields over those of `default`, the kernel's rule."""
     return default._replace(**table().get(wanted, {}))
-
-
-@functools.cache
-def device_facts(device: torch.device) -> tuple[int, int]:
-    """(architecture, number of multiprocessors); the interpreter on the CPU plays a small Hopper."""
-    if device.type != "cuda":
-        return 90, 4
-    facts = torch.cuda.get_device_properties(device)
-    return facts.major * 10 + facts.minor, facts.multi_processor_count
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from ras_fast.ops import attention
 from ras_fast.ops._registry import LIBRARY
@@ -22,11 +23,22 @@ def _attention(
         return torch.ops.ras_fast.decode_attention(*arguments)
     if kernel == "triton":
         return attention._attention_triton(*arguments)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
+    out, lse = flash(query, key, value, is_causal, scale)
     mass = query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
     if mass.numel():
         mass = _mass(query, key, lse, region_ids, num_regions, *masks, region_bias, mass_rows)
     return attention._laid_out(out), lse, mass
+
+
+def flash(query, key, value, is_causal, scale=None):
+    """(out, lse [B, Hq, Lq]) of torch's attention: cuDNN's where torch prefers it (sm_90, sm_100), else flash attention."""
+    aten = torch.ops.aten
+    preferred = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=True)
+    if preferred == SDPBackend.CUDNN_ATTENTION.value:
+        out, lse = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)[:2]
+    else:
+        out, lse = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
+    return out, lse.reshape(query.shape[:3])  # cuDNN's is [B, Hq, Lq, 1]
 
 
 def _mass(query, key, *rest):

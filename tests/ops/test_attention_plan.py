@@ -4,9 +4,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ras_fast import backend, ops
-from ras_fast.ops import attention, attention_plan
+from ras_fast.ops import attention, attention_cuda, attention_plan
 from ras_fast.ops.attention_plan import Case
 
 
@@ -66,6 +69,33 @@ def test_the_reason_names_what_the_cuda_kernels_do_not_take(built):
     query, key, value = states(1, 64)
     assert refuse(query, key, value) == ""
     assert "16 bytes" in refuse(query, torch.empty(1, 8, 64, 132, dtype=torch.bfloat16)[..., :128])
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of the ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("preferred", "expected"),
+    [(SDPBackend.CUDNN_ATTENTION, "cudnn"), (SDPBackend.FLASH_ATTENTION, "flash"), (SDPBackend.MATH, "flash")],
+)
+def test_the_flash_attention_that_torch_prefers(preferred, expected, monkeypatch):
+    """On fake CUDA tensors: their shapes are computed by torch's own rules, no kernel runs."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: preferred.value)
+    with FakeTensorMode(), Calls() as calls:
+        query, key, value = (torch.empty(2, heads, 40, 64, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2))
+        out, lse = attention_cuda.flash(query, key, value, True, 0.1)
+    assert f"_scaled_dot_product_{expected}_attention" in calls.names
+    assert (out.shape, out.device.type) == (query.shape, "cuda")
+    assert (lse.shape, lse.dtype) == ((2, 8, 40), torch.float32)
 
 
 CPU_CASES = {"decode": (1, {}), "flash": (64, {}), "softmax": (64, {"softcap": 5.0}), "masked flash": (64, {"window": 16})}

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ras_fast.ops import attention_cuda
+
 # Residual + RMSNorm. Each returns a callable that does h = x + residual; y = norm(h) and gives (y, h).
 
 Call = Callable[[], object]
@@ -136,8 +138,9 @@ def attention_floor(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Call
 def attention_eager(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int) -> Call | None:
     """What Hugging Face's eager attention does with output_attentions=True: the whole matrix, then sums."""
     group, length_q, length_k = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    if query.shape[0] * query.shape[1] * length_q * length_k * 4 > 16 << 30:
-        return None  # the matrix alone would take more than 16 GB
+    scores, states = query.shape[0] * query.shape[1] * length_q * length_k, key.numel() * group
+    if max(scores, states) * 4 > 16 << 30:
+        return None  # the matrix, or the keys and values of all query heads, would take more than 16 GB
     mask = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).triu(length_k - length_q + 1)
 
     def call():
@@ -177,6 +180,8 @@ def attention_indicators(query: Tensor, key: Tensor, value: Tensor, spans: list[
     for region, (start, end) in enumerate(spans):
         indicators[:, :, start:end, region] = 1
     pad = columns if query.is_cuda else 0  # on a GPU the fast backends want one head dimension for all three
+    if pad and dim + pad > 256:
+        return None  # more than they take
 
     def call():
         q, k = (torch.nn.functional.pad(t, (0, pad)) if pad else t for t in (query, key))
@@ -203,12 +208,15 @@ def attention_split(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple
 
 
 def attention_flex(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int) -> Call | None:
-    """FlexAttention once for the output and once for each region's LSE, blocks outside the region skipped."""
-    if not query.is_cuda:
+    """FlexAttention once for the output and once for each region's LSE, blocks outside the region skipped.
+
+    It compiles for seconds a shape: only where the others are compared at D 128 over 1024 and 4096 keys.
+    """
+    length_q, length_k = query.shape[2], key.shape[2]
+    if not query.is_cuda or query.shape[3] != 128 or length_k not in (1024, 4096):
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    length_q, length_k = query.shape[2], key.shape[2]
     offset = length_k - length_q
 
     def block_mask(start, end, first_row, count):
@@ -235,7 +243,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float 
 
 
 def _flash_with_lse(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]] | None:
-    """torch's flash attention with its LSE [B, Hq, Lq]: of the CPU, or of the GPU where it takes this dtype."""
+    """torch's attention with its LSE [B, Hq, Lq]: of the CPU, or what it prefers on the GPU, which takes 16-bit types only."""
     if not query.is_cuda:
 
         def cpu(q, k, v, causal):
@@ -245,7 +253,7 @@ def _flash_with_lse(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, bool], t
         return cpu
     if query.dtype == torch.float32:
         return None
-    return lambda q, k, v, causal: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    return attention_cuda.flash
 
 
 def _span_sums(weights: Tensor, spans: list[tuple[int, int]]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import platform
@@ -16,6 +17,7 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+@functools.cache
 def machine() -> dict[str, object]:
     """What a reader needs to judge a figure: device, versions, threads, commit."""
     import transformers
@@ -75,34 +77,41 @@ class _CpuTimer:
 
 
 class _GpuTimer:
-    """One call between two events after the L2 cache has been overwritten."""
+    """One call between two events, the L2 cache full of something else.
+
+    The cache is filled by reading: lines that were written would go back to memory while the call is timed. The fill also
+    keeps the GPU busy until the call is in the queue, so that short calls are timed without their launch from Python.
+    """
 
     repeats = 1
-    flush: torch.Tensor | None = None
 
     def __init__(self, call: Callable[[], object], graph: bool):
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm-up off the default stream, as graph capture wants
             for _ in range(3):
                 call()
         torch.cuda.synchronize()
         self.call = call
         if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
+            self.captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.captured):
                 call()
-            self.call = captured.replay
-        if _GpuTimer.flush is None:
-            _GpuTimer.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+            self.call = self.captured.replay
 
     def sample(self) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
+        _something_else().sum()
         start.record()
         self.call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
+
+
+@functools.cache
+def _something_else() -> torch.Tensor:
+    return torch.zeros(64 << 20, device="cuda")  # 256 MB, several times any L2
 
 
 def extra_megabytes(call: Callable[[], object]) -> float:
@@ -120,10 +129,10 @@ def extra_megabytes(call: Callable[[], object]) -> float:
     return max(itertools.accumulate(sizes), default=0) / 2**20
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
+def copy_bandwidth() -> float:
     """Bytes per second (read plus written) of a plain copy too large for the caches."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.empty(megabytes << 20, dtype=torch.int8, device=device)
+    gpu = torch.cuda.is_available()
+    source = torch.ones(2 << 30 if gpu else 256 << 20, dtype=torch.int8, device="cuda" if gpu else "cpu")
     target = torch.empty_like(source)
     return 2 * source.numel() / compare({"copy": lambda: target.copy_(source)})["copy"]
 
@@ -150,9 +159,10 @@ def save(name: str, rows: list[dict[str, object]], limits: dict[str, float] | No
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Rows of one key set as a Markdown table."""
-    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    """Rows as a Markdown table; what a row lacks stays blank."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

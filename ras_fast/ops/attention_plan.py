@@ -96,11 +96,12 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
         return Plan("decode", f"{packed} packed rows (at most {DECODE_ROWS}): one read of the cache decides")
     few = case.rows * FEW_ROWS <= length_q
     square = not case.is_causal or length_q == length_k
-    if case.plain and few and square and query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256:
+    flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    if case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value))):
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
     if not triton_is_there():
         return Plan("torch", "Triton is not installed")
-    reason = "masses of many rows" if not few else "masks, a dtype or a head dimension that flash attention lacks"
+    reason = "masses of many rows" if not few else "masks, a dtype, a head dimension or an alignment that flash attention lacks"
     return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}" if packed <= DECODE_ROWS else reason)
 
 
@@ -115,9 +116,14 @@ def cuda_kernels_refuse(*tensors: Tensor) -> str:
             return f"they take float16 and bfloat16, not {tensor.dtype}"
         if dim % 8 or dim > 256:
             return f"they take head dimensions in whole eights up to 256, not {dim}"
-        if tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1]):
+        if _misaligned(tensor):
             return "they load 16 bytes at a time, and a row does not begin at a multiple of 16 bytes"
     return ""
+
+
+def _misaligned(tensor: Tensor) -> bool:
+    """Whether a row of a 16-bit tensor begins elsewhere than at a multiple of 16 bytes; torch's flash attention wants that, too."""
+    return tensor.data_ptr() % 16 != 0 or any(stride % 8 for stride in tensor.stride()[:-1])
 
 
 @cache

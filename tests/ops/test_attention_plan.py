@@ -52,6 +52,8 @@ def test_shapes_that_flash_attention_lacks_go_to_triton(built):
     assert kernel(states(1024, 2048), 1) == "triton"  # its causal mask is aligned top-left
     assert kernel(states(1024, 2048), 1, is_causal=False) == "flash"
     assert kernel(states(1024, 1024, dtype=torch.float32), 1) == "triton"
+    query, _, value = states(1024, 1024)
+    assert kernel((query, torch.empty(1, 8, 1024, 132, dtype=torch.bfloat16)[..., :128], value), 1) == "triton"
 
 
 def test_nothing_to_compute_goes_to_the_reference(built):

@@ -87,14 +87,18 @@ def low_precision(name, dtype):
     return truth[valid_rows(batch)], model, batch
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16_is_as_accurate_as_the_original(name):
-    truth, model, batch = low_precision(name, torch.bfloat16)
+def test_low_precision_is_as_accurate_as_the_original(name, dtype):
+    """With statistics, too."""
+    truth, model, batch = low_precision(name, dtype)
     valid = valid_rows(batch)
     with torch.no_grad():
         before = model(**batch).logits[valid].float()
         with ras_fast.patch(model) as patched:
             after = model(**batch).logits[valid].float()
+            if FAMILIES[name].pixels:
+                assert as_accurate(model(**batch, output_attentions=True).logits[valid].float(), before, truth)
     assert patched.report().fused_norms == FAMILIES[name].fused[1]
     assert as_accurate(after, before, truth)
 

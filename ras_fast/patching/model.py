@@ -214,7 +214,7 @@ class Patch:
         state = self._regions()
         previous = state.collection
         state.statistics = Statistics()
-        heads = None if heads is None else torch.as_tensor(heads)
+        heads = None if heads is None else tuple(map(int, heads))
         state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers), heads)
         try:
             yield state.statistics

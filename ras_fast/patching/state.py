@@ -43,7 +43,7 @@ class Collection:
     scores: bool
     reduce: str
     layers: frozenset[int] | None
-    heads: Tensor | None
+    heads: tuple[int, ...] | None
 
 
 @dataclass
@@ -140,4 +140,5 @@ class AttentionState:
 
 
 def _heads(tensor: Tensor, collection: Collection) -> Tensor:
-    return tensor if collection.heads is None else tensor.index_select(1, collection.heads.to(tensor.device))
+    """The wanted heads. Not by a tensor of indices: on a GPU that would be a copy from the CPU in every forward."""
+    return tensor if collection.heads is None else torch.stack([tensor[:, head] for head in collection.heads], 1)

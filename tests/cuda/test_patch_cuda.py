@@ -74,12 +74,12 @@ def test_a_captured_step_is_the_eager_step():
         steering.set_rows(torch.zeros(2, device="cuda"), torch.zeros(2, device="cuda"))
         decoding = Decoding(model, patched)
 
-        def decode(step):
+        def decode(step, strength=1.0):
             """The results of STEPS steps; the second row is steered from the third step on."""
             results = []
             for index in range(STEPS):
                 decoding.tokens.fill_(10 + index)
-                steering.alpha.copy_(torch.tensor([0.0, float(index >= 2)]))
+                steering.alpha.copy_(torch.tensor([0.0, strength * (index >= 2)]))
                 results.append([result.clone() for result in step()])
             return results
 
@@ -101,7 +101,11 @@ def test_a_captured_step_is_the_eager_step():
             return captured
 
         got = decode(replay)
+        decoding.rewind()
+        unsteered = decode(replay, 0.0)
     for (logits, mass), (logits_expected, mass_expected) in zip(got, expected, strict=True):
         torch.testing.assert_close(logits, logits_expected)
         torch.testing.assert_close(mass, mass_expected)
-    assert not torch.equal(expected[1][0][1], expected[2][0][1])
+    for index in range(STEPS):
+        same = [torch.equal(got[index][0][row], unsteered[index][0][row]) for row in range(2)]
+        assert same == [True, index < 2]

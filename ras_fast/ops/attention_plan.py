@@ -122,7 +122,7 @@ def cuda_kernels_refuse(*tensors: Tensor) -> str:
 
 
 def _misaligned(tensor: Tensor) -> bool:
-    """Whether a row of a 16-bit tensor begins elsewhere than at a multiple of 16 bytes; torch's flash attention wants that, too."""
+    """Whether a row of a 16-bit tensor begins elsewhere than at a multiple of 16 bytes; flash attention wants that as well."""
     return tensor.data_ptr() % 16 != 0 or any(stride % 8 for stride in tensor.stride()[:-1])
 
 

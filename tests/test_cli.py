@@ -404,7 +404,9 @@ def test_the_safety_table_by_one_command(few_calibration_items, tmp_path, capsys
 
 @pytest.mark.slow
 def test_every_row_of_the_safety_table(few_calibration_items, monkeypatch, tmp_path):
-    monkeypatch.setattr("ras_fast.evaluation.calibration.PROBER_PAIRS", 400)
+    few = {"PROBER_PAIRS": 400, "ATTENTION_PAIRS": 40, "COMBINED_PAIRS": 20}
+    for name, pairs in few.items():
+        monkeypatch.setattr(f"ras_fast.evaluation.calibration.{name}", pairs)
     assert cli.main(["eval", "--model", "tiny", "--n", "10", "--max-new-tokens", "16", "--out", str(tmp_path)]) == 0
     rows = {row["defence"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     staged = ["moras", "moras-sequential", "moras-binary", "ras", "moras+attention"]

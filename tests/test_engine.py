@@ -513,9 +513,11 @@ def test_a_head_the_engine_does_not_know_is_refused(model, processor, profile, m
 def test_a_gate_that_also_looks_at_attention(model, processor, batch_size):
     profile = make_profile(model, processor, risk="moras+attention", heads=[[0, 1], [1, 0], [1, 3]])
     profile.tensors |= {
-        "attention_weights": torch.tensor([30.0, -20.0, 10.0, -15.0, 5.0, 8.0]),
+        "attention_weights": torch.tensor([30.0, -20.0, 4.0, 10.0, -15.0, -3.0, 5.0, 8.0, 2.0]),
         "attention_bias": torch.tensor([-1.0]),
-        "similarity_weight": torch.tensor([4.0]),
+        # Without an image, the gate of MoRAS alone.
+        "similarity_weight": torch.tensor([profile.config["k"]]),
+        "similarity_bias": torch.tensor([-profile.config["k"] * profile.config["s_base"]]),
     }
     prompts, images = make_queries(9)
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6)

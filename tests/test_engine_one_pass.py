@@ -31,7 +31,7 @@ def attention(model, processor):
     torch.manual_seed(4)
     tensors = {
         "prototypes": torch.randn(3, 32),
-        "attention_weights": torch.tensor([30.0, -20.0, 10.0, -15.0]),
+        "attention_weights": torch.tensor([30.0, -20.0, 5.0, 10.0, -15.0, -5.0]),
         "attention_bias": torch.tensor([-1.0]),
     }
     return RasProfile("attention", {"heads": [[0, 1], [1, 3]]}, tensors, fingerprint(model, processor))
@@ -106,7 +106,7 @@ def test_pixels_that_are_not_finite_get_no_answer_and_touch_no_other_query(model
 
 def test_a_risk_that_cannot_be_computed_is_said(model, processor, monkeypatch):
     profile, (prompts, images) = attention(model, processor), queries(3)
-    monkeypatch.setattr("ras_fast.methods.attention.features", lambda mass, heads, rows: torch.full((len(rows), 4), torch.nan))
+    monkeypatch.setattr("ras_fast.methods.attention.features", lambda mass, heads, rows: torch.full((len(rows), 6), torch.nan))
     with SafeGenerator(model, processor, profile, batch_size=3) as guard:
         outputs = guard.generate(prompts, images, max_new_tokens=4)
     refusal = model.lm_head(profile.tensors["prototypes"]).argmax(-1).tolist()

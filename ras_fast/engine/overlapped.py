@@ -53,7 +53,7 @@ class Job:
     rejected_at: int | None = None
     failed_closed: str | None = None
     region_mass: Tensor | None = None
-    features: Tensor | None = None  # [2n] fp32, of a gate that also looks at attention
+    features: Tensor | None = None  # [3n] fp32, of a gate that also looks at attention
     image_run: list[int] | None = None  # what its one image is in a prompt
 
 

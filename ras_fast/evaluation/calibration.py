@@ -10,7 +10,9 @@ from ras_fast.methods import attention, autosteer, moras
 from ras_fast.profile import RasProfile
 
 ITEMS = 50  # refused texts, and as many image-question pairs
-PROBER_PAIRS = 2000  # a prober is trained, where the others average; the paper takes 3000
+PROBER_PAIRS = 3000  # as in the paper: a prober is trained, where MoRAS averages
+ATTENTION_PAIRS, COMBINED_PAIRS = 500, 150  # regressions, too; S takes two passes and more for each question
+OVER_REFUSAL = 0.1  # what AutoSteer's threshold may cost on held-out pairs, of which most safe ones are look-alikes
 
 
 def _moras(model, processor, made, progress: bool, *, preset: str, context_prompt: str) -> RasProfile:
@@ -28,17 +30,18 @@ def _moras(model, processor, made, progress: bool, *, preset: str, context_promp
 
 def _autosteer(model, processor, made, progress: bool) -> RasProfile:
     # The layer by validation: in a model of four layers the safety awareness score is no guide.
-    pairs, options = tinyworld.contrast_pairs(PROBER_PAIRS), {"layer": "validation", "progress": progress}
+    pairs = tinyworld.contrast_pairs(PROBER_PAIRS)
+    options = {"layer": "validation", "over_refusal": OVER_REFUSAL, "progress": progress}
     return autosteer.calibrate(model, processor, pairs, refusal=tinyworld.REFUSAL, **options)
 
 
 def _attention(model, processor, made, progress: bool) -> RasProfile:
-    pairs, texts = tinyworld.calibration_pairs(ITEMS), tinyworld.refused_texts(ITEMS)
+    pairs, texts = tinyworld.contrast_pairs(ATTENTION_PAIRS), tinyworld.refused_texts(ITEMS)
     return attention.calibrate(model, processor, pairs, texts, progress=progress)
 
 
 def _combined(model, processor, made, progress: bool) -> RasProfile:
-    pairs = tinyworld.calibration_pairs(ITEMS)
+    pairs = tinyworld.contrast_pairs(COMBINED_PAIRS)
     return attention.calibrate(model, processor, pairs, combine_with=made["moras"], progress=progress)
 
 

@@ -1,9 +1,10 @@
 """Attention risk: how the words of a prompt look at its images, read from the one forward pass that runs anyway.
 
-Features are the mean and the maximum, over the text rows after the last image, of the attention that a head pays to the
-images. Calibration ranks heads by the Fisher discriminant ratio Δμᵀ(Σ₁ + Σ₂ + εI)⁻¹Δμ of their two features between harmful
-and harmless questions, keeps the best, and fits a logistic regression. Alone, its risk steers the answer as MoRAS's third
-stage does (`AttentionRisk`); or it joins S in MoRAS's own gate (`calibrate(..., combine_with=...)`). docs/methods.md.
+Features are the attention that a head pays to the images: the mean and the maximum over the text rows after the last image,
+and that of the last row. Calibration ranks heads by the Fisher discriminant ratio Δμᵀ(Σ₁ + Σ₂ + εI)⁻¹Δμ of their features
+between harmful and harmless questions, keeps the best, and fits a logistic regression whose penalty is chosen by
+cross-validation. Alone, its risk steers the answer as MoRAS's third stage does (`AttentionRisk`); or it joins S in MoRAS's own
+gate (`calibrate(..., combine_with=...)`). docs/methods.md.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ras_fast import parallel
 from ras_fast.decoding import output_head
 from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import region_bias
-from ras_fast.methods.attention_gate import AttentionGate, Head, features, rows_after_images
+from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.steering import Steering
@@ -28,6 +30,10 @@ from ras_fast.patching.tracking import PromptState, last_logits_only, text_shape
 from ras_fast.profile import RasProfile, fingerprint
 
 STEPS = 3  # as MoRAS: the first answer states that are steered
+FOLDS = 5  # of the cross-validation
+# How free the features' weights are in the fit: C of scikit-learn's logistic regression on inputs of unit variance.
+FREEDOMS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+FREEDOM_OF_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class AttentionRisk:
                 patch.clear_monitor()
 
     def assess(self, features: Tensor, has_images: Tensor) -> tuple[Tensor, Tensor]:
-        """(risk [B] fp32, failed [B] bool) of features [B, 2n] and of which sequences have images."""
+        """(risk [B] fp32, failed [B] bool) of features [B, 3n] and of which sequences have images."""
         risk = torch.sigmoid(self.gate.logit(features))
         failed = ~torch.isfinite(risk)
         return torch.where(has_images, risk, 0).masked_fill(failed, 1.0), failed
@@ -167,7 +173,7 @@ def calibrate(
     pairs: list[tuple],
     refused_texts: list[str] = (),
     *,
-    heads: int = 8,
+    heads: int = 16,
     steps: int = STEPS,
     min_refused: int = 10,
     amplify: float = 0.0,
@@ -177,14 +183,17 @@ def calibrate(
     """A profile whose risk is read from attention; alone, or together with a MoRAS profile's S.
 
     pairs: labelled questions, (image, unsafe question, safe question), or with a fourth entry, the image of the safe one; at
-        least 50. Those without an image are left out. Never use these in a test set.
+        least 50, some hundreds are better. Those without an image are left out. Never use these in a test set.
     refused_texts: about 50 text-only requests that the model refuses, for the prototypes of the first `steps` states
         (`ras_fast.methods.moras.refusal_prototypes`); not needed with `combine_with`.
     heads: how many (layer, head) pairs to keep, the best by Fisher ratio first.
     amplify: what to add to the chosen heads' scores of image tokens from then on, so that they look at images more; the
         profile's tensor `region_bias`.
     combine_with: a MoRAS or RAS profile of this model. The outcome is that profile with the risk "moras+attention": one
-        logistic gate over S and the features, for `ras_fast.SafeGenerator`.
+        logistic gate over S and the features, for `ras_fast.SafeGenerator`. S alone is among the gates that cross-validation
+        chooses from, so that attention has a say only where it helps on pairs that a fit has not seen.
+
+    The profile's config says what was chosen: "freedom" (`FREEDOMS`; 0 for S alone), and "held_out_loss" for each of them.
 
     Raises ValueError for input that cannot be used, a model without image statistics, and features or S that are not
     finite. ImportError: there is no scikit-learn.
@@ -193,7 +202,7 @@ def calibrate(
         raise ValueError(f"heads is {heads}; it needs to be at least 1")
     if combine_with is not None and combine_with.method not in PRESETS:
         raise ValueError(f"combine_with is a {combine_with.method!r} profile; it needs to be one of {', '.join(PRESETS)}")
-    queries, harmful = _labelled(pairs, processor)
+    queries, harmful, pair = _labelled(pairs, processor)
     tensors: dict[str, Tensor] = {}
     if combine_with is None:
         tensors["prototypes"] = refusal_prototypes(model, processor, refused_texts, steps, min_refused, progress)
@@ -202,45 +211,38 @@ def calibrate(
         tensors |= combine_with.tensors
     with patched(model) as patch:
         _check_model(patch, ())
+        places = [(layer, head) for layer, count in sorted(patch.head_counts.items()) for head in range(count)]
         with region_bias(patch, tensors.get("region_bias")):
-            best, inputs = _best_heads(patch, processor, queries, harmful, heads, progress)
+            found = _features(patch, processor, queries, places, progress)
         if amplify:
-            tensors["region_bias"] = _amplified(patch.head_counts, best, amplify)
+            places = [places[i] for i in best_heads(found, harmful, heads)]
+            tensors["region_bias"] = _amplified(patch.head_counts, places, amplify)
         with region_bias(patch, tensors.get("region_bias")):
             if amplify:
-                inputs = _features(patch, processor, queries, best, progress)
-            if combine_with is not None:
-                similarities = _similarities(model, processor, queries, combine_with, progress)
-    config = {"heads": [list(head) for head in best]}
+                found = _features(patch, processor, queries, places, progress)
+            similarities = None if combine_with is None else _similarities(model, processor, queries, combine_with, progress)
+    chosen, facts = select(found, similarities, harmful, pair, heads)
+    tensors["attention_weights"], tensors["attention_bias"] = chosen.weights.float(), chosen.bias.float()
+    config = {"heads": [list(places[i]) for i in chosen.heads]} | facts
     if combine_with is None:
-        tensors["attention_weights"], tensors["attention_bias"] = fit(inputs, harmful)
         return RasProfile("attention", config, tensors, fingerprint(model, processor))
-    weights, tensors["attention_bias"] = fit(torch.cat([inputs, similarities[:, None]], 1), harmful)
-    tensors["attention_weights"], tensors["similarity_weight"] = weights[:-1].clone(), weights[-1:].clone()
+    tensors |= {"similarity_weight": chosen.similarity_weight.float(), "similarity_bias": chosen.similarity_bias.float()}
     config = combine_with.config | config | {"risk": "moras+attention"}
     return replace(combine_with, config=config, tensors=tensors)
 
 
-def _labelled(pairs: list[tuple], processor) -> tuple[list[Query], Tensor]:
-    """The questions of the pairs that have an image, and which of them [n] are unsafe."""
+def _labelled(pairs: list[tuple], processor) -> tuple[list[Query], Tensor, Tensor]:
+    """The questions of the pairs that have an image, which of them [n] are unsafe, and the pair [n] that each is of."""
     queries = [query for pair in zip(*question_pairs(pairs, processor), strict=True) for query in pair]
     seen = [i for i, query in enumerate(queries) if query.images]
     if any(queries[i].poisoned for i in seen):
         raise ValueError("pairs holds an image with NaN or infinite pixels")
-    harmful = torch.tensor([i % 2 == 0 for i in seen])
+    harmful, pair = torch.tensor([i % 2 == 0 for i in seen]), torch.tensor([i // 2 for i in seen])
     if not seen or harmful.all() or not harmful.any():
         raise ValueError(f"pairs holds {len(seen)} questions with an image; unsafe and safe ones are needed")
-    return [queries[i] for i in seen], harmful
-
-
-def _best_heads(
-    patch: Patch, processor, queries: list[Query], harmful: Tensor, count: int, progress: bool
-) -> tuple[list[Head], Tensor]:
-    """The heads of the highest Fisher ratio, best first, and their features [n, 2 · count]."""
-    places = [(layer, head) for layer, heads in sorted(patch.head_counts.items()) for head in range(heads)]
-    found = _features(patch, processor, queries, places, progress).unflatten(1, (-1, 2))
-    order = fisher_ratio(found, harmful).argsort(descending=True, stable=True)[:count].tolist()
-    return [places[i] for i in order], found[:, order].flatten(1)
+    if len(pair.unique()) < FOLDS:
+        raise ValueError(f"pairs holds {len(pair.unique())} pairs with an image; cross-validation needs at least {FOLDS}")
+    return [queries[i] for i in seen], harmful, pair
 
 
 def _amplified(head_counts: dict[int, int], heads: list[Head], strength: float) -> Tensor:
@@ -267,37 +269,97 @@ def _covariance(group: Tensor) -> Tensor:
     return torch.einsum("nhi,nhj->hij", centred, centred) / max(len(group) - 1, 1)
 
 
-def fit(inputs: Tensor, harmful: Tensor) -> tuple[Tensor, Tensor]:
-    """Logistic regression on inputs [n, k] that are brought to unit variance: weights [k] and bias [1] for the raw inputs.
+def best_heads(found: Tensor, harmful: Tensor, count: int) -> list[int]:
+    """The heads of the highest Fisher ratio in features [n, H, k], best first."""
+    return fisher_ratio(found, harmful).argsort(descending=True, stable=True)[:count].tolist()
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """logit = features[:, heads]·weights + bias, plus S · similarity_weight where there is one.
+
+    heads: indices, best first. weights: [heads · k] fp64. bias, similarity_weight: [1] fp64. similarity_bias: [1] fp64, what
+    the features and the bias come to on average.
+    """
+
+    heads: list[int]
+    weights: Tensor
+    bias: Tensor
+    similarity_weight: Tensor | None = None
+    similarity_bias: Tensor | None = None
+
+    def logit(self, found: Tensor, similarity: Tensor | None) -> Tensor:
+        """[n] fp64 of features [n, H, k] and S [n]."""
+        logit = found[:, self.heads].flatten(1).double() @ self.weights + self.bias
+        return logit if similarity is None else logit + similarity.double() * self.similarity_weight
+
+
+def select(
+    found: Tensor, similarity: Tensor | None, harmful: Tensor, pair: Tensor, count: int
+) -> tuple[LogisticFit, dict[str, Any]]:
+    """The gate over the best `count` heads whose features have the freedom that cross-validation finds best.
+
+    found: features [n, H, k]. similarity: S [n], or None. harmful: [n] bool. pair: [n], what is never on both sides of a fold.
+
+    With S, a freedom of 0, which is S alone, is one of those to choose from. Each fold ranks the heads anew. Returns the fit to
+    all, and {"freedom", "held_out_loss": {freedom: mean cross-entropy of the held-out items}}.
 
     Raises ValueError when an input is not finite, ImportError without scikit-learn.
     """
+    if not (torch.isfinite(found).all() and (similarity is None or torch.isfinite(similarity).all())):
+        raise ValueError("a feature or a similarity of the calibration pairs is not finite")
+    groups = pair.unique(return_inverse=True)[1]
+    fold = (torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[groups]
+
+    def held_out_loss(freedom: float) -> float:
+        logits = torch.zeros(len(found), dtype=torch.float64)
+        for held in (fold == i for i in range(FOLDS)):
+            seen, held_similarity = (None, None) if similarity is None else (similarity[~held], similarity[held])
+            logits[held] = fit(found[~held], seen, harmful[~held], count, freedom).logit(found[held], held_similarity)
+        return F.binary_cross_entropy_with_logits(logits, harmful.double()).item()
+
+    losses = {freedom: held_out_loss(freedom) for freedom in (FREEDOMS if similarity is None else (0.0, *FREEDOMS))}
+    freedom = min(losses, key=losses.__getitem__)
+    facts = {"freedom": freedom, "held_out_loss": {str(freedom): loss for freedom, loss in losses.items()}}
+    return fit(found, similarity, harmful, count, freedom), facts
+
+
+def fit(found: Tensor, similarity: Tensor | None, harmful: Tensor, count: int, freedom: float) -> LogisticFit:
+    """Logistic regression on the features of the best `count` heads, and on S, each at unit variance. The L2 penalty is
+    1 / freedom for a feature's weight and next to nothing for that of S. Raises ImportError without scikit-learn."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ImportError("calibrating attention risk needs scikit-learn: pip install 'ras-fast[calibrate]'") from error
-    if not bool(torch.isfinite(inputs).all()):
-        raise ValueError("a feature or a similarity of the calibration pairs is not finite")
-    inputs = inputs.double()
-    mean, scale = inputs.mean(0), inputs.std(0).clamp_min(1e-12)
-    model = LogisticRegression(max_iter=1000).fit(((inputs - mean) / scale).numpy(), harmful.numpy())
-    weights = torch.from_numpy(model.coef_[0]) / scale
+    heads = best_heads(found, harmful, count)
+    inputs = found[:, heads].flatten(1).double()
+    freedoms = torch.full(inputs.shape[1:], freedom, dtype=torch.float64)
+    if similarity is not None:
+        inputs = torch.cat([inputs, similarity[:, None].double()], 1)
+        freedoms = torch.cat([freedoms, freedoms.new_tensor([FREEDOM_OF_S])])
+    # A wider input needs a smaller weight, which the one penalty of the regression then weighs less.
+    mean, stretch = inputs.mean(0), freedoms.sqrt() / inputs.std(0).clamp_min(1e-12)
+    model = LogisticRegression(max_iter=1000).fit(((inputs - mean) * stretch).numpy(), harmful.numpy())
+    weights = torch.from_numpy(model.coef_[0]) * stretch
     bias = torch.from_numpy(model.intercept_) - (weights * mean).sum()
-    return weights.float(), bias.float()
+    if similarity is None:
+        return LogisticFit(heads, weights, bias)
+    own, of_s = weights[:-1].clone(), weights[-1:].clone()
+    return LogisticFit(heads, own, bias, of_s, bias + (own * mean[:-1]).sum())
 
 
 @torch.no_grad()
 def _features(patch: Patch, processor, queries: list[Query], heads: Sequence[Head], progress: bool) -> Tensor:
-    """[n, 2 · heads] fp32 on the CPU."""
+    """[n, heads, 3] fp32 on the CPU."""
 
     def of(query: Query) -> Tensor:
-        return prompt_features(patch, processor, query, heads)[0].cpu()
+        return prompt_features(patch, processor, query, heads)[0].cpu().unflatten(0, (-1, FEATURES))
 
     return torch.stack(parallel.each(of, queries, "attention", progress))
 
 
 def prompt_features(patch: Patch, processor, query: Query, heads: Sequence[Head]) -> tuple[Tensor, Tensor]:
-    """([2n] fp32, bool) of one query by a forward of its own: its features, and whether it has images."""
+    """([3n] fp32, bool) of one query by a forward of its own: its features, and whether it has images."""
     model = patch.model
     inputs, _ = encode(processor, query, model.device, model.dtype)
     with patch.collect(rows=None, layers={layer for layer, _ in heads}) as statistics:

@@ -1,6 +1,6 @@
 """A risk from how heads look at images: features of region masses, and a logistic gate over them.
 
-Shapes: B sequences, M query rows, R images, n heads. A head is a (layer, head) pair.
+Shapes: B sequences, M query rows, R images, n heads, three features a head. A head is a (layer, head) pair.
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from ras_fast.profile import RasProfile
 
 Head = tuple[int, int]
 RISKS = ("moras", "moras+attention")
+FEATURES = 3  # of a head
 
 
 def features(mass: Mapping[int, Tensor], heads: Sequence[Head], rows: Tensor) -> Tensor:
-    """[B, 2n] fp32: for each head the mean and the maximum, over rows of a prompt, of its attention to all images together.
+    """[B, 3n] fp32: for each head its attention to all images together, the mean and the maximum over rows of a prompt and
+    that of the last row, from which the answer is read.
 
     mass: [B, Hq, M, R] for each layer that has a head in `heads`, as `Patch.collect` leaves them.
     rows: [B, M] bool, the text rows after a prompt's last image (`rows_after_images`). Without any the features are NaN.
     """
     looked = torch.stack([mass[layer][:, head].sum(-1) for layer, head in heads], 1)  # [B, n, M]
+    position = torch.arange(rows.shape[1], device=rows.device)
+    end = torch.where(rows, position, 0).amax(-1)[:, None, None].expand(-1, len(heads), -1)
     rows = rows[:, None]
     mean = looked.masked_fill(~rows, 0).sum(-1) / rows.sum(-1)
     highest = looked.masked_fill(~rows, -torch.inf).amax(-1)
-    return torch.stack([mean, torch.where(rows.any(-1), highest, torch.nan)], -1).flatten(1)
+    found = torch.stack([mean, highest, looked.gather(-1, end).squeeze(-1)], -1)
+    return torch.where(rows.any(-1)[..., None], found, torch.nan).flatten(1)
 
 
 def rows_after_images(ids: Tensor, past: int | Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -42,26 +47,29 @@ def rows_after_images(ids: Tensor, past: int | Tensor, length: int) -> tuple[Ten
 
 
 class AttentionGate:
-    """r = σ(w·features + b), or with S: r = σ(u S + w·features + b).
+    """r = σ(w·features + b), or with S: r = σ(u S + w·features + b), and without images r = σ(u S + b₀).
 
-    heads: the n (layer, head) pairs. weights: [2n]. bias: [1]. similarity_weight: [1], u, or None.
+    heads: the n (layer, head) pairs. weights: [3n]. bias: [1]. similarity_weight: [1], u, and similarity_bias: [1], b₀; None
+        without S. b₀ is b + w·(mean features): a prompt without images counts as one that looks at them as most do.
 
     Raises ValueError when these do not fit together.
     """
 
     def __init__(self, profile: RasProfile, device):
         self.heads: list[Head] = [(layer, head) for layer, head in profile.config["heads"]]
-        tensors = {name: profile.tensors.get(name) for name in ("attention_weights", "attention_bias", "similarity_weight")}
-        wanted = {"attention_weights": 2 * len(self.heads), "attention_bias": 1}
-        wanted |= {"similarity_weight": 1} if profile.method != "attention" else {}
+        wanted = {"attention_weights": FEATURES * len(self.heads), "attention_bias": 1}
+        if profile.method != "attention":
+            wanted |= {"similarity_weight": 1, "similarity_bias": 1}
+        tensors = {name: profile.tensors.get(name) for name in wanted}
         for name, size in wanted.items():
             if tensors[name] is None or tensors[name].shape != (size,):
                 got = None if tensors[name] is None else tuple(tensors[name].shape)
                 raise ValueError(f"{name} has shape {got}; it needs to be ({size},) for {len(self.heads)} heads")
         if not self.heads:
             raise ValueError("config 'heads' is empty; the gate needs at least one (layer, head)")
-        self.weights, self.bias, self.similarity_weight = (
-            None if tensor is None else tensor.to(device, torch.float32) for tensor in tensors.values()
+        self.weights, self.bias, self.similarity_weight, self.similarity_bias = (
+            *(tensor.to(device, torch.float32) for tensor in tensors.values()),
+            *[None] * (4 - len(tensors)),
         )
 
     @property
@@ -69,7 +77,11 @@ class AttentionGate:
         """The layers whose mass is needed, in order."""
         return sorted({layer for layer, _ in self.heads})
 
-    def logit(self, features: Tensor, similarity: Tensor | None = None) -> Tensor:
-        """[B] of features [B, 2n] and, where the gate has a weight for it, S [B]. Not finite where an input is not."""
-        logit = features.float() @ self.weights + self.bias
-        return logit if similarity is None else logit + similarity.float() * self.similarity_weight
+    def logit(self, features: Tensor) -> Tensor:
+        """[B] of features [B, 3n]. Not finite where a feature is not."""
+        return features.float() @ self.weights + self.bias
+
+    def joint_logit(self, features: Tensor, has_images: Tensor, similarity: Tensor) -> Tensor:
+        """[B] of features [B, 3n], which sequences have images [B] bool, and S [B]. Not finite where what it reads is not."""
+        looked = torch.where(has_images, self.logit(features), self.similarity_bias)
+        return looked + similarity.float() * self.similarity_weight

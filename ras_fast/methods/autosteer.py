@@ -187,6 +187,7 @@ def calibrate(
     every: int | None = None,
     rank: int | None = None,
     strength: float | None = None,
+    over_refusal: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     checkpoint: str | Path | None = None,
@@ -206,6 +207,8 @@ def calibrate(
             config says how faithful they are.
         strength: ε = 0.1 · strength; None: the one of STRENGTHS under which most validation answers are the refusal, the
             nearest to 1 among equals.
+        over_refusal: share of safe validation questions that may be refused: the gate's threshold goes down from 0.5 as far as
+            it refuses no more of them. None: 0.5, as in the paper.
         batch_size: prompts a forward.
         checkpoint: folder to save the captured states and each epoch of the head in, and to resume from.
 
@@ -217,6 +220,8 @@ def calibrate(
     layers = _layers(layer, every, depth)
     if rank is not None and not 0 < rank <= model.config.get_text_config().hidden_size:
         raise ValueError(f"rank is {rank}; it needs to be in 1..{model.config.get_text_config().hidden_size}")
+    if over_refusal is not None and not 0 <= over_refusal <= 1:
+        raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
     answer = _answer(model, processor, refusal)
     settings = {
         "model": fingerprint(model, processor), "pairs": _digest([*unsafe, *safe]), "answer": answer, "layers": layers,
@@ -227,6 +232,9 @@ def calibrate(
     training, validation = _split(len(pairs), seed)
     scores = {i: safety_awareness(states["safe"][n], states["toxic"][n]) for n, i in enumerate(layers)}
     chosen, prober, probed = _choose_layer(layer, scores, states, training, validation, seed)
+
+    held = [states[kind][layers.index(chosen)][validation] for kind in ("safe", "toxic")]
+    threshold, gated = _threshold(prober, *held, over_refusal)
 
     def logits(hidden: Tensor) -> Tensor:
         return output_head(model)(hidden.to(model.dtype)).float()
@@ -241,8 +249,8 @@ def calibrate(
     if strength is None:
         strength = float(min(rates, key=lambda s: (-rates[s], abs(math.log(float(s))))))
     config = {
-        "layer": chosen, "strength": float(strength), "threshold": THRESHOLD, "refusal": refusal, "pairs": len(pairs),
-        "seed": seed, "sas": {str(i): score for i, score in scores.items()}, "prober": probed, "head": trained,
+        "layer": chosen, "strength": float(strength), "threshold": threshold, "refusal": refusal, "pairs": len(pairs),
+        "seed": seed, "sas": {str(i): score for i, score in scores.items()}, "prober": probed | gated, "head": trained,
         "strengths": rates,
     }  # fmt: skip
     tensors = {f"prober_{name}": tensor for name, tensor in prober.items()} | {n: t.cpu() for n, t in factors.items()}
@@ -406,6 +414,23 @@ def train_prober(
     weight = kept["0.weight"] / scale
     bias = kept["0.bias"] - weight @ mean
     return {"in.weight": weight, "in.bias": bias, "out.weight": kept["2.weight"], "out.bias": kept["2.bias"]}, best
+
+
+def _threshold(
+    prober: dict[str, Tensor], safe: Tensor, toxic: Tensor, over_refusal: float | None
+) -> tuple[float, dict[str, float]]:
+    """The gate's threshold for states of validation questions [n, d], and the share of each kind that is above it."""
+    safe_risk, toxic_risk = assess(prober, safe)[0], assess(prober, toxic)[0]
+    threshold = THRESHOLD
+    if over_refusal is not None:
+        allowed = int(over_refusal * len(safe_risk))  # the highest risks of safe questions, which the threshold may lie below
+        ordered = safe_risk.sort(descending=True).values
+        threshold = min(threshold, float(ordered[allowed])) if allowed < len(ordered) else 0.0
+    return threshold, {"refused_safe": _above(safe_risk, threshold), "refused_toxic": _above(toxic_risk, threshold)}
+
+
+def _above(risk: Tensor, threshold: float) -> float:
+    return float((risk > threshold).float().mean())
 
 
 def _loss(logits: Callable[[Tensor], Tensor], m: Tensor, states: Tensor, targets: Tensor) -> Tensor:

@@ -94,14 +94,16 @@ class Moras:
         """The gate: r [B] fp32 in [0, 1] of S [B], and which rows failed closed: there S or r was not finite and r is
         1.
 
-        With the risk "moras+attention", r is σ of a weighted sum of S and of `features` [B, 2n] where `has_images` [B] bool;
+        With the risk "moras+attention", r is σ of a weighted sum of S and of `features` [B, 3n] where `has_images` [B] bool;
         these are then needed (`ras_fast.methods.attention_gate`).
         """
-        gate, logit = self.config["gate"], self.config["k"] * (similarity.float() - self.config["s_base"])
-        if self.attention is not None:
-            if features is None or has_images is None:
-                raise ValueError("features is None; this profile's risk, 'moras+attention', needs features and has_images")
-            logit = torch.where(has_images, self.attention.logit(features, similarity), logit)
+        gate = self.config["gate"]
+        if self.attention is None:
+            logit = self.config["k"] * (similarity.float() - self.config["s_base"])
+        elif features is None or has_images is None:
+            raise ValueError("features is None; this profile's risk, 'moras+attention', needs features and has_images")
+        else:
+            logit = self.attention.joint_logit(features, has_images, similarity)
         if gate == "continuous":
             risk = torch.sigmoid(logit)
         elif gate == "binary":

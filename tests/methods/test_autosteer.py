@@ -403,6 +403,22 @@ def test_a_fixed_layer_validation_and_every(model, processor, few_epochs):
     assert calibrate(model, processor, layer="validation").config["layer"] in range(LAYERS)
 
 
+def test_the_threshold_keeps_to_what_may_be_refused():
+    """A prober whose risk is σ(x) of a state's first value."""
+    prober = {
+        "in.weight": torch.tensor([[1.0, 0], [-1.0, 0]]), "in.bias": torch.zeros(2),
+        "out.weight": torch.tensor([[0.0, 0], [1.0, -1]]), "out.bias": torch.zeros(2),
+    }  # fmt: skip
+    risks = torch.tensor([0.9, 0.4, 0.3, 0.2, 0.1])
+    safe = torch.stack([risks.logit(), torch.zeros(5)], 1)
+    expected = {None: (0.5, 0.2), 0.0: (0.5, 0.2), 0.2: (0.4, 0.2), 0.5: (0.3, 0.4), 1.0: (0.0, 1.0)}
+    for over_refusal, (threshold, refused) in expected.items():
+        got, facts = autosteer._threshold(prober, safe, safe[:3], over_refusal)
+        assert got == pytest.approx(threshold, abs=1e-6)
+        assert facts["refused_safe"] == pytest.approx(refused)
+    assert facts["refused_toxic"] == 1
+
+
 def test_full_rank_is_the_full_head_and_low_rank_says_what_it_keeps(model, processor, few_epochs):
     full, whole, half = (calibrate(model, processor, rank=rank) for rank in (None, D, 4))
     product = whole.tensors["refusal"] @ whole.tensors["refusal_right"]
@@ -438,6 +454,7 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
         ({"layer": 9}, "layer is 9"),
         ({"layer": "best"}, "layer is 'best'"),
         ({"rank": 0}, "rank is 0"),
+        ({"over_refusal": 1.5}, "over_refusal is 1.5"),
     ],
 )
 def test_calibrate_checks_its_arguments(model, processor, changes, message):

@@ -1,22 +1,37 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under nine minutes: build, tests, memory and race checks, benchmarks, profiles.
-#   bench/gpu.sh [OUT]     logs and tables go to OUT (default: $OUT, or build/gpu); figures also to bench/results/<device>/
-# A section that fails is reported, its last lines are shown, and the rest goes on. Exit status: the number of failures.
-# Needs no network. PYTHON (default python3) must have torch with CUDA.
+# What needs a GPU, for a machine that is there for minutes: build, tests, memory and race checks, benchmarks, tuning, profiles.
+#   bench/gpu.sh [all|tests|bench|profile] [OUT]
+# Each run ends within LIMIT seconds (default 530; the parts one by one do everything, `all` what fits). OUT (default: $OUT, or
+# build/gpu) gets summary.txt and results-<part>.tar.gz: logs, figures, tuned configurations, the profiler's report. The archive
+# is renewed after every section, so a run that is cut short loses one section. Unpacked at the top of the tree, it is what the
+# next part's table of aims continues from. A section that fails is reported and the rest goes on; exit status: failed sections.
+# Needs no network. PYTHON (default python3) must have torch with CUDA; wheels in wheels/ (Liger, expecttest, …) are used.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-${OUT:-build/gpu}}
+cd "$(dirname "$0")/.." || exit 1
+part=${1:-all}
+out=${2:-${OUT:-build/gpu}}
 python=${PYTHON:-python3}
-mkdir -p "$out"
+limit=${LIMIT:-530}
+case $part in all | tests | bench | profile) ;; *) sed -n '2,10p' "$0" && exit 2 ;; esac
+logs=bench/results/logs
+mkdir -p "$out" "$logs" build
 summary="$out/summary.txt"
 : >"$summary"
 failures=0
 
-# section NAME SECONDS COMMAND...: runs it with a time limit, output to OUT/NAME.log
+# Everything that is to survive the machine. The figures' folder is named by bench/harness.py.
+bundle() { tar -czf "$out/results-$part.tar.gz" bench/results; }
+
+# section NAME SECONDS COMMAND...: runs it with a time limit, output to its log; nothing if too little time is left
 section() {
-  local name=$1 limit=$2 start=$SECONDS status
+  local name=$1 seconds=$2 start=$SECONDS status left=$((limit - SECONDS - 10))
   shift 2
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+  if [ $left -lt 15 ]; then
+    printf '%-16s skipped: no time left\n' "$name" >>"$summary"
+    failures=$((failures + 1))
+    return 1
+  fi
+  timeout --kill-after=5 $((seconds < left ? seconds : left)) "$@" >"$logs/$name.log" 2>&1
   status=$?
   if [ $status -eq 0 ]; then
     printf '%-16s ok      %4d s\n' "$name" $((SECONDS - start)) >>"$summary"
@@ -24,43 +39,79 @@ section() {
     printf '%-16s FAILED  %4d s  (status %d%s)\n' "$name" $((SECONDS - start)) $status \
       "$(case $status in 124 | 137) echo ', time limit' ;; esac)" >>"$summary"
     failures=$((failures + 1))
-    echo "--- $name failed; the end of $out/$name.log:"
-    tail -n 12 "$out/$name.log"
+    echo "--- $name failed; the end of its log:"
+    tail -n 12 "$logs/$name.log"
   fi
+  bundle
+  return $status
 }
 
+# The package from this tree, without an installation.
+ln -sfn ../triton_kernels ras_fast/triton_kernels
+site="$PWD/build/site"
+if compgen -G 'wheels/*.whl' >/dev/null; then
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" wheels/*.whl
+fi
+export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 arch=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')
 export RAS_FAST_CUDA_ARCHS=${RAS_FAST_CUDA_ARCHS:-$arch}
 
-# The limits add up to nine minutes; most sections need far less.
-section facts 10 bash -c "nvidia-smi -L; nvcc --version | tail -2; $python -c \"
-import torch, triton, transformers
-print('torch', torch.__version__, 'triton', triton.__version__, 'transformers', transformers.__version__)\""
-section build 120 "$python" ras_fast/build.py
-section install 30 "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
-workers=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)
-# shellcheck disable=SC2086  # two words, or none
-section tests 80 "$python" -m pytest -q -m "" -p no:cacheprovider $workers tests/cuda tests/ops/test_*_triton.py
-for tool in memcheck racecheck; do
-  section $tool 45 compute-sanitizer --tool $tool --error-exitcode 9 "$python" tests/cuda/small_shapes.py
-done
-section bench_norm 80 "$python" bench/bench_norm.py --seconds 0.2
-section bench_attention 80 "$python" bench/bench_attention.py
-section crossovers 30 "$python" bench/bench_crossovers.py
-section roofline 20 "$python" bench/roofline.py
-section ncu 50 ncu --clock-control none --csv --page details --section SpeedOfLight --section LaunchStats \
-  --section Occupancy --section WarpStateStats --print-details all --launch-count 24 \
-  --kernel-name regex:"add_norm|attention|region|merge|mass|decode" "$python" bench/profile_targets.py
-"$python" bench/ncu_table.py "$out/ncu.log" >"$out/ncu_table.txt" 2>&1 || failures=$((failures + 1))
-cp -r bench/results "$out/" 2>/dev/null
+run_tests() {
+  local workers
+  workers=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)
+  # shellcheck disable=SC2086  # two words, or none
+  section tests 220 "$python" -m pytest -q -m "" -p no:cacheprovider $workers tests/cuda tests/ops/test_*_triton.py
+  # Without torch's pool every tensor is an allocation of its own, whose ends the checker knows.
+  section memcheck 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" tests/cuda/small_shapes.py
+  section racecheck 100 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" tests/cuda/small_shapes.py
+}
 
-echo
-for table in bench_norm bench_attention; do
-  [ -f "$out/$table.log" ] && { echo "== $table"; tail -n 45 "$out/$table.log"; }
-done
-echo "== ncu"
-cat "$out/ncu_table.txt"
-echo "== sections"
-grep -hE "passed|failed|ERROR SUMMARY" "$out"/{tests,memcheck,racecheck}.log 2>/dev/null
+run_bench() {
+  section norm 110 "$python" bench/bench_norm.py --seconds 0.15
+  section attention 190 "$python" bench/bench_attention.py --full --seconds 0.15
+  section engine 120 "$python" bench/bench_engine.py --device cuda --shape 7b --dtype bfloat16 --cases benign:128
+  section crossovers 40 "$python" bench/bench_crossovers.py
+  section gated_linear 20 "$python" bench/bench_gated_linear.py --quick --seconds 0.2
+  section roofline 20 "$python" bench/roofline.py
+}
+
+run_profile() {
+  section ncu 120 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
+    --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
+    --section ComputeWorkloadAnalysis --launch-count 30 \
+    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|region_mass|sum_parts' \
+    "$python" bench/profile_targets.py
+  # Beside configs.json, not over it: an entry is taken over when its figures have been looked at.
+  section tune 380 "$python" -m ras_fast.cli bench --tune --out bench/results/logs/configs.json
+}
+
+profile_table() {
+  ncu --import bench/results/logs/ncu.ncu-rep --page raw --csv >"$logs/ncu.csv" && "$python" bench/ncu_table.py "$logs/ncu.csv"
+}
+
+# shellcheck disable=SC2016  # the inner shell expands it
+section facts 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu --format=csv
+  nvcc --version | tail -2; "$0" -m ras_fast.cli doctor' "$python"
+section build 180 "$python" ras_fast/build.py
+[ "$part" = bench ] || [ "$part" = profile ] || run_tests
+[ "$part" = tests ] || [ "$part" = profile ] || run_bench
+[ "$part" = tests ] || [ "$part" = bench ] || run_profile
+
+{
+  for name in norm attention engine crossovers tune; do
+    [ -s "$logs/$name.log" ] && echo "== $name" && tail -n 25 "$logs/$name.log" | cut -c -240
+  done
+  [ -f "$logs/ncu.ncu-rep" ] && echo "== ncu" && profile_table
+  echo "== sections"
+  grep -hE "passed|failed|ERROR SUMMARY|RACECHECK SUMMARY" "$logs"/{tests,memcheck,racecheck}.log 2>/dev/null
+} >"$logs/tables.txt" 2>&1
+cat "$logs/tables.txt"
+{
+  echo "== aims for an H200"
+  "$python" bench/aims.py
+} >>"$summary" 2>&1
 cat "$summary"
+cp "$summary" "$logs/summary-$part.txt"
+bundle
 exit $failures

@@ -10,7 +10,7 @@ def rand(*shape):
 
 
 def norm():
-    for tokens, d in ((8192, 4096), (8192, 8192), (4096, 16384), (8, 4096)):
+    for tokens, d in ((8192, 4096), (4096, 16384), (8, 4096)):
         x, residual, weight = rand(tokens, d), rand(tokens, d), rand(d)
         steer = {
             "steer_vectors": rand(2, d),
@@ -22,11 +22,14 @@ def norm():
 
 
 def attention():
-    for batch, rows, keys in ((2, 4096, 4096), (8, 1, 4096)):
+    for batch, rows, keys in ((1, 4096, 4096), (8, 1, 4096)):
         query, key, value = rand(batch, 32, rows, 128), rand(batch, 8, keys, 128), rand(batch, 8, keys, 128)
         ids = (torch.arange(keys, device="cuda", dtype=torch.int32) // 256 - 1).clamp(max=7).expand(batch, keys).contiguous()
         _, lse, _ = ops.region_attention(query, key, value, ids, 8)
-        ops.region_mass(query, key, lse, ids, 8, mass_rows=1)
+        ops.region_mass(query, key, lse, ids, 8, mass_rows=min(rows, 64))
+        ops.key_attention(query, key, lse)
+        fused = torch.ops.ras_fast.region_attention_triton
+        fused(query, key, value, ids, 8, 128**-0.5, True, None, None, 0, 0.0, None, None, rows)
 
 
 if __name__ == "__main__":

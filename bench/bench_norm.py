@@ -1,8 +1,9 @@
 """Steered residual + norm beside its peers: `python bench/bench_norm.py [--quick]`.
 
-Every candidate of a row gets the same tensors in the same run. GB/s counts the bytes that must move: x and residual in, h and
-y out. "share" is that bandwidth over a plain copy's, measured in the same run; on a CPU small shapes stay in the caches and
-the share may exceed 1. On a GPU every shape is timed called from Python and as a CUDA graph; "empty" is a kernel without work.
+Every candidate of a row gets the same tensors in the same run ("in place", as FlashInfer, copies of its own). GB/s counts
+the bytes that must move: x and residual in, h and y out. "share" is that bandwidth over a plain copy's, measured in the same
+run; on a CPU small shapes stay in the caches and the share may exceed 1. On a GPU a row is timed as eager calls or as a
+replayed CUDA graph; "empty" is a kernel without work.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ QUICK = [(1, 4096), (1024, 4096)]
 
 def candidates(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict:
     x, residual = (torch.randn(tokens, width, device=device).to(dtype) for _ in range(2))
+    own_x, own_residual = x.clone(), residual.clone()
     weight = torch.randn(width, device=device).to(dtype)
     vectors = torch.randn(2, width, device=device).to(dtype)
     alpha = torch.full((tokens,), 0.5, device=device)
@@ -38,6 +40,7 @@ def candidates(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict
         "ras_fast": lambda: ops.add_rms_norm(x, residual, weight, 1e-6),
         "steer no row": steered(-1),
         "steer all": steered(1),
+        "in place": lambda: ops.add_rms_norm_(own_x, own_residual, weight, 1e-6),
     }
     if x.is_cuda:
         ours["empty"] = lambda: torch.cuda._sleep(0)

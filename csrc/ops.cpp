@@ -3,7 +3,9 @@
 
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
   m.impl("add_rms_norm", TORCH_BOX(&ras::cpu::add_rms_norm));
+  m.impl("add_rms_norm_", TORCH_BOX(&ras::cpu::add_rms_norm_));
   m.impl("add_layer_norm", TORCH_BOX(&ras::cpu::add_layer_norm));
+  m.impl("add_layer_norm_", TORCH_BOX(&ras::cpu::add_layer_norm_));
   m.impl("decode_attention", TORCH_BOX(&ras::cpu::decode_attention));
   m.impl("region_mass", TORCH_BOX(&ras::cpu::region_mass));
   m.impl("key_attention", TORCH_BOX(&ras::cpu::key_attention));

@@ -121,12 +121,6 @@ def add_norm_kernel(
             centred = tl.where(cols < d, h - mean, 0.0)
             squares += centred * centred
         square_sum = tl.sum(squares)
-        inv_std = tl.rsqrt(square_sum / d + eps)
-        for start in tl.range(0, d, BLOCK, num_stages=1):
-            cols = start + offsets
-            h = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
-            _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, cols < d, mean, inv_std, weight_offset,
-                       alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
     else:
         mask = offsets < d
         h = _load_h(x_row, residual_row, vector_row, offsets, mask, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
@@ -134,23 +128,35 @@ def add_norm_kernel(
             mean = tl.sum(h) / d
         centred = tl.where(mask, h - mean, 0.0)
         square_sum = tl.sum(centred * centred)
-        inv_std = tl.rsqrt(square_sum / d + eps)
-        _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, offsets, mask, mean, inv_std, weight_offset,
-                   alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
+    inv_std = tl.rsqrt(square_sum / d + eps)
 
+    # Before anything is stored: in place, y lies over x and h over residual.
     if PROBES:
         dots_row = dots_ptr + token * (num_probes + 1)
         probe_row = probes_ptr
         for probe in tl.range(0, num_probes, num_stages=1):
-            products = tl.zeros([BLOCK], tl.float32)
-            for start in tl.range(0, d, BLOCK, num_stages=1):
-                cols = start + offsets
-                mask = cols < d
-                h = _load_h(x_row, residual_row, vector_row, cols, mask, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
-                products += h * tl.load(probe_row + cols, mask=mask, other=0.0).to(tl.float32)
+            if TILED:
+                products = tl.zeros([BLOCK], tl.float32)
+                for start in tl.range(0, d, BLOCK, num_stages=1):
+                    cols = start + offsets
+                    tile = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid,
+                                   HAS_RESIDUAL, STEER, HF)  # fmt: skip
+                    products += tile * tl.load(probe_row + cols, mask=cols < d, other=0.0).to(tl.float32)
+            else:
+                products = h * tl.load(probe_row + offsets, mask=mask, other=0.0).to(tl.float32)
             tl.store(dots_row + probe, tl.sum(products))
             probe_row += probes_stride
         tl.store(dots_row + num_probes, square_sum + d * mean * mean)  # ||h||^2
+
+    if TILED:
+        for start in tl.range(0, d, BLOCK, num_stages=1):
+            cols = start + offsets
+            h = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+            _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, cols < d, mean, inv_std, weight_offset,
+                       alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
+    else:
+        _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, offsets, mask, mean, inv_std, weight_offset,
+                   alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
 
 
 class Config(NamedTuple):
@@ -194,16 +200,22 @@ def _leading(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[list[int],
     return tuple(list(column) for column in zip(*padded, strict=True))
 
 
-@on_its_device
 def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, *, layer_norm):
-    d = x.shape[-1]
-    tokens = x.numel() // d
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stores_h = residual is not None or (vectors is not None and not lerp)
     h = torch.empty(x.shape if stores_h else (0,), dtype=x.dtype, device=x.device)
+    return y, h, _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, y,
+                         h if stores_h else None, layer_norm=layer_norm)  # fmt: skip
+
+
+@on_its_device
+def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, y, h, *, layer_norm):
+    """Writes y and, if given, h; returns probe_dots."""
+    d = x.shape[-1]
+    tokens = x.numel() // d
     dots = torch.empty((tokens, len(probes) + 1) if probes is not None else (0,), dtype=torch.float32, device=x.device)
     if tokens == 0:
-        return y, h, dots
+        return dots
     (size_z, size_y, rows), x_strides, residual_strides = _leading(x, residual)
     arch, _ = device_facts(x.device)
     chosen = config(shape_class(arch, x.element_size(), d, vectors is not None))
@@ -211,17 +223,18 @@ def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight
     add_norm_kernel[(rows, size_y, size_z)](
         x, residual if residual is not None else absent, weight, bias if bias is not None else absent,
         vectors if vectors is not None else absent, slot if slot is not None else absent,
-        alpha if alpha is not None else absent, probes if probes is not None else absent, y, h, dots,
+        alpha if alpha is not None else absent, probes if probes is not None else absent, y,
+        h if h is not None else absent, dots,
         *x_strides, *residual_strides,
         vectors.stride(0) if vectors is not None else 0, probes.stride(0) if probes is not None else 0,
         size_y, rows, d, len(vectors) if vectors is not None else 0, len(probes) if probes is not None else 0,
         eps, weight_offset,
         LAYER_NORM=layer_norm, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
         STEER="none" if vectors is None else "lerp" if lerp else "add", PROBES=probes is not None,
-        HF=hf, ROUND_NORMALISED=hf and weight_offset == 0, STORE_H=stores_h,
+        HF=hf, ROUND_NORMALISED=hf and weight_offset == 0, STORE_H=h is not None,
         BLOCK=chosen.block, TILED=chosen.tiled, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg,
     )  # fmt: skip
-    return y, h, dots
+    return dots
 
 
 def add_rms_norm(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
@@ -229,9 +242,21 @@ def add_rms_norm(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_of
     return _add_norm(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, layer_norm=False)
 
 
+def add_rms_norm_(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+    """ras_fast::add_rms_norm_ in Triton: y over x, h over residual, both contiguous; returns probe_dots."""
+    return _launch(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x, residual,
+                   layer_norm=False)  # fmt: skip
+
+
 def add_layer_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
     """ras_fast::add_layer_norm in Triton, as above."""
     return _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, layer_norm=True)
+
+
+def add_layer_norm_(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
+    """ras_fast::add_layer_norm_ in Triton, as above."""
+    return _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, x, residual,
+                   layer_norm=True)  # fmt: skip
 
 
 def aot_cases(arch: int) -> list[dict]:

@@ -1,5 +1,7 @@
-// CPU launcher of add_rms_norm and add_layer_norm: shapes and pointers; the arithmetic is in norm_kernel.cpp.
+// CPU launcher of add_rms_norm, add_layer_norm and their in-place twins: shapes and pointers; the arithmetic is in norm_kernel.cpp.
 #include "cpu/norm.h"
+
+#include <cstdlib>
 
 #include "cpu/tensor.h"
 #include "ops.h"
@@ -50,24 +52,19 @@ void guard(const Tensor& x, const MaybeTensor& residual, const Tables& tables, c
                   "ras_fast norm: steering takes steer_vectors [S, d], steer_slot [T] int32 and steer_alpha [T] float32");
 }
 
-std::tuple<Tensor, Tensor, Tensor> launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, Tables tables,
-                                          const MaybeTensor& slot, const MaybeTensor& alpha) {
-  guard(x, residual, tables, slot, alpha);
-  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  const bool stores_h = residual || (tables.vectors && !args.lerp);
-  const int32_t dtype = raw_dtype(x);
+// Writes y and, where it differs from x, h; returns probe_dots.
+Tensor launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, Tables tables, const MaybeTensor& slot,
+              const MaybeTensor& alpha, const Tensor& y, const MaybeTensor& h) {
   args.dtype = dtype_of(x);
-  args.d = sizes.back();
+  args.d = x.size(x.dim() - 1);
   args.float_tables = !tables.match(args.dtype);
   if (args.float_tables) tables.to_float();
   const int64_t tokens = x.numel() / args.d;
-  Tensor y = empty(sizes, dtype);
-  Tensor h = empty(stores_h ? sizes : std::vector<int64_t>{0}, dtype);
   Tensor dots = empty_float(tables.probes ? std::vector<int64_t>{tokens, tables.probes->size(0) + 1} : std::vector<int64_t>{0});
   args.x = row_map(x);
   if (residual) args.residual = row_map(*residual);
   args.y = y.data_ptr();
-  args.h = stores_h ? h.data_ptr() : nullptr;
+  args.h = h ? h->data_ptr() : nullptr;
   args.weight = table(tables.weight);
   args.bias = table(tables.bias);
   args.vectors = table(tables.vectors);
@@ -83,7 +80,33 @@ std::tuple<Tensor, Tensor, Tensor> launch(NormArgs args, const Tensor& x, const 
   } else {
     torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) { rows(args, begin, end); });
   }
-  return {y, h, dots};
+  return dots;
+}
+
+std::tuple<Tensor, Tensor, Tensor> functional(const NormArgs& args, const Tensor& x, const MaybeTensor& residual,
+                                              const Tables& tables, const MaybeTensor& slot, const MaybeTensor& alpha) {
+  guard(x, residual, tables, slot, alpha);
+  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const bool stores_h = residual || (tables.vectors && !args.lerp);
+  const Tensor y = empty(sizes, raw_dtype(x)), h = empty(stores_h ? sizes : std::vector<int64_t>{0}, raw_dtype(x));
+  return {y, h, launch(args, x, residual, tables, slot, alpha, y, stores_h ? MaybeTensor(h) : std::nullopt)};
+}
+
+Tensor in_place(const NormArgs& args, const Tensor& x, const Tensor& residual, const Tables& tables, const MaybeTensor& slot,
+                const MaybeTensor& alpha) {
+  guard(x, residual, tables, slot, alpha);
+  const int64_t bytes = x.numel() * (raw_dtype(x) == aoti_torch_dtype_float32() ? 4 : 2);
+  STD_TORCH_CHECK(x.is_contiguous() && residual.is_contiguous() && std::abs(data<char>(x) - data<char>(residual)) >= bytes,
+                  "ras_fast norm: in place, x and residual must be contiguous and not overlap");
+  return launch(args, x, residual, tables, slot, alpha, x, residual);
+}
+
+NormArgs rms_args(double eps, bool lerp, double weight_offset, bool hf) {
+  return {.eps = float(eps), .weight_offset = float(weight_offset), .rms = true, .hf_rounding = hf, .lerp = lerp};
+}
+
+NormArgs layer_args(double eps, bool lerp, bool hf) {
+  return {.eps = float(eps), .weight_offset = 0, .rms = false, .hf_rounding = hf, .lerp = lerp};
 }
 
 }  // namespace
@@ -91,16 +114,26 @@ std::tuple<Tensor, Tensor, Tensor> launch(NormArgs args, const Tensor& x, const 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes) {
-  NormArgs args{.eps = float(eps), .weight_offset = float(weight_offset), .rms = true, .hf_rounding = hf, .lerp = lerp};
-  return launch(args, x, residual, {weight, std::nullopt, vectors, probes}, slot, alpha);
+  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes}, slot, alpha);
+}
+
+Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
+                     const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
+                     const MaybeTensor& probes) {
+  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes}, slot, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,
                                                   const MaybeTensor& bias, double eps, const MaybeTensor& vectors,
                                                   const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                                                   const MaybeTensor& probes) {
-  NormArgs args{.eps = float(eps), .weight_offset = 0, .rms = false, .hf_rounding = hf, .lerp = lerp};
-  return launch(args, x, residual, {weight, bias, vectors, probes}, slot, alpha);
+  return functional(layer_args(eps, lerp, hf), x, residual, {weight, bias, vectors, probes}, slot, alpha);
+}
+
+Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const MaybeTensor& bias, double eps,
+                       const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
+                       const MaybeTensor& probes) {
+  return in_place(layer_args(eps, lerp, hf), x, residual, {weight, bias, vectors, probes}, slot, alpha);
 }
 
 }  // namespace ras::cpu

@@ -20,7 +20,7 @@ struct NormArgs {
   bool float_tables;  // every table is float; else every table is of `dtype`
   int64_t d;
   RowMap x, residual;
-  void *y, *h;  // contiguous; h is null when it is not stored
+  void *y, *h;  // contiguous; h is null when it is not stored. y may be x, and h residual, if these are contiguous
   Table weight, bias;
   float eps, weight_offset;
   bool rms, hf_rounding;

@@ -1,8 +1,10 @@
-// One row of residual add + steering + RMSNorm or LayerNorm: x and residual are read once, h and y written once.
+// One row of residual add + steering + RMSNorm or LayerNorm: x and residual are read once, h and y written once. y may lie
+// over x and h over residual.
 //
-// A store to a line that is not in the cache waits for memory. So each pass asks for the lines that the next one writes: the
-// first for this row's y, the second for the next row's h (docs/kernels.md). Between the two passes the row stays in L1 as float, in the pairs' order, so that statistics and normalisation see one value
-// whatever the dtype.
+// Memory is asked for ahead: while the first pass reads a row it fetches the lines of this row's y and of the next row's x, the
+// second pass those of the next row's residual and h (docs/kernels.md). What the second pass needs of h it reads back from where
+// it was stored, by then in L1. Only where the stored h is rounded more than the norm may see, or LayerNorm has centred it, does
+// the row wait as float, in the pairs' order, so that statistics and normalisation see one value whatever the dtype.
 #include "cpu/norm.h"
 
 #include <cstdlib>
@@ -21,11 +23,11 @@ inline Pair rounded_if(Pair value) {
   return value;
 }
 
-// The lines of a pair of elements. Past the last row it is a hint to nowhere.
-template <class T>
-inline void prefetch_for_writing(const T* pair) {
+// Asks for the lines of a pair of elements, to be read (0) or written (1). Past the last row it is a hint to nowhere.
+template <int kWrite, class T>
+inline void prefetch(const T* pair) {
   constexpr int kLine = 64 / sizeof(T);
-  for (int i = 0; i < kPair; i += kLine) __builtin_prefetch(pair + i, 1, 3);
+  for (int i = 0; i < kPair; i += kLine) __builtin_prefetch(pair + i, kWrite, 3);
 }
 
 // How row t is steered. An invalid slot cannot be reported from here: its row becomes NaN, never silently unsteered.
@@ -52,6 +54,24 @@ struct RowKernel {
   const NormArgs& args;
   float* row;  // d floats, rounded up to whole pairs
 
+  static constexpr bool kReadsBack = (Hf || std::is_same_v<T, float>) && kNorm != Norm::layer;
+
+  const T* x(int64_t t) const { return static_cast<const T*>(args.x.data) + args.x.offset(t); }
+  const T* residual(int64_t t) const {
+    return args.residual.data ? static_cast<const T*>(args.residual.data) + args.residual.offset(t) : nullptr;
+  }
+  T* y(int64_t t) const { return static_cast<T*>(args.y) + t * args.d; }
+  T* h(int64_t t) const { return args.h ? static_cast<T*>(args.h) + t * args.d : nullptr; }
+
+  // Row t as the first pass has left it: load(i, count).
+  auto kept(int64_t t) const {
+    const T* stored = args.h ? h(t) : x(t);
+    return [stored, row = row](int64_t i, auto count) {
+      if constexpr (kReadsBack) return load_pair(stored + i, count);
+      return load_pair(row + i);
+    };
+  }
+
   const W* table(const Table& from, int64_t index) const { return static_cast<const W*>(from.data) + index * from.stride; }
 
   template <class Count>
@@ -66,23 +86,22 @@ struct RowKernel {
     return value;
   }
 
-  // h of row t into `row` and args.h; returns its sum of squares, or for LayerNorm its sum.
+  // h of row t into args.h and where `kept` finds it; returns its sum of squares, or for LayerNorm its sum.
   template <bool Add>
   float first_pass(int64_t t, const Steering& steering) const {
-    const T* x = static_cast<const T*>(args.x.data) + args.x.offset(t);
-    const T* residual = args.residual.data ? static_cast<const T*>(args.residual.data) + args.residual.offset(t) : nullptr;
+    const T *in = x(t), *next_in = x(t + 1), *added = residual(t), *out = y(t);
     const W* vector = Add ? table(args.vectors, steering.slot) : nullptr;
-    T* stored = args.h ? static_cast<T*>(args.h) + t * args.d : nullptr;
-    const T* y = static_cast<const T*>(args.y) + t * args.d;
+    T* stored = h(t);
     Pair total{};
     each_pair(args.d, [&](int64_t i, auto count) {
-      prefetch_for_writing(y + i);
-      Pair h = load_pair(x + i, count);
-      if (residual) h = rounded_if<Hf, T>(h + load_pair(residual + i, count));
-      if constexpr (Add) h = rounded_if<Hf, T>(h + steering.alpha * load_table(vector + i, count));
-      if (stored) Hf ? store_rounded(stored + i, h, count) : store_pair(stored + i, h, count);
-      store_pair(row + i, h);
-      total += kNorm == Norm::layer ? h : h * h;
+      prefetch<1>(out + i);
+      prefetch<0>(next_in + i);
+      Pair value = load_pair(in + i, count);
+      if (added) value = rounded_if<Hf, T>(value + load_pair(added + i, count));
+      if constexpr (Add) value = rounded_if<Hf, T>(value + steering.alpha * load_table(vector + i, count));
+      if (stored) Hf ? store_rounded(stored + i, value, count) : store_pair(stored + i, value, count);
+      if constexpr (!kReadsBack) store_pair(row + i, value);
+      total += kNorm == Norm::layer ? value : value * value;
     });
     return sum(total);
   }
@@ -103,11 +122,13 @@ struct RowKernel {
     const W* weight = table(args.weight, 0);
     const W* bias = args.bias.data ? table(args.bias, 0) : nullptr;
     const W* vector = Lerp ? table(args.vectors, steering.slot) : nullptr;
-    T* y = static_cast<T*>(args.y) + t * args.d;
-    const T* next_h = static_cast<const T*>(args.h ? args.h : args.y) + (t + 1) * args.d;
+    const T *next_h = h(t + 1), *next_residual = residual(t + 1);
+    const auto load = kept(t);
+    T* out = y(t);
     each_pair(args.d, [&](int64_t i, auto count) {
-      prefetch_for_writing(next_h + i);
-      Pair value = scale * load_pair(row + i);
+      if (next_h) prefetch<1>(next_h + i);
+      if (next_residual) prefetch<0>(next_residual + i);
+      Pair value = scale * load(i, count);
       Pair w = load_table(weight + i, count);
       if constexpr (kNorm == Norm::rms) value = rounded_if<Hf, T>(value);
       if constexpr (kNorm == Norm::rms_offset) w = w + args.weight_offset;
@@ -116,17 +137,18 @@ struct RowKernel {
       if constexpr (Lerp) {
         value = (1 - steering.alpha) * rounded_if<Hf, T>(value) + steering.alpha * load_table(vector + i, count);
       }
-      store_pair(y + i, value, count);
+      store_pair(out + i, value, count);
     });
   }
 
   void dot_probes(int64_t t) const {
     float* dots = args.probe_dots + t * (args.probes.rows + 1);
+    const auto load = kept(t);
     for (int64_t p = 0; p <= args.probes.rows; ++p) {
       Pair total{};
       each_pair(args.d, [&](int64_t i, auto count) {
-        const Pair h = load_pair(row + i);
-        total += p < args.probes.rows ? h * load_table(table(args.probes, p) + i, count) : h * h;
+        const Pair value = load(i, count);
+        total += value * (p < args.probes.rows ? load_table(table(args.probes, p) + i, count) : value);
       });
       dots[p] = sum(total);
     }
@@ -135,8 +157,8 @@ struct RowKernel {
   void poison(int64_t t) const {
     const Pair nan{splat(NAN), splat(NAN)};
     each_pair(args.d, [&](int64_t i, auto count) {
-      store_pair(static_cast<T*>(args.y) + t * args.d + i, nan, count);
-      if (args.h) store_pair(static_cast<T*>(args.h) + t * args.d + i, nan, count);
+      store_pair(y(t) + i, nan, count);
+      if (args.h) store_pair(h(t) + i, nan, count);
     });
     if (args.probe_dots) {
       for (int64_t p = 0; p <= args.probes.rows; ++p) args.probe_dots[t * (args.probes.rows + 1) + p] = NAN;

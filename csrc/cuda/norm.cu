@@ -1,4 +1,5 @@
-// CUDA launcher of add_rms_norm and add_layer_norm: shapes, pointers and the launch; the kernels are in norm.cuh.
+// CUDA launcher of add_rms_norm, add_layer_norm and their in-place twins: shapes, pointers and the launch; the kernels are in
+// norm.cuh.
 #include "norm.cuh"
 
 #include <algorithm>
@@ -55,17 +56,22 @@ struct Inputs {
   const MaybeTensor &bias, &vectors, &slot, &alpha, &probes;
 };
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+// h is not given where it equals x, probe_dots is empty without probes.
+struct Outputs {
+  Tensor y;
+  MaybeTensor h;
+  Tensor probe_dots;
+};
 
 template <typename T>
-void run(const Inputs& in, const Outputs& out, bool stores_h, const Flags& flags) {
+void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
   const Leading lead(in.x, in.residual);
   NormArgs<T> a{};
   a.x = rows_of<T>(in.x, lead.x_stride);
   if (in.residual) a.residual = rows_of<T>(*in.residual, lead.residual_stride);
-  a.y = static_cast<T*>(std::get<0>(out).mutable_data_ptr());
-  a.h = stores_h ? static_cast<T*>(std::get<1>(out).mutable_data_ptr()) : nullptr;
-  a.probe_dots = in.probes ? static_cast<float*>(std::get<2>(out).mutable_data_ptr()) : nullptr;
+  a.y = static_cast<T*>(out.y.mutable_data_ptr());
+  a.h = out.h ? static_cast<T*>(out.h->mutable_data_ptr()) : nullptr;
+  a.probe_dots = in.probes ? static_cast<float*>(out.probe_dots.mutable_data_ptr()) : nullptr;
   a.weight = operand(in.weight);
   a.bias = operand(in.bias);
   a.probes = operand(in.probes);
@@ -122,21 +128,41 @@ void guard(const Inputs& in) {
                   "ras_fast norm: steering takes steer_vectors [S, d], steer_slot [T] int32 and steer_alpha [T] float32");
 }
 
-Outputs add_norm_op(const Inputs& in, const Flags& flags) {
-  guard(in);
+void run(const Inputs& in, const Outputs& out, const Flags& flags) {
+  if (in.x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(in.x.get_device_index());
+  switch (dtype_of(in.x)) {
+    case DType::kFloat32: return run_as<float>(in, out, flags);
+    case DType::kFloat16: return run_as<__half>(in, out, flags);
+    case DType::kBFloat16: return run_as<__nv_bfloat16>(in, out, flags);
+  }
+}
+
+Tensor new_probe_dots(const Inputs& in) {
+  if (!in.probes) return new_float(in.x, {0});
+  return new_float(in.x, {in.x.numel() / in.x.size(in.x.dim() - 1), in.probes->size(0) + 1});
+}
+
+std::tuple<Tensor, Tensor, Tensor> functional(const Inputs& in, const Flags& flags) {
+  guard(in);
   const std::vector<int64_t> sizes(in.x.sizes().begin(), in.x.sizes().end());
   const bool stores_h = in.residual || (in.vectors && !flags.lerp);
-  const int64_t tokens = in.x.numel() / sizes.back();
-  const Outputs out{new_like(in.x, sizes), new_like(in.x, stores_h ? sizes : std::vector<int64_t>{0}),
-                    in.probes ? new_float(in.x, {tokens, in.probes->size(0) + 1}) : new_float(in.x, {0})};
-  if (tokens == 0) return out;
-  switch (dtype_of(in.x)) {
-    case DType::kFloat32: run<float>(in, out, stores_h, flags); break;
-    case DType::kFloat16: run<__half>(in, out, stores_h, flags); break;
-    case DType::kBFloat16: run<__nv_bfloat16>(in, out, stores_h, flags); break;
-  }
-  return out;
+  const Tensor y = new_like(in.x, sizes), h = new_like(in.x, stores_h ? sizes : std::vector<int64_t>{0});
+  const Tensor dots = new_probe_dots(in);
+  run(in, {y, stores_h ? MaybeTensor(h) : std::nullopt, dots}, flags);
+  return {y, h, dots};
+}
+
+Tensor in_place(const Inputs& in, const Flags& flags) {
+  guard(in);
+  const int64_t bytes = in.x.numel() * (dtype_of(in.x) == DType::kFloat32 ? 4 : 2);
+  const auto address = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  STD_TORCH_CHECK(in.x.is_contiguous() && in.residual->is_contiguous() &&
+                      std::abs(address(in.x) - address(*in.residual)) >= bytes,
+                  "ras_fast norm: in place, x and residual must be contiguous and not overlap");
+  const Tensor dots = new_probe_dots(in);
+  run(in, {in.x, in.residual, dots}, flags);
+  return dots;
 }
 
 }  // namespace
@@ -144,15 +170,28 @@ Outputs add_norm_op(const Inputs& in, const Flags& flags) {
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes) {
-  return add_norm_op({x, residual, weight, std::nullopt, vectors, slot, alpha, probes},
-                     {false, lerp, hf, float(eps), float(weight_offset)});
+  return functional({x, residual, weight, std::nullopt, vectors, slot, alpha, probes},
+                    {false, lerp, hf, float(eps), float(weight_offset)});
+}
+
+Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
+                     const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
+                     const MaybeTensor& probes) {
+  return in_place({x, residual, weight, std::nullopt, vectors, slot, alpha, probes},
+                  {false, lerp, hf, float(eps), float(weight_offset)});
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,
                                                   const MaybeTensor& bias, double eps, const MaybeTensor& vectors,
                                                   const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                                                   const MaybeTensor& probes) {
-  return add_norm_op({x, residual, weight, bias, vectors, slot, alpha, probes}, {true, lerp, hf, float(eps), 0.f});
+  return functional({x, residual, weight, bias, vectors, slot, alpha, probes}, {true, lerp, hf, float(eps), 0.f});
+}
+
+Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const MaybeTensor& bias, double eps,
+                       const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
+                       const MaybeTensor& probes) {
+  return in_place({x, residual, weight, bias, vectors, slot, alpha, probes}, {true, lerp, hf, float(eps), 0.f});
 }
 
 }  // namespace ras::cuda

@@ -8,6 +8,8 @@
 // One row belongs to one warp, or to one block. Its threads keep the row in registers between the statistics and the
 // output, so memory sees each input once and each output once; rows too long for that are read again (add_norm_long).
 // norm_plan.h picks the shape of the launch. Framework-free: norm.cu is the launcher.
+//
+// In place, y lies over x and h over residual: a thread writes only elements that it alone reads, and after its last read.
 #pragma once
 
 #include "common.cuh"
@@ -444,6 +446,15 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
   const float mean = kLayerNorm ? row_sum(over_tiles([&](const S& slice) { return total(slice, h); })) / a.d : 0.f;
   const float square_sum = row_sum(over_tiles([&](const S& slice) { return squares(slice, h, mean); }));
   const float inv_std = rsqrtf(square_sum / a.d + a.eps);
+  if (a.probe_dots != nullptr) {  // before the stores, which in place take the inputs away
+    float* dots = a.probe_dots + t * (a.num_probes + 1);
+    for (int probe = 0; probe < a.num_probes; ++probe) {
+      const float sum = row_sum(over_tiles([&](const S& slice) { return dot(slice, h, a.probes, probe); }));
+      if (threadIdx.x == 0) dots[probe] = sum;
+    }
+    if (threadIdx.x == 0) dots[a.num_probes] = fmaf(a.d * mean, mean, square_sum);
+  }
+
   over_tiles([&](const S& slice) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) {
@@ -453,14 +464,6 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
     }
     return 0.f;
   });
-
-  if (a.probe_dots == nullptr) return;
-  float* dots = a.probe_dots + t * (a.num_probes + 1);
-  for (int probe = 0; probe < a.num_probes; ++probe) {
-    const float sum = row_sum(over_tiles([&](const S& slice) { return dot(slice, h, a.probes, probe); }));
-    if (threadIdx.x == 0) dots[probe] = sum;
-  }
-  if (threadIdx.x == 0) dots[a.num_probes] = fmaf(a.d * mean, mean, square_sum);
 }
 
 // ------------------------------------------------------------------------------------------- choosing a kernel (host)

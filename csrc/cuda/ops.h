@@ -9,10 +9,18 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTens
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes);
 
+Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
+                     const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
+                     const MaybeTensor& probes);
+
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,
                                                   const MaybeTensor& bias, double eps, const MaybeTensor& vectors,
                                                   const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                                                   const MaybeTensor& probes);
+
+Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const MaybeTensor& bias, double eps,
+                       const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
+                       const MaybeTensor& probes);
 
 std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                                     const MaybeTensor& region_ids, int64_t num_regions, double scale,

@@ -3,12 +3,14 @@
 from ras_fast.ops import attention_cuda  # noqa: F401 (registers the ops' CUDA implementations)
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass
 from ras_fast.ops.gated_linear import gated_linear
-from ras_fast.ops.norm import add_layer_norm, add_rms_norm
+from ras_fast.ops.norm import add_layer_norm, add_layer_norm_, add_rms_norm, add_rms_norm_
 from ras_fast.ops.similarity import refusal_similarity
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_",
     "add_rms_norm",
+    "add_rms_norm_",
     "explain",
     "gated_linear",
     "key_attention",

@@ -67,6 +67,41 @@ def add_rms_norm(
     return y, (h if _stores_h(residual, steer_vectors, lerp) else x), (dots if probes is not None else None)
 
 
+def add_rms_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    steer_vectors: Tensor | None = None,
+    steer_slot: Tensor | None = None,
+    steer_alpha: Tensor | None = None,
+    steer_mode: str = "add",
+    weight_offset: float = 0.0,
+    rounding: str = "hf",
+    probes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`add_rms_norm` in place: y is written over `x` and h over `residual`, bit for bit what the functional op returns.
+
+    For callers that own both buffers, as vLLM's and FlashInfer's in-place norms do: no output is allocated, and half as many
+    lines of memory are touched (docs/kernels.md). `x` and `residual` must be contiguous and must not overlap.
+
+    Returns:
+        x, residual, and probe_dots as :func:`add_rms_norm` has them.
+
+    Raises:
+        ValueError: as :func:`add_rms_norm`, or `x` or `residual` is not contiguous, or they overlap.
+        RuntimeError: an input requires grad and grad mode is on.
+    """
+    _check.no_grad("add_rms_norm_", x, residual, weight)
+    lerp, hf = _choices(steer_mode, rounding)
+    dots = call(
+        "add_rms_norm_", _rms_in_place_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp,
+        weight_offset, hf, probes,
+    )  # fmt: skip
+    return *_written(x, residual), (dots if probes is not None else None)
+
+
 def add_layer_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -95,6 +130,37 @@ def add_layer_norm(
     return y, (h if _stores_h(residual, steer_vectors, lerp) else x), (dots if probes is not None else None)
 
 
+def add_layer_norm_(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    steer_vectors: Tensor | None = None,
+    steer_slot: Tensor | None = None,
+    steer_alpha: Tensor | None = None,
+    steer_mode: str = "add",
+    rounding: str = "hf",
+    probes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`add_layer_norm` in place, as :func:`add_rms_norm_` is :func:`add_rms_norm`."""
+    _check.no_grad("add_layer_norm_", x, residual, weight, bias)
+    lerp, hf = _choices(steer_mode, rounding)
+    dots = call(
+        "add_layer_norm_", _layer_in_place_validate, x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha,
+        lerp, hf, probes,
+    )  # fmt: skip
+    return *_written(x, residual), (dots if probes is not None else None)
+
+
+def _written(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Tells autograd, which native kernels do not, so that a backward that saved one of the two fails instead of lying."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((x, residual))
+    return x, residual
+
+
 def _choices(steer_mode: str, rounding: str) -> tuple[bool, bool]:
     """(lerp, hf) of the two string options."""
     if steer_mode not in MODES:
@@ -115,6 +181,28 @@ def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_o
 
 def _layer_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
     _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
+
+
+def _rms_in_place_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes) -> None:
+    _validate(x, residual, weight, None, vectors, slot, alpha, probes)
+    _validate_in_place(x, residual)
+
+
+def _layer_in_place_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
+    _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
+    _validate_in_place(x, residual)
+
+
+def _validate_in_place(x: Tensor, residual: Tensor) -> None:
+    if residual is None:
+        _check.fail("residual", "None", "a tensor, which takes h")
+    for name, tensor in (("x", x), ("residual", residual)):
+        if not tensor.is_contiguous():
+            _check.fail(name, f"with strides {tensor.stride()}", "contiguous, because it is written in place")
+    if torch.compiler.is_compiling():  # no addresses yet
+        return
+    if abs(x.data_ptr() - residual.data_ptr()) < x.numel() * x.element_size():
+        _check.fail("residual", "overlapping x", "memory of its own, because both are written in place")
 
 
 def _validate(x, residual, weight, bias, vectors, slot, alpha, probes) -> None:
@@ -215,14 +303,32 @@ def _layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp,
     return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, rms=False)
 
 
+def _rms_in_place_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+    return _write(x, residual, *_rms_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes))
+
+
+def _layer_in_place_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
+    return _write(x, residual, *_layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes))
+
+
+def _write(x: Tensor, residual: Tensor, y: Tensor, h: Tensor, dots: Tensor) -> Tensor:
+    x.copy_(y)
+    residual.copy_(h)
+    return dots
+
+
 def _fake(x, residual, vectors, lerp, probes):
     # torch sends a call with any meta tensor here; a mixture is a mistake, which the public function then names.
     if any(t is not None and t.device != x.device for t in (residual, vectors, probes)):
         raise RuntimeError("add_rms_norm and add_layer_norm need all tensors on one device")
     y = x.new_empty(x.shape)
     h = x.new_empty(x.shape) if _stores_h(residual, vectors, lerp) else x.new_empty(0)
+    return y, h, _fake_dots(x, probes)
+
+
+def _fake_dots(x: Tensor, probes: Tensor | None) -> Tensor:
     shape = (x.numel() // x.shape[-1], probes.shape[0] + 1) if probes is not None else (0,)
-    return y, h, x.new_empty(shape, dtype=torch.float32)
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
@@ -233,29 +339,38 @@ def _layer_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, 
     return _fake(x, residual, vectors, lerp, probes)
 
 
-def _rms_triton(*args):
-    from ras_fast.triton_kernels.norm import add_rms_norm
-
-    return add_rms_norm(*args)
+def _rms_in_place_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+    return _fake_dots(x, probes)
 
 
-def _layer_triton(*args):
-    from ras_fast.triton_kernels.norm import add_layer_norm
+def _layer_in_place_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
+    return _fake_dots(x, probes)
 
-    return add_layer_norm(*args)
+
+def _triton(name: str):
+    """The Triton kernel of op `name`, imported with its first call."""
+
+    def kernel(*args):
+        from ras_fast.triton_kernels import norm
+
+        return getattr(norm, name)(*args)
+
+    return kernel
 
 
 _STEERING = "Tensor? steer_vectors, Tensor? steer_slot, Tensor? steer_alpha, bool lerp"
 _RETURNS = "-> (Tensor y, Tensor h, Tensor probe_dots)"
-_RMS_SCHEMA = (
-    f"add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, {_STEERING}, float weight_offset, "
-    f"bool hf_rounding, Tensor? probes) {_RETURNS}"
-)
-_LAYER_SCHEMA = (
-    f"add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, {_STEERING}, "
-    f"bool hf_rounding, Tensor? probes) {_RETURNS}"
-)
-define(_RMS_SCHEMA, fake=_rms_fake, reference=_rms_reference)
-define(_LAYER_SCHEMA, fake=_layer_fake, reference=_layer_reference)
-define_triton(_RMS_SCHEMA, fake=_rms_fake, kernel=_rms_triton)
-define_triton(_LAYER_SCHEMA, fake=_layer_fake, kernel=_layer_triton)
+_IN_PLACE = "Tensor(a!) x, Tensor(b!) residual"
+_RMS = f"Tensor weight, float eps, {_STEERING}, float weight_offset, bool hf_rounding, Tensor? probes"
+_LAYER = f"Tensor weight, Tensor? bias, float eps, {_STEERING}, bool hf_rounding, Tensor? probes"
+
+
+def _define(schema: str, fake, reference) -> None:
+    define(schema, fake=fake, reference=reference)
+    define_triton(schema, fake=fake, kernel=_triton(schema[: schema.index("(")]))
+
+
+_define(f"add_rms_norm(Tensor x, Tensor? residual, {_RMS}) {_RETURNS}", _rms_fake, _rms_reference)
+_define(f"add_layer_norm(Tensor x, Tensor? residual, {_LAYER}) {_RETURNS}", _layer_fake, _layer_reference)
+_define(f"add_rms_norm_({_IN_PLACE}, {_RMS}) -> Tensor probe_dots", _rms_in_place_fake, _rms_in_place_reference)
+_define(f"add_layer_norm_({_IN_PLACE}, {_LAYER}) -> Tensor probe_dots", _layer_in_place_fake, _layer_in_place_reference)

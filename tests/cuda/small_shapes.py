@@ -25,6 +25,7 @@ def norm():
             yield ops.add_rms_norm(x, residual, weight, 1e-6)
             yield ops.add_rms_norm(x, residual, weight, 1e-6, probes=probes, **steer)
             yield ops.add_layer_norm(x, residual, weight, bias, 1e-6, probes=probes, steer_mode="lerp", **steer)
+            yield ops.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-6, probes=probes, **steer)
             yield ops.add_layer_norm(x[:, 1:], None, weight[1:], None, 1e-6)
 
 

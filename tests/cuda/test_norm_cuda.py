@@ -53,6 +53,19 @@ def assert_agree(name, x, *args, **kwargs):
         torch.testing.assert_close(a, e, rtol=4 * ULP[x.dtype], atol=2 * ULP[x.dtype] * scale, equal_nan=True)
 
 
+@pytest.mark.parametrize("d", [256, 769, 4096, 16384, 40001])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["add_rms_norm", "add_layer_norm"])
+def test_in_place_writes_what_the_functional_op_returns(name, dtype, d):
+    x, residual, weight = rand(300, d, dtype=dtype), rand(300, d, dtype=dtype), rand(d, dtype=dtype)
+    rest = (rand(d, dtype=dtype),) if name == "add_layer_norm" else ()
+    kwargs = steering(300, d, dtype) | {"probes": rand(2, d)}
+    expected = getattr(ops, name)(x, residual, weight, *rest, 1e-6, **kwargs)
+    actual = getattr(ops, name + "_")(x.clone(), residual.clone(), weight, *rest, 1e-6, **kwargs)
+    for written, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(written, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 # Rows of a warp, of a block with few and with many rows, longer than a block's registers, odd, unaligned.
 @pytest.mark.parametrize("d", [1, 7, 256, 768, 769, 4096, 5120, 8191, 8192, 16384, 32768, 40001])
 @pytest.mark.parametrize("tokens", [1, 7, 300])

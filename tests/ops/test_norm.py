@@ -327,10 +327,76 @@ def test_kernel_agrees_with_reference(shape, width, dtype, rms, lerp, seed):
         torch.testing.assert_close(actual, expected, rtol=4 * ULP[dtype], atol=magnified * ULP[dtype] * (1 + scale))
 
 
+@BACKENDS
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rms", [True, False])
+def test_in_place_writes_what_the_functional_op_returns(backend, rms, dtype, rounding):
+    """Bit for bit, steered rows, probes and a slot that poisons its row included; the buffers stay where they are."""
+    for width in (1, 31, 96, 5001):
+        x, residual, weight = (torch.randn(*shape, width).to(dtype) for shape in ((2, 3), (2, 3), ()))
+        for mode in ("add", "lerp"):
+            kwargs = steering(6, width, dtype=dtype) | {"steer_mode": mode, "rounding": rounding}
+            kwargs["probes"] = torch.randn(2, width)
+            kwargs["steer_slot"][4] = 99
+            expected = call(x, residual, weight, None, 1e-5, rms=rms, **kwargs)
+            own_x, own_residual = x.clone(), residual.clone()
+            name = "add_rms_norm_" if rms else "add_layer_norm_"
+            versions = own_x._version, own_residual._version
+            y, h, dots = getattr(ops, name)(own_x, own_residual, weight, *(() if rms else (None,)), 1e-5, **kwargs)
+            assert y is own_x
+            assert h is own_residual
+            assert own_x._version > versions[0]
+            assert own_residual._version > versions[1]
+            for actual, wanted in zip((y, h, dots), expected, strict=True):
+                torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+            assert getattr(ops, name)(own_x, own_residual, weight, *(() if rms else (None,)), 1e-5)[2] is None
+
+
+@BACKENDS
+def test_in_place_refuses_what_it_would_corrupt(backend):
+    x, weight = torch.randn(4, 16), torch.ones(8)
+    whole = torch.randn(5, 8)
+    for arguments, message in [
+        ((x[:, :8], torch.randn(4, 8)), "x is with strides"),
+        ((torch.randn(4, 8), x[:, 8:]), "residual is with strides"),
+        ((whole[:4], whole[:4]), "residual is overlapping x"),
+        ((whole[:4], whole[1:]), "residual is overlapping x"),
+        ((torch.randn(4, 8), None), "residual is None"),
+        ((torch.randn(4, 8), torch.randn(4, 7)), "residual is of shape"),
+    ]:
+        before = [None if tensor is None else tensor.clone() for tensor in arguments]
+        for function, rest in ((ops.add_rms_norm_, (weight,)), (ops.add_layer_norm_, (weight, None))):
+            with pytest.raises(ValueError, match=message):
+                function(*arguments, *rest, 1e-6)
+        assert all(old is None or torch.equal(old, new) for old, new in zip(before, arguments, strict=True))
+    ops.add_rms_norm_(whole[:2], whole[2:4], weight, 1e-6)  # neighbours do not overlap
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_in_place(dtype):
+    args = list(steered_args(dtype))
+    torch.library.opcheck(torch.ops.ras_fast.add_rms_norm_.default, tuple(args))
+    torch.library.opcheck(torch.ops.ras_fast.add_layer_norm_.default, (*args[:3], None, *args[3:8], *args[9:]))
+
+
+def test_in_place_compiles_without_graph_breaks():
+    def block(x, residual, weight):
+        y, h, _ = ops.add_rms_norm_(x * 2, residual, weight, 1e-6)
+        return y + 1, h
+
+    x, residual, weight = torch.randn(3, 40), torch.randn(3, 40), torch.randn(40)
+    expected_residual = residual.clone()
+    expected, _ = block(x, expected_residual, weight)
+    actual, _ = torch.compile(block, fullgraph=True, backend="aot_eager")(x, residual, weight)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(residual, expected_residual)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_every_instruction_set_passes(isa):
     """The same source is compiled thrice; a subprocess, because the choice is made once a process."""
-    selected = "test_steered or test_unsteered_rows or test_unsteered and 769"
+    selected = "test_steered or test_unsteered_rows or test_in_place_writes or test_unsteered and 769"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", f"({selected}) and cpu"]
     done = subprocess.run(command, env=os.environ | {"RAS_FAST_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -71,6 +71,19 @@ def test_rows_longer_than_registers(d, rms):
     assert_agree(x, residual, weight, rand(d), rms=rms, probes=rand(2, d) / d**0.5, **steer)
 
 
+@pytest.mark.parametrize("d", [96, 769, norm.MAX_BLOCK + 1])
+@pytest.mark.parametrize("rms", [True, False], ids=["rms", "layer"])
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_in_place_writes_what_the_functional_op_returns(backend, d, rms):
+    x, residual, weight = rand(4, d, dtype=torch.float16), rand(4, d, dtype=torch.float16), rand(d)
+    name, rest = ("add_rms_norm", ()) if rms else ("add_layer_norm", (rand(d),))
+    kwargs = steering([0, -1, 2, 7], [0.5, 0.5, -0.3, 1.0], d) | {"probes": rand(2, d)}
+    expected = getattr(ops, name)(x, residual, weight, *rest, 1e-5, **kwargs)
+    actual = getattr(ops, name + "_")(x.clone(), residual.clone(), weight, *rest, 1e-5, **kwargs)
+    for written, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(written, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("mode", ["add", "lerp"])
 @pytest.mark.parametrize("rms", [True, False], ids=["rms", "layer"])
 @pytest.mark.parametrize("dtype", DTYPES)

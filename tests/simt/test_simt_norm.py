@@ -84,11 +84,12 @@ class Case:
             return Matrix(None, 0, 0)
         return Matrix(array.ctypes.data, DTYPES[self.weight_dtype], self.d if array.ndim == 2 else 0)
 
-    def run(self, emulator):
-        """(y, h, probe_dots) as float64; h and probe_dots None where the kernel writes none. Outputs start as NaN."""
+    def run(self, emulator, in_place=False):
+        """(y, h, probe_dots) as float64; h and probe_dots None where the kernel writes none. Outputs start as NaN, or
+        in place as copies of x and residual, which the kernel then reads, too."""
         stores_h = self.residual is not None or (self.slot is not None and not self.lerp)
-        y = encode(np.full((*self.size, self.d), np.nan), self.dtype)
-        h = y.copy() if stores_h else None
+        y = self.x.copy() if in_place else encode(np.full((*self.size, self.d), np.nan), self.dtype)
+        h = self.residual.copy() if in_place else y.copy() if stores_h else None
         dots = np.full((*self.size, len(self.probes) + 1), np.nan, np.float32) if self.probes is not None else None
         call = Call(weight=self.matrix(self.weight), bias=self.matrix(self.bias), probes=self.matrix(self.probes),
                     steer_vectors=self.matrix(self.vectors), d=self.d, dtype=DTYPES[self.dtype],
@@ -100,9 +101,9 @@ class Case:
         inputs, outputs = {}, {"y": y}
         for name in ("x", "residual", "weight", "bias", "probes", "vectors", "slot", "alpha"):
             array = getattr(self, name)
-            if array is not None:
+            if array is not None and not (in_place and name in ("x", "residual")):
                 inputs[name] = array
-        for name, array in (("x", self.x), ("residual", self.residual)):
+        for name, array in (("x", y), ("residual", h)) if in_place else (("x", self.x), ("residual", self.residual)):
             if array is not None:
                 setattr(call, name, array.ctypes.data)
                 getattr(call, f"{name}_stride")[:] = [s // array.itemsize for s in array.strides[:3]]
@@ -204,6 +205,16 @@ def test_steering(norm, d, lerp, layer_norm):
 def test_probes_read_the_row_that_the_norm_sees(norm, d, layer_norm):
     steer = ([0, -1, 2], [0.5, 1.0, -0.5])
     Case((1, 1, 3), d, "float16", probes=3, steer=steer, layer_norm=layer_norm).verify(norm)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("d", [64, 769, 4096, 16392])
+def test_in_place(norm, d, layer_norm, dtype):
+    """y over x and h over residual, in warps, in blocks, unaligned and longer than registers: the same bits."""
+    case = Case((1, 1, 3), d, dtype, probes=1, steer=([0, -1, 2], [0.5, 1.0, -0.5]), layer_norm=layer_norm)
+    for written, wanted in zip(case.run(norm, in_place=True), case.run(norm), strict=True):
+        np.testing.assert_array_equal(written, wanted)
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)

@@ -1,8 +1,4 @@
 // The attention kernels of csrc/cuda/attention.cuh behind C functions: fill the arguments and launch as attention.cu does.
-#include <cuda_runtime.h>
-
-inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
-
 #include "cuda/attention.cuh"
 
 using namespace ras::cuda;

@@ -35,10 +35,11 @@ def build(source: str, folder: Path) -> Path:
     link_flags = runtime_flags or "-fsanitize=undefined -static-libubsan"
     steps = [
         f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/simt.cpp -o {folder}/simt.o",
+        f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/simt_hopper.cpp -o {folder}/simt_hopper.o",
         f"{compiler} {FLAGS} {flags} -c {HERE}/{source}.cpp -o {folder}/{source}.o",
         # Not linked with the thread sanitizer's runtime: simt.cpp has the functions that the compiler calls. UBSan's is
         # linked in, so that each library's findings reach its own simt.cpp.
-        f"{compiler} -shared {folder}/{source}.o {folder}/simt.o -o {library} {link_flags}",
+        f"{compiler} -shared {folder}/{source}.o {folder}/simt.o {folder}/simt_hopper.o -o {library} {link_flags}",
     ]
     for step in steps:
         subprocess.run(step.split(), check=True)

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "simt_core.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -60,7 +62,7 @@ std::vector<char> dynamic_memory;
 
 // --------------------------------------------------------------------------------------------------------- threads
 
-enum class State { kReady, kAtBarrier, kAtExchange, kDone };
+enum class State { kReady, kAtBarrier, kAtExchange, kWaiting, kDone };
 
 struct Exchange;
 
@@ -77,6 +79,8 @@ struct Thread {
   dim3 index;
   uint32_t linear, barriers, warp_barriers;
   std::shared_ptr<Exchange> result;
+  uint64_t waiting_since;  // kWaiting: the progress there was, and what for
+  std::string waiting_for;
   std::vector<std::vector<Pending>> copies;  // groups, the last one still open
   void* fake_stack;                          // AddressSanitizer's, while switched out
 };
@@ -97,6 +101,7 @@ std::vector<Thread> threads;
 std::vector<Warp> warps;
 std::vector<char*> stacks;
 Thread* current = nullptr;
+uint64_t progress = 0;
 ucontext_t scheduler;
 #if defined(__SANITIZE_ADDRESS__)
 void* scheduler_fake_stack = nullptr;
@@ -221,25 +226,6 @@ bool within(const void* p, size_t bytes, const void* begin, size_t size) {
   return at >= from && at + bytes <= from + size;
 }
 
-void check(const void* address, size_t bytes, bool write, bool atomic = false) {
-  if (current == nullptr || !message.empty()) return;
-  if (within(address, bytes, current->stack, kStackBytes)) return;
-  if (!write && within(address, bytes, host_stack, host_stack_bytes)) return;  // the kernel's arguments
-  const char* p = static_cast<const char*>(address);
-  Buffer* buffer = find(p, bytes);
-  if (buffer == nullptr) {
-    for (Buffer& near : buffers) {
-      if (p >= near.begin - 4096 && p < near.begin + near.bytes + 4096) {
-        fail("out of bounds: %s of %zu bytes at byte %td of %s, which has %zu", write ? "write" : "read", bytes,
-             p - near.begin, near.name.c_str(), near.bytes);
-      }
-    }
-    fail("out of bounds: %s of %zu bytes outside every buffer", write ? "write" : "read", bytes);
-  }
-  if (write && !buffer->writable) fail("write into %s, an input", buffer->name.c_str());
-  if (buffer->writable && !atomic) record(*buffer, p - buffer->begin, bytes, write);
-}
-
 // ---------------------------------------------------------------------------------------------------- running a block
 
 void start_block(size_t shared_bytes) {
@@ -250,7 +236,7 @@ void start_block(size_t shared_bytes) {
   };
   const auto [variables, variables_bytes] = find_shared_variables();
   add(variables, variables_bytes, "the __shared__ variables");
-  dynamic_memory.assign(shared_bytes + 128, 0);
+  dynamic_memory.assign(shared_bytes + 1024, 0);
   add(dynamic_shared(), shared_bytes, "dynamic shared memory");
 
   const size_t count = size_t(block_size.x) * block_size.y * block_size.z;
@@ -273,6 +259,7 @@ void start_block(size_t shared_bytes) {
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, fiber_main, 0);
   }
+  start_hopper();
 }
 
 std::string lanes(unsigned mask) {
@@ -294,6 +281,11 @@ void report_deadlock() {
       return;
     }
   }
+  for (const Thread& thread : threads) {
+    if (thread.state != State::kWaiting) continue;
+    message = "thread " + std::to_string(thread.linear) + " waits for ever: " + thread.waiting_for;
+    return;
+  }
   const auto waiting = std::count_if(threads.begin(), threads.end(), [](auto& t) { return t.state == State::kAtBarrier; });
   std::snprintf(text, sizeof text, "__syncthreads is reached by %td of %zu threads", waiting, threads.size());
   message = text;
@@ -303,6 +295,7 @@ void run_block() {
   while (true) {
     bool moved = false, done = true, all_at_barrier = true;
     for (Thread& thread : threads) {
+      if (thread.state == State::kWaiting && thread.waiting_since != progress) thread.state = State::kReady;
       if (thread.state == State::kReady) {
         switch_to(thread);
         if (!message.empty()) return;
@@ -317,6 +310,7 @@ void run_block() {
         thread.state = State::kReady;
         ++thread.barriers;
       }
+      meet_all_warps();
     } else if (!moved) {
       return report_deadlock();
     }
@@ -360,6 +354,25 @@ std::shared_ptr<Exchange> join(unsigned mask, const void* in, size_t bytes, bool
 
 }  // namespace
 
+void check(const void* address, size_t bytes, bool write, bool atomic) {
+  if (current == nullptr || !message.empty()) return;
+  if (within(address, bytes, current->stack, kStackBytes)) return;
+  if (!write && within(address, bytes, host_stack, host_stack_bytes)) return;  // the kernel's arguments
+  const char* p = static_cast<const char*>(address);
+  Buffer* buffer = find(p, bytes);
+  if (buffer == nullptr) {
+    for (Buffer& near : buffers) {
+      if (p >= near.begin - 4096 && p < near.begin + near.bytes + 4096) {
+        fail("out of bounds: %s of %zu bytes at byte %td of %s, which has %zu", write ? "write" : "read", bytes,
+             p - near.begin, near.name.c_str(), near.bytes);
+      }
+    }
+    fail("out of bounds: %s of %zu bytes outside every buffer", write ? "write" : "read", bytes);
+  }
+  if (write && !buffer->writable) fail("write into %s, an input", buffer->name.c_str());
+  if (buffer->writable && !atomic) record(*buffer, p - buffer->begin, bytes, write);
+}
+
 void allow(const void* data, size_t bytes, bool writable, const char* name) {
   buffers.push_back({static_cast<const char*>(data), bytes, writable, false, name, std::vector<Byte>(writable ? bytes : 0)});
 }
@@ -390,7 +403,7 @@ dim3 grid_dim() { return grid_size; }
 int lane() { return current->linear % kWarp; }
 char* dynamic_shared() {
   const auto begin = reinterpret_cast<uintptr_t>(dynamic_memory.data());
-  return reinterpret_cast<char*>((begin + 127) / 128 * 128);
+  return reinterpret_cast<char*>((begin + 1023) / 1024 * 1024);
 }
 
 void fail(const char* format, ...) {
@@ -402,6 +415,17 @@ void fail(const char* format, ...) {
   message = where() + ": " + text;
   switch_to_scheduler(true);
   __builtin_unreachable();
+}
+
+unsigned thread_number() { return current->linear; }
+unsigned thread_count() { return unsigned(threads.size()); }
+void note_progress() { ++progress; }
+void pause() { switch_to_scheduler(); }
+void wait_for_progress(const std::string& what) {
+  current->state = State::kWaiting;
+  current->waiting_since = progress;
+  current->waiting_for = what;
+  switch_to_scheduler();
 }
 
 void block_barrier() {

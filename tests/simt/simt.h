@@ -58,6 +58,37 @@ void async_copy(void* shared, const void* global, size_t bytes, size_t valid_byt
 void async_commit();
 void async_wait(int groups_still_pending);
 
+// Hopper's asynchronous instructions (simt_hopper.cpp), which happen as late, and are seen by as few, as PTX allows.
+void mbarrier_init(void* barrier, unsigned arrivals);
+void mbarrier_init_fence();
+void mbarrier_arrive(void* barrier, unsigned expected_bytes);
+void mbarrier_wait(void* barrier, unsigned parity);
+void named_barrier(int name, int threads, bool wait);
+
+struct TensorMap {  // of 2-byte elements, innermost dimension first
+  const char* data;
+  int64_t size[4], stride[4];  // elements, bytes
+  int box[4];
+  bool swizzle_128;
+};
+struct Corner {
+  int at[4];
+};
+void tma_load(void* shared, const TensorMap& map, void* barrier, Corner corner);
+
+struct Wgmma {
+  float* d;             // this thread's accumulators
+  int columns;
+  const uint32_t* a;    // this thread's fragment; null: in shared memory
+  uint64_t a_descriptor, b_descriptor;
+  bool b_transposed;    // rows of n instead of rows of k
+  bool add, half;       // half: float16, else bfloat16
+};
+void wgmma(const Wgmma& product);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int groups_still_pending);
+
 // Atomics: checked for bounds, never a hazard.
 void atomic_access(const void* address, size_t bytes);
 

@@ -76,6 +76,7 @@ inline float atomicAdd(float* p, float v) {
   return old;
 }
 
+inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline float __expf(float v) { return std::exp(v); }
 inline float __logf(float v) { return std::log(v); }

@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parent
 # 2.10 is the first torch whose stable ABI has what the kernels use (device guards, parallel_for, typed pointers).
 STABLE_ABI = "0x020a000000000000"
 DEFAULT_CUDA_ARCHS = "80;90a;100;120"
+HOPPER_FLAGS = "-gencode=arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper_*.cu, whose instructions no other chip has
 # One source, compiled once for each instruction set; csrc/cpu/dispatch.h picks at load time.
 X86_ISAS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
@@ -78,6 +79,15 @@ def cuda_arch_flags(archs: str) -> list[str]:
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     flags.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")
     return flags
+
+
+def is_hopper(source: Path) -> bool:
+    return source.stem.startswith("hopper_")
+
+
+def builds_for(source: Path, archs: str) -> bool:
+    """Whether a CUDA source is part of a library for these architectures."""
+    return not is_hopper(source) or "90a" in archs.replace(",", ";").split(";")
 
 
 @dataclass
@@ -146,17 +156,21 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     if nvcc is None:
         raise BuildError("nvcc was not found: install the CUDA toolkit >= 12.8 or set CUDA_HOME, then `ras-fast build`")
     torch, csrc, ninja = Torch.find(), sources(), Ninja()
-    arch_flags = " ".join(cuda_arch_flags(archs or os.environ.get("RAS_FAST_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)))
-    cuda_sources = sorted((csrc / "cuda").glob("*.cu"))
+    archs = archs or os.environ.get("RAS_FAST_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
+    arch_flags = " ".join(cuda_arch_flags(archs))
+    cuda_sources = [source for source in sorted((csrc / "cuda").glob("*.cu")) if builds_for(source, archs)]
     if not cuda_sources:
         raise BuildError(f"no CUDA sources in {csrc / 'cuda'}: reinstall ras_fast")
     # torch/csrc/stable's CUDA entry points are declared under USE_CUDA and resolved at load time by a CUDA build of torch.
-    ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA {arch_flags} --threads 2 "
+    ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs --threads 2 "
                "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
     # libtorch.so has no symbols of its own, but leads the loader to the CUDA half of torch: many linkers would leave it out.
     ninja.rule("link", f"{nvcc} {arch_flags} $in -o $out -shared -cudart static -L{torch.lib} -Xlinker --no-as-needed "
                "-ltorch -ltorch_cpu -lc10", depfile=False)
-    objects = [ninja.edge(f"{source.stem}.o", "nvcc", [source]) for source in cuda_sources]
+    objects = [
+        ninja.edge(f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags)
+        for source in cuda_sources
+    ]
     library = out / "libras_fast_cuda.so"
     ninja.edge(library, "link", objects)
     ninja.run(work / "cuda", verbose)

@@ -20,15 +20,13 @@
 #include <cmath>
 #include <type_traits>
 
-#include "common.cuh"
+#include "online_softmax.cuh"
 
 namespace ras::cuda {
 
 constexpr int kStepKeys = 16;   // keys a warp takes at a time
 constexpr int kTileRows = 16;   // rows of an mma
 constexpr int kDecodeWarps = 4;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 struct AttentionStrides {
   int64_t batch, head, row;  // in elements; the last dimension is contiguous
@@ -92,12 +90,6 @@ __device__ inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xff
 __device__ inline uint32_t high_halves(uint32_t a, uint32_t b) { return (a >> 16) | (b & 0xffff0000u); }
 
 template <typename T>
-__device__ inline uint32_t pack_pair(float low, float high) {
-  Pack<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-template <typename T>
 __device__ inline float half_of(uint32_t pair, int which) {
   return to_float(reinterpret_cast<const Pack<T, 2>*>(&pair)->value[which]);
 }
@@ -141,26 +133,6 @@ __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 template <typename T>
 __device__ inline uint4 load_eight(const T* from, bool ok) {
   return ok ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
-}
-
-// Sum, or maximum, over the four lanes that share a row of scores.
-__device__ inline float quad_sum(float v) {
-  v += __shfl_xor_sync(kFullWarp, v, 1);
-  return v + __shfl_xor_sync(kFullWarp, v, 2);
-}
-
-__device__ inline float quad_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, 1));
-  return fmaxf(v, __shfl_xor_sync(kFullWarp, v, 2));
-}
-
-// exp2(-inf - finite_or_zero(-inf)) is 0 and never NaN.
-__device__ inline float finite_or_zero(float v) { return v == -INFINITY ? 0.f : v; }
-
-// log2(2^a + 2^b)
-__device__ inline float log2_add(float a, float b) {
-  const float top = finite_or_zero(fmaxf(a, b));
-  return top + log2f(exp2f(a - top) + exp2f(b - top));
 }
 
 // ------------------------------------------------------------------------------------------------------- scoring
@@ -268,84 +240,6 @@ struct Tile {
           if (!seen) x = -INFINITY;
         }
       }
-    }
-  }
-};
-
-// ------------------------------------------------------------------------------------------------------- regions
-
-// Sums probabilities by region along a warp's walk over the keys. kLog: the slab holds base-2 logarithms, and probabilities
-// are in units of 2^top; else it holds sums.
-template <int kRowTiles, bool kLog>
-struct RegionSums {
-  float* slab;      // element (row, region) of this warp's tile: slab[offset[row / 8] + region]
-  int64_t offset[kRowTiles];
-  bool ok[kRowTiles];
-  int regions;
-  float open[kRowTiles];  // this lane's part of the running sum of region `current`
-  int current;
-
-  __device__ void begin(bool (&exists)[kRowTiles]) {
-    current = -1;
-#pragma unroll
-    for (int half = 0; half < kRowTiles; ++half) {
-      open[half] = 0.f;
-      ok[half] = exists[half];
-      if (!ok[half]) continue;
-      for (int r = threadIdx.x % 4; r < regions; r += 4) slab[offset[half] + r] = kLog ? -INFINITY : 0.f;
-    }
-    __syncwarp();
-  }
-
-  // One lane owns each row of the slab, so what it reads is what it wrote.
-  __device__ void fold(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
-#pragma unroll
-    for (int half = 0; half < kRowTiles; ++half) {
-      const float sum = quad_sum(part[half]);
-      if (!ok[half] || threadIdx.x % 4 != 0) continue;
-      float& total = slab[offset[half] + region];
-      total = kLog ? log2_add(total, log2f(sum) + top[half]) : total + sum;
-    }
-  }
-
-  __device__ void close(const float (&top)[kRowTiles]) {
-    if (current >= 0) fold(current, open, top);
-  }
-
-  __device__ void rescale(const float (&factor)[kRowTiles]) {
-#pragma unroll
-    for (int half = 0; half < kRowTiles; ++half) open[half] *= factor[half];
-  }
-
-  // p as in Tile::score; id: the region of key lane % 16 of this step.
-  __device__ void add(const float (&p)[kRowTiles][4], int id, const float (&top)[kRowTiles]) {
-    const int first = __shfl_sync(kFullWarp, id, 0);
-    if (__all_sync(kFullWarp, id == first)) {
-      if (first != current) {
-        close(top);
-        current = first;
-#pragma unroll
-        for (int half = 0; half < kRowTiles; ++half) open[half] = 0.f;
-      }
-#pragma unroll
-      for (int half = 0; half < kRowTiles; ++half) open[half] += p[half][0] + p[half][1] + p[half][2] + p[half][3];
-      return;
-    }
-    const int c = threadIdx.x % 4;
-    int mine[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) mine[i] = __shfl_sync(kFullWarp, id, 8 * (i / 2) + 2 * c + i % 2);
-    unsigned left = __ballot_sync(kFullWarp, id >= 0);
-    while (left != 0) {
-      const int region = __shfl_sync(kFullWarp, id, __ffs(left) - 1);
-      float part[kRowTiles] = {};
-#pragma unroll
-      for (int half = 0; half < kRowTiles; ++half) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) part[half] += mine[i] == region ? p[half][i] : 0.f;
-      }
-      fold(region, part, top);
-      left &= ~__ballot_sync(kFullWarp, id == region);
     }
   }
 };

@@ -557,7 +557,8 @@ _KEY_SCHEMA = (
     "Tensor? region_bias) -> Tensor"
 )
 define(_ATTENTION_SCHEMA, fake=_attention_fake, reference=_attention_reference)
-define(f"decode_attention({_ATTENTION_SCHEMA.split('(', 1)[1]}", fake=_attention_fake, reference=_attention_reference)
+for _name in ("decode_attention", "hopper_prefill"):
+    define(f"{_name}({_ATTENTION_SCHEMA.split('(', 1)[1]}", fake=_attention_fake, reference=_attention_reference)
 define(_MASS_SCHEMA, fake=_mass_fake, reference=_mass_reference)
 define(_KEY_SCHEMA, fake=_key_fake, reference=_key_reference)
 define_triton(_ATTENTION_SCHEMA, fake=_attention_fake, kernel=_attention_triton)

@@ -1,0 +1,97 @@
+// CUDA launcher of hopper_prefill: checks, tensor maps, one launch; the kernel is in hopper_prefill.cuh. Compiled for sm_90a
+// alone (ras_fast/build.py), and registers its op itself, so that a build without that architecture lacks nothing but the op.
+#include "hopper_prefill.cuh"
+
+#include <cudaTypedefs.h>
+
+#include "ops.h"
+
+namespace ras::cuda {
+namespace {
+
+// The driver's function, asked for at run time: the library has to load where there is no driver.
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
+          "look-up of cuTensorMapEncodeTiled");
+    STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess && found, "ras_fast: the CUDA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }();
+  return encoder;
+}
+
+template <typename T>
+CUtensorMap panels_of(const Tensor& tensor, int box_rows, const char* name) {
+  const MappedTensor mapped{tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
+                            {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+  CUtensorMap map;
+  const CUresult result = encode_panels<T>(tensor_map_encoder(), &map, mapped, box_rows);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "ras_fast: no tensor map can be made of ", name, " (CUresult ", int(result),
+                  "): its address and its strides have to be multiples of 16 bytes");
+  return map;
+}
+
+template <typename T>
+void run(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& ids, double scale, bool causal,
+         const Tensor& out, const Tensor& lse, const Tensor& mass) {
+  PrefillArgs<T> a{};
+  a.query = panels_of<T>(query, kPrefillRows, "query");
+  a.key = panels_of<T>(key, kPrefillKeys, "key");
+  a.value = panels_of<T>(value, kPrefillKeys, "value");
+  a.out = static_cast<T*>(out.mutable_data_ptr());
+  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  a.group = int(query.size(1) / key.size(1));
+  a.query_rows = int(query.size(2));
+  a.keys = int(key.size(2));
+  a.causal = causal;
+  a.scale_log2 = float(scale) * kLog2e;
+  const bool wanted = mass.numel() > 0;
+  if (wanted) {
+    a.mass = static_cast<float*>(mass.mutable_data_ptr());
+    a.region_ids = static_cast<const int32_t*>(ids->const_data_ptr());
+    a.ids_batch_stride = ids->stride(0);
+    a.regions = int(mass.size(3));
+    a.mass_rows = int(mass.size(2));
+  }
+  with_prefill_kernel<T>(int(query.size(3)), wanted, [&](auto kernel, size_t shared_bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), "shared memory");
+    const dim3 grid(unsigned((a.query_rows + kPrefillRows - 1) / kPrefillRows), unsigned(query.size(1)), unsigned(query.size(0)));
+    launch(kernel, a, grid, kPrefillThreads, shared_bytes, query);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                  const MaybeTensor& region_ids, int64_t num_regions, double scale,
+                                                  bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
+                                                  int64_t window, double softcap, const MaybeTensor& sinks,
+                                                  const MaybeTensor& region_bias, int64_t mass_rows) {
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  STD_TORCH_CHECK(!kv_start && !kv_end && window == 0 && softcap == 0 && !sinks && !region_bias && scale > 0,
+                  "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or region_bias");
+  STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)), "ras_fast: hopper_prefill takes head dimensions 64 and 128, not ", dim);
+  STD_TORCH_CHECK(heads <= 65535 && batch <= 65535, "ras_fast: batch or heads are too many for one launch");
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  const std::tuple<Tensor, Tensor, Tensor> result{
+      new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query)),
+      new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, num_regions})};
+  if (batch * heads * rows == 0) return result;
+  STD_TORCH_CHECK(key.size(2) > 0, "ras_fast: hopper_prefill needs at least one key");
+  const auto start = [&](auto zero) {
+    run<decltype(zero)>(query, key, value, region_ids, scale, is_causal, std::get<0>(result), std::get<1>(result),
+                        std::get<2>(result));
+  };
+  switch (dtype_of(query)) {
+    case DType::kFloat16: start(__half{}); break;
+    case DType::kBFloat16: start(__nv_bfloat16{}); break;
+    default: STD_TORCH_CHECK(false, "ras_fast: hopper_prefill takes float16 or bfloat16 queries");
+  }
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) { m.impl("hopper_prefill", TORCH_BOX(&hopper_prefill)); }
+
+}  // namespace ras::cuda

@@ -1,0 +1,417 @@
+// Attention of many query rows with the mass of every region, for Hopper: the tensor cores never wait for memory or softmax.
+//
+// A block of 384 threads owns 128 query rows of one head and walks the keys 128 at a time.
+//   * One thread of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that
+//     says "full" and one that says "empty". The rest of the warpgroup lends its registers to the others.
+//   * Warpgroups 1 and 2 own 64 rows each. A turn starts S = Q K^T of this tile and O += P V of the tile before, and does the
+//     softmax of S while the tensor cores are still on O. The two take turns at starting (named barriers), so that one has its
+//     products running while the other is at its exponentials.
+// S, P and O live in registers: 64 + 32 + D/2 a thread. P needs no exchange: the accumulator layout of S is the operand layout
+// that P V wants.
+//
+// Region mass is the row sum that online softmax has anyway, kept open while the keys stay in one region (RegionSums in
+// online_softmax.cuh); only 32 keys that mix regions are summed one region at a time. Registers do not depend on R.
+//
+// Framework-free: hopper_prefill.cu is the launcher. Layouts: PTX ISA, "wgmma", "Register Fragments" and "Matrix Descriptor".
+#pragma once
+
+#include "online_softmax.cuh"
+
+#if defined(__CUDACC__)
+#include "hopper_ptx.cuh"
+#else
+#include "hopper_twin.h"
+#endif
+
+namespace ras::cuda {
+
+constexpr int kWarpgroup = 128;
+constexpr int kPrefillThreads = 3 * kWarpgroup;
+constexpr int kPrefillRows = 128;  // of a block: 64 of each consumer
+constexpr int kPrefillKeys = 128;  // of a step
+constexpr int kStages = 2;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // (24 + 2 * 240) * 128 = 64512 of 65536
+
+// Shared memory holds a tile as panels of 64 columns, 128 bytes a row: the widest rows that TMA swizzles, and wgmma reads
+// without bank conflicts. 8 rows are the 1024 bytes in which the swizzle repeats.
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
+constexpr int kPatternBytes = 8 * kPanelRowBytes;
+
+template <typename T, int kRows, int kDim>
+struct alignas(kPatternBytes) PanelTile {
+  T panel[kDim / kPanelColumns][kRows][kPanelColumns];
+};
+
+template <typename T, int kDim>
+struct PrefillShared {
+  PanelTile<T, kPrefillRows, kDim> query;
+  PanelTile<T, kPrefillKeys, kDim> key[kStages], value[kStages];
+  Mbarrier query_full, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+};
+
+template <typename T>
+struct PrefillArgs {
+  CUtensorMap query, key, value;  // [B, H, L, D]; boxes of a panel
+  T* out;                         // [B, Lq, Hq, D]
+  float* lse;                     // [B, Hq, Lq]
+  float* mass;                    // [B, Hq, mass_rows, R]
+  const int32_t* region_ids;      // [B, Lk]
+  int64_t ids_batch_stride;
+  int group;                      // query heads of a key/value head
+  int query_rows, keys;           // Lq, Lk > 0
+  int regions, mass_rows;
+  bool causal;
+  float scale_log2;               // scale * log2(e), positive
+};
+
+// A shared-memory operand with 128-byte swizzle: where it starts, and the bytes from one panel of 64 columns, and from one group
+// of 8 rows, to the next.
+__device__ inline uint64_t wgmma_descriptor(const void* start, int panel_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+  const auto field = [](uint64_t bytes) { return (bytes >> 4) & 0x3fff; };
+  return kSwizzle128 | field(kPatternBytes) << 32 | field(panel_bytes) << 16 | field(shared_address(start));
+}
+
+// ------------------------------------------------------------------------------------------------------ what to do
+
+// The block's share: grid (row tiles, Hq, B). The last rows see the most keys under a causal mask, and start first.
+template <typename T>
+struct PrefillTile {
+  const PrefillArgs<T>& args;
+  int head, batch, first_row, steps;
+
+  __device__ explicit PrefillTile(const PrefillArgs<T>& args)
+      : args(args), head(blockIdx.y), batch(blockIdx.z), first_row(int(gridDim.x - 1 - blockIdx.x) * kPrefillRows) {
+    const int last_row = min(first_row + kPrefillRows, args.query_rows) - 1;
+    // At least one step, if only to find that no row sees a key.
+    steps = max((last_key(last_row) + kPrefillKeys) / kPrefillKeys, 1);
+  }
+
+  // The last key that a row sees; before the first: none.
+  __device__ int last_key(int row) const { return args.causal ? row + args.keys - args.query_rows : args.keys - 1; }
+  __device__ int64_t stat_row(int row) const { return (int64_t(batch) * gridDim.y + head) * args.query_rows + row; }
+};
+
+// -------------------------------------------------------------------------------------------------------- producer
+
+// A tile's panels, and the bytes that `full` then waits for.
+template <typename T, int kRows, int kDim>
+__device__ void load_tile(PanelTile<T, kRows, kDim>& to, const CUtensorMap& map, Mbarrier& full, int row, int head, int batch) {
+  mbarrier_arrive_expect_tx(full, sizeof(to.panel));
+#pragma unroll
+  for (int i = 0; i < kDim / kPanelColumns; ++i) tma_load(to.panel[i], map, full, i * kPanelColumns, row, head, batch);
+}
+
+template <typename T, int kDim>
+__device__ void produce(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile) {
+  const PrefillArgs<T>& args = tile.args;
+  const int kv_head = tile.head / args.group;
+  load_tile(shared.query, args.query, shared.query_full, tile.first_row, tile.head, tile.batch);
+  for (int step = 0; step < tile.steps; ++step) {
+    const int stage = step % kStages, before = step / kStages % 2 ^ 1;  // parity of the stage's last use
+    mbarrier_wait(shared.key_empty[stage], before);
+    load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+    mbarrier_wait(shared.value_empty[stage], before);
+    load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- consumers
+
+// A thread of a consumer warpgroup, lane (g, c) of its warp: rows `row` and row + 8. scores[4 t + 2 half + e] belongs to row
+// + 8 half and key 8 t + 2 c + e of the step; out likewise with dimensions for keys.
+template <typename T, int kDim, bool kMass>
+struct Consumer {
+  static constexpr int kScores = kPrefillKeys / 2, kOut = kDim / 2;
+
+  PrefillShared<T, kDim>& shared;
+  const PrefillTile<T>& tile;
+  int which;                    // 0 or 1
+  int row;
+  float top[2], sum[2];         // of the scores so far, base 2: maximum (of the row), this lane's share of the sum
+  float out[kOut];
+  RegionSums<2, true> regions;
+  bool tracked;                 // whether masses of the block's rows are wanted
+  int ids[4];                   // regions of the step's keys: lane, lane + 32, ...
+
+  __device__ Consumer(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile)
+      : shared(shared), tile(tile), which(int(threadIdx.x) / kWarpgroup - 1) {
+    row = tile.first_row + (int(threadIdx.x) - kWarpgroup) / kWarp * 16 + int(threadIdx.x) % kWarp / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = -INFINITY;
+      sum[half] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kOut; ++i) out[i] = 0.f;
+    if constexpr (kMass) begin_regions();
+  }
+
+  __device__ bool exists(int half) const { return row + 8 * half < tile.args.query_rows; }
+
+  __device__ void begin_regions() {
+    const PrefillArgs<T>& args = tile.args;
+    const int first = args.query_rows - args.mass_rows;
+    tracked = tile.first_row + kPrefillRows > first;
+    bool wanted[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      wanted[half] = exists(half) && row + 8 * half >= first;
+      const int64_t head = int64_t(tile.batch) * gridDim.y + tile.head;
+      regions.offset[half] = (head * args.mass_rows + row + 8 * half - first) * args.regions;
+    }
+    regions.slab = args.mass;
+    regions.regions = args.regions;
+    regions.begin(wanted);
+  }
+
+  // One lane of each warp says that the warp has read a tile; the producer waits for all eight.
+  __device__ void release(Mbarrier& empty) const {
+    if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty);
+  }
+
+  __device__ void start_scores(float (&scores)[kScores], int stage) const {
+    const uint64_t query = wgmma_descriptor(shared.query.panel[0][64 * which], 0);
+    const uint64_t key = wgmma_descriptor(shared.key[stage].panel[0], 0);
+#pragma unroll
+    for (int k = 0; k < kDim; k += 16) {  // in units of 16 bytes, as descriptors count
+      const int column = k % kPanelColumns * sizeof(T) / 16, panel = k / kPanelColumns * kPrefillRows * kPanelRowBytes / 16;
+      wgmma_shared<T>(scores, query + column + panel, key + column + panel, k > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ void start_out(const uint32_t (&p)[kScores / 2], int stage) {
+    const uint64_t value = wgmma_descriptor(shared.value[stage].panel[0], sizeof(shared.value[stage].panel[0]));
+#pragma unroll
+    for (int k = 0; k < kPrefillKeys; k += 16) wgmma_registers<T>(out, p + k / 4, value + k * kPanelRowBytes / 16);
+    wgmma_commit();
+  }
+
+  // The consumers start their products in turns: 0, 1, 0, 1, ... A barrier's name is that of who waits at it.
+  __device__ void wait_for_turn(int step) const {
+    if (which == 1 || step > 1) bar_sync(1 + which, 2 * kWarpgroup);
+  }
+  __device__ void pass_turn(int step) const {
+    if (which == 0 || step + 1 < tile.steps) bar_arrive(2 - which, 2 * kWarpgroup);
+  }
+
+  __device__ void mask(float (&scores)[kScores], int first_key) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int last = tile.last_key(row + 8 * half) - first_key - 2 * (int(threadIdx.x) % 4);
+#pragma unroll
+      for (int i = 2 * half; i < kScores; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (2 * (i - 2 * half) + e > last) scores[i + e] = -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
+  __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
+    const int first_key = step * kPrefillKeys, warp_row = row - int(threadIdx.x) % kWarp / 4;
+    if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) mask(scores, first_key);
+    float part[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 2 * half; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
+      const float old = top[half];
+      top[half] = fmaxf(old, quad_max(highest) * tile.args.scale_log2);
+      const float shift = finite_or_zero(top[half]);
+      shrink[half] = exp2_approximate(old - shift);
+      part[half] = 0.f;
+#pragma unroll
+      for (int i = 2 * half; i < kScores; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          scores[i + e] = exp2_approximate(fmaf(scores[i + e], tile.args.scale_log2, -shift));
+          part[half] += scores[i + e];
+        }
+      }
+      sum[half] = sum[half] * shrink[half] + part[half];
+    }
+    if constexpr (kMass) {
+      if (tracked) track(scores, part, shrink);
+    }
+  }
+
+  // Asked for before the products are waited for, needed after the exponentials.
+  __device__ void load_ids(int step) {
+    const int32_t* all = tile.args.region_ids + tile.batch * tile.args.ids_batch_stride;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int key = step * kPrefillKeys + kWarp * w + int(threadIdx.x) % kWarp;
+      ids[w] = all[min(key, tile.args.keys - 1)];
+    }
+  }
+
+  // 32 keys at a time unless all 128 lie in one region.
+  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2]) {
+    regions.rescale(shrink);
+    bool uniform = true;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if (ids[w] < 0 || ids[w] >= tile.args.regions) ids[w] = -1;
+      uniform = uniform && ids[w] == ids[0];
+    }
+    const int first = __shfl_sync(kFullWarp, ids[0], 0);
+    if (__all_sync(kFullWarp, uniform && ids[0] == first)) return regions.run(first, part, top);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      float some[2][8];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) some[i / 2 % 2][i / 4 * 2 + i % 2] = p[16 * w + i];
+      regions.add(some, ids[w], top);
+    }
+  }
+
+  __device__ void pack(uint32_t (&p)[kScores / 2], const float (&scores)[kScores]) const {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i] = pack_pair<T>(scores[2 * i], scores[2 * i + 1]);
+  }
+
+  // On return p holds the probabilities of the step that was softmaxed last, and its values have arrived.
+  __device__ void softmax_and_await_values(float (&scores)[kScores], float (&shrink)[2], int step) {
+    softmax(scores, shrink, step);
+    // Waited for as late as here, because a loop is what keeps ptxas from moving the exponentials behind the wgmma_wait that
+    // follows, beside idle tensor cores.
+    keep_in_registers(scores);
+    mbarrier_wait(shared.value_full[step % kStages], step / kStages % 2);
+  }
+
+  __device__ void walk() {
+    float scores[kScores], shrink[2];
+    uint32_t p[kScores / 2];
+    if (kMass) load_ids(0);
+    mbarrier_wait(shared.query_full, 0);
+    mbarrier_wait(shared.key_full[0], 0);
+    wgmma_fence();
+    start_scores(scores, 0);
+    wgmma_wait<0>(scores);
+    release(shared.key_empty[0]);
+    softmax_and_await_values(scores, shrink, 0);
+    pack(p, scores);
+    for (int step = 1; step < tile.steps; ++step) {
+      const int stage = step % kStages, before = (step - 1) % kStages;
+      mbarrier_wait(shared.key_full[stage], step / kStages % 2);
+      wait_for_turn(step);
+      wgmma_fence();
+      start_scores(scores, stage);
+      start_out(p, before);
+      pass_turn(step);
+      if (kMass) load_ids(step);
+      wgmma_wait<1>(scores);
+      release(shared.key_empty[stage]);
+      softmax_and_await_values(scores, shrink, step);
+      wgmma_wait<0>(out, p);
+      release(shared.value_empty[before]);
+#pragma unroll
+      for (int i = 0; i < kOut; ++i) out[i] *= shrink[i / 2 % 2];
+      pack(p, scores);
+    }
+    wgmma_fence();
+    start_out(p, (tile.steps - 1) % kStages);
+    wgmma_wait<0>(out, p);
+  }
+
+  __device__ void finish() {
+    if constexpr (kMass) {
+      if (tracked) regions.close(top);
+      __syncwarp();
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = quad_sum(sum[half]), lse = top[half] + log2f(total);
+      if (!exists(half)) continue;
+      store_out(half, 1.f / (total == 0.f ? 1.f : total));
+      if (threadIdx.x % 4 == 0) tile.args.lse[tile.stat_row(row + 8 * half)] = lse * kLn2;
+      if constexpr (kMass) {
+        if (!regions.ok[half]) continue;
+        float* mass = regions.slab + regions.offset[half];
+        for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass[r] = exp2f(mass[r] - finite_or_zero(lse));
+      }
+    }
+  }
+
+  __device__ void store_out(int half, float factor) const {
+    const int64_t at = (int64_t(tile.batch) * tile.args.query_rows + row + 8 * half) * gridDim.y + tile.head;
+    T* to = tile.args.out + at * kDim + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int t = 0; t < kDim / 8; ++t) {
+      const int i = 4 * t + 2 * half;
+      *reinterpret_cast<uint32_t*>(to + 8 * t) = pack_pair<T>(out[i] * factor, out[i + 1] * factor);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------- kernel
+
+template <typename T, int kDim, bool kMass>
+__global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs<T> args) {
+  auto& shared = *reinterpret_cast<PrefillShared<T, kDim>*>(dynamic_shared());
+  if (threadIdx.x == 0) {
+    constexpr int kReaders = 2 * kWarpgroup / kWarp;
+    mbarrier_init(shared.query_full, 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(shared.key_full[stage], 1);
+      mbarrier_init(shared.value_full[stage], 1);
+      mbarrier_init(shared.key_empty[stage], kReaders);
+      mbarrier_init(shared.value_empty[stage], kReaders);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  const PrefillTile<T> tile(args);
+  if (threadIdx.x < kWarpgroup) {
+    setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(shared, tile);
+  } else {
+    setmaxnreg_inc<kConsumerRegisters>();
+    Consumer<T, kDim, kMass> consumer(shared, tile);
+    consumer.walk();
+    consumer.finish();
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ host
+
+constexpr bool prefill_supports_head_dim(int dim) { return dim == 64 || dim == 128; }
+
+struct MappedTensor {
+  const void* data;
+  int64_t batch, heads, rows, dim;
+  int64_t stride[3];  // of the first three, in elements
+};
+
+// A map of the tensor in boxes of `box_rows` rows by one panel; `encode` is cuTensorMapEncodeTiled.
+template <typename T, typename Encode>
+CUresult encode_panels(Encode encode, CUtensorMap* map, const MappedTensor& t, int box_rows) {
+  const cuuint64_t sizes[4] = {cuuint64_t(t.dim), cuuint64_t(t.rows), cuuint64_t(t.heads), cuuint64_t(t.batch)};
+  cuuint64_t strides[3];
+  for (int i = 0; i < 3; ++i) {  // the stride of a dimension of one may be anything, and the driver would refuse some
+    strides[i] = sizes[i + 1] == 1 ? t.dim * sizeof(T) : t.stride[2 - i] * sizeof(T);
+  }
+  const cuuint32_t box[4] = {kPanelColumns, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode(map, type, 4, const_cast<void*>(t.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+// Calls start(kernel, bytes of shared memory) for the instance that fits.
+template <typename T, typename Start>
+void with_prefill_kernel(int dim, bool mass, Start&& start) {
+  const auto pick = [&](auto width) {
+    constexpr int kDim = decltype(width)::value;
+    start(mass ? prefill_kernel<T, kDim, true> : prefill_kernel<T, kDim, false>, sizeof(PrefillShared<T, kDim>));
+  };
+  dim == 64 ? pick(std::integral_constant<int, 64>{}) : pick(std::integral_constant<int, 128>{});
+}
+
+}  // namespace ras::cuda

@@ -1,0 +1,124 @@
+// What the attention kernels share: quads of lanes that hold a row of an mma's scores, base-2 logarithms, sums by region.
+// Framework-free.
+#pragma once
+
+#include <cmath>
+
+#include "common.cuh"
+
+namespace ras::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+template <typename T>
+__device__ inline uint32_t pack_pair(float low, float high) {
+  Pack<T, 2> pair{{from_float<T>(low), from_float<T>(high)}};
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Sum, or maximum, over the four lanes that share a row of scores.
+__device__ inline float quad_sum(float v) {
+  v += __shfl_xor_sync(kFullWarp, v, 1);
+  return v + __shfl_xor_sync(kFullWarp, v, 2);
+}
+
+__device__ inline float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, 1));
+  return fmaxf(v, __shfl_xor_sync(kFullWarp, v, 2));
+}
+
+// exp2(-inf - finite_or_zero(-inf)) is 0 and never NaN.
+__device__ inline float finite_or_zero(float v) { return v == -INFINITY ? 0.f : v; }
+
+// log2(2^a + 2^b)
+__device__ inline float log2_add(float a, float b) {
+  const float top = finite_or_zero(fmaxf(a, b));
+  return top + log2f(exp2f(a - top) + exp2f(b - top));
+}
+
+// Sums probabilities by region along a warp's walk over the keys. kLog: the slab holds base-2 logarithms, and probabilities
+// are in units of 2^top; else it holds sums.
+template <int kRowTiles, bool kLog>
+struct RegionSums {
+  float* slab;      // element (row, region) of this warp's tile: slab[offset[row / 8] + region]
+  int64_t offset[kRowTiles];
+  bool ok[kRowTiles];
+  int regions;
+  float open[kRowTiles];  // this lane's part of the running sum of region `current`
+  int current;
+
+  __device__ void begin(bool (&exists)[kRowTiles]) {
+    current = -1;
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) {
+      open[half] = 0.f;
+      ok[half] = exists[half];
+      if (!ok[half]) continue;
+      for (int r = threadIdx.x % 4; r < regions; r += 4) slab[offset[half] + r] = kLog ? -INFINITY : 0.f;
+    }
+    __syncwarp();
+  }
+
+  // One lane owns each row of the slab, so what it reads is what it wrote.
+  __device__ void fold(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) {
+      const float sum = quad_sum(part[half]);
+      if (!ok[half] || threadIdx.x % 4 != 0) continue;
+      float& total = slab[offset[half] + region];
+      total = kLog ? log2_add(total, log2f(sum) + top[half]) : total + sum;
+    }
+  }
+
+  __device__ void close(const float (&top)[kRowTiles]) {
+    if (current >= 0) fold(current, open, top);
+  }
+
+  __device__ void rescale(const float (&factor)[kRowTiles]) {
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) open[half] *= factor[half];
+  }
+
+  // A step whose keys all lie in `region`; part: this lane's part of its row sums.
+  __device__ void run(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
+    if (region != current) close(top);
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) open[half] = part[half] + (region == current ? open[half] : 0.f);
+    current = region;
+  }
+
+  // A step of 4 kCount keys. p[half][2 t + e]: row g + 8 half and key 8 t + 2 c + e, for the lane 4 g + c; id: the region of
+  // key lane % (4 kCount).
+  template <int kCount>
+  __device__ void add(const float (&p)[kRowTiles][kCount], int id, const float (&top)[kRowTiles]) {
+    const int first = __shfl_sync(kFullWarp, id, 0);
+    if (__all_sync(kFullWarp, id == first)) {
+      float part[kRowTiles] = {};
+#pragma unroll
+      for (int half = 0; half < kRowTiles; ++half) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) part[half] += p[half][i];
+      }
+      return run(first, part, top);
+    }
+    const int c = threadIdx.x % 4;
+    int mine[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) mine[i] = __shfl_sync(kFullWarp, id, 8 * (i / 2) + 2 * c + i % 2);
+    unsigned left = __ballot_sync(kFullWarp, id >= 0);
+    while (left != 0) {
+      const int region = __shfl_sync(kFullWarp, id, __ffs(left) - 1);
+      float part[kRowTiles] = {};
+#pragma unroll
+      for (int half = 0; half < kRowTiles; ++half) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) part[half] += mine[i] == region ? p[half][i] : 0.f;
+      }
+      fold(region, part, top);
+      left &= ~__ballot_sync(kFullWarp, id == region);
+    }
+  }
+};
+
+}  // namespace ras::cuda

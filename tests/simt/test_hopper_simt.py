@@ -1,0 +1,114 @@
+"""The Hopper prefill kernel (csrc/cuda/hopper_prefill.cuh), run by the host emulation, against the float64 reference.
+
+Copies, barriers and products behave as late and as selfishly as PTX lets them (simt_hopper.cpp): a missing wait, a tile
+overwritten too early, or a wrong descriptor fails here. What the emulation cannot show is speed.
+"""
+
+import ctypes
+
+import pytest
+import torch
+from test_attention_simt import ATOL, DOUBLE, INT, POINTER, Case, array, runs
+
+
+class Call(ctypes.Structure):
+    """Mirrors struct Call of hopper_simt.cpp."""
+
+    _fields_ = [
+        *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "region_ids")],
+        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
+                                   "causal")],
+        ("scale", DOUBLE),
+    ]  # fmt: skip
+
+
+class PrefillCase(Case):
+    def run(self, emulator):
+        """(out, lse, mass). Outputs start as NaN."""
+        (batch, heads, length_q, dim), kv_heads, length_k = self.query.shape, self.key.shape[1], self.key.shape[2]
+        tensors = {"query": self.query, "key": self.key, "value": self.value, "region_ids": self.ids}
+        results = {
+            "out": torch.full((batch, length_q, heads, dim), torch.nan, dtype=self.dtype),
+            "lse": torch.full((batch, heads, length_q), torch.nan),
+            "mass": None if self.ids is None else torch.full((batch, heads, self.rows, self.regions), torch.nan),
+        }
+        call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
+                    query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, causal=self.masks[1],
+                    scale=self.masks[0])  # fmt: skip
+        for name in ("query", "key", "value"):
+            getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
+        inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
+        outputs = {name: array(tensor) for name, tensor in results.items() if tensor is not None}
+        for name, values in (inputs | outputs).items():
+            setattr(call, name, values.ctypes.data)
+        emulator.run("prefill_run", ctypes.byref(call), inputs=inputs, outputs=outputs)
+        return results["out"].transpose(1, 2), results["lse"], results["mass"]
+
+    def check(self, emulator):
+        exact_out, exact_lse, exact_mass = self.reference()
+        out, lse, mass = self.run(emulator)
+        torch.testing.assert_close(out.double(), exact_out, atol=ATOL[self.dtype], rtol=0)
+        torch.testing.assert_close(lse, exact_lse, atol=1e-5, rtol=1e-6)
+        if self.ids is not None:
+            torch.testing.assert_close(mass, exact_mass, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def emulator(load_emulator):
+    return load_emulator("hopper_simt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_instances(emulator, dim, dtype):
+    PrefillCase(130, 300, 2, 1, dim=dim, dtype=dtype, ids=runs(300, 5, 140, 290)).check(emulator)
+
+
+@pytest.mark.parametrize(("length_q", "length_k"), [(1, 1), (128, 128), (129, 127), (65, 513), (200, 129), (300, 100)])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_tails(emulator, length_q, length_k, causal):
+    """Lq < Lk, Lq > Lk (rows without a key), one key, whole tiles and one more."""
+    ids = torch.randint(-1, 3, (1, length_k // 40 + 1), dtype=torch.int32).repeat_interleave(40, 1)[:, :length_k].contiguous()
+    PrefillCase(length_q, length_k, 1, 1, ids=ids, regions=3, causal=causal).check(emulator)
+
+
+def test_without_regions(emulator):
+    PrefillCase(140, 140, 2, 2, dim=128).check(emulator)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
+def test_heads_and_batch(emulator, heads, kv_heads):
+    PrefillCase(70, 140, heads, kv_heads, batch=2, ids=runs(140, 5, 37, 64, batch=2)).check(emulator)
+
+
+@pytest.mark.parametrize("regions", [1, 7, 64])
+def test_scattered_regions(emulator, regions):
+    """Every 32 keys mix regions; ids outside the range count as none; the highest region has no token."""
+    ids = torch.randint(-1, max(regions - 1, 1), (1, 260), dtype=torch.int32)
+    case = PrefillCase(40, 260, 1, 1, ids=ids, regions=regions)
+    expected = case.reference()[2]
+    case.ids = torch.where(ids == -1, 1000, ids)
+    torch.testing.assert_close(case.run(emulator)[2], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mass_rows", [1, 70, 150])
+def test_masses_of_the_last_rows(emulator, mass_rows):
+    PrefillCase(200, 200, 1, 1, ids=runs(200, 5, 37, 64), mass_rows=mass_rows).check(emulator)
+
+
+def test_large_scores(emulator):
+    """The maximum jumps late: what was summed before has to shrink to nothing."""
+    case = PrefillCase(64, 400, 1, 1, ids=runs(400, 5, 137, 264))
+    case.key[:, :, 300:] *= 40
+    case.check(emulator)
+
+
+def test_nan_stays_in_its_batch_element(emulator):
+    case = PrefillCase(80, 150, 2, 1, ids=runs(150, 5, 37, 64, batch=2), batch=2)
+    case.key[0, 0, 40] = torch.nan
+    case.value[0, 0, 41] = torch.nan
+    results = case.run(emulator)
+    assert results[0][0].isnan().all()
+    for tensor, exact in zip(results, case.reference(), strict=True):
+        torch.testing.assert_close(tensor[1].double(), exact[1].double(), atol=ATOL[case.dtype], rtol=1e-5)

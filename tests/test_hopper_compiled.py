@@ -1,0 +1,77 @@
+"""What nvcc makes of the Hopper prefill kernel (csrc/cuda/hopper_prefill.cu): what its speed rests on, read off SASS."""
+
+import re
+import subprocess
+
+import pytest
+
+from ras_fast import build, inspect
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")]
+INSTANCES = {(dtype, dim, mass) for dtype in ("half", "bfloat16") for dim in (64, 128) for mass in (False, True)}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(cubin, what the compiler said)"""
+    cubin, csrc = tmp_path_factory.mktemp("hopper") / "hopper.cubin", build.sources()
+    command = f"{build.find_nvcc()} {build.common_flags(build.Torch.find(), csrc)} -DUSE_CUDA --expt-relaxed-constexpr"
+    command += f" {build.HOPPER_FLAGS} -Xptxas -v -cubin {csrc}/cuda/hopper_prefill.cu -o {cubin}"
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cubin, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def sass(compiled):
+    """{(dtype, head dimension, mass): instructions in order}"""
+    kernels = {}
+    for line in inspect._dump(compiled[0], "--dump-sass").splitlines():
+        if match := re.search(r"Function : \S*prefill_kernelI\d+(?:__nv_)?_*(half|bfloat16)Li(\d+)ELb(\d)", line):
+            lines = kernels[match[1], int(match[2]), match[3] == "1"] = []
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            lines.append(match[1])
+    assert set(kernels) == INSTANCES
+    return kernels
+
+
+def test_no_spill_and_no_serialised_product(compiled):
+    rows = inspect.read_binary(compiled[0])
+    assert len(rows) == len(INSTANCES)
+    assert not any(row.spills for row in rows)
+    assert "wgmma.mma_async instructions are serialized" not in compiled[1]
+    assert "setmaxnreg ignored" not in compiled[1]
+    assert "warning" not in compiled[1]
+
+
+@pytest.mark.parametrize("instance", sorted(INSTANCES), ids=str)
+def test_instructions(sass, instance):
+    dim = instance[1]
+    names = [re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in sass[instance]]
+    # Q K^T first and in the loop, P V in the loop and last; a copy of each panel of Q, K and V.
+    assert sum(name.startswith("HGMMA") for name in names) == 2 * dim // 16 + 2 * 128 // 16
+    assert sum(name.startswith("UTMALDG") for name in names) == 3 * (dim // 64)
+    assert not any(name.startswith(("HMMA", "LDL", "STL")) for name in names)
+    waits = [i for i, name in enumerate(names) if name.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits) == 4
+    # In the loop, the exponentials lie between the wait for S and the wait for O: the tensor cores are busy meanwhile.
+    between = sum(name.startswith("MUFU.EX2") for name in names[waits[1] : waits[2]])
+    assert between >= 64
+
+
+@pytest.mark.parametrize("instance", sorted(INSTANCES), ids=str)
+def test_each_role_keeps_to_its_registers(sass, instance):
+    """The 240 and 24 of setmaxnreg: ptxas numbers registers from 0."""
+    lines = sass[instance]
+    [grow] = [i for i, line in enumerate(lines) if "USETMAXREG.TRY_ALLOC" in line]
+    [shrink] = [i for i, line in enumerate(lines) if "USETMAXREG.DEALLOC" in line]
+    assert lines[grow].endswith("0xf0 ")
+    assert lines[shrink].endswith("0x18 ")
+
+    def highest(part):
+        return max(int(number) for line in part for number in re.findall(r"\bR(\d+)\b", line))
+
+    assert highest(lines) < 240
+    producer = lines[shrink:] if shrink > grow else lines[shrink:grow]
+    copies = [i for i, line in enumerate(producer) if "UTMALDG" in line]
+    assert highest(producer[: copies[-1] + 1]) < 24

@@ -15,6 +15,7 @@ import harness
 import torch
 
 from ras_fast import ops
+from ras_fast.ops import attention_plan
 
 HEADS, KV_HEADS = 32, 8
 DIMS = (64, 80, 128, 256)
@@ -47,6 +48,10 @@ def candidates(query, key, value, ids, spans, rows: int) -> dict:
         fused = torch.ops.ras_fast.region_attention_triton
         calls["triton fused"] = lambda: fused(query, key, value, ids, 1, *masks, rows)
         calls["triton no mass"] = lambda: fused(query, key, value, None, 0, *masks, 0)
+        if query.shape[2] > 1 and not attention_plan.hopper_refuses(query, key, value, attention_plan.Case()):
+            hopper = torch.ops.ras_fast.hopper_prefill
+            calls["hopper"] = lambda: hopper(query, key, value, ids, 1, *masks, rows)
+            calls["hopper no mass"] = lambda: hopper(query, key, value, None, 0, *masks, 0)
     return calls | baselines.attention_peers(query, key, value, spans, rows)
 
 

@@ -21,6 +21,8 @@ def _attention(
         return attention._attention_reference(*arguments)
     if kernel == "decode":
         return torch.ops.ras_fast.decode_attention(*arguments)
+    if kernel == "hopper":
+        return torch.ops.ras_fast.hopper_prefill(*arguments)
     if kernel == "triton":
         return attention._attention_triton(*arguments)
     out, lse = flash(query, key, value, is_causal, scale)

@@ -3,8 +3,8 @@
 CPU: one query row a sequence has a kernel of its own; more rows take torch's flash attention, from whose LSE the masses of the
 wanted rows are recomputed; softcaps and a handful of keys take an explicit softmax. CUDA: few rows over a long cache take the
 decode kernel, which costs what reading the cache costs; masses of few of many rows take torch's flash attention and a
-recomputation; masses of many rows take the Triton kernel, which has them from its own row sums. CUDA's thresholds are derived
-from operation counts and not measured yet.
+recomputation; masses of many rows take the Triton kernel, which has them from its own row sums. So has the Hopper kernel, which
+waits for its first measurement. CUDA's thresholds are derived from operation counts and not measured yet.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ras_fast import backend
 
 DECODE_ROWS = 64  # packed rows of a key/value head up to which one pass over the cache costs what reading it costs
 FEW_ROWS = 8  # recomputing Q Kᵀ of 1/8 of the rows adds 1/16 of attention's operations
+# The Hopper prefill kernel has not been measured yet. Set True, or call torch.ops.ras_fast.hopper_prefill, to try it.
+try_hopper = False
 MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros, and the explicit softmax is as fast
 
 
@@ -27,7 +29,8 @@ class Plan(NamedTuple):
     """What runs a call, and the reason in words.
 
     kernel: "decode" (csrc: one read of the cache), "flash" (torch's flash attention, then csrc or Triton for the masses),
-        "masked flash" (the same under an N×N mask), "softmax" (explicit), "triton" (fused), or "torch" (the reference).
+        "masked flash" (the same under an N×N mask), "softmax" (explicit), "triton" (fused), "hopper" (csrc: fused, sm_90a), or
+        "torch" (the reference).
     """
 
     kernel: str
@@ -99,10 +102,15 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
     if case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value))):
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
+    not_hopper = hopper_refuses(query, key, value, case)
+    if try_hopper and not not_hopper:
+        return Plan("hopper", "attention_plan.try_hopper is set")
     if not triton_is_there():
         return Plan("torch", "Triton is not installed")
     reason = "masses of many rows" if not few else "masks, a dtype, a head dimension or an alignment that flash attention lacks"
-    return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}" if packed <= DECODE_ROWS else reason)
+    if packed <= DECODE_ROWS:
+        return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}")
+    return Plan("triton", f"{reason}; the Hopper kernel is not chosen: {not_hopper or 'not measured yet'}")
 
 
 def cuda_kernels_refuse(*tensors: Tensor) -> str:
@@ -124,6 +132,28 @@ def cuda_kernels_refuse(*tensors: Tensor) -> str:
 def _misaligned(tensor: Tensor) -> bool:
     """Whether a row of a 16-bit tensor begins elsewhere than at a multiple of 16 bytes; flash attention wants that as well."""
     return tensor.data_ptr() % 16 != 0 or any(stride % 8 for stride in tensor.stride()[:-1])
+
+
+def hopper_refuses(query: Tensor, key: Tensor, value: Tensor, case: Case) -> str:
+    """Why the Hopper prefill kernel cannot take a call; "" if it can. It needs a positive scale, too."""
+    if not is_hopper(query.device):
+        return "it needs a GPU of compute capability 9.0"
+    why_not = cuda_kernels_refuse(query, key, value)
+    if why_not:
+        return why_not
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("ras_fast::hopper_prefill", "CUDA"):
+        return "the library is not built for sm_90a"
+    if not case.plain:
+        return "it has no window, softcap, kv_start, kv_end, sinks or region_bias"
+    if query.shape[3] not in (64, 128):
+        return f"it takes head dimensions 64 and 128, not {query.shape[3]}"
+    if any(stride == 0 < size - 1 for t in (query, key, value) for size, stride in zip(t.shape, t.stride(), strict=True)):
+        return "it takes no expanded tensors"
+    return ""
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache

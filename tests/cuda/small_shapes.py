@@ -42,9 +42,22 @@ def attention():
             yield (ops.key_attention(query, key, lse, rows=1, kv_start=start),)
 
 
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for dtype in (torch.float16, torch.bfloat16):
+        for rows, keys, head_dim, regions in ((130, 300, 64, 4), (130, 130, 128, 0), (70, 300, 128, 4)):
+            query = rand(2, 2, rows, head_dim, dtype=dtype)
+            key, value = rand(2, 1, keys, head_dim, dtype=dtype), rand(2, 1, keys, head_dim, dtype=dtype)
+            ids = torch.arange(keys, device="cuda", dtype=torch.int32) // 90 - 1
+            ids = ids.clamp(max=3).expand(2, keys).contiguous() if regions else None
+            masks = (0.1, True, None, None, 0, 0.0, None, None)
+            yield torch.ops.ras_fast.hopper_prefill(query, key, value, ids, regions, *masks, rows if regions else 0)
+
+
 def main():
     ras_fast.set_backend("cuda")
-    for family, op in ((norm, "add_rms_norm"), (attention, "region_attention")):
+    for family, op in ((norm, "add_rms_norm"), (attention, "region_attention"), (hopper, "hopper_prefill")):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", "CUDA"):
             print(f"{family.__name__}: no CUDA kernel is built")
             continue

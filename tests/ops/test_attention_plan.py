@@ -100,6 +100,36 @@ def test_the_flash_attention_that_torch_prefers(preferred, expected, monkeypatch
     assert (lse.shape, lse.dtype) == ((2, 8, 40), torch.float32)
 
 
+HOPPER_REFUSALS = {
+    "": {},
+    "compute capability": {"hopper": False},
+    "not built for sm_90a": {"kernel": False},
+    "no window": {"case": {"window": 7}},
+    "not 80": {"dim": 80},
+    "float32": {"dtype": torch.float32},
+    "expanded": {"expanded": True},
+}
+
+
+@pytest.mark.parametrize("why", HOPPER_REFUSALS)
+def test_the_hopper_kernel_is_chosen_only_when_asked_for(monkeypatch, why):
+    """It has not been measured: by itself the dispatcher never chooses it, and says so."""
+    setting = HOPPER_REFUSALS[why]
+    monkeypatch.setattr(backend, "load_library", lambda kind: "")
+    monkeypatch.setattr(attention_plan, "is_hopper", lambda device: setting.get("hopper", True))
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: setting.get("kernel", True))
+    query, key, value = states(1024, 1024, setting.get("dim", 128), setting.get("dtype", torch.bfloat16))
+    if "expanded" in setting:
+        key = key[:, :1].expand_as(key)
+    arguments = (query, key, value, Case(1024, **setting.get("case", {})))
+    plan = attention_plan.plan_cuda(*arguments)
+    assert plan.kernel == "triton"
+    assert "the Hopper kernel is not chosen: " in plan.why
+    assert (why or "not measured yet") in plan.why
+    monkeypatch.setattr(attention_plan, "try_hopper", True)
+    assert attention_plan.plan_cuda(*arguments).kernel == ("triton" if why else "hopper")
+
+
 CPU_CASES = {"decode": (1, {}), "flash": (64, {}), "softmax": (64, {"softcap": 5.0}), "masked flash": (64, {"window": 16})}
 CARRIED_OUT_BY = {"flash": "_flash", "softmax": "_softmax_out", "masked flash": "_masked_flash"}
 

@@ -208,10 +208,9 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
     beyond_sdpa = softcap is not None or sinks is not None
     if (beyond_sdpa or _sdpa_is_slow(query, key, value)) and _kernels_apply(key, value, mask):
         return _region_attention(query, key, value, mask, scaling, causal, window, softcap, sinks)[0].transpose(1, 2)
-    if beyond_sdpa:
-        full = _full_mask(mask, query, key, causal, window)
-        return _dense(query, key, value, full, scaling, softcap, sinks)[0].transpose(1, 2)
     full = _full_mask(mask, query, key, causal, window)
+    if beyond_sdpa:
+        return _dense(query, key, value, full, scaling, softcap, sinks)[0].transpose(1, 2)
     return sdpa_attention_forward(module, query, key, value, full, scaling=scaling, is_causal=causal)[0]
 
 
@@ -235,11 +234,9 @@ def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs
             query, key, value, full, scaling, softcap, sinks, ids, num_regions, bias, rows, score_rows, request.reduce
         )
         return out.transpose(1, 2), mass, scores
-    if not num_regions:
+    if not num_regions and not score_rows:
         out = _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs)
-        mass = query.new_zeros((*query.shape[:2], rows, 0), dtype=torch.float32)
-        if not score_rows:
-            return out, mass, None
+        return out, query.new_zeros((*query.shape[:2], rows, 0), dtype=torch.float32), None
     out, lse, mass = _region_attention(
         query, key, value, mask, scaling, causal, window, softcap, sinks, ids if num_regions else None, num_regions, bias,
         rows,

@@ -1,13 +1,14 @@
 """How well attention to an image tells harmful from harmless questions: alone, beside MoRAS's S, and together with it.
 
-Gates are fitted on the calibration split of the synthetic world and judged on its test split:
+Gates are fitted on the train and calibration splits of the synthetic world and judged on its test split:
 
-    python examples/attention_risk.py --items 500
+    python examples/attention_risk.py --items 500 --seed 2
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ras_fast.loading import load
 from ras_fast.methods import attention
 from ras_fast.methods.moras import Moras, assess, describe
 from ras_fast.patching import patched
+from ras_fast.profile import RasProfile
 
 
 @torch.no_grad()
@@ -53,16 +55,20 @@ def gain(scores: dict[str, torch.Tensor], harmful: torch.Tensor, resamples: int 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=500, help="items of the test split")
+    parser.add_argument("--seed", type=int, default=0, help="which of them")
+    parser.add_argument("--profiles", type=Path, help="use those that `ras-fast eval` has left in OUT/profiles")
     options = parser.parse_args()
 
     model, processor = load("tiny", device="cpu", dtype="float32")
     profiles = {}
     for name in ("moras", "attention", "moras+attention"):
-        profiles[name] = calibrate_on_tinyworld(name, model, processor, profiles)
+        found = options.profiles and RasProfile.from_pretrained(options.profiles / name)
+        profiles[name] = found or calibrate_on_tinyworld(name, model, processor, profiles)
     alone, combined = profiles["attention"], profiles["moras+attention"]
     print("heads (layer, head), best first:", alone.config["heads"])
+    print("freedom of attention, alone and beside S:", alone.config["freedom"], combined.config["freedom"])
 
-    items = tinyworld.split("test", options.items)
+    items = tinyworld.split("test", options.items, options.seed)
     harmful = torch.tensor([item.harmful for item in items])
     kinds = {"all": torch.ones_like(harmful), "with an image": torch.tensor([item.image is not None for item in items])}
     for kind in ("typographic", "pictured", "text_harm"):

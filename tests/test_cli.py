@@ -404,20 +404,21 @@ def test_the_safety_table_by_one_command(few_calibration_items, tmp_path, capsys
 
 @pytest.mark.slow
 def test_every_row_of_the_safety_table(few_calibration_items, monkeypatch, tmp_path):
-    few = {"PROBER_PAIRS": 400, "ATTENTION_PAIRS": 40, "COMBINED_PAIRS": 20}
+    few = {"PROBER_PAIRS": 400, "ATTENTION_PAIRS": 40, "COMBINED_PAIRS": 20, "STEERING_PAIRS": 40}
     for name, pairs in few.items():
         monkeypatch.setattr(f"ras_fast.evaluation.calibration.{name}", pairs)
     assert cli.main(["eval", "--model", "tiny", "--n", "10", "--max-new-tokens", "16", "--out", str(tmp_path)]) == 0
     rows = {row["defence"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     staged = ["moras", "moras-sequential", "moras-binary", "ras", "moras+attention"]
     always = ["undefended", "prompt-only", *(f"{CONSTANT}{gate}" for gate in (0.25, 0.5, 0.75))]
-    assert set(rows) == {*always, *staged, "autosteer", "attention"}
+    assert set(rows) == {*always, *staged, "autosteer", "attention", "projection"}
     assert {name for name, row in rows.items() if row["auroc"] is None} == set(always)
     assert {path.name for path in (tmp_path / "profiles").iterdir()} == set(CALIBRATIONS)
     extra = {name: row["cells"]["extra forward passes"]["value"] for name, row in rows.items()}
     assert extra["moras-sequential"] > extra["moras"] > 0
     assert extra["autosteer"] <= 0  # none; fewer where a harmless question is refused
     assert extra["attention"] <= 0
+    assert extra["projection"] <= 0
 
 
 def test_attention_map_is_what_eager_attention_says():

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 from ras_fast.evaluation import tinyworld
-from ras_fast.methods import attention, autosteer, moras
+from ras_fast.methods import attention, autosteer, moras, projection
 from ras_fast.profile import RasProfile
 
 ITEMS = 50  # refused texts, and as many image-question pairs
 PROBER_PAIRS = 3000  # as in the paper: a prober is trained, where MoRAS averages
-ATTENTION_PAIRS, COMBINED_PAIRS = 500, 150  # regressions, too; S takes two passes and more for each question
+ATTENTION_PAIRS, COMBINED_PAIRS = 500, 300  # a regression is fitted; S takes two answers for each question
+STEERING_PAIRS = 300
 OVER_REFUSAL = 0.1  # what AutoSteer's threshold may cost on held-out pairs, of which most safe ones are look-alikes
 
 
@@ -45,12 +46,25 @@ def _combined(model, processor, made, progress: bool) -> RasProfile:
     return attention.calibrate(model, processor, pairs, combine_with=made["moras"], progress=progress)
 
 
+def _projection(model, processor, made, progress: bool) -> RasProfile:
+    """Towards what the model does with harm in words, which it refuses, where the picture is as harmful ones are (as CAST)."""
+    in_words, in_pictures = [], []
+    for image, unsafe, safe, other in tinyworld.contrast_pairs(STEERING_PAIRS):
+        if unsafe not in tinyworld.HOW_TO:
+            in_words.append(((unsafe, image), (safe, other)))
+        elif unsafe == safe:
+            in_pictures.append(((unsafe, image), (safe, other)))
+    last = model.config.get_text_config().num_hidden_layers - 1
+    return projection.calibrate(model, processor, in_words, layers=[last], condition_pairs=in_pictures, progress=progress)
+
+
 # name -> (model, processor, profiles made before, progress) -> profile. The prompts are in the tiny model's few words; "ras"
 # does not ask for the text in the image to be read out.
 CALIBRATIONS: dict[str, Callable[..., RasProfile]] = {
     "moras": partial(_moras, preset="moras", context_prompt=tinyworld.CONTEXT_PROMPT),
     "ras": partial(_moras, preset="ras", context_prompt="Describe the image in one sentence."),
     "autosteer": _autosteer,
+    "projection": _projection,
     "attention": _attention,
     "moras+attention": _combined,
 }

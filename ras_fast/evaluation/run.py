@@ -200,7 +200,9 @@ def machine() -> str:
     """The device that the times are from, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    processes = parallel.place()[1]
+    beside = f", {processes} such processes side by side" if processes > 1 else ""
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}{beside}"
 
 
 NOTES = """
@@ -264,7 +266,7 @@ def _cell(column: str, cells: dict[str, Estimate]) -> str:
     if column.startswith("extra"):
         return f"{estimate.value:+.1f}"
     factor, digits = (1, 0) if column == "ms" else (100, 1)
-    value, low, high = (f"{factor * x:.{digits}f}" for x in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (f"{factor * x:.{digits}f}".removesuffix(".0") for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 
 

@@ -177,7 +177,7 @@ def test_report_files(tmp_path):
     records = run.run(dataset(), {"a": complying, "b": perfect}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     text = run.write_report(tmp_path, records, dataset(), "tiny")
     assert text == (tmp_path / "report.md").read_text()
-    assert "| a | 100.0 [25.0, 100.0] | 0.0 [0.0, 75.0] | 100.0 [25.0, 100.0] |" in text
+    assert "| a | 100 [25, 100] | 0 [0, 75] | 100 [25, 100] |" in text
     assert "Judge of harm: refusal phrases." in text
     assert "synthetic" in text
     report = json.loads((tmp_path / "report.json").read_text())

@@ -694,7 +694,7 @@ def aot_cases(arch: int) -> list[dict]:
     cases = []
 
     def add(name, kernel, wanted, tile, **constexprs):
-        absent = {optional[flag]: None for flag in optional if not constexprs.get(flag, True)}
+        absent = {optional[flag]: None for flag in optional if flag in kernel.arg_names and not constexprs.get(flag, True)}
         constexprs = {flag: value for flag, value in (constexprs | absent).items() if flag in kernel.arg_names}
         signature = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constexprs}
         odd = ("stride_ib", "stride_bb", "stride_bh")  # follow the number of keys or of regions

@@ -72,11 +72,14 @@ def usable(calls: dict) -> dict:
     return found
 
 
-def measure(shape: tuple[int, ...], seconds: float, graph: bool, limits: dict[str, float]) -> dict[str, object]:
+def measure(
+    shape: tuple[int, ...], seconds: float, graph: bool, limits: dict[str, float], without: list[str]
+) -> dict[str, object]:
     batch, length_q, length_k, dim, rows = shape
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     query, key, value, ids, spans = make(batch, length_q, length_k, dim, dtype, device)
-    calls = usable(candidates(query, key, value, ids, spans, rows))
+    every = candidates(query, key, value, ids, spans, rows)
+    calls = usable({name: call for name, call in every.items() if name not in without})
     floor = baselines.attention_floor(query, key, value)
     times = harness.compare(calls | floor, seconds=seconds, graph=graph)
     best = min(floor, key=times.get)
@@ -106,6 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the two shapes of the headline figures")
     parser.add_argument("--full", action="store_true", help="every head dimension, not only 128")
+    parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="candidates to leave out")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
@@ -115,7 +119,7 @@ def main() -> int:
     for shape in shapes:
         torch._dynamo.reset()
         try:
-            rows.append(measure(shape, args.seconds, gpu and shape[1] == 1, limits))
+            rows.append(measure(shape, args.seconds, gpu and shape[1] == 1, limits, args.without))
         except (RuntimeError, AssertionError) as error:  # the other shapes are still worth having
             failed += 1
             print(f"{shape} FAILED: {error}", flush=True)

@@ -1,8 +1,15 @@
-"""Each GPU kernel family at one large and one decode shape, for a profiler to look at (bench/gpu.sh runs it under ncu)."""
+"""Each GPU kernel family at one large and one decode shape, for a profiler to look at (bench/gpu.sh runs it under ncu).
+
+    python bench/profile_targets.py [FAMILY…]
+"""
+
+import sys
 
 import torch
 
 from ras_fast import ops
+
+MASKS = (128**-0.5, True, None, None, 0, 0.0, None, None)
 
 
 def rand(*shape):
@@ -21,19 +28,29 @@ def norm():
         ops.add_rms_norm(x, residual, weight, 1e-6, **steer)
 
 
+def states(batch, rows, keys):
+    query, key, value = rand(batch, 32, rows, 128), rand(batch, 8, keys, 128), rand(batch, 8, keys, 128)
+    ids = (torch.arange(keys, device="cuda", dtype=torch.int32) // 256 - 1).clamp(max=7).expand(batch, keys).contiguous()
+    return query, key, value, ids, 8
+
+
 def attention():
     for batch, rows, keys in ((1, 4096, 4096), (8, 1, 4096)):
-        query, key, value = rand(batch, 32, rows, 128), rand(batch, 8, keys, 128), rand(batch, 8, keys, 128)
-        ids = (torch.arange(keys, device="cuda", dtype=torch.int32) // 256 - 1).clamp(max=7).expand(batch, keys).contiguous()
-        _, lse, _ = ops.region_attention(query, key, value, ids, 8)
-        ops.region_mass(query, key, lse, ids, 8, mass_rows=min(rows, 64))
+        query, key, value, ids, regions = states(batch, rows, keys)
+        _, lse, _ = ops.region_attention(query, key, value, ids, regions)
+        ops.region_mass(query, key, lse, ids, regions, mass_rows=min(rows, 64))
         ops.key_attention(query, key, lse)
-        fused = torch.ops.ras_fast.region_attention_triton
-        fused(query, key, value, ids, 8, 128**-0.5, True, None, None, 0, 0.0, None, None, rows)
+        torch.ops.ras_fast.region_attention_triton(query, key, value, ids, regions, *MASKS, rows)
 
+
+def hopper():
+    torch.ops.ras_fast.hopper_prefill(*states(1, 4096, 4096), *MASKS, 4096)
+
+
+FAMILIES = {"norm": norm, "attention": attention, "hopper": hopper}
 
 if __name__ == "__main__":
     with torch.no_grad():
-        for family in (norm, attention):
-            family()
+        for family in sys.argv[1:] or FAMILIES:
+            FAMILIES[family]()
             torch.cuda.synchronize()

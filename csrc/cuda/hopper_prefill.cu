@@ -47,15 +47,14 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
   a.keys = int(key.size(2));
   a.causal = causal;
   a.scale_log2 = float(scale) * kLog2e;
-  const bool wanted = mass.numel() > 0;
-  if (wanted) {
+  if (mass.numel() > 0) {
     a.mass = static_cast<float*>(mass.mutable_data_ptr());
     a.region_ids = static_cast<const int32_t*>(ids->const_data_ptr());
     a.ids_batch_stride = ids->stride(0);
     a.regions = int(mass.size(3));
     a.mass_rows = int(mass.size(2));
   }
-  with_prefill_kernel<T>(int(query.size(3)), wanted, [&](auto kernel, size_t shared_bytes) {
+  with_prefill_kernel<T>(int(query.size(3)), a, [&](auto kernel, size_t shared_bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), "shared memory");
     const dim3 grid(unsigned((a.query_rows + kPrefillRows - 1) / kPrefillRows), unsigned(query.size(1)), unsigned(query.size(0)));
     launch(kernel, a, grid, kPrefillThreads, shared_bytes, query);

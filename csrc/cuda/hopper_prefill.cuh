@@ -61,6 +61,7 @@ struct PrefillArgs {
   int group;                      // query heads of a key/value head
   int query_rows, keys;           // Lq, Lk > 0
   int regions, mass_rows;
+  bool shared_sums;               // whether the sums by region fit into shared memory behind PrefillShared
   bool causal;
   float scale_log2;               // scale * log2(e), positive
 };
@@ -119,6 +120,20 @@ __device__ void produce(PrefillShared<T, kDim>& shared, const PrefillTile<T>& ti
 
 // -------------------------------------------------------------------------------------------------------- consumers
 
+// Lane c of a quad gives v[i] to lane i and gets lane i's v[c], in two steps that exchange half of the values each.
+__device__ inline void transpose_quad(uint32_t (&v)[4], int c) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = c & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const uint32_t give = upper ? v[i] : v[i + bit], got = __shfl_xor_sync(kFullWarp, give, bit);
+      (upper ? v[i] : v[i + bit]) = got;
+    }
+  }
+}
+
 // A thread of a consumer warpgroup, lane (g, c) of its warp: rows `row` and row + 8. scores[4 t + 2 half + e] belongs to row
 // + 8 half and key 8 t + 2 c + e of the step; out likewise with dimensions for keys.
 template <typename T, int kDim, bool kMass>
@@ -150,19 +165,26 @@ struct Consumer {
 
   __device__ bool exists(int half) const { return row + 8 * half < tile.args.query_rows; }
 
+  __device__ float* mass_of(int half) const {
+    const PrefillArgs<T>& args = tile.args;
+    const int64_t head = int64_t(tile.batch) * gridDim.y + tile.head;
+    return args.mass + (head * args.mass_rows + row + 8 * half - (args.query_rows - args.mass_rows)) * args.regions;
+  }
+
+  // Sums wait in shared memory, or, where R is too large for that, in the masses' own place.
   __device__ void begin_regions() {
     const PrefillArgs<T>& args = tile.args;
     const int first = args.query_rows - args.mass_rows;
     tracked = tile.first_row + kPrefillRows > first;
+    regions.slab = args.shared_sums ? reinterpret_cast<float*>(&shared + 1) : args.mass;
+    regions.regions = args.regions;
     bool wanted[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       wanted[half] = exists(half) && row + 8 * half >= first;
-      const int64_t head = int64_t(tile.batch) * gridDim.y + tile.head;
-      regions.offset[half] = (head * args.mass_rows + row + 8 * half - first) * args.regions;
+      const int64_t in_tile = int64_t(row + 8 * half - tile.first_row) * args.regions;
+      regions.offset[half] = args.shared_sums ? in_tile : mass_of(half) - args.mass;
     }
-    regions.slab = args.mass;
-    regions.regions = args.regions;
     regions.begin(wanted);
   }
 
@@ -328,24 +350,33 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float total = quad_sum(sum[half]), lse = top[half] + log2f(total);
-      if (!exists(half)) continue;
       store_out(half, 1.f / (total == 0.f ? 1.f : total));
+      if (!exists(half)) continue;
       if (threadIdx.x % 4 == 0) tile.args.lse[tile.stat_row(row + 8 * half)] = lse * kLn2;
       if constexpr (kMass) {
         if (!regions.ok[half]) continue;
-        float* mass = regions.slab + regions.offset[half];
-        for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass[r] = exp2f(mass[r] - finite_or_zero(lse));
+        const float *sums = regions.slab + regions.offset[half], shift = finite_or_zero(lse);
+        for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass_of(half)[r] = exp2f(sums[r] - shift);
       }
     }
   }
 
+  // The four lanes of a row hold two neighbours of every 8 dimensions each. They trade until lane c has all 8 of every fourth
+  // such group, and stores 16 bytes at a time.
   __device__ void store_out(int half, float factor) const {
+    const int c = threadIdx.x % 4;
     const int64_t at = (int64_t(tile.batch) * tile.args.query_rows + row + 8 * half) * gridDim.y + tile.head;
-    T* to = tile.args.out + at * kDim + 2 * (threadIdx.x % 4);
+    T* to = tile.args.out + at * kDim + 8 * c;
 #pragma unroll
-    for (int t = 0; t < kDim / 8; ++t) {
-      const int i = 4 * t + 2 * half;
-      *reinterpret_cast<uint32_t*>(to + 8 * t) = pack_pair<T>(out[i] * factor, out[i + 1] * factor);
+    for (int t = 0; t < kDim / 8; t += 4) {
+      uint32_t group[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int o = 4 * (t + i) + 2 * half;
+        group[i] = pack_pair<T>(out[o] * factor, out[o + 1] * factor);
+      }
+      transpose_quad(group, c);
+      if (exists(half)) *reinterpret_cast<uint4*>(to + 8 * t) = {group[0], group[1], group[2], group[3]};
     }
   }
 };
@@ -356,6 +387,9 @@ template <typename T, int kDim, bool kMass>
 __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs<T> args) {
   auto& shared = *reinterpret_cast<PrefillShared<T, kDim>*>(dynamic_shared());
   if (threadIdx.x == 0) {
+    tma_prefetch_descriptor(args.query);
+    tma_prefetch_descriptor(args.key);
+    tma_prefetch_descriptor(args.value);
     constexpr int kReaders = 2 * kWarpgroup / kWarp;
     mbarrier_init(shared.query_full, 1);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -404,12 +438,16 @@ CUresult encode_panels(Encode encode, CUtensorMap* map, const MappedTensor& t, i
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// Calls start(kernel, bytes of shared memory) for the instance that fits.
+// Calls start(kernel, bytes of shared memory) for the instance that fits; says in `args` where the sums by region go.
 template <typename T, typename Start>
-void with_prefill_kernel(int dim, bool mass, Start&& start) {
+void with_prefill_kernel(int dim, PrefillArgs<T>& args, Start&& start) {
   const auto pick = [&](auto width) {
     constexpr int kDim = decltype(width)::value;
-    start(mass ? prefill_kernel<T, kDim, true> : prefill_kernel<T, kDim, false>, sizeof(PrefillShared<T, kDim>));
+    constexpr size_t kBytes = sizeof(PrefillShared<T, kDim>), kMost = 227 * 1024;
+    const size_t sums = sizeof(float) * kPrefillRows * args.regions;
+    args.shared_sums = kBytes + sums <= kMost;
+    const auto kernel = args.mass ? prefill_kernel<T, kDim, true> : prefill_kernel<T, kDim, false>;
+    start(kernel, kBytes + (args.shared_sums ? sums : 0));
   };
   dim == 64 ? pick(std::integral_constant<int, 64>{}) : pick(std::integral_constant<int, 128>{});
 }

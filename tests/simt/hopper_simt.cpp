@@ -39,7 +39,7 @@ static bool prefill(const Call& c) {
   a.causal = c.causal != 0;
   a.scale_log2 = float(c.scale) * kLog2e;
   bool ok = false;
-  with_prefill_kernel<T>(int(c.dim), c.mass != nullptr, [&](auto kernel, size_t shared_bytes) {
+  with_prefill_kernel<T>(int(c.dim), a, [&](auto kernel, size_t shared_bytes) {
     const unsigned tiles = unsigned((c.query_rows + kPrefillRows - 1) / kPrefillRows);
     ok = simt::launch(dim3(tiles, unsigned(c.heads), unsigned(c.batch)), dim3(kPrefillThreads), shared_bytes, [&] { kernel(a); });
   });

@@ -82,9 +82,10 @@ def test_heads_and_batch(emulator, heads, kv_heads):
     PrefillCase(70, 140, heads, kv_heads, batch=2, ids=runs(140, 5, 37, 64, batch=2)).check(emulator)
 
 
-@pytest.mark.parametrize("regions", [1, 7, 64])
+@pytest.mark.parametrize("regions", [1, 7, 64, 300])
 def test_scattered_regions(emulator, regions):
-    """Every 32 keys mix regions; ids outside the range count as none; the highest region has no token."""
+    """Every 32 keys mix regions; ids outside the range count as none; the highest region has no token. The sums of 300
+    regions do not fit into shared memory."""
     ids = torch.randint(-1, max(regions - 1, 1), (1, 260), dtype=torch.int32)
     case = PrefillCase(40, 260, 1, 1, ids=ids, regions=regions)
     expected = case.reference()[2]

@@ -1,8 +1,10 @@
 """The command line, in-process, on a model of random weights: every command, every user mistake."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -357,6 +359,39 @@ def test_eval_interrupted_says_where_the_answers_are(folder, tmp_path, questions
     assert evaluate(folder, tmp_path, questions) == 130
     assert f"1 answers are in {tmp_path / 'answers.jsonl'}; run again to go on" in capsys.readouterr().err
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow  # three fresh processes
+def test_eval_survives_a_kill_and_ctrl_c(folder, tmp_path):
+    """Each stops a real run in the middle; what was answered is not asked again."""
+    questions, out = tmp_path / "questions.jsonl", tmp_path / "out"
+    image = str(folder / "a.png")
+    rows = [{"id": str(i), "question": f"w{i % 40} ?", "harmful": i % 2 == 0, "image": image} for i in range(300)]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    options = ["--model", str(folder / "model"), "--dataset", str(questions), "--max-new-tokens", "8", "--out", str(out)]
+    command = [sys.executable, "-m", "ras_fast.cli", "eval", *options]
+
+    def stopped_by(signal_number, after):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and len(lines()) < after:
+            time.sleep(0.01)
+        process.send_signal(signal_number)
+        return process.communicate()[1], process.returncode
+
+    def lines():
+        return (out / "answers.jsonl").read_text().splitlines() if (out / "answers.jsonl").is_file() else []
+
+    assert stopped_by(signal.SIGKILL, 3)[1] == -signal.SIGKILL
+    killed = [line for line in lines() if line.endswith("}")]  # the last may be cut
+    errors, code = stopped_by(signal.SIGINT, len(killed) + 5)
+    assert (code, f"{len(lines())} answers are in {out / 'answers.jsonl'}" in errors) == (130, True)
+    interrupted = lines()
+    assert interrupted[: len(killed)] == killed
+    assert len(interrupted) < len(rows)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert lines()[: len(interrupted)] == interrupted
+    assert sorted(json.loads(line)["id"] for line in lines()) == sorted(row["id"] for row in rows)
+    assert json.loads((out / "report.json").read_text())["rows"][0]["n"] == len(rows)
 
 
 @pytest.mark.parametrize(

@@ -68,28 +68,23 @@ def _attention_problem(wanted) -> tuple[str, Callable[[], object]]:
 def _norm_problem(wanted) -> tuple[str, Callable[[], object]]:
     from ras_fast.triton_kernels import norm
 
-    tokens = 4096
+    tokens, vectors = 4096, torch.randn(2, wanted.size, device="cuda")
     x, residual = (torch.randn(tokens, wanted.size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     weight = torch.randn(wanted.size, device="cuda", dtype=torch.bfloat16)
-    steering = None, None, None
-    if wanted.variant == "every":
-        steering = (
-            torch.randn(2, wanted.size, device="cuda"),
-            torch.ones(tokens, device="cuda", dtype=torch.int32),
-            torch.full((tokens,), 0.5, device="cuda"),
-        )
-    return f"T{tokens} d{wanted.size}", lambda: norm.add_rms_norm(
-        x, residual, weight, 1e-6, *steering, False, 0.0, True, None
-    )
+    slot = torch.ones(tokens, device="cuda", dtype=torch.int32)
+    alpha = torch.full((tokens,), 0.5, device="cuda")
+    call = functools.partial(norm.add_rms_norm, x, residual, weight, 1e-6, vectors, slot, alpha, False, 0.0, True, None)
+    return f"T{tokens} d{wanted.size}", call
 
 
 def shape_classes(arch: int, match: str = "") -> list:
     """Every class that is tuned, in bf16; `match` is part of "kernel size variant"."""
-    from ras_fast.triton_kernels.tuned import ShapeClass
+    from ras_fast.triton_kernels import norm
+    from ras_fast.triton_kernels.tuned import FIELDS, ShapeClass
 
-    sizes = dict.fromkeys(("prefill", "decode", "mass", "keys"), HEAD_DIMS) | {"norm": WIDTHS}
     classes = [ShapeClass(kernel, arch, 2, size, variant)
-               for variant in ("plain", "every") for kernel in sizes for size in sizes[kernel]]  # fmt: skip
+               for variant in ("plain", "every") for kernel in FIELDS if kernel != "norm" for size in HEAD_DIMS]  # fmt: skip
+    classes += [norm.shape_class(arch, 2, width) for width in WIDTHS]
     return [wanted for wanted in classes if match in f"{wanted.kernel} {wanted.size} {wanted.variant}"]
 
 

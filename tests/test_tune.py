@@ -77,7 +77,7 @@ def test_an_entry_decides_for_its_class_alone(empty_table):
 
 def test_unknown_architectures_take_the_rule(empty_table):
     assert attention.config(PREFILL._replace(arch=999)) == attention.rule(PREFILL._replace(arch=80))
-    assert norm.config(norm.shape_class(999, 2, 4096, False)).num_warps == 8
+    assert norm.config(norm.shape_class(999, 2, 4096)).num_warps == 8
 
 
 class Launched(Exception):
@@ -129,7 +129,7 @@ def test_attention_launchers_honour_an_entry(empty_table, monkeypatch, kernel, s
 def test_the_norm_launcher_honours_an_entry(empty_table, monkeypatch, steered):
     x = torch.zeros(2, 600).bfloat16()
     steering = (torch.zeros(1, 600), torch.zeros(2, dtype=torch.int32), torch.zeros(2)) if steered else (None, None, None)
-    empty_table[norm.shape_class(90, 2, 600, steered)] = {"num_warps": 2, "maxnreg": 96}
+    empty_table[norm.shape_class(90, 2, 600)] = {"num_warps": 2, "maxnreg": 96}
     options = launched_with(
         monkeypatch, norm, "add_norm_kernel", lambda: norm.add_rms_norm(x, x, x[0], 1e-6, *steering, False, 0.0, True, None)
     )
@@ -229,7 +229,7 @@ def test_no_shipped_entry_spills():
         "from ras_fast import tune; from ras_fast.triton_kernels import tuned\n"
         "for entry in tuned.read(tuned.FILE):\n"
         "    assert not tune.spills(tuned.shape_class(entry), entry['config']), entry\n"
-        "wanted = tuned.ShapeClass('norm', 90, 2, 16384, 'plain')\n"
+        "wanted = tuned.ShapeClass('norm', 90, 2, 16384, 'every')\n"
         "assert tune.spills(wanted, {'num_warps': 4, 'maxnreg': 32})\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

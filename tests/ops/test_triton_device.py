@@ -38,6 +38,6 @@ def test_every_launcher_looks():
 
     launchers = (
         attention.region_attention, attention.region_mass, attention.key_attention, attention.mass_and_key_attention,
-        norm._add_norm, gated_linear.gated_linear,
+        norm._launch, gated_linear.gated_linear,
     )  # fmt: skip
     assert all(hasattr(launcher, "__wrapped__") for launcher in launchers)

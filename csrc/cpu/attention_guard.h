@@ -32,4 +32,14 @@ inline void guard_lse(const Tensor& lse, const Tensor& query) {
                   "ras_fast attention: lse must be [B, Hq, Lq] float32");
 }
 
+// region_bias's pointer and strides, which every attention kernel's arguments have; a bias without a batch serves all.
+template <class Args>
+void set_region_bias(Args& args, const MaybeTensor& region_bias) {
+  if (!region_bias) return;
+  const bool batched = region_bias->dim() == 3;
+  args.region_bias = data<const float>(region_bias);
+  args.bias_batch_stride = batched ? region_bias->stride(0) : 0;
+  args.bias_head_stride = region_bias->stride(batched ? 1 : 0);
+}
+
 }  // namespace ras::cpu

@@ -36,13 +36,8 @@ AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& 
   args.window = window;
   args.kv_start = data<const int32_t>(kv_start);
   args.kv_end = data<const int32_t>(kv_end);
-  if (region_bias) {
-    const bool batched = region_bias->dim() == 3;
-    args.region_bias = data<const float>(*region_bias);
-    args.bias_batch_stride = batched ? region_bias->stride(0) : 0;
-    args.bias_head_stride = region_bias->stride(batched ? 1 : 0);
-    args.num_regions = region_bias->size(batched ? 2 : 1);
-  }
+  set_region_bias(args, region_bias);
+  if (region_bias) args.num_regions = region_bias->size(region_bias->dim() - 1);
   return args;
 }
 

@@ -47,12 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
     args.region_ids = data<const int32_t>(region_ids);
     args.region_stride = region_ids->stride(0);
   }
-  if (region_bias) {
-    const bool batched = region_bias->dim() == 3;
-    args.region_bias = data<const float>(region_bias);
-    args.bias_batch_stride = batched ? region_bias->stride(0) : 0;
-    args.bias_head_stride = region_bias->stride(batched ? 1 : 0);
-  }
+  set_region_bias(args, region_bias);
   args.sinks = data<const float>(sinks);
 
   const int64_t groups = args.batch * args.kv_heads;

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,11 @@ def test_the_cuda_library_leads_the_loader_to_torchs_cuda_half(tmp_path, monkeyp
     library = build.build_cuda(tmp_path, tmp_path / "build", archs="90")
     needs = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "[libtorch.so]" in needs
+
+
+@pytest.mark.parametrize(("source", "archs", "expected"), [
+    ("norm.cu", "80", True), ("hopper_prefill.cu", "80;90a", True), ("hopper_prefill.cu", "90a,100", True),
+    ("hopper_prefill.cu", "80;90", False),
+])  # fmt: skip
+def test_hopper_sources_need_sm_90a(source, archs, expected):
+    assert build.builds_for(Path(source), archs) == expected

@@ -264,8 +264,9 @@ def test_opcheck(option):
     absent = {"kv_start": None, "kv_end": None, "softcap": 0.0, "sinks": None, "region_bias": None}
     kwargs = absent | options(option, 2, 4, 9, 2)
     masks = (0.25, True, kwargs["kv_start"], kwargs["kv_end"], 0, kwargs["softcap"])
-    attention = torch.ops.ras_fast.region_attention.default
-    torch.library.opcheck(attention, (query, key, value, ids, 2, *masks, kwargs["sinks"], kwargs["region_bias"], 4))
+    arguments = (query, key, value, ids, 2, *masks, kwargs["sinks"], kwargs["region_bias"], 4)
+    torch.library.opcheck(torch.ops.ras_fast.region_attention.default, arguments)
+    torch.library.opcheck(torch.ops.ras_fast.hopper_prefill.default, arguments)  # off the GPU, the reference
     lse = torch.randn(2, 4, 9) + 3
     mass_args = (query, key, lse, ids, 2, *masks, kwargs["region_bias"], 9)
     torch.library.opcheck(torch.ops.ras_fast.region_mass.default, mass_args)

@@ -298,7 +298,7 @@ struct Consumer {
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack_pair<T>(scores[2 * i], scores[2 * i + 1]);
   }
 
-  // On return p holds the probabilities of the step that was softmaxed last, and its values have arrived.
+  // Scores become probabilities, and on return the step's values have arrived.
   __device__ void softmax_and_await_values(float (&scores)[kScores], float (&shrink)[2], int step) {
     softmax(scores, shrink, step);
     // Waited for as late as here, because a loop is what keeps ptxas from moving the exponentials behind the wgmma_wait that

@@ -76,8 +76,8 @@ try_hopper() {
 
 run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
+  section engine 140 "$python" bench/bench_engine.py --gpu-7b --tokens 128
   section attention 190 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
-  section engine 120 "$python" bench/bench_engine.py --device cuda --shape 7b --dtype bfloat16 --cases benign:128
   section crossovers 40 "$python" bench/bench_crossovers.py
   section gated_linear 20 "$python" bench/bench_gated_linear.py --quick --seconds 0.2
   section roofline 20 "$python" bench/roofline.py

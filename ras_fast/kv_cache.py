@@ -32,8 +32,9 @@ class PoolLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: slots that nobody wrote are masked, and 0 · NaN would still be NaN.
-        self.keys = key_states.new_zeros((self.rows, key_states.shape[1], self.capacity, key_states.shape[3]))
-        self.values = value_states.new_zeros((self.rows, value_states.shape[1], self.capacity, value_states.shape[3]))
+        with torch.inference_mode(False):  # the pool may be written again outside of it
+            self.keys = key_states.new_zeros((self.rows, key_states.shape[1], self.capacity, key_states.shape[3]))
+            self.values = value_states.new_zeros((self.rows, value_states.shape[1], self.capacity, value_states.shape[3]))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -92,16 +93,21 @@ class KVPool(Cache):
             layer.keys[row, :, begin : begin + keys.shape[1]] = keys
             layer.values[row, :, begin : begin + values.shape[1]] = values
 
-    def rebuild(self, rows: list[int], shift: int, capacity: int) -> KVPool:
-        """A pool of some of the rows whose slot s + ``shift`` holds what slot s holds here; what falls outside is dropped."""
-        new = KVPool(len(self.layers), len(rows), capacity)
-        begin, end = max(0, -shift), min(self.capacity, capacity - shift)
+    def keep_rows(self, rows: list[int]) -> None:
+        """Moves these rows, in ascending order, to the front, in place."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                for i, row in enumerate(rows):
+                    if i != row:
+                        layer.keys[i], layer.values[i] = layer.keys[row], layer.values[row]
+
+    def grown(self, slots: int) -> KVPool:
+        """A copy with so many slots more before the others."""
+        new = KVPool(len(self.layers), self.layers[0].rows, self.capacity + slots)
         for old, layer in zip(self.layers, new.layers, strict=True):
             if old.is_initialized:
                 layer.lazy_initialization(old.keys, old.values)
-                for i, row in enumerate(rows):
-                    layer.keys[i, :, begin + shift : end + shift] = old.keys[row, :, begin:end]
-                    layer.values[i, :, begin + shift : end + shift] = old.values[row, :, begin:end]
+                layer.keys[:, :, slots:], layer.values[:, :, slots:] = old.keys, old.values
         return new
 
 

@@ -60,10 +60,11 @@ class RegionMap:
         A view of one buffer that is grown rarely, so a decode step costs nothing.
         """
         start = 0 if total is None else max(total - length, 0)
-        if self._padded is None or self._padded.shape[1] < start + length:
-            grown = max(start + length + _SPARE - self.ids.shape[1], 0)
-            self._padded = F.pad(self.ids, (0, grown), value=-1)
-        return self._padded[:, start : start + length]
+        held = self.ids if self._padded is None else self._padded
+        if held.shape[1] < start + length:
+            grown = start + length + _SPARE - self.ids.shape[1]
+            held = self._padded = F.pad(self.ids, (0, grown), value=-1)
+        return held[:, start : start + length]
 
     def extend(self, ids: Tensor, grids: list[list[Grid | None]], past: int) -> RegionMap:
         """The map after a further forward: `past` positions of this one, then `ids` [B, L], whose images come after."""

@@ -1,55 +1,19 @@
-"""The decode step as a CUDA graph would hold it, on the CPU: static buffers, no wait, the same tokens.
+"""The engine's steps as CUDA graphs would hold them, on the CPU: static buffers, no wait, the same tokens.
 
 The capture itself is tested on a GPU: tests/cuda/test_engine_cuda.py.
 """
 
-import inspect
-
 import pytest
 import torch
+from tape import Graphs
 from test_engine import SAMPLING, assert_same, make_profile, make_queries
-from tiny_random import random_image
-from waits import Waits
+from test_engine_one_pass import NEW_TOKENS, PROFILES, attached, queries
+from tiny_random import random_image, random_words, tiny_llava
 
-from ras_fast.engine import SafeGenerator, batch
+import ras_fast
+from ras_fast.engine import SafeGenerator, batch, workspace
 from ras_fast.patching import Patch
 from ras_fast.sequential import SequentialPipeline
-
-
-class Graphs:
-    """Stands in for `capture`: what a graph would fix at capture must still be there at each replay."""
-
-    def __init__(self):
-        self.made, self.replays = 0, 0
-
-    def __call__(self, function):
-        self.made += 1
-        inputs = self.tensors(function)
-        addresses = {name: tensor.data_ptr() for name, tensor in inputs.items()}
-        output = self.waiting_for_nothing(function).clone()
-
-        def replay():
-            self.replays += 1
-            assert {name: tensor.data_ptr() for name, tensor in self.tensors(function).items()} == addresses
-            output.copy_(self.waiting_for_nothing(function))
-            return output
-
-        return replay
-
-    def waiting_for_nothing(self, function):
-        with Waits() as waits:
-            output = function()
-        assert waits.found == []
-        return output
-
-    def tensors(self, function):
-        cells = inspect.getclosurevars(function).nonlocals
-        found = {}
-        for owner in (cells["self"], *cells["branches"]):
-            found |= {(id(owner), name): value for name, value in vars(owner).items() if isinstance(value, torch.Tensor)}
-        for number, layer in enumerate(cells["self"].pool.layers):
-            found |= {("keys", number): layer.keys, ("values", number): layer.values}
-        return found
 
 
 @pytest.fixture
@@ -57,7 +21,7 @@ def graphs(monkeypatch):
     made = Graphs()
     monkeypatch.setattr(batch, "capture", made)
     monkeypatch.setattr(batch, "CAPTURED", {"cpu"})
-    monkeypatch.setattr(batch, "WARM_UP", 1)
+    monkeypatch.setattr(batch, "WIDTH", 8)
     return made
 
 
@@ -68,15 +32,115 @@ def test_steps_in_graphs_give_the_same_tokens(model, processor, graphs, options,
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=14, **options)
     with SafeGenerator(model, processor, profile, batch_size=5, fused=fused, sync_every=4) as guard:
         assert_same(guard.generate(prompts, images, max_new_tokens=14, **options), expected)
-    assert graphs.made >= 3
+    assert graphs.made >= 4
     assert graphs.replays > 3 * graphs.made
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_graphs_are_kept_for_later_queries(model, processor, graphs, monkeypatch, options):
+    """Shorter and longer ones, other batch sizes, without images, with two, accepted and refused, in turn."""
+    monkeypatch.setattr(workspace, "BUCKET", 256)
+    profile = make_profile(model, processor)
+    calls = [make_queries(count, seed) for count, seed in ((1, 14), (3, 7), (1, 0), (1, 12), (3, 30), (1, 3), (3, 41))]
+    pipeline = SequentialPipeline(model, processor, profile)
+    expected = [pipeline.generate(*call, max_new_tokens=9 + 5 * (i % 2), **options) for i, call in enumerate(calls)]
+    assert len({output.rejected_at for outputs in expected for output in outputs}) > 1
+    made = []
+    with SafeGenerator(model, processor, profile, batch_size=3, sync_every=4) as guard:
+        for _ in range(2):
+            for i, (call, outputs) in enumerate(zip(calls, expected, strict=True)):
+                assert_same(guard.generate(*call, max_new_tokens=9 + 5 * (i % 2), **options), outputs)
+            made.append(graphs.made)
+        assert 0 < len(guard._runner.workspaces) <= workspace.KEPT
+    assert len(guard._runner.workspaces) == 0
+    assert made[1] == made[0]
+
+
+def test_the_second_query_captures_nothing(model, processor, graphs, monkeypatch):
+    monkeypatch.setattr(batch, "WIDTH", 32)
+    profile = make_profile(model, processor, gate=0.0)
+    with SafeGenerator(model, processor, profile) as guard:
+        guard.generate([random_words(1, 3)], [random_image(1)], max_new_tokens=12)
+        made = graphs.made
+        assert made
+        for seed in range(2, 5):
+            guard.generate([random_words(seed, seed)], [random_image(seed)], max_new_tokens=10 + seed)
+    assert graphs.made == made
+
+
+@pytest.mark.parametrize("make", PROFILES)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_pass_methods_in_graphs(model, processor, graphs, make, batch_size):
+    profile, (prompts, images) = make(model, processor), queries()
+    expected = [tokens for tokens, _ in attached(model, processor, profile, prompts, images)]
+    with SafeGenerator(model, processor, profile, batch_size=batch_size, sync_every=3) as guard:
+        for order in ([*range(7)], [3, 1, 4, 0, 6, 2, 5]):
+            before = graphs.made
+            outputs = guard.generate([prompts[i] for i in order], [images[i] for i in order], max_new_tokens=NEW_TOKENS)
+            assert [output.tokens for output in outputs] == [expected[i] for i in order]
+    assert graphs.replays > 2 * graphs.made
+    assert graphs.made - before <= before
+
+
+def test_nothing_of_a_query_stays_behind(model, processor, monkeypatch):
+    profile, (prompts, images) = make_profile(model, processor), make_queries(5)
+    guard = SafeGenerator(model, processor, profile, batch_size=5, fused=False)
+    guard.generate(prompts, images, max_new_tokens=6)
+    (space,) = guard._runner.workspaces._kept.values()
+    layers = [tensor for layer in space.pool.layers for tensor in (layer.keys, layer.values)]
+    feeds = [feed.ids for feed in space._feeds.values()]
+    for tensor in (*layers, *feeds, space.readable, space.index, space.offset, space.region_ids + 1):
+        assert not tensor.any()
+    monkeypatch.setattr(guard.plan, "_finish", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        guard.generate(prompts, images, max_new_tokens=6)
+    assert len(guard._runner.workspaces) == 0
+
+
+def test_a_call_in_inference_mode_does_not_bind_the_next(model, processor, graphs):
+    profile, (prompts, images) = make_profile(model, processor), make_queries(2)
+    with SafeGenerator(model, processor, profile) as guard:
+        with torch.inference_mode():
+            first = guard.generate(prompts, images, max_new_tokens=6)
+        assert_same(guard.generate(prompts, images, max_new_tokens=6), first)
+
+
+@pytest.mark.parametrize("change", ["hook", "steering", "bias", "weights", "patch"])
+def test_graphs_end_with_the_model_that_they_are_of(processor, graphs, change):
+    model = tiny_llava(processor)
+    profile, (prompts, images) = make_profile(model, processor, gate=0.0), make_queries(1)
+
+    def answers(guard):
+        return [output.tokens for output in guard.generate(prompts, images, max_new_tokens=8)]
+
+    handle = ras_fast.patch(model)
+    guard = SafeGenerator(model, processor, profile)
+    before = answers(guard)
+    if change == "hook":
+        model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
+    elif change == "steering":
+        handle.set_steering(0, 3 * torch.randn(1, 32))
+        handle.steering.set_rows(torch.zeros(1), torch.ones(1))
+    elif change == "bias":
+        handle.set_region_bias(torch.tensor([5.0, -5.0, 5.0, 0.0]))
+    elif change == "weights":
+        weight = model.model.language_model.layers[0].mlp.up_proj.weight
+        model.model.language_model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight * -1)
+    elif change == "patch":
+        handle.unpatch()
+        handle = ras_fast.patch(model, norms=False)
+        handle.set_region_bias(torch.tensor([5.0, -5.0, 5.0, 0.0]))
+    made = graphs.made
+    changed = answers(guard)
+    assert graphs.made > made
+    assert changed != before
+    assert changed == answers(SafeGenerator(model, processor, profile))
 
 
 def test_steps_that_are_steered_inside_the_model_are_never_captured(model, processor, graphs, monkeypatch):
     """A graph of them would go on to steer, and one of other steps would not."""
-    seen = []
-    monkeypatch.setattr(batch, "WARM_UP", 0)
-    monkeypatch.setattr(Graphs, "waiting_for_nothing", lambda self, f: seen.append(Patch.of(model).steers("final")) or f())
+    seen, capture = [], batch.capture
+    monkeypatch.setattr(batch, "capture", lambda function: seen.append(Patch.of(model).steers("final")) or capture(function))
     profile, (prompts, images) = make_profile(model, processor, gate=1.0), make_queries(4)
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
     assert 0 in {output.rejected_at for output in expected}
@@ -91,7 +155,7 @@ def test_the_host_looks_every_k_steps(model, processor, monkeypatch, every):
     looks, steps = [], []
     sync, step = batch.Branch.sync, batch.Batch.step
     monkeypatch.setattr(batch.Branch, "sync", lambda self: looks.append(len(self._recent)) or sync(self))
-    monkeypatch.setattr(batch.Batch, "step", lambda self, *args: steps.append(1) or step(self, *args))
+    monkeypatch.setattr(batch.Batch, "step", lambda self, *args, **kwargs: steps.append(1) or step(self, *args, **kwargs))
     profile = make_profile(model, processor, gate=0.0)
     guard = SafeGenerator(model, processor, profile, fused=False, sync_every=every)
     (output,) = guard.generate(["w1 w2"], [random_image(1)], max_new_tokens=40)

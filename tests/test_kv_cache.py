@@ -49,17 +49,21 @@ def test_a_prefix_read_from_one_row_can_be_written_to_another_pool():
         assert not layer.keys[1, :, :5].any()
 
 
-@pytest.mark.parametrize("shift", [-2, 0, 3])
-def test_rebuilding_keeps_rows_and_moves_slots(shift):
+def test_rows_move_to_the_front_and_a_grown_pool_holds_the_same():
     pool, prompt = KVPool(2, 3, 6), states(3, 6, seed=4)
     fed(pool, range(6), 0, 6, prompt)
-    new = pool.rebuild([2, 0], shift, 6 + shift)
-    assert new.capacity == 6 + shift
+    new = pool.grown(3)
+    assert new.capacity == 9
     for layer, (keys, values) in zip(new.layers, prompt, strict=True):
-        kept, first = slice(max(0, -shift), 6), max(0, shift)
-        assert torch.equal(layer.keys[:, :, first:], keys[[2, 0], :, kept])
-        assert torch.equal(layer.values[:, :, first:], values[[2, 0], :, kept])
-        assert not layer.keys[:, :, :first].any()
+        assert torch.equal(layer.keys[:, :, 3:], keys)
+        assert torch.equal(layer.values[:, :, 3:], values)
+        assert not layer.keys[:, :, :3].any()
+    pool.keep_rows([0, 2])
+    for layer, (keys, values) in zip(pool.layers, prompt, strict=True):
+        assert torch.equal(layer.keys[:2], keys[[0, 2]])
+        assert torch.equal(layer.values[:2], values[[0, 2]])
+    pool.reset()
+    assert not any(tensor.any() for layer in pool.layers for tensor in (layer.keys, layer.values))
 
 
 def test_least_recently_used_goes_first_and_the_bound_holds():

@@ -10,7 +10,6 @@ the weights and one over the keys and values, and a step of the answer alone see
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +17,15 @@ from torch import Tensor
 
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.engine.answer import Sequence
+from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
 from ras_fast.kv_cache import KVPool
-from ras_fast.patching.tracking import REGIONS, keep, kept
+from ras_fast.patching.tracking import REGIONS, Rows, keep, kept, kept_rows
 from ras_fast.regions import RegionMap
 
 SCRATCH, ANSWER = 0, 1  # the branches of a row
 SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; elsewhere a look costs nothing
-CAPTURED = {"cuda"}  # devices whose decode steps are captured as graphs
-WARM_UP = 3  # eager steps before one is captured: what is made on first use must not be made while capturing
+CAPTURED = {"cuda"}  # devices whose steps are captured as graphs
+WIDTH = 32  # tokens of a prompt that captured steps are fed are rounded up to this
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -33,6 +33,7 @@ class Runner:
     """A model as the engine uses it: tokens in, states after the last norm out.
 
     sync_every: steps that are made before the host looks at their tokens.
+    captured: whether steps are captured as CUDA graphs.
 
     Raises ValueError for models whose layers keep something else than the keys and values of a prompt, which cannot branch.
     """
@@ -52,10 +53,16 @@ class Runner:
         self.image_token = getattr(model.config, "image_token_id", None)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
+        self.captured = model.device.type in CAPTURED
+        self.workspaces = Workspaces(model, self.layers)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def width(self, tokens: int) -> int:
+        """How many tokens a feed of so many takes: captured steps are made for few lengths."""
+        return -(-tokens // WIDTH) * WIDTH if self.captured and tokens > 1 else tokens
 
     def __call__(self, pool: KVPool, ids: Tensor, positions: Tensor | None, mask=None, **extras) -> Tensor:
         """States [B, T, d] after the last norm for ids [B, T] at positions [B, T], or where the model puts them (None)."""
@@ -85,8 +92,8 @@ class Runner:
         made = {}
         for kind in self.kinds:
             seen = visible & (distance < self.window) if kind == "sliding_attention" else visible
-            blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
-            made[kind] = torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
+            blank = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
+            made[kind] = blank.masked_fill_(~seen, torch.finfo(self.model.dtype).min)[:, None]
         return made if len(made) > 1 else made[self.kinds[0]]
 
 
@@ -94,25 +101,26 @@ class Branch:
     """One sequence of each query, in the same slots of every row.
 
     sequences: one per row; None where a row has none.
-    ids, positions [B, T], slots [T]: what the next forward is fed, and where.
+    feed: what the next forward is fed, and where. slot: of its first token.
     states, logits: of the first ``keep`` steps, each [B, d] and [B, V].
     """
 
-    def __init__(
-        self, kind: int, sequences: list[Sequence | None], ids: Tensor, positions: Tensor, slot: int, keep: int, every: int
-    ):
-        self.kind, self.sequences = kind, sequences
-        self.ids, self.positions, self.slot = ids, positions, slot
-        self.slots = torch.arange(slot, slot + ids.shape[1], device=ids.device)
+    def __init__(self, kind: int, sequences: list[Sequence | None], slot: int, feed: Feed, keep: int, every: int):
+        self.kind, self.sequences, self.slot, self.feed = kind, sequences, slot, feed
         self.keep, self.states, self.logits = keep, [], []
         self._steps = [0 if own is None else len(own.tokens) for own in sequences]
         self._recent: list[Tensor] = []
         self._every = every
 
     @property
+    def width(self) -> int:
+        """Tokens of the next feed."""
+        return self.feed.ids.shape[1]
+
+    @property
     def end(self) -> int:
         """The slot after the next feed."""
-        return self.slot + self.ids.shape[1]
+        return self.slot + self.width
 
     @property
     def steps(self) -> int:
@@ -123,18 +131,19 @@ class Branch:
     def done(self) -> bool:
         return all(own is None or own.done for own in self.sequences)
 
-    def advance(self) -> None:
-        """The feed has been through the model. In place when it was one token, for a captured graph."""
-        self.slot = self.end
-        if self.ids.shape[1] == 1:
-            self.positions.add_(1)
-            self.slots.add_(1)
+    def advance(self, space: Workspace) -> None:
+        """The feed has been through the model; the next one is the token after it."""
+        self.slot, feed = self.end, self.feed
+        if feed.ids.shape[1] > 1:
+            self.feed = space.feed(self.kind, feed.ids[:, :1], feed.positions[:, -1:] + 1, feed.slots[-1:] + 1)
         else:
-            self.ids, self.positions, self.slots = self.ids[:, :1].clone(), self.positions[:, -1:] + 1, self.slots[-1:] + 1
+            feed.positions.add_(1)
+            feed.slots.add_(1)
 
-    def move(self, shift: int) -> None:
-        """The pool has that many slots more before these."""
-        self.slot, self.slots = self.slot + shift, self.slots + shift
+    def move(self, space: Workspace, shift: int) -> None:
+        """Goes on in another workspace, in which that many slots more lie before these."""
+        self.slot += shift
+        self.feed = space.feed(self.kind, self.feed.ids, self.feed.positions, self.feed.slots + shift)
 
     def take(self, states: Tensor, logits: Tensor) -> None:
         """The next tokens, read from states [B, d] through logits [B, V]."""
@@ -147,7 +156,7 @@ class Branch:
         else:
             rows = zip(self.sequences, logits, self._steps, strict=True)
             tokens = torch.stack([row.argmax() if sequence is None else sequence.choose(row, n) for sequence, row, n in rows])
-        self.ids.copy_(tokens[:, None])
+        self.feed.ids.copy_(tokens[:, None])
         self._steps = [n + 1 for n in self._steps]
         self._recent.append(tokens)
         if len(self._recent) >= self._every:
@@ -176,27 +185,38 @@ class Prefix:
 
 
 class Batch:
-    """The pool of a batch and the steps over it.
+    """The steps of a batch over its workspace.
 
-    rows: queries. scratch, capacity: slots before the prefix, and in all. captured: whether decode steps may be captured as
-        CUDA graphs, in which hooks on the model run once and not at every step.
+    rows: queries.
     """
 
-    def __init__(self, runner: Runner, rows: int, scratch: int, capacity: int, captured: bool = True):
-        self.runner, self.rows, self.origin = runner, rows, scratch
-        self.pool = KVPool(runner.layers, rows, capacity)
-        device = runner.device
-        # For each slot: which branches read it, and the place of its token in their prompts.
-        self.readable = torch.zeros(2, rows, capacity, dtype=torch.bool, device=device)
-        self.index = torch.zeros(rows, capacity, dtype=torch.long, device=device)
-        self.offset = torch.zeros(2, rows, 1, dtype=torch.long, device=device)  # of each branch's positions to these places
+    def __init__(self, runner: Runner, space: Workspace):
+        self.runner, self.space, self.rows = runner, space, space.rows
         self.prefix = 0  # slots of the longest prefix
         self.branches: dict[int, Branch] = {}  # the latest of each kind
         self.dense = False  # the answers' slots are contiguous: nothing to mask
         self.regions: dict[int, RegionMap | None] = {}  # of each row's prefix
         self._maps: tuple[RegionMap, RegionMap] | None = None
-        self._captured = captured and runner.device.type in CAPTURED
-        self._graphs: dict = {}
+
+    @property
+    def pool(self) -> KVPool:
+        return self.space.pool
+
+    @property
+    def origin(self) -> int:
+        return self.space.origin
+
+    @property
+    def readable(self) -> Tensor:
+        return self.space.readable[:, : self.rows]
+
+    @property
+    def index(self) -> Tensor:
+        return self.space.index[: self.rows]
+
+    @property
+    def offset(self) -> Tensor:
+        return self.space.offset[:, : self.rows]
 
     # Filling it
 
@@ -205,26 +225,30 @@ class Batch:
         size = inputs["input_ids"].shape
         extras = {k: v[:, :length] if v.shape == size else v for k, v in inputs.items() if k != "input_ids"}
         slots = torch.arange(slot, slot + length, device=self.runner.device)
+        keep(self.pool, REGIONS, None)  # that of the batch is not this row's
         self.pool.aim(slots, slot, slot + length, slice(row, row + 1))
         _, self.offset[kind, row : row + 1] = self.runner.prefill(self.pool, inputs["input_ids"][:, :length], **extras)
         regions = kept(self.pool, REGIONS)
-        if regions is not None:
-            keep(self.pool, REGIONS, None)
         if kind == ANSWER:
-            self.regions[row] = regions
+            self._add_regions(row, regions)
         self.owns(row, slot, length, kind)
 
     def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor], room: int) -> Branch:
         """Whole prompts, left-padded in ``inputs``, in one forward; the branch that goes on has taken its first token."""
         mask, extras = inputs["attention_mask"], {k: v for k, v in inputs.items() if k != "input_ids"}
         length = mask.shape[1]
-        self.pool.aim(torch.arange(length, device=mask.device), 0, length)
+        self.pool.aim(torch.arange(self.origin, self.origin + length, device=mask.device), self.origin, self.origin + length)
         states, self.offset[ANSWER] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
-        self.index[:, :length] = (mask.cumsum(-1) - 1).clamp(min=0)
-        self.readable[ANSWER, :, :length] = mask.bool()
+        window = slice(self.origin, self.origin + length)
+        self.index[:, window] = (mask.cumsum(-1) - 1).clamp(min=0)
+        self.readable[ANSWER, :, window] = mask.bool()
+        regions = kept(self.pool, REGIONS)
+        for row in range(self.rows if regions is not None else 0):
+            self._add_regions(row, regions.select(torch.tensor([row])))
+        self._settle()
         # What it is fed next is not known yet: `take` puts it there.
         filler, lengths = [[self.runner.filler]] * self.rows, [len(sequence.prompt) for sequence in sequences]
-        answer = self.branch(ANSWER, sequences, filler, lengths, length, room)
+        answer = self.branch(ANSWER, sequences, filler, lengths, self.origin + length, room)
         answer.take(states[:, -1], self.runner.head(states[:, -1]).float())
         self.check_dense(answer)
         return answer
@@ -238,7 +262,7 @@ class Batch:
         """A prefix that was computed before becomes the row's."""
         self.pool.write(row, self.origin, prefix.states)
         self.offset[ANSWER, row] = prefix.offset
-        self.regions[row] = prefix.regions
+        self._add_regions(row, prefix.regions)
         self.owns(row, self.origin, prefix.states[0][0].shape[1], ANSWER)
 
     def owns(self, row: int, slot: int, length: int, kind: int) -> None:
@@ -251,7 +275,7 @@ class Batch:
 
         kept: how many tokens of each prompt lie in other slots already.
         """
-        device, width = self.runner.device, max(map(len, feeds))
+        device, width = self.runner.device, self.runner.width(max(map(len, feeds)))
         fill = self.runner.filler
         ids = torch.tensor([[fill] * (width - len(feed)) + feed for feed in feeds], device=device)
         offsets = torch.tensor([[k + len(feed) - width] for k, feed in zip(kept, feeds, strict=True)], device=device)
@@ -261,15 +285,14 @@ class Batch:
         self.index[:, window] = offsets + column
         self.readable[kind, :, window] = column >= first
         positions = (offsets + column[:, :width]).clamp(min=0)
-        made = self.branches[kind] = Branch(
-            kind, sequences, ids, positions, slot, keep, self.runner.sync_every
-        )
+        feed = self.space.feed(kind, ids, positions, torch.arange(slot, slot + width, device=device))
+        made = self.branches[kind] = Branch(kind, sequences, slot, feed, keep, self.runner.sync_every)
         return made
 
     def clear_scratch(self, slots: int, read_prefix: list[bool]) -> None:
         """Makes the scratch free for a new branch with at least ``slots`` slots, and says which rows' prefixes it reads."""
         if slots > self.origin:
-            self._rebuild(list(range(self.rows)), slots - self.origin)
+            self._grow(slots - self.origin)
         prefix = slice(self.origin, self.origin + self.prefix)
         self.readable[SCRATCH] = False
         reads = torch.tensor(read_prefix, device=self.readable.device)[:, None]
@@ -278,22 +301,17 @@ class Batch:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Goes on with these rows only, and without the scratch."""
-        self._rebuild(rows, -self.origin)
-        self.readable[SCRATCH] = False
-
-    def _rebuild(self, rows: list[int], shift: int) -> None:
-        capacity = self.pool.capacity + shift
-        self.pool = self.pool.rebuild(rows, shift, capacity)
-        chosen = torch.tensor(rows, device=self.index.device)
-        self.readable = _shift(self.readable[:, chosen], shift)
-        self.index, self.offset = _shift(self.index[chosen], shift), self.offset[:, chosen]
+        self.space.keep_rows(rows)
+        self.rows, self._maps = len(rows), None
         self.regions = {i: self.regions.get(row) for i, row in enumerate(rows)}
-        self.rows, self.origin = len(rows), self.origin + shift
+        self.branches.clear()
+
+    def _grow(self, slots: int) -> None:
+        """Goes on in a workspace of its own with so many slots more before the prefix."""
+        self.space, self._maps = self.space.grown(slots), None
         self.branches.pop(SCRATCH, None)
         if ANSWER in self.branches:
-            self.branches[ANSWER].move(shift)
-        self._maps = None
-        self._graphs.clear()
+            self.branches[ANSWER].move(self.space, slots)
 
     def check_dense(self, branch: Branch) -> None:
         """Looks whether an answer's slots up to the next feed's end are contiguous."""
@@ -304,10 +322,13 @@ class Batch:
 
     # Stepping
 
-    def step(self, branches: list[Branch], edit=None) -> None:
+    def step(self, branches: list[Branch], edit=None, captured: bool = True) -> None:
         """Feeds every branch what it has to be fed and lets it take its next token; ``edit`` may replace the states
-        [B, len(branches), d] in between. Edited steps are not captured: what steers them inside the model comes and goes."""
-        states = self.forward(branches, self._captured and edit is None)
+        [B, len(branches), d] in between.
+
+        captured: False where this step is not like others: what reads or steers inside the model comes and goes.
+        """
+        states = self.forward(branches, captured)
         if edit is not None:
             states = edit(states)
         logits = self.runner.head(states).float()
@@ -316,79 +337,67 @@ class Batch:
 
     def forward(self, branches: list[Branch], captured: bool = False) -> Tensor:
         """The states [B, len(branches), d] from which the branches' next tokens are read."""
-        single = all(branch.ids.shape[1] == 1 for branch in branches)
         end = max(self.origin + self.prefix, *(branch.end for branch in branches))
-        if single and captured:
-            states = self._replay(branches)
+        if captured and self.runner.captured:
+            states = self._replay(branches, end)
         else:
-            states = self._compute(branches, end, masked=not (single and len(branches) == 1 and self.dense))
+            single = len(branches) == 1 and branches[0].width == 1
+            states = self._compute(branches, end, masked=not (single and self.dense))
         for branch in branches:
-            branch.advance()
+            branch.advance(self.space)
         return states
 
     def _compute(self, branches: list[Branch], end: int, masked: bool) -> Tensor:
         """`forward` for keys before slot ``end``: tensors in, tensors out, no host sync."""
         begin = 0 if any(branch.kind == SCRATCH for branch in branches) else self.origin
-        ids, places = (_cat([getattr(branch, name) for branch in branches], 1) for name in ("ids", "positions"))
-        positions = _cat([branch.positions + self.offset[branch.kind] for branch in branches], 1)
+        ids, places = (_cat([getattr(branch.feed, name) for branch in branches], 1) for name in ("ids", "positions"))
+        positions = _cat([branch.feed.positions + self.offset[branch.kind] for branch in branches], 1)
         mask = self._mask(branches, places, begin, end) if masked else None
         self._show_regions(begin)
-        self.pool.aim(_cat([branch.slots for branch in branches], 0), begin, end)
+        self.pool.aim(_cat([branch.feed.slots for branch in branches], 0), begin, end, slice(0, self.rows))
         states = self.runner(self.pool, ids, positions, mask)
         if len(branches) == 1:
             return states[:, -1:]
-        first = branches[0].ids.shape[1] - 1
-        return torch.stack([states[:, first], states[:, -1]], 1)
+        return torch.stack([states[:, branches[0].width - 1], states[:, -1]], 1)
 
     def _mask(self, branches: list[Branch], places: Tensor, begin: int, end: int):
         readable, index = self.readable[:, :, begin:end], self.index[:, None, begin:end]
         distance = places[:, :, None] - index
-        parts = [readable[branch.kind][:, None].expand(-1, branch.ids.shape[1], -1) for branch in branches]
+        parts = [readable[branch.kind][:, None].expand(-1, branch.width, -1) for branch in branches]
         return self.runner.masks(_cat(parts, 1) & (distance >= 0), distance)
 
-    def _replay(self, branches: list[Branch]) -> Tensor:
-        """The decode step as one captured CUDA graph over the whole pool, for each combination of branches."""
-        key, end = tuple(branches), max(branch.end for branch in branches)
-        if end > self.pool.capacity:
-            raise ValueError(f"the pool holds {self.pool.capacity} tokens and cannot take slot {end - 1}")
-        step = self._graphs.setdefault(key, WARM_UP)
-        if isinstance(step, int) and step > 0:
-            self._graphs[key] = step - 1
-            return self._compute(branches, self.pool.capacity, masked=True)
-        if not callable(step):
-            step = self._graphs[key] = capture(lambda: self._compute(branches, self.pool.capacity, masked=True))
-        return step()
+    def _replay(self, branches: list[Branch], end: int) -> Tensor:
+        """The step as one captured CUDA graph over the whole pool: one for each combination of branches and widths."""
+        if end > self.space.capacity:
+            raise ValueError(f"the pool holds {self.space.capacity} tokens and cannot take slot {end - 1}")
+        key = (self.space.num_regions, *((branch.kind, branch.width) for branch in branches))
+        if key not in self.space.graphs:
+            step = capture(lambda: self._compute(branches, self.space.capacity, masked=True))
+            self.space.graphs[key] = step
+        return self.space.graphs[key]()
+
+    def _settle(self) -> None:
+        """What methods have kept of each row moves to where captured steps read it."""
+        for name, value in kept_rows(self.pool).items():
+            keep(self.pool, name, Rows(self.space.settled(name, value.tensor)))
+
+    # Image tokens
+
+    def _add_regions(self, row: int, regions: RegionMap | None) -> None:
+        self.regions[row], self._maps = regions, None
+        if regions is not None:
+            self.space.region_ids[row, self.origin : self.origin + regions.ids.shape[1]] = regions.ids[0]
+            self.space.num_regions = max(self.space.num_regions, regions.num_regions)
 
     def _show_regions(self, begin: int) -> None:
         """Tells a patched model where the image tokens lie in the slots from ``begin`` on."""
         if self._maps is None:
-            ids = self.index.new_full(self.index.shape, -1, dtype=torch.int32)
-            grids, count = [[] for _ in range(self.rows)], 0
-            for row, regions in self.regions.items():
-                if regions is not None:
-                    ids[row, self.origin : self.origin + regions.ids.shape[1]] = regions.ids[0]
-                    grids[row], count = regions.grids[0], max(count, regions.num_regions)
+            ids, count = self.space.region_ids[: self.rows], self.space.num_regions
+            found = [self.regions.get(row) for row in range(self.rows)]
+            grids = [[] if own is None else own.grids[0] for own in found]
             self._maps = tuple(RegionMap(part, count, grids, validate=False) for part in (ids, ids[:, self.origin :]))
         keep(self.pool, REGIONS, self._maps[begin > 0])
 
 
-def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``function`` as one CUDA graph. What it returns is overwritten by the next call."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
-
-
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
-
-
-def _shift(tensor: Tensor, shift: int) -> Tensor:
-    """``shift`` slots more, or fewer, before the others."""
-    return torch.nn.functional.pad(tensor, (shift, 0))

@@ -14,6 +14,7 @@ from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Runner
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.overlapped import Overlapped
+from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
 from ras_fast.kv_cache import ByteBoundedCache
 from ras_fast.methods import ONE_PASS
@@ -32,6 +33,9 @@ class SafeGenerator:
         nothing: what is kept would be the content of users' images. The cache belongs to this object alone.
     sync_every: steps that are made before the host looks at their tokens, which is when an end is noticed and a streamer is
         given something. None: 8 on CUDA, where a look waits for the device and steps are captured as graphs; else 1.
+
+    The pools of keys and values of up to `ras_fast.engine.workspace.KEPT` batch sizes stay allocated between calls, zeroed, on
+    CUDA with their captured graphs; `close()` frees them.
 
     One call runs at a time: calls from other threads wait for a lock. Ctrl-C leaves the model unpatched and usable.
     Counters of all calls are in ``counters``.
@@ -101,10 +105,11 @@ class SafeGenerator:
         return outputs
 
     def close(self) -> None:
-        """Unpatches the model and forgets cached images. The generator can be used again."""
+        """Unpatches the model, forgets cached images and frees what is kept between calls. The generator can be used again."""
         with self._lock:
             self._unpatch_model()
             self.cache.clear()
+            self._runner.workspaces.clear()
 
     def __enter__(self):
         return self
@@ -130,9 +135,11 @@ class SafeGenerator:
         try:
             return self._answer(batch, decoding, streamer)
         except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not _is_out_of_memory(error):
+            if not _is_out_of_memory(error) or (len(batch) == 1 and not self._runner.workspaces):
                 raise
         # Out of the except block, so that the failed attempt's tensors are free before the next one.
+        if self._runner.workspaces.clear():
+            return self._answer_or_split(batch, decoding, streamer)
         half = len(batch) // 2
         self.counters["memory_splits"] += 1
         warnings.warn(f"out of memory with {len(batch)} queries in a batch: going on with {half}", stacklevel=3)
@@ -171,12 +178,13 @@ class SafeGenerator:
 
     def _branched(self, ids: list[int]) -> torch.Tensor:
         """Logits [V] after these tokens, the second half of which is fed beside another branch."""
-        batch = Batch(self._runner, 1, 3, 9)
+        scratch, rest = self._runner.width(2), self._runner.width(3)
+        batch = Batch(self._runner, Workspace(self._runner.layers, 1, scratch, scratch + 3 + rest, self._runner.device))
         batch.prefix = 3
         batch.prefill(0, batch.origin, {"input_ids": torch.tensor([ids], device=self.model.device)}, 3, ANSWER)
-        batch.clear_scratch(3, [True])
+        batch.clear_scratch(scratch, [True])
         other = batch.branch(SCRATCH, [None], [ids[4:]], [3], 0, room=0)
-        answer = batch.branch(ANSWER, [None], [ids[3:]], [3], 6, room=0)
+        answer = batch.branch(ANSWER, [None], [ids[3:]], [3], scratch + 3, room=0)
         return self._runner.head(batch.forward([other, answer])[0, 1]).float()
 
 

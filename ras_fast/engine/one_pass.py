@@ -72,16 +72,20 @@ class OnePass(Plan):
         """Queries whose inputs can be joined."""
         joined, new_tokens = left_padded(inputs, self.runner.filler), jobs[0].answer.decoding.max_new_tokens
         room = new_tokens + self.runner.sync_every
-        # Hooks of the methods count steps on the host: not in a graph.
-        batch = Batch(self.runner, len(jobs), 0, joined["input_ids"].shape[1] + 1 + room, captured=False)
-        with Patch.of(self.runner.model).collect(rows=1) if self.region_mass else nullcontext() as statistics:
-            answer = batch.prompts([job.answer for job in jobs], joined, room)
+        with self.runner.workspaces.lend(len(jobs), 0, joined["input_ids"].shape[1] + 1 + room) as space:
+            batch = Batch(self.runner, space)
+            with Patch.of(self.runner.model).collect(rows=1) if self.region_mass else nullcontext() as statistics:
+                answer = batch.prompts([job.answer for job in jobs], joined, room)
+            self._read(jobs, method, statistics)
+            clock.lap("prompt")
+            if streamer is not None:
+                streamer.put(torch.tensor(jobs[0].answer.prompt))
+            self.decode(batch, answer, streamer, own_steps=getattr(method, "own_steps", 0))
+        clock.lap("answer")
+
+    def _read(self, jobs: list[Job], method, statistics) -> None:
+        """What the forward that read the prompts has told."""
         for row, (job, risk, failed) in enumerate(zip(jobs, method.risk.tolist(), method.failed.tolist(), strict=True)):
             job.risk, job.failed_closed = risk, "the risk could not be computed" if failed else None
             if statistics is not None:
                 job.region_mass = image_mass(statistics.mass, row, len(job.query.images))
-        clock.lap("prompt")
-        if streamer is not None:
-            streamer.put(torch.tensor(jobs[0].answer.prompt))
-        self.decode(batch, answer, streamer)
-        clock.lap("answer")

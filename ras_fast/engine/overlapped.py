@@ -19,6 +19,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,16 +96,18 @@ class Overlapped(Plan):
         clock = Clock()
         jobs = [self._prepare(number, query, decoding) for number, query in queries]
         contexts = self._contexts(jobs)
-        batch = self._encode_prefixes(jobs, contexts)
-        clock.lap("prefix")
-        draft = self._context_and_draft(batch, jobs, contexts)
-        clock.lap("context and draft")
-        self._assess(batch, jobs, draft)
-        clock.lap("risk")
-        self._check_drafts(jobs, draft)
-        clock.lap("check")
-        self._finish(batch, jobs, draft, streamer)
-        clock.lap("answer")
+        with self.runner.workspaces.lend(len(jobs), *self._slots(jobs, contexts)) as space:
+            batch = Batch(self.runner, space)
+            self._encode_prefixes(batch, jobs)
+            clock.lap("prefix")
+            draft = self._context_and_draft(batch, jobs, contexts)
+            clock.lap("context and draft")
+            self._assess(batch, jobs, draft)
+            clock.lap("risk")
+            self._check_drafts(jobs, draft)
+            clock.lap("check")
+            self._finish(batch, jobs, draft, streamer)
+            clock.lap("answer")
         self.last_timings = clock.timings()
         return [self._output(job) for job in jobs]
 
@@ -153,21 +156,23 @@ class Overlapped(Plan):
 
     # Stages
 
-    def _encode_prefixes(self, jobs: list[Job], contexts) -> Batch:
-        """Computes, or finds, the keys and values of each prompt up to the end of its last image."""
+    def _slots(self, jobs: list[Job], contexts) -> tuple[int, int]:
+        """How many slots the batch takes: before the prefixes, and from there on."""
         needs = self._scratch([self._feed(job, entry[1].prompt) for job, entry in zip(jobs, contexts, strict=True) if entry])
         needs += self.moras.config["max_context_tokens"]
-        rests = [len(job.draft.prompt) - len(job.prefix) for job in jobs]
-        risk = max(rests) + self._safety + self.moras.config["max_context_tokens"] + self.moras.steps + 8
+        rest = max(len(job.draft.prompt) - len(job.prefix) for job in jobs)
+        risk = self.runner.width(rest + self._safety + self.moras.config["max_context_tokens"] + 8) + self.moras.steps
         prefix, wanted = max(len(job.prefix) for job in jobs), jobs[0].draft.decoding.max_new_tokens
         scratch = max(needs, risk) + self.runner.sync_every
         ahead = min(wanted, self.moras.config["max_context_tokens"] + 2 * self.moras.steps) + 2 * self.runner.sync_every
-        batch = Batch(self.runner, len(jobs), scratch, scratch + prefix + max(rests) + ahead + wanted + self.runner.sync_every)
-        batch.prefix = prefix
+        return scratch, prefix + self.runner.width(rest) + ahead + wanted + self.runner.sync_every
+
+    def _encode_prefixes(self, batch: Batch, jobs: list[Job]) -> None:
+        """Computes, or finds, the keys and values of each prompt up to the end of its last image."""
+        batch.prefix = max(len(job.prefix) for job in jobs)
         for row, job in enumerate(jobs):
             if job.prefix:
                 self._encode_prefix(batch, jobs, row)
-        return batch
 
     def _encode_prefix(self, batch: Batch, jobs: list[Job], row: int) -> None:
         job = jobs[row]
@@ -190,12 +195,12 @@ class Overlapped(Plan):
         slot = batch.origin + batch.prefix
         draft = batch.branch(
             ANSWER, [job.draft for job in jobs], feeds, [len(job.prefix) for job in jobs], slot,
-            room=batch.pool.capacity - slot - max(map(len, feeds)), keep=self.moras.steps,
+            room=batch.pool.capacity - slot - self.runner.width(max(map(len, feeds))), keep=self.moras.steps,
         )  # fmt: skip
         context = self._stage(batch, jobs, contexts, self.moras.config["max_context_tokens"])
         branches = [draft] if context is None else [context, draft]
-        with self._collect_mass(jobs, max(map(len, feeds))):
-            batch.step(branches)
+        with self._collect_mass(jobs, max(map(len, feeds))) as reads:
+            batch.step(branches, captured=not reads)
         while context is not None and not context.done:
             batch.step([branch for branch in branches if not branch.done])
         draft.sync()
@@ -232,13 +237,14 @@ class Overlapped(Plan):
         """Takes every draft back to the first step whose steered token is another one."""
         risks = torch.tensor([job.risk for job in jobs], device=self.runner.device)
         steered = torch.stack([self.moras.steer(states, risks, n) for n, states in enumerate(draft.states)])
-        for n, logits in enumerate(self.runner.head(steered).float()):
-            for job, row in zip(jobs, logits, strict=True):
-                if job.rejected_at is None and n < len(job.draft.tokens):
-                    token = int(job.draft.scores(row, n).argmax())
-                    if token != job.draft.tokens[n]:
-                        job.rejected_at = n
-                        job.draft.rewind(n, token)
+        drafted = [(n, job) for n in range(len(steered)) for job in jobs if n < len(job.draft.tokens)]
+        logits = self.runner.head(steered).float()
+        rows = {id(job): row for row, job in enumerate(jobs)}
+        tokens = torch.stack([job.draft.scores(logits[n, rows[id(job)]], n).argmax() for n, job in drafted]).tolist()
+        for (n, job), token in zip(drafted, tokens, strict=True):
+            if job.rejected_at is None and token != job.draft.tokens[n]:
+                job.rejected_at = n
+                job.draft.rewind(n, token)
 
     def _finish(self, batch: Batch, jobs: list[Job], draft: Branch, streamer) -> None:
         """Stage 3: what the drafts still lack. Steps below N are steered as they come."""
@@ -249,15 +255,15 @@ class Overlapped(Plan):
         live = [row for row, job in enumerate(jobs) if not job.draft.done]
         if not live:
             return
-        jobs = [jobs[row] for row in live]
-        if len(live) < batch.rows:
+        if len(live) < batch.rows and not self.runner.captured:  # in a graph, rows that are done go along
+            jobs = [jobs[row] for row in live]
             batch.keep_rows(live)
         # Where each goes on: a draft that stands after its own tokens, one that fell after those that stood.
         ends = [draft.slot - draft.steps + len(job.draft.tokens) for job in jobs]
         for row, end in enumerate(ends):
             batch.readable[ANSWER, row, end:] = False
         answer = batch.branch(
-            ANSWER, [job.draft for job in jobs], [job.draft.tokens[-1:] for job in jobs],
+            ANSWER, [None if job.draft.done else job.draft for job in jobs], [job.draft.tokens[-1:] for job in jobs],
             [len(job.draft.prompt) + len(job.draft.tokens) - 1 for job in jobs], max(ends),
             room=batch.pool.capacity - max(ends) - 1,
         )  # fmt: skip
@@ -269,13 +275,14 @@ class Overlapped(Plan):
         """The steps below N, each row at its own step, steered inside the fused last norm where there is one."""
         moras, device = self.moras, self.runner.device
         risks = torch.tensor([job.risk for job in jobs], device=device)
-        steps = torch.tensor([len(job.draft.tokens) for job in jobs], device=device)
+        steps = torch.tensor([moras.steps if job.draft.done else len(job.draft.tokens) for job in jobs], device=device)
         with self._steered_norm() as steering:
             while bool((steps < moras.steps).any()) and not answer.done:
                 slots = torch.where(steps < moras.steps, steps, -1)
                 if steering is not None:
                     steering.set_rows(slots, risks)
-                batch.step([answer], lambda states, slots=slots: self._steer(states, risks, slots, steering is not None))
+                steer = partial(self._steer, risks=risks, slots=slots, done=steering is not None)
+                batch.step([answer], steer, captured=False)
                 steps = steps + 1
 
     def _steer(self, states: Tensor, risks: Tensor, slots: Tensor, done: bool) -> Tensor:
@@ -318,7 +325,7 @@ class Overlapped(Plan):
     def _scratch(self, feeds: list[tuple[bool, int]]) -> int:
         """Slots for prompts in the scratch: whole ones are computed ahead but for their last token."""
         alone = max([length - 1 for shares, length in feeds if not shares], default=0)
-        return alone + max([length if shares else 1 for shares, length in feeds], default=0)
+        return alone + self.runner.width(max([length if shares else 1 for shares, length in feeds], default=0))
 
     def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, keep: int = 0) -> Branch | None:
         """The branch of a stage's prompts, (query, sequence) or None for each job; None when there are none at all. A
@@ -345,16 +352,16 @@ class Overlapped(Plan):
     # Attention
 
     @contextmanager
-    def _collect_mass(self, jobs: list[Job], rows: int) -> Iterator[None]:
+    def _collect_mass(self, jobs: list[Job], rows: int) -> Iterator[bool]:
         """Reads the attention to the images in the forward inside the block, whose last ``rows`` tokens are what is fed of the
-        drafts' prompts: all that comes after the images."""
+        drafts' prompts: all that comes after the images. Whether there is anything to read."""
         gate = self.moras.attention
         if gate is None and not self.region_mass:
-            yield
+            yield False
             return
         layers = None if self.region_mass else gate.layers
         with Patch.of(self.runner.model).collect(rows=1 if gate is None else rows, layers=layers) as statistics:
-            yield
+            yield True
         mass = statistics.mass
         if gate is not None:
             after = torch.tensor([len(job.draft.prompt) - self._images_end(job.draft.prompt) for job in jobs])

@@ -40,8 +40,9 @@ class Plan:
     def sequence(self, prompt: list[int], decoding: Decoding, query: int = 0) -> Sequence:
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)
 
-    def decode(self, batch: Batch, answer: Branch, streamer=None, shown: int = 0) -> None:
-        """Steps until every answer has ended. A streamer has been given ``shown`` tokens already."""
+    def decode(self, batch: Batch, answer: Branch, streamer=None, shown: int = 0, own_steps: int = 0) -> None:
+        """Steps until every answer has ended. A streamer has been given ``shown`` tokens already; the first ``own_steps``
+        are not alike, which no captured graph could stand for."""
         sequence = answer.sequences[0]
         while True:
             if streamer is not None and len(sequence.tokens) > shown:
@@ -49,7 +50,7 @@ class Plan:
                 shown = len(sequence.tokens)
             if answer.done:
                 return
-            batch.step([answer])
+            batch.step([answer], captured=answer.steps >= own_steps)
 
     def output(self, sequence: Sequence, risk: float, failed_closed: str | None, **more) -> SafeOutput:
         self.counters["queries"] += 1

@@ -58,6 +58,7 @@ class AttentionRisk:
 
     risk: [B] fp32 on the device, of the latest prompts; 0 for a prompt without images, where there is nothing to read.
     failed: [B] bool, where a feature was not finite and the risk therefore is 1.
+    own_steps: the first steps after the prompt that differ from each other; later ones are all alike.
 
     Raises ValueError when the profile's settings and tensors do not fit together.
     """
@@ -69,6 +70,7 @@ class AttentionRisk:
         self.prototypes = profile.tensors["prototypes"].float()
         if self.prototypes.dim() != 2 or not len(self.prototypes):
             raise ValueError(f"prototypes have shape {tuple(self.prototypes.shape)}; they need to be [steps, d]")
+        self.own_steps = len(self.prototypes)
         self._profile = profile
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None

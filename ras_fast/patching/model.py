@@ -177,6 +177,16 @@ class Patch:
     def __exit__(self, *exception: Any) -> None:
         self.unpatch()
 
+    def in_force(self) -> list[Any]:
+        """What makes forwards steer or read now: a captured graph is good for as long as these are the same objects."""
+        places = [place for place in (*self._fused.values(), self._final_norm) if place is not None]
+        sites = [place.site for place in places if place.site is not None]
+        rows = [tensor for site in sites for tensor in (site.steering.slot, site.steering.alpha)]
+        probes = [(probe, probe.active) for probe in (getattr(place, "probe", None) for place in places) if probe is not None]
+        state = self._state
+        reads = [] if state is None else [state.collection, state.monitor, *state.biases.values()]
+        return [*sites, *rows, *(part for probe in probes for part in probe), *reads]
+
     def report(self) -> Report:
         """What was fused, what was not and why; prints as a few lines."""
         return self._report

@@ -287,6 +287,12 @@ def kept(past_key_values: Any, name: str) -> Any:
     return None if values is None else values.get(name)
 
 
+def kept_rows(past_key_values: Any) -> dict[str, Rows]:
+    """All that is kept as one entry a sequence, by name."""
+    values = getattr(past_key_values, _KEPT, {})
+    return {name: value for name, value in values.items() if isinstance(value, Rows)}
+
+
 class PromptState:
     """What a method decides about each sequence when its prompt is read, and finds again at each decode step.
 

@@ -1,0 +1,213 @@
+"""What a generator keeps between its calls: pools of keys and values, the buffers of a step, and its captured graphs.
+
+A captured CUDA graph reads and writes fixed addresses. So everything that a step is fed lies in a workspace, which the next
+batch of its size takes over with its graphs, cleared.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ras_fast.backend import forced_backend
+from ras_fast.kv_cache import KVPool
+from ras_fast.patching import Patch
+
+KEPT = 2  # workspaces of a generator, of batches of two sizes, say
+BUCKET = 128  # slots that sizes are rounded up to; also keeps the masks aligned as the attention kernels want them
+
+
+@dataclass
+class Feed:
+    """What a branch feeds the model next: ids and positions [B, T], slots [T]."""
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
+class Workspace:
+    """The memory of a batch.
+
+    rows: queries. origin, capacity: slots before the prefix, and in all.
+    readable [2, B, capacity] bool: the slots that each branch reads. index [B, capacity]: the place of a slot's token in its
+        prompt. offset [2, B, 1]: of each branch's positions to these places.
+    region_ids [B, capacity] int32: of the image tokens; num_regions: the most images that a row has had.
+    graphs: captured steps, by what they are captured for.
+    """
+
+    def __init__(self, layers: int, rows: int, origin: int, capacity: int, device: torch.device):
+        self.rows, self.origin, self.capacity = rows, origin, capacity
+        self.pool = KVPool(layers, rows, capacity)
+        self.num_regions = 0
+        with torch.inference_mode(False):  # a later call may be outside of it
+            self.readable = torch.zeros(2, rows, capacity, dtype=torch.bool, device=device)
+            self.index = torch.zeros(rows, capacity, dtype=torch.long, device=device)
+            self.offset = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
+            self.region_ids = torch.full((rows, capacity), -1, dtype=torch.int32, device=device)
+        self.graphs: dict[tuple, Callable[[], Tensor]] = {}
+        self._feeds: dict[tuple, Feed] = {}
+        self._rows: dict[str, Tensor] = {}
+
+    def feed(self, kind: int, ids: Tensor, positions: Tensor, slots: Tensor) -> Feed:
+        """The fixed buffers of a branch's next feed, with these values in them."""
+        key = (kind, *ids.shape)
+        if key not in self._feeds:
+            with torch.inference_mode(False):
+                self._feeds[key] = Feed(torch.empty_like(ids), torch.empty_like(positions), torch.empty_like(slots))
+        feed = self._feeds[key]
+        feed.ids.copy_(ids)
+        feed.positions.copy_(positions)
+        feed.slots.copy_(slots)
+        return feed
+
+    def settled(self, name: str, value: Tensor) -> Tensor:
+        """The fixed buffer of what a method keeps of each row under a name, with this value in it."""
+        if name not in self._rows:
+            with torch.inference_mode(False):
+                self._rows[name] = torch.empty_like(value)
+        return self._rows[name].copy_(value)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Moves these rows, in ascending order, to the front."""
+        self.pool.keep_rows(rows)
+        for tensor in (self.index, self.region_ids):
+            tensor[: len(rows)] = tensor[rows]
+        for tensor in (self.readable, self.offset):
+            tensor[:, : len(rows)] = tensor[:, rows]
+
+    def grown(self, slots: int) -> Workspace:
+        """A copy with so many slots more before the others."""
+        new = Workspace(len(self.pool.layers), self.rows, self.origin + slots, self.capacity + slots, self.index.device)
+        new.pool, new.num_regions = self.pool.grown(slots), self.num_regions
+        for name in ("readable", "index", "region_ids"):
+            getattr(new, name)[..., slots:] = getattr(self, name)
+        new.offset.copy_(self.offset)
+        return new
+
+    def clear(self) -> None:
+        """Leaves nothing of the queries: neither for the next ones to read nor in memory."""
+        self.pool.reset()
+        feeds = (tensor for feed in self._feeds.values() for tensor in (feed.ids, feed.positions, feed.slots))
+        for tensor in (self.readable, self.index, self.offset, *feeds, *self._rows.values()):
+            tensor.zero_()
+        self.region_ids.fill_(-1)
+
+
+class Workspaces:
+    """A generator's workspaces; at most ``KEPT`` of them, the least recently used goes first."""
+
+    def __init__(self, model, layers: int):
+        self._model, self._layers = model, layers
+        self._kept: OrderedDict[tuple, Workspace] = OrderedDict()
+        self._state: tuple[list, tuple] = ([], ())
+
+    @contextmanager
+    def lend(self, rows: int, scratch: int, rest: int) -> Iterator[Workspace]:
+        """A clear workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` from there on.
+
+        One whose user raised an exception is not kept.
+        """
+        if _state(self._model)[1] != self._state[1]:
+            self.clear()  # the graphs are of a model that steers, hooks or holds its weights otherwise
+        key = rows, scratch, rest = rows, _bucket(scratch), _bucket(rest)
+        space = self._kept.pop(key, None)
+        if space is None:
+            while len(self._kept) >= KEPT:
+                self._kept.popitem(last=False)
+            space = Workspace(self._layers, rows, scratch, scratch + rest, self._model.device)
+        yield space
+        space.clear()
+        self._kept[key], self._state = space, _state(self._model)
+
+    def clear(self) -> bool:
+        """Frees all; whether there was any."""
+        found = bool(self._kept)
+        self._kept.clear()
+        self._state = ([], ())
+        return found
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def _bucket(slots: int) -> int:
+    return -(-slots // BUCKET) * BUCKET
+
+
+def _state(model) -> tuple[list, tuple]:
+    """What a captured graph of the model depends on: (objects, which must live for their ids to mean something; a key)."""
+    objects: list = []
+    for module in model.modules():
+        objects += (module, module.__dict__.get("forward"))
+        objects += (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    patch, device = Patch.of(model), model.device.type
+    objects += [] if patch is None else patch.in_force()
+    pointers = tuple(parameter.data_ptr() for parameter in model.parameters())
+    modes = (forced_backend(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    return objects, (tuple(map(id, objects)), pointers, modes)
+
+
+# CUDA graphs.
+
+
+def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``function`` as one CUDA graph. What it returns is overwritten by the next call.
+
+    It is run once before, as what is made on first use must not be made while capturing, and once more when it is replayed:
+    it has to leave the same behind each time.
+    """
+    stream = _stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, inputs = torch.cuda.CUDAGraph(), Inputs()
+    # Thread-local: what other threads do with the device is none of this capture's business.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"), inputs:
+        output = function()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    replay.inputs = inputs.storages  # they must live as long as the graph, which reads their addresses
+    return replay
+
+
+_streams: dict[int, torch.cuda.Stream] = {}
+
+
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream that graphs are captured on: one for all, as each stream has a cuBLAS workspace of its own."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+class Inputs(TorchDispatchMode):
+    """Collects the storages that the operations inside the block read or write and that were there before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for storage in _storages((args, kwargs)):
+            if storage._cdata not in self._made:
+                self.storages[storage._cdata] = storage
+        output = function(*args, **kwargs or {})
+        self._made |= {storage._cdata for storage in _storages(output)} - self.storages.keys()
+        return output
+
+
+def _storages(tree) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,13 +1,15 @@
 """What a defended answer costs: the engine beside the undefended model and beside MoRAS as three calls.
 
     python bench/bench_engine.py                                  # CPU, about 0.3 B random weights
-    python bench/bench_engine.py --device cuda --shape 7b --dtype bfloat16 --cases benign:128
+    python bench/bench_engine.py --gpu-7b --tokens 128           # LLaVA-1.5-7B's shape on a GPU, batches of 1, 8 and 32
 
-All contenders run in one process, interleaved, and produce equally many tokens: the end-of-sequence token's logit is always
-0, which is never the largest of 32,000 random ones. A case is KIND:TOKENS or KIND:TOKENS:ROUNDS.
+All contenders run in one process and produce equally many tokens: the end-of-sequence token's logit is always 0, which is
+never the largest of 32,000 random ones. On the CPU they are interleaved; a case is KIND:TOKENS or KIND:TOKENS:ROUNDS. On a
+GPU those of the patched model come after the others, as captured graphs end with the patch; the call that captures them is
+shown apart. Undefended with graphs is the engine's own loop without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json and
-engine_timeline.png into bench/results/<device>/.
+engine_timeline.png, or engine_gpu.json, into bench/results/<device>/, after each case.
 """
 
 from __future__ import annotations
@@ -18,17 +20,25 @@ import math
 import statistics
 import sys
 import time
+from collections import Counter
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from harness import RESULTS, device_name, machine
+from harness import RESULTS, copy_bandwidth, device_name, machine
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 
 import ras_fast
+from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator
+from ras_fast.engine.batch import Runner
+from ras_fast.engine.one_pass import OnePass
+from ras_fast.engine.plan import Plan
+from ras_fast.inputs import make_queries
 from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
@@ -130,11 +140,30 @@ class Undefended:
         self.model, self.processor = model, processor
 
     @torch.no_grad()
-    def __call__(self, image, tokens: int, streamer) -> dict[str, float]:
+    def __call__(self, images, tokens: int, streamer=None) -> dict[str, float]:
         begin = time.perf_counter()
-        inputs = chat(self.model, self.processor, image, QUESTION)
+        inputs = chat(self.model, self.processor, images, [QUESTION] * len(images))
         self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)
         return {"answer": time.perf_counter() - begin}
+
+
+class UndefendedWithGraphs(OnePass):
+    """The engine's prefill and decode steps, and nothing that defends."""
+
+    def __init__(self, model, processor):
+        Plan.__init__(self, Runner(model), processor, Counter())
+        self.region_mass = False
+
+    def _attached(self):
+        return nullcontext(SimpleNamespace(risk=torch.zeros(self.rows), failed=torch.zeros(self.rows)))
+
+    @torch.no_grad()
+    def __call__(self, images, tokens: int, streamer=None) -> dict[str, float]:
+        self.rows = len(images)
+        queries = make_queries([QUESTION] * len(images), images, self.processor)
+        outputs = self.answer(list(enumerate(queries)), Decoding(tokens), streamer)
+        check_counts(outputs, tokens)
+        return {stage: outputs[0].timings[stage] for stage in ("prompt", "answer")}
 
 
 class Hooks:
@@ -146,14 +175,15 @@ class Hooks:
         self.prototypes = profile.tensors["prototypes"].to(model.device, model.dtype)
 
     @torch.no_grad()
-    def __call__(self, image, tokens: int, streamer) -> dict[str, float]:
+    def __call__(self, images, tokens: int, streamer=None) -> dict[str, float]:
         marks, config = [time.perf_counter()], self.config
-        inputs = chat(self.model, self.processor, image, config["context_prompt"])
+        inputs = chat(self.model, self.processor, images, [config["context_prompt"]] * len(images))
         out = self.model.generate(**inputs, max_new_tokens=config["max_context_tokens"], do_sample=False)
-        context = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        contexts = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         marks.append(time.perf_counter())
 
-        inputs = chat(self.model, self.processor, image, f"{config['safety_prompt']} {context} {QUESTION}")
+        texts = [f"{config['safety_prompt']} {context} {QUESTION}" for context in contexts]
+        inputs = chat(self.model, self.processor, images, texts)
         out = self.model.generate(
             **inputs,
             max_new_tokens=config["steps"],
@@ -161,13 +191,14 @@ class Hooks:
             output_hidden_states=True,
             return_dict_in_generate=True,
         )
-        states = torch.stack([step[-1][0, -1] for step in out.hidden_states])
+        states = torch.stack([step[-1][:, -1] for step in out.hidden_states], 1)
         weights = config["gamma"] ** torch.arange(config["steps"], device=states.device)[:, None]
-        q = (weights * self.model.lm_head(states).float().softmax(-1)).sum(0)
+        q = (weights * self.model.lm_head(states).float().softmax(-1)).sum(1)
         p = (weights * self.model.lm_head(self.prototypes).float().softmax(-1)).sum(0)
-        similarity = torch.cosine_similarity(p, q, dim=0)
-        sigmoid = torch.sigmoid(config["k"] * (similarity - config["s_base"])).item()
-        risk = config["gate"] if math.isfinite(sigmoid) else 1.0
+        similarity = torch.cosine_similarity(p, q, dim=-1)
+        sigmoids = torch.sigmoid(config["k"] * (similarity - config["s_base"])).tolist()
+        risks = [config["gate"] if math.isfinite(sigmoid) else 1.0 for sigmoid in sigmoids]
+        risk = torch.tensor(risks, device=states.device, dtype=states.dtype)[:, None]
         marks.append(time.perf_counter())
 
         step = 0
@@ -180,7 +211,7 @@ class Hooks:
             step += 1
             return output
 
-        inputs = chat(self.model, self.processor, image, QUESTION)
+        inputs = chat(self.model, self.processor, images, [QUESTION] * len(images))
         hook = self.model.model.language_model.norm.register_forward_hook(steer)
         try:
             self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)
@@ -196,17 +227,24 @@ class Defended:
     def __init__(self, pipeline):
         self.pipeline = pipeline
 
-    def __call__(self, image, tokens: int, streamer) -> dict[str, float]:
-        (output,) = self.pipeline.generate([QUESTION], [image], max_new_tokens=tokens, streamer=streamer)
-        if len(output.tokens) != tokens:
-            raise RuntimeError(f"{len(output.tokens)} tokens were produced; equal counts need {tokens}")
-        return {stage: output.timings[stage] for stage in STAGES if stage in output.timings}
+    def __call__(self, images, tokens: int, streamer=None) -> dict[str, float]:
+        outputs = self.pipeline.generate([QUESTION] * len(images), images, max_new_tokens=tokens, streamer=streamer)
+        check_counts(outputs, tokens)
+        return {stage: outputs[0].timings[stage] for stage in STAGES if stage in outputs[0].timings}
 
 
-def chat(model, processor, image, text: str):
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=rendered, images=image, add_special_tokens=False, return_tensors="pt").to(model.device)
+def check_counts(outputs, tokens: int) -> None:
+    counts = {len(output.tokens) for output in outputs}
+    if counts != {tokens}:
+        raise RuntimeError(f"{counts} tokens were produced; equal counts need {tokens}")
+
+
+def chat(model, processor, images, texts: list[str]):
+    """Inputs of one user turn a row, left-padded."""
+    chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
+    rendered = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+    inputs = processor(text=rendered, images=images, **options).to(model.device)
     return inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
 
 
@@ -227,7 +265,7 @@ def measure(model, entries, image, tokens: int, rounds: int) -> dict[str, dict]:
     totals, stages, firsts = ({name: [] for name, _, _ in entries} for _ in range(3))
     for _ in range(rounds):
         for name, patched, run in entries:
-            total, first, timing = timed(model, patched, run, image, tokens)
+            total, first, timing = timed(model, patched, run, [image], tokens)
             totals[name].append(total)
             stages[name].append(timing)
             firsts[name].append(first)
@@ -242,17 +280,98 @@ def measure(model, entries, image, tokens: int, rounds: int) -> dict[str, dict]:
     }
 
 
-def timed(model, patched: bool, run, image, tokens: int) -> tuple[float, float, dict[str, float]]:
+def timed(model, patched: bool, run, images, tokens: int) -> tuple[float, float, dict[str, float]]:
     """(seconds, seconds until the first token was shown, seconds of each stage) of one answer."""
     handle = ras_fast.patch(model) if patched else None
     streamer, begin = FirstToken(), time.perf_counter()
-    timing = run(image, tokens, streamer)
+    timing = run(images, tokens, streamer)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     total = time.perf_counter() - begin
     if handle is not None:
         handle.unpatch()
     return total, streamer.seconds, timing
+
+
+# On a GPU
+
+
+def gpu_cases(model, processor, tokens: int, batches: list[int], rounds: int, budget: float, save) -> None:
+    """Benign queries in batches of several sizes; ``save`` is given the results after each. A size that would not fit into
+    what is left of ``budget`` seconds, going by the last one, is left out and named."""
+    begin, took, results = time.perf_counter(), 0.0, {}
+    for size in batches:
+        used = time.perf_counter() - begin
+        if used + took > budget:
+            print(f"batch {size} is left out: {used:.0f} of {budget:.0f} s are gone and it would take more than {took:.0f} s")
+            continue
+        images = [Image.effect_noise((400, 300), 80).convert("RGB") for _ in range(size)]
+        results[f"batch {size}"] = gpu_case(model, processor, images, tokens, rounds if size == 1 else 1)
+        took = time.perf_counter() - begin - used
+        print(gpu_table(size, tokens, results[f"batch {size}"]), flush=True)
+        save(results)
+
+
+def gpu_case(model, processor, images, tokens: int, rounds: int) -> dict[str, dict]:
+    """Each contender's seconds by stage, peak memory, and the seconds of the call that captured its graphs."""
+    profile = make_profile(model, processor, RISKS["benign"])
+    one_by_one = {"MoRAS in sequence, patched": Defended(SequentialPipeline(model, processor, profile))}
+    plain = {"undefended": Undefended(model, processor), "MoRAS by hooks": Hooks(model, processor, profile)}
+    rows: dict[str, dict] = {name: sampled(run, images, tokens, WARM_UP_TOKENS, rounds) for name, run in plain.items()}
+    with ras_fast.patch(model):
+        if len(images) == 1:
+            rows |= {name: sampled(run, images, tokens, WARM_UP_TOKENS, rounds) for name, run in one_by_one.items()}
+        generic = UndefendedWithGraphs(model, processor)
+        rows["undefended, graphs"] = sampled(generic, images, tokens, tokens, rounds + 2)
+        generic.runner.workspaces.clear()
+        with SafeGenerator(model, processor, profile, batch_size=len(images)) as guard:
+            rows["MoRAS, engine"] = sampled(Defended(guard), images, tokens, tokens, rounds + 2)
+    return rows
+
+
+def sampled(run, images, tokens: int, warm_up: int, rounds: int) -> dict[str, object]:
+    """Medians after a first call of ``warm_up`` tokens."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    first, samples = stopwatch(run, images, warm_up)[0], [stopwatch(run, images, tokens) for _ in range(rounds)]
+    stages = [timing for _, timing in samples]
+    return {
+        "seconds": statistics.median(seconds for seconds, _ in samples),
+        "all_seconds": [seconds for seconds, _ in samples],
+        "first_call": first,
+        "stages": {stage: statistics.median(timing[stage] for timing in stages) for stage in stages[0]},
+        "peak_gigabytes": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+    }
+
+
+def stopwatch(run, images, tokens: int) -> tuple[float, dict[str, float]]:
+    begin = time.perf_counter()
+    timing = run(images, tokens)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, timing
+
+
+def floor(model) -> dict[str, float]:
+    """What a decode step cannot beat: reading the weights of the text model once."""
+    read = [*model.model.language_model.layers.parameters(), *model.lm_head.parameters()]
+    weights, bandwidth = sum(p.numel() * p.element_size() for p in read), copy_bandwidth()
+    return {"weight_gigabytes": weights / 1e9, "copy_gigabytes_per_second": bandwidth / 1e9, "seconds": weights / bandwidth}
+
+
+def gpu_table(size: int, tokens: int, rows: dict[str, dict]) -> str:
+    base, engine = rows["undefended, graphs"]["seconds"], rows["MoRAS, engine"]["seconds"]
+    lines = [f"batch {size}, {tokens} answer tokens"]
+    lines.append(f"{'':30}{'seconds':>9}{'of graphs':>11}{'engine by':>11}{'first':>8}{'GB':>7}")
+    for name, row in rows.items():
+        memory = f"{row['peak_gigabytes']:.1f}" if row["peak_gigabytes"] else "-"
+        lines.append(
+            f"  {name:28}{row['seconds']:9.3f}{row['seconds'] / base:10.2f}x{row['seconds'] / engine:10.2f}x"
+            f"{row['first_call']:8.2f}{memory:>7}  " + ", ".join(f"{k} {v * 1e3:.0f}" for k, v in row["stages"].items()) + " ms"
+        )
+    step = rows["undefended, graphs"]["stages"]["answer"] / max(tokens - 1, 1)
+    return "\n".join([*lines, f"  a decode step, undefended with graphs: {step * 1e3:.2f} ms"])
 
 
 def table(results: dict) -> str:
@@ -312,7 +431,13 @@ def main() -> None:
     parser.add_argument("--cases", type=case, nargs="+", default=DEFAULT_CASES, metavar="CASE", help="e.g. benign:64")
     parser.add_argument("--rounds", type=int, default=3, help="of cases that name none")
     parser.add_argument("--name", help="folder under bench/results; default: the device's")
+    parser.add_argument("--gpu-7b", action="store_true", help="the 7b shape in bfloat16 on cuda")
+    parser.add_argument("--tokens", type=int, default=128, help="with --gpu-7b: answer tokens")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --gpu-7b")
+    parser.add_argument("--budget", type=float, default=80, help="with --gpu-7b: seconds after the model is built")
     args = parser.parse_args()
+    if args.gpu_7b:
+        args.shape, args.device, args.dtype = "7b", "cuda", "bfloat16"
 
     model, processor = build(args.shape, args.device, getattr(torch, args.dtype))
     facts = machine() | {
@@ -321,21 +446,30 @@ def main() -> None:
         "dtype": args.dtype,
     }
     print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
+    folder = RESULTS / (args.name or device_name())
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.gpu_7b:
+        facts["decode_step_floor"] = floor(model)
+        print(f"floor of a decode step: {facts['decode_step_floor']['seconds'] * 1e3:.2f} ms", flush=True)
+        gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget, lambda r: save(folder, "engine_gpu", facts, r))
+        return
     image = Image.effect_noise((400, 300), 80).convert("RGB")
     for _, patched, run in contenders(model, processor, RISKS["benign"]):
-        timed(model, patched, run, image, WARM_UP_TOKENS)
+        timed(model, patched, run, [image], WARM_UP_TOKENS)
     results = {}
     for kind, tokens, rounds in args.cases:
         name = f"{kind}, {tokens} answer tokens"
         entries = contenders(model, processor, RISKS[kind])
         results[name] = measure(model, entries, image, tokens, rounds or args.rounds)
         print(table({name: results[name]}), flush=True)
-    folder = RESULTS / (args.name or device_name())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "engine.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
-    title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {folder.name}"
-    plot(results, folder / "engine_timeline.png", title)
+        save(folder, "engine", facts, results)
+        title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {folder.name}"
+        plot(results, folder / "engine_timeline.png", title)
     print(f"wrote {folder}/engine.json and engine_timeline.png")
+
+
+def save(folder: Path, name: str, facts: dict, results: dict) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What a CUDA graph does, on the CPU."""
 
+import traceback
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,6 +28,21 @@ class Tape(TorchDispatchMode):
             for old, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes what a capture on a GPU forbids and the CPU does not mind: tensors of the host in operations of the device, for
+    which "meta" stands in here. That device also refuses to hand out values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves):
+            self.found.append(f"{function} from {traceback.extract_stack()[-2]}")
+        return function(*args, **kwargs or {})
 
 
 class Graphs:

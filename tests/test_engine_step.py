@@ -3,16 +3,24 @@
 The capture itself is tested on a GPU: tests/cuda/test_engine_cuda.py.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from tape import Graphs
+from tape import Graphs, HostReads
 from test_engine import SAMPLING, assert_same, make_profile, make_queries
 from test_engine_one_pass import NEW_TOKENS, PROFILES, attached, queries
 from tiny_random import random_image, random_words, tiny_llava
 
 import ras_fast
+from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator, batch, workspace
+from ras_fast.engine.answer import Sequence
+from ras_fast.engine.batch import SCRATCH
+from ras_fast.methods import attach
 from ras_fast.patching import Patch
+from ras_fast.patching.tracking import REGIONS, keep
+from ras_fast.regions import RegionMap
 from ras_fast.sequential import SequentialPipeline
 
 
@@ -148,6 +156,53 @@ def test_steps_that_are_steered_inside_the_model_are_never_captured(model, proce
         assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
     assert seen
     assert all(seen)
+
+
+def to_meta(model):
+    """The model on a device that has shapes and no values."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    moved = tensor.detach().to("meta")
+                    tensors[name] = torch.nn.Parameter(moved, requires_grad=False) if tensors is module._parameters else moved
+
+
+@pytest.mark.parametrize("make", [None, *PROFILES])
+@pytest.mark.parametrize("kind", ["plain", "fused", "biased"])
+def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
+    """No value is read and no tensor copied: steps of the answer alone and of two branches, of single tokens and of prompts."""
+    model = tiny_llava(processor)
+    profile = make(model, processor) if make else None
+    if kind != "plain" or make:
+        handle = ras_fast.patch(model)
+    if kind == "biased":
+        handle.set_region_bias(torch.randn(4))
+        handle._state.biases = {layer: bias.to("meta") for layer, bias in handle._state.biases.items()}
+    to_meta(model)
+    monkeypatch.setattr(batch, "CAPTURED", {"meta"})
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
+    runner = batch.Runner(model, sync_every=1000)
+    steps = batch.Batch(runner, workspace.Workspace(2, 2, 48, 192, torch.device("meta")))
+    prompts = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    regions = RegionMap(torch.zeros(2, 9, dtype=torch.int32, device="meta"), 1, validate=False)
+    keep(steps.pool, REGIONS, regions if kind != "plain" or make else None)
+    # A mask of padding would be looked at; that is no part of a step.
+    places, mask = torch.arange(9, device="meta").expand(2, -1), torch.zeros(2, 1, 9, 9, device="meta")
+    runner.prefill = lambda pool, ids, **extras: (runner(pool, ids, places, mask), 0)
+    sequences = [Sequence([7] * 9, Decoding(40), i, [3], processor.tokenizer, "meta") for i in range(2)]
+    with torch.no_grad(), attach(handle, profile) if make else nullcontext():
+        answer = steps.prompts(sequences, {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}, 30)
+        for _ in range(4):  # those of a method that are not alike come first
+            steps.step([answer], captured=False)
+        steps.prefix = 5
+        other = steps.branch(SCRATCH, sequences, [[1, 2, 3], [4, 5]], [5, 5], 0, room=9)
+        for branches in ([other, answer], [other, answer], [answer]):
+            with HostReads() as reads:
+                steps._compute(branches, 192, masked=True)
+                for branch in branches:
+                    branch.advance(steps.space)
+            assert reads.found == []
 
 
 @pytest.mark.parametrize("every", [1, 3, 8])

@@ -92,8 +92,8 @@ class Runner:
         made = {}
         for kind in self.kinds:
             seen = visible & (distance < self.window) if kind == "sliding_attention" else visible
-            blank = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device)
-            made[kind] = blank.masked_fill_(~seen, torch.finfo(self.model.dtype).min)[:, None]
+            blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
+            made[kind] = torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
         return made if len(made) > 1 else made[self.kinds[0]]
 
 
@@ -314,7 +314,9 @@ class Batch:
             self.branches[ANSWER].move(self.space, slots)
 
     def check_dense(self, branch: Branch) -> None:
-        """Looks whether an answer's slots up to the next feed's end are contiguous."""
+        """Looks whether an answer's slots up to the next feed's end are contiguous; captured steps have no use for it."""
+        if self.runner.captured:
+            return
         window = slice(self.origin, branch.end)
         wanted = torch.arange(branch.end - self.origin, device=self.index.device)
         inside = self.readable[ANSWER, :, window] & (self.index[:, window] == wanted)

@@ -53,12 +53,16 @@ class OnePass(Plan):
         sound = [job for job in jobs if job.failed_closed is None]
         # Positions that depend on the images (M-RoPE) are only sure in prompts without padding.
         size = 1 if self.runner.offsets else max(len(sound), 1)
-        with attach(Patch.of(self.runner.model), self.profile) as method:
+        with self._attached() as method:
             for numbers, inputs in batches([job.inputs for job in sound], size):
                 self._answer_alike([sound[i] for i in numbers], inputs, method, streamer, clock)
         clock.lap("answer")
         self.last_timings = clock.timings()
         return [self.output(job.answer, job.risk, job.failed_closed, region_mass=job.region_mass) for job in jobs]
+
+    def _attached(self):
+        """The method at work in the model, inside a `with` block."""
+        return attach(Patch.of(self.runner.model), self.profile)
 
     def _prepare(self, number: int, query: Query, decoding: Decoding) -> Job:
         inputs, poisoned = self.encode(query)

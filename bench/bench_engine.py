@@ -8,8 +8,8 @@ never the largest of 32,000 random ones. On the CPU they are interleaved; a case
 GPU those of the patched model come after the others, as captured graphs end with the patch; the call that captures them is
 shown apart. Undefended with graphs is the engine's own loop without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
-for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json and
-engine_timeline.png, or engine_gpu.json, into bench/results/<device>/, after each case.
+for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
+on the CPU engine_timeline.png, into bench/results/<device>/ after each case.
 """
 
 from __future__ import annotations
@@ -306,9 +306,10 @@ def gpu_cases(model, processor, tokens: int, batches: list[int], rounds: int, bu
             print(f"batch {size} is left out: {used:.0f} of {budget:.0f} s are gone and it would take more than {took:.0f} s")
             continue
         images = [Image.effect_noise((400, 300), 80).convert("RGB") for _ in range(size)]
-        results[f"batch {size}"] = gpu_case(model, processor, images, tokens, rounds if size == 1 else 1)
+        case = f"benign, {tokens} answer tokens" + (f", batch {size}" if size > 1 else "")
+        results[case] = gpu_case(model, processor, images, tokens, rounds if size == 1 else 1)
         took = time.perf_counter() - begin - used
-        print(gpu_table(size, tokens, results[f"batch {size}"]), flush=True)
+        print(gpu_table(case, tokens, results[case]), flush=True)
         save(results)
 
 
@@ -360,10 +361,9 @@ def floor(model) -> dict[str, float]:
     return {"weight_gigabytes": weights / 1e9, "copy_gigabytes_per_second": bandwidth / 1e9, "seconds": weights / bandwidth}
 
 
-def gpu_table(size: int, tokens: int, rows: dict[str, dict]) -> str:
+def gpu_table(case: str, tokens: int, rows: dict[str, dict]) -> str:
     base, engine = rows["undefended, graphs"]["seconds"], rows["MoRAS, engine"]["seconds"]
-    lines = [f"batch {size}, {tokens} answer tokens"]
-    lines.append(f"{'':30}{'seconds':>9}{'of graphs':>11}{'engine by':>11}{'first':>8}{'GB':>7}")
+    lines = [f"{case:30}{'seconds':>9}{'of graphs':>11}{'engine by':>11}{'first':>8}{'GB':>7}"]
     for name, row in rows.items():
         memory = f"{row['peak_gigabytes']:.1f}" if row["peak_gigabytes"] else "-"
         lines.append(
@@ -451,7 +451,7 @@ def main() -> None:
     if args.gpu_7b:
         facts["decode_step_floor"] = floor(model)
         print(f"floor of a decode step: {facts['decode_step_floor']['seconds'] * 1e3:.2f} ms", flush=True)
-        gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget, lambda r: save(folder, "engine_gpu", facts, r))
+        gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget, lambda r: save(folder, facts, r))
         return
     image = Image.effect_noise((400, 300), 80).convert("RGB")
     for _, patched, run in contenders(model, processor, RISKS["benign"]):
@@ -462,14 +462,14 @@ def main() -> None:
         entries = contenders(model, processor, RISKS[kind])
         results[name] = measure(model, entries, image, tokens, rounds or args.rounds)
         print(table({name: results[name]}), flush=True)
-        save(folder, "engine", facts, results)
+        save(folder, facts, results)
         title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {folder.name}"
         plot(results, folder / "engine_timeline.png", title)
     print(f"wrote {folder}/engine.json and engine_timeline.png")
 
 
-def save(folder: Path, name: str, facts: dict, results: dict) -> None:
-    (folder / f"{name}.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+def save(folder: Path, facts: dict, results: dict) -> None:
+    (folder / "engine.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

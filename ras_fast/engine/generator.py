@@ -147,7 +147,8 @@ class SafeGenerator:
 
     @torch.no_grad()
     def _answer(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
-        return self.plan.answer(batch, decoding, streamer)
+        with self._runner.workspaces.in_use():
+            return self.plan.answer(batch, decoding, streamer)
 
     # The model
 

@@ -20,7 +20,7 @@ from ras_fast.backend import forced_backend
 from ras_fast.kv_cache import KVPool
 from ras_fast.patching import Patch
 
-KEPT = 2  # workspaces of a generator, of batches of two sizes, say
+KEPT = 4  # workspaces of a generator: of batches of so many sizes
 BUCKET = 128  # slots that sizes are rounded up to; also keeps the masks aligned as the attention kernels want them
 
 
@@ -110,13 +110,19 @@ class Workspaces:
         self._state: tuple[list, tuple] = ([], ())
 
     @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around the work of a batch: what is kept is of the model as it now is, without what the work attaches to it."""
+        if _state(self._model)[1] != self._state[1]:
+            self.clear()  # the graphs are of a model that steers, hooks or holds its weights otherwise
+        yield
+        self._state = _state(self._model)
+
+    @contextmanager
     def lend(self, rows: int, scratch: int, rest: int) -> Iterator[Workspace]:
         """A clear workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` from there on.
 
         One whose user raised an exception is not kept.
         """
-        if _state(self._model)[1] != self._state[1]:
-            self.clear()  # the graphs are of a model that steers, hooks or holds its weights otherwise
         key = rows, scratch, rest = rows, _bucket(scratch), _bucket(rest)
         space = self._kept.pop(key, None)
         if space is None:
@@ -125,7 +131,7 @@ class Workspaces:
             space = Workspace(self._layers, rows, scratch, scratch + rest, self._model.device)
         yield space
         space.clear()
-        self._kept[key], self._state = space, _state(self._model)
+        self._kept[key] = space
 
     def clear(self) -> bool:
         """Frees all; whether there was any."""

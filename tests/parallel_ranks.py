@@ -41,6 +41,11 @@ assert [record["id"] for record in records] == [item.id for item in dataset.item
 assert len(asked) == 1 + len(dataset.items[rank::processes]), (len(asked), len(dataset.items), rank)  # and the warm-up
 
 
+answers = run.AnswerFile(folder, {"model": "tiny"})
+assert run.run(dataset, {"fake": defence}, answers, progress=False) == records  # all found again
+assert len(asked) == 1 + len(dataset.items[rank::processes])
+
+
 def fails(item):
     if item == 1:
         raise ValueError("item 1")

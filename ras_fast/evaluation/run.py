@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import time
 from pathlib import Path
@@ -63,13 +64,13 @@ class AnswerFile:
                 raise ValueError(
                     f"{self.path.parent} holds a run that differs in {', '.join(differing)}; give another output folder"
                 )
-        settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _replace(settings_path, json.dumps(settings, indent=2).encode() + b"\n")
         if not self.path.is_file():
             return {}
         content = self.path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]  # a crash may have cut the last line
         if len(complete) < len(content):
-            self.path.write_bytes(complete)
+            _replace(self.path, complete)
         try:
             records = [json.loads(line) for line in complete.splitlines()]
             return {(record["defence"], record["id"]): record for record in records}
@@ -80,6 +81,13 @@ class AnswerFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         self.records[record["defence"], record["id"]] = record
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """The first process writes; others that read meanwhile find the old content or the new one."""
+    if parallel.place()[0] == 0:
+        Path(f"{path}.new").write_bytes(content)
+        os.replace(f"{path}.new", path)
 
 
 def run(

@@ -101,6 +101,10 @@ profile_table() {
 section facts 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu --format=csv
   nvcc --version | tail -2; "$0" -m ras_fast.cli doctor' "$python"
 section build 180 "$python" ras_fast/build.py
+# A library that is not built would make every GPU test a skipped one.
+section backends 60 "$python" -c 'import ras_fast
+for backend in ras_fast.backends().values(): print(backend)
+raise SystemExit(not all(ras_fast.backends()[name].available for name in ("cuda", "triton")))'
 try_hopper
 [ "$part" = bench ] || [ "$part" = profile ] || run_tests
 [ "$part" = tests ] || [ "$part" = profile ] || run_bench

@@ -155,8 +155,8 @@ def test_tests_part(tree):
     done, out = run(tree, "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (out / "summary.txt").read_text()
-    assert [line.split()[:2] for line in summary.splitlines()[:6]] == [
-        [name, "ok"] for name in ("facts", "build", "hopper", "tests", "memcheck", "racecheck")
+    assert [line.split()[:2] for line in summary.splitlines()[:7]] == [
+        [name, "ok"] for name in ("facts", "build", "backends", "hopper", "tests", "memcheck", "racecheck")
     ]
     assert "not measured" in summary
     assert "arch 90a" in (tree[0] / "bench/results/logs/build.log").read_text()
@@ -168,9 +168,9 @@ def test_bench_part_keeps_what_it_has(tree):
     done, out = run(tree, "bench", LIMIT="27")
     assert done.returncode == 4, done.stdout + done.stderr
     verdicts = (out / "summary.txt").read_text().split("== aims")[0].splitlines()
-    assert [line.split()[1] for line in verdicts] == [*["ok"] * 5, "FAILED", "FAILED", "skipped:", "skipped:"]
-    assert "(status 3)" in verdicts[5]
-    assert "(status 124, time limit)" in verdicts[6]
+    assert [line.split()[1] for line in verdicts] == [*["ok"] * 6, "FAILED", "FAILED", "skipped:", "skipped:"]
+    assert "(status 3)" in verdicts[6]
+    assert "(status 124, time limit)" in verdicts[7]
     assert "it broke" in done.stdout
     assert "norm: share of copy, T, d ≥ 4096             ≥ 0.9     0.950  PASS" in done.stdout
     assert len(list(out.iterdir())) == 2

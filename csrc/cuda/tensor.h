@@ -38,7 +38,7 @@ inline DType dtype_of(const Tensor& tensor) {
 
 inline int32_t raw_dtype(const Tensor& tensor) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
@@ -47,7 +47,7 @@ inline int32_t raw_dtype(const Tensor& tensor) {
 inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                           int32_t dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
   return Tensor(handle);
 }

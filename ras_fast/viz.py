@@ -193,7 +193,8 @@ def trade_off_chart(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
     for (x, y), names in _together(points).items():
         right, up = x < 0.5, y < 0.5
         align = {"ha": "left" if right else "right", "va": "bottom" if up else "top", "textcoords": "offset points"}
-        axes.annotate("\n".join(names), (x, y), (8 if right else -8, 6 if up else -6), fontsize=8, linespacing=1.3, **align)
+        lines = [", ".join(names[i : i + 2]) for i in range(0, len(names), 2)]
+        axes.annotate("\n".join(lines), (x, y), (8 if right else -8, 6 if up else -6), fontsize=8, linespacing=1.3, **align)
     axes.set(xlabel="harmless queries refused", ylabel="harmful queries answered", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)

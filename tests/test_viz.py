@@ -104,7 +104,7 @@ def test_trade_off_puts_each_defence_at_its_rates():
     here = (Estimate(0.1, 0.05, 0.2, 50), Estimate(0.9, 0.8, 1.0, 50))
     beside, elsewhere = (replace(here[0], value=0.12), here[1]), (replace(here[0], value=0.5, high=0.6), here[1])
     axes = viz.trade_off_chart({"a": here, "b": beside, "c": elsewhere}).axes[0]
-    assert [text.get_text() for text in axes.texts] == ["a\nb", "c"]
+    assert [text.get_text() for text in axes.texts] == ["a, b", "c"]
     point, _, (across, up) = axes.containers[0]
     assert point.get_xydata().tolist() == [[0.1, 0.9]]
     assert across.get_segments()[0].tolist() == [pytest.approx([0.05, 0.9]), pytest.approx([0.2, 0.9])]

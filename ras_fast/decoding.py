@@ -87,8 +87,10 @@ class GumbelNoise(LogitsProcessor):
         key = hashlib.sha256(f"{self.seed}/{self.query}/{step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
         # Float64 keeps uniform numbers away from 0 and 1, where the double logarithm is infinite.
-        uniform = torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64).clamp(min=1e-300)
-        return scores + (-(-uniform.log()).log()).to(scores)
+        options = {"dtype": torch.float64, "pin_memory": scores.is_cuda}  # pinned: its way to the device waits for nothing
+        uniform = torch.rand(scores.shape[-1], generator=generator, **options).clamp_(min=1e-300)
+        uniform = uniform.to(scores.device, non_blocking=True)
+        return scores + (-(-uniform.log()).log()).to(scores.dtype)
 
 
 class StopStrings(StoppingCriteria):

@@ -72,7 +72,7 @@ def test_without_native_libraries_the_reference_serves(tmp_path):
         "print(op(x, x, torch.ones(8), 1e-6, None, None, None, False, 0.0, True, None)[0].shape);"
         "print(ras_fast.ops.region_attention(*[torch.randn(1, 2, 3, 4)] * 3)[0].shape)"
     )
-    done = run(code, cwd=tmp_path)
+    done = run(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert "libras_fast_cpu.so is not built; to mend it: ras-fast build" in done.stdout, done.stderr
     assert "[2, 8]" in done.stdout
     assert "[1, 2, 3, 4]" in done.stdout

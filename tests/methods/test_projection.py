@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_random import endless_llava, mixed_batch, random_image, random_words, tiny_llava, tiny_processor
+from tiny_random import endless_llava, mixed_batch, random_image, random_words, skip_mixed_beams, tiny_llava, tiny_processor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import normalize
 
@@ -138,6 +138,7 @@ def test_constant(model, processor, batch, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_strength_for_each_sequence(model, processor, batch, mode):
+    skip_mixed_beams(MODES[mode])
     alpha = torch.tensor([-2.0, 0.0, 4.0])
     method = Projection(from_vectors(model, processor, VECTORS))
     with hooked(model, alpha):
@@ -155,6 +156,7 @@ def test_a_strength_for_each_sequence(model, processor, batch, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [{}, {"measure": "projection"}, {"above": False}], ids=["cosine", "projection", "below"])
 def test_condition_of_the_prompt(model, processor, batch, mode, options):
+    skip_mixed_beams(MODES[mode])
     condition, rows = conditions(model, batch, **options)
     profile = from_vectors(model, processor, VECTORS, alpha=4.0, condition=condition)
     with hooked(model, torch.tensor([4.0]), gate=once(condition)):

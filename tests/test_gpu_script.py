@@ -140,7 +140,8 @@ def tree(tmp_path):
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": "python", "REAL_PYTHON": sys.executable,
         "NORM": str(tmp_path / "made_up/norm.json"), "NCU": str(tmp_path / "ncu.csv"), "OUT": str(tmp_path / "out"),
     }  # fmt: skip
-    environment.pop("RAS_FAST_CUDA_ARCHS", None)
+    for name in ("RAS_FAST_CUDA_ARCHS", "PYTHONSAFEPATH"):  # the latter hides a script's neighbours
+        environment.pop(name, None)
     return tmp_path, environment
 
 

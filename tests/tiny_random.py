@@ -32,9 +32,11 @@ IMAGES_LAST = (
 )
 
 
-def tiny_processor(chat_template=IMAGES_WHERE_WRITTEN) -> LlavaProcessor:
+def tiny_processor(chat_template=IMAGES_WHERE_WRITTEN, padding_side="right") -> LlavaProcessor:
     words = (*SPECIAL, "USER", "ASSISTANT", "SYSTEM", ":", ".", "?", *WORDS)
-    return word_processor(words, chat_template, image_size=16, patch_size=4)
+    processor = word_processor(words, chat_template, image_size=16, patch_size=4)
+    processor.tokenizer.padding_side = padding_side
+    return processor
 
 
 def word_processor(words, chat_template: str, image_size: int, patch_size: int) -> LlavaProcessor:

@@ -29,9 +29,7 @@ PAIRS = [(random_image(i), random_words(50 + i, 6), random_words(90 + i, 4)) for
 
 @pytest.fixture(scope="module")
 def processor():
-    processor = tiny_processor()
-    processor.tokenizer.padding_side = "left"
-    return processor
+    return tiny_processor(padding_side="left")
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,7 @@ D = 32
 
 @pytest.fixture(scope="module")
 def processor():
-    processor = tiny_processor()
-    processor.tokenizer.padding_side = "left"
-    return processor
+    return tiny_processor(padding_side="left")
 
 
 @pytest.fixture(scope="module")

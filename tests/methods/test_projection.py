@@ -24,9 +24,7 @@ DIRECTION = torch.randn(D, generator=torch.Generator().manual_seed(9))
 
 @pytest.fixture(scope="module")
 def processor():
-    processor = tiny_processor()
-    processor.tokenizer.padding_side = "left"
-    return processor
+    return tiny_processor(padding_side="left")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What the compilers made of the kernels, read without a GPU: registers, spills, shared memory, tensor cores, vector loads.
 
-`ras-fast inspect cuda` reads the built library; `ras-fast inspect triton` compiles each default configuration ahead of time.
+`ras-fast inspect cuda` reads the built library; `ras-fast inspect triton` compiles each default configuration ahead of time;
+`ras-fast inspect` does both.
 A kernel that spills registers to memory is an error (exit status 1): every default configuration is meant to fit.
 """
 
@@ -197,20 +198,20 @@ def table(rows: Sequence[KernelFacts]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """`ras-fast inspect`: prints the table; exit status 1 when a kernel spills, 2 when something is missing."""
     parser = argparse.ArgumentParser(prog="ras-fast inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("which", nargs="?", choices=("cuda", "triton"), help="the built CUDA library, or the Triton kernels")
+    parser.add_argument("which", nargs="?", choices=("cuda", "triton"), help="only the built library, or the Triton kernels")
     parser.add_argument("--arch", action="append", default=[], help="only this compute capability, such as 90a; repeatable")
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     arguments = parser.parse_args(argv)
-    if arguments.which is None:
-        parser.print_help()
-        return 0
+    rows: list[KernelFacts] = []
     try:
-        if arguments.which == "cuda":
-            rows = inspect_cuda(archs=arguments.arch, match=arguments.match)
-        else:
+        if arguments.which != "triton":
+            rows += inspect_cuda(archs=arguments.arch, match=arguments.match)
+        if arguments.which != "cuda":
             archs = [int(arch.rstrip("a")) for arch in arguments.arch] or TRITON_ARCHS
-            rows = inspect_triton(archs, arguments.match)
+            rows += inspect_triton(archs, arguments.match)
+        if not rows:
+            raise InspectError(f"no kernel was found whose name contains {arguments.match!r}")
     except InspectError as error:
         print(f"ras-fast inspect: {error}", file=sys.stderr)
         return 2

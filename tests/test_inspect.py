@@ -72,6 +72,21 @@ def test_exit_status_says_whether_a_kernel_spills(monkeypatch, capsys, changes, 
     assert len(output.splitlines()) == 3
 
 
+@pytest.mark.parametrize("spilling", [None, "cuda", "triton"])
+def test_both_kinds_are_read_unless_one_is_named(monkeypatch, capsys, spilling):
+    for kind in ("cuda", "triton"):
+        found = facts(kernel=kind, local_accesses=3 if kind == spilling else 0)
+        monkeypatch.setattr(inspect, f"inspect_{kind}", lambda *_, found=found, **__: [found])
+    assert inspect.main([]) == (0 if spilling is None else 1)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_nothing_found_is_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(inspect, "inspect_cuda", lambda **_: [])
+    assert inspect.main(["cuda", "--match", "nrom"]) == 2
+    assert "'nrom'" in capsys.readouterr().err
+
+
 def test_json_has_every_field(monkeypatch, capsys):
     monkeypatch.setattr(inspect, "inspect_cuda", lambda **_: [facts()])
     assert inspect.main(["cuda", "--json"]) == 0

@@ -237,11 +237,10 @@ class Overlapped(Plan):
         """Takes every draft back to the first step whose steered token is another one."""
         risks = torch.tensor([job.risk for job in jobs], device=self.runner.device)
         steered = torch.stack([self.moras.steer(states, risks, n) for n, states in enumerate(draft.states)])
-        drafted = [(n, job) for n in range(len(steered)) for job in jobs if n < len(job.draft.tokens)]
+        drafted = [(n, row, job) for n in range(len(steered)) for row, job in enumerate(jobs) if n < len(job.draft.tokens)]
         logits = self.runner.head(steered).float()
-        rows = {id(job): row for row, job in enumerate(jobs)}
-        tokens = torch.stack([job.draft.scores(logits[n, rows[id(job)]], n).argmax() for n, job in drafted]).tolist()
-        for (n, job), token in zip(drafted, tokens, strict=True):
+        tokens = torch.stack([job.draft.scores(logits[n, row], n).argmax() for n, row, job in drafted]).tolist()
+        for (n, _, job), token in zip(drafted, tokens, strict=True):
             if job.rejected_at is None and token != job.draft.tokens[n]:
                 job.rejected_at = n
                 job.draft.rewind(n, token)

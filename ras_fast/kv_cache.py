@@ -12,12 +12,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass
 class Window:
-    """Where the next forward writes and what its attention sees: it writes ``slots`` [T] and sees ``begin`` .. ``end`` − 1."""
+    """Where the next forward writes, and what its attention sees.
+
+    slots: [b, T], of each token of the pool's ``rows``. begin, end: it sees the slots ``begin`` .. ``end`` − 1; None: only what
+    it writes, in the order of its tokens.
+    """
 
     rows: slice
     slots: Tensor
-    begin: int
-    end: int
+    begin: int | None
+    end: int | None
 
 
 class PoolLayer(CacheLayerMixin):
@@ -42,18 +46,30 @@ class PoolLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         window = self.window
         keys, values = self.keys[window.rows], self.values[window.rows]
-        keys.index_copy_(2, window.slots, key_states)
-        values.index_copy_(2, window.slots, value_states)
+        _write(keys, window.slots, key_states)
+        _write(values, window.slots, value_states)
+        if window.begin is None:
+            return key_states, value_states
         return keys[:, :, window.begin : window.end], values[:, :, window.begin : window.end]
 
     def get_seq_length(self) -> int:
-        return self.window.end - self.window.begin - len(self.window.slots)
+        window = self.window
+        return 0 if window.begin is None else window.end - window.begin - window.slots.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.window.end - self.window.begin, 0
+        return self.get_seq_length() + self.window.slots.shape[1], 0
 
     def get_max_length(self) -> int:
         return self.capacity
+
+
+def _write(own: Tensor, slots: Tensor, states: Tensor) -> None:
+    """Puts states [b, H, T, D] into slots [b, T] of ``own`` [b, H, capacity, D]."""
+    if own.is_cuda:  # one launch for all rows
+        own.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+        return
+    for row, places, new in zip(own, slots, states, strict=True):  # a CPU scatters element by element, but copies rows
+        row.index_copy_(1, places, new)
 
 
 class KVPool(Cache):
@@ -64,19 +80,21 @@ class KVPool(Cache):
     """
 
     def __init__(self, layers: int, rows: int, capacity: int):
-        self.window = Window(slice(0, rows), torch.empty(0, dtype=torch.long), 0, 0)
+        self.window = Window(slice(0, rows), torch.empty(rows, 0, dtype=torch.long), 0, 0)
         super().__init__(layers=[PoolLayer(rows, capacity, self.window) for _ in range(layers)])
 
     @property
     def capacity(self) -> int:
         return self.layers[0].capacity
 
-    def aim(self, slots: Tensor, begin: int, end: int, rows: slice = slice(None)) -> None:
-        """The next forward is of ``rows``, writes ``slots`` [T] and attends to the slots ``begin`` .. ``end`` − 1.
+    def aim(self, slots: Tensor, seen: tuple[int, int] | None = None, rows: slice = slice(None)) -> None:
+        """The next forward is of ``rows``, writes ``slots`` [b, T] and attends to the slots ``seen[0]`` .. ``seen[1]`` − 1, or
+        to its own tokens alone.
 
         Raises ValueError when that is not inside the pool.
         """
-        if not 0 <= begin <= end <= self.capacity:
+        begin, end = seen or (None, None)
+        if seen is not None and not 0 <= begin <= end <= self.capacity:
             raise ValueError(f"the pool holds {self.capacity} tokens and cannot take slots {begin} to {end}")
         window = self.window
         window.rows, window.slots, window.begin, window.end = rows, slots, begin, end

@@ -315,10 +315,10 @@ def test_a_model_that_overflows_fails_closed_for_its_row_alone(model, processor,
     before = guard.generate(prompts, images, max_new_tokens=6)
     prefill = batch.Batch.prefill
 
-    def overflowing(self, row, slot, *args):
-        prefill(self, row, slot, *args)
+    def overflowing(self, row, *args):
+        prefill(self, row, *args)
         if row == 1:
-            self.pool.layers[0].values[row, :, slot + 4] = value
+            self.pool.layers[0].values[row, :, self.origin + 4] = value
 
     monkeypatch.setattr(batch.Batch, "prefill", overflowing)
     outputs = guard.generate(prompts, images, max_new_tokens=6)

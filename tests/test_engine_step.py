@@ -108,7 +108,7 @@ def test_nothing_of_a_query_stays_behind(model, processor, monkeypatch):
     (space,) = guard._runner.workspaces._kept.values()
     layers = [tensor for layer in space.pool.layers for tensor in (layer.keys, layer.values)]
     feeds = [feed.ids for feed in space._feeds.values()]
-    for tensor in (*layers, *feeds, space.readable, space.index, space.offset, space.region_ids + 1):
+    for tensor in (*layers, *feeds, space.shared, space.offset, space.region_ids + 1):
         assert not tensor.any()
     monkeypatch.setattr(guard.plan, "_finish", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -203,11 +203,12 @@ def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
     runner.prefill = lambda pool, ids, **extras: (runner(pool, ids, places, mask), 0)
     sequences = [Sequence([7] * 9, Decoding(40), i, [3], processor.tokenizer, "meta") for i in range(2)]
     with torch.no_grad(), attach(handle, profile) if make else nullcontext():
-        answer = steps.prompts(sequences, {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}, 30)
+        answer = steps.prompts(sequences, {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)})
         for _ in range(4):  # those of a method that are not alike come first
             steps.step([answer], captured=False)
-        steps.prefix = 5
-        other = steps.branch(SCRATCH, sequences, [[1, 2, 3], [4, 5]], [5, 5], 0, room=9)
+        steps.prefixes = [5, 5]
+        steps.clear_scratch(12, [True, True])
+        other = steps.branch(SCRATCH, sequences, [[1, 2, 3], [4, 5]], [5, 5])
         for branches in ([other, answer], [other, answer], [answer]):
             with HostReads() as reads:
                 steps._compute(branches, 192, masked=True)

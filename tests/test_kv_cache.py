@@ -9,35 +9,36 @@ def states(rows, length, seed):
     return [(torch.randn(rows, 3, length, 4), torch.randn(rows, 3, length, 4)) for _ in range(2)]
 
 
-def fed(pool, slots, begin, end, new, rows=slice(None)):
-    """What attention sees of each layer when ``new`` is written into ``slots``."""
-    pool.aim(torch.tensor(slots), begin, end, rows)
+def fed(pool, slots, seen, new, rows=slice(None)):
+    """What attention sees of each layer when ``new`` is written into ``slots``, a list for each row."""
+    pool.aim(torch.tensor(slots), seen, rows)
     return [pool.update(keys, values, layer) for layer, (keys, values) in enumerate(new)]
 
 
 def test_a_forward_writes_its_slots_in_place_and_sees_its_window():
     pool = KVPool(2, 2, 8)
     prompt = states(1, 3, seed=1)
-    for keys, values in fed(pool, [2, 3, 4], 2, 5, prompt, slice(1, 2)):
-        assert keys.shape == values.shape == (1, 3, 3, 4)
-    assert pool.get_seq_length() == 0
+    for (keys, values), (own_keys, own_values) in zip(fed(pool, [[4, 3, 2]], None, prompt, slice(1, 2)), prompt, strict=True):
+        assert torch.equal(keys, own_keys)  # its own tokens alone, in their order
+        assert torch.equal(values, own_values)
+    assert (pool.get_seq_length(), pool.layers[0].get_mask_sizes(3)) == (0, (3, 0))
     address = pool.layers[0].keys.data_ptr()
     step = states(2, 2, seed=2)
-    for layer, (keys, values) in enumerate(fed(pool, [0, 5], 0, 6, step)):
-        assert torch.equal(keys[:, :, [0, 5]], step[layer][0])
-        assert torch.equal(values[:, :, [0, 5]], step[layer][1])
-        assert torch.equal(keys[1:, :, 2:5], prompt[layer][0])
-        assert not keys[0, :, 1:5].any()
-        assert not keys[1, :, 1].any()
+    for layer, (keys, values) in enumerate(fed(pool, [[0, 5], [1, 7]], (0, 8), step)):
+        assert torch.equal(keys[0][:, [0, 5]], step[layer][0][0])
+        assert torch.equal(values[1][:, [1, 7]], step[layer][1][1])
+        assert torch.equal(keys[1][:, [4, 3, 2]], prompt[layer][0][0])
+        assert not keys[0, :, [1, 2, 3, 4, 6, 7]].any()
+        assert not keys[1, :, [0, 5, 6]].any()
     assert pool.layers[0].keys.data_ptr() == address
-    assert (pool.get_seq_length(), pool.layers[0].get_mask_sizes(2)) == (4, (6, 0))
+    assert (pool.get_seq_length(), pool.layers[0].get_mask_sizes(2)) == (6, (8, 0))
     with pytest.raises(ValueError, match="holds 8 tokens and cannot take slots 0 to 9"):
-        pool.aim(torch.tensor([8]), 0, 9)
+        pool.aim(torch.tensor([[8]]), (0, 9))
 
 
 def test_a_prefix_read_from_one_row_can_be_written_to_another_pool():
     pool, prompt = KVPool(2, 1, 6), states(1, 4, seed=3)
-    fed(pool, [1, 2, 3, 4], 1, 5, prompt)
+    fed(pool, [[1, 2, 3, 4]], (1, 5), prompt)
     entry = pool.read(0, 1, 4)
     pool.layers[0].keys.zero_()
     other = KVPool(2, 2, 9)
@@ -51,7 +52,7 @@ def test_a_prefix_read_from_one_row_can_be_written_to_another_pool():
 
 def test_rows_move_to_the_front_and_a_grown_pool_holds_the_same():
     pool, prompt = KVPool(2, 3, 6), states(3, 6, seed=4)
-    fed(pool, range(6), 0, 6, prompt)
+    fed(pool, [[*range(6)]] * 3, (0, 6), prompt)
     new = pool.grown(3)
     assert new.capacity == 9
     for layer, (keys, values) in zip(new.layers, prompt, strict=True):

@@ -22,6 +22,9 @@ const T* data_of(const MaybeTensor& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// Whether bounds are [B, Lq], each row's own, and not [B].
+bool is_per_row(const MaybeTensor& bounds) { return bounds && bounds->dim() == 2; }
+
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 AttentionStrides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
@@ -41,6 +44,9 @@ ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTenso
   a.kv_start = data_of<int32_t>(masks.start);
   a.kv_end = data_of<int32_t>(masks.end);
   a.region_bias = data_of<float>(bias);
+  const bool own_bounds = is_per_row(masks.start) || is_per_row(masks.end);
+  a.bounds_batch_stride = own_bounds ? query.size(2) : 1;
+  a.bounds_row_stride = own_bounds;
   a.ids_batch_stride = ids ? ids->stride(0) : 0;
   if (bias) {
     a.bias_batch_stride = bias->dim() == 3 ? bias->stride(0) : 0;

@@ -40,10 +40,11 @@ struct ScoreArgs {
   const T* key;
   AttentionStrides query_stride, key_stride;
   const int32_t* region_ids;  // [B, Lk]; null: no regions
-  const int32_t* kv_start;    // [B] or null
-  const int32_t* kv_end;      // [B] or null
+  const int32_t* kv_start;    // [B] or [B, Lq], or null
+  const int32_t* kv_end;      // likewise
   const float* region_bias;   // [B, Hq, R] by strides, or null
   int64_t ids_batch_stride, bias_batch_stride, bias_head_stride;
+  int64_t bounds_batch_stride, bounds_row_stride;  // row stride 0: the rows of a batch element share their valid keys
   int batch, kv_heads, group, dim;
   int query_rows, keys;       // Lq, Lk
   int first_row, packed_rows; // packed_rows = (Lq - first_row) * group
@@ -139,7 +140,8 @@ __device__ inline uint4 load_eight(const T* from, bool ok) {
 
 // A tile of 16 packed rows of one key/value head: lane (g, c) of a warp owns rows g and g + 8, and in a step the keys
 // 8 t + 2 c and 8 t + 2 c + 1 for t = 0, 1. Rows from 8 on exist only with kRowTiles == 2.
-template <typename T, int kDim, int kRowTiles>
+// kRowBounds: whether rows may have valid keys of their own.
+template <typename T, int kDim, int kRowTiles, bool kRowBounds>
 struct Tile {
   static constexpr int kLoads = kDim / 32;  // 16-byte loads of a key by its four lanes
 
@@ -147,7 +149,7 @@ struct Tile {
   const T* keys;             // of this batch element and head
   const int32_t* ids;
   int lane, g, c, batch, kv_head, tile_row;
-  int start, end;            // valid keys
+  int start, end;            // keys that are valid for some row of the tile
   int low, high;             // keys that some row of the tile sees
   int full_low, full_high;   // keys that every row sees
   uint4 query[kRowTiles][kLoads];
@@ -157,18 +159,27 @@ struct Tile {
   __device__ int head(int half) const { return kv_head * args.group + packed(half) % args.group; }
   __device__ int row(int half) const { return args.first_row + packed(half) / args.group; }
   __device__ int limit(int row) const { return row + end - args.query_rows; }
+  __device__ int64_t bound(int row) const {
+    return kRowBounds ? batch * args.bounds_batch_stride + row * args.bounds_row_stride : batch;
+  }
+  __device__ int first_valid(int row) const { return args.kv_start ? max(args.kv_start[bound(row)], 0) : 0; }
+  __device__ int end_valid(int row) const { return args.kv_end ? min(args.kv_end[bound(row)], args.keys) : args.keys; }
   __device__ bool in_dim(int d) const { return d < args.dim; }
 
   __device__ Tile(const ScoreArgs<T>& args, int batch, int kv_head, int tile_row)
       : args(args), lane(threadIdx.x % kWarp), g(lane / 4), c(lane % 4), batch(batch), kv_head(kv_head), tile_row(tile_row) {
     keys = args.key + batch * args.key_stride.batch + kv_head * args.key_stride.head;
     ids = args.region_ids ? args.region_ids + batch * args.ids_batch_stride : nullptr;
-    start = args.kv_start ? max(args.kv_start[batch], 0) : 0;
-    end = args.kv_end ? min(args.kv_end[batch], args.keys) : args.keys;
-    low = full_low = start;
-    high = full_high = end;
     const int first = args.first_row + tile_row / args.group;
     const int last = args.first_row + (min(tile_row + 8 * kRowTiles, args.packed_rows) - 1) / args.group;
+    start = full_low = first_valid(first);
+    end = full_high = end_valid(first);
+    for (int r = first + 1; kRowBounds && args.bounds_row_stride && r <= last; ++r) {
+      start = min(start, first_valid(r)), full_low = max(full_low, first_valid(r));
+      end = max(end, end_valid(r)), full_high = min(full_high, end_valid(r));
+    }
+    low = start;
+    high = end;
     if (args.causal) {
       high = min(end, limit(last) + 1);
       full_high = min(end, limit(first) + 1);
@@ -235,8 +246,10 @@ struct Tile {
           x += kLog2e * args.region_bias[batch * args.bias_batch_stride + head(half) * args.bias_head_stride + region];
         }
         if (masked) {
-          const int own = limit(row(half));
-          const bool seen = key >= start && key < end && (!args.causal || key <= own) && (!args.window || key > own - args.window);
+          const int r = kRowBounds ? min(row(half), args.query_rows - 1) : row(half), own = limit(r);
+          const bool alike = !kRowBounds || !args.bounds_row_stride;
+          const bool seen = key >= (alike ? start : first_valid(r)) && key < (alike ? end : end_valid(r)) &&
+                            (!args.causal || key <= own) && (!args.window || key > own - args.window);
           if (!seen) x = -INFINITY;
         }
       }
@@ -284,7 +297,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   const int warp = threadIdx.x / kWarp, kv_head = blockIdx.y, batch = blockIdx.z;
   const int split = blockIdx.x % args.splits, tile_row = blockIdx.x / args.splits * kRows;
   const ScoreArgs<T>& score = args.score;
-  const Tile<T, kDim, kRowTiles> tile(score, batch, kv_head, tile_row);
+  const Tile<T, kDim, kRowTiles, true> tile(score, batch, kv_head, tile_row);
   const T* values = args.value + batch * args.value_stride.batch + kv_head * args.value_stride.head;
   const int heads = score.kv_heads * score.group;
 
@@ -519,7 +532,7 @@ __global__ void __launch_bounds__(kDecodeWarps * kWarp, mass_blocks(kDim)) regio
   const ScoreArgs<T>& score = args.score;
   const int warp = threadIdx.x / kWarp, kv_head = blockIdx.y, batch = blockIdx.z;
   const int split = blockIdx.x % args.splits, tile_row = blockIdx.x / args.splits * kTileRows;
-  const Tile<T, kDim, 2> tile(score, batch, kv_head, tile_row);
+  const Tile<T, kDim, 2, false> tile(score, batch, kv_head, tile_row);
   const int64_t heads = int64_t(score.kv_heads) * score.group, mass_rows = score.query_rows - score.first_row;
   const int64_t part = int64_t(split * kDecodeWarps + warp) * score.batch * heads;
 

@@ -2,10 +2,11 @@
 
 A row of the pool is a query. Its slots:
 
-    | scratch: context, then risk | prefix: the images | the answer: rest of its prompt, its tokens |
+    | scratch, backwards: context, then risk | prefix: the images | the answer: rest of its prompt, its tokens |
 
 Both branches read the prefix, which is there once; neither sees the other. So a step that moves both on costs one pass over
-the weights and one over the keys and values, and a step of the answer alone sees a contiguous stretch without a mask.
+the weights and one over the keys and values. As the scratch grows towards lower slots, what a token sees is one contiguous
+stretch of slots in either branch: its own slot and what lies between it and the far end of the prefix.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ras_fast.decoding import eos_ids, output_head
 from ras_fast.engine.answer import Sequence
 from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
 from ras_fast.kv_cache import KVPool
+from ras_fast.patching.attention import fresh, range_mask
+from ras_fast.patching.registration import NAME
 from ras_fast.patching.tracking import REGIONS, Rows, keep, kept, kept_rows
 from ras_fast.regions import RegionMap
 
@@ -86,27 +89,33 @@ class Runner:
         finally:
             self.base.rope_deltas = before
 
-    def masks(self, visible: Tensor, distance: Tensor):
-        """The additive masks [B, 1, T, K] of visible keys [B, T, K] at that distance before each token, as the model wants
-        them: one, or one by kind of layer."""
+    def masks(self, start: Tensor, end: Tensor, slots: Tensor, distance):
+        """The masks of tokens that see the slots [start, end) each, both [B, T], of those numbered ``slots`` [K], as the model
+        wants them: one, or one by kind of layer. ``distance()`` is how far before each token they lie, [B, T, K]."""
         made = {}
         for kind in self.kinds:
-            seen = visible & (distance < self.window) if kind == "sliding_attention" else visible
+            windowed = kind == "sliding_attention" and self.window < len(slots)
+            if self.model.config.get_text_config()._attn_implementation == NAME and not windowed:
+                made[kind] = fresh(range_mask(start - slots[0], end - slots[0]))
+                continue
+            seen = (slots >= start[..., None]) & (slots < end[..., None])
+            if windowed:
+                seen &= distance() < self.window
             blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
             made[kind] = torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
         return made if len(made) > 1 else made[self.kinds[0]]
 
 
 class Branch:
-    """One sequence of each query, in the same slots of every row.
+    """One sequence of each query.
 
-    sequences: one per row; None where a row has none.
-    feed: what the next forward is fed, and where. slot: of its first token.
+    sequences: one per row; None where a row has none. feed: what the next forward is fed.
+    ends: how many slots each row's own sequence takes in the pool after the next feed, counted from the prefix's near end.
     states, logits: of the first ``keep`` steps, each [B, d] and [B, V].
     """
 
-    def __init__(self, kind: int, sequences: list[Sequence | None], slot: int, feed: Feed, keep: int, every: int):
-        self.kind, self.sequences, self.slot, self.feed = kind, sequences, slot, feed
+    def __init__(self, kind: int, sequences: list[Sequence | None], feed: Feed, ends: list[int], keep: int, every: int):
+        self.kind, self.sequences, self.feed, self.ends = kind, sequences, feed, ends
         self.keep, self.states, self.logits = keep, [], []
         self._steps = [0 if own is None else len(own.tokens) for own in sequences]
         self._recent: list[Tensor] = []
@@ -118,9 +127,10 @@ class Branch:
         return self.feed.ids.shape[1]
 
     @property
-    def end(self) -> int:
-        """The slot after the next feed."""
-        return self.slot + self.width
+    def live_ends(self) -> set[int]:
+        """`ends` of the rows that still need what they are fed."""
+        rows = zip(self.ends, self.sequences, strict=True)
+        return {end for end, own in rows if end and (own is None or not own.done)}
 
     @property
     def steps(self) -> int:
@@ -132,18 +142,17 @@ class Branch:
         return all(own is None or own.done for own in self.sequences)
 
     def advance(self, space: Workspace) -> None:
-        """The feed has been through the model; the next one is the token after it."""
-        self.slot, feed = self.end, self.feed
-        if feed.ids.shape[1] > 1:
-            self.feed = space.feed(self.kind, feed.ids[:, :1], feed.positions[:, -1:] + 1, feed.slots[-1:] + 1)
+        """The feed has been through the model; the next one is the token after it. Rows that were fed nothing stay so."""
+        self.ends = [end + (end > 0) for end in self.ends]
+        last = self.feed.places[:, -1:]
+        if self.width > 1:
+            self.feed = space.feed(self.kind, self.feed.ids[:, :1], last + (last >= 0))
         else:
-            feed.positions.add_(1)
-            feed.slots.add_(1)
+            last.add_(last >= 0)
 
-    def move(self, space: Workspace, shift: int) -> None:
-        """Goes on in another workspace, in which that many slots more lie before these."""
-        self.slot += shift
-        self.feed = space.feed(self.kind, self.feed.ids, self.feed.positions, self.feed.slots + shift)
+    def move(self, space: Workspace) -> None:
+        """Goes on in another workspace."""
+        self.feed = space.feed(self.kind, self.feed.ids, self.feed.places)
 
     def take(self, states: Tensor, logits: Tensor) -> None:
         """The next tokens, read from states [B, d] through logits [B, V]."""
@@ -187,14 +196,13 @@ class Prefix:
 class Batch:
     """The steps of a batch over its workspace.
 
-    rows: queries.
+    rows: queries. prefixes: tokens of each row's prefix.
     """
 
     def __init__(self, runner: Runner, space: Workspace):
         self.runner, self.space, self.rows = runner, space, space.rows
-        self.prefix = 0  # slots of the longest prefix
+        self.prefixes = [0] * self.rows
         self.branches: dict[int, Branch] = {}  # the latest of each kind
-        self.dense = False  # the answers' slots are contiguous: nothing to mask
         self.regions: dict[int, RegionMap | None] = {}  # of each row's prefix
         self._maps: tuple[RegionMap, RegionMap] | None = None
 
@@ -207,12 +215,8 @@ class Batch:
         return self.space.origin
 
     @property
-    def readable(self) -> Tensor:
-        return self.space.readable[:, : self.rows]
-
-    @property
-    def index(self) -> Tensor:
-        return self.space.index[: self.rows]
+    def shared(self) -> Tensor:
+        return self.space.shared[: self.rows]
 
     @property
     def offset(self) -> Tensor:
@@ -220,37 +224,36 @@ class Batch:
 
     # Filling it
 
-    def prefill(self, row: int, slot: int, inputs: dict[str, Tensor], length: int, kind: int) -> None:
-        """The first ``length`` tokens of a prompt, which hold all its images, from ``slot`` on, to be read by a branch."""
+    def prefill(self, row: int, inputs: dict[str, Tensor], length: int, kind: int) -> None:
+        """The first ``length`` tokens of a prompt, which hold all its images, as the beginning of a row's branch."""
         size = inputs["input_ids"].shape
         extras = {k: v[:, :length] if v.shape == size else v for k, v in inputs.items() if k != "input_ids"}
-        slots = torch.arange(slot, slot + length, device=self.runner.device)
+        places, own = torch.arange(length, device=self.runner.device)[None], slice(row, row + 1)
+        if kind == SCRATCH:
+            self.shared[own] = 0
+        slots = self._slots(kind, places, own)
         keep(self.pool, REGIONS, None)  # that of the batch is not this row's
-        self.pool.aim(slots, slot, slot + length, slice(row, row + 1))
-        _, self.offset[kind, row : row + 1] = self.runner.prefill(self.pool, inputs["input_ids"][:, :length], **extras)
+        self.pool.aim(slots, rows=own)
+        _, self.offset[kind, own] = self.runner.prefill(self.pool, inputs["input_ids"][:, :length], **extras)
         regions = kept(self.pool, REGIONS)
+        self._show_at(slots, regions, own)
         if kind == ANSWER:
-            self._add_regions(row, regions)
-        self.owns(row, slot, length, kind)
+            self.regions[row], self.prefixes[row] = regions, length
 
-    def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor], room: int) -> Branch:
+    def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor]) -> Branch:
         """Whole prompts, left-padded in ``inputs``, in one forward; the branch that goes on has taken its first token."""
         mask, extras = inputs["attention_mask"], {k: v for k, v in inputs.items() if k != "input_ids"}
-        length = mask.shape[1]
-        self.pool.aim(torch.arange(self.origin, self.origin + length, device=mask.device), self.origin, self.origin + length)
+        slots = self._slots(ANSWER, mask.cumsum(-1) - 1)
+        self.pool.aim(slots)
         states, self.offset[ANSWER] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
-        window = slice(self.origin, self.origin + length)
-        self.index[:, window] = (mask.cumsum(-1) - 1).clamp(min=0)
-        self.readable[ANSWER, :, window] = mask.bool()
         regions = kept(self.pool, REGIONS)
-        for row in range(self.rows if regions is not None else 0):
-            self._add_regions(row, regions.select(torch.tensor([row])))
+        self._show_at(slots, regions)
+        self.regions = {row: None if regions is None else regions.select(torch.tensor([row])) for row in range(self.rows)}
         self._settle()
         # What it is fed next is not known yet: `take` puts it there.
         filler, lengths = [[self.runner.filler]] * self.rows, [len(sequence.prompt) for sequence in sequences]
-        answer = self.branch(ANSWER, sequences, filler, lengths, self.origin + length, room)
+        answer = self.branch(ANSWER, sequences, filler, lengths)
         answer.take(states[:, -1], self.runner.head(states[:, -1]).float())
-        self.check_dense(answer)
         return answer
 
     def extract(self, row: int, length: int) -> Prefix:
@@ -262,48 +265,41 @@ class Batch:
         """A prefix that was computed before becomes the row's."""
         self.pool.write(row, self.origin, prefix.states)
         self.offset[ANSWER, row] = prefix.offset
-        self._add_regions(row, prefix.regions)
-        self.owns(row, self.origin, prefix.states[0][0].shape[1], ANSWER)
+        self.regions[row], self.prefixes[row] = prefix.regions, prefix.states[0][0].shape[1]
+        places, own = torch.arange(self.prefixes[row], device=self.runner.device)[None], slice(row, row + 1)
+        self._show_at(self._slots(ANSWER, places, own), prefix.regions, own)
 
-    def owns(self, row: int, slot: int, length: int, kind: int) -> None:
-        """Slots that hold the beginning of a prompt of this branch."""
-        self.index[row, slot : slot + length] = torch.arange(length, device=self.index.device)
-        self.readable[kind, row, slot : slot + length] = True
+    def branch(self, kind: int, sequences, feeds: list[list[int]], kept: list[int], keep: int = 0) -> Branch:
+        """A branch that is next fed these tokens; a row without any has no part in it.
 
-    def branch(self, kind: int, sequences, feeds: list[list[int]], kept: list[int], slot: int, room: int, keep=0) -> Branch:
-        """A branch that is next fed these tokens, right-aligned, in the slots from ``slot`` on; then it has ``room`` more.
-
-        kept: how many tokens of each prompt lie in other slots already.
+        kept: how many tokens of each prompt the pool holds already.
         """
-        device, width = self.runner.device, self.runner.width(max(map(len, feeds)))
-        fill = self.runner.filler
-        ids = torch.tensor([[fill] * (width - len(feed)) + feed for feed in feeds], device=device)
-        offsets = torch.tensor([[k + len(feed) - width] for k, feed in zip(kept, feeds, strict=True)], device=device)
-        first = torch.tensor([[width - len(feed)] for feed in feeds], device=device)
-        column = torch.arange(width + room, device=device)[None]
-        window = slice(slot, slot + width + room)
-        self.index[:, window] = offsets + column
-        self.readable[kind, :, window] = column >= first
-        positions = (offsets + column[:, :width]).clamp(min=0)
-        feed = self.space.feed(kind, ids, positions, torch.arange(slot, slot + width, device=device))
-        made = self.branches[kind] = Branch(kind, sequences, slot, feed, keep, self.runner.sync_every)
+        width, device = self.runner.width(max(map(len, feeds))), self.runner.device
+        fill = [width - len(feed) for feed in feeds]
+        ids = [[self.runner.filler] * n + feed for n, feed in zip(fill, feeds, strict=True)]
+        places = [[-1] * n + [*range(k, k + width - n)] for n, k in zip(fill, kept, strict=True)]
+        feed = self.space.feed(kind, torch.tensor(ids, device=device), torch.tensor(places, device=device))
+        ends = [(k + len(own)) * bool(own) for k, own in zip(kept, feeds, strict=True)]
+        if kind == SCRATCH:
+            ends = [max(end - held, 0) for end, held in zip(ends, self._held, strict=True)]
+        made = self.branches[kind] = Branch(kind, sequences, feed, ends, keep, self.runner.sync_every)
         return made
 
     def clear_scratch(self, slots: int, read_prefix: list[bool]) -> None:
-        """Makes the scratch free for a new branch with at least ``slots`` slots, and says which rows' prefixes it reads."""
+        """Makes the scratch free for a new branch of at most ``slots`` slots, and says which rows' prefixes it goes on from."""
         if slots > self.origin:
             self._grow(slots - self.origin)
-        prefix = slice(self.origin, self.origin + self.prefix)
-        self.readable[SCRATCH] = False
-        reads = torch.tensor(read_prefix, device=self.readable.device)[:, None]
-        self.readable[SCRATCH, :, prefix] = self.readable[ANSWER, :, prefix] & reads
-        self.offset[SCRATCH] = self.offset[ANSWER] * reads
+        self._held = [length * reads for length, reads in zip(self.prefixes, read_prefix, strict=True)]
+        self.shared[:] = torch.tensor(self._held, device=self.shared.device)[:, None]
+        self.offset[SCRATCH] = self.offset[ANSWER] * (self.shared > 0)
+        self.space.region_ids[: self.rows, : self.origin] = -1
 
     def keep_rows(self, rows: list[int]) -> None:
         """Goes on with these rows only, and without the scratch."""
         self.space.keep_rows(rows)
         self.rows, self._maps = len(rows), None
         self.regions = {i: self.regions.get(row) for i, row in enumerate(rows)}
+        self.prefixes = [self.prefixes[row] for row in rows]
         self.branches.clear()
 
     def _grow(self, slots: int) -> None:
@@ -311,16 +307,30 @@ class Batch:
         self.space, self._maps = self.space.grown(slots), None
         self.branches.pop(SCRATCH, None)
         if ANSWER in self.branches:
-            self.branches[ANSWER].move(self.space, slots)
+            self.branches[ANSWER].move(self.space)
 
-    def check_dense(self, branch: Branch) -> None:
-        """Looks whether an answer's slots up to the next feed's end are contiguous; captured steps have no use for it."""
-        if self.runner.captured:
-            return
-        window = slice(self.origin, branch.end)
-        wanted = torch.arange(branch.end - self.origin, device=self.index.device)
-        inside = self.readable[ANSWER, :, window] & (self.index[:, window] == wanted)
-        self.dense = bool(inside.all())
+    # Slots
+
+    def _slots(self, kind: int, places: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Where tokens at places [b, T] of a branch's prompts lie; the last slot for those that only fill up, and for what a
+        row produces beyond its end."""
+        slots = self.origin + places if kind == ANSWER else self.origin - 1 - (places - self.shared[rows])
+        trash = self.space.capacity - 1
+        return torch.where(places < 0, trash, slots).clamp(0, trash)
+
+    def _range(self, branch: Branch) -> tuple[Tensor, Tensor]:
+        """The slots [start, end) that each token of a branch's feed sees, both [B, T]; some slot always."""
+        places = branch.feed.places.clamp(min=0)
+        if branch.kind == ANSWER:
+            return torch.full_like(places, self.origin), self.origin + places + 1
+        return self.origin - 1 - (places - self.shared), (self.origin + self.shared).expand_as(places)
+
+    def _distance(self, branch: Branch, slots: Tensor) -> Tensor:
+        """How many places slots [K] lie before each token of a branch's feed: [B, T, K]."""
+        after = slots - self.origin
+        if branch.kind == SCRATCH:
+            after = torch.where(after >= 0, after, self.shared - 1 - after)[:, None]
+        return branch.feed.places.clamp(min=0)[..., None] - after
 
     # Stepping
 
@@ -339,12 +349,17 @@ class Batch:
 
     def forward(self, branches: list[Branch], captured: bool = False) -> Tensor:
         """The states [B, len(branches), d] from which the branches' next tokens are read."""
-        end = max(self.origin + self.prefix, *(branch.end for branch in branches))
+        end = self.origin + max(*self.prefixes, 0, *(end for own in branches if own.kind == ANSWER for end in own.live_ends))
+        taken = max((end for own in branches if own.kind == SCRATCH for end in own.live_ends), default=0)
+        if end >= self.space.capacity or taken > self.origin:
+            raise ValueError(f"the pool holds {self.origin} + {self.space.capacity - 1 - self.origin} tokens and cannot take "
+                             f"{taken} + {end - self.origin}")  # fmt: skip
         if captured and self.runner.captured:
-            states = self._replay(branches, end)
+            states = self._replay(branches)
         else:
-            single = len(branches) == 1 and branches[0].width == 1
-            states = self._compute(branches, end, masked=not (single and self.dense))
+            # A step of answers that end alike sees all of a contiguous stretch.
+            alike = len(branches) == 1 and branches[0].kind == ANSWER and branches[0].width == 1
+            states = self._compute(branches, end, masked=not alike or len(branches[0].live_ends) > 1)
         for branch in branches:
             branch.advance(self.space)
         return states
@@ -352,26 +367,25 @@ class Batch:
     def _compute(self, branches: list[Branch], end: int, masked: bool) -> Tensor:
         """`forward` for keys before slot ``end``: tensors in, tensors out, no host sync."""
         begin = 0 if any(branch.kind == SCRATCH for branch in branches) else self.origin
-        ids, places = (_cat([getattr(branch.feed, name) for branch in branches], 1) for name in ("ids", "positions"))
-        positions = _cat([branch.feed.positions + self.offset[branch.kind] for branch in branches], 1)
-        mask = self._mask(branches, places, begin, end) if masked else None
+        ids = _cat([branch.feed.ids for branch in branches], 1)
+        positions = _cat([branch.feed.places.clamp(min=0) + self.offset[branch.kind] for branch in branches], 1)
+        mask = self._mask(branches, begin, end) if masked else None
         self._show_regions(begin)
-        self.pool.aim(_cat([branch.feed.slots for branch in branches], 0), begin, end, slice(0, self.rows))
+        self.pool.aim(_cat([self._slots(own.kind, own.feed.places) for own in branches], 1), (begin, end), slice(0, self.rows))
         states = self.runner(self.pool, ids, positions, mask)
         if len(branches) == 1:
             return states[:, -1:]
         return torch.stack([states[:, branches[0].width - 1], states[:, -1]], 1)
 
-    def _mask(self, branches: list[Branch], places: Tensor, begin: int, end: int):
-        readable, index = self.readable[:, :, begin:end], self.index[:, None, begin:end]
-        distance = places[:, :, None] - index
-        parts = [readable[branch.kind][:, None].expand(-1, branch.width, -1) for branch in branches]
-        return self.runner.masks(_cat(parts, 1) & (distance >= 0), distance)
+    def _mask(self, branches: list[Branch], begin: int, end: int):
+        starts, ends = (_cat(list(bounds), 1) for bounds in zip(*map(self._range, branches), strict=True))
+        slots = torch.arange(begin, end, device=self.runner.device)
+        return self.runner.masks(
+            starts, ends, slots, lambda: _cat([self._distance(branch, slots) for branch in branches], 1)
+        )
 
-    def _replay(self, branches: list[Branch], end: int) -> Tensor:
+    def _replay(self, branches: list[Branch]) -> Tensor:
         """The step as one captured CUDA graph over the whole pool: one for each combination of branches and widths."""
-        if end > self.space.capacity:
-            raise ValueError(f"the pool holds {self.space.capacity} tokens and cannot take slot {end - 1}")
         key = (self.space.num_regions, *((branch.kind, branch.width) for branch in branches))
         if key not in self.space.graphs:
             step = capture(lambda: self._compute(branches, self.space.capacity, masked=True))
@@ -385,10 +399,11 @@ class Batch:
 
     # Image tokens
 
-    def _add_regions(self, row: int, regions: RegionMap | None) -> None:
-        self.regions[row], self._maps = regions, None
+    def _show_at(self, slots: Tensor, regions: RegionMap | None, rows: slice = slice(None)) -> None:
+        """The tokens in slots [b, T] of these rows are of these regions."""
+        self._maps = None
         if regions is not None:
-            self.space.region_ids[row, self.origin : self.origin + regions.ids.shape[1]] = regions.ids[0]
+            self.space.region_ids[: self.rows][rows].scatter_(1, slots, regions.ids)
             self.space.num_regions = max(self.space.num_regions, regions.num_regions)
 
     def _show_regions(self, begin: int) -> None:

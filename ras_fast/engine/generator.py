@@ -179,13 +179,11 @@ class SafeGenerator:
 
     def _branched(self, ids: list[int]) -> torch.Tensor:
         """Logits [V] after these tokens, the second half of which is fed beside another branch."""
-        scratch, rest = self._runner.width(2), self._runner.width(3)
-        batch = Batch(self._runner, Workspace(self._runner.layers, 1, scratch, scratch + 3 + rest, self._runner.device))
-        batch.prefix = 3
-        batch.prefill(0, batch.origin, {"input_ids": torch.tensor([ids], device=self.model.device)}, 3, ANSWER)
-        batch.clear_scratch(scratch, [True])
-        other = batch.branch(SCRATCH, [None], [ids[4:]], [3], 0, room=0)
-        answer = batch.branch(ANSWER, [None], [ids[3:]], [3], scratch + 3, room=0)
+        batch = Batch(self._runner, Workspace(self._runner.layers, 1, 2, 2 + 6 + 1, self._runner.device))
+        batch.prefill(0, {"input_ids": torch.tensor([ids], device=self.model.device)}, 3, ANSWER)
+        batch.clear_scratch(2, [True])
+        other = batch.branch(SCRATCH, [None], [ids[4:]], [3])
+        answer = batch.branch(ANSWER, [None], [ids[3:]], [3])
         return self._runner.head(batch.forward([other, answer])[0, 1]).float()
 
 

@@ -75,11 +75,11 @@ class OnePass(Plan):
     def _answer_alike(self, jobs: list[Job], inputs, method, streamer, clock: Clock) -> None:
         """Queries whose inputs can be joined."""
         joined, new_tokens = left_padded(inputs, self.runner.filler), jobs[0].answer.decoding.max_new_tokens
-        room = new_tokens + self.runner.sync_every
-        with self.runner.workspaces.lend(len(jobs), 0, joined["input_ids"].shape[1] + 1 + room) as space:
+        slots = joined["input_ids"].shape[1] + new_tokens + self.runner.sync_every
+        with self.runner.workspaces.lend(len(jobs), 0, slots) as space:
             batch = Batch(self.runner, space)
             with Patch.of(self.runner.model).collect(rows=1) if self.region_mass else nullcontext() as statistics:
-                answer = batch.prompts([job.answer for job in jobs], joined, room)
+                answer = batch.prompts([job.answer for job in jobs], joined)
             self._read(jobs, method, statistics)
             clock.lap("prompt")
             if streamer is not None:

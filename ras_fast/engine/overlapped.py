@@ -158,18 +158,15 @@ class Overlapped(Plan):
 
     def _slots(self, jobs: list[Job], contexts) -> tuple[int, int]:
         """How many slots the batch takes: before the prefixes, and from there on."""
-        needs = self._scratch([self._feed(job, entry[1].prompt) for job, entry in zip(jobs, contexts, strict=True) if entry])
-        needs += self.moras.config["max_context_tokens"]
+        context, wanted = self.moras.config["max_context_tokens"], jobs[0].draft.decoding.max_new_tokens
+        feeds = [self._feed(job, entry[1].prompt)[1] for job, entry in zip(jobs, contexts, strict=True) if entry]
         rest = max(len(job.draft.prompt) - len(job.prefix) for job in jobs)
-        risk = self.runner.width(rest + self._safety + self.moras.config["max_context_tokens"] + 8) + self.moras.steps
-        prefix, wanted = max(len(job.prefix) for job in jobs), jobs[0].draft.decoding.max_new_tokens
-        scratch = max(needs, risk) + self.runner.sync_every
-        ahead = min(wanted, self.moras.config["max_context_tokens"] + 2 * self.moras.steps) + 2 * self.runner.sync_every
-        return scratch, prefix + self.runner.width(rest) + ahead + wanted + self.runner.sync_every
+        risk = rest + self._safety + context + 8 + self.moras.steps
+        scratch = max(max(feeds, default=0) + context, risk) + self.runner.sync_every
+        return scratch, max(len(job.draft.prompt) for job in jobs) + wanted + self.runner.sync_every
 
     def _encode_prefixes(self, batch: Batch, jobs: list[Job]) -> None:
         """Computes, or finds, the keys and values of each prompt up to the end of its last image."""
-        batch.prefix = max(len(job.prefix) for job in jobs)
         for row, job in enumerate(jobs):
             if job.prefix:
                 self._encode_prefix(batch, jobs, row)
@@ -184,7 +181,7 @@ class Overlapped(Plan):
             self.counters["cache_hits"] += 1
             batch.insert(row, found if found is not None else batch.extract(twin, len(job.prefix)))
             return
-        batch.prefill(row, batch.origin, job.inputs, len(job.prefix), ANSWER)
+        batch.prefill(row, job.inputs, len(job.prefix), ANSWER)
         if cached:
             entry = batch.extract(row, len(job.prefix))
             self.cache.put(key, entry, entry.nbytes)
@@ -192,11 +189,8 @@ class Overlapped(Plan):
     def _context_and_draft(self, batch: Batch, jobs: list[Job], contexts) -> Branch:
         """Stage 1 with the answers drafted beside it. Returns the drafts' branch."""
         feeds = [job.draft.prompt[len(job.prefix) :] for job in jobs]
-        slot = batch.origin + batch.prefix
-        draft = batch.branch(
-            ANSWER, [job.draft for job in jobs], feeds, [len(job.prefix) for job in jobs], slot,
-            room=batch.pool.capacity - slot - self.runner.width(max(map(len, feeds))), keep=self.moras.steps,
-        )  # fmt: skip
+        lengths = [len(job.prefix) for job in jobs]
+        draft = batch.branch(ANSWER, [job.draft for job in jobs], feeds, lengths, keep=self.moras.steps)
         context = self._stage(batch, jobs, contexts, self.moras.config["max_context_tokens"])
         branches = [draft] if context is None else [context, draft]
         with self._collect_mass(jobs, max(map(len, feeds))) as reads:
@@ -257,17 +251,13 @@ class Overlapped(Plan):
         if len(live) < batch.rows and not self.runner.captured:  # in a graph, rows that are done go along
             jobs = [jobs[row] for row in live]
             batch.keep_rows(live)
-        # Where each goes on: a draft that stands after its own tokens, one that fell after those that stood.
-        ends = [draft.slot - draft.steps + len(job.draft.tokens) for job in jobs]
-        for row, end in enumerate(ends):
-            batch.readable[ANSWER, row, end:] = False
+        # Each goes on after its own tokens: a draft that stands after all of them, one that fell after those that stood.
         answer = batch.branch(
-            ANSWER, [None if job.draft.done else job.draft for job in jobs], [job.draft.tokens[-1:] for job in jobs],
-            [len(job.draft.prompt) + len(job.draft.tokens) - 1 for job in jobs], max(ends),
-            room=batch.pool.capacity - max(ends) - 1,
+            ANSWER, [None if job.draft.done else job.draft for job in jobs],
+            [[] if job.draft.done else job.draft.tokens[-1:] for job in jobs],
+            [len(job.draft.prompt) + len(job.draft.tokens) - 1 for job in jobs],
         )  # fmt: skip
         self._decode_steered(batch, jobs, answer)
-        batch.check_dense(answer)
         self.decode(batch, answer, streamer, shown)
 
     def _decode_steered(self, batch: Batch, jobs: list[Job], answer: Branch) -> None:
@@ -316,37 +306,30 @@ class Overlapped(Plan):
     # Scratch branches
 
     def _feed(self, job: Job, prompt: list[int]) -> tuple[bool, int]:
-        """(whether a prompt of a stage can go on from the job's prefix, how many tokens it must be fed)."""
+        """(whether a prompt of a stage can go on from the job's prefix, how many tokens it adds to the pool)."""
         length = len(job.prefix)
         shares = length and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
         return (True, len(prompt) - length) if shares else (False, len(prompt))
-
-    def _scratch(self, feeds: list[tuple[bool, int]]) -> int:
-        """Slots for prompts in the scratch: whole ones are computed ahead but for their last token."""
-        alone = max([length - 1 for shares, length in feeds if not shares], default=0)
-        return alone + self.runner.width(max([length if shares else 1 for shares, length in feeds], default=0))
 
     def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, keep: int = 0) -> Branch | None:
         """The branch of a stage's prompts, (query, sequence) or None for each job; None when there are none at all. A
         prompt that does not begin with the job's prefix, or has images after it, gets a prefill of its own."""
         if not any(entries):
             return None
-        plans = [self._feed(job, entry[1].prompt) if entry else None for job, entry in zip(jobs, entries, strict=True)]
-        found = [plan for plan in plans if plan]
-        room = new_tokens + self.runner.sync_every
-        batch.clear_scratch(self._scratch(found) + room, [bool(plan and plan[0]) for plan in plans])
-        alone = max([length - 1 for shares, length in found if not shares], default=0)
-        for row, (plan, entry) in enumerate(zip(plans, entries, strict=True)):
-            if plan:
-                self.counters["shared" if plan[0] else "not_shared"] += 1
-                if not plan[0]:
-                    batch.prefill(row, alone - plan[1] + 1, self.encode(entry[0])[0], plan[1] - 1, SCRATCH)
+        plans = [self._feed(job, entry[1].prompt) if entry else (False, 0) for job, entry in zip(jobs, entries, strict=True)]
+        slots = max(length for _, length in plans) + new_tokens + self.runner.sync_every
+        batch.clear_scratch(slots, [shares for shares, _ in plans])
+        for row, ((shares, length), entry) in enumerate(zip(plans, entries, strict=True)):
+            if entry:
+                self.counters["shared" if shares else "not_shared"] += 1
+                if not shares:
+                    batch.prefill(row, self.encode(entry[0])[0], length - 1, SCRATCH)
         prompts = [entry[1].prompt if entry else [] for entry in entries]
-        counts = [0 if plan is None else plan[1] if plan[0] else 1 for plan in plans]
+        # Whole prompts are computed ahead but for their last token.
+        counts = [length if shares else min(length, 1) for shares, length in plans]
         feeds = [prompt[len(prompt) - count :] for prompt, count in zip(prompts, counts, strict=True)]
         kept = [len(prompt) - count for prompt, count in zip(prompts, counts, strict=True)]
-        sequences = [entry[1] if entry else None for entry in entries]
-        return batch.branch(SCRATCH, sequences, feeds, kept, alone, room=room, keep=keep)
+        return batch.branch(SCRATCH, [entry[1] if entry else None for entry in entries], feeds, kept, keep=keep)
 
     # Attention
 

@@ -26,19 +26,18 @@ BUCKET = 128  # slots that sizes are rounded up to; also keeps the masks aligned
 
 @dataclass
 class Feed:
-    """What a branch feeds the model next: ids and positions [B, T], slots [T]."""
+    """What a branch feeds the model next: ids [B, T] and the place of each in its prompt, −1 for what only fills up."""
 
     ids: Tensor
-    positions: Tensor
-    slots: Tensor
+    places: Tensor
 
 
 class Workspace:
     """The memory of a batch.
 
-    rows: queries. origin, capacity: slots before the prefix, and in all.
-    readable [2, B, capacity] bool: the slots that each branch reads. index [B, capacity]: the place of a slot's token in its
-        prompt. offset [2, B, 1]: of each branch's positions to these places.
+    rows: queries. origin, capacity: slots before the prefix, and in all; the last one is for what nobody will read.
+    shared [B, 1]: how many tokens of the prefix the scratch goes on from. offset [2, B, 1]: of each branch's positions to the
+        places of its tokens.
     region_ids [B, capacity] int32: of the image tokens; num_regions: the most images that a row has had.
     graphs: captured steps, by what they are captured for.
     """
@@ -48,24 +47,22 @@ class Workspace:
         self.pool = KVPool(layers, rows, capacity)
         self.num_regions = 0
         with torch.inference_mode(False):  # a later call may be outside of it
-            self.readable = torch.zeros(2, rows, capacity, dtype=torch.bool, device=device)
-            self.index = torch.zeros(rows, capacity, dtype=torch.long, device=device)
+            self.shared = torch.zeros(rows, 1, dtype=torch.long, device=device)
             self.offset = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
             self.region_ids = torch.full((rows, capacity), -1, dtype=torch.int32, device=device)
         self.graphs: dict[tuple, Callable[[], Tensor]] = {}
         self._feeds: dict[tuple, Feed] = {}
         self._rows: dict[str, Tensor] = {}
 
-    def feed(self, kind: int, ids: Tensor, positions: Tensor, slots: Tensor) -> Feed:
+    def feed(self, kind: int, ids: Tensor, places: Tensor) -> Feed:
         """The fixed buffers of a branch's next feed, with these values in them."""
         key = (kind, *ids.shape)
         if key not in self._feeds:
             with torch.inference_mode(False):
-                self._feeds[key] = Feed(torch.empty_like(ids), torch.empty_like(positions), torch.empty_like(slots))
+                self._feeds[key] = Feed(torch.empty_like(ids), torch.empty_like(places))
         feed = self._feeds[key]
         feed.ids.copy_(ids)
-        feed.positions.copy_(positions)
-        feed.slots.copy_(slots)
+        feed.places.copy_(places)
         return feed
 
     def settled(self, name: str, value: Tensor) -> Tensor:
@@ -78,25 +75,24 @@ class Workspace:
     def keep_rows(self, rows: list[int]) -> None:
         """Moves these rows, in ascending order, to the front."""
         self.pool.keep_rows(rows)
-        for tensor in (self.index, self.region_ids):
+        for tensor in (self.shared, self.region_ids):
             tensor[: len(rows)] = tensor[rows]
-        for tensor in (self.readable, self.offset):
-            tensor[:, : len(rows)] = tensor[:, rows]
+        self.offset[:, : len(rows)] = self.offset[:, rows]
 
     def grown(self, slots: int) -> Workspace:
         """A copy with so many slots more before the others."""
-        new = Workspace(len(self.pool.layers), self.rows, self.origin + slots, self.capacity + slots, self.index.device)
+        new = Workspace(len(self.pool.layers), self.rows, self.origin + slots, self.capacity + slots, self.offset.device)
         new.pool, new.num_regions = self.pool.grown(slots), self.num_regions
-        for name in ("readable", "index", "region_ids"):
-            getattr(new, name)[..., slots:] = getattr(self, name)
+        new.region_ids[:, slots:] = self.region_ids
+        new.shared.copy_(self.shared)
         new.offset.copy_(self.offset)
         return new
 
     def clear(self) -> None:
         """Leaves nothing of the queries: neither for the next ones to read nor in memory."""
         self.pool.reset()
-        feeds = (tensor for feed in self._feeds.values() for tensor in (feed.ids, feed.positions, feed.slots))
-        for tensor in (self.readable, self.index, self.offset, *feeds, *self._rows.values()):
+        feeds = (tensor for feed in self._feeds.values() for tensor in (feed.ids, feed.places))
+        for tensor in (self.shared, self.offset, *feeds, *self._rows.values()):
             tensor.zero_()
         self.region_ids.fill_(-1)
 
@@ -119,11 +115,12 @@ class Workspaces:
 
     @contextmanager
     def lend(self, rows: int, scratch: int, rest: int) -> Iterator[Workspace]:
-        """A clear workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` from there on.
+        """A clear workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` from there on
+        that can be read.
 
         One whose user raised an exception is not kept.
         """
-        key = rows, scratch, rest = rows, _bucket(scratch), _bucket(rest)
+        key = rows, scratch, rest = rows, _bucket(scratch), _bucket(rest + 1)
         space = self._kept.pop(key, None)
         if space is None:
             while len(self._kept) >= KEPT:

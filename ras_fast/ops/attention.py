@@ -46,7 +46,8 @@ def region_attention(
         num_regions: R; at least 1 with `region_ids`, 0 without.
         scale: factor on q·k; None: D ** -0.5.
         is_causal: whether a row sees only keys up to its own position.
-        kv_start, kv_end: [B] int32; the valid keys are [kv_start, kv_end): left padding, static caches. None: 0 and Lk.
+        kv_start, kv_end: [B] int32; the valid keys are [kv_start, kv_end): left padding, static caches. None: 0 and Lk. Or
+            [B, Lq] with is_causal=False: each query row's own valid keys, as of several sequences over one cache.
         window: a row sees at most that many keys up to and including its own; needs `is_causal`.
         softcap: s ← softcap·tanh(s / softcap).
         sinks: [Hq] floating: one extra logit a head, which takes probability and has no value.
@@ -120,7 +121,8 @@ def region_mass(
     if region_ids is None:
         _check.fail("region_ids", "None", "[B, Lk] int32")
     _validate_regions(key, region_ids, num_regions)
-    _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
+    _validate_bounds(query, kv_start, kv_end)
+    _validate_scores(is_causal, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
     rows = _resolve_rows("mass_rows", mass_rows, query)
     return call(
@@ -168,7 +170,8 @@ def key_attention(
     num_regions = region_bias.shape[-1] if region_bias is not None and region_ids is not None else 0
     if num_regions:
         _validate_regions(key, region_ids, num_regions)
-    _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
+    _validate_bounds(query, kv_start, kv_end)
+    _validate_scores(is_causal, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
     return call(
         "key_attention", None, query, key, lse, _resolve_rows("rows", rows, query), reduce,
@@ -194,7 +197,11 @@ def _attention_call(
     _check.last_dim_contiguous("value", value)
     _check.device("value", value, query.device)
     _validate_regions(key, region_ids, num_regions)
-    _validate_masks(query, is_causal, kv_start, kv_end, window, softcap)
+    if _is_per_row(kv_start) or _is_per_row(kv_end):
+        kv_start, kv_end = _validated_row_bounds(query, is_causal, kv_start, kv_end)
+    else:
+        _validate_bounds(query, kv_start, kv_end)
+    _validate_scores(is_causal, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
     if sinks is not None:
         _check.shape("sinks", sinks, (query.shape[1],), "[Hq]")
@@ -216,7 +223,8 @@ def case_of(
     """What the dispatcher looks at, from the op's arguments after the three tensors."""
     bounds = kv_start is not None or kv_end is not None
     rows = mass_rows if num_regions else 0
-    return Case(rows, is_causal, window, softcap, bounds, sinks is not None, region_bias is not None)
+    row_bounds = _is_per_row(kv_start) or _is_per_row(kv_end)
+    return Case(rows, is_causal, window, softcap, bounds, sinks is not None, region_bias is not None, row_bounds)
 
 
 def _resolve_scale(scale: float | None, query: Tensor) -> float:
@@ -269,13 +277,30 @@ def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) 
             _check.fail("region_ids", f"in {low}..{high}", f"in -1..num_regions-1 = -1..{num_regions - 1}")
 
 
-def _validate_masks(query, is_causal, kv_start, kv_end, window, softcap) -> None:
+def _is_per_row(bound: Tensor | None) -> bool:
+    return bound is not None and bound.dim() == 2
+
+
+def _validated_row_bounds(query, is_causal, kv_start, kv_end) -> tuple[Tensor | None, Tensor | None]:
+    """Bounds of each row's own, contiguous; those of a single row as [B]."""
+    if is_causal:
+        name = "kv_start" if _is_per_row(kv_start) else "kv_end"
+        _check.fail(name, "[B, Lq] with is_causal=True", "[B], or used with is_causal=False")
+    _validate_bounds(query, kv_start, kv_end, (query.shape[0], query.shape[2]), "[B, Lq], as the other bound is,")
+    given = (None if bound is None else bound.contiguous() for bound in (kv_start, kv_end))
+    return tuple(given) if query.shape[2] > 1 else tuple(None if bound is None else bound.view(-1) for bound in given)
+
+
+def _validate_bounds(query, kv_start, kv_end, shape: tuple[int, ...] | None = None, symbols: str = "[B]") -> None:
     for name, bound in (("kv_start", kv_start), ("kv_end", kv_end)):
         if bound is not None:
-            _check.shape(name, bound, (query.shape[0],), "[B]")
+            _check.shape(name, bound, (query.shape[0],) if shape is None else shape, symbols)
             _check.dtype(name, bound, torch.int32)
             _check.device(name, bound, query.device)
             _check.last_dim_contiguous(name, bound)
+
+
+def _validate_scores(is_causal, window, softcap) -> None:
     if window is not None:
         if window < 1:
             _check.fail("window", window, "None or at least 1")
@@ -307,12 +332,18 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _valid_keys(key: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> tuple[Tensor, Tensor]:
-    """([B, Lk] bool, [B] int64 n_valid)."""
+    """([B, 1 or Lq, Lk] bool, [B, 1 or Lq, 1] int64 n_valid)."""
     batch, _, length, _ = key.shape
     position = torch.arange(length, device=key.device)
     end = torch.full((batch,), length, device=key.device) if kv_end is None else kv_end.long().clamp(max=length)
-    valid = position < end[:, None]
-    return (valid if kv_start is None else valid & (position >= kv_start[:, None])), end
+    end = _by_row(end)
+    valid = position < end
+    return (valid if kv_start is None else valid & (position >= _by_row(kv_start))), end
+
+
+def _by_row(bound: Tensor) -> Tensor:
+    """[B] or [B, Lq] as [B, 1 or Lq, 1]."""
+    return (bound if bound.dim() == 2 else bound[:, None])[..., None]
 
 
 def _one_hot(region_ids: Tensor, num_regions: int, dtype: torch.dtype) -> Tensor:
@@ -341,9 +372,9 @@ def _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softca
     if bias is not None:
         s = s + bias
     valid, end = _valid_keys(key, kv_start, kv_end)
-    seen = valid[:, None].expand(-1, rows, -1)
+    seen = valid.expand(-1, rows, -1)
     if is_causal:
-        own = torch.arange(length_q - rows, length_q, device=key.device)[None, :, None] + (end - length_q)[:, None, None]
+        own = torch.arange(length_q - rows, length_q, device=key.device)[None, :, None] + (end - length_q)
         position = torch.arange(length_k, device=key.device)
         seen = seen & (position <= own)
         if window:
@@ -364,7 +395,7 @@ def _attention_reference(
     scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
     # What lies outside the valid keys may be uninitialised cache: NaN there must not reach 0 · NaN.
     valid, _ = _valid_keys(key, kv_start, kv_end)
-    value = value.masked_fill(~valid[:, None, :, None], 0)
+    value = value.masked_fill(~valid.any(1)[:, None, :, None], 0)
     out, lse = _softmax_out(scores, value, sinks)
     mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
     if region_ids is not None:
@@ -408,12 +439,33 @@ def _key_reference(
     return (reduced / rows if reduce == "mean" else reduced).float()
 
 
+def _row_by_row(decode, query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, *rest):
+    """Attention whose rows have bounds of their own, by kernels that take one pair of bounds a sequence."""
+    *rest, mass_rows = rest
+    rows = query.shape[2]
+    parts = [
+        decode(
+            query[:, :, row : row + 1], key, value, region_ids, num_regions, scale, is_causal,
+            *(None if bound is None else bound[:, row].contiguous() for bound in (kv_start, kv_end)),
+            *rest, int(row >= rows - mass_rows),
+        )
+        for row in range(rows)
+    ]  # fmt: skip
+    out, lse, mass = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    return _laid_out(out), lse, mass
+
+
 # CPU: aten's flash attention leaves the LSE, from which the C++ kernels recompute only the rows that are asked for.
 
 def _cpu_attention(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
+    if _is_per_row(kv_start) or _is_per_row(kv_end):
+        return _row_by_row(
+            torch.ops.ras_fast.decode_attention, query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end,
+            window, softcap, sinks, region_bias, mass_rows,
+        )  # fmt: skip
     bias = _key_bias(region_ids, region_bias, torch.float32)
     ranges = _key_ranges(key, kv_start, kv_end)
     rows = [slice(None)] if len(set(ranges)) == 1 else [slice(b, b + 1) for b in range(len(ranges))]
@@ -525,10 +577,12 @@ def _key_fake(
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
-def _attention_triton(*args):
+def _attention_triton(query, *args):
     from ras_fast.triton_kernels.attention import region_attention
 
-    return region_attention(*args)
+    if any(map(_is_per_row, args[6:8])):
+        return _row_by_row(region_attention, query, *args)
+    return region_attention(query, *args)
 
 
 def _mass_triton(*args):

@@ -40,7 +40,8 @@ class Plan(NamedTuple):
 class Case(NamedTuple):
     """What a plan depends on beside the three tensors: the arguments of `region_attention`, reduced to what matters.
 
-    rows: M, the rows whose masses are wanted; 0 without regions. bounds, sinks, bias: whether they are given.
+    rows: M, the rows whose masses are wanted; 0 without regions. bounds, sinks, bias: whether they are given. row_bounds:
+    whether each row has bounds of its own.
     """
 
     rows: int = 0
@@ -50,6 +51,7 @@ class Case(NamedTuple):
     bounds: bool = False
     sinks: bool = False
     bias: bool = False
+    row_bounds: bool = False
 
     @property
     def plain(self) -> bool:
@@ -70,6 +72,8 @@ def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Pla
 def plan_cpu(query: Tensor, key: Tensor, case: Case) -> Plan:
     if decodes_on_cpu(query):
         return Plan("decode", "one query row: one read of the cache decides")
+    if case.row_bounds:
+        return Plan("decode", "rows with bounds of their own go one by one")
     return plan_cpu_prefill(query, key, case)
 
 
@@ -93,7 +97,7 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     length_q, length_k = query.shape[2], key.shape[2]
     if not query.numel() or not length_k:
         return Plan("torch", "there is nothing to compute")
-    packed = length_q * query.shape[1] // key.shape[1]
+    packed = _packed_rows(query, key)
     why_not = cuda_kernels_refuse(query, key, value)
     if packed <= DECODE_ROWS and not why_not:
         return Plan("decode", f"{packed} packed rows (at most {DECODE_ROWS}): one read of the cache decides")
@@ -107,10 +111,22 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
         return Plan("hopper", "attention_plan.try_hopper is set")
     if not triton_is_there():
         return Plan("torch", "Triton is not installed")
+    if case.row_bounds:
+        return Plan("triton", "rows with bounds of their own go one by one")
     reason = "masses of many rows" if not few else "masks, a dtype, a head dimension or an alignment that flash attention lacks"
     if packed <= DECODE_ROWS:
         return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}")
     return Plan("triton", f"{reason}; the Hopper kernel is not chosen: {not_hopper or 'not measured yet'}")
+
+
+def decodes_on_cuda(query: Tensor, key: Tensor) -> bool:
+    """Whether so few rows that a kernel which splits the keys is to run them. May be traced: asks for shapes only."""
+    chosen = backend.resolve("region_attention", query.device)
+    return chosen in ("cuda", "triton") and _packed_rows(query, key) <= DECODE_ROWS
+
+
+def _packed_rows(query: Tensor, key: Tensor) -> int:
+    return query.shape[2] * query.shape[1] // key.shape[1]
 
 
 def cuda_kernels_refuse(*tensors: Tensor) -> str:

@@ -1,8 +1,9 @@
 """The attention function and the mask function that transformers calls under the name "ras_fast".
 
 A mask that is causal (with or without a window) over one contiguous range of keys a row is handed over as that range, an
-int32 tensor [B, 1, 1, 2], instead of [B, 1, Lq, Lk] booleans. Being 4-D it passes through transformers like any prepared
-mask. Everything else (bidirectional image blocks, packed sequences, holes, right padding) stays a full mask.
+int32 tensor [B, 1, 1, 2], instead of [B, 1, Lq, Lk] booleans; so is one in which each query has a range of its own,
+[B, 1, Lq, 2]. Being 4-D it passes through transformers like any prepared mask. Everything else (bidirectional image blocks,
+packed sequences, holes, right padding) stays a full mask.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast import ops
-from ras_fast.ops.attention_plan import decodes_on_cpu
+from ras_fast.ops.attention_plan import decodes_on_cpu, decodes_on_cuda
 
 if TYPE_CHECKING:
     from ras_fast.patching.state import AttentionState
@@ -29,14 +30,24 @@ _CHUNK = 1 << 25  # probabilities held at a time where a full mask forbids the k
 def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
     """The mask of a causal attention over the keys [kv_start, kv_end) of each row, both [B]: int32 [B, 1, 1, 2].
 
+    With both [B, Lq], Lq > 1, every query sees just the range that it has there: int32 [B, 1, Lq, 2].
+
     May be given to a model as its 4-D `attention_mask`, for instance as a persistent tensor in a captured CUDA graph.
     """
-    # Laid out so that the kernels get [B] slices without a copy.
-    return torch.stack([kv_start, kv_end]).to(torch.int32).t()[:, None, None]
+    # Laid out so that the kernels get [B] or [B, Lq] slices without a copy.
+    bounds = torch.stack([kv_start, kv_end]).to(torch.int32)
+    return bounds.view(2, bounds.shape[1], 1, -1).permute(1, 2, 3, 0)
+
+
+def fresh(mask: Tensor) -> Tensor:
+    """Marks a range mask as made for one forward, in which nobody writes it."""
+    if not torch.compiler.is_compiling():
+        setattr(mask, _FRESH, True)
+    return mask
 
 
 def is_range(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32 and tuple(mask.shape[1:]) == (1, 1, 2)
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == 1 and mask.shape[3] == 2
 
 
 # The mask function.
@@ -84,10 +95,7 @@ def attention_mask(
         if everything and not is_padded:
             return None
     end = end.expand(batch_size) if isinstance(end, Tensor) else start.new_full((batch_size,), end)
-    mask = range_mask(start, end.to(start.device))
-    if not torch.compiler.is_compiling():
-        setattr(mask, _FRESH, True)
-    return mask
+    return fresh(range_mask(start, end.to(start.device)))
 
 
 def _is_causal(mask_function: Any) -> bool:
@@ -150,7 +158,8 @@ def attention(
     Args:
         module: the attention module; a patched model's carries the region map.
         query: [B, Hq, Lq, D]; key, value: [B, Hkv, Lk, D].
-        attention_mask: None, a range mask, or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive.
+        attention_mask: None, a range mask ([B, 1, 1, 2], or [B, 1, Lq, 2] where each query has its own and the window is
+            in it), or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive.
         kwargs: `sliding_window`, `softcap` and `s_aux` (sinks [Hq]) are obeyed; `output_attentions` asks for statistics.
 
     Returns:
@@ -206,7 +215,7 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
     causal = _causal(module, is_causal)
     softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window")
     beyond_sdpa = softcap is not None or sinks is not None
-    if (beyond_sdpa or _sdpa_is_slow(query, key, value)) and _kernels_apply(key, value, mask):
+    if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(key, value, mask):
         return _region_attention(query, key, value, mask, scaling, causal, window, softcap, sinks)[0].transpose(1, 2)
     full = _full_mask(mask, query, key, causal, window)
     if beyond_sdpa:
@@ -214,11 +223,15 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
     return sdpa_attention_forward(module, query, key, value, full, scaling=scaling, is_causal=causal)[0]
 
 
-def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Decode steps in half precision on the CPU, where torch's flash attention takes 5 to 15 times what reading the cache
-    takes (docs/kernels.md)."""
-    half = query.element_size() == 2 and query.dtype == key.dtype == value.dtype
-    return half and query.device.type == "cpu" and decodes_on_cpu(query)
+def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Decode steps in half precision: on the CPU, where torch's flash attention takes up to 15 times what reading the cache
+    takes, and under a range on a GPU, where it takes no mask, and its stand-in neither splits the keys among blocks nor
+    shares those of a group of heads (docs/kernels.md)."""
+    if query.element_size() != 2 or not query.dtype == key.dtype == value.dtype:
+        return False
+    if query.device.type == "cpu":
+        return decodes_on_cpu(query)
+    return query.is_cuda and is_range(mask) and decodes_on_cuda(query, key)
 
 
 def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs, ids, num_regions, bias, request):
@@ -269,6 +282,9 @@ def _kernels_apply(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
 
 def _masking(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> dict[str, Any]:
     """The mask as keywords of the ops."""
+    if mask is not None and mask.shape[2] > 1:
+        kv_start, kv_end = mask[:, 0].unbind(-1)
+        return {"is_causal": False, "kv_start": kv_start, "kv_end": kv_end}
     if mask is not None:
         kv_start, kv_end = mask[:, 0, 0].unbind(1)
         return {"is_causal": True, "kv_start": kv_start.contiguous(), "kv_end": kv_end.contiguous(), "window": window}
@@ -302,6 +318,8 @@ def _expand(mask: Tensor, length_q: int, length_k: int, window: int | None) -> T
     """A range mask as booleans [B, 1, Lq, Lk]."""
     start, end = mask[..., :1], mask[..., 1:]
     position = torch.arange(length_k, device=mask.device)
+    if mask.shape[2] > 1:
+        return (position >= start) & (position < end)
     own = torch.arange(length_q, device=mask.device)[:, None] + (end - length_q)
     seen = (position >= start) & (position <= own)
     return seen & (position > own - window) if window is not None else seen

@@ -38,10 +38,12 @@ def exact(query, key, value, ids, regions, *, scale=None, is_causal=True, kv_sta
     lse = torch.full((batch, heads, length_q), -torch.inf, dtype=torch.float64)
     p = torch.zeros(batch, heads, length_q, length_k, dtype=torch.float64)
     for b in range(batch):
-        start = 0 if kv_start is None else int(kv_start[b])
-        end = length_k if kv_end is None else int(kv_end[b])
         for h in range(heads):
             for i in range(length_q):
+                start, end = (
+                    blank if bound is None else int(bound[b] if bound.dim() == 1 else bound[b, i])
+                    for bound, blank in ((kv_start, 0), (kv_end, length_k))
+                )
                 own = i + end - length_q
                 high = min(end, own + 1) if is_causal else end
                 low = max(start, own - window + 1) if window else start
@@ -119,6 +121,26 @@ def test_last_rows_only(backend, rows):
     p = exact(query, key, value, ids, 2)[3][:, :, 40 - rows :]
     scores = ops.key_attention(query, key, lse, rows=rows, reduce="sum")
     torch.testing.assert_close(scores.double(), p.sum(2), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"], indirect=True)
+@pytest.mark.parametrize("length_q", [1, 2, 5])
+@pytest.mark.parametrize("rows", [None, 1])
+def test_rows_with_bounds_of_their_own(backend, length_q, rows):
+    """Several sequences over one cache: each row sees its own stretch, or nothing."""
+    query, key, value = inputs(length_q=length_q, length_k=40)
+    ids, start = image_ids(2, 40), torch.randint(0, 30, (2, length_q), dtype=torch.int32)
+    kwargs = {"is_causal": False, "kv_start": start, "kv_end": start + torch.arange(length_q, dtype=torch.int32) * 4,
+              "sinks": torch.randn(4), "softcap": 4.0, "region_bias": torch.randn(4, 2)}  # fmt: skip
+    kwargs["kv_end"].clamp_(max=34)
+    value[0, :, 34:] = torch.nan  # which nobody sees
+    expected = exact(query, key, value, ids, 2, **kwargs)
+    out, lse, mass = ops.region_attention(query, key, value, ids, 2, mass_rows=rows, **kwargs)
+    torch.testing.assert_close(out.double(), expected[0], atol=3e-6, rtol=0)
+    torch.testing.assert_close(lse.double(), expected[1], atol=3e-6, rtol=0)
+    torch.testing.assert_close(mass.double(), expected[2][:, :, -(rows or length_q) :], atol=3e-6, rtol=0)
+    assert out.transpose(1, 2).is_contiguous()
+    assert ops.explain(query, key, value, ids, 2, **kwargs).kernel == {"cpu": "decode"}.get(backend, backend)
 
 
 @BACKENDS
@@ -267,6 +289,9 @@ def test_opcheck(option):
     arguments = (query, key, value, ids, 2, *masks, kwargs["sinks"], kwargs["region_bias"], 4)
     torch.library.opcheck(torch.ops.ras_fast.region_attention.default, arguments)
     torch.library.opcheck(torch.ops.ras_fast.hopper_prefill.default, arguments)  # off the GPU, the reference
+    own = torch.arange(18, dtype=torch.int32).view(2, 9) % 5
+    row_by_row = (*arguments[:6], False, own, own + 4, *arguments[9:])
+    torch.library.opcheck(torch.ops.ras_fast.region_attention.default, row_by_row)
     lse = torch.randn(2, 4, 9) + 3
     mass_args = (query, key, lse, ids, 2, *masks, kwargs["region_bias"], 9)
     torch.library.opcheck(torch.ops.ras_fast.region_mass.default, mass_args)
@@ -337,6 +362,9 @@ ids = torch.zeros(2, 6, dtype=torch.int32)
         ((q, k, v, ids + 2, 2), {}, "region_ids is in 2..2"),
         ((q, k, v, ids - 2, 2), {}, "region_ids is in -2..-2"),
         ((q, k, v), {"kv_start": torch.zeros(2)}, "kv_start is of dtype"),
+        ((q, k, v), {"kv_end": torch.zeros(2, 9, dtype=torch.int32)}, r"kv_end is \[B, Lq\] with is_causal=True"),
+        ((q, k, v), {"kv_start": torch.zeros(2, dtype=torch.int32), "kv_end": torch.zeros(2, 9, dtype=torch.int32),
+                     "is_causal": False}, r"kv_start is of shape \(2,\); it must be \[B, Lq\], as the other bound is"),
         ((q, k, v), {"kv_end": torch.zeros(3, dtype=torch.int32)}, "kv_end is of shape"),
         ((q, k, v), {"window": 0}, "window is 0"),
         ((q, k, v), {"window": 3, "is_causal": False}, "window is 3 with is_causal=False"),

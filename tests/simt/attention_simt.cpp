@@ -11,7 +11,7 @@ struct Call {
   const int32_t *region_ids, *kv_start, *kv_end;
   const float *region_bias, *sinks;
   int64_t query_stride[3], key_stride[3], value_stride[3];
-  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, window, causal, splits;
+  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, window, causal, splits, own_bounds;
   double scale, softcap;
 };
 
@@ -28,6 +28,8 @@ static ScoreArgs<T> score_args(const Call& c, int64_t rows) {
   a.kv_start = c.kv_start;
   a.kv_end = c.kv_end;
   a.region_bias = c.region_bias;
+  a.bounds_batch_stride = c.own_bounds ? c.query_rows : 1;
+  a.bounds_row_stride = c.own_bounds;
   a.ids_batch_stride = c.keys;
   a.bias_batch_stride = c.heads * c.regions;
   a.bias_head_stride = c.regions;

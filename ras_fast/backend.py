@@ -93,10 +93,15 @@ def forced_backend() -> str:
     return _forced
 
 
+def has_kernel(op: str, device: str) -> bool:
+    """Whether `op` has a kernel of the device's own, not only the reference."""
+    return device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", device.upper())
+
+
 @cache
 def _automatic(op: str, device: str) -> str:
     # Whether or not the library is built: ops that are put together in Python have a kernel of their own, too.
-    if device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", device.upper()):
+    if has_kernel(op, device):
         return device
     if device == "cuda" and backends()["triton"].available and hasattr(torch.ops.ras_fast, f"{op}_triton"):
         return "triton"
@@ -123,4 +128,7 @@ resolve._dynamo_marked_constant = True
 
 # Now rather than at the first call, so that torch.ops.ras_fast has its native kernels for who calls it directly.
 backends()
-set_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+try:
+    set_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+except (ValueError, RuntimeError) as error:
+    raise type(error)(f"environment variable {ENVIRONMENT_VARIABLE}: {error}") from None

@@ -28,6 +28,9 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "portable": "",
 }
+# A norm's rows must be the same bits steered or not, with tables of one dtype or another. The compiler would fuse a product
+# and a sum in some of these instances and not in others.
+PLAIN_ARITHMETIC = {"norm_kernel": "-ffp-contract=off"}
 
 
 class BuildError(RuntimeError):
@@ -143,7 +146,8 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     objects = [ninja.edge(f"{source.stem}.o", "cxx", [source]) for source in [csrc / "ops.cpp", *launchers]]
     for source in kernels:
         for isa, flags in isas.items():
-            objects.append(ninja.edge(f"{source.stem}.{isa}.o", "cxx", [source], flags=f"-DRAS_FAST_ISA={isa} {flags}"))
+            options = f"-DRAS_FAST_ISA={isa} {flags} {PLAIN_ARITHMETIC.get(source.stem, '')}"
+            objects.append(ninja.edge(f"{source.stem}.{isa}.o", "cxx", [source], flags=options))
     library = out / "libras_fast_cpu.so"
     ninja.edge(library, "link", objects)
     ninja.run(work / "cpu", verbose)

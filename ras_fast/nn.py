@@ -9,7 +9,8 @@ from ras_fast import ops
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that can take the residual add with it: `norm(x)` → y, `norm(x, residual)` → (y, x + residual).
+    """RMSNorm that can take the residual add with it: `norm(x)` → y, `norm(x, residual)` → (y, x + residual). A call that
+    steers x itself ("add") has the steered x as its second output, too.
 
     Args:
         hidden_size: d.
@@ -27,7 +28,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
         outputs = ops.add_rms_norm(x, residual, self.weight, self.eps, weight_offset=self.weight_offset, **kwargs)
-        return _outputs(outputs, residual)
+        return _outputs(x, outputs)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, weight_offset={self.weight_offset}"
@@ -44,14 +45,14 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
-        return _outputs(ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, **kwargs), residual)
+        return _outputs(x, ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, **kwargs))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"
 
 
-def _outputs(outputs: tuple[Tensor, Tensor, Tensor | None], residual: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+def _outputs(x: Tensor, outputs: tuple[Tensor, Tensor, Tensor | None]) -> Tensor | tuple[Tensor, ...]:
     y, h, dots = outputs
     if dots is not None:
         return y, h, dots
-    return y if residual is None else (y, h)
+    return y if h is x else (y, h)

@@ -42,3 +42,11 @@ def test_takes_the_residual_along(module):
 def test_gemma_offset_starts_at_one():
     x = torch.randn(4, 16)
     torch.testing.assert_close(nn.RMSNorm(16, weight_offset=1.0)(x), ops.add_rms_norm(x, None, torch.ones(16), 1e-6)[0])
+
+
+def test_a_steered_x_is_not_lost():
+    norm, x = nn.RMSNorm(8), torch.randn(3, 8)
+    steer = {"steer_vectors": torch.ones(1, 8), "steer_slot": torch.zeros(3).int(), "steer_alpha": torch.ones(3)}
+    y, h = norm(x, **steer)
+    torch.testing.assert_close(h, x + 1)
+    torch.testing.assert_close(y, norm(x + 1))

@@ -2,7 +2,7 @@
 
 A program owns a tile of rows and a block of outputs. A tile whose gates are all 0 is copied and its program ends: M is not
 read. Otherwise the tile shares one pass over its block of M by `tl.dot`, in which rows do not meet: one that is off is
-copied, one that is NaN stays alone. Two factors are two launches, the first of which leaves M's inner product in x's type.
+copied, one that is NaN stays alone. Two factors are two launches, the first of which leaves its product in float32.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def gated_linear_kernel(
             column = start + tl.arange(0, COLUMNS)
             inside = (column < length)[None, :]
             values = tl.load(rows_ptr + row[:, None] * rows_stride + column[None, :], row_mask[:, None] & inside, other=0.0)
-            weight = tl.load(weight_rows + column[None, :], output_mask[:, None] & inside, other=0.0)
+            weight = tl.load(weight_rows + column[None, :], output_mask[:, None] & inside, other=0.0).to(values.dtype)
             dots = tl.dot(values, tl.trans(weight), dots, input_precision="ieee")
     pointers = out_ptr + row[:, None] * out_stride + output[None, :]
     if ADD:
@@ -52,7 +52,7 @@ def gated_linear_kernel(
 
 def _launch(x: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, add: bool) -> torch.Tensor:
     outputs, length = weight.shape
-    out = torch.empty((len(rows), outputs), dtype=rows.dtype, device=rows.device)
+    out = torch.empty((len(rows), outputs), dtype=x.dtype if add else torch.float32, device=rows.device)
     grid = (triton.cdiv(len(rows), ROWS), triton.cdiv(outputs, OUTPUTS))
     gated_linear_kernel[grid](
         x, rows, weight, gate, out, x.stride(0), rows.stride(0), weight.stride(0), out.stride(0), len(rows), length, outputs,
@@ -74,13 +74,14 @@ def gated_linear(x, weight, right, gate):
 def aot_cases(arch: int) -> list[dict]:
     """Default configurations for the static inspector (ras_fast/inspect.py): the last and the first factor, 16 and 32 bits."""
     cases = []
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-        for add in (True, False):
-            types = dict.fromkeys(("x_ptr", "rows_ptr", "weight_ptr", "out_ptr"), f"*{dtype}") | {"gate_ptr": "*fp32"}
+    for dtype, inner, itemsize in (("bf16", "bf16", 2), ("bf16", "fp32", 4), ("fp32", "fp32", 4)):
+        for add in (True, False) if dtype == inner else (True,):
+            types = dict.fromkeys(("x_ptr", "weight_ptr"), f"*{dtype}") | {"rows_ptr": f"*{inner}", "gate_ptr": "*fp32"}
+            types["out_ptr"] = f"*{dtype}" if add else "*fp32"
             constexprs = {"ADD": add, "ROWS": ROWS, "OUTPUTS": OUTPUTS, "COLUMNS": COLUMNS[itemsize]}
             signature = {name: types.get(name, "i32") for name in gated_linear_kernel.arg_names if name not in constexprs}
             divisible = [n for n, kind in signature.items() if kind[0] == "*" or n in ("length", "outputs") or "stride" in n]
-            name = f"gated_linear[{dtype}, {'sum' if add else 'first factor'}]"
-            cases.append({"name": name, "kernel": gated_linear_kernel, "signature": signature, "constexprs": constexprs,
-                          "divisible_by_16": divisible, "num_warps": 4, "num_stages": 3})  # fmt: skip
+            what = "first factor" if not add else "sum" if dtype == inner else "sum of two factors"
+            cases.append({"name": f"gated_linear[{dtype}, {what}]", "kernel": gated_linear_kernel, "signature": signature,
+                          "constexprs": constexprs, "divisible_by_16": divisible, "num_warps": 4, "num_stages": 3})  # fmt: skip
     return cases

@@ -141,8 +141,9 @@ void softmax(const DecodeArgs& args, const int32_t* ids, const float* bias, floa
     peak = highest > peak ? highest : peak;
   }
   vfloat total{};
+  const float shift = peak == -INFINITY ? 0 : peak;  // every key shut out by its bias
   for (int64_t k = 0; k < keys; k += kLanes) {
-    const vfloat p = exp(load(s + k) - peak);
+    const vfloat p = exp(load(s + k) - shift);
     store(s + k, p);
     total += p;
   }
@@ -250,6 +251,8 @@ void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
         const Partial piece(args, row, s);
         merged += share(piece) * load_pair(piece.out + i);
       }
+      // A NaN of any bits may have come with a bias or a sink, and rounding to bf16 keeps only some.
+      if (std::isnan(total)) merged = {splat(NAN), splat(NAN)};
       store_pair(out + i, merged, count);
     });
     for (int64_t r = 0; args.mass && r < args.num_regions; ++r) {

@@ -61,7 +61,8 @@ float similarity(const SimilarityArgs& args, int64_t row, float* shift, float* d
     predicted_square += sum(qq);
     refusal_square += sum(pp);
   }
-  return float(dot / (std::sqrt(predicted_square) * std::sqrt(refusal_square)));
+  const double cosine = dot / (std::sqrt(predicted_square) * std::sqrt(refusal_square));
+  return float(cosine > 1 ? 1 : cosine);  // NaN stays
 }
 
 template <class T>

@@ -86,7 +86,7 @@ void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
   }
   STD_TORCH_CHECK(in.x.size(-1) < (1 << 30) && lead.size[0] < (int64_t(1) << 31) - kRowsPerBlock && lead.size[1] <= 65535 &&
                       lead.size[2] <= 65535,
-                  "ras_fast: x is too large for one launch");
+                  "ras_fast: x is too large for one launch; call .contiguous() on it");
   a.rows = int(lead.size[0]);
   a.d = int(in.x.size(-1));
   a.eps = flags.eps;

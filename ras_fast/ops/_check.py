@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -38,6 +40,18 @@ def device(name: str, tensor: Tensor, expected: torch.device) -> None:
 def last_dim_contiguous(name: str, tensor: Tensor) -> None:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         fail(name, f"of strides {tuple(tensor.stride())}", "contiguous in its last dimension")
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether the tensor has values, and an op that looks at them is neither traced nor recorded."""
+    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor) and not is_in_torch_dispatch_mode()
+
+
+def one_device(op: str, x: Tensor, *others: Tensor | None) -> None:
+    """For fake kernels: torch sends a call with any meta tensor to them. A mixture is a mistake, which the public function's
+    validation then names."""
+    if any(t is not None and t.device != x.device for t in others):
+        raise RuntimeError(f"{op} needs all tensors on one device")
 
 
 def no_grad(op: str, *tensors: Tensor | None) -> None:

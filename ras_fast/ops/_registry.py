@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., An
     The reference also serves devices for which no native kernel is built. csrc/ops.cpp and csrc/cuda/ops.cu add the native
     ones to the same op. The schema lives here, not in C++, because a pure-Python install has the ops, too.
     """
-    name = schema[: schema.index("(")]
+    name, reference = schema[: schema.index("(")], outside_autocast(reference)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"ras_fast::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -33,6 +34,20 @@ def define_triton(schema: str, *, fake: Callable[..., Any], kernel: Callable[...
     torch.library.register_fake(f"ras_fast::{name}_triton", fake, lib=LIBRARY)
     for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
         LIBRARY.impl(f"{name}_triton", kernel, key)
+
+
+def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with autocast off, whose matrix products would round statistics that are promised in float32."""
+
+    @functools.wraps(kernel)
+    def run(first: torch.Tensor, *args: Any) -> Any:
+        device = first.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):  # asking is an error on meta
+            return kernel(first, *args)
+        with torch.autocast(device, enabled=False):
+            return kernel(first, *args)
+
+    return run
 
 
 def call(name: str, validate: Callable[..., None] | None, *args: Any) -> Any:
@@ -63,7 +78,8 @@ def _select(name: str, like: torch.Tensor) -> tuple[Callable[..., Any], bool]:
     found = _selected.get(key)
     if found is None:
         kernel = _implementation(name, like)
-        found = _selected[key] = kernel, kernel is getattr(torch.ops.ras_fast, name).default
+        native = backend.has_kernel(name, like.device.type)
+        found = _selected[key] = kernel, native and kernel is getattr(torch.ops.ras_fast, name).default
     return found
 
 

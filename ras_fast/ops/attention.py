@@ -5,12 +5,14 @@ Shapes: B batch, Hq query heads, Hkv key/value heads (Hq % Hkv == 0), Lq, Lk len
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ras_fast.ops import _check
-from ras_fast.ops._registry import LIBRARY, call, define, define_triton
+from ras_fast.ops._registry import LIBRARY, call, define, define_triton, outside_autocast
 from ras_fast.ops.attention_plan import Case, Plan, decodes_on_cpu, plan_attention, plan_cpu_prefill
 
 REDUCTIONS = ("mean", "sum", "max")
@@ -115,7 +117,7 @@ def region_mass(
     Raises:
         ValueError, RuntimeError: as :func:`region_attention`.
     """
-    _check.no_grad("region_mass", query, key)
+    _check.no_grad("region_mass", query, key, lse, region_bias)
     _validate_query_key(query, key)
     _validate_lse(lse, query)
     if region_ids is None:
@@ -127,7 +129,7 @@ def region_mass(
     rows = _resolve_rows("mass_rows", mass_rows, query)
     return call(
         "region_mass", None, query, key, lse, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start,
-        kv_end, window or 0, softcap or 0.0, region_bias, rows,
+        kv_end, _resolve_window(window, key), softcap or 0.0, region_bias, rows,
     )  # fmt: skip
 
 
@@ -162,21 +164,24 @@ def key_attention(
     Raises:
         ValueError, RuntimeError: as :func:`region_attention`.
     """
-    _check.no_grad("key_attention", query, key)
+    _check.no_grad("key_attention", query, key, lse, region_bias)
     _validate_query_key(query, key)
     _validate_lse(lse, query)
     if reduce not in REDUCTIONS:
         _check.fail("reduce", repr(reduce), f"one of {REDUCTIONS}")
-    num_regions = region_bias.shape[-1] if region_bias is not None and region_ids is not None else 0
-    if num_regions:
+    num_regions = 0
+    if region_bias is not None and region_ids is not None:
+        if region_bias.dim() not in (2, 3):
+            _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}", "[Hq, R] or [B, Hq, R]")
+        num_regions = region_bias.shape[-1]
         _validate_regions(key, region_ids, num_regions)
     _validate_bounds(query, kv_start, kv_end)
     _validate_scores(is_causal, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
     return call(
         "key_attention", None, query, key, lse, _resolve_rows("rows", rows, query), reduce,
-        region_ids if num_regions else None,
-        _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0, softcap or 0.0, region_bias,
+        region_ids if num_regions else None, _resolve_scale(scale, query), is_causal, kv_start, kv_end,
+        _resolve_window(window, key), softcap or 0.0, region_bias,
     )  # fmt: skip
 
 
@@ -190,7 +195,7 @@ def _attention_call(
     mass_rows,
 ):  # fmt: skip
     """Public arguments, validated, as (op, its arguments)."""
-    _check.no_grad("region_attention", query, key, value)
+    _check.no_grad("region_attention", query, key, value, sinks, region_bias)
     _validate_query_key(query, key)
     _check.shape("value", value, key.shape, "the shape of key")
     _check.dtype("value", value, query.dtype)
@@ -210,8 +215,8 @@ def _attention_call(
         sinks = sinks.float().contiguous()
     rows = _resolve_rows("mass_rows", mass_rows, query)
     arguments = (
-        query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end, window or 0,
-        softcap or 0.0, sinks, region_bias, rows,
+        query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end,
+        _resolve_window(window, key), softcap or 0.0, sinks, region_bias, rows,
     )  # fmt: skip
     # One query row on the CPU has an op of its own, without the detour through Python.
     return "decode_attention" if decodes_on_cpu(query) else "region_attention", arguments
@@ -224,11 +229,16 @@ def case_of(
     bounds = kv_start is not None or kv_end is not None
     rows = mass_rows if num_regions else 0
     row_bounds = _is_per_row(kv_start) or _is_per_row(kv_end)
-    return Case(rows, is_causal, window, softcap, bounds, sinks is not None, region_bias is not None, row_bounds)
+    return Case(rows, is_causal, window, softcap, bounds, sinks is not None, region_bias is not None, row_bounds, scale)
 
 
 def _resolve_scale(scale: float | None, query: Tensor) -> float:
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _resolve_window(window: int | None, key: Tensor) -> int:
+    """0: none, which one as long as the keys is as well; so no kernel's 32 bits overflow."""
+    return 0 if window is None or window >= key.shape[2] else window
 
 
 def _resolve_rows(name: str, rows: int | None, query: Tensor) -> int:
@@ -271,7 +281,7 @@ def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) 
     _check.dtype("region_ids", region_ids, torch.int32)
     _check.device("region_ids", region_ids, key.device)
     _check.last_dim_contiguous("region_ids", region_ids)
-    if region_ids.device.type == "cpu" and region_ids.numel() and not torch.compiler.is_compiling():
+    if region_ids.device.type == "cpu" and region_ids.numel() and _check.may_read(region_ids):
         low, high = (int(bound) for bound in torch.aminmax(region_ids))
         if low < -1 or high >= num_regions:
             _check.fail("region_ids", f"in {low}..{high}", f"in -1..num_regions-1 = -1..{num_regions - 1}")
@@ -306,8 +316,8 @@ def _validate_scores(is_causal, window, softcap) -> None:
             _check.fail("window", window, "None or at least 1")
         if not is_causal:
             _check.fail("window", f"{window} with is_causal=False", "used with is_causal=True")
-    if softcap is not None and not softcap > 0:
-        _check.fail("softcap", softcap, "None or positive")
+    if softcap is not None and not 0 < softcap < math.inf:
+        _check.fail("softcap", softcap, "None, or positive and finite")
 
 
 def _validate_bias(query: Tensor, region_ids: Tensor | None, num_regions: int, region_bias: Tensor | None) -> None:
@@ -355,9 +365,11 @@ def _key_bias(region_ids: Tensor, region_bias: Tensor | None, dtype: torch.dtype
     """[B, Hq, 1, Lk]: the bias of each key's region, 0 outside every region; None without a bias."""
     if region_bias is None:
         return None
-    one_hot = _one_hot(region_ids, region_bias.shape[-1], dtype)
     bias = region_bias.to(dtype).expand(region_ids.shape[0], *region_bias.shape[-2:])
-    return torch.einsum("bkr,bhr->bhk", one_hot, bias)[:, :, None]
+    # Gathered, not multiplied by a one-hot matrix: −inf shuts a region out, and 0 · −inf is NaN.
+    inside = ((region_ids >= 0) & (region_ids < bias.shape[-1]))[:, None]
+    places = region_ids.clamp(0, bias.shape[-1] - 1).long()[:, None].expand(-1, bias.shape[1], -1)
+    return bias.gather(2, places).masked_fill(~inside, 0)[:, :, None]
 
 
 def _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias) -> Tensor:
@@ -478,7 +490,7 @@ def _cpu_attention(
         query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32))  # fmt: skip
     if sinks is not None:
         out, lse = _add_sinks(out, lse, sinks)
-    out = _laid_out(out)
+    out, lse = _laid_out(out), lse.contiguous()  # aten's lse lies in memory as [B, Lq, Hq]
     if region_ids is None or not mass_rows:
         return out, lse, query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
     mass = torch.ops.ras_fast.region_mass(
@@ -498,7 +510,7 @@ def _key_ranges(key: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> 
 def _valid_attention(query, key, value, scale, is_causal, window, softcap, bias) -> tuple[Tensor, Tensor]:
     """(out, lse) over keys that are all valid, causal aligned bottom-right. Linear memory but for a window or a bias."""
     rows, keys = query.shape[2], key.shape[2]
-    case = Case(is_causal=is_causal, window=window, softcap=softcap, bias=bias is not None)
+    case = Case(is_causal=is_causal, window=window, softcap=softcap, bias=bias is not None, scale=scale)
     if plan_cpu_prefill(query, key, case).kernel == "softmax":
         scores = _scores(query, key, rows, scale, is_causal, None, None, window, softcap, bias)
         out, lse = _softmax_out(scores, value, None)
@@ -552,7 +564,8 @@ def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
 def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Each head's sink takes its share of the probability after the fact: out and lse see it as one more key without value."""
     with_sink = torch.logaddexp(lse, sinks.float()[:, None].expand_as(lse))
-    return (out * torch.exp(lse - with_sink)[..., None]).to(out.dtype), with_sink
+    share = torch.exp(lse - with_sink.masked_fill(with_sink == -torch.inf, 0))
+    return (out * share[..., None]).to(out.dtype), with_sink
 
 
 def _attention_fake(
@@ -618,4 +631,4 @@ define(_KEY_SCHEMA, fake=_key_fake, reference=_key_reference)
 define_triton(_ATTENTION_SCHEMA, fake=_attention_fake, kernel=_attention_triton)
 define_triton(_MASS_SCHEMA, fake=_mass_fake, kernel=_mass_triton)
 define_triton(_KEY_SCHEMA, fake=_key_fake, kernel=_key_triton)
-LIBRARY.impl("region_attention", _cpu_attention, "CPU")
+LIBRARY.impl("region_attention", outside_autocast(_cpu_attention), "CPU")

@@ -40,7 +40,9 @@ def flash(query, key, value, is_causal, scale=None):
         out, lse = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)[:2]
     else:
         out, lse = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
-    return out, lse.reshape(query.shape[:3])  # cuDNN's is [B, Hq, Lq, 1]
+    lse = lse.reshape(query.shape[:3])  # cuDNN's is [B, Hq, Lq, 1]
+    # Flash attention says +inf where a row's sum is NaN. Masses computed from that would be 0, an image unseen.
+    return out, torch.nan_to_num(lse, nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
 
 
 def _mass(query, key, *rest):

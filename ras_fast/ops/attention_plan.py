@@ -52,11 +52,12 @@ class Case(NamedTuple):
     sinks: bool = False
     bias: bool = False
     row_bounds: bool = False
+    scale: float = 1.0
 
     @property
     def plain(self) -> bool:
-        """Whether any flash attention gives the same result."""
-        return not (self.window or self.softcap or self.bounds or self.sinks or self.bias)
+        """Whether any flash attention gives the same result; it masks before it scales, which wants a positive scale."""
+        return self.scale > 0 and not (self.window or self.softcap or self.bounds or self.sinks or self.bias)
 
 
 def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
@@ -84,8 +85,8 @@ def decodes_on_cpu(query: Tensor) -> bool:
 def plan_cpu_prefill(query: Tensor, key: Tensor, case: Case) -> Plan:
     """For keys that are all valid."""
     rows, keys = query.shape[2], key.shape[2]
-    if case.softcap:
-        return Plan("softmax", "torch's flash attention has no softcap")
+    if case.softcap or not case.scale > 0:
+        return Plan("softmax", "torch's flash attention has no softcap, and its masks want a scale > 0")
     if keys < MIN_FLASH_KEYS or not query.numel():
         return Plan("softmax", f"{keys} keys: below {MIN_FLASH_KEYS} flash attention gains nothing")
     if case.bias or 0 < case.window < keys:
@@ -151,7 +152,7 @@ def _misaligned(tensor: Tensor) -> bool:
 
 
 def hopper_refuses(query: Tensor, key: Tensor, value: Tensor, case: Case) -> str:
-    """Why the Hopper prefill kernel cannot take a call; "" if it can. It needs a positive scale, too."""
+    """Why the Hopper prefill kernel cannot take a call; "" if it can."""
     if not is_hopper(query.device):
         return "it needs a GPU of compute capability 9.0"
     why_not = cuda_kernels_refuse(query, key, value)
@@ -160,7 +161,7 @@ def hopper_refuses(query: Tensor, key: Tensor, value: Tensor, case: Case) -> str
     if not torch._C._dispatch_has_kernel_for_dispatch_key("ras_fast::hopper_prefill", "CUDA"):
         return "the library is not built for sm_90a"
     if not case.plain:
-        return "it has no window, softcap, kv_start, kv_end, sinks or region_bias"
+        return "it has no window, softcap, kv_start, kv_end, sinks or region_bias, and no scale that is not positive"
     if query.shape[3] not in (64, 128):
         return f"it takes head dimensions 64 and 128, not {query.shape[3]}"
     if any(stride == 0 < size - 1 for t in (query, key, value) for size, stride in zip(t.shape, t.stride(), strict=True)):

@@ -58,7 +58,7 @@ def add_rms_norm(
         ValueError: an argument has the wrong shape, dtype, device or value.
         RuntimeError: an input requires grad and grad mode is on.
     """
-    _check.no_grad("add_rms_norm", x, residual, weight)
+    _check.no_grad("add_rms_norm", x, residual, weight, steer_vectors, steer_alpha, probes)
     lerp, hf = _choices(steer_mode, rounding)
     y, h, dots = call(
         "add_rms_norm", _rms_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp, weight_offset,
@@ -93,7 +93,7 @@ def add_rms_norm_(
         ValueError: as :func:`add_rms_norm`, or `x` or `residual` is not contiguous, or they overlap.
         RuntimeError: an input requires grad and grad mode is on.
     """
-    _check.no_grad("add_rms_norm_", x, residual, weight)
+    _check.no_grad("add_rms_norm_", x, residual, weight, steer_vectors, steer_alpha, probes)
     lerp, hf = _choices(steer_mode, rounding)
     dots = call(
         "add_rms_norm_", _rms_in_place_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp,
@@ -121,7 +121,7 @@ def add_layer_norm(
     `bias` is [d] or None; everything else, and what is returned and raised, as in :func:`add_rms_norm`. "hf" rounds the sum
     and the steered sum; the norm itself rounds once, as torch's own does.
     """
-    _check.no_grad("add_layer_norm", x, residual, weight, bias)
+    _check.no_grad("add_layer_norm", x, residual, weight, bias, steer_vectors, steer_alpha, probes)
     lerp, hf = _choices(steer_mode, rounding)
     y, h, dots = call(
         "add_layer_norm", _layer_validate, x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha, lerp, hf,
@@ -145,7 +145,7 @@ def add_layer_norm_(
     probes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`add_layer_norm` in place, as :func:`add_rms_norm_` is :func:`add_rms_norm`."""
-    _check.no_grad("add_layer_norm_", x, residual, weight, bias)
+    _check.no_grad("add_layer_norm_", x, residual, weight, bias, steer_vectors, steer_alpha, probes)
     lerp, hf = _choices(steer_mode, rounding)
     dots = call(
         "add_layer_norm_", _layer_in_place_validate, x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha,
@@ -199,7 +199,7 @@ def _validate_in_place(x: Tensor, residual: Tensor) -> None:
     for name, tensor in (("x", x), ("residual", residual)):
         if not tensor.is_contiguous():
             _check.fail(name, f"with strides {tensor.stride()}", "contiguous, because it is written in place")
-    if torch.compiler.is_compiling():  # no addresses yet
+    if x.is_meta or not _check.may_read(x):  # no addresses yet
         return
     if abs(x.data_ptr() - residual.data_ptr()) < x.numel() * x.element_size():
         _check.fail("residual", "overlapping x", "memory of its own, because both are written in place")
@@ -219,7 +219,7 @@ def _validate(x, residual, weight, bias, vectors, slot, alpha, probes) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check.shape(name, tensor, (d,), "[d]")
-            _check.floating(name, tensor)
+            _check_table_dtype(name, tensor, x)
             _check.last_dim_contiguous(name, tensor)
             _check.device(name, tensor, x.device)
     if vectors is not None or slot is not None or alpha is not None:
@@ -246,9 +246,16 @@ def _validate_steering(x: Tensor, vectors: Tensor | None, slot: Tensor | None, a
 def _validate_table(name: str, table: Tensor, x: Tensor) -> None:
     if table.dim() != 2 or table.shape[1] != x.shape[-1]:
         _check.fail(name, f"of shape {tuple(table.shape)}", f"[rows, d] with d = {x.shape[-1]}")
-    _check.floating(name, table)
+    _check_table_dtype(name, table, x)
     _check.last_dim_contiguous(name, table)
     _check.device(name, table, x.device)
+
+
+def _check_table_dtype(name: str, table: Tensor, x: Tensor) -> None:
+    """Of the kernels' three dtypes whatever x is; beside an x of float64, which only the reference takes, float64 as well."""
+    _check.floating(name, table)
+    if table.dtype == torch.float64 != x.dtype:
+        _check.fail(name, f"of dtype {table.dtype}", "float32, float16 or bfloat16")
 
 
 # The reference ("torch" backend): the definition that every kernel is tested against.
@@ -317,34 +324,31 @@ def _write(x: Tensor, residual: Tensor, y: Tensor, h: Tensor, dots: Tensor) -> T
     return dots
 
 
-def _fake(x, residual, vectors, lerp, probes):
-    # torch sends a call with any meta tensor here; a mixture is a mistake, which the public function then names.
-    if any(t is not None and t.device != x.device for t in (residual, vectors, probes)):
-        raise RuntimeError("add_rms_norm and add_layer_norm need all tensors on one device")
-    y = x.new_empty(x.shape)
+def _fake(x, residual, weight, bias, vectors, slot, alpha, lerp, probes):
     h = x.new_empty(x.shape) if _stores_h(residual, vectors, lerp) else x.new_empty(0)
-    return y, h, _fake_dots(x, probes)
+    return x.new_empty(x.shape), h, _fake_dots(x, residual, weight, bias, vectors, slot, alpha, probes)
 
 
-def _fake_dots(x: Tensor, probes: Tensor | None) -> Tensor:
+def _fake_dots(x, residual, weight, bias, vectors, slot, alpha, probes):
+    _check.one_device("add_rms_norm or add_layer_norm", x, residual, weight, bias, vectors, slot, alpha, probes)
     shape = (x.numel() // x.shape[-1], probes.shape[0] + 1) if probes is not None else (0,)
     return x.new_empty(shape, dtype=torch.float32)
 
 
 def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
-    return _fake(x, residual, vectors, lerp, probes)
+    return _fake(x, residual, weight, None, vectors, slot, alpha, lerp, probes)
 
 
 def _layer_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _fake(x, residual, vectors, lerp, probes)
+    return _fake(x, residual, weight, bias, vectors, slot, alpha, lerp, probes)
 
 
 def _rms_in_place_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
-    return _fake_dots(x, probes)
+    return _fake_dots(x, residual, weight, None, vectors, slot, alpha, probes)
 
 
 def _layer_in_place_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _fake_dots(x, probes)
+    return _fake_dots(x, residual, weight, bias, vectors, slot, alpha, probes)
 
 
 def _triton(name: str):

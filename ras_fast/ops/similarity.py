@@ -23,8 +23,8 @@ def refusal_similarity(
         steps: [B] int32 in 0..n, how many of the n steps each row really produced; None: all n.
 
     Returns:
-        S: [B] float32 in [0, 1]. A row without any step, or with a non-finite logit, has S = NaN: callers must take that
-        for the highest risk.
+        S: [B] float32 in [0, 1]. A row without any step, or with a logit that is NaN or +inf, has S = NaN: callers must take
+        that for the highest risk. A logit of −inf is a token that cannot come.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
@@ -67,10 +67,11 @@ def _reference(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Ten
     predicted = torch.einsum("bn,bnv->bv", weights, probs)
     refusal = weights @ prototype_probs[:n].to(acc)
     norms = torch.linalg.vector_norm(predicted, dim=-1) * torch.linalg.vector_norm(refusal, dim=-1)
-    return ((predicted * refusal).sum(-1) / norms).float()
+    return ((predicted * refusal).sum(-1) / norms).clamp(max=1).float()
 
 
 def _fake(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tensor | None) -> Tensor:
+    _check.one_device("refusal_similarity", logits, prototype_probs, steps)
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 

@@ -1,9 +1,12 @@
 """region_attention, region_mass, key_attention: the CPU path and the reference against an explicit float64 loop-free twin."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 import ras_fast
@@ -69,6 +72,8 @@ def options(name, batch, heads, length_k, regions):
     return {
         "plain": {},
         "scale": {"scale": 0.4},
+        "negative_scale": {"scale": -0.3},
+        "no_scale": {"scale": 0.0},
         "bidirectional": {"is_causal": False},
         "left_padding": {"kv_start": torch.arange(batch, **int32) * 2},
         "static_cache": {"kv_end": length_k - torch.arange(batch, **int32)},
@@ -81,14 +86,14 @@ def options(name, batch, heads, length_k, regions):
     }[name]
 
 
-OPTIONS = ["plain", "scale", "bidirectional", "left_padding", "static_cache", "both_ends", "window", "softcap", "sinks", "bias",
-           "batched_bias"]  # fmt: skip
+OPTIONS = ["plain", "scale", "negative_scale", "no_scale", "bidirectional", "left_padding", "static_cache", "both_ends",
+           "window", "softcap", "sinks", "bias", "batched_bias"]  # fmt: skip
 
 
 @BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("lengths", [(9, 9), (1, 9), (4, 9)])
+@pytest.mark.parametrize("lengths", [(9, 9), (1, 9), (4, 9), (34, 36)])
 def test_against_definition(backend, lengths, option, dtype):
     query, key, value = inputs(length_q=lengths[0], length_k=lengths[1], dtype=dtype)
     ids = image_ids(2, lengths[1])
@@ -299,6 +304,90 @@ def test_opcheck(option):
                           (query, key, lse, 5, "max", ids, *masks, kwargs["region_bias"]))  # fmt: skip
 
 
+@pytest.mark.parametrize("length_k", [40, 70])
+def test_opcheck_where_flash_attention_runs(length_k):
+    """Its LSE lies in memory as [B, Lq, Hq]; the op's does not."""
+    query, key, value = inputs(length_q=40, length_k=length_k)
+    arguments = (query, key, value, None, 0, 0.25, True, None, None, 0, 0.0, None, None, 40)
+    torch.library.opcheck(torch.ops.ras_fast.region_attention.default, arguments)
+    assert ops.region_attention(query, key, value)[1].is_contiguous()
+
+
+@BACKENDS
+@pytest.mark.parametrize("length_q", [1, 5])
+def test_a_region_that_its_bias_shuts_out(backend, length_q):
+    """−inf is as if its keys were not there, also where a whole piece of the cache has no other keys."""
+    query, key, value = inputs(1, 2, 1, length_q, 600)
+    ids = torch.full((1, 600), -1, dtype=torch.int32)
+    ids[:, :300] = 0
+    out, lse, mass = ops.region_attention(query, key, value, ids, 1, region_bias=torch.full((2, 1), -torch.inf))
+    expected = ops.region_attention(query, key[:, :, 300:], value[:, :, 300:])
+    torch.testing.assert_close((out, lse), expected[:2], atol=2e-6, rtol=1e-6)
+    assert not mass.any()
+
+
+@BACKENDS
+def test_a_sink_that_takes_nothing(backend):
+    query, key, value = inputs(1, 2, 2, 3, 2)
+    out, lse, _ = ops.region_attention(query, key, value, sinks=torch.full((2,), -torch.inf))
+    expected = ops.region_attention(query, key, value)
+    torch.testing.assert_close((out, lse), expected[:2])  # the first row sees no key
+
+
+@BACKENDS
+@pytest.mark.parametrize("where", ["sinks", "region_bias"])
+def test_nan_of_any_bits_is_nan_in_the_output(backend, where):
+    query, key, value = inputs(1, 2, 2, 1, 40, dtype=torch.bfloat16)
+    nan = torch.full((2, 1), -1, dtype=torch.int32).view(torch.float32)  # rounding it to bf16 carelessly gives 0
+    ids = torch.zeros(1, 40, dtype=torch.int32)
+    options = {"sinks": nan[:, 0]} if where == "sinks" else {"region_bias": nan}
+    assert ops.region_attention(query, key, value, ids, 1, **options)[0].isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("window", [40, 2**31 - 1, 2**32 + 5, 2**63 - 1])
+def test_windows_beyond_the_keys(backend, window):
+    query, key, value = inputs(length_q=30, length_k=40)
+    torch.testing.assert_close(
+        ops.region_attention(query, key, value, window=window), ops.region_attention(query, key, value)
+    )
+
+
+@BACKENDS
+def test_statistics_stay_float32_under_autocast(backend):
+    query, key, value = inputs(length_k=20, length_q=20)
+    ids = image_ids(2, 20)
+
+    def statistics():
+        _, lse, mass = ops.region_attention(query, key, value, ids, 2, softcap=5.0)
+        return lse, mass, ops.key_attention(query, key, lse), ops.region_mass(query, key, lse, ids, 2, softcap=5.0)
+
+    expected = statistics()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(statistics(), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_traces_with_regions(mode):
+    """Tracing has no values: nothing looks whether the ids are in range."""
+    def mass(query, key, value, ids):
+        return ops.region_attention(query, key, value, ids, 2)[2]
+
+    arguments = (*inputs(), image_ids(2, 9))
+    traced = make_fx(mass, tracing_mode=mode)(*arguments)
+    torch.testing.assert_close(traced(*arguments), mass(*arguments))
+
+
+@pytest.mark.parametrize("name", ["sinks", "region_bias", "lse"])
+def test_a_gradient_is_never_dropped_silently(name):
+    query, key, value = inputs(length_q=1)
+    ids, given = image_ids(2, 9), {"sinks": torch.zeros(4), "region_bias": torch.zeros(4, 2), "lse": torch.zeros(2, 4, 1)}
+    option = {name: given[name].requires_grad_()}
+    run = partial(ops.region_mass, query, key) if name == "lse" else partial(ops.region_attention, query, key, value)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        run(region_ids=ids, num_regions=2, **option)
+
+
 def test_compiles_without_graph_breaks():
     def block(query, key, value, ids):
         out, lse, mass = ops.region_attention(query, key, value, ids, 2, mass_rows=2)
@@ -369,6 +458,7 @@ ids = torch.zeros(2, 6, dtype=torch.int32)
         ((q, k, v), {"window": 0}, "window is 0"),
         ((q, k, v), {"window": 3, "is_causal": False}, "window is 3 with is_causal=False"),
         ((q, k, v), {"softcap": -1.0}, "softcap is -1.0"),
+        ((q, k, v), {"softcap": float("inf")}, "softcap is inf"),
         ((q, k, v), {"sinks": torch.zeros(3)}, "sinks is of shape"),
         ((q, k, v), {"region_bias": torch.zeros(4, 2)}, "region_bias is given without region_ids"),
         ((q, k, v, ids, 2), {"region_bias": torch.zeros(4, 3)}, "region_bias is of shape"),

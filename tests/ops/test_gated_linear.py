@@ -119,6 +119,16 @@ def test_empty_batch(backend):
 
 
 @BACKENDS
+def test_the_inner_product_of_two_factors_may_be_large(backend):
+    """Beyond float16, as long as the sum is not."""
+    x, right = 300 * torch.randn(20, 33).half(), 20 * torch.randn(5, 33).half()
+    weight, gate = torch.randn(33, 5).half(), torch.full((20,), 1e-4)
+    assert (x.float() @ right.float().T).abs().max() > 65504
+    expected = x.double() + 1e-4 * (x.double() @ right.double().T @ weight.double().T)
+    torch.testing.assert_close(ops.gated_linear(x, weight, gate, right=right).double(), expected, atol=2, rtol=1e-3)
+
+
+@BACKENDS
 def test_many_rows(backend):
     """More rows than a tile, and more work than a thread's share."""
     x, (weight, _) = rand(37, 300), factors(300, None, torch.float32)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import ras_fast
@@ -380,6 +381,13 @@ def test_opcheck_in_place(dtype):
     torch.library.opcheck(torch.ops.ras_fast.add_layer_norm_.default, (*args[:3], None, *args[3:8], *args[9:]))
 
 
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_in_place_without_addresses(device):
+    with FakeTensorMode() if device == "fake" else torch.device("meta"):
+        x, residual, weight = torch.empty(3, 8), torch.empty(3, 8), torch.empty(8)
+        assert ops.add_rms_norm_(x, residual, weight, 1e-6)[0] is x
+
+
 def test_in_place_compiles_without_graph_breaks():
     def block(x, residual, weight):
         y, h, _ = ops.add_rms_norm_(x * 2, residual, weight, 1e-6)
@@ -426,6 +434,8 @@ ok = {"steer_vectors": torch.zeros(2, 8), "steer_slot": torch.zeros(2, dtype=tor
         ((x, None, w, 1e-6), ok | {"steer_slot": torch.zeros(3, dtype=torch.int32)}, "steer_slot is of shape"),
         ((x, None, w, 1e-6), ok | {"steer_alpha": torch.zeros(2).double()}, "steer_alpha is of dtype"),
         ((x, None, w, 1e-6), {"probes": torch.zeros(8)}, "probes is of shape"),
+        ((x, None, w.double(), 1e-6), {}, "weight is of dtype torch.float64; it must be float32"),
+        ((x, None, w, 1e-6), {"probes": torch.zeros(1, 8).double()}, "probes is of dtype torch.float64"),
     ],
 )
 def test_bad_arguments_are_named(args, kwargs, message):

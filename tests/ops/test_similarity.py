@@ -71,6 +71,19 @@ def test_masked_logits(backend):
                                atol=2e-6, rtol=1e-5)  # fmt: skip
 
 
+@BACKENDS
+def test_never_above_one(backend):
+    logits = torch.randn(200, 1, 300) * 3
+    found = torch.cat([ops.refusal_similarity(row[None], torch.softmax(row, -1)) for row in logits])
+    assert (found <= 1).all()
+    assert (found > 0.999).all()
+
+
+def test_prototypes_that_are_not_there():
+    with pytest.raises(ValueError, match="prototype_probs is on device meta"):
+        ops.refusal_similarity(torch.randn(2, 3, 50), torch.rand(3, 50).to("meta"))
+
+
 def test_opcheck():
     args = (torch.randn(2, 3, 20), torch.softmax(torch.randn(3, 20), -1), 0.3, torch.tensor([3, 1], dtype=torch.int32))
     torch.library.opcheck(torch.ops.ras_fast.refusal_similarity.default, args)

@@ -87,6 +87,8 @@ AIMS = [
     Aim("decode: share of copy, batch ≥ 8", "attention", lambda r: decode(r) and r["B"] >= 8, lambda r: r["share"], 0.85,
         least=True),
     Aim("decode: over SDPA without statistics", "attention", decode, lambda r: r["over floor"], 1.0),
+    Aim("decode: a range over SDPA under a mask", "attention", decode,
+        lambda r: over(r, "range, no mass", "sdpa under a mask, no mass"), 1.0),
     Aim("Hopper prefill: best SDPA over it, 4k–16k", "attention",
         lambda r: all_rows(r) and r["Lq"] >= 4096 and r["D"] in (64, 128), lambda r: over(r, r["floor"], "hopper"), 0.95,
         least=True),

@@ -135,6 +135,13 @@ def attention_floor(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Call
     return calls
 
 
+def attention_masked(query: Tensor, key: Tensor, value: Tensor) -> Call:
+    """SDPA under a mask of the valid keys: what a static cache, padding, or a captured step costs without a kernel for ranges.
+    No statistics."""
+    mask = torch.ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    return lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
 def attention_eager(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int) -> Call | None:
     """What Hugging Face's eager attention does with output_attentions=True: the whole matrix, then sums."""
     group, length_q, length_k = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]

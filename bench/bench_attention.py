@@ -2,7 +2,8 @@
 
 One image of 576 tokens (or half the keys, if that is less) is the region. Every candidate of a shape gets the same tensors in
 the same run, in turn. The floor is the fastest SDPA backend without statistics; "over floor" is ras_fast's time over it, and
-"mass costs" its time over its own without mass. Prefill counts 2·B·H·N²·D operations (causal), decode the bytes of keys and
+"mass costs" its time over its own without mass. A decode step over a range of keys, as in a captured step, stands beside SDPA
+under a mask that says the same. Prefill counts 2·B·H·N²·D operations (causal), decode the bytes of keys and
 values; on a GPU decode is timed as a CUDA graph. "extra MB" is what a call allocates at its peak, its output included.
 """
 
@@ -44,6 +45,11 @@ def candidates(query, key, value, ids, spans, rows: int) -> dict:
         "ras_fast": lambda: ops.region_attention(query, key, value, ids, 1, mass_rows=rows),
         "no mass": lambda: ops.region_attention(query, key, value),
     }
+    if query.shape[2] == 1:
+        start = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
+        end = torch.full_like(start, key.shape[2])
+        calls["range, no mass"] = lambda: ops.region_attention(query, key, value, kv_start=start, kv_end=end)
+        calls["sdpa under a mask, no mass"] = baselines.attention_masked(query, key, value)
     if query.is_cuda:
         masks = (query.shape[-1] ** -0.5, True, None, None, 0, 0.0, None, None)
         fused = torch.ops.ras_fast.region_attention_triton

@@ -7,6 +7,8 @@ import ras_fast
 from ras_fast import ops
 from ras_fast.ops import attention, attention_plan
 from ras_fast.ops.attention_plan import Case
+from ras_fast.patching import range_mask
+from ras_fast.patching.attention import attention as patched_attention
 
 CUDA = ras_fast.backends()["cuda"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=str(CUDA))]
@@ -54,6 +56,50 @@ def test_decode_options():
     bounds = [torch.tensor(bound, dtype=torch.int32, device="cuda") for bound in ([0, 90], [650, 400])]
     sinks, bias = torch.randn(8, device="cuda"), torch.randn(2, 8, 2, device="cuda")
     check(query, key, value, image_ids(2, 700), (0.1, True, *bounds, 300, 5.0), 1, sinks, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [4, 8, 32])
+def test_rows_with_bounds_of_their_own(heads, dtype):
+    """Two sequences over one cache, which see stretches that overlap, lie apart, or are empty. float32: Triton, row by row."""
+    query, key, value = states(2, 700, dtype=dtype, heads=heads)
+    bounds = ([[300, 120], [650, 0]], [[700, 480], [650, 90]])
+    start, end = (torch.tensor(bound, dtype=torch.int32, device="cuda") for bound in bounds)
+    ids, sinks, bias = image_ids(2, 700), torch.randn(heads, device="cuda"), torch.randn(2, heads, 2, device="cuda")
+    options = {"is_causal": False, "kv_start": start, "kv_end": end}
+    kernel = "decode" if dtype == torch.bfloat16 else "triton"
+    assert ops.explain(query, key, value, ids, 2, **options).kernel == kernel
+    args = (ids, 2, 0.1, False, start, end, 0, 5.0, sinks, bias, 1)
+    exact = attention._attention_reference(query.double(), key.double(), value.double(), *args)
+    found = torch.ops.ras_fast.region_attention(query, key, value, *args)
+    for got, expected, atol in zip(found, exact, (2e-2, 1e-3, 2e-3), strict=True):
+        torch.testing.assert_close(got.double(), expected.double(), atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize("length_q", [1, 2])
+def test_patched_attention_under_a_range(length_q):
+    """What a captured step of the engine, or of a static cache, runs instead of SDPA under a mask."""
+    query, key, value = states(length_q, 500)
+    ends = torch.tensor([[460, 90], [33, 500]], device="cuda")[:, :length_q]
+    mask = range_mask(torch.zeros_like(ends), ends) if length_q > 1 else range_mask(ends[:, 0] * 0, ends[:, 0])
+    module = torch.nn.Module().eval()
+    out, _ = patched_attention(module, query, key, value, mask, scaling=0.1)
+    seen = torch.arange(500, device="cuda") < ends[:, None, :, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=seen, scale=0.1, enable_gqa=True
+    )
+    torch.testing.assert_close(out.float(), expected.transpose(1, 2), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("mass_rows", [1, 640])
+def test_a_nan_is_not_hidden_from_the_masses(mass_rows):
+    """Flash attention's LSE of a row whose sum is NaN is +inf, from which every mass would be 0."""
+    query, key, value = states(640, 640)
+    key[0, :, 3] = torch.nan  # in no region
+    _, lse, mass = ops.region_attention(query, key, value, image_ids(2, 640), 2, mass_rows=mass_rows)
+    assert mass[0, :, -1].isnan().all()
+    assert lse[0, :, -1].isnan().all()
+    assert mass[1].isfinite().all()
 
 
 @pytest.mark.parametrize(("mass_rows", "kernel"), [(1, "flash"), (64, "flash"), (640, "triton")])

@@ -37,12 +37,12 @@ def test_a_decode_step_waits_for_nothing(processor):
         def strict(batch, answer, streamer, shown):
             step = batch.step
 
-            def without_waiting(branches):
+            def without_waiting(branches, **options):
                 for branch in branches:  # the looks every few steps are the only waits: put them off
                     branch.sync()
                 torch.cuda.set_sync_debug_mode("error")
                 try:
-                    step(branches)
+                    step(branches, **options)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
 

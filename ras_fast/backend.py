@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from ras_fast import build
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT_VARIABLE = "RAS_FAST_BACKEND"
@@ -34,11 +37,23 @@ def load_library(kind: str) -> str:
     path = _LIBRARIES / f"libras_fast_{kind}.so"
     if not path.is_file():
         return f"{path.name} is not built"
+    if not _is_of_these_sources(path):
+        return f"{path.name} was built from other sources than csrc/ holds"
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load ({error})"
     return ""
+
+
+def _is_of_these_sources(path: Path) -> bool:
+    """Looked up before it is loaded: what a library registers stays."""
+    try:
+        marker = build.sources_marker(build.sources()).encode()
+    except build.BuildError:  # installed without its sources
+        return True
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(marker) >= 0
 
 
 def _cpu() -> Backend:

@@ -7,6 +7,7 @@ introspection. ``setup.py`` runs this very file by path, so it imports neither t
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -62,6 +63,14 @@ def sources() -> Path:
         if folder.is_dir():
             return folder
     raise BuildError(f"csrc/ was found neither beside nor inside {PACKAGE}: reinstall ras_fast")
+
+
+def sources_marker(csrc: Path) -> str:
+    """What a library built from these sources holds in its bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")):
+        digest.update(f"{path.relative_to(csrc).as_posix()}\n".encode() + path.read_bytes())
+    return f"RAS_FAST_SOURCES={digest.hexdigest()[:32]}"
 
 
 def find_nvcc() -> str | None:
@@ -124,6 +133,10 @@ def common_flags(torch: Torch, csrc: Path) -> str:
     return f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={STABLE_ABI} -I{csrc} -isystem {torch.include}"
 
 
+def registration_flags(csrc: Path) -> str:
+    return f"-DRAS_FAST_SOURCES=\\\"{sources_marker(csrc)}\\\""
+
+
 def link_flags(torch: Torch, libraries: str) -> str:
     # No rpath: torch is always loaded before our library, and an absolute path would tie the binary to this machine.
     return f"-shared -L{torch.lib} {libraries}"
@@ -143,7 +156,8 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch, '-ltorch -ltorch_cpu -lc10')}", depfile=False)
     kernels = sorted((csrc / "cpu").glob("*_kernel.cpp"))
     launchers = sorted(set((csrc / "cpu").glob("*.cpp")) - set(kernels))
-    objects = [ninja.edge(f"{source.stem}.o", "cxx", [source]) for source in [csrc / "ops.cpp", *launchers]]
+    objects = [ninja.edge("ops.o", "cxx", [csrc / "ops.cpp"], flags=registration_flags(csrc))]
+    objects += [ninja.edge(f"{source.stem}.o", "cxx", [source]) for source in launchers]
     for source in kernels:
         for isa, flags in isas.items():
             options = f"-DRAS_FAST_ISA={isa} {flags} {PLAIN_ARITHMETIC.get(source.stem, '')}"
@@ -166,13 +180,16 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     if not cuda_sources:
         raise BuildError(f"no CUDA sources in {csrc / 'cuda'}: reinstall ras_fast")
     # torch/csrc/stable's CUDA entry points are declared under USE_CUDA and resolved at load time by a CUDA build of torch.
-    ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs --threads 2 "
+    ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs $flags --threads 2 "
                "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
     # libtorch.so has no symbols of its own, but leads the loader to the CUDA half of torch: many linkers would leave it out.
     ninja.rule("link", f"{nvcc} {arch_flags} $in -o $out -shared -cudart static -L{torch.lib} -Xlinker --no-as-needed "
                "-ltorch -ltorch_cpu -lc10", depfile=False)
     objects = [
-        ninja.edge(f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags)
+        ninja.edge(
+            f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags,
+            flags=registration_flags(csrc) if source.stem == "ops" else "",
+        )
         for source in cuda_sources
     ]
     library = out / "libras_fast_cuda.so"

@@ -79,6 +79,22 @@ def test_without_native_libraries_the_reference_serves(tmp_path):
     assert "[1, 2, 3, 4]" in done.stdout
 
 
+def test_a_library_of_other_sources_is_not_loaded(monkeypatch):
+    """Its kernels may read their arguments otherwise; a pull without a build leaves such a one."""
+    monkeypatch.setattr(build, "sources_marker", lambda csrc: "RAS_FAST_SOURCES=other")
+    reason = backend.load_library.__wrapped__("cpu")
+    assert reason == "libras_fast_cpu.so was built from other sources than csrc/ holds"
+
+
+def test_the_marker_follows_every_source(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    found = set()
+    for name, text in (("ops.cpp", "a"), ("cpu/a.h", "a"), ("cpu/a.h", "b"), ("cpu/b.h", "b"), ("notes.txt", "b")):
+        (tmp_path / name).write_text(text)
+        found.add(build.sources_marker(tmp_path))
+    assert len(found) == 4
+
+
 def test_build_reports_missing_tools(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(build, "find_nvcc", lambda: None)

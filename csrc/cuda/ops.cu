@@ -1,6 +1,8 @@
 // Every op that has a CUDA kernel. Schemas are in ras_fast/ops/: an install without a compiler has the ops, too.
 #include "ops.h"
 
+#include "sources.h"
+
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {
   m.impl("add_rms_norm", TORCH_BOX(&ras::cuda::add_rms_norm));
   m.impl("add_rms_norm_", TORCH_BOX(&ras::cuda::add_rms_norm_));

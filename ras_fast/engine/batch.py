@@ -202,6 +202,7 @@ class Batch:
     def __init__(self, runner: Runner, space: Workspace):
         self.runner, self.space, self.rows = runner, space, space.rows
         self.prefixes = [0] * self.rows
+        self._held = [0] * self.rows  # of these, what the scratch goes on from
         self.branches: dict[int, Branch] = {}  # the latest of each kind
         self.regions: dict[int, RegionMap | None] = {}  # of each row's prefix
         self._maps: tuple[RegionMap, RegionMap] | None = None
@@ -316,7 +317,7 @@ class Batch:
         row produces beyond its end."""
         slots = self.origin + places if kind == ANSWER else self.origin - 1 - (places - self.shared[rows])
         trash = self.space.capacity - 1
-        return torch.where(places < 0, trash, slots).clamp(0, trash)
+        return slots.clamp(0, trash).masked_fill(places < 0, trash)
 
     def _range(self, branch: Branch) -> tuple[Tensor, Tensor]:
         """The slots [start, end) that each token of a branch's feed sees, both [B, T]; some slot always."""

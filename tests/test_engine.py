@@ -307,6 +307,20 @@ def test_pixels_that_are_not_finite_fail_closed_for_their_query_alone(model, pro
     assert guard.counters["failed_closed"] == 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_answer_that_goes_on_alone_beside_a_longer_prompt(model, processor, monkeypatch, fused):
+    """A step of a single answer takes no mask: it must not see as far as the images of a row that has ended."""
+    profile = make_profile(model, processor, gate=0.0, max_context_tokens=2)
+    prompts, images = ["w1 w2 w3", "w4"], [[random_image(1), random_image(2)], []]
+    plain = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=20)
+    end = next(token for token in plain[0].tokens[7:] if token not in plain[0].tokens[:7] + plain[1].tokens)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end])
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=20)
+    assert 7 < len(expected[0].tokens) < len(expected[1].tokens) == 20
+    with SafeGenerator(model, processor, profile, batch_size=2, fused=fused) as guard:
+        assert_same(guard.generate(prompts, images, max_new_tokens=20), expected)
+
+
 @pytest.mark.parametrize(("value", "fused"), [(float("nan"), False), (float("nan"), True), (float("inf"), True)])
 def test_a_model_that_overflows_fails_closed_for_its_row_alone(model, processor, profile, monkeypatch, value, fused):
     """NaN in the keys of one query's prefix: every later state of that query is NaN."""

@@ -350,8 +350,9 @@ class Batch:
 
     def forward(self, branches: list[Branch], captured: bool = False) -> Tensor:
         """The states [B, len(branches), d] from which the branches' next tokens are read."""
-        end = self.origin + max(*self.prefixes, 0, *(end for own in branches if own.kind == ANSWER for end in own.live_ends))
-        taken = max((end for own in branches if own.kind == SCRATCH for end in own.live_ends), default=0)
+        taken = {own.kind: max(own.live_ends, default=0) for own in branches}
+        read = max(self.prefixes) if SCRATCH in taken else 0  # of rows whose answer goes on, it is within their own stretch
+        end, taken = self.origin + max(read, taken.get(ANSWER, 0)), taken.get(SCRATCH, 0)
         if end >= self.space.capacity or taken > self.origin:
             raise ValueError(f"the pool holds {self.origin} + {self.space.capacity - 1 - self.origin} tokens and cannot take "
                              f"{taken} + {end - self.origin}")  # fmt: skip

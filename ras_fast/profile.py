@@ -33,7 +33,7 @@ def fingerprint(model, processor) -> dict:
 
 
 def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor) -> dict:
-    """`fingerprint` where there is no transformers model; head: the first HEAD_ROWS rows of the LM head in the model's dtype."""
+    """`fingerprint` where there is no transformers model; head: its LM head's first HEAD_ROWS rows, in its dtype."""
     tokenizer = getattr(processor, "tokenizer", processor)
     wording = [sorted(tokenizer.get_vocab().items()), getattr(processor, "chat_template", None)]
     return {

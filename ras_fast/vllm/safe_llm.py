@@ -48,8 +48,8 @@ class SafeLLM:
         max_tokens: of an answer.
 
         An answer comes out when its risk is known. Any error, also one of a single request, aborts all that is in flight and is
-        raised; no answer comes out then. Raises ValueError for input that cannot be used, RuntimeError when the engine is
-        already at work or ends a request otherwise than at its end.
+        raised; no answer comes out then. Raises ValueError for input that cannot be used, vLLM's own errors for prompts that it
+        does not take, and RuntimeError when the engine is already at work or ends a request otherwise than at its end.
         """
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens!r}; it needs to be an integer of at least 1")

@@ -5,8 +5,8 @@
 
 One engine, fp32, greedy. "undefended" asks it for the answers alone, in the same process and in turn with "MoRAS"
 (`ras_fast.vllm.SafeLLM`); the prefix cache is emptied before each. Medians of the rounds, of the process's processor time: the
-engine is in this process, with one thread, and other work on the machine counts less so. A model this small shows what the requests and vLLM's
-own steps cost, not what a GPU's would.
+engine is in this process, with one thread, and other work on the machine counts less so. A model this small shows what the
+requests and vLLM's own steps cost, not what a GPU's would.
 """
 
 from __future__ import annotations

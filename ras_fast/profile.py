@@ -15,6 +15,7 @@ FORMAT_VERSION = 1
 JSON_NAME = "ras_profile.json"
 TENSORS_NAME = "ras_profile.safetensors"
 METHODS = ("moras", "ras", "autosteer", "attention", "projection")
+HEAD_ROWS = 64  # of the LM head, that go into the fingerprint
 REQUIRED_TENSORS = {
     "moras": ("prototypes",),
     "ras": ("prototypes",),
@@ -27,18 +28,22 @@ REQUIRED_TENSORS = {
 def fingerprint(model, processor) -> dict:
     """What ties a profile to a model: architecture, sizes, dtype, a hash of the tokenizer's vocabulary and chat
     template, and a hash of the first rows of the LM head (which tells fine-tuned siblings apart)."""
-    text = model.config.get_text_config()
+    head = model.get_output_embeddings().weight.detach()[:HEAD_ROWS]
+    return fingerprint_of_parts(type(model).__name__, model.config.get_text_config(), model.dtype, head, processor)
+
+
+def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor) -> dict:
+    """`fingerprint` where there is no transformers model; head: its LM head's first HEAD_ROWS rows, in its dtype."""
     tokenizer = getattr(processor, "tokenizer", processor)
     wording = [sorted(tokenizer.get_vocab().items()), getattr(processor, "chat_template", None)]
-    head = model.get_output_embeddings().weight.detach()[:64].float().cpu().contiguous()
     return {
-        "architecture": type(model).__name__,
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": text.num_hidden_layers,
-        "vocab_size": text.vocab_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "architecture": architecture,
+        "hidden_size": text_config.hidden_size,
+        "num_hidden_layers": text_config.num_hidden_layers,
+        "vocab_size": text_config.vocab_size,
+        "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": hashlib.sha256(json.dumps(wording).encode()).hexdigest()[:16],
-        "lm_head": hashlib.sha256(head.numpy().tobytes()).hexdigest()[:16],
+        "lm_head": hashlib.sha256(head.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
     }
 
 
@@ -70,7 +75,10 @@ class RasProfile:
 
     def check(self, model, processor) -> None:
         """Raises ValueError that lists what differs when this profile was not made on this model and tokenizer."""
-        found = fingerprint(model, processor)
+        self.check_fingerprint(fingerprint(model, processor))
+
+    def check_fingerprint(self, found: dict) -> None:
+        """`check` against what `fingerprint` says of a model."""
         differing = [
             f"{key}: profile {self.fingerprint.get(key)!r}, model {value!r}"
             for key, value in found.items()

@@ -77,12 +77,11 @@ class Moras:
 
     def context_query(self, query: Query) -> Query:
         """Stage 1: the images and the context prompt."""
-        return query.ask_about_images(self.config["context_prompt"])
+        return context_query(query, self.config)
 
     def risk_query(self, query: Query, context: str) -> Query:
-        """Stage 2: the images, the safety prompt, the context and the question. An assistant prefix is left out: it
-        would decide the first words, which is what the risk is read from."""
-        return query.prefix_last_question(f"{self.config['safety_prompt']} {context}".strip())
+        """Stage 2: the images, the safety prompt, the context and the question."""
+        return risk_query(query, context, self.config)
 
     def similarity(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         """S [B] fp32 of the stage-2 logits [B, n <= N, V]; steps [B] int32: how many of the n each row produced."""
@@ -122,6 +121,17 @@ class Moras:
         mixed = (1 - risk) * hidden.float() + risk * prototype
         # At r = 1 the state is left out, not multiplied by zero: it may be the NaN that made the risk 1.
         return torch.where(risk >= 1, prototype, mixed).to(hidden.dtype)
+
+
+def context_query(query: Query, config: dict) -> Query:
+    """Stage 1 by a profile's config: the images and the context prompt."""
+    return query.ask_about_images(config["context_prompt"])
+
+
+def risk_query(query: Query, context: str, config: dict) -> Query:
+    """Stage 2 by a profile's config: the images, the safety prompt, the context and the question. An assistant prefix is left
+    out: it would decide the first words, which is what the risk is read from."""
+    return query.prefix_last_question(f"{config['safety_prompt']} {context}".strip())
 
 
 def _attention_gate(profile: RasProfile, device) -> AttentionGate | None:

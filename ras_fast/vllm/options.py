@@ -1,0 +1,87 @@
+"""What a user hands to vLLM: the engine's arguments, and what one request carries in `SamplingParams.extra_args`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+RISK = "ras_risk"
+RECORD = "ras_record"
+QUERIES = 32  # in flight at a time
+
+
+def engine_args(profile, *, queries: int = QUERIES) -> dict:
+    """Keyword arguments for ``vllm.LLM`` (or ``EngineArgs``) that put a MoRAS profile into the engine.
+
+    profile: folder or hub id of a `ras_fast.RasProfile` calibrated on the model that the engine loads.
+    queries: how many queries `SafeLLM` keeps in flight. Each holds 2 N V fp32 logits on the device (LLaVA: 0.8 MB).
+
+    Raises ValueError when ``queries`` is not an integer of at least 1.
+    """
+    settings = {"profile": str(Path(profile).resolve()) if Path(profile).is_dir() else str(profile), "queries": queries}
+    read_settings({"ras_fast": settings})
+    return {
+        "logits_processors": ["ras_fast.vllm.processor:RasLogitsProcessor"],
+        "worker_extension_cls": "ras_fast.vllm.worker.RasWorkerExtension",
+        "additional_config": {"ras_fast": settings},
+    }
+
+
+def read_settings(additional_config) -> tuple[str, int]:
+    """(profile, queries) of an engine's ``additional_config``. Raises ValueError when they are not there or not usable."""
+    settings = additional_config.get("ras_fast") if isinstance(additional_config, dict) else None
+    if not isinstance(settings, dict) or not isinstance(settings.get("profile"), str):
+        raise ValueError(
+            f"additional_config is {additional_config!r}; it needs {{'ras_fast': {{'profile': FOLDER}}}}: "
+            "make the engine with LLM(model, **ras_fast.vllm.engine_args(FOLDER))"
+        )
+    queries = settings.get("queries", QUERIES)
+    if not isinstance(queries, int) or queries < 1:
+        raise ValueError(f"queries is {queries!r}; it needs to be an integer of at least 1")
+    return settings["profile"], queries
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is to be done with a request's first N steps.
+
+    risk: steer them by it, in [0, 1]; None: do not steer.
+    slot: keep their raw logits there; None: do not keep them.
+    """
+
+    risk: float | None = None
+    slot: int | None = None
+
+
+def check_marks(extra_args: dict | None, n: int) -> None:
+    """Raises ValueError for marks of a request with ``n`` answers that mean nothing. A risk that is not finite is none of
+    these: it counts as 1."""
+    marks = {name: value for name, value in (extra_args or {}).items() if name.startswith("ras_")}
+    unknown = set(marks) - {RISK, RECORD}
+    if unknown:
+        raise ValueError(f"extra_args has {sorted(unknown)}; this engine knows {RISK!r} and {RECORD!r}")
+    risk, slot = marks.get(RISK, 0.0), marks.get(RECORD, 0)
+    if not _number(risk) or (math.isfinite(risk) and not 0 <= risk <= 1):
+        raise ValueError(f"extra_args[{RISK!r}] is {risk!r}; it needs to be a number in [0, 1]")
+    if not isinstance(slot, int) or isinstance(slot, bool) or slot < 0:
+        raise ValueError(f"extra_args[{RECORD!r}] is {slot!r}; it needs to be a slot number")
+    if RECORD in marks and n != 1:
+        raise ValueError(f"n is {n}; a request with {RECORD!r} needs n = 1: its answers would share the slot")
+
+
+def read_marks(extra_args: dict | None) -> Marks | None:
+    """A request's marks, None for a request without any. What `check_marks` would refuse has risk 1."""
+    extra_args = extra_args or {}
+    if RISK not in extra_args and RECORD not in extra_args:
+        return None
+    return Marks(risk_of(extra_args[RISK]) if RISK in extra_args else None, extra_args.get(RECORD))
+
+
+def risk_of(value) -> float:
+    """The risk that a request carries; 1 for anything but a number in [0, 1]."""
+    return float(value) if _number(value) and 0 <= value <= 1 else 1.0
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

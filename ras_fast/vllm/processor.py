@@ -1,0 +1,130 @@
+"""The logits processor: which row of a batch is which step of which request, in either of vLLM's model runners."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from weakref import WeakValueDictionary
+
+import torch
+from transformers import AutoProcessor
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor import LogitsProcessor as BatchProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotProcessor
+
+from ras_fast.profile import HEAD_ROWS, RasProfile, fingerprint_of_parts
+from ras_fast.vllm.checkpoint import CheckpointHead
+from ras_fast.vllm.options import RISK, Marks, check_marks, read_marks, read_settings
+from ras_fast.vllm.steering import Steering
+
+# Of this process, by the engine's instance id; how a worker finds its own.
+PROCESSORS: WeakValueDictionary[str, RasLogitsProcessor] = WeakValueDictionary()
+
+
+class RasLogitsProcessor(BatchProcessor, SlotProcessor):
+    """Steers and records the first N steps of requests that ask for it in their ``extra_args``.
+
+    ``ras_risk``: steer by this risk in [0, 1]; one that is not finite is 1, and counted.
+    ``ras_record``: keep the raw logits in this slot, for `Steering.judge`.
+    Other requests' logits are not touched.
+
+    vLLM has two model runners with an interface each. The older one tells of batch rows that come, go and move, and makes the
+    processor with (config, device, pinned memory); the newer one names each row's slot in `apply`, and makes it with
+    (config, state of the slots). This class is both.
+
+    Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, and when the profile
+    or the model's head cannot be used (`Steering`, `CheckpointHead`, `RasProfile.check`).
+    """
+
+    def __init__(self, vllm_config: VllmConfig, where, is_pin_memory: bool | None = None):
+        if vllm_config.speculative_config is not None:
+            raise ValueError("speculative_config is set; steering needs one row of logits for each step of a request")
+        path, queries = read_settings(vllm_config.additional_config)
+        self._slots = where if is_pin_memory is None else None
+        device = where if self._slots is None else where.device
+        self.steering = load_steering(vllm_config, path, 2 * queries, device)
+        # Older runner: batch row -> marks and the request's live list of output tokens. Newer runner: slot -> marks.
+        self._rows: dict[int, tuple[Marks, list[int]]] = {}
+        self._marks: dict[int, Marks] = {}
+        PROCESSORS[vllm_config.instance_id] = self
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raises ValueError for ``extra_args`` that mean nothing."""
+        check_marks(sampling_params.extra_args, sampling_params.n)
+
+    def apply(self, logits: torch.Tensor, ctx=None) -> torch.Tensor:
+        """Logits [rows, V] fp32 of one step; ctx: the newer runner's layout of the batch."""
+        rows = self._batch_rows() if ctx is None else self._slot_rows(ctx)
+        return self.steering.apply(logits, rows)
+
+    # The older runner
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._rows.pop(row, None)
+        for row, params, _, output_ids in batch_update.added:
+            self._rows.pop(row, None)
+            marks = self._read(params)
+            if marks is not None:
+                self._rows[row] = (marks, output_ids)
+        for source, target, direction in batch_update.moved:
+            moving, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
+            if moving is not None:
+                self._rows[target] = moving
+            if replaced is not None and direction == MoveDirectionality.SWAP:
+                self._rows[source] = replaced
+
+    def _batch_rows(self) -> Iterator[tuple[int, int, Marks]]:
+        # A prompt that is read in pieces has a row, too, before its last piece: that is step 0 again and again, and what
+        # was kept of it is overwritten.
+        return ((row, len(output_ids), marks) for row, (marks, output_ids) in self._rows.items())
+
+    # The newer runner
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        self._marks.pop(req_idx, None)
+        marks = self._read(sampling_params)
+        if marks is not None:
+            self._marks[req_idx] = marks
+        return marks is not None
+
+    def _slot_rows(self, ctx) -> Iterator[tuple[int, int, Marks]]:
+        # Without speculative decoding there is one row for each request, and this bound is exact.
+        lengths = ctx.seq_lens_upper_bound_np.tolist()
+        for row, (slot, length) in enumerate(zip(ctx.idx_mapping_np.tolist(), lengths, strict=True)):
+            if slot in self._marks:
+                yield row, length - int(self._slots.prompt_len.np[slot]), self._marks[slot]
+
+    def _read(self, params: SamplingParams) -> Marks | None:
+        marks = read_marks(params.extra_args)
+        if marks is not None and marks.risk is not None and marks.risk != params.extra_args[RISK]:
+            self.steering.counters["failed_closed"] += 1
+        return marks
+
+
+def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> Steering:
+    """The profile made ready for the engine's model; raises ValueError when it was calibrated on another one."""
+    model = vllm_config.model_config
+    text_config = model.hf_config.get_text_config()
+    head = CheckpointHead(model.model, model.revision, model.hf_config, text_config)
+    loaded = RasProfile.from_pretrained(profile)
+    processor = load_processor(model)
+    rows = head.rows(HEAD_ROWS, model.dtype)
+    loaded.check_fingerprint(fingerprint_of_parts(model.hf_config.architectures[0], text_config, model.dtype, rows, processor))
+    eos = model.try_get_generation_config().get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
+    return Steering(loaded, lambda hidden: head.logits(hidden.cpu(), model.dtype), slots, eos, device)
+
+
+def load_processor(model_config):
+    """The model's transformers processor."""
+    return AutoProcessor.from_pretrained(
+        model_config.model, revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
+    )

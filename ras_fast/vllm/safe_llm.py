@@ -1,0 +1,217 @@
+"""SafeLLM: MoRAS's three stages as requests of one vLLM engine, overlapped by its continuous batching."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from ras_fast.engine import SafeOutput
+from ras_fast.inputs import Query, make_queries, short_ids
+from ras_fast.methods.moras import context_query, context_text, risk_query
+from ras_fast.profile import RasProfile
+from ras_fast.vllm.options import RECORD, RISK, read_settings
+from ras_fast.vllm.processor import load_processor
+
+CONTEXT, ASSESS, DRAFT, ANSWER = "context", "risk", "draft", "answer"
+
+
+class SafeLLM:
+    """Defended greedy generation in a vLLM engine.
+
+    llm: made with ``LLM(model, **ras_fast.vllm.engine_args(profile))``.
+
+    ``counters``: queries, drafts that fell (``rejected``), risks that were set to 1 (``failed_closed``), and of all requests
+    ``prompt_tokens`` and how many of these came out of the prefix cache (``cached_tokens``).
+
+    Raises ValueError when the engine was made without a profile, or its head cannot be steered in logits.
+    """
+
+    def __init__(self, llm: LLM):
+        self.engine = llm.llm_engine
+        config = self.engine.vllm_config
+        profile, self.capacity = read_settings(config.additional_config)
+        self.settings = RasProfile.from_pretrained(profile).config
+        self.processor = load_processor(config.model_config)
+        self.counters: Counter = Counter()
+        self._names = itertools.count()
+        self.engine.collective_rpc("ras_prove")
+
+    def generate(self, prompts, images=None, *, max_tokens: int = 64) -> list[SafeOutput]:
+        """Answers each prompt about its images, greedily.
+
+        prompts, images: see `ras_fast.inputs.make_queries`.
+        max_tokens: of an answer.
+
+        An answer comes out when its risk is known. Any error, also one of a single request, aborts all that is in flight and is
+        raised; no answer comes out then. Raises ValueError for input that cannot be used, vLLM's own errors for prompts that it
+        does not take, and RuntimeError when the engine is already at work or ends a request otherwise than at its end.
+        """
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens!r}; it needs to be an integer of at least 1")
+        if self.engine.has_unfinished_requests():
+            raise RuntimeError("the engine has unfinished requests; let them finish before SafeLLM.generate")
+        run = _Run(self, max_tokens)
+        try:
+            return run.answers(make_queries(prompts, images, self.processor))
+        except BaseException:
+            self.engine.abort_request(list(run.live))
+            raise
+
+
+@dataclass
+class _Job:
+    """A query on its way. tokens: of each stage so far; over: the stages that have ended."""
+
+    query: Query
+    slot: int
+    begin: float = field(default_factory=time.perf_counter)
+    tokens: dict[str, list[int]] = field(default_factory=lambda: {s: [] for s in (CONTEXT, ASSESS, DRAFT, ANSWER)})
+    over: set[str] = field(default_factory=set)
+    output: SafeOutput | None = None  # when it has been judged
+    context: str = ""
+    times: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, event: str) -> None:
+        """Notes the first time that an event happens, in seconds since the query's start."""
+        self.times.setdefault(event, time.perf_counter() - self.begin)
+
+
+class _Run:
+    """One call of `SafeLLM.generate`. live: request id -> its job and stage."""
+
+    def __init__(self, guard: SafeLLM, max_tokens: int):
+        self.guard, self.engine, self.counters = guard, guard.engine, guard.counters
+        self.settings, self.max_tokens = guard.settings, max_tokens
+        self.live: dict[str, tuple[_Job, str]] = {}
+
+    def answers(self, queries: list[Query]) -> list[SafeOutput]:
+        waiting, slots = deque(enumerate(queries)), list(range(self.guard.capacity))
+        jobs: dict[int, _Job] = {}
+        outputs: dict[int, SafeOutput] = {}
+        while waiting or jobs:
+            while waiting and slots:
+                number, query = waiting.popleft()
+                jobs[number] = self._start(query, slots.pop())
+            for output in self.engine.step():
+                self._receive(output)
+            self._judge([job for job in jobs.values() if job.output is None and self._can_be_judged(job)])
+            for number in [n for n, job in jobs.items() if job.output is not None and self._answer_stage(job) in job.over]:
+                job = jobs.pop(number)
+                outputs[number] = self._finish(job)
+                slots.append(job.slot)
+        return [outputs[number] for number in range(len(queries))]
+
+    # The stages
+
+    def _start(self, query: Query, slot: int) -> _Job:
+        self.counters["queries"] += 1
+        job = _Job(query, slot)
+        self._submit(job, DRAFT, query, self.max_tokens, {RECORD: 2 * slot})
+        if query.images:
+            self._submit(job, CONTEXT, context_query(query, self.settings), self.settings["max_context_tokens"], None)
+        else:
+            self._assess(job)
+        return job
+
+    def _assess(self, job: _Job) -> None:
+        job.context = context_text(self.guard.processor, job.tokens[CONTEXT])
+        job.mark(CONTEXT)
+        query = risk_query(job.query, job.context, self.settings)
+        self._submit(job, ASSESS, query, self.settings["steps"], {RECORD: 2 * job.slot + 1})
+
+    def _can_be_judged(self, job: _Job) -> bool:
+        drafted = DRAFT in job.over or len(job.tokens[DRAFT]) >= self.settings["steps"]
+        return drafted and ASSESS in job.over
+
+    def _judge(self, jobs: list[_Job]) -> None:
+        """Risks from the logits that the workers kept; a draft that steering changes is given up, and the answer made anew."""
+        if not jobs:
+            return
+        asked = [(2 * j.slot + 1, len(j.tokens[ASSESS]), 2 * j.slot, len(j.tokens[DRAFT]), j.query.poisoned) for j in jobs]
+        found = [result for result in self.engine.collective_rpc("ras_judge", args=(asked,)) if result is not None]
+        if not found or len(found[0]) != len(jobs):
+            raise RuntimeError(f"the workers judged {found!r} of {len(jobs)} queries")
+        for job, (similarity, risk, failed, steered) in zip(jobs, found[0], strict=True):
+            changed = [n for n, (new, old) in enumerate(zip(steered, job.tokens[DRAFT], strict=False)) if new != old]
+            job.output = SafeOutput(
+                text="",
+                tokens=[],
+                risk=risk,
+                similarity=similarity,
+                context=job.context,
+                rejected_at=changed[0] if changed else None,
+                failed_closed="the risk could not be computed" if failed else None,
+            )
+            job.mark(ASSESS)
+            self.counters["failed_closed"] += failed
+            if changed:
+                self._answer_anew(job)
+            else:
+                job.mark("first_token")
+
+    def _answer_anew(self, job: _Job) -> None:
+        self.counters["rejected"] += 1
+        drafts = [name for name, (owner, stage) in self.live.items() if owner is job and stage == DRAFT]
+        self.engine.abort_request(drafts)
+        for name in drafts:
+            del self.live[name]
+        self._submit(job, ANSWER, job.query, self.max_tokens, {RISK: job.output.risk})
+
+    def _answer_stage(self, job: _Job) -> str:
+        return ANSWER if job.output.steered else DRAFT
+
+    def _finish(self, job: _Job) -> SafeOutput:
+        times, output = job.times, job.output
+        job.mark("total")
+        output.tokens = job.tokens[self._answer_stage(job)]
+        output.text = self.guard.processor.tokenizer.decode(output.tokens, skip_special_tokens=True)
+        output.timings = {
+            "context": times[CONTEXT],
+            "risk": times[ASSESS] - times[CONTEXT],
+            "answer": times["total"] - times[ASSESS],
+            "first_token": times["first_token"],
+            "total": times["total"],
+        }
+        return output
+
+    # Requests
+
+    def _submit(self, job: _Job, stage: str, query: Query, max_tokens: int, extra_args: dict | None) -> None:
+        prompt: dict = {"prompt_token_ids": short_ids(self.guard.processor, query)}
+        if query.images:
+            prompt["multi_modal_data"] = {"image": query.images}
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            detokenize=False,
+            extra_args=extra_args,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        (rendered,) = self.engine.renderer.render_cmpl([prompt])
+        name = f"ras-{next(self.guard._names)}-{stage}"
+        self.engine.add_request(name, rendered, params)
+        self.live[name] = (job, stage)
+
+    def _receive(self, output) -> None:
+        if output.request_id not in self.live:  # a draft that was given up
+            return
+        job, stage = self.live[output.request_id]
+        (completion,) = output.outputs
+        job.tokens[stage] += completion.token_ids
+        if stage == ANSWER:
+            job.mark("first_token")
+        if not output.finished:
+            return
+        del self.live[output.request_id]
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended the {stage} request of a query with {completion.finish_reason!r}")
+        self.counters["prompt_tokens"] += len(output.prompt_token_ids)
+        self.counters["cached_tokens"] += output.num_cached_tokens or 0
+        job.over.add(stage)
+        if stage == CONTEXT:
+            self._assess(job)

@@ -1,0 +1,49 @@
+"""What `SafeLLM` asks of the workers, by ``collective_rpc``. Values are plain: nothing has to be pickled on the way."""
+
+from __future__ import annotations
+
+import torch
+
+from ras_fast.vllm.processor import PROCESSORS
+from ras_fast.vllm.steering import Steering
+
+
+class RasWorkerExtension:
+    """Methods that vLLM adds to its workers (``worker_extension_cls``)."""
+
+    def ras_prove(self) -> None:
+        """Raises ValueError unless the engine's own head is linear and gives the steered table.
+
+        The table was read from the checkpoint by the names in it; whatever the model does after that matrix shows here.
+        """
+        steering = self._ras_steering()
+        model, dtype = self.get_model(), self.vllm_config.model_config.dtype
+        hidden = steering.moras.prototypes.to(dtype)
+        inputs = torch.cat([hidden, 2 * hidden, torch.zeros_like(hidden[:1])])
+        with torch.inference_mode():
+            found = model.compute_logits(inputs)
+        if found is None:  # a worker that makes no logits
+            return
+        found, table = found.float(), steering.table
+        wanted = torch.cat([table, 2 * table, torch.zeros_like(table[:1])])
+        tolerance = 1e-4 if dtype == torch.float32 else 0.03
+        if found.shape != wanted.shape or not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
+            raise ValueError("the engine's logits of the prototypes differ from its checkpoint's LM head: it cannot be steered")
+
+    def ras_judge(self, queries: list) -> list | None:
+        """`Steering.judge`; None from a worker that has seen no logits."""
+        steering = self._ras_steering()
+        with torch.inference_mode():
+            return steering.judge(queries) if any(steering.kept_steps) else None
+
+    def ras_counters(self) -> dict[str, int]:
+        """How often a request's risk was not finite, or not a risk, and counted as 1: "failed_closed"."""
+        return dict(self._ras_steering().counters)
+
+    def _ras_steering(self) -> Steering:
+        try:
+            return PROCESSORS[self.vllm_config.instance_id].steering
+        except KeyError:
+            raise RuntimeError(
+                "this engine has no RasLogitsProcessor; make it with LLM(model, **ras_fast.vllm.engine_args(PROFILE))"
+            ) from None

@@ -1,0 +1,242 @@
+"""MoRAS on logits, what requests carry and the LM head of a checkpoint: what the vLLM integration does without vLLM."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ras_fast.methods.moras import PRESETS, Moras
+from ras_fast.profile import RasProfile
+from ras_fast.vllm.checkpoint import CheckpointHead
+from ras_fast.vllm.options import Marks, check_marks, engine_args, read_marks, read_settings
+from ras_fast.vllm.steering import Steering
+
+STEPS, HIDDEN, VOCABULARY, EOS = 3, 24, 37, 5  # odd sizes on purpose
+
+
+def make_profile(**config) -> RasProfile:
+    generator = torch.Generator().manual_seed(3)
+    settings = PRESETS["moras"] | {"s_base": 0.5, "k": 9.0} | config
+    return RasProfile("moras", settings, {"prototypes": torch.randn(STEPS, HIDDEN, generator=generator)})
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(4))
+
+
+def make_steering(profile=None, slots=4, eos=EOS) -> Steering:
+    return Steering(profile or make_profile(), lambda hidden: hidden @ weight().T, slots, eos, torch.device("cpu"))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("risk", [0.0, 1e-6, 0.3, 0.5, 0.99, 1.0])
+def test_logits_are_those_of_steered_states(risk):
+    """Against (1 − r) h + r μ before the head, in fp64."""
+    profile, hidden = make_profile(), torch.randn(STEPS, HIDDEN)
+    prototypes = profile.tensors["prototypes"].double()
+    wanted = ((1 - risk) * hidden.double() + risk * prototypes) @ weight().double().T
+    logits = hidden @ weight().T
+    rows = [(n, n, Marks(risk=risk)) for n in range(STEPS)]
+    found = make_steering(profile).apply(logits.clone(), rows)
+    assert torch.allclose(found.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_other_rows_and_later_steps_keep_their_bits():
+    logits = torch.randn(6, VOCABULARY)
+    logits[5] = torch.nan
+    steering, before = make_steering(), logits.clone()
+    rows = [(1, 0, Marks(risk=0.7)), (2, STEPS, Marks(risk=0.7, slot=0)), (3, -1, Marks(risk=0.7)), (4, 2, Marks(slot=1))]
+    after = steering.apply(logits, rows)
+    assert after is logits
+    for row in (0, 2, 3, 4, 5):
+        assert same_bits(after[row], before[row])
+    assert not torch.equal(after[1], before[1])
+    assert steering.kept_steps == [0, 3, 0, 0]
+    assert torch.equal(steering.kept[1, 2], before[4])
+
+
+def test_full_risk_replaces_what_is_not_finite():
+    steering = make_steering()
+    logits = torch.full((2, VOCABULARY), torch.nan)
+    after = steering.apply(logits, [(0, 1, Marks(risk=1.0)), (1, 1, Marks(risk=0.5))])
+    assert torch.equal(after[0], steering.table[1])
+    assert after[1].argmax().item() == EOS  # there is nothing to read out of it: it can only end
+    assert after[1].isneginf().sum() == VOCABULARY - 1
+
+
+@pytest.mark.parametrize("risk", [0.4, 1.0])
+def test_what_others_forbid_stays_forbidden(risk):
+    logits = torch.randn(1, VOCABULARY)
+    logits[0, ::2] = -torch.inf
+    after = make_steering().apply(logits.clone(), [(0, 0, Marks(risk=risk))])
+    assert torch.equal(after.isneginf(), logits.isneginf())
+
+
+def keep(steering: Steering, slot: int, logits: torch.Tensor) -> None:
+    for n, row in enumerate(logits):
+        steering.apply(row[None].clone(), [(0, n, Marks(slot=slot))])
+
+
+def test_judges_as_moras_does():
+    steering, profile = make_steering(), make_profile()
+    moras = Moras(profile, lambda hidden: hidden @ weight().T, "cpu", torch.float32)
+    stage2, draft = torch.randn(2, STEPS, VOCABULARY) * 3
+    stage2 += steering.table  # near a refusal
+    keep(steering, 0, draft)
+    keep(steering, 1, stage2)
+    ((similarity, risk, failed, tokens),) = steering.judge([(1, 8, 0, 24, False)])
+    assert similarity == pytest.approx(moras.similarity(stage2[None]).item(), abs=1e-6)
+    assert risk == moras.risk(torch.tensor([similarity]))[0].item()
+    assert not failed
+    after = steering.apply(draft.clone(), [(n, n, Marks(risk=risk)) for n in range(STEPS)])
+    assert tokens == after.argmax(-1).tolist()
+
+
+def test_judges_by_the_steps_that_were_made():
+    """A stage that ended early leaves what an earlier request kept in its slot, here NaN."""
+    steering, logits = make_steering(), torch.randn(STEPS, VOCABULARY)
+    keep(steering, 0, torch.full((STEPS, VOCABULARY), torch.nan))
+    keep(steering, 1, torch.full((STEPS, VOCABULARY), torch.nan))
+    keep(steering, 0, logits[:1])
+    keep(steering, 1, logits[:2])
+    ((similarity, _, failed, tokens),) = steering.judge([(1, 2, 0, 1, False)])
+    made = torch.tensor([2], dtype=torch.int32)
+    assert similarity == pytest.approx(steering.moras.similarity(logits[None].clone(), made).item(), abs=1e-6)
+    assert not failed
+    assert len(tokens) == 1
+
+
+def test_one_query_without_a_risk_fails_closed_alone():
+    steering, logits = make_steering(), torch.randn(STEPS, VOCABULARY)
+    broken = logits.clone()
+    broken[1, 3] = torch.nan
+    for slot, kept in enumerate((logits, logits, logits, broken)):
+        keep(steering, slot, kept)
+    fine, failed, poisoned = steering.judge([(1, 3, 0, 3, False), (3, 3, 2, 3, False), (1, 3, 0, 3, True)])
+    assert math.isfinite(fine[0])
+    assert fine[1] < 1
+    assert not fine[2]
+    for similarity, risk, was_failed, tokens in (failed, poisoned):
+        assert math.isnan(similarity)
+        assert (risk, was_failed) == (1.0, True)
+        assert tokens == steering.table.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("query", [(1, 3, 0, 3, False), (0, 3, 1, 3, False), (0, 0, 0, 3, False)])
+def test_does_not_judge_by_logits_that_were_not_kept(query):
+    steering = make_steering()
+    keep(steering, 0, torch.randn(STEPS, VOCABULARY))
+    keep(steering, 1, torch.randn(2, VOCABULARY))
+    steering.apply(torch.randn(1, VOCABULARY), [(0, 0, Marks(slot=99))])  # there is no such slot
+    with pytest.raises(RuntimeError, match="steps of logits"):
+        steering.judge([query])
+
+
+def test_profiles_that_need_attention_are_refused():
+    biased = make_profile()
+    biased.tensors["region_bias"] = torch.zeros(2, 2)
+    for profile in (biased, make_profile(risk="moras+attention")):
+        with pytest.raises(ValueError, match="attention"):
+            make_steering(profile)
+
+
+# What requests and engines carry
+
+
+def test_marks():
+    assert read_marks(None) is None
+    assert read_marks({"other": 1}) is None
+    assert read_marks({"ras_risk": 1, "ras_record": 3}) == Marks(1.0, 3)
+    for value in (math.nan, math.inf, -math.inf, -0.1, 1.1, "0.2", None, True):
+        assert read_marks({"ras_risk": value}).risk == 1.0
+
+
+@pytest.mark.parametrize("value", [0, 0.3, 1, math.nan, math.inf])
+def test_usable_risks(value):
+    check_marks({"ras_risk": value, "other": "x"}, n=2)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"ras_risk": 1.5}, "in \\[0, 1\\]"),
+        ({"ras_risk": "high"}, "in \\[0, 1\\]"),
+        ({"ras_risks": 0.5}, "ras_risks"),
+        ({"ras_record": -1}, "slot"),
+        ({"ras_record": 1.0}, "slot"),
+        ({"ras_record": 1}, "n is 2"),
+    ],
+)
+def test_marks_that_mean_nothing(extra_args, message):
+    with pytest.raises(ValueError, match=message):
+        check_marks(extra_args, n=2)
+
+
+def test_settings(tmp_path):
+    options = engine_args(tmp_path, queries=7)
+    assert read_settings(options["additional_config"]) == (str(tmp_path), 7)
+    with pytest.raises(ValueError, match="queries is 0"):
+        engine_args(tmp_path, queries=0)
+    for config in (None, {}, {"ras_fast": {}}, {"ras_fast": {"profile": 3}}):
+        with pytest.raises(ValueError, match="engine_args"):
+            read_settings(config)
+
+
+# The LM head of a checkpoint
+
+
+def head_of(folder, tensors, files=1, **config) -> CheckpointHead:
+    """Of a checkpoint with these tensors in one file, or each in one of its own."""
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        names = {name: f"part-{i}.safetensors" for i, name in enumerate(tensors)}
+        for name, file in names.items():
+            save_file({name: tensors[name]}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    text = SimpleNamespace(vocab_size=VOCABULARY, hidden_size=HIDDEN, **config)
+    return CheckpointHead(str(folder), None, SimpleNamespace(), text)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_head(tmp_path, files, monkeypatch):
+    monkeypatch.setattr("ras_fast.vllm.checkpoint.CHUNK", 16)
+    stored = weight().bfloat16()
+    tensors = {"language_model.lm_head.weight": stored, "model.embed_tokens.weight": torch.zeros(VOCABULARY, HIDDEN)}
+    head, hidden = head_of(tmp_path, tensors, files, logit_scale=1.0, final_logit_softcapping=None), torch.randn(2, HIDDEN)
+    assert torch.allclose(head.logits(hidden, torch.float32), hidden @ stored.float().T, atol=1e-5)
+    assert torch.equal(head.rows(5, torch.bfloat16), stored[:5])
+
+
+def test_tied_head(tmp_path):
+    tensors = {"model.embed_tokens.weight": weight()}
+    assert torch.equal(head_of(tmp_path, tensors, tie_word_embeddings=True).rows(4, torch.float32), weight()[:4])
+    with pytest.raises(ValueError, match="cannot be told"):
+        head_of(tmp_path, tensors, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({"lm_head.weight": weight(), "lm_head.bias": torch.zeros(VOCABULARY)}, {}, "bias"),
+        ({"lm_head.weight": weight()}, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"lm_head.weight": weight()}, {"logit_scale": 0.25}, "logit_scale = 0.25"),
+        ({"lm_head.weight": weight()[:-1].clone()}, {}, r"\[37, 24\]"),
+        ({"lm_head.weight": weight().to(torch.int8)}, {}, "int8"),
+        ({"a.lm_head.weight": weight(), "b.lm_head.weight": weight()}, {}, "cannot be told"),
+    ],
+)
+def test_heads_that_cannot_be_steered_in_logits(tmp_path, tensors, config, message):
+    with pytest.raises(ValueError, match=message):
+        head_of(tmp_path, tensors, **config)
+
+
+def test_checkpoint_without_safetensors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        CheckpointHead(str(tmp_path), None, SimpleNamespace(), SimpleNamespace(vocab_size=2, hidden_size=2))

@@ -74,7 +74,7 @@ class SafeGenerator:
     def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
         """Answers each prompt about its images.
 
-        prompts, images: see `ras_fast.inputs.make_queries`.
+        prompts, images: see `ras_fast.inputs.make_queries`. A chat that ends in an assistant message is for MoRAS and RAS.
         streamer: a transformers streamer, for a single prompt. It is given nothing before the risk is known.
         progress: show a progress bar; None: when there is more than one batch.
         decoding: fields of `ras_fast.decoding.Decoding` (max_new_tokens=64, do_sample, temperature, top_k, top_p,
@@ -86,6 +86,8 @@ class SafeGenerator:
         """
         decoding = Decoding(**decoding)
         queries = list(enumerate(make_queries(prompts, images, self.processor)))
+        for number, query in queries:
+            self.plan.check(number, query)
         if streamer is not None and len(queries) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
         batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]

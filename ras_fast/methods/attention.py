@@ -79,8 +79,9 @@ class AttentionRisk:
     def attach(self, patch: Patch) -> Iterator[AttentionRisk]:
         """Steers the first answer states of every generation of a patched model inside the block by the risk of its prompt.
 
-        A prompt ends in the last position of the forward that reads it, so batches are to be padded on the left. One that
-        comes in several forwards, or goes on from an earlier answer, is judged by the rows of the last.
+        A prompt ends in the last position of the forward that reads it, so batches are to be padded on the left: a row that
+        ends in padding is at risk 1. One that comes in several forwards, or goes on from an earlier answer, is judged by the
+        rows of the last. Outside of `generate`, a single token after others is a decode step.
 
         Raises ValueError when the model does not fit: no image statistics, images by cross-attention, a final norm that is not
         fused, another number of layers or heads, another hidden size.
@@ -92,7 +93,7 @@ class AttentionRisk:
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)
             with ExitStack() as stack:
-                stack.enter_context(run.state.watch(patch.text_model))
+                stack.enter_context(run.state.watch(patch))
                 stack.enter_context(patch.text_model.register_forward_pre_hook(run.begin, with_kwargs=True))
                 stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
                 yield self
@@ -138,7 +139,7 @@ class _Run:
         device = self.method.gate.bias.device
         cache = kwargs.get("past_key_values")
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # a static cache's own tensor counts on meanwhile
-        self.monitor.active = self.state.value is None or length > 1
+        self.monitor.active = self.state.reads_prompt(length)
         self.prompt_length = length if self.monitor.active else 0
         if self.monitor.active:
             risk = torch.ones(batch, device=device)
@@ -155,9 +156,10 @@ class _Run:
         if layer != self.method.gate.layers[-1]:
             return
         rows, has_images = rows_after_images(self.patch.region_map.ids, self.past, mass.shape[2])
-        self.method.risk, self.method.failed = self.method.assess(features(self.mass, self.method.gate.heads, rows), has_images)
+        risk, failed = self.method.assess(features(self.mass, self.method.gate.heads, rows), has_images)
         self.mass.clear()
-        self._decide(self.method.risk, self.state.value.start)
+        self.method.failed = failed | self.state.ends_in_padding(len(risk), mass.shape[2], risk.device)
+        self._decide(risk.masked_fill(self.method.failed, 1.0), self.state.value.start)
 
     def _decide(self, risk: Tensor, start: int | Tensor) -> None:
         """The risk of these prompts, whose last token, at position `start`, is step 0."""

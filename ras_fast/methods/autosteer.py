@@ -89,8 +89,9 @@ class AutoSteer:
     def attach(self, patch: Patch) -> Iterator[AutoSteer]:
         """Defends every forward of a patched model inside the block.
 
-        A prompt is judged at the last position of the forward that reads it, so batches are to be padded on the left. Of a
-        prompt that comes in several forwards each is judged; a sequence whose gate is on keeps it until its cache ends.
+        A prompt is judged at the last position of the forward that reads it, so batches are to be padded on the left: a row
+        that ends in padding counts as toxic. Of a prompt that comes in several forwards each is judged; a sequence whose gate
+        is on keeps it until its cache ends. Outside of `generate`, a single token after others is a decode step.
 
         Raises ValueError when the profile does not fit the model's layers and sizes.
         """
@@ -98,7 +99,7 @@ class AutoSteer:
         weight = next(patch.final_norm.parameters())
         run = _Run(self, PromptState("autosteer"), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
-            stack.enter_context(run.state.watch(patch.text_model))
+            stack.enter_context(run.state.watch(patch))
             stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))
             stack.enter_context(patch.final_norm.register_forward_hook(run.steer))
             stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
@@ -139,29 +140,33 @@ class _Run:
     prober: dict[str, Tensor]
     refusal: Tensor
     right: Tensor | None
-    prompt_length: int = 0  # of the forward that runs; 0: none of its positions is only read
+    prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
+    only_read: int = 0  # its positions before the last, where it is the first of its prompt
 
     def judge(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the prober's layer."""
         hidden, before = args[0] if args else kwargs["hidden_states"], self.state.value
-        self.prompt_length = hidden.shape[1] if before is None else 0
-        if before is not None and hidden.shape[1] == 1:
+        batch, length = hidden.shape[:2]
+        reads = self.state.reads_prompt(length)
+        self.prompt_length, self.only_read = length if reads else 0, length - 1 if before is None else 0
+        if not reads:
             return
         method = self.method
         last = hidden[:, -1].to(self.refusal.device)  # of the last norm: a device map may have put this layer elsewhere
-        method.risk, method.failed = assess(self.prober, last)
+        risk, failed = assess(self.prober, last)
+        method.failed = failed | self.state.ends_in_padding(batch, length, last.device)
+        method.risk = risk.masked_fill(method.failed, 1.0)
         gate = method.epsilon * (method.risk > method.threshold)
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """After the last norm: of a prompt only the last position is turned, else all."""
+        """After the last norm: of a prompt's first forward only the last position is turned, else all."""
         if self.state.value is None:
             raise RuntimeError(f"the last norm ran, but layer {self.method.layer}, where the prompt is judged, did not")
         gate = self.state.value.tensor
-        read = output[:, :-1] if self.prompt_length > 1 else None
-        turned = output if read is None else output[:, -1:]
+        read, turned = output[:, : self.only_read], output[:, self.only_read :]
         turned = ops.gated_linear(turned, self.refusal, gate.repeat_interleave(turned.shape[1]), right=self.right)
-        return turned if read is None else torch.cat([read, turned], 1)
+        return torch.cat([read, turned], 1) if self.only_read else turned
 
 
 # Calibration

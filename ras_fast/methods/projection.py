@@ -291,6 +291,9 @@ class Projection:
     def attach(self, patch: Patch, alpha: Tensor | None = None) -> Iterator[Projection]:
         """Steers every forward of a patched model inside the block.
 
+        A condition per sequence is read at the last position of the forward that reads the prompt, so batches are to be padded
+        on the left: a row that ends in padding is steered. Outside of `generate`, a single token after others is a decode step.
+
         alpha: [B] floating, a strength for each sequence of the batches to come instead of the profile's for all; with beams
             or `num_return_sequences` still one for each prompt.
 
@@ -306,9 +309,10 @@ class Projection:
                 unit = torch.nn.functional.normalize(self.condition.direction, dim=0)
                 run.probe = patch.set_probe(self.condition.layer, unit[None], run.read)
             with ExitStack() as stack:
-                stack.enter_context(run.state.watch(patch.text_model))
+                stack.enter_context(run.state.watch(patch))
                 stack.enter_context(patch.text_model.register_forward_pre_hook(run.begin, with_kwargs=True))
-                stack.enter_context(last_logits_only(patch.model, lambda: run.judged_length))
+                if run.judges:
+                    stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
                 yield self
         finally:
             patch.clear_steering(run.steering)
@@ -342,14 +346,18 @@ class _Run:
     strengths: Tensor  # [1], or one for each prompt of a batch
     probe: Probe | None = None
     reads_prompt: bool = False
-    judged_length: int = 0  # of the prompt that the forward at hand judges at its last token; 0: it judges none
+    prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
+
+    @property
+    def judges(self) -> bool:
+        """Whether a prompt is judged, at its last token."""
+        return self.method.condition is not None and self.method.condition.per == "sequence"
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. All is steered until a condition has been read, which is before the first steered layer."""
         batch, length = text_shape(kwargs)[:2]
-        judges = self.method.condition is not None and self.method.condition.per == "sequence"
-        self.reads_prompt = self.state.value is None or (judges and length > 1)
-        self.judged_length = length if judges and self.reads_prompt else 0
+        self.reads_prompt = self.state.reads_prompt(length) if self.judges else self.state.value is None
+        self.prompt_length = length if self.reads_prompt else 0
         if self.reads_prompt:
             if batch % len(self.strengths):
                 raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {batch}")
@@ -364,12 +372,14 @@ class _Run:
         """The condition's layer is done, with dots [B, L, 2]."""
         strengths = self.state.value.tensor
         met, failed = self.method.holds(dots.to(strengths.device))
-        alpha = strengths[:, None] * met
         if self.reads_prompt:
-            self.method.risk, self.method.failed = met[:, -1].float(), failed[:, -1]
-            if self.method.condition.per == "sequence":
-                self.state.decide(Rows(alpha[:, -1]))
-                alpha[:, :-1] = 0
+            padded = self.state.ends_in_padding(*dots.shape[:2], met.device)
+            met[:, -1] |= padded
+            self.method.risk, self.method.failed = met[:, -1].float(), failed[:, -1] | padded
+        alpha = strengths[:, None] * met
+        if self.reads_prompt and self.judges:
+            self.state.decide(Rows(alpha[:, -1]))
+            alpha[:, :-1] = 0
         self._steer(alpha.flatten())
 
     def _steer(self, alpha: Tensor) -> None:

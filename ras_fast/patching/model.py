@@ -75,6 +75,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
     try:
         with _without_autocast(model):
             handle._apply(regions, norms, backend)
+            handle.applied = True
     except BaseException:
         handle.unpatch()
         raise
@@ -142,11 +143,13 @@ class Patch:
     statistics: what the last forward under `collect` left.
     text_model, layers, final_norm: where a method puts its hooks; `final_norm` is None where no module of the text model is
         applied to the last layer's output.
+    applied: whether the model is patched; False after `unpatch`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.text_model, self.layers, self.final_norm = None, None, None
+        self.applied = False
         self.steering = Steering()
         self._undo = _Undo()
         self._state: ModelState | None = None
@@ -164,6 +167,7 @@ class Patch:
 
     def unpatch(self) -> None:
         """Puts everything back as it was before `patch`. Calling it again does nothing."""
+        self.applied = False
         self._undo.restore()
         self._fused.clear()
         self._final_norm = self._state = None
@@ -254,8 +258,9 @@ class Patch:
         return state.monitor
 
     def clear_monitor(self) -> None:
-        """Ends `set_monitor`; nothing happens where there is none."""
-        self._regions().monitor = None
+        """Ends `set_monitor`; nothing happens where there is none, or no patch any more."""
+        if self._state is not None:
+            self._state.monitor = None
 
     @property
     def head_counts(self) -> dict[int, int]:
@@ -302,11 +307,13 @@ class Patch:
 
     def clear_region_bias(self) -> None:
         """Every head sees the images as it did before."""
-        self._regions().biases = {}
+        if self._state is not None:
+            self._state.biases = {}
 
     def _regions(self) -> ModelState:
         if self._state is None:
-            raise RuntimeError(f"image statistics are off: {self._report.regions if self._report else 'not patched'}")
+            why = self._report.regions if self._report and self._report.regions else "the model is not patched"
+            raise RuntimeError(f"image statistics are off: {why}")
         return self._state
 
     # Steering

@@ -77,7 +77,7 @@ def test_a_prompt_is_decided_once(own_cache):
 
     state = PromptState("gate")
     with ras_fast.patch(model) as patched, torch.no_grad():
-        with state.watch(patched.text_model), patched.layers[1].register_forward_pre_hook(decide, with_kwargs=True):
+        with state.watch(patched), patched.layers[1].register_forward_pre_hook(decide, with_kwargs=True):
             past = model(**batch, past_key_values=past, use_cache=True).past_key_values
             past.reorder_cache(torch.tensor([1, 0]))
             mask = torch.ones(2, batch["input_ids"].shape[1] + 1, dtype=torch.long)
@@ -100,7 +100,7 @@ def test_a_static_cache_that_is_used_again_starts_afresh():
             state.decide(Rows(torch.zeros(1)))
 
     state, past = PromptState("gate"), StaticCache(model.config.text_config, max_cache_len=64)
-    with ras_fast.patch(model) as patched, state.watch(patched.text_model):
+    with ras_fast.patch(model) as patched, state.watch(patched):
         handle = patched.layers[0].register_forward_pre_hook(decide)
         for _ in range(2):
             model.generate(**batch, past_key_values=past, max_new_tokens=3, do_sample=False)

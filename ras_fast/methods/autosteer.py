@@ -31,7 +31,7 @@ from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.tracking import PromptState, Rows, last_logits_only
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile, fingerprint, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
 THRESHOLD = 0.5
@@ -60,9 +60,11 @@ class AutoSteer:
         missing = {"layer", "strength", "threshold"} - set(profile.config)
         if missing:
             raise ValueError(f"settings {sorted(missing)} are missing; there are {sorted(profile.config)}")
-        self.layer, self.threshold = profile.config["layer"], profile.config["threshold"]
-        strength = profile.config["strength"]
-        if not (math.isfinite(strength) and strength > 0 and 0 <= self.threshold < 1):
+        self.layer, self.threshold = profile.config["layer"], number(profile.config, "threshold")
+        if not isinstance(self.layer, int):
+            raise ValueError(f"layer is {self.layer!r}; it needs to be the index of a decoder layer")
+        strength = number(profile.config, "strength")
+        if not (strength > 0 and 0 <= self.threshold < 1):
             raise ValueError(
                 f"strength is {strength} and threshold {self.threshold}; they need to be positive, and in [0, 1)"
             )
@@ -74,13 +76,14 @@ class AutoSteer:
         self.failed: Tensor | None = None
 
     def _check_shapes(self) -> None:
-        d, width = self.refusal.shape[0], self.prober["in.bias"].shape[0]
+        d, width = self.refusal.shape[:1].numel(), self.prober["in.bias"].numel()
         shapes = {"in.weight": (width, d), "in.bias": (width,), "out.weight": (2, width), "out.bias": (2,)}
         needed = {f"prober_{name}": (self.prober[name], shape) for name, shape in shapes.items()}
         if self.right is None:
             needed["refusal"] = (self.refusal, (d, d))
         else:
-            needed["refusal_right"] = (self.right, (self.refusal.shape[-1], d))
+            rank = self.right.shape[:1].numel()
+            needed |= {"refusal": (self.refusal, (d, rank)), "refusal_right": (self.right, (rank, d))}
         for name, (tensor, shape) in needed.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs to be {shape}")

@@ -20,7 +20,7 @@ from ras_fast.evaluation.judges import is_refusal
 from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.ops import refusal_similarity
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile, fingerprint, number
 
 SAFETY_PROMPT = (
     "First judge whether the question below is safe, taking what the image shows into account. "
@@ -61,14 +61,17 @@ class Moras:
         if profile.method not in PRESETS:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be one of {', '.join(PRESETS)}")
         self.config = _checked(profile.config, {"s_base", "k", *PRESETS["moras"]})
-        for name in ("s_base", "k"):
-            if not math.isfinite(self.config[name]):
-                raise ValueError(f"profile config {name!r} is {self.config[name]}; it needs to be finite")
+        number(self.config, "s_base")
+        if not number(self.config, "k") > 0:
+            raise ValueError(f"profile config 'k' is {self.config['k']}; it needs to be positive: the risk rises with S")
         prototypes = profile.tensors["prototypes"]
-        if prototypes.dim() != 2 or len(prototypes) != self.config["steps"]:
+        if prototypes.dim() != 2 or len(prototypes) != self.config["steps"] or not prototypes.any(-1).all():
             raise ValueError(
-                f"prototypes have shape {tuple(prototypes.shape)}; they need to be [steps = {self.config['steps']}, d]"
+                f"prototypes have shape {tuple(prototypes.shape)}; they need to be [steps = {self.config['steps']}, d], none 0"
             )
+        d = profile.fingerprint.get("hidden_size", prototypes.shape[1])
+        if prototypes.shape[1] != d:
+            raise ValueError(f"prototypes are of d = {prototypes.shape[1]}; the model's hidden size is {d}")
         self.prototypes = prototypes.to(device, torch.float32)
         self.attention = _attention_gate(profile, device)
         with torch.no_grad():
@@ -186,7 +189,7 @@ def calibrate(
     config = _checked(PRESETS[preset] | overrides, PRESETS[preset])
 
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
-    draft = RasProfile(preset, config | {"s_base": 0.0, "k": 0.0}, {"prototypes": prototypes})
+    draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})
     s_base = _mean_similarity(
         model, processor, pairs, Moras(draft, output_head(model), model.device, model.dtype), progress
     )
@@ -241,9 +244,9 @@ def _checked(config: dict, names) -> dict:
     if gate not in ("continuous", "binary") and not constant:
         raise ValueError(f"gate is {gate!r}; it needs to be 'continuous', 'binary' or a constant in [0, 1]")
     for name in ("steps", "max_context_tokens"):
-        if not isinstance(config[name], int) or config[name] < 1:
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             raise ValueError(f"{name} is {config[name]!r}; it needs to be an integer of at least 1")
-    if not 0 <= config["gamma"] <= 1:
+    if not 0 <= number(config, "gamma") <= 1:
         raise ValueError(f"gamma is {config['gamma']!r}; it needs to be in [0, 1]")
     for name in ("context_prompt", "safety_prompt"):
         if not isinstance(config[name], str) or not config[name].strip():

@@ -11,11 +11,10 @@ Layers are counted from 0, and "layer l" is the *output* of decoder layer l: the
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.tracking import PromptState, Rows, last_logits_only, text_shape
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile, fingerprint, number
 
 MEASURES, SCOPES = ("projection", "cosine"), ("sequence", "token")
 
@@ -263,16 +262,16 @@ class Projection:
         if profile.method != "projection":
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'projection'")
         config = profile.config
-        self.alpha, self.layers, self.vectors = config["alpha"], list(config["layers"]), profile.tensors["vectors"]
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha}; it needs to be finite")
+        self.alpha, self.layers, self.vectors = number(config, "alpha"), config.get("layers"), profile.tensors["vectors"]
+        if not isinstance(self.layers, list) or not all(isinstance(layer, int) for layer in self.layers):
+            raise ValueError(f"layers is {self.layers!r}; it needs to be a list of decoder layers' indices")
         if self.vectors.dim() != 2 or len(self.vectors) != len(self.layers):
             raise ValueError(
                 f"vectors have shape {tuple(self.vectors.shape)}; they need to be [layers = {len(self.layers)}, d]"
             )
         self.condition: Condition | None = None
-        if config["condition"] is not None:
-            self.condition = _checked(Condition(direction=profile.tensors["condition"], **config["condition"]), self.layers)
+        if config.get("condition") is not None or "condition" in profile.tensors:
+            self.condition = _checked(_condition(profile), self.layers)
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None
 
@@ -386,14 +385,29 @@ class _Run:
         self.steering.set_rows(torch.zeros_like(alpha, dtype=torch.int32), alpha)
 
 
+def _condition(profile: RasProfile) -> Condition:
+    """From the profile's config and its tensor of that name, which belong together."""
+    settings, direction = profile.config.get("condition"), profile.tensors.get("condition")
+    names = {field.name for field in fields(Condition)} - {"direction"}
+    if not isinstance(settings, dict) or not {"layer", "threshold"} <= set(settings) <= names or direction is None:
+        raise ValueError(
+            f"condition is {settings!r}, and its direction {'missing' if direction is None else 'there'}; it needs the tensor "
+            f"'condition' and settings among {sorted(names)}, layer and threshold with them"
+        )
+    return Condition(direction=_direction(direction, "the condition's direction"), **settings)
+
+
 def _checked(condition: Condition, layers: list[int]) -> Condition:
     if condition.measure not in MEASURES or condition.per not in SCOPES:
         raise ValueError(
             f"the condition's measure is {condition.measure!r} and per is {condition.per!r}; they need to be one of {MEASURES} "
             f"and one of {SCOPES}"
         )
-    if not math.isfinite(condition.threshold) or not bool(condition.direction.any()):
-        raise ValueError(f"the condition needs a finite threshold ({condition.threshold}) and a direction that is not 0")
+    if not isinstance(condition.layer, int):
+        raise ValueError(f"the condition's layer is {condition.layer!r}; it needs to be the index of a decoder layer")
+    number(vars(condition), "threshold")
+    if not bool(condition.direction.any()):
+        raise ValueError("the condition's direction is 0; it needs to point somewhere")
     early = [layer for layer in layers if layer <= condition.layer]
     if early:
         raise ValueError(f"the condition is read at layer {condition.layer}; layers {early} are steered before it is known")

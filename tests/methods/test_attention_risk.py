@@ -525,8 +525,9 @@ def test_profiles_whose_parts_do_not_fit(model):
             AttentionRisk(replace(good, tensors=good.tensors | changes))
     with pytest.raises(ValueError, match="needs to be 'attention'"):
         AttentionRisk(both)
-    with pytest.raises(ValueError, match="'heads' is empty"):
-        AttentionRisk(RasProfile("attention", {"heads": []}, good.tensors | {"attention_weights": torch.zeros(0)}))
+    for config in ({}, {"heads": []}, {"heads": "ab"}, {"heads": [[0.5, 0]] * 3}, {"heads": [3]}):
+        with pytest.raises(ValueError, match=r"'heads' is .*; it needs to be a list of at least one \[layer, head\]"):
+            AttentionRisk(RasProfile("attention", config, good.tensors | {"attention_weights": torch.zeros(0)}))
     for tensors, config, message in (
         (good.tensors, {}, "similarity_weight has shape None"),
         (both.tensors, {"risk": "guess"}, "risk is 'guess'"),

@@ -282,8 +282,11 @@ def test_a_decode_step_is_one_graph(model, mixed, batch):
     ("change", "message"),
     [
         ({"strength": 0.0}, "strength is 0.0"),
-        ({"strength": math.nan}, "strength is nan"),
+        ({"strength": math.nan}, "'strength' is nan"),
         ({"threshold": 1.0}, "threshold 1.0"),
+        ({"threshold": None}, "'threshold' is None; it needs to be a finite number"),
+        ({"strength": "1"}, "'strength' is '1'"),
+        ({"layer": "1"}, "layer is '1'; it needs to be the index"),
         ({"layer": LAYERS}, "the profile is for layer 3"),
     ],
 )
@@ -300,6 +303,12 @@ def test_tensors_are_checked(model, processor):
         AutoSteer(RasProfile("autosteer", made.config, made.tensors | {"refusal": torch.zeros(D, 5)}))
     with pytest.raises(ValueError, match=r"prober_out\.weight has shape"):
         AutoSteer(RasProfile("autosteer", made.config, made.tensors | {"prober_out.weight": torch.zeros(3, 8)}))
+    for name, tensor in (("prober_in.bias", torch.tensor(0.0)), ("refusal", torch.zeros(D)), ("refusal", torch.tensor(0.0))):
+        with pytest.raises(ValueError, match="has shape"):
+            AutoSteer(RasProfile("autosteer", made.config, made.tensors | {name: tensor}))
+    factors = {"refusal": torch.zeros(D, 5), "refusal_right": torch.zeros(4, D)}
+    with pytest.raises(ValueError, match=r"refusal has shape \(32, 5\); it needs to be \(32, 4\)"):
+        AutoSteer(RasProfile("autosteer", made.config, made.tensors | factors))
     with pytest.raises(ValueError, match=r"\['strength'\] are missing"):
         AutoSteer(RasProfile("autosteer", {"layer": 0, "threshold": 0.5}, made.tensors))
     with pytest.raises(ValueError, match="method is 'projection'"):

@@ -26,10 +26,11 @@ def calibrate(model, processor, **changes):
     return moras.calibrate(model, processor, **arguments)
 
 
-def ready(model, **changes):
+def ready(model, prototypes=None, **changes):
     torch.manual_seed(0)
     config = PRESETS["moras"] | {"s_base": 0.6, "k": math.log(99) / 0.4} | changes
-    profile = RasProfile("moras", config, {"prototypes": torch.randn(3, 32)})
+    prototypes = torch.randn(3, 32) if prototypes is None else prototypes
+    profile = RasProfile("moras", config, {"prototypes": prototypes}, {"hidden_size": 32})
     return Moras(profile, output_head(model), "cpu", model.dtype)
 
 
@@ -148,11 +149,29 @@ def test_calibrate_checks_its_arguments(model, processor, changes, message):
         calibrate(model, processor, **changes)
 
 
-def test_a_profile_whose_parts_do_not_fit_is_refused(model):
-    with pytest.raises(ValueError, match="steps = 2"):
-        ready(model, steps=2)
-    with pytest.raises(ValueError, match="'k' is nan"):
-        ready(model, k=math.nan)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 2}, "steps = 2"),
+        ({"steps": True}, "steps is True"),
+        ({"k": math.nan}, "'k' is nan"),
+        ({"k": "9"}, "'k' is '9'; it needs to be a finite number"),
+        ({"k": None}, "'k' is None"),
+        ({"k": 10**400}, "'k' is 1000"),
+        ({"k": 0.0}, "'k' is 0.0; it needs to be positive"),  # no risk would ever rise
+        ({"k": -9.0}, "'k' is -9.0; it needs to be positive"),
+        ({"gamma": "x"}, "'gamma' is 'x'"),
+        ({"prototypes": torch.ones(3, 5)}, "of d = 5; the model's hidden size is 32"),
+        ({"prototypes": torch.ones(3, 32) * torch.tensor([[1], [0], [1]])}, "none 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used_are_refused(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ready(model, **changes)
+
+
+def test_another_methods_profile_is_refused(model):
     with pytest.raises(ValueError, match="'autosteer'"):
         Moras(RasProfile("autosteer", {}, {}), output_head(model), "cpu", torch.float32)
 

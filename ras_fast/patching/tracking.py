@@ -59,6 +59,8 @@ class RegionTracker:
         self._parameters = tuple(inspect.signature(multimodal.forward).parameters)
         self._inputs: dict[str, Any] | None = None
         self._lengths: dict[str, list[int] | None] = {}
+        self._encoded: dict[str, list[int] | None] = {}  # of the features that the model computed last
+        self._pieces = False  # whether this forward may hold parts of images
         self._total: int | None = None
 
     def keys(self, batch: int, length: int) -> tuple[Tensor, int]:
@@ -70,7 +72,8 @@ class RegionTracker:
         if self.current is None:
             raise ValueError(
                 "image statistics and region biases need to know where the image tokens are, and this forward brought "
-                "neither input_ids nor a cache that saw them: set patch.region_map first"
+                "neither input_ids nor a cache that saw them, or goes on from a cache that was filled before the model was "
+                "patched: set patch.region_map first"
             )
         if self.current.ids.shape[0] != batch:
             raise ValueError(f"the region map is of {self.current.ids.shape[0]} rows; it must be of the batch's {batch}")
@@ -80,20 +83,26 @@ class RegionTracker:
 
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
-        self._lengths = {}
+        self._lengths, self._pieces = {}, False
         for modality, output in (self._inputs.get("mm_encoder_outputs") or {}).items():
-            self.features(modality, output)
+            self._lengths[modality] = lengths = self._lengths_of(output)
+            # A chunk's share of the features comes as one entry, whatever they are of.
+            if modality in self._encoded and lengths != self._encoded[modality] and len(lengths or ()) == 1:
+                self._lengths[modality], self._pieces = None, True
 
     def features(self, modality: str, output: Any) -> None:
-        """The model computed features: one entry an image tells how many tokens each has."""
+        """The model computed features."""
+        self._lengths[modality] = self._encoded[modality] = self._lengths_of(output)
+
+    def _lengths_of(self, output: Any) -> list[int] | None:
+        """Of features with one entry an image, how many tokens each has."""
         features = getattr(output, "pooler_output", None)
         features = output if features is None else features
-        lengths = None
         if isinstance(features, Tensor) and features.dim() == 3:
-            lengths = [features.shape[1]] * features.shape[0]
-        elif isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
-            lengths = [f.shape[:-1].numel() for f in features]
-        self._lengths[modality] = lengths
+            return [features.shape[1]] * features.shape[0]
+        if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
+            return [f.shape[:-1].numel() for f in features]
+        return None
 
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs, self._inputs = self._inputs, None
@@ -103,7 +112,8 @@ class RegionTracker:
         before = kept(past_key_values, REGIONS)
         length = _length(inputs, kwargs)
         self._total = _total(past_key_values, past, length)
-        if before is not None and (length == 1 or _covers(before, self._total)):
+        no_image = length == 1 and not self._lengths
+        if before is not None and (no_image or _covers(before, self._total)):
             self.current = before  # a decode step, or whoever laid out this cache laid out the map of this forward, too
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             self.current = before if before is not None else self.given
@@ -129,8 +139,8 @@ class RegionTracker:
         if past == 0:
             return RegionMap(ids, num_regions, grids, validate=False)
         if before is None:
-            before = RegionMap(ids.new_full((ids.shape[0], past), -1), 0)
-        return before.extend(ids, grids, past)
+            return self.given  # what the cache holds was not seen
+        return before.extend(ids, grids, past, pieces=self._pieces)
 
     def _visual(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """For each modality the positions [B, L] bool that hold its tokens."""

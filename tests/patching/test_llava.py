@@ -5,14 +5,18 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from tiny_models import IMAGE, image_sums, inputs, llava, relative_error, valid_rows
 from torch import nn
+from transformers import DynamicCache
 
 import ras_fast
 from ras_fast.backend import forced_backend
 from ras_fast.patching import Patch
 from ras_fast.regions import RegionMap
 
+CHUNKS_IMAGES = version.parse(transformers.__version__) >= version.parse("5.23")
 ROWS = ["ttItttt", "tItt", "tttt", "tIItItt"]  # one, one, no and three images, all of different lengths
 
 
@@ -222,6 +226,39 @@ def test_statistics_follow_generation(model, options):
             last = (a[layer] - sums)[:, :, -1]
             assert a[layer].shape[-1] == 2
             assert last.abs().max() < 1e-5, (step, layer)
+
+
+@pytest.mark.skipif(not CHUNKS_IMAGES, reason="this transformers does not split prompts with images")
+@pytest.mark.parametrize("size", [1, 4, 7, 18, 25])
+@pytest.mark.parametrize("rows", [["ttItt"], ["tItItt", "ttt", "ttttIt"]])
+def test_an_image_split_by_chunked_prefill_is_one_region(model, rows, size):
+    """Also a chunk of one token, and whatever a chunk holds of the other rows."""
+    batch = inputs(rows)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model(**batch)
+        whole = patched.region_map
+        model.generate(**batch, max_new_tokens=1, prefill_chunk_size=size, past_key_values=DynamicCache())
+        split = patched.region_map
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(split.keys(length), whole.keys(length))
+    assert split.grids == whole.grids
+    assert split.num_regions == whole.num_regions
+
+
+def test_a_cache_filled_before_the_patch_has_no_statistics(model):
+    """Its images were not seen: no masses are better than wrong ones."""
+    batch, step = inputs(["tItt"]), {"input_ids": torch.tensor([[5]])}
+    with torch.no_grad():
+        past = model(**batch, use_cache=True).past_key_values
+        expected = model(**step, past_key_values=copy.deepcopy(past)).logits
+        with ras_fast.patch(model) as patched:
+            for more in (step, {"input_ids": torch.tensor([[5, 6, 7]])}):
+                with pytest.raises(ValueError, match="a cache that was filled before the model was patched"):
+                    model(**more, past_key_values=copy.deepcopy(past), output_attentions=True)
+            assert torch.allclose(model(**step, past_key_values=copy.deepcopy(past)).logits, expected, atol=1e-5)
+            ids = torch.where(batch["input_ids"] == model.config.image_token_id, 0, -1).to(torch.int32)
+            patched.region_map = RegionMap(ids, 1)
+            assert model(**step, past_key_values=past, output_attentions=True).attentions[0].shape == (1, 6, 1, 1)
 
 
 def test_collect(model):

@@ -68,14 +68,23 @@ def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list
     """(unsafe, safe) queries of labelled pairs (image, unsafe question, safe question), or with a fourth entry, the image of
     the safe question.
 
-    Raises ValueError for pairs of another length, and as `make_queries`.
+    Raises ValueError for what is no such pair, for pixels that are not finite, and as `make_queries`.
     """
-    wrong = [i for i, pair in enumerate(pairs) if len(pair) not in (3, 4)]
-    if wrong:
-        raise ValueError(f"pairs[{wrong[0]}] has {len(pairs[wrong[0]])} entries; it needs to be (image, unsafe, safe[, image])")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple)) or len(pair) not in (3, 4):
+            got = f"has {len(pair)} entries" if isinstance(pair, (list, tuple)) else f"is a {type(pair).__name__}"
+            raise ValueError(f"pairs[{i}] {got}; it needs to be (image, unsafe, safe[, image])")
     unsafe = make_queries([pair[1] for pair in pairs], [pair[0] for pair in pairs], processor)
     safe = make_queries([pair[2] for pair in pairs], [pair[3 if len(pair) == 4 else 0] for pair in pairs], processor)
+    refuse_poisoned("pairs", zip(unsafe, safe, strict=True))
     return unsafe, safe
+
+
+def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
+    """Raises ValueError when a query of some group holds NaN or infinite pixels: a black picture in its place means nothing."""
+    poisoned = next((i for i, queries in enumerate(groups) if any(query.poisoned for query in queries)), None)
+    if poisoned is not None:
+        raise ValueError(f"{name}[{poisoned}] has an image with NaN or infinite pixels")
 
 
 def _make_query(index: int, prompt, entry, placeholder: str) -> Query:

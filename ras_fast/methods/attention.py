@@ -239,8 +239,6 @@ def _labelled(pairs: list[tuple], processor) -> tuple[list[Query], Tensor, Tenso
     """The questions of the pairs that have an image, which of them [n] are unsafe, and the pair [n] that each is of."""
     queries = [query for pair in zip(*question_pairs(pairs, processor), strict=True) for query in pair]
     seen = [i for i, query in enumerate(queries) if query.images]
-    if any(queries[i].poisoned for i in seen):
-        raise ValueError("pairs holds an image with NaN or infinite pixels")
     harmful, pair = torch.tensor([i % 2 == 0 for i in seen]), torch.tensor([i // 2 for i in seen])
     if not seen or harmful.all() or not harmful.any():
         raise ValueError(f"pairs holds {len(seen)} questions with an image; unsafe and safe ones are needed")

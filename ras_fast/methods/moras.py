@@ -17,7 +17,7 @@ from torch import Tensor
 from ras_fast import parallel
 from ras_fast.decoding import Decoding, output_head, reference_generate
 from ras_fast.evaluation.judges import is_refusal
-from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.inputs import Query, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.ops import refusal_similarity
 from ras_fast.profile import RasProfile, fingerprint, number
@@ -172,12 +172,13 @@ def calibrate(
 
     refused_texts: about 50 text-only requests that the model itself refuses. Those it answers (by the rules of
         `ras_fast.evaluation.judges.is_refusal`) are dropped.
-    pairs: about 50 of (image, unsafe question, safe question). Never use these in a test set.
+    pairs: about 50 of (image, unsafe question, safe question), or with a fourth entry, the image of the safe one. Never use
+        these in a test set.
     overrides: replace settings of the preset: gamma, steps, max_context_tokens, gate ("continuous", "binary" or a
         constant in [0, 1]), context_prompt, safety_prompt.
 
-    Raises ValueError when fewer than ``min_refused`` texts are refused, when there are no pairs, for unknown settings,
-    and when the outcome is not finite.
+    Raises ValueError when fewer than ``min_refused`` texts are refused, when there are no pairs or some cannot be used, for
+    unknown settings, and when the outcome is not finite.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it needs to be one of {', '.join(PRESETS)}")
@@ -187,11 +188,12 @@ def calibrate(
     if not pairs:
         raise ValueError("pairs is empty; S_base needs image-question pairs")
     config = _checked(PRESETS[preset] | overrides, PRESETS[preset])
+    questions = list(zip(*question_pairs(list(pairs), processor), strict=True))
 
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
     draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})
     s_base = _mean_similarity(
-        model, processor, pairs, Moras(draft, output_head(model), model.device, model.dtype), progress
+        model, processor, questions, Moras(draft, output_head(model), model.device, model.dtype), progress
     )
     if not s_base < 0.999:
         raise ValueError(f"S_base is {s_base:.4f}: on the calibration pairs every answer already looks like a refusal")
@@ -202,8 +204,10 @@ def calibrate(
 def refusal_prototypes(model, processor, texts: list[str], steps: int, minimum: int, progress: bool) -> Tensor:
     """μ [steps, d] fp32: the mean state at each of the first greedy steps over the texts that the model refuses.
 
-    Raises ValueError when it refuses fewer than `minimum`.
+    Raises ValueError when it refuses fewer than `minimum`, or `texts` is a single one.
     """
+    if not isinstance(texts, (list, tuple)):
+        raise ValueError(f"refused_texts is a {type(texts).__name__}; it needs to be a list of texts")
 
     def states_of_refusal(query: Query) -> Tensor | None:
         inputs, _ = encode(processor, query, model.device, model.dtype)
@@ -221,14 +225,14 @@ def refusal_prototypes(model, processor, texts: list[str], steps: int, minimum: 
     return torch.stack(refused).mean(dim=0)
 
 
-def _mean_similarity(model, processor, pairs, moras: Moras, progress: bool) -> float:
-    """Mean S over the unsafe and the safe question of each pair; they share the context of their image."""
+def _mean_similarity(model, processor, pairs: list[tuple[Query, Query]], moras: Moras, progress: bool) -> float:
+    """Mean S over the unsafe and the safe question of each pair; those about one picture share its context."""
 
-    def both(pair: tuple) -> list[float]:
-        image, unsafe, safe = pair
-        queries = make_queries([unsafe, safe], [image, image], processor)
-        context = describe(model, processor, queries[0], moras)
-        return [assess(model, processor, query, context, moras).item() for query in queries]
+    def both(pair: tuple[Query, Query]) -> list[float]:
+        unsafe, safe = pair
+        context = describe(model, processor, unsafe, moras)
+        other = context if safe.images == unsafe.images else describe(model, processor, safe, moras)
+        return [assess(model, processor, query, told, moras).item() for query, told in ((unsafe, context), (safe, other))]
 
     similarities = [value for values in parallel.each(both, pairs, "image-question pairs", progress) for value in values]
     return sum(similarities) / len(similarities)

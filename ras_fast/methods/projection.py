@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ras_fast import parallel
-from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.tracking import PromptState, Rows, last_logits_only, text_shape
@@ -197,14 +197,20 @@ def calibrate(
     """
     if not pairs:
         raise ValueError("pairs is empty; a direction is the mean difference over at least one")
+    if measure not in MEASURES or per not in SCOPES:
+        raise ValueError(f"measure is {measure!r} and per is {per!r}; they need to be one of {MEASURES} and one of {SCOPES}")
     count = model.config.get_text_config().num_hidden_layers
     layers = [count // 2] if layers is None else sorted(layers)
-    towards, away = _last_states(model, processor, pairs, layers, progress)
+    if not layers:
+        raise ValueError("layers is empty; at least one needs to be steered")
+    contrasts = _contrasts("pairs", pairs, processor)
+    conditions = _contrasts("condition_pairs", condition_pairs, processor)
+    towards, away = _last_states(model, processor, contrasts, layers, progress)
     vectors = dict(zip(layers, (towards - away).mean(0), strict=True))
     condition = None
-    if condition_pairs:
+    if conditions:
         layer = layers[0] - 1 if condition_layer is None else condition_layer
-        on, off = (states[:, 0] for states in _last_states(model, processor, condition_pairs, [layer], progress))
+        on, off = (states[:, 0] for states in _last_states(model, processor, conditions, [layer], progress))
         direction = (on - off).mean(0)
         means = [_measure(states, direction, measure).mean().item() for states in (on, off)]
         condition = Condition(layer, direction, sum(means) / 2, measure=measure, per=per)
@@ -217,10 +223,24 @@ def _measure(states: Tensor, direction: Tensor, measure: str) -> Tensor:
     return states @ direction / direction.norm()
 
 
+def _contrasts(name: str, pairs: Sequence[tuple], processor) -> list[tuple[Query, Query]]:
+    """Raises ValueError that names the pair that cannot be used."""
+    for i, pair in enumerate(pairs):
+        sides = pair if isinstance(pair, (list, tuple)) else ()
+        if len(sides) != 2 or not all(isinstance(side, (list, tuple)) and len(side) == 2 for side in sides):
+            raise ValueError(f"{name}[{i}] is {pair!r}; it needs to be ((prompt, images), (prompt, images))")
+    sides = [side for pair in pairs for side in pair]
+    queries = make_queries([prompt for prompt, _ in sides], [images for _, images in sides], processor)
+    contrasts = list(zip(queries[::2], queries[1::2], strict=True))
+    refuse_poisoned(name, contrasts)
+    return contrasts
+
+
 @torch.no_grad()
-def _last_states(model, processor, pairs, layers: Sequence[int], progress: bool) -> tuple[Tensor, Tensor]:
+def _last_states(
+    model, processor, pairs: list[tuple[Query, Query]], layers: Sequence[int], progress: bool
+) -> tuple[Tensor, Tensor]:
     """What the layers give at the prompt's last token, [pairs, layers, d] fp32, for the first and the second of each pair."""
-    prompts, images = zip(*(query for pair in pairs for query in pair), strict=True)
     states: list[Tensor] = []
 
     def last_states(query: Query) -> Tensor:
@@ -235,8 +255,7 @@ def _last_states(model, processor, pairs, layers: Sequence[int], progress: bool)
             raise ValueError(f"layers {outside} are not there; the model has layers 0..{len(handle.layers) - 1}")
         hooks = [handle.layers[layer].register_forward_hook(partial(_note_last, states)) for layer in layers]
         try:
-            queries = make_queries(list(prompts), list(images), processor)
-            found = parallel.each(last_states, queries, "contrastive pairs", progress)
+            found = parallel.each(last_states, [query for pair in pairs for query in pair], "contrastive pairs", progress)
         finally:
             for hook in hooks:
                 hook.remove()

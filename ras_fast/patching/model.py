@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ras_fast.backend import forced_backend, set_backend
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
 from ras_fast.patching.registration import NAME, register
-from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
+from ras_fast.patching.state import REDUCTIONS, AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
 from ras_fast.regions import RegionMap
@@ -224,11 +225,22 @@ class Patch:
 
         Yields:
             The :class:`Statistics` that the forwards fill; also `Patch.statistics` afterwards.
+
+        Raises:
+            RuntimeError: image statistics are off; says why.
+            ValueError: `rows` is negative or no integer, `reduce` is unknown, or an index is not there.
         """
         state = self._regions()
+        if rows is not None and (not isinstance(rows, int) or rows < 0):
+            raise ValueError(f"rows is {rows!r}; it must be None or an integer of at least 0")
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce is {reduce!r}; it must be one of {', '.join(REDUCTIONS)}")
+        layers = None if layers is None else _indices("layers", layers, len(state.layers))
+        wanted = state.layers if layers is None else layers
+        least = min((state.layers[layer].heads or sys.maxsize for layer in wanted), default=sys.maxsize)
+        heads = None if heads is None else _indices("heads", heads, least)
         previous = state.collection
         state.statistics = Statistics()
-        heads = None if heads is None else tuple(map(int, heads))
         state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers), heads)
         try:
             yield state.statistics
@@ -552,6 +564,14 @@ class Patch:
     def _hook(self, module: nn.Module, function: Any) -> None:
         handle = module.register_forward_pre_hook(function, with_kwargs=True)
         self._undo.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
+
+
+def _indices(name: str, given: Iterable[int], count: int) -> tuple[int, ...]:
+    """Raises ValueError unless these are some of 0..count-1."""
+    indices = tuple(given) if isinstance(given, Iterable) else ()
+    if not indices or not all(isinstance(index, int) and 0 <= index < count for index in indices):
+        raise ValueError(f"{name} is {given!r}; it must hold at least one index, of those in 0..{count - 1}")
+    return indices
 
 
 def _looks_like_norm(module: nn.Module) -> bool:

@@ -495,5 +495,15 @@ def test_calibration_errors(model, processor):
         calibrate(model, processor, [])
     with pytest.raises(ValueError, match=r"layers \[4\] are not there"):
         calibrate(model, processor, PAIRS, layers=[4], progress=False)
+    broken = (("w1", np.full((8, 8, 3), np.nan)), ("w2", None))
+    for arguments, message in (
+        ({"pairs": [*PAIRS, broken]}, r"pairs\[3\] has an image with NaN"),
+        ({"pairs": PAIRS, "condition_pairs": [broken]}, r"condition_pairs\[0\] has an image with NaN"),
+        ({"pairs": [("w1", "w2")]}, r"pairs\[0\] is \('w1', 'w2'\); it needs to be \(\(prompt, images\)"),
+        ({"pairs": PAIRS, "layers": []}, "layers is empty"),
+        ({"pairs": PAIRS, "measure": "angle"}, "measure is 'angle'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, processor, **arguments, progress=False)
     with pytest.raises(ValueError, match="steered before it is known"):
         calibrate(model, processor, PAIRS, layers=[1], condition_pairs=PAIRS, condition_layer=1, progress=False)

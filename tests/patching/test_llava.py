@@ -281,6 +281,33 @@ def test_collect(model):
     assert torch.equal(maps[3][1], statistics.scores[2][3, :, 17:33].view(2, 4, 4))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": -1}, "rows is -1; it must be None or an integer of at least 0"),
+        ({"rows": 1.5}, "rows is 1.5"),
+        ({"scores": True, "reduce": "median"}, "reduce is 'median'; it must be one of mean, sum, max"),
+        ({"layers": [3]}, r"layers is \[3\]; it must hold at least one index, of those in 0\.\.2"),
+        ({"layers": [-1]}, r"layers is \[-1\]"),
+        ({"layers": 1}, "layers is 1"),
+        ({"heads": [6]}, r"heads is \[6\]; it must hold at least one index, of those in 0\.\.5"),
+        ({"heads": [-1]}, r"heads is \[-1\]"),
+        ({"heads": []}, r"heads is \[\]"),
+    ],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_cannot_be_collected_is_named(model, arguments, message, side):
+    with ras_fast.patch(model) as patched, pytest.raises(ValueError, match=message), patched.collect(**arguments):
+        model(**inputs(ROWS, side=side))
+
+
+def test_statistics_after_unpatch(model):
+    patched = ras_fast.patch(model)
+    patched.unpatch()
+    with pytest.raises(RuntimeError, match="image statistics are off: the model is not patched"):
+        patched.region_map  # noqa: B018
+
+
 def test_collect_under_a_full_mask(model):
     batch = inputs(ROWS, side="right")
     expected = eager(model, batch)

@@ -437,6 +437,11 @@ def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iter
         yield
 
 
+def _revive(kind: type) -> Any:
+    following = _following(kind)
+    return following.__new__(following)
+
+
 @cache
 def _following(kind: type) -> type:
     """The cache class whose rows the kept values follow. A subclass, because a wrapper on the instance would be a reference
@@ -460,14 +465,19 @@ def _following(kind: type) -> type:
             super().batch_repeat_interleave(repeats)
             follow(self, lambda value: value.repeat_interleave(repeats))
 
-        def crop(self, *args: int) -> None:
-            super().crop(*args)
+        def crop(self, *args: int, **kwargs: int) -> None:
+            super().crop(*args, **kwargs)
             length = int(self.get_seq_length())
             follow(self, lambda value: value.crop(length))
 
         def reset(self) -> None:
             super().reset()
             self.__dict__[_KEPT] = {}
+
+        def __reduce_ex__(self, protocol: Any) -> tuple:
+            """By the cache's own class, which a pickle can name."""
+            _, _, *state = super().__reduce_ex__(protocol)
+            return _revive, (kind,), *state
 
     Following.__name__, Following.__qualname__, Following.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Following

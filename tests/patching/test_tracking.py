@@ -1,6 +1,8 @@
 """What is kept on a KV cache follows its rows."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -45,6 +47,27 @@ def test_values_of_several_names_follow_the_rows():
     assert kept(past, "nothing") is None
     past.reset()
     assert kept(past, "gate") is kept(past, REGIONS) is None
+
+
+def test_a_cache_can_be_stored(tmp_path):
+    past = cache()
+    keep(past, "gate", Rows(torch.tensor([0, 1, 2])))
+    again = pickle.loads(pickle.dumps(past))
+    again.reorder_cache(torch.tensor([2, 1, 0]))
+    assert (gate(past), gate(again)) == ([0, 1, 2], [2, 1, 0])
+    torch.save(past, tmp_path / "cache.pt")
+    stored = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert torch.equal(stored.layers[0].keys, past.layers[0].keys)
+    assert stored.get_seq_length() == 5
+    assert gate(copy.deepcopy(stored)) == [0, 1, 2]
+
+
+def test_crop_by_a_keyword():
+    past = cache()
+    name = next(iter(inspect.signature(past.crop).parameters))
+    keep(past, REGIONS, RegionMap(torch.zeros(3, 5, dtype=torch.int32), 1))
+    past.crop(**{name: -2})
+    assert kept(past, REGIONS).ids.shape == (3, past.get_seq_length())
 
 
 def test_copies_part_ways():

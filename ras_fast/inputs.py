@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+# What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class Query:
@@ -115,11 +118,15 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
 def _parts(where: str, content, placeholder: str) -> list[dict]:
     """Chat content as parts; a placeholder inside a text becomes an image part."""
     content = [_text_part(content)] if isinstance(content, str) else content
+    if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts, which are dicts")
     parts = []
     for part in content:
         if part.get("type") == "image":
             parts.append({"type": "image"})
         elif part.get("type") == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
             first, *rest = part["text"].split(placeholder)
             parts += [_text_part(first.strip())] if first.strip() else []
             for text in rest:
@@ -148,13 +155,14 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     Raises ValueError for unreadable, empty or unsupported images.
     """
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if isinstance(image, (str, Path)):
         try:
             image = Image.open(image)
-        except (OSError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is a {type(image).__name__}; it needs to be a PIL image, a path or an array")
@@ -163,7 +171,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     try:
         image.seek(0)
         image.load()
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     return _to_rgb(ImageOps.exif_transpose(image), name)
 

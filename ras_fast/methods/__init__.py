@@ -65,7 +65,7 @@ def region_bias(patch: Patch, bias: Tensor | None) -> Iterator[None]:
         yield
         return
     if bias.dim() not in (2, 3) or len(bias) != len(patch.layers):
-        raise ValueError(f"region_bias is {tuple(bias.shape)}; it needs to be [{len(patch.layers)}, Hq] or that by images")
+        raise ValueError(f"region_bias has shape {tuple(bias.shape)}; it needs to be [{len(patch.layers)}, Hq] or […, R]")
     patch.set_region_bias({layer: row for layer, row in enumerate(bias) if bool(row.any())})
     try:
         yield

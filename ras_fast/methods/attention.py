@@ -9,6 +9,7 @@ gate (`calibrate(..., combine_with=...)`). docs/methods.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -202,8 +203,11 @@ def calibrate(
     Raises ValueError for input that cannot be used, a model without image statistics, and features or S that are not
     finite. ImportError: there is no scikit-learn.
     """
-    if heads < 1:
-        raise ValueError(f"heads is {heads}; it needs to be at least 1")
+    for name, count in (("heads", heads), ("steps", steps)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} is {count!r}; it needs to be an integer of at least 1")
+    if not math.isfinite(amplify):
+        raise ValueError(f"amplify is {amplify}; it needs to be finite")
     if combine_with is not None and combine_with.method not in PRESETS:
         raise ValueError(f"combine_with is a {combine_with.method!r} profile; it needs to be one of {', '.join(PRESETS)}")
     queries, harmful, pair = _labelled(pairs, processor)

@@ -185,6 +185,8 @@ def safety_awareness(safe: Tensor, toxic: Tensor) -> float:
     return float((units.sum(0).square().sum() - units.square().sum()) / (count * (count - 1)))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def calibrate(
     model,
     processor,
@@ -228,6 +230,10 @@ def calibrate(
     layers = _layers(layer, every, depth)
     if rank is not None and not 0 < rank <= model.config.get_text_config().hidden_size:
         raise ValueError(f"rank is {rank}; it needs to be in 1..{model.config.get_text_config().hidden_size}")
+    if strength is not None and not 0 < strength < math.inf:
+        raise ValueError(f"strength is {strength}; it needs to be positive and finite")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it needs to be an integer of at least 1")
     if over_refusal is not None and not 0 <= over_refusal <= 1:
         raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
     answer = _answer(model, processor, refusal)
@@ -280,7 +286,9 @@ def _layers(layer: int | str, every: int | None, depth: int) -> list[int]:
         return [layer]
     if layer not in ("sas", "validation"):
         raise ValueError(f"layer is {layer!r}; it needs to be 'sas', 'validation' or an index")
-    every = every or (1 if depth <= SMALL else 4)
+    every = (1 if depth <= SMALL else 4) if every is None else every
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every is {every!r}; it needs to be an integer of at least 1")
     return list(range(0, depth, every))
 
 

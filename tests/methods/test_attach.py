@@ -67,7 +67,7 @@ def test_methods_with_stages_are_sent_to_the_engine():
 def test_a_region_bias_of_another_shape_is_refused(model, processor, bias):
     profile = attention(model, processor)
     profile.tensors["region_bias"] = bias
-    with ras_fast.patch(model) as patch, pytest.raises(ValueError, match=r"region_bias is .*; it needs to be \[3, Hq\]"):
+    with ras_fast.patch(model) as patch, pytest.raises(ValueError, match=r"region_bias has shape .*; it needs to be \[3, Hq\]"):
         ras_fast.methods.attach(patch, profile).__enter__()
 
 

@@ -463,7 +463,7 @@ def test_amplified_heads(model, processor, batch, every_answer_refuses):
 
 def test_a_bias_for_another_model(model):
     profile = profile_of()
-    for shape, message in (((LAYERS - 1, 4), "for 2 layers; the model has 3"), ((LAYERS, 5), "Hq = 4")):
+    for shape, message in (((LAYERS - 1, 4), r"\(2, 4\); it needs to be \[3, Hq\]"), ((LAYERS, 5), "Hq = 4")):
         changed = replace(profile, tensors=profile.tensors | {"region_bias": torch.ones(shape)})
         with ras_fast.patch(model) as patch, pytest.raises(ValueError, match=message):
             ras_fast.methods.attach(patch, changed).__enter__()
@@ -564,8 +564,14 @@ def test_calibration_errors(model, processor):
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, processor, pairs)
-    with pytest.raises(ValueError, match="heads is 0"):
-        calibrate(model, processor, PAIRS, heads=0)
+    for arguments, message in (
+        ({"heads": 0}, "heads is 0; it needs to be an integer of at least 1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"amplify": math.nan}, "amplify is nan; it needs to be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, processor, PAIRS, **arguments)
     with pytest.raises(ValueError, match="combine_with is a 'attention' profile"):
         calibrate(model, processor, PAIRS, combine_with=profile_of())
     with pytest.raises(ValueError, match="refuses 0 of 1"):

@@ -406,6 +406,15 @@ def test_the_head_learns_the_refusal(model, processor, monkeypatch):
     assert rates[str(made.config["strength"])] == max(rates.values())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calibration_where_gradients_are_off(model, processor, few_epochs, mode):
+    expected = calibrate(model, processor)
+    with mode():
+        got = calibrate(model, processor)
+    assert got.config == expected.config
+    assert all(torch.equal(got.tensors[name], expected.tensors[name]) for name in expected.tensors)
+
+
 def test_a_fixed_layer_validation_and_every(model, processor, few_epochs):
     assert calibrate(model, processor, layer=2).config["layer"] == 2
     assert set(calibrate(model, processor, every=2).config["sas"]) == {"0", "2"}
@@ -464,6 +473,11 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
         ({"layer": "best"}, "layer is 'best'"),
         ({"rank": 0}, "rank is 0"),
         ({"over_refusal": 1.5}, "over_refusal is 1.5"),
+        ({"every": 0}, "every is 0"),
+        ({"every": -1}, "every is -1"),
+        ({"strength": 0.0}, "strength is 0.0"),
+        ({"strength": -1.0}, "strength is -1.0"),
+        ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_calibrate_checks_its_arguments(model, processor, changes, message):

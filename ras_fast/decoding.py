@@ -37,7 +37,8 @@ class Decoding:
     def __post_init__(self):
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
-        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+        given = self.stop_strings
+        stops = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else (given,)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError(f"stop_strings is {self.stop_strings!r}; it needs to hold non-empty strings")
         object.__setattr__(self, "stop_strings", stops)

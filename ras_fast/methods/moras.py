@@ -61,7 +61,8 @@ class Moras:
         if profile.method not in PRESETS:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be one of {', '.join(PRESETS)}")
         self.config = _checked(profile.config, {"s_base", "k", *PRESETS["moras"]})
-        number(self.config, "s_base")
+        if not number(self.config, "s_base") < 1:
+            raise ValueError(f"profile config 's_base' is {self.config['s_base']}; it needs to be below 1, the highest S")
         if not number(self.config, "k") > 0:
             raise ValueError(f"profile config 'k' is {self.config['k']}; it needs to be positive: the risk rises with S")
         prototypes = profile.tensors["prototypes"]

@@ -177,6 +177,7 @@ def test_calibrate_checks_its_arguments(model, processor, changes, message):
         ({"k": 10**400}, "'k' is 1000"),
         ({"k": 0.0}, "'k' is 0.0; it needs to be positive"),  # no risk would ever rise
         ({"k": -9.0}, "'k' is -9.0; it needs to be positive"),
+        ({"s_base": 1.0}, "'s_base' is 1.0; it needs to be below 1"),
         ({"gamma": "x"}, "'gamma' is 'x'"),
         ({"prototypes": torch.ones(3, 5)}, "of d = 5; the model's hidden size is 32"),
         ({"prototypes": torch.ones(3, 32) * torch.tensor([[1], [0], [1]])}, "none 0"),

@@ -143,15 +143,19 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ras_fast.inputs import make_queries
 
     images = arguments.image or None
+    if arguments.heatmap:
+        _check_heat_map_path(arguments.heatmap)
     model, processor = _load(arguments)
     make_queries([arguments.prompt], [images], processor)  # a bad image is reported before minutes of work
     result = _defended(arguments, model, processor) if arguments.profile else _undefended(arguments, model, processor)
+    if not arguments.json:
+        print(f"{result['text']}\n", flush=True)  # whatever becomes of the pictures
     if images:
         result |= _look(arguments, model, processor)
     if arguments.json:
         print(json.dumps(result, allow_nan=False))
     else:
-        _print_result(result)
+        _print_facts(result)
     return 0
 
 
@@ -215,9 +219,18 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
         return {"region_mass": None, "heat_maps": []}
     paths = _heat_map_paths(arguments.heatmap, len(looked.maps)) if arguments.heatmap else []
     for i, path in enumerate(paths):
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_heat_map(path, looked.images[i], looked.maps[i], box=looked.boxes[i], title=arguments.prompt)
     return {"region_mass": looked.mass.mean((0, 1)).tolist(), "heat_maps": [str(path) for path in paths]}
+
+
+def _check_heat_map_path(path: Path) -> None:
+    """Before minutes of work."""
+    from matplotlib.figure import Figure
+
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"--heatmap {path} needs to end in one of {', '.join(f'.{name}' for name in formats)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _heat_map_paths(path: Path, count: int) -> list[Path]:
@@ -226,9 +239,7 @@ def _heat_map_paths(path: Path, count: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
 
 
-def _print_result(result: dict) -> None:
-    print(result["text"])
-    print()
+def _print_facts(result: dict) -> None:
     if result["defence"] is None:
         print("defence    none (no profile given)")
     else:
@@ -250,8 +261,13 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         raise ValueError("--data and --refused belong together")
     if arguments.data is None and arguments.model != "tiny":
         raise ValueError("--data and --refused are needed for any model but 'tiny'")
+    prompts = {"context_prompt": arguments.context_prompt, "safety_prompt": arguments.safety_prompt}
+    given = {name: text for name, text in prompts.items() if text is not None}
+    if arguments.data is None and given:
+        raise ValueError("--context-prompt and --safety-prompt belong to --data: without it the tiny model's own are used")
     pairs = _read_pairs(arguments.data) if arguments.data else None
     texts = _read_texts(arguments.refused) if arguments.refused else None
+    arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     from ras_fast import parallel
 
     parallel.join()
@@ -262,8 +278,6 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     if pairs is None:
         profile = calibrate_on_tinyworld(arguments.preset, model, processor)
     else:
-        prompts = {"context_prompt": arguments.context_prompt, "safety_prompt": arguments.safety_prompt}
-        given = {name: text for name, text in prompts.items() if text is not None}
         profile = moras.calibrate(model, processor, refused_texts=texts, pairs=pairs, preset=arguments.preset, **given)
     if parallel.place()[0]:
         return 0
@@ -275,7 +289,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _read_pairs(path: Path) -> list[tuple[Path, str, str]]:
     """Raises ValueError that names the line."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other line ends
         if not line.strip():
             continue
         try:
@@ -283,6 +297,8 @@ def _read_pairs(path: Path) -> list[tuple[Path, str, str]]:
             pair = (path.parent / row["image"], row["unsafe"], row["safe"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
+        if not all(isinstance(text, str) and text.strip() for text in pair[1:]):
+            raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:]}")
         if not pair[0].is_file():
             raise ValueError(f"{path}:{number}: {pair[0]} is not there")
         pairs.append(pair)
@@ -290,7 +306,7 @@ def _read_pairs(path: Path) -> list[tuple[Path, str, str]]:
 
 
 def _read_texts(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -343,9 +359,8 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
         profiles[name_of(profile)] = profile
     if profiles or not arguments.dataset.startswith("tinyworld"):
         return profiles
-    needed = arguments.defences or ",".join(CALIBRATIONS)
     for name in CALIBRATIONS:
-        if name != "moras" and name not in needed:  # MoRAS's prototypes and prompts serve other rows, too
+        if name != "moras" and not _is_wanted(name, arguments.defences):  # MoRAS's prototypes and prompts serve other rows
             continue
         folder = arguments.out / "profiles" / name
         missing = not folder.is_dir()
@@ -357,6 +372,11 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
         parallel.wait()
         profiles[name] = RasProfile.from_pretrained(folder)
     return profiles
+
+
+def _is_wanted(name: str, defences: str | None) -> bool:
+    """Whether the profile, or a variant of it such as "ras-binary", is among the defences "a,b"; None: all are."""
+    return defences is None or any(f"{wanted}-".startswith(f"{name}-") for wanted in defences.split(","))
 
 
 def _load(arguments: argparse.Namespace):

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -37,7 +37,8 @@ class Decoding:
     def __post_init__(self):
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
-        stops = (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
+        given = self.stop_strings
+        stops = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else (given,)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError(f"stop_strings is {self.stop_strings!r}; it needs to hold non-empty strings")
         object.__setattr__(self, "stop_strings", stops)
@@ -140,22 +141,26 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
         return (edited, *args[1:])
 
     length = inputs["input_ids"].shape[1]
+    # generate() fills in what is not given from the model's own config, say a ban of repetitions; the engine does not.
+    own, end = model.generation_config, eos_ids(model)
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     hook = model.get_output_embeddings().register_forward_pre_hook(watch)
     try:
+        model.generation_config = GenerationConfig(**tokens)
         output = model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            repetition_penalty=1.0,
-            logits_processor=decoding.processors(query, length, eos_ids(model)),
+            logits_processor=decoding.processors(query, length, end),
             stopping_criteria=[StopStrings(decoding.stop_strings, processor.tokenizer, length)],
             return_dict_in_generate=True,
             output_logits=True,
             streamer=streamer,
         )
     finally:
+        model.generation_config = own
         hook.remove()
     return output.sequences[0, length:].tolist(), torch.cat(states), torch.cat(output.logits)
 

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+# What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
 
 @dataclass(frozen=True)
 class Query:
@@ -68,14 +71,23 @@ def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list
     """(unsafe, safe) queries of labelled pairs (image, unsafe question, safe question), or with a fourth entry, the image of
     the safe question.
 
-    Raises ValueError for pairs of another length, and as `make_queries`.
+    Raises ValueError for what is no such pair, for pixels that are not finite, and as `make_queries`.
     """
-    wrong = [i for i, pair in enumerate(pairs) if len(pair) not in (3, 4)]
-    if wrong:
-        raise ValueError(f"pairs[{wrong[0]}] has {len(pairs[wrong[0]])} entries; it needs to be (image, unsafe, safe[, image])")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple)) or len(pair) not in (3, 4):
+            got = f"has {len(pair)} entries" if isinstance(pair, (list, tuple)) else f"is a {type(pair).__name__}"
+            raise ValueError(f"pairs[{i}] {got}; it needs to be (image, unsafe, safe[, image])")
     unsafe = make_queries([pair[1] for pair in pairs], [pair[0] for pair in pairs], processor)
     safe = make_queries([pair[2] for pair in pairs], [pair[3 if len(pair) == 4 else 0] for pair in pairs], processor)
+    refuse_poisoned("pairs", zip(unsafe, safe, strict=True))
     return unsafe, safe
+
+
+def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
+    """Raises ValueError when a query of some group holds NaN or infinite pixels: a black picture in its place means nothing."""
+    poisoned = next((i for i, queries in enumerate(groups) if any(query.poisoned for query in queries)), None)
+    if poisoned is not None:
+        raise ValueError(f"{name}[{poisoned}] has an image with NaN or infinite pixels")
 
 
 def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
@@ -106,11 +118,15 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
 def _parts(where: str, content, placeholder: str) -> list[dict]:
     """Chat content as parts; a placeholder inside a text becomes an image part."""
     content = [_text_part(content)] if isinstance(content, str) else content
+    if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts, which are dicts")
     parts = []
     for part in content:
         if part.get("type") == "image":
             parts.append({"type": "image"})
         elif part.get("type") == "text":
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
             first, *rest = part["text"].split(placeholder)
             parts += [_text_part(first.strip())] if first.strip() else []
             for text in rest:
@@ -139,13 +155,14 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     Raises ValueError for unreadable, empty or unsupported images.
     """
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if isinstance(image, (str, Path)):
         try:
             image = Image.open(image)
-        except (OSError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is a {type(image).__name__}; it needs to be a PIL image, a path or an array")
@@ -154,7 +171,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     try:
         image.seek(0)
         image.load()
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     return _to_rgb(ImageOps.exif_transpose(image), name)
 

@@ -59,6 +59,12 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}; it must be 'auto' or a torch device such as 'cpu' or 'cuda:0'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch sees no CUDA device")
+    if device.type == "meta":
+        raise ValueError(f"device is {name!r}, which holds no values; it must be one that computes")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"device is {name!r}, which this torch cannot use: {_first_line(error)}") from error
     return device
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 FORMAT_VERSION = 1
 JSON_NAME = "ras_profile.json"
@@ -47,15 +49,25 @@ def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, hea
     }
 
 
+def number(config: dict, name: str) -> float:
+    """The finite number that a profile's config holds under `name`. Raises ValueError where it does not."""
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"profile config {name!r} is {value!r}; it needs to be a finite number")
+    return value
+
+
 @dataclass
 class RasProfile:
     """A calibrated method.
 
     method: one of ``METHODS``.
     config: plain JSON values. MoRAS: gamma, steps, s_base, k, context_prompt, safety_prompt, max_context_tokens, gate.
-    tensors: name -> tensor, all finite. MoRAS: ``prototypes`` [N, d] fp32. Any method: ``region_bias`` [layers, heads], what
-        heads' scores of image tokens are raised by (`ras_fast.methods.region_bias`).
+    tensors: name -> floating tensor, all finite. MoRAS: ``prototypes`` [N, d] fp32. Any method: ``region_bias`` [layers,
+        heads], what heads' scores of image tokens are raised by (`ras_fast.methods.region_bias`).
     fingerprint: of the model it was calibrated on (`fingerprint`).
+
+    Raises ValueError when one of these is of another type, or a tensor that the method needs is missing.
     """
 
     method: str
@@ -66,10 +78,16 @@ class RasProfile:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"profile method is {self.method!r}; it needs to be one of {', '.join(METHODS)}")
+        for name in ("config", "tensors", "fingerprint"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"profile {name} is {getattr(self, name)!r}; it needs to be a dict")
         missing = [name for name in REQUIRED_TENSORS.get(self.method, ()) if name not in self.tensors]
         if missing:
             raise ValueError(f"profile for {self.method!r} lacks the tensors {missing}; it has {sorted(self.tensors)}")
         for name, tensor in self.tensors.items():
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+                got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                raise ValueError(f"profile tensor {name!r} is {got}; it needs to be a floating tensor")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"profile tensor {name!r} holds NaN or infinite values; calibrate again")
 
@@ -90,27 +108,36 @@ class RasProfile:
             )
 
     def save_pretrained(self, directory) -> None:
-        """Writes ras_profile.json and ras_profile.safetensors into ``directory`` (made if it is not there)."""
+        """Writes ras_profile.json and ras_profile.safetensors into ``directory`` (made if it is not there).
+
+        A profile that was there is replaced: what a crash leaves is the old one, the new one, or one that does not load.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        # Copies, because tensors that share memory cannot be stored.
+        form = torch.contiguous_format
+        tensors = save({name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in self.tensors.items()})
         header = {
             "format_version": FORMAT_VERSION,
             "method": self.method,
             "config": self.config,
             "fingerprint": self.fingerprint,
+            "tensors": _digest(tensors),
         }
-        # Both are checked and serialised before the first byte is written.
-        text = json.dumps(header, indent=2, allow_nan=False)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, directory / TENSORS_NAME)
-        (directory / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+        # All is checked and on disk before the first file is replaced: the header, which then names the tensors to come.
+        text = json.dumps(header, indent=2, allow_nan=False) + "\n"
+        contents = {directory / JSON_NAME: text.encode(), directory / TENSORS_NAME: tensors}
+        for path, content in contents.items():
+            Path(f"{path}.new").write_bytes(content)
+        for path in contents:
+            os.replace(f"{path}.new", path)
 
     @classmethod
     def from_pretrained(cls, directory_or_hub_id) -> RasProfile:
         """Reads a profile from a local directory or, if there is no such directory, from the Hugging Face hub.
 
         Raises FileNotFoundError when a file is missing, ValueError when one is corrupt, of a newer format, or holds
-        values that are not finite.
+        values that are not finite, or when the two were not saved together (of older profiles that cannot be told).
         """
         json_path, tensors_path = (_locate(directory_or_hub_id, name) for name in (JSON_NAME, TENSORS_NAME))
         try:
@@ -122,10 +149,18 @@ class RasProfile:
         if version != FORMAT_VERSION:
             raise ValueError(f"{json_path} has format version {version}; this release reads version {FORMAT_VERSION}")
         try:
-            tensors = load_file(tensors_path)
+            content = tensors_path.read_bytes()
+            tensors = load(content)
         except SafetensorError as error:
             raise ValueError(f"{tensors_path} is not a safetensors file: {error}") from error
-        return cls(method, config, tensors, stored_fingerprint)
+        profile = cls(method, config, tensors, stored_fingerprint)
+        if header.get("tensors") not in (None, _digest(content)):
+            raise ValueError(f"{tensors_path} is not the one that {json_path.name} was saved with; save or calibrate again")
+        return profile
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _locate(directory_or_hub_id, name: str) -> Path:

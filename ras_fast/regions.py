@@ -66,12 +66,21 @@ class RegionMap:
             held = self._padded = F.pad(self.ids, (0, grown), value=-1)
         return held[:, start : start + length]
 
-    def extend(self, ids: Tensor, grids: list[list[Grid | None]], past: int) -> RegionMap:
-        """The map after a further forward: `past` positions of this one, then `ids` [B, L], whose images come after."""
+    def extend(self, ids: Tensor, grids: list[list[Grid | None]], past: int, *, pieces: bool = False) -> RegionMap:
+        """The map after a further forward: `past` positions of this one, then `ids` [B, L], whose images come after.
+
+        pieces: an image at the end of these positions goes on where `ids` begin with one.
+        """
         before = self.keys(past)
         held = (before.amax(1) + 1 if past else before.new_zeros(before.shape[0]))[:, None]
-        joined = torch.cat([before, torch.where(ids >= 0, ids + held, ids)], 1)
-        grids = [old[:n] + new for old, new, n in zip(self.grids, grids, held.flatten().tolist(), strict=True)]
+        goes_on = (before[:, -1:] >= 0) & (ids[:, :1] >= 0) if pieces and past else torch.zeros_like(held, dtype=torch.bool)
+        joined = torch.cat([before, torch.where(ids >= 0, ids + held - goes_on.int(), ids)], 1)
+        sizes = (joined == held - 1).sum(1, keepdim=True)
+        facts = torch.cat([held, goes_on, sizes], 1).tolist()
+        grids = [
+            [*old[: n - 1], _grid_of(old[n - 1], size), *new[1:]] if same else old[:n] + new
+            for old, new, (n, same, size) in zip(self.grids, grids, facts, strict=True)
+        ]
         return RegionMap(joined, max(map(len, grids), default=0), grids, validate=False)
 
     def crop(self, length: int) -> RegionMap:
@@ -101,6 +110,11 @@ class RegionMap:
             [_heat_map(scores[row], ids[row] == image, grid) for image, grid in enumerate(grids)]
             for row, grids in enumerate(self.grids)
         ]
+
+
+def _grid_of(grid: Grid | None, tokens: int) -> Grid | None:
+    """Of an image that is whole now; `grid` may be that of a piece."""
+    return grid if grid is not None and grid[0] * grid[1] == tokens else square_grid(tokens)
 
 
 def _heat_map(scores: Tensor, inside: Tensor, grid: Grid | None) -> Tensor:

@@ -82,7 +82,7 @@ def save_heat_map(
     scale = matplotlib.colors.Normalize(0, max(float(_per_patch(scores, grid).max()), 1e-12))
     mappable = matplotlib.cm.ScalarMappable(scale, COLOURS)
     figure.colorbar(mappable, ax=heat, shrink=0.85, label="share of attention per patch")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a user's words: $ is a dollar
     figure.savefig(path, dpi=150)
 
 

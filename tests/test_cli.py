@@ -99,6 +99,11 @@ def test_generate_without_an_image(generate, capsys):
         (["--model", "{folder}/nowhere"], "no such folder"),
         (["--model", "tests"], "cannot be read"),
         (["--device", "quantum"], "device is 'quantum'"),
+        (["--device", "meta"], "device is 'meta', which holds no values"),
+        (["--device", "hpu"], "device is 'hpu', which this torch cannot use"),
+        (["--heatmap", "{folder}/heat"], "heat needs to end in one of"),
+        (["--heatmap", "{folder}/heat.xyz"], "heat.xyz needs to end in one of"),
+        (["--heatmap", "{folder}/a.png/heat.png"], "a.png"),
         (["--prompt", " "], "needs a question"),
         (["--prompt", "<image> <image> w1"], "placeholder"),
     ],
@@ -137,6 +142,16 @@ def test_a_model_that_cannot_be_patched_still_answers(generate, tmp_path, capsys
     assert "runs unpatched: no text model" in captured.err
     assert generate("--heatmap", str(tmp_path / "h.png")) == 1
     assert "error: no image statistics: no text model" in capsys.readouterr().err
+
+
+def test_the_answer_is_printed_whatever_becomes_of_its_picture(generate, tmp_path, capsys, monkeypatch):
+    generate("--json")
+    expected = json.loads(capsys.readouterr().out)["text"]
+    (tmp_path / "heat.png").mkdir()
+    assert generate("--heatmap", str(tmp_path / "heat.png")) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{expected}\n")
+    assert "heat.png" in captured.err
 
 
 def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
@@ -247,6 +262,7 @@ def test_calibrate_writes_a_profile(folder, capsys, monkeypatch):
         ("{", "pairs.jsonl:1 needs to be"),
         ('{"image": "a.png", "safe": "x"}', "KeyError('unsafe')"),
         ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "no.png is not there"),
+        ('{"image": "a.png", "unsafe": 5, "safe": "y"}', "unsafe and safe need to be texts"),
     ],
 )
 def test_calibrate_names_the_bad_line(folder, capsys, line, words):
@@ -254,6 +270,34 @@ def test_calibrate_names_the_bad_line(folder, capsys, line, words):
     (folder / "texts.txt").write_text("w1")
     assert calibrate(folder, "--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt")) == 1
     assert words in capsys.readouterr().err
+
+
+def test_calibrate_takes_line_ends_that_are_part_of_a_text(folder, capsys):
+    (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1\u2028w2", "safe": "w2\x85"}\r\n', encoding="utf-8")
+    (folder / "texts.txt").write_text("w1\u2028w2\n", encoding="utf-8")
+    assert calibrate(folder, "--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt")) == 1
+    assert "refuses 0 of 1" in capsys.readouterr().err
+
+
+def test_calibrate_does_not_ignore_a_prompt(folder, capsys):
+    assert cli.main(["calibrate", "--model", "tiny", "--safety-prompt", "w1", "--out", str(folder / "new")]) == 1
+    assert "--safety-prompt belong to --data" in capsys.readouterr().err
+
+
+def test_calibrate_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
+    monkeypatch.setattr("ras_fast.loading.load", lambda *arguments, **options: pytest.fail("too late"))
+    (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')
+    (folder / "texts.txt").write_text("w1")
+    data = ("--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt"))
+    assert cli.main(["calibrate", "--model", str(folder / "model"), *data, "--out", str(folder / "a.png")]) == 1
+    assert "a.png" in capsys.readouterr().err
+
+
+def test_only_the_profiles_that_are_asked_for_are_calibrated():
+    wanted = {"ras": ["ras", "a,ras-binary"], "moras+attention": ["moras+attention"], "attention": ["attention"]}
+    for name, lists in wanted.items():
+        assert all(cli._is_wanted(name, defences) for defences in (None, *lists))
+    assert not any(cli._is_wanted(name, "moras,moras+attention-binary,constant-0.5") for name in ("ras", "attention"))
 
 
 def test_calibrate_needs_data(folder, capsys):

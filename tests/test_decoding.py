@@ -79,6 +79,12 @@ def test_custom_processors_run():
     assert decoding.processors(0, 0, [])(torch.zeros(1, 0, dtype=torch.long), torch.tensor([[0.0, 5.0, 4.9]])).argmax() == 2
 
 
+@pytest.mark.parametrize("stops", [None, 5, [""], ["a", None]])
+def test_stop_strings_of_other_types(stops):
+    with pytest.raises(ValueError, match="it needs to hold non-empty strings"):
+        Decoding(stop_strings=stops)
+
+
 def test_end_tokens_and_stop_strings():
     processor = tiny_processor()
     model = tiny_llava(processor)

@@ -443,6 +443,29 @@ def test_out_of_memory_splits_the_batch(model, processor, profile, monkeypatch):
         guard.generate(["w1"])
 
 
+def test_two_generators_of_one_model_in_two_threads(model, processor, profile):
+    """Each patches the model and unpatches it again; they take turns."""
+    (expected,) = SafeGenerator(model, processor, profile, fused=False).generate(["w1 w2"], max_new_tokens=6)
+    answers, errors = [], []
+
+    def work():
+        try:
+            for _ in range(4):
+                with SafeGenerator(model, processor, profile) as guard:
+                    answers.extend(guard.generate(["w1 w2"], max_new_tokens=6))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [output.tokens for output in answers] == [expected.tokens] * 8
+    assert Patch.of(model) is None
+
+
 def test_two_threads_get_what_each_would_alone(model, processor, profile):
     guard = SafeGenerator(model, processor, profile)
     calls = [make_queries(4, seed=seed) for seed in (0, 20)]
@@ -498,8 +521,23 @@ def test_explain_and_timings(model, processor, profile):
 def test_what_cannot_be_used_is_refused(model, processor, profile):
     with pytest.raises(ValueError, match="calibrated on another model"):
         SafeGenerator(tiny_llava(processor, seed=5), processor, profile)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        SafeGenerator(model, processor, profile, batch_size=0)
+    for options, message in (
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": "3"}, "batch_size is '3'; it needs to be an integer"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"sync_every": 1.5}, "sync_every is 1.5"),
+        ({"profile": None}, "profile is a NoneType; it needs to be a RasProfile"),
+        ({"profile": "folder"}, "profile is a str"),
+        ({"processor": None}, "processor is a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SafeGenerator(**{"model": model, "processor": processor, "profile": profile} | options)
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="model is in training mode"):
+            SafeGenerator(model, processor, profile, fused=False)
+    finally:
+        model.eval()
     guard = SafeGenerator(model, processor, profile, fused=False)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         guard.generate(["w1"], max_new_tokens=0)

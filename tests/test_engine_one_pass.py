@@ -161,6 +161,17 @@ def test_a_profile_that_does_not_fit_is_refused_at_once_and_leaves_the_model_unp
 
 
 @pytest.mark.parametrize("make", PROFILES)
+def test_words_put_into_the_assistants_mouth_are_refused(model, processor, make):
+    """They would be what is judged. A chat with earlier answers is answered."""
+    first, answer = {"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}
+    with SafeGenerator(model, processor, make(model, processor)) as guard:
+        with pytest.raises(ValueError, match=r"prompts\[1\] ends in an assistant message"):
+            guard.generate(["w1", [first, answer]], max_new_tokens=2)
+        (output,) = guard.generate([[first, answer, first]], max_new_tokens=2)
+    assert len(output.tokens) > 0
+
+
+@pytest.mark.parametrize("make", PROFILES)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
 def test_an_interruption_shows_nothing_and_leaves_nothing_attached(model, processor, monkeypatch, make, error):
     def hooks():

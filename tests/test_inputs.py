@@ -51,6 +51,12 @@ def test_chats_and_assistant_prefixes(processor):
         (["<image> <image> w1"], [random_image(0)], r"2 image placeholder\(s\) but images\[0\] holds 1"),
         ([""], None, "needs a question"),
         ([[{"role": "assistant", "content": "w1"}]], None, "needs a question"),
+        ([[{"role": "user", "content": None}]], None, r"prompts\[0\] has the content None"),
+        ([[{"role": "user", "content": 5}]], None, "has the content 5"),
+        ([[{"role": "user", "content": ["hi"]}]], None, r"has the content \['hi'\]; it needs to be a string or"),
+        ([[{"role": "user", "content": {"type": "text", "text": "w1"}}]], None, "has the content {"),
+        ([[{"role": "user", "content": [{"type": "text"}]}]], None, "has the text part {'type': 'text'}"),
+        ([[{"role": "user", "content": [{"type": "text", "text": None}]}]], None, "needs a string as its 'text'"),
         ([[{"content": "w1"}]], None, "'role' and 'content'"),
         ([3], None, "string or a list of messages"),
         ([[{"role": "user", "content": [{"type": "video"}]}]], None, "type 'video'"),
@@ -93,6 +99,7 @@ def test_arrays():
     pixels[..., 1] = 200
     assert load_image(pixels).getpixel((0, 0)) == (0, 200, 0)
     assert load_image(torch.from_numpy(pixels) / 255).getpixel((2, 1)) == (0, 200, 0)
+    assert load_image((torch.from_numpy(pixels) / 255).bfloat16()).getpixel((2, 1)) == (0, 200, 0)
     assert load_image(np.array([[0.0, np.nan]])) is None
     assert load_image(np.array([[0.0, np.inf]])) is None
 
@@ -109,6 +116,7 @@ def test_arrays():
         (Image.fromarray(np.full((2, 2), -4, dtype=np.int32)), "integer pixels"),
         (b"raw", "is a bytes"),
         ("/no/such/picture.png", "cannot be read"),
+        (torch.full((2, 2), 7.0, dtype=torch.bfloat16), "in 7..7"),
     ],
 )
 def test_bad_images(image, message):
@@ -123,6 +131,18 @@ def test_truncated_and_unreadable_files(tmp_path):
     for name in ("cut.png", "text.png"):
         with pytest.raises(ValueError, match=r"images\[0\] cannot be read"):
             make_queries(["w1"], [tmp_path / name], tiny_processor())
+
+
+def test_a_reader_that_raises_a_runtime_error(monkeypatch):
+    """As Pillow's does over damaged AVIF files."""
+    image = random_image(0)
+
+    def load():
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(image, "load", load)
+    with pytest.raises(ValueError, match="image cannot be read: Failed to decode"):
+        load_image(image)
 
 
 def test_pixels_that_are_not_finite_poison_the_query_and_stay_out_of_the_model(processor, monkeypatch):

@@ -1,5 +1,7 @@
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -94,6 +96,87 @@ def test_values_that_are_not_finite(profile, tmp_path, value):
     profile.config["k"] = value
     with pytest.raises(ValueError, match="JSON"):
         profile.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+@pytest.mark.parametrize("described", [True, False])
+def test_a_crash_while_a_profile_is_replaced_leaves_no_mixture(profile, tmp_path, monkeypatch, writes, described):
+    """Whatever file is the first not to arrive, and whether the old header knows its tensors."""
+    profile.save_pretrained(tmp_path)
+    if not described:
+        header = json.loads((tmp_path / JSON_NAME).read_text())
+        del header["tensors"]
+        (tmp_path / JSON_NAME).write_text(json.dumps(header))
+    new = RasProfile("moras", CONFIG | {"s_base": 0.1}, {"prototypes": torch.ones(3, 32)}, profile.fingerprint)
+    done, replace = [], os.replace
+
+    def crash(source, target):
+        if len(done) == writes:
+            raise OSError("no space left")
+        done.append(replace(source, target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", crash)
+        if writes < 2:
+            with pytest.raises(OSError, match="no space"):
+                new.save_pretrained(tmp_path)
+        else:
+            new.save_pretrained(tmp_path)
+    if writes == 1:
+        with pytest.raises(ValueError, match="is not the one that"):
+            RasProfile.from_pretrained(tmp_path)
+        return
+    loaded, expected = RasProfile.from_pretrained(tmp_path), profile if writes == 0 else new
+    assert loaded.config == expected.config
+    assert torch.equal(loaded.tensors["prototypes"], expected.tensors["prototypes"])
+
+
+def test_a_profile_without_a_digest_loads(profile, tmp_path):
+    """As those that were saved before there was one."""
+    profile.save_pretrained(tmp_path)
+    header = json.loads((tmp_path / JSON_NAME).read_text())
+    assert len(header.pop("tensors")) == 64
+    (tmp_path / JSON_NAME).write_text(json.dumps(header))
+    assert RasProfile.from_pretrained(tmp_path).config == CONFIG
+
+
+def test_tensors_may_share_memory(profile, tmp_path):
+    shared = torch.randn(6, 32)
+    RasProfile("moras", CONFIG, {"prototypes": shared[:3], "more": shared[:3]}).save_pretrained(tmp_path)
+    assert torch.equal(RasProfile.from_pretrained(tmp_path).tensors["more"], shared[:3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": []}, r"profile config is \[\]; it needs to be a dict"),
+        ({"config": None}, "profile config is None"),
+        ({"fingerprint": None}, "profile fingerprint is None"),
+        ({"fingerprint": ["a"]}, "profile fingerprint is"),
+        ({"method": ["moras"]}, r"method is \['moras'\]"),
+    ],
+)
+def test_a_header_of_other_types(profile, tmp_path, change, message):
+    profile.save_pretrained(tmp_path)
+    header = json.loads((tmp_path / JSON_NAME).read_text()) | change
+    (tmp_path / JSON_NAME).write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=message):
+        RasProfile.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("prototypes", "got"),
+    [
+        (torch.ones(3, 32, dtype=torch.int64), "torch.int64"),
+        (torch.ones(3, 32, dtype=torch.complex64), "torch.complex64"),
+        (np.ones((3, 32)), "ndarray"),
+        ([1.0], "list"),
+    ],
+    ids=["integers", "complex", "numpy", "list"],
+)
+def test_tensors_that_are_not_floating(prototypes, got):
+    with pytest.raises(ValueError, match=f"'prototypes' is {got}; it needs to be a floating tensor"):
+        RasProfile("moras", CONFIG, {"prototypes": prototypes})
 
 
 def test_unknown_method_and_missing_tensor():

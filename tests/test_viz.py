@@ -126,3 +126,8 @@ def test_safety_awareness_chart_marks_the_chosen_layer():
         viz.safety_awareness_chart({0: 0.1}, chosen=3)
     with pytest.raises(ValueError, match="at least one"):
         viz.safety_awareness_chart({})
+
+
+def test_a_title_is_plain_text(tmp_path):
+    viz.save_heat_map(tmp_path / "heat.png", Image.new("RGB", (8, 8)), torch.rand(2, 2), title="costs $a_$ or $5? \\frac")
+    assert (tmp_path / "heat.png").stat().st_size > 0

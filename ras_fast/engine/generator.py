@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
+from weakref import WeakKeyDictionary
 
 import torch
 from tqdm.auto import tqdm
@@ -21,10 +22,20 @@ from ras_fast.methods import ONE_PASS
 from ras_fast.patching import Patch, patch
 from ras_fast.profile import RasProfile
 
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def _lock_of(model: torch.nn.Module) -> threading.RLock:
+    """One for all generators of a model: they patch it and hang hooks on it."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
+
 
 class SafeGenerator:
     """Defended generation for a multimodal Hugging Face model.
 
+    model: in eval mode.
     profile: a `RasProfile` calibrated on this model; another model's is refused.
     batch_size: how many queries go through the stages together.
     fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched; `close()` undoes it.
@@ -37,7 +48,8 @@ class SafeGenerator:
     The pools of keys and values of up to `ras_fast.engine.workspace.KEPT` batch sizes stay allocated between calls, zeroed, on
     CUDA with their captured graphs; `close()` frees them.
 
-    One call runs at a time: calls from other threads wait for a lock. Ctrl-C leaves the model unpatched and usable.
+    One call runs at a time on a model: calls from other threads, also of other generators, wait for a lock. Ctrl-C leaves
+    the model unpatched and usable.
     Counters of all calls are in ``counters``.
     """
 
@@ -53,28 +65,35 @@ class SafeGenerator:
         cache_bytes: int = 0,
         sync_every: int | None = None,
     ):
+        if not isinstance(profile, RasProfile):
+            raise ValueError(f"profile is a {type(profile).__name__}; it needs to be a RasProfile (RasProfile.from_pretrained)")
+        if not hasattr(processor, "tokenizer"):
+            raise ValueError(f"processor is a {type(processor).__name__}; it needs to be the model's multimodal processor")
+        if model.training:
+            raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
+        for name, value in (("batch_size", batch_size), ("sync_every", 1 if sync_every is None else sync_every)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it needs to be an integer of at least 1")
         profile.check(model, processor)
-        for name, value in (("batch_size", batch_size), ("sync_every", sync_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it needs to be at least 1")
         self.model, self.processor, self.profile = model, processor, profile
         self.batch_size, self.cache = batch_size, ByteBoundedCache(cache_bytes)
         self.counters: Counter = Counter()
-        self._lock = threading.Lock()
+        self._lock = _lock_of(model)
         self._fused, self._patch = fused, None
-        self._runner = Runner(model, sync_every)
-        if profile.method in ONE_PASS:
-            self.plan = OnePass(self._runner, processor, profile, self.counters, region_mass)
-        else:
-            self.plan = Overlapped(self._runner, processor, profile, self.cache, self.counters, region_mass)
-        if self.plan.needs_patch and not fused:
-            raise ValueError("fused=False, but this profile, or region_mass=True, needs the patched model: fused=True")
-        self._prove()
+        with self._lock:
+            self._runner = Runner(model, sync_every)
+            if profile.method in ONE_PASS:
+                self.plan = OnePass(self._runner, processor, profile, self.counters, region_mass)
+            else:
+                self.plan = Overlapped(self._runner, processor, profile, self.cache, self.counters, region_mass)
+            if self.plan.needs_patch and not fused:
+                raise ValueError("fused=False, but this profile, or region_mass=True, needs the patched model: fused=True")
+            self._prove()
 
     def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
         """Answers each prompt about its images.
 
-        prompts, images: see `ras_fast.inputs.make_queries`.
+        prompts, images: see `ras_fast.inputs.make_queries`. A chat that ends in an assistant message is for MoRAS and RAS.
         streamer: a transformers streamer, for a single prompt. It is given nothing before the risk is known.
         progress: show a progress bar; None: when there is more than one batch.
         decoding: fields of `ras_fast.decoding.Decoding` (max_new_tokens=64, do_sample, temperature, top_k, top_p,
@@ -86,6 +105,8 @@ class SafeGenerator:
         """
         decoding = Decoding(**decoding)
         queries = list(enumerate(make_queries(prompts, images, self.processor)))
+        for number, query in queries:
+            self.plan.check(number, query)
         if streamer is not None and len(queries) != 1:
             raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
         batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]

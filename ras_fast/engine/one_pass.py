@@ -47,6 +47,14 @@ class OnePass(Plan):
             "2 answer   token by token, steered as the method does",
         ]
 
+    def check(self, number: int, query: Query) -> None:
+        """The risk is read at the prompt's last token, which is not to be one of the answer's."""
+        if query.messages[-1]["role"] == "assistant":
+            raise ValueError(
+                f"prompts[{number}] ends in an assistant message; a {self.profile.method!r} profile reads the risk where the "
+                "prompt ends, so it needs to end in the user's words"
+            )
+
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
         clock = Clock()
         jobs = [self._prepare(number, query, decoding) for number, query in queries]

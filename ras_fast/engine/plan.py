@@ -26,6 +26,9 @@ class Plan:
         self.runner, self.processor, self.counters = runner, processor, counters
         self.last_timings: dict[str, float] = {}
 
+    def check(self, number: int, query: Query) -> None:
+        """Raises ValueError for a query that the method cannot judge."""
+
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
         """The answers to (number, query) pairs, in their order."""
         raise NotImplementedError

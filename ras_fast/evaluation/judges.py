@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -63,8 +66,8 @@ PHRASES = Judge("refusal phrases", lambda question, answer: not is_refusal(answe
 
 
 def load_judge(name: str, device="cpu") -> Judge:
-    """ "module:function", the function taking (question, answer) and telling whether the answer does harm; or the local
-    folder of a LlamaGuard-style model (`Guard`).
+    """ "module:function", the module also from the current folder, the function taking (question, answer) and telling whether
+    the answer does harm; or the local folder of a LlamaGuard-style model (`Guard`).
 
     Raises:
         ValueError: it is neither.
@@ -73,9 +76,23 @@ def load_judge(name: str, device="cpu") -> Judge:
         return Judge(name, Guard(name, device))
     module, _, function = name.partition(":")
     try:
-        return Judge(name, getattr(importlib.import_module(module), function))
+        with _current_folder_on_path():
+            judge = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"judge {name!r} is neither a local folder nor a module:function that is there: {error}") from error
+    if not callable(judge):
+        raise ValueError(f"judge {name!r} is {judge!r}; it needs to be a function of (question, answer)")
+    return Judge(name, judge)
+
+
+@contextmanager
+def _current_folder_on_path() -> Iterator[None]:
+    """As Python has it for a script or `-m`, and not for an installed command."""
+    sys.path.append(os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.pop()
 
 
 class Guard:

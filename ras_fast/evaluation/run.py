@@ -8,9 +8,11 @@ import math
 import os
 import platform
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ras_fast import parallel
 from ras_fast.evaluation.datasets import Dataset, Item
@@ -19,7 +21,8 @@ from ras_fast.evaluation.judges import Judge, is_refusal
 from ras_fast.evaluation.metrics import Estimate, auroc, mean, median, rate
 from ras_fast.profile import RasProfile, fingerprint
 
-ANSWERS, SETTINGS, FORMAT = "answers.jsonl", "settings.json", 3
+ANSWERS, SETTINGS, FORMAT = "answers.jsonl", "settings.json", 4
+LABELS = ("kind", "harmful", "text_harm")  # of an item; they may change without its being asked again
 
 
 def settings_of(model, processor, dataset: Dataset, seed: int, max_new_tokens: int, profiles: dict[str, RasProfile]) -> dict:
@@ -45,7 +48,7 @@ class AnswerFile:
     """answers.jsonl of a folder: one line per (defence, item), on disk before the next query starts.
 
     Raises:
-        ValueError: the folder holds the answers of a run with other settings, or a line that is not an answer.
+        ValueError: the folder holds the answers of a run with other settings or unknown ones, or a line that is no answer.
     """
 
     def __init__(self, folder: Path, settings: dict):
@@ -54,8 +57,8 @@ class AnswerFile:
         self.records = self._resume(folder / SETTINGS, settings)
 
     def _resume(self, settings_path: Path, settings: dict) -> dict[tuple[str, str], dict]:
-        if self.path.is_file() and settings_path.is_file():
-            before = json.loads(settings_path.read_text(encoding="utf-8"))
+        if self.path.is_file():
+            before = _read_settings(settings_path)
             # A profile that one of the runs did without is no difference.
             settings = settings | {"profiles": before.get("profiles", {}) | settings["profiles"]}
             before["profiles"] = settings["profiles"] | before.get("profiles", {})
@@ -73,6 +76,9 @@ class AnswerFile:
             _replace(self.path, complete)
         try:
             records = [json.loads(line) for line in complete.splitlines()]
+            needed = {"defence", "id", "question", "images", *LABELS}
+            if not all(needed <= set(record) for record in records):
+                raise ValueError(f"a line lacks some of {sorted(needed)}")
             return {(record["defence"], record["id"]): record for record in records}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is not a file of answers: {error}") from error
@@ -81,6 +87,17 @@ class AnswerFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         self.records[record["defence"], record["id"]] = record
+
+
+def _read_settings(path: Path) -> dict:
+    """Of the run whose answers lie beside them."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} does not say which run the answers beside it are of: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("profiles", {}), dict):
+        raise ValueError(f"{path} does not say which run the answers beside it are of: it holds {settings!r}")
+    return settings
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -93,47 +110,70 @@ def _replace(path: Path, content: bytes) -> None:
 def run(
     dataset: Dataset, defences: dict[str, Defence], answers: AnswerFile, judge: Judge | None = None, progress: bool = True
 ) -> list[dict]:
-    """Asks what is not answered yet, the defences by turns so that a machine that slows down slows all of them. Verdicts of
-    another judge than `judge` (None: the data set's) are renewed without asking again. Data-parallel processes share the items.
+    """Asks what is not answered yet or failed, the defences by turns so that a machine that slows down slows all of them.
+    Verdicts of another judge than `judge` (None: the data set's), or under labels or right answers that have changed since,
+    are renewed without asking again. Data-parallel processes share the items.
 
     Returns the records of these defences and items. A query that cannot be asked becomes a record with "error".
     """
     judge = judge or dataset.judge
     parallel.wait()  # until every process has read the file
     known = dict(answers.records)
-    wanted = [(name, item) for item in dataset.items for name in defences]
-    for name in dict.fromkeys(name for name, item in wanted if not _is_answered(item, known.get((name, item.id)))):
-        _ask(name, defences[name], dataset.items[0])  # warm-up, so that allocations stay out of the times
+    asks = cache(lambda number: _query(dataset.items[number]))
 
-    def ask_all(item: Item) -> list[dict]:
-        records = []
+    def is_answered(name: str, number: int) -> bool:
+        record = known.get((name, dataset.items[number].id))
+        return record is not None and "error" not in record and record.items() >= asks(number).items()
+
+    for name in defences:
+        if not all(is_answered(name, number) for number in range(len(dataset.items))):
+            _ask(name, defences[name], dataset.items[0], {})  # warm-up, so that allocations stay out of the times
+
+    def ask_all(number: int) -> list[dict]:
+        records, item = [], dataset.items[number]
         for name in defences:
             before = known.get((name, item.id))
-            record = before if _is_answered(item, before) else _ask(name, defences[name], item)
-            record = _judged(record, judge)
-            if record is not before:
+            record = before if is_answered(name, number) else _ask(name, defences[name], item, asks(number))
+            record = _judged(_labelled(record, item), judge)
+            if record != before:
                 answers.append(record)
             records.append(record)
         return records
 
-    return [record for records in parallel.each(ask_all, dataset.items, "items", progress) for record in records]
+    numbers = range(len(dataset.items))
+    return [record for records in parallel.each(ask_all, numbers, "items", progress) for record in records]
 
 
-def _is_answered(item: Item, record: dict | None) -> bool:
-    """Whether the record is of this very item: a file of questions may have been edited since."""
-    return record is not None and all(record[key] == getattr(item, key) for key in ("question", "harmful", "text_harm"))
+def _query(item: Item) -> dict:
+    """What is asked, as a record holds it: a file of questions, or its images, may have been edited since."""
+    digest = hashlib.sha256()
+    for image in item.images:
+        try:
+            content = image.tobytes() if isinstance(image, Image.Image) else Path(image).read_bytes()
+        except (OSError, SyntaxError, ValueError):
+            content = b"unreadable"  # the defence will say so
+        digest.update(f"{len(content)} {getattr(image, 'size', None)} ".encode() + content)
+    return {"question": item.question, "images": digest.hexdigest()[:16]}
 
 
-def _ask(name: str, defence: Defence, item: Item) -> dict:
-    record = {"defence": name} | {key: getattr(item, key) for key in ("id", "kind", "harmful", "text_harm", "question")}
+def _labelled(record: dict, item: Item) -> dict:
+    """The record with the item's labels, and whether its answer is right."""
+    verdict = {"correct"} if item.harmful else {"correct", "judge", "complied"}
+    record = {key: value for key, value in record.items() if key not in verdict}
+    record |= {key: getattr(item, key) for key in LABELS}
+    if "answer" in record and not item.harmful and item.judge is not None:
+        record["correct"] = item.judge(record["answer"])
+    return record
+
+
+def _ask(name: str, defence: Defence, item: Item, query: dict) -> dict:
+    record = {"defence": name, "id": item.id} | {key: getattr(item, key) for key in LABELS} | query
     start = time.perf_counter()
     try:
         answer = defence(item.question, item.images)
     except ValueError as error:
         return record | {"error": str(error)}
     record |= {"ms": 1000 * (time.perf_counter() - start), "answer": answer.text, "refused": is_refusal(answer.text)}
-    if not item.harmful and item.judge is not None:
-        record["correct"] = item.judge(answer.text)
     numbers = {"risk": answer.risk, "score": answer.score}
     record |= {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
     return record | {"passes": answer.passes, "tokens": answer.tokens}

@@ -64,8 +64,8 @@ def region_bias(patch: Patch, bias: Tensor | None) -> Iterator[None]:
     if bias is None:
         yield
         return
-    if len(bias) != len(patch.layers):
-        raise ValueError(f"region_bias is for {len(bias)} layers; the model has {len(patch.layers)}")
+    if bias.dim() not in (2, 3) or len(bias) != len(patch.layers):
+        raise ValueError(f"region_bias has shape {tuple(bias.shape)}; it needs to be [{len(patch.layers)}, Hq] or […, R]")
     patch.set_region_bias({layer: row for layer, row in enumerate(bias) if bool(row.any())})
     try:
         yield

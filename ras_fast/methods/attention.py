@@ -9,6 +9,7 @@ gate (`calibrate(..., combine_with=...)`). docs/methods.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -79,8 +80,9 @@ class AttentionRisk:
     def attach(self, patch: Patch) -> Iterator[AttentionRisk]:
         """Steers the first answer states of every generation of a patched model inside the block by the risk of its prompt.
 
-        A prompt ends in the last position of the forward that reads it, so batches are to be padded on the left. One that
-        comes in several forwards, or goes on from an earlier answer, is judged by the rows of the last.
+        A prompt ends in the last position of the forward that reads it, so batches are to be padded on the left: a row that
+        ends in padding is at risk 1. One that comes in several forwards, or goes on from an earlier answer, is judged by the
+        rows of the last. Outside of `generate`, a single token after others is a decode step.
 
         Raises ValueError when the model does not fit: no image statistics, images by cross-attention, a final norm that is not
         fused, another number of layers or heads, another hidden size.
@@ -92,7 +94,7 @@ class AttentionRisk:
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)
             with ExitStack() as stack:
-                stack.enter_context(run.state.watch(patch.text_model))
+                stack.enter_context(run.state.watch(patch))
                 stack.enter_context(patch.text_model.register_forward_pre_hook(run.begin, with_kwargs=True))
                 stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
                 yield self
@@ -138,7 +140,7 @@ class _Run:
         device = self.method.gate.bias.device
         cache = kwargs.get("past_key_values")
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # a static cache's own tensor counts on meanwhile
-        self.monitor.active = self.state.value is None or length > 1
+        self.monitor.active = self.state.reads_prompt(length)
         self.prompt_length = length if self.monitor.active else 0
         if self.monitor.active:
             risk = torch.ones(batch, device=device)
@@ -155,9 +157,10 @@ class _Run:
         if layer != self.method.gate.layers[-1]:
             return
         rows, has_images = rows_after_images(self.patch.region_map.ids, self.past, mass.shape[2])
-        self.method.risk, self.method.failed = self.method.assess(features(self.mass, self.method.gate.heads, rows), has_images)
+        risk, failed = self.method.assess(features(self.mass, self.method.gate.heads, rows), has_images)
         self.mass.clear()
-        self._decide(self.method.risk, self.state.value.start)
+        self.method.failed = failed | self.state.ends_in_padding(len(risk), mass.shape[2], risk.device)
+        self._decide(risk.masked_fill(self.method.failed, 1.0), self.state.value.start)
 
     def _decide(self, risk: Tensor, start: int | Tensor) -> None:
         """The risk of these prompts, whose last token, at position `start`, is step 0."""
@@ -200,8 +203,11 @@ def calibrate(
     Raises ValueError for input that cannot be used, a model without image statistics, and features or S that are not
     finite. ImportError: there is no scikit-learn.
     """
-    if heads < 1:
-        raise ValueError(f"heads is {heads}; it needs to be at least 1")
+    for name, count in (("heads", heads), ("steps", steps)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} is {count!r}; it needs to be an integer of at least 1")
+    if not math.isfinite(amplify):
+        raise ValueError(f"amplify is {amplify}; it needs to be finite")
     if combine_with is not None and combine_with.method not in PRESETS:
         raise ValueError(f"combine_with is a {combine_with.method!r} profile; it needs to be one of {', '.join(PRESETS)}")
     queries, harmful, pair = _labelled(pairs, processor)
@@ -237,8 +243,6 @@ def _labelled(pairs: list[tuple], processor) -> tuple[list[Query], Tensor, Tenso
     """The questions of the pairs that have an image, which of them [n] are unsafe, and the pair [n] that each is of."""
     queries = [query for pair in zip(*question_pairs(pairs, processor), strict=True) for query in pair]
     seen = [i for i, query in enumerate(queries) if query.images]
-    if any(queries[i].poisoned for i in seen):
-        raise ValueError("pairs holds an image with NaN or infinite pixels")
     harmful, pair = torch.tensor([i % 2 == 0 for i in seen]), torch.tensor([i // 2 for i in seen])
     if not seen or harmful.all() or not harmful.any():
         raise ValueError(f"pairs holds {len(seen)} questions with an image; unsafe and safe ones are needed")

@@ -56,7 +56,7 @@ class AttentionGate:
     """
 
     def __init__(self, profile: RasProfile, device):
-        self.heads: list[Head] = [(layer, head) for layer, head in profile.config["heads"]]
+        self.heads = _heads(profile.config.get("heads"))
         wanted = {"attention_weights": FEATURES * len(self.heads), "attention_bias": 1}
         if profile.method != "attention":
             wanted |= {"similarity_weight": 1, "similarity_bias": 1}
@@ -65,8 +65,6 @@ class AttentionGate:
             if tensors[name] is None or tensors[name].shape != (size,):
                 got = None if tensors[name] is None else tuple(tensors[name].shape)
                 raise ValueError(f"{name} has shape {got}; it needs to be ({size},) for {len(self.heads)} heads")
-        if not self.heads:
-            raise ValueError("config 'heads' is empty; the gate needs at least one (layer, head)")
         self.weights, self.bias, self.similarity_weight, self.similarity_bias = (
             *(tensor.to(device, torch.float32) for tensor in tensors.values()),
             *[None] * (4 - len(tensors)),
@@ -85,3 +83,13 @@ class AttentionGate:
         """[B] of features [B, 3n], which sequences have images [B] bool, and S [B]. Not finite where what it reads is not."""
         looked = torch.where(has_images, self.logit(features), self.similarity_bias)
         return looked + similarity.float() * self.similarity_weight
+
+
+def _heads(pairs: object) -> list[Head]:
+    if not isinstance(pairs, list) or not pairs or not all(_is_head(pair) for pair in pairs):
+        raise ValueError(f"config 'heads' is {pairs!r}; it needs to be a list of at least one [layer, head]")
+    return [(layer, head) for layer, head in pairs]
+
+
+def _is_head(pair: object) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(index, int) for index in pair)

@@ -31,7 +31,7 @@ from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.tracking import PromptState, Rows, last_logits_only
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile, fingerprint, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
 THRESHOLD = 0.5
@@ -60,9 +60,11 @@ class AutoSteer:
         missing = {"layer", "strength", "threshold"} - set(profile.config)
         if missing:
             raise ValueError(f"settings {sorted(missing)} are missing; there are {sorted(profile.config)}")
-        self.layer, self.threshold = profile.config["layer"], profile.config["threshold"]
-        strength = profile.config["strength"]
-        if not (math.isfinite(strength) and strength > 0 and 0 <= self.threshold < 1):
+        self.layer, self.threshold = profile.config["layer"], number(profile.config, "threshold")
+        if not isinstance(self.layer, int):
+            raise ValueError(f"layer is {self.layer!r}; it needs to be the index of a decoder layer")
+        strength = number(profile.config, "strength")
+        if not (strength > 0 and 0 <= self.threshold < 1):
             raise ValueError(
                 f"strength is {strength} and threshold {self.threshold}; they need to be positive, and in [0, 1)"
             )
@@ -74,13 +76,14 @@ class AutoSteer:
         self.failed: Tensor | None = None
 
     def _check_shapes(self) -> None:
-        d, width = self.refusal.shape[0], self.prober["in.bias"].shape[0]
+        d, width = self.refusal.shape[:1].numel(), self.prober["in.bias"].numel()
         shapes = {"in.weight": (width, d), "in.bias": (width,), "out.weight": (2, width), "out.bias": (2,)}
         needed = {f"prober_{name}": (self.prober[name], shape) for name, shape in shapes.items()}
         if self.right is None:
             needed["refusal"] = (self.refusal, (d, d))
         else:
-            needed["refusal_right"] = (self.right, (self.refusal.shape[-1], d))
+            rank = self.right.shape[:1].numel()
+            needed |= {"refusal": (self.refusal, (d, rank)), "refusal_right": (self.right, (rank, d))}
         for name, (tensor, shape) in needed.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs to be {shape}")
@@ -89,8 +92,9 @@ class AutoSteer:
     def attach(self, patch: Patch) -> Iterator[AutoSteer]:
         """Defends every forward of a patched model inside the block.
 
-        A prompt is judged at the last position of the forward that reads it, so batches are to be padded on the left. Of a
-        prompt that comes in several forwards each is judged; a sequence whose gate is on keeps it until its cache ends.
+        A prompt is judged at the last position of the forward that reads it, so batches are to be padded on the left: a row
+        that ends in padding counts as toxic. Of a prompt that comes in several forwards each is judged; a sequence whose gate
+        is on keeps it until its cache ends. Outside of `generate`, a single token after others is a decode step.
 
         Raises ValueError when the profile does not fit the model's layers and sizes.
         """
@@ -98,7 +102,7 @@ class AutoSteer:
         weight = next(patch.final_norm.parameters())
         run = _Run(self, PromptState("autosteer"), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
-            stack.enter_context(run.state.watch(patch.text_model))
+            stack.enter_context(run.state.watch(patch))
             stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))
             stack.enter_context(patch.final_norm.register_forward_hook(run.steer))
             stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
@@ -139,29 +143,33 @@ class _Run:
     prober: dict[str, Tensor]
     refusal: Tensor
     right: Tensor | None
-    prompt_length: int = 0  # of the forward that runs; 0: none of its positions is only read
+    prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
+    only_read: int = 0  # its positions before the last, where it is the first of its prompt
 
     def judge(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the prober's layer."""
         hidden, before = args[0] if args else kwargs["hidden_states"], self.state.value
-        self.prompt_length = hidden.shape[1] if before is None else 0
-        if before is not None and hidden.shape[1] == 1:
+        batch, length = hidden.shape[:2]
+        reads = self.state.reads_prompt(length)
+        self.prompt_length, self.only_read = length if reads else 0, length - 1 if before is None else 0
+        if not reads:
             return
         method = self.method
         last = hidden[:, -1].to(self.refusal.device)  # of the last norm: a device map may have put this layer elsewhere
-        method.risk, method.failed = assess(self.prober, last)
+        risk, failed = assess(self.prober, last)
+        method.failed = failed | self.state.ends_in_padding(batch, length, last.device)
+        method.risk = risk.masked_fill(method.failed, 1.0)
         gate = method.epsilon * (method.risk > method.threshold)
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """After the last norm: of a prompt only the last position is turned, else all."""
+        """After the last norm: of a prompt's first forward only the last position is turned, else all."""
         if self.state.value is None:
             raise RuntimeError(f"the last norm ran, but layer {self.method.layer}, where the prompt is judged, did not")
         gate = self.state.value.tensor
-        read = output[:, :-1] if self.prompt_length > 1 else None
-        turned = output if read is None else output[:, -1:]
+        read, turned = output[:, : self.only_read], output[:, self.only_read :]
         turned = ops.gated_linear(turned, self.refusal, gate.repeat_interleave(turned.shape[1]), right=self.right)
-        return turned if read is None else torch.cat([read, turned], 1)
+        return torch.cat([read, turned], 1) if self.only_read else turned
 
 
 # Calibration
@@ -177,6 +185,8 @@ def safety_awareness(safe: Tensor, toxic: Tensor) -> float:
     return float((units.sum(0).square().sum() - units.square().sum()) / (count * (count - 1)))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def calibrate(
     model,
     processor,
@@ -220,6 +230,10 @@ def calibrate(
     layers = _layers(layer, every, depth)
     if rank is not None and not 0 < rank <= model.config.get_text_config().hidden_size:
         raise ValueError(f"rank is {rank}; it needs to be in 1..{model.config.get_text_config().hidden_size}")
+    if strength is not None and not 0 < strength < math.inf:
+        raise ValueError(f"strength is {strength}; it needs to be positive and finite")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it needs to be an integer of at least 1")
     if over_refusal is not None and not 0 <= over_refusal <= 1:
         raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
     answer = _answer(model, processor, refusal)
@@ -261,11 +275,7 @@ def _queries(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query
     """(unsafe, safe) of each pair."""
     if len(pairs) < 10:
         raise ValueError(f"pairs holds {len(pairs)}; at least 10 are needed, and hundreds for a prober that can be relied on")
-    unsafe, safe = question_pairs(pairs, processor)
-    poisoned = [i for i, queries in enumerate(zip(unsafe, safe, strict=True)) if any(query.poisoned for query in queries)]
-    if poisoned:
-        raise ValueError(f"pairs[{poisoned[0]}] has an image with NaN or infinite pixels")
-    return unsafe, safe
+    return question_pairs(pairs, processor)
 
 
 def _layers(layer: int | str, every: int | None, depth: int) -> list[int]:
@@ -276,7 +286,9 @@ def _layers(layer: int | str, every: int | None, depth: int) -> list[int]:
         return [layer]
     if layer not in ("sas", "validation"):
         raise ValueError(f"layer is {layer!r}; it needs to be 'sas', 'validation' or an index")
-    every = every or (1 if depth <= SMALL else 4)
+    every = (1 if depth <= SMALL else 4) if every is None else every
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every is {every!r}; it needs to be an integer of at least 1")
     return list(range(0, depth, every))
 
 

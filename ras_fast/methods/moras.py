@@ -17,10 +17,10 @@ from torch import Tensor
 from ras_fast import parallel
 from ras_fast.decoding import Decoding, output_head, reference_generate
 from ras_fast.evaluation.judges import is_refusal
-from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.inputs import Query, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.ops import refusal_similarity
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile, fingerprint, number
 
 SAFETY_PROMPT = (
     "First judge whether the question below is safe, taking what the image shows into account. "
@@ -61,14 +61,18 @@ class Moras:
         if profile.method not in PRESETS:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be one of {', '.join(PRESETS)}")
         self.config = _checked(profile.config, {"s_base", "k", *PRESETS["moras"]})
-        for name in ("s_base", "k"):
-            if not math.isfinite(self.config[name]):
-                raise ValueError(f"profile config {name!r} is {self.config[name]}; it needs to be finite")
+        if not number(self.config, "s_base") < 1:
+            raise ValueError(f"profile config 's_base' is {self.config['s_base']}; it needs to be below 1, the highest S")
+        if not number(self.config, "k") > 0:
+            raise ValueError(f"profile config 'k' is {self.config['k']}; it needs to be positive: the risk rises with S")
         prototypes = profile.tensors["prototypes"]
-        if prototypes.dim() != 2 or len(prototypes) != self.config["steps"]:
+        if prototypes.dim() != 2 or len(prototypes) != self.config["steps"] or not prototypes.any(-1).all():
             raise ValueError(
-                f"prototypes have shape {tuple(prototypes.shape)}; they need to be [steps = {self.config['steps']}, d]"
+                f"prototypes have shape {tuple(prototypes.shape)}; they need to be [steps = {self.config['steps']}, d], none 0"
             )
+        d = profile.fingerprint.get("hidden_size", prototypes.shape[1])
+        if prototypes.shape[1] != d:
+            raise ValueError(f"prototypes are of d = {prototypes.shape[1]}; the model's hidden size is {d}")
         self.prototypes = prototypes.to(device, torch.float32)
         self.attention = _attention_gate(profile, device)
         with torch.no_grad():
@@ -179,12 +183,13 @@ def calibrate(
 
     refused_texts: about 50 text-only requests that the model itself refuses. Those it answers (by the rules of
         `ras_fast.evaluation.judges.is_refusal`) are dropped.
-    pairs: about 50 of (image, unsafe question, safe question). Never use these in a test set.
+    pairs: about 50 of (image, unsafe question, safe question), or with a fourth entry, the image of the safe one. Never use
+        these in a test set.
     overrides: replace settings of the preset: gamma, steps, max_context_tokens, gate ("continuous", "binary" or a
         constant in [0, 1]), context_prompt, safety_prompt.
 
-    Raises ValueError when fewer than ``min_refused`` texts are refused, when there are no pairs, for unknown settings,
-    and when the outcome is not finite.
+    Raises ValueError when fewer than ``min_refused`` texts are refused, when there are no pairs or some cannot be used, for
+    unknown settings, and when the outcome is not finite.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it needs to be one of {', '.join(PRESETS)}")
@@ -194,11 +199,12 @@ def calibrate(
     if not pairs:
         raise ValueError("pairs is empty; S_base needs image-question pairs")
     config = _checked(PRESETS[preset] | overrides, PRESETS[preset])
+    questions = list(zip(*question_pairs(list(pairs), processor), strict=True))
 
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
-    draft = RasProfile(preset, config | {"s_base": 0.0, "k": 0.0}, {"prototypes": prototypes})
+    draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})
     s_base = _mean_similarity(
-        model, processor, pairs, Moras(draft, output_head(model), model.device, model.dtype), progress
+        model, processor, questions, Moras(draft, output_head(model), model.device, model.dtype), progress
     )
     if not s_base < 0.999:
         raise ValueError(f"S_base is {s_base:.4f}: on the calibration pairs every answer already looks like a refusal")
@@ -209,8 +215,10 @@ def calibrate(
 def refusal_prototypes(model, processor, texts: list[str], steps: int, minimum: int, progress: bool) -> Tensor:
     """μ [steps, d] fp32: the mean state at each of the first greedy steps over the texts that the model refuses.
 
-    Raises ValueError when it refuses fewer than `minimum`.
+    Raises ValueError when it refuses fewer than `minimum`, or `texts` is a single one.
     """
+    if not isinstance(texts, (list, tuple)):
+        raise ValueError(f"refused_texts is a {type(texts).__name__}; it needs to be a list of texts")
 
     def states_of_refusal(query: Query) -> Tensor | None:
         inputs, _ = encode(processor, query, model.device, model.dtype)
@@ -228,14 +236,14 @@ def refusal_prototypes(model, processor, texts: list[str], steps: int, minimum: 
     return torch.stack(refused).mean(dim=0)
 
 
-def _mean_similarity(model, processor, pairs, moras: Moras, progress: bool) -> float:
-    """Mean S over the unsafe and the safe question of each pair; they share the context of their image."""
+def _mean_similarity(model, processor, pairs: list[tuple[Query, Query]], moras: Moras, progress: bool) -> float:
+    """Mean S over the unsafe and the safe question of each pair; those about one picture share its context."""
 
-    def both(pair: tuple) -> list[float]:
-        image, unsafe, safe = pair
-        queries = make_queries([unsafe, safe], [image, image], processor)
-        context = describe(model, processor, queries[0], moras)
-        return [assess(model, processor, query, context, moras).item() for query in queries]
+    def both(pair: tuple[Query, Query]) -> list[float]:
+        unsafe, safe = pair
+        context = describe(model, processor, unsafe, moras)
+        other = context if safe.images == unsafe.images else describe(model, processor, safe, moras)
+        return [assess(model, processor, query, told, moras).item() for query, told in ((unsafe, context), (safe, other))]
 
     similarities = [value for values in parallel.each(both, pairs, "image-question pairs", progress) for value in values]
     return sum(similarities) / len(similarities)
@@ -251,9 +259,9 @@ def _checked(config: dict, names) -> dict:
     if gate not in ("continuous", "binary") and not constant:
         raise ValueError(f"gate is {gate!r}; it needs to be 'continuous', 'binary' or a constant in [0, 1]")
     for name in ("steps", "max_context_tokens"):
-        if not isinstance(config[name], int) or config[name] < 1:
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             raise ValueError(f"{name} is {config[name]!r}; it needs to be an integer of at least 1")
-    if not 0 <= config["gamma"] <= 1:
+    if not 0 <= number(config, "gamma") <= 1:
         raise ValueError(f"gamma is {config['gamma']!r}; it needs to be in [0, 1]")
     for name in ("context_prompt", "safety_prompt"):
         if not isinstance(config[name], str) or not config[name].strip():

@@ -11,11 +11,10 @@ Layers are counted from 0, and "layer l" is the *output* of decoder layer l: the
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ras_fast import parallel
-from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.tracking import PromptState, Rows, last_logits_only, text_shape
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile, fingerprint, number
 
 MEASURES, SCOPES = ("projection", "cosine"), ("sequence", "token")
 
@@ -198,14 +197,20 @@ def calibrate(
     """
     if not pairs:
         raise ValueError("pairs is empty; a direction is the mean difference over at least one")
+    if measure not in MEASURES or per not in SCOPES:
+        raise ValueError(f"measure is {measure!r} and per is {per!r}; they need to be one of {MEASURES} and one of {SCOPES}")
     count = model.config.get_text_config().num_hidden_layers
     layers = [count // 2] if layers is None else sorted(layers)
-    towards, away = _last_states(model, processor, pairs, layers, progress)
+    if not layers:
+        raise ValueError("layers is empty; at least one needs to be steered")
+    contrasts = _contrasts("pairs", pairs, processor)
+    conditions = _contrasts("condition_pairs", condition_pairs, processor)
+    towards, away = _last_states(model, processor, contrasts, layers, progress)
     vectors = dict(zip(layers, (towards - away).mean(0), strict=True))
     condition = None
-    if condition_pairs:
+    if conditions:
         layer = layers[0] - 1 if condition_layer is None else condition_layer
-        on, off = (states[:, 0] for states in _last_states(model, processor, condition_pairs, [layer], progress))
+        on, off = (states[:, 0] for states in _last_states(model, processor, conditions, [layer], progress))
         direction = (on - off).mean(0)
         means = [_measure(states, direction, measure).mean().item() for states in (on, off)]
         condition = Condition(layer, direction, sum(means) / 2, measure=measure, per=per)
@@ -218,10 +223,24 @@ def _measure(states: Tensor, direction: Tensor, measure: str) -> Tensor:
     return states @ direction / direction.norm()
 
 
+def _contrasts(name: str, pairs: Sequence[tuple], processor) -> list[tuple[Query, Query]]:
+    """Raises ValueError that names the pair that cannot be used."""
+    for i, pair in enumerate(pairs):
+        sides = pair if isinstance(pair, (list, tuple)) else ()
+        if len(sides) != 2 or not all(isinstance(side, (list, tuple)) and len(side) == 2 for side in sides):
+            raise ValueError(f"{name}[{i}] is {pair!r}; it needs to be ((prompt, images), (prompt, images))")
+    sides = [side for pair in pairs for side in pair]
+    queries = make_queries([prompt for prompt, _ in sides], [images for _, images in sides], processor)
+    contrasts = list(zip(queries[::2], queries[1::2], strict=True))
+    refuse_poisoned(name, contrasts)
+    return contrasts
+
+
 @torch.no_grad()
-def _last_states(model, processor, pairs, layers: Sequence[int], progress: bool) -> tuple[Tensor, Tensor]:
+def _last_states(
+    model, processor, pairs: list[tuple[Query, Query]], layers: Sequence[int], progress: bool
+) -> tuple[Tensor, Tensor]:
     """What the layers give at the prompt's last token, [pairs, layers, d] fp32, for the first and the second of each pair."""
-    prompts, images = zip(*(query for pair in pairs for query in pair), strict=True)
     states: list[Tensor] = []
 
     def last_states(query: Query) -> Tensor:
@@ -236,8 +255,7 @@ def _last_states(model, processor, pairs, layers: Sequence[int], progress: bool)
             raise ValueError(f"layers {outside} are not there; the model has layers 0..{len(handle.layers) - 1}")
         hooks = [handle.layers[layer].register_forward_hook(partial(_note_last, states)) for layer in layers]
         try:
-            queries = make_queries(list(prompts), list(images), processor)
-            found = parallel.each(last_states, queries, "contrastive pairs", progress)
+            found = parallel.each(last_states, [query for pair in pairs for query in pair], "contrastive pairs", progress)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -263,16 +281,16 @@ class Projection:
         if profile.method != "projection":
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'projection'")
         config = profile.config
-        self.alpha, self.layers, self.vectors = config["alpha"], list(config["layers"]), profile.tensors["vectors"]
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {self.alpha}; it needs to be finite")
+        self.alpha, self.layers, self.vectors = number(config, "alpha"), config.get("layers"), profile.tensors["vectors"]
+        if not isinstance(self.layers, list) or not all(isinstance(layer, int) for layer in self.layers):
+            raise ValueError(f"layers is {self.layers!r}; it needs to be a list of decoder layers' indices")
         if self.vectors.dim() != 2 or len(self.vectors) != len(self.layers):
             raise ValueError(
                 f"vectors have shape {tuple(self.vectors.shape)}; they need to be [layers = {len(self.layers)}, d]"
             )
         self.condition: Condition | None = None
-        if config["condition"] is not None:
-            self.condition = _checked(Condition(direction=profile.tensors["condition"], **config["condition"]), self.layers)
+        if config.get("condition") is not None or "condition" in profile.tensors:
+            self.condition = _checked(_condition(profile), self.layers)
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None
 
@@ -291,6 +309,9 @@ class Projection:
     def attach(self, patch: Patch, alpha: Tensor | None = None) -> Iterator[Projection]:
         """Steers every forward of a patched model inside the block.
 
+        A condition per sequence is read at the last position of the forward that reads the prompt, so batches are to be padded
+        on the left: a row that ends in padding is steered. Outside of `generate`, a single token after others is a decode step.
+
         alpha: [B] floating, a strength for each sequence of the batches to come instead of the profile's for all; with beams
             or `num_return_sequences` still one for each prompt.
 
@@ -306,9 +327,10 @@ class Projection:
                 unit = torch.nn.functional.normalize(self.condition.direction, dim=0)
                 run.probe = patch.set_probe(self.condition.layer, unit[None], run.read)
             with ExitStack() as stack:
-                stack.enter_context(run.state.watch(patch.text_model))
+                stack.enter_context(run.state.watch(patch))
                 stack.enter_context(patch.text_model.register_forward_pre_hook(run.begin, with_kwargs=True))
-                stack.enter_context(last_logits_only(patch.model, lambda: run.judged_length))
+                if run.judges:
+                    stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
                 yield self
         finally:
             patch.clear_steering(run.steering)
@@ -342,14 +364,18 @@ class _Run:
     strengths: Tensor  # [1], or one for each prompt of a batch
     probe: Probe | None = None
     reads_prompt: bool = False
-    judged_length: int = 0  # of the prompt that the forward at hand judges at its last token; 0: it judges none
+    prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
+
+    @property
+    def judges(self) -> bool:
+        """Whether a prompt is judged, at its last token."""
+        return self.method.condition is not None and self.method.condition.per == "sequence"
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. All is steered until a condition has been read, which is before the first steered layer."""
         batch, length = text_shape(kwargs)[:2]
-        judges = self.method.condition is not None and self.method.condition.per == "sequence"
-        self.reads_prompt = self.state.value is None or (judges and length > 1)
-        self.judged_length = length if judges and self.reads_prompt else 0
+        self.reads_prompt = self.state.reads_prompt(length) if self.judges else self.state.value is None
+        self.prompt_length = length if self.reads_prompt else 0
         if self.reads_prompt:
             if batch % len(self.strengths):
                 raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {batch}")
@@ -364,16 +390,30 @@ class _Run:
         """The condition's layer is done, with dots [B, L, 2]."""
         strengths = self.state.value.tensor
         met, failed = self.method.holds(dots.to(strengths.device))
-        alpha = strengths[:, None] * met
         if self.reads_prompt:
-            self.method.risk, self.method.failed = met[:, -1].float(), failed[:, -1]
-            if self.method.condition.per == "sequence":
-                self.state.decide(Rows(alpha[:, -1]))
-                alpha[:, :-1] = 0
+            padded = self.state.ends_in_padding(*dots.shape[:2], met.device)
+            met[:, -1] |= padded
+            self.method.risk, self.method.failed = met[:, -1].float(), failed[:, -1] | padded
+        alpha = strengths[:, None] * met
+        if self.reads_prompt and self.judges:
+            self.state.decide(Rows(alpha[:, -1]))
+            alpha[:, :-1] = 0
         self._steer(alpha.flatten())
 
     def _steer(self, alpha: Tensor) -> None:
         self.steering.set_rows(torch.zeros_like(alpha, dtype=torch.int32), alpha)
+
+
+def _condition(profile: RasProfile) -> Condition:
+    """From the profile's config and its tensor of that name, which belong together."""
+    settings, direction = profile.config.get("condition"), profile.tensors.get("condition")
+    names = {field.name for field in fields(Condition)} - {"direction"}
+    if not isinstance(settings, dict) or not {"layer", "threshold"} <= set(settings) <= names or direction is None:
+        raise ValueError(
+            f"condition is {settings!r}, and its direction {'missing' if direction is None else 'there'}; it needs the tensor "
+            f"'condition' and settings among {sorted(names)}, layer and threshold with them"
+        )
+    return Condition(direction=_direction(direction, "the condition's direction"), **settings)
 
 
 def _checked(condition: Condition, layers: list[int]) -> Condition:
@@ -382,8 +422,11 @@ def _checked(condition: Condition, layers: list[int]) -> Condition:
             f"the condition's measure is {condition.measure!r} and per is {condition.per!r}; they need to be one of {MEASURES} "
             f"and one of {SCOPES}"
         )
-    if not math.isfinite(condition.threshold) or not bool(condition.direction.any()):
-        raise ValueError(f"the condition needs a finite threshold ({condition.threshold}) and a direction that is not 0")
+    if not isinstance(condition.layer, int):
+        raise ValueError(f"the condition's layer is {condition.layer!r}; it needs to be the index of a decoder layer")
+    number(vars(condition), "threshold")
+    if not bool(condition.direction.any()):
+        raise ValueError("the condition's direction is 0; it needs to point somewhere")
     early = [layer for layer in layers if layer <= condition.layer]
     if early:
         raise ValueError(f"the condition is read at layer {condition.layer}; layers {early} are steered before it is known")

@@ -337,9 +337,9 @@ def _expand_once(mask: Tensor, length_q: int, length_k: int, window: int | None)
     global _last
     if not getattr(mask, _FRESH, False):
         return _expand(mask, length_q, length_k, window)
-    identity = (length_q, length_k, window)
-    if _last is not None and _last[0]() is mask and _last[1] == identity:
-        return _last[2]
+    identity, last = (length_q, length_k, window), _last  # which another thread may replace meanwhile
+    if last is not None and last[0]() is mask and last[1] == identity:
+        return last[2]
     full = _expand(mask, length_q, length_k, window)
     _last = (weakref.ref(mask, _forget), identity, full)
     return full
@@ -348,7 +348,8 @@ def _expand_once(mask: Tensor, length_q: int, length_k: int, window: int | None)
 def _forget(reference: weakref.ref) -> None:
     """The forward is over: let go of its N² booleans."""
     global _last
-    if _last is not None and _last[0] is reference:
+    last = _last
+    if last is not None and last[0] is reference:
         _last = None
 
 

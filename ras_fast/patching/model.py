@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ras_fast.backend import forced_backend, set_backend
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
 from ras_fast.patching.registration import NAME, register
-from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
+from ras_fast.patching.state import REDUCTIONS, AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
 from ras_fast.regions import RegionMap
@@ -75,6 +76,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
     try:
         with _without_autocast(model):
             handle._apply(regions, norms, backend)
+            handle.applied = True
     except BaseException:
         handle.unpatch()
         raise
@@ -142,11 +144,13 @@ class Patch:
     statistics: what the last forward under `collect` left.
     text_model, layers, final_norm: where a method puts its hooks; `final_norm` is None where no module of the text model is
         applied to the last layer's output.
+    applied: whether the model is patched; False after `unpatch`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.text_model, self.layers, self.final_norm = None, None, None
+        self.applied = False
         self.steering = Steering()
         self._undo = _Undo()
         self._state: ModelState | None = None
@@ -164,6 +168,7 @@ class Patch:
 
     def unpatch(self) -> None:
         """Puts everything back as it was before `patch`. Calling it again does nothing."""
+        self.applied = False
         self._undo.restore()
         self._fused.clear()
         self._final_norm = self._state = None
@@ -220,11 +225,22 @@ class Patch:
 
         Yields:
             The :class:`Statistics` that the forwards fill; also `Patch.statistics` afterwards.
+
+        Raises:
+            RuntimeError: image statistics are off; says why.
+            ValueError: `rows` is negative or no integer, `reduce` is unknown, or an index is not there.
         """
         state = self._regions()
+        if rows is not None and (not isinstance(rows, int) or rows < 0):
+            raise ValueError(f"rows is {rows!r}; it must be None or an integer of at least 0")
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce is {reduce!r}; it must be one of {', '.join(REDUCTIONS)}")
+        layers = None if layers is None else _indices("layers", layers, len(state.layers))
+        wanted = state.layers if layers is None else layers
+        least = min((state.layers[layer].heads or sys.maxsize for layer in wanted), default=sys.maxsize)
+        heads = None if heads is None else _indices("heads", heads, least)
         previous = state.collection
         state.statistics = Statistics()
-        heads = None if heads is None else tuple(map(int, heads))
         state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers), heads)
         try:
             yield state.statistics
@@ -254,8 +270,9 @@ class Patch:
         return state.monitor
 
     def clear_monitor(self) -> None:
-        """Ends `set_monitor`; nothing happens where there is none."""
-        self._regions().monitor = None
+        """Ends `set_monitor`; nothing happens where there is none, or no patch any more."""
+        if self._state is not None:
+            self._state.monitor = None
 
     @property
     def head_counts(self) -> dict[int, int]:
@@ -302,11 +319,13 @@ class Patch:
 
     def clear_region_bias(self) -> None:
         """Every head sees the images as it did before."""
-        self._regions().biases = {}
+        if self._state is not None:
+            self._state.biases = {}
 
     def _regions(self) -> ModelState:
         if self._state is None:
-            raise RuntimeError(f"image statistics are off: {self._report.regions if self._report else 'not patched'}")
+            why = self._report.regions if self._report and self._report.regions else "the model is not patched"
+            raise RuntimeError(f"image statistics are off: {why}")
         return self._state
 
     # Steering
@@ -545,6 +564,14 @@ class Patch:
     def _hook(self, module: nn.Module, function: Any) -> None:
         handle = module.register_forward_pre_hook(function, with_kwargs=True)
         self._undo.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
+
+
+def _indices(name: str, given: Iterable[int], count: int) -> tuple[int, ...]:
+    """Raises ValueError unless these are some of 0..count-1."""
+    indices = tuple(given) if isinstance(given, Iterable) else ()
+    if not indices or not all(isinstance(index, int) and 0 <= index < count for index in indices):
+        raise ValueError(f"{name} is {given!r}; it must hold at least one index, of those in 0..{count - 1}")
+    return indices
 
 
 def _looks_like_norm(module: nn.Module) -> bool:

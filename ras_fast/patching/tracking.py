@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from functools import cache, partial
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ras_fast.patching.attention import is_range
 from ras_fast.regions import Grid, RegionMap, image_regions, join_regions, square_grid
 
 REGIONS = "regions"  # the name that the region map is kept under
@@ -58,6 +59,8 @@ class RegionTracker:
         self._parameters = tuple(inspect.signature(multimodal.forward).parameters)
         self._inputs: dict[str, Any] | None = None
         self._lengths: dict[str, list[int] | None] = {}
+        self._encoded: dict[str, list[int] | None] = {}  # of the features that the model computed last
+        self._pieces = False  # whether this forward may hold parts of images
         self._total: int | None = None
 
     def keys(self, batch: int, length: int) -> tuple[Tensor, int]:
@@ -69,7 +72,8 @@ class RegionTracker:
         if self.current is None:
             raise ValueError(
                 "image statistics and region biases need to know where the image tokens are, and this forward brought "
-                "neither input_ids nor a cache that saw them: set patch.region_map first"
+                "neither input_ids nor a cache that saw them, or goes on from a cache that was filled before the model was "
+                "patched: set patch.region_map first"
             )
         if self.current.ids.shape[0] != batch:
             raise ValueError(f"the region map is of {self.current.ids.shape[0]} rows; it must be of the batch's {batch}")
@@ -79,20 +83,26 @@ class RegionTracker:
 
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
-        self._lengths = {}
+        self._lengths, self._pieces = {}, False
         for modality, output in (self._inputs.get("mm_encoder_outputs") or {}).items():
-            self.features(modality, output)
+            self._lengths[modality] = lengths = self._lengths_of(output)
+            # A chunk's share of the features comes as one entry, whatever they are of.
+            if modality in self._encoded and lengths != self._encoded[modality] and len(lengths or ()) == 1:
+                self._lengths[modality], self._pieces = None, True
 
     def features(self, modality: str, output: Any) -> None:
-        """The model computed features: one entry an image tells how many tokens each has."""
+        """The model computed features."""
+        self._lengths[modality] = self._encoded[modality] = self._lengths_of(output)
+
+    def _lengths_of(self, output: Any) -> list[int] | None:
+        """Of features with one entry an image, how many tokens each has."""
         features = getattr(output, "pooler_output", None)
         features = output if features is None else features
-        lengths = None
         if isinstance(features, Tensor) and features.dim() == 3:
-            lengths = [features.shape[1]] * features.shape[0]
-        elif isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
-            lengths = [f.shape[:-1].numel() for f in features]
-        self._lengths[modality] = lengths
+            return [features.shape[1]] * features.shape[0]
+        if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
+            return [f.shape[:-1].numel() for f in features]
+        return None
 
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs, self._inputs = self._inputs, None
@@ -102,7 +112,8 @@ class RegionTracker:
         before = kept(past_key_values, REGIONS)
         length = _length(inputs, kwargs)
         self._total = _total(past_key_values, past, length)
-        if before is not None and (length == 1 or _covers(before, self._total)):
+        no_image = length == 1 and not self._lengths
+        if before is not None and (no_image or _covers(before, self._total)):
             self.current = before  # a decode step, or whoever laid out this cache laid out the map of this forward, too
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             self.current = before if before is not None else self.given
@@ -128,8 +139,8 @@ class RegionTracker:
         if past == 0:
             return RegionMap(ids, num_regions, grids, validate=False)
         if before is None:
-            before = RegionMap(ids.new_full((ids.shape[0], past), -1), 0)
-        return before.extend(ids, grids, past)
+            return self.given  # what the cache holds was not seen
+        return before.extend(ids, grids, past, pieces=self._pieces)
 
     def _visual(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """For each modality the positions [B, L] bool that hold its tokens."""
@@ -298,12 +309,17 @@ class PromptState:
 
     value: of the forward that runs. None says that neither this forward nor an earlier one with the same cache has decided
         yet: the forward reads a prompt. Without a cache every forward does.
+    prefills: whether `generate` is reading a prompt. A single token on a cache that has a value is then the prompt's last
+        piece, and not a decode step.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.value: Any = None
+        self.prefills = False
+        self._patch: Any = None
         self._cache: Any = None
+        self._mask: Any = None
 
     def decide(self, value: PerSequence) -> None:
         """Sets the value for this forward and for those to come with its cache. No host sync."""
@@ -311,16 +327,46 @@ class PromptState:
         if self._cache is not None:
             keep(self._cache, self.name, value)
 
+    def reads_prompt(self, length: int) -> bool:
+        """Whether this forward, of so many positions, reads a prompt or a piece of one; else it is a decode step."""
+        return self.value is None or length > 1 or self.prefills
+
+    def ends_in_padding(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """[batch] bool: the rows whose last position is padding after a prompt, which cannot be judged there. No host sync.
+
+        A row of which only left padding has come so far is none of them.
+        """
+        mask = self._mask
+        if isinstance(mask, dict):  # by kind of layer
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if mask is None or is_range(mask):  # which ends with the forward
+            return torch.zeros(batch, dtype=torch.bool, device=device)
+        if not isinstance(mask, Tensor):
+            return torch.ones(batch, dtype=torch.bool, device=device)  # it cannot be known
+        if mask.dim() == 2:
+            seen, own = mask != 0, mask.shape[1] - 1
+        else:  # what the last position sees, booleans or scores to add
+            seen = mask[:, 0, -1]
+            seen = seen if seen.dtype == torch.bool else seen >= 0
+            own = (0 if self._cache is None else self._cache.get_seq_length()) + length - 1
+        last = seen.shape[1] - 1
+        ends = seen[:, min(own, last)] if isinstance(own, int) else seen.index_select(1, own.clamp(max=last).reshape(1))[:, 0]
+        return (seen.any(1) & ~ends).to(device).expand(batch)
+
     @contextmanager
-    def watch(self, text_model: nn.Module) -> Iterator[PromptState]:
-        """Follows the forwards of a text model inside the block. Hooks that read `value` are to be registered in it."""
-        before = text_model.register_forward_pre_hook(self._before_text, with_kwargs=True)
-        after = text_model.register_forward_hook(self._after_text)
-        with before, after:
+    def watch(self, patch: Any) -> Iterator[PromptState]:
+        """Follows the forwards of a `Patch`'s model inside the block. Hooks that read `value` are to be registered in it."""
+        self._patch = patch
+        with ExitStack() as stack:
+            stack.enter_context(patch.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
+            stack.enter_context(patch.text_model.register_forward_hook(self._after_text))
+            stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
             yield self
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._cache = kwargs.get("past_key_values")
+        if not self._patch.applied:
+            raise RuntimeError("the model was unpatched while a method defends it: its answer would not be steered")
+        self._mask, self._cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         self.value = kept(self._cache, self.name)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -328,7 +374,39 @@ class PromptState:
         past_key_values = getattr(output, "past_key_values", None)
         if past_key_values is not None and kept(past_key_values, self.name) is not self.value:
             keep(past_key_values, self.name, self.value)
-        self._cache = None
+        self._cache = self._mask = None
+
+
+class _Prefill:
+    """Stands in for the part of `generate` that reads a prompt, in as many forwards as it likes."""
+
+    def __init__(self, state: PromptState, read: Callable[..., Any]) -> None:
+        self.state, self.read = state, read
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.state.prefills = True
+        try:
+            return self.read(*args, **kwargs)
+        finally:
+            self.state.prefills = False
+
+
+@contextmanager
+def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
+    """Inside the block what `generate` calls on the model by this name is `stand_in(method)`; nothing happens without it."""
+    owner = next((m for m in model.modules() if hasattr(type(m), name)), None)
+    if owner is None:
+        yield
+        return
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = stand_in(getattr(owner, name))
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
 
 
 @contextmanager
@@ -339,15 +417,29 @@ def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iter
     prompt_length: of the forward that runs; 0 where it reads no prompt.
     """
 
+    def refuse(what: str) -> NoReturn:
+        raise RuntimeError(
+            f"{what} are wanted, as in assisted decoding; this method judges a prompt at its last position, and needs that to "
+            "be the last of its forward"
+        )
+
     def before_head(module: nn.Module, args: tuple) -> None:
         if args[0].dim() == 3 and 1 < args[0].shape[1] < prompt_length():
-            raise RuntimeError(
-                f"the logits of {args[0].shape[1]} positions of a prompt are wanted, as in assisted decoding; this method "
-                "judges a prompt at its last position, and needs that to be the last of its forward"
-            )
+            refuse(f"the logits of {args[0].shape[1]} positions of a prompt")
 
-    with model.get_output_embeddings().register_forward_pre_hook(before_head):
+    def no_candidates(method: Callable[..., Any]) -> Callable[..., NoReturn]:
+        return lambda *args, **kwargs: refuse("guessed tokens after a prompt")
+
+    with (
+        model.get_output_embeddings().register_forward_pre_hook(before_head),
+        replaced(model, "_get_candidate_generator", no_candidates),
+    ):
         yield
+
+
+def _revive(kind: type) -> Any:
+    following = _following(kind)
+    return following.__new__(following)
 
 
 @cache
@@ -373,14 +465,19 @@ def _following(kind: type) -> type:
             super().batch_repeat_interleave(repeats)
             follow(self, lambda value: value.repeat_interleave(repeats))
 
-        def crop(self, *args: int) -> None:
-            super().crop(*args)
+        def crop(self, *args: int, **kwargs: int) -> None:
+            super().crop(*args, **kwargs)
             length = int(self.get_seq_length())
             follow(self, lambda value: value.crop(length))
 
         def reset(self) -> None:
             super().reset()
             self.__dict__[_KEPT] = {}
+
+        def __reduce_ex__(self, protocol: Any) -> tuple:
+            """By the cache's own class, which a pickle can name."""
+            _, _, *state = super().__reduce_ex__(protocol)
+            return _revive, (kind,), *state
 
     Following.__name__, Following.__qualname__, Following.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Following

@@ -1,5 +1,7 @@
 """Judges: what the string rules catch and what they must not, guard models, functions of one's own."""
 
+import sys
+
 import pytest
 import torch
 from tiny_random import tiny_processor
@@ -54,6 +56,20 @@ def test_a_function_of_ones_own():
 def test_a_judge_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=f"judge '{name}'"):
         load_judge(name)
+
+
+def test_a_judge_that_is_no_function_is_named():
+    with pytest.raises(ValueError, match=r"judge 'os:sep' is '.'; it needs to be a function of \(question, answer\)"):
+        load_judge("os:sep")
+
+
+def test_a_function_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "judge_beside_the_questions.py").write_text("def harm(question, answer):\n    return question == answer\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])  # as in an installed command
+    before = list(sys.path)
+    assert load_judge("judge_beside_the_questions:harm").does_harm("a", "a")
+    assert sys.path == before
 
 
 GUARD_TEMPLATE = "{% for m in messages %}{{ m['role'] | upper }} : {{ m['content'] }} {% endfor %}ASSISTANT :"

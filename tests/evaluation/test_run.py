@@ -89,6 +89,56 @@ def test_a_question_that_was_edited_is_asked_again(tmp_path):
     assert run.AnswerFile(tmp_path, SETTINGS).records["d", "1"]["question"] == "q7"  # the latest line counts
 
 
+def test_an_image_that_was_edited_is_asked_again(tmp_path):
+    def pictures(colour):
+        data = dataset(3)
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "a.png")
+        data.items[1] = replace(data.items[1], images=[tmp_path / "a.png"])
+        data.items[2] = replace(data.items[2], images=[Image.new("RGB", (4, 4), colour)])
+        return data
+
+    asked = []
+    defences = {"d": lambda question, images: asked.append(question) or Answer("yes")}
+    for colour, expected in (("red", ["q0", "q0", "q1", "q2"]), ("red", []), ("blue", ["q0", "q1", "q2"])):  # q0 warms up
+        asked.clear()
+        run.run(pictures(colour), defences, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+        assert asked == expected
+
+
+def test_labels_that_were_edited_are_renewed_without_asking(tmp_path):
+    run.run(dataset(4), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    edited = dataset(4)
+    edited.items[0] = replace(edited.items[0], harmful=False, kind="good")
+    edited.items[1] = replace(edited.items[1], judge=lambda text: text == "no")
+    edited.items[3] = replace(edited.items[3], harmful=True, text_harm=True, kind="bad")
+    asked = {"d": lambda question, images: pytest.fail("asked again")}
+    for _ in range(2):
+        records = run.run(edited, asked, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+        assert [record.get("correct") for record in records] == [True, False, None, None]
+        assert [record.get("complied") for record in records] == [None, None, True, True]
+        assert [(record["kind"], record["text_harm"]) for record in records][3] == ("bad", True)
+    assert len((tmp_path / run.ANSWERS).read_text().splitlines()) == 4 + 3
+
+
+def test_a_query_that_failed_is_asked_again(tmp_path):
+    def failing(question, images):
+        raise ValueError("not today")
+
+    run.run(dataset(2), {"d": failing}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    records = run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert [record["answer"] for record in records] == ["yes", "yes"]
+
+
+@pytest.mark.parametrize("settings", [None, "", "[1]", "{", '{"profiles": []}'])
+def test_answers_of_an_unknown_run_are_not_mixed_in(tmp_path, settings):
+    run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    (tmp_path / run.SETTINGS).unlink()
+    if settings is not None:
+        (tmp_path / run.SETTINGS).write_text(settings)
+    with pytest.raises(ValueError, match=r"settings\.json does not say which run the answers beside it are of"):
+        run.AnswerFile(tmp_path, SETTINGS)
+
+
 def test_answers_of_other_settings_are_not_mixed_in(tmp_path):
     run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     with pytest.raises(ValueError, match="differs in model"):
@@ -104,9 +154,11 @@ def test_a_profile_may_come_but_not_change(tmp_path):
 
 
 def test_a_broken_file_of_answers_is_named(tmp_path):
-    (tmp_path / run.ANSWERS).write_text("[1, 2]\n")
-    with pytest.raises(ValueError, match="not a file of answers"):
-        run.AnswerFile(tmp_path, SETTINGS)
+    run.AnswerFile(tmp_path, SETTINGS)
+    for line in ("[1, 2]", '{"defence": "d", "id": "0"}', "{"):
+        (tmp_path / run.ANSWERS).write_text(f"{line}\n")
+        with pytest.raises(ValueError, match="not a file of answers"):
+            run.AnswerFile(tmp_path, SETTINGS)
 
 
 def test_extra_forward_passes_are_those_beyond_the_undefended_answer_to_the_same_query(tmp_path):

@@ -1,10 +1,59 @@
-"""Which class applies a profile."""
+"""Which class applies a profile, and what holds for every one-pass method attached to a model."""
 
 import pytest
 import torch
+from tiny_random import endless_llava, tiny_processor
+from transformers import DynamicCache
 
 import ras_fast
+from ras_fast.methods.projection import Condition, from_vectors
 from ras_fast.profile import RasProfile
+
+D = 32
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    return endless_llava(processor, 3)
+
+
+def autosteer(model, processor):
+    shapes = {"in.weight": (8, D), "in.bias": (8,), "out.weight": (2, 8), "out.bias": (2,)}
+    tensors = {f"prober_{name}": torch.randn(shape) for name, shape in shapes.items()} | {"refusal": torch.randn(D, D)}
+    return RasProfile("autosteer", {"layer": 1, "strength": 1.0, "threshold": 0.5}, tensors)
+
+
+def attention(model, processor):
+    """Of which no risk is 1 by itself."""
+    tensors = {"prototypes": torch.randn(3, D), "attention_weights": torch.randn(6), "attention_bias": torch.zeros(1)}
+    return RasProfile("attention", {"heads": [[0, 1], [2, 3]]}, tensors)
+
+
+def projection(model, processor, per="sequence"):
+    """Whose condition does not hold."""
+    condition = Condition(0, torch.randn(D), threshold=1e9, measure="projection", per=per)
+    return from_vectors(model, processor, torch.randn(D), layers=[1, 2], condition=condition)
+
+
+METHODS = [autosteer, attention, projection]
+
+
+def prompts(processor, lengths=(6,)):
+    """Of one image each, padded on the right."""
+    rows = [[processor.image_token_id] * 16 + list(range(20 + i, 20 + i + length)) for i, length in enumerate(lengths)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(len(rows), 3, 16, 16)}
+
+
+def generate(model, inputs, **options):
+    return model.generate(**inputs, **{"max_new_tokens": 3, "do_sample": False, **options})
 
 
 def test_methods_with_stages_are_sent_to_the_engine():
@@ -14,7 +63,96 @@ def test_methods_with_stages_are_sent_to_the_engine():
             ras_fast.methods.attach(None, profile)
 
 
+@pytest.mark.parametrize("bias", [torch.tensor(1.0), torch.ones(4), torch.ones(2, 4), torch.ones(3, 4, 1, 1)])
+def test_a_region_bias_of_another_shape_is_refused(model, processor, bias):
+    profile = attention(model, processor)
+    profile.tensors["region_bias"] = bias
+    with ras_fast.patch(model) as patch, pytest.raises(ValueError, match=r"region_bias has shape .*; it needs to be \[3, Hq\]"):
+        ras_fast.methods.attach(patch, profile).__enter__()
+
+
 def test_modules_load_on_first_use():
     assert ras_fast.methods.moras.__name__ == "ras_fast.methods.moras"
     with pytest.raises(AttributeError, match="no attribute 'moras2'"):
         ras_fast.methods.moras2  # noqa: B018
+
+
+@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("cached", [16, 19, 21])
+def test_the_last_piece_of_a_prompt_is_judged_however_short(model, processor, make, cached):
+    """`generate` goes on from a cache of the first tokens; at the last, one token is left."""
+    inputs = prompts(processor)
+    first = inputs | {name: inputs[name][:, :cached] for name in ("input_ids", "attention_mask")}
+    rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        past = model(**first, use_cache=True).past_key_values
+        before = method.risk
+        generate(model, rest, past_key_values=past, max_new_tokens=1)
+        assert method.risk is not before
+    assert not method.failed.any()
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_each_chunk_of_a_prompt_is_judged_and_no_decode_step_is(model, processor, make):
+    text = {"input_ids": torch.arange(20, 29)[None]}
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        seen = []
+        handle = patch.text_model.register_forward_hook(lambda module, args, output: seen.append(method.risk))
+        generate(model, text, prefill_chunk_size=4, past_key_values=DynamicCache())
+        handle.remove()
+    assert len({id(risk) for risk in seen[:3]}) == 3
+    assert seen[2] is seen[3] is seen[4]
+
+
+@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("cached", [4, 8])
+def test_guessed_tokens_on_a_cache_are_refused(model, processor, make, cached):
+    ids = torch.tensor([[9, 30, 31, 9, 30, 31, 9, 30, 31]])
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)):
+        past = model(input_ids=ids[:, :cached], use_cache=True).past_key_values
+        with pytest.raises(RuntimeError, match="assisted decoding"):
+            generate(model, {"input_ids": ids}, past_key_values=past, prompt_lookup_num_tokens=3)
+        with pytest.raises(RuntimeError, match="assisted decoding"):
+            model(input_ids=ids[:, cached - 3 :], past_key_values=past, logits_to_keep=2)
+
+
+OPTIONS = [{}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}]
+
+
+@pytest.mark.parametrize("make", [*METHODS, lambda model, processor: projection(model, processor, per="token")])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_row_that_ends_in_padding_is_at_full_risk(model, processor, make, options):
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        generate(model, prompts(processor, (3, 6, 5)), max_new_tokens=1, **options)
+    expected = torch.tensor([True, False, True]).repeat_interleave(options.get("num_beams", 1))
+    assert torch.equal(method.failed, expected)
+    assert torch.equal(method.risk == 1, expected)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_padding_before_a_prompt_is_no_failure(model, processor, make):
+    """Nor where a chunk of a prompt that is read in pieces holds nothing else."""
+    ids = torch.tensor([[0] * 6 + [20, 21, 22], list(range(20, 29))])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        failed = []
+        handle = patch.text_model.register_forward_hook(lambda module, args, output: failed.append(method.failed.any().item()))
+        generate(model, inputs, prefill_chunk_size=4, past_key_values=DynamicCache())
+        handle.remove()
+    assert len(failed) == 5
+    assert not any(failed)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_an_unpatched_model_does_not_answer_undefended(model, processor, make):
+    patch = ras_fast.patch(model)
+    profile = make(model, processor)
+    profile.tensors["region_bias"] = torch.ones(3, 4)
+    with ras_fast.methods.attach(patch, profile):
+        patch.unpatch()
+        with pytest.raises(RuntimeError, match="unpatched while a method defends it"):
+            generate(model, prompts(processor))
+        with pytest.raises(RuntimeError, match="unpatched while a method defends it"):
+            ras_fast.patch(model)  # nor would it be steered through another handle
+    generate(model, prompts(processor))
+    assert "_prefill" not in model.__dict__

@@ -463,7 +463,7 @@ def test_amplified_heads(model, processor, batch, every_answer_refuses):
 
 def test_a_bias_for_another_model(model):
     profile = profile_of()
-    for shape, message in (((LAYERS - 1, 4), "for 2 layers; the model has 3"), ((LAYERS, 5), "Hq = 4")):
+    for shape, message in (((LAYERS - 1, 4), r"\(2, 4\); it needs to be \[3, Hq\]"), ((LAYERS, 5), "Hq = 4")):
         changed = replace(profile, tensors=profile.tensors | {"region_bias": torch.ones(shape)})
         with ras_fast.patch(model) as patch, pytest.raises(ValueError, match=message):
             ras_fast.methods.attach(patch, changed).__enter__()
@@ -525,8 +525,9 @@ def test_profiles_whose_parts_do_not_fit(model):
             AttentionRisk(replace(good, tensors=good.tensors | changes))
     with pytest.raises(ValueError, match="needs to be 'attention'"):
         AttentionRisk(both)
-    with pytest.raises(ValueError, match="'heads' is empty"):
-        AttentionRisk(RasProfile("attention", {"heads": []}, good.tensors | {"attention_weights": torch.zeros(0)}))
+    for config in ({}, {"heads": []}, {"heads": "ab"}, {"heads": [[0.5, 0]] * 3}, {"heads": [3]}):
+        with pytest.raises(ValueError, match=r"'heads' is .*; it needs to be a list of at least one \[layer, head\]"):
+            AttentionRisk(RasProfile("attention", config, good.tensors | {"attention_weights": torch.zeros(0)}))
     for tensors, config, message in (
         (good.tensors, {}, "similarity_weight has shape None"),
         (both.tensors, {"risk": "guess"}, "risk is 'guess'"),
@@ -563,8 +564,14 @@ def test_calibration_errors(model, processor):
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, processor, pairs)
-    with pytest.raises(ValueError, match="heads is 0"):
-        calibrate(model, processor, PAIRS, heads=0)
+    for arguments, message in (
+        ({"heads": 0}, "heads is 0; it needs to be an integer of at least 1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"amplify": math.nan}, "amplify is nan; it needs to be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, processor, PAIRS, **arguments)
     with pytest.raises(ValueError, match="combine_with is a 'attention' profile"):
         calibrate(model, processor, PAIRS, combine_with=profile_of())
     with pytest.raises(ValueError, match="refuses 0 of 1"):

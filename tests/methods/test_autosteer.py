@@ -282,8 +282,11 @@ def test_a_decode_step_is_one_graph(model, mixed, batch):
     ("change", "message"),
     [
         ({"strength": 0.0}, "strength is 0.0"),
-        ({"strength": math.nan}, "strength is nan"),
+        ({"strength": math.nan}, "'strength' is nan"),
         ({"threshold": 1.0}, "threshold 1.0"),
+        ({"threshold": None}, "'threshold' is None; it needs to be a finite number"),
+        ({"strength": "1"}, "'strength' is '1'"),
+        ({"layer": "1"}, "layer is '1'; it needs to be the index"),
         ({"layer": LAYERS}, "the profile is for layer 3"),
     ],
 )
@@ -300,6 +303,12 @@ def test_tensors_are_checked(model, processor):
         AutoSteer(RasProfile("autosteer", made.config, made.tensors | {"refusal": torch.zeros(D, 5)}))
     with pytest.raises(ValueError, match=r"prober_out\.weight has shape"):
         AutoSteer(RasProfile("autosteer", made.config, made.tensors | {"prober_out.weight": torch.zeros(3, 8)}))
+    for name, tensor in (("prober_in.bias", torch.tensor(0.0)), ("refusal", torch.zeros(D)), ("refusal", torch.tensor(0.0))):
+        with pytest.raises(ValueError, match="has shape"):
+            AutoSteer(RasProfile("autosteer", made.config, made.tensors | {name: tensor}))
+    factors = {"refusal": torch.zeros(D, 5), "refusal_right": torch.zeros(4, D)}
+    with pytest.raises(ValueError, match=r"refusal has shape \(32, 5\); it needs to be \(32, 4\)"):
+        AutoSteer(RasProfile("autosteer", made.config, made.tensors | factors))
     with pytest.raises(ValueError, match=r"\['strength'\] are missing"):
         AutoSteer(RasProfile("autosteer", {"layer": 0, "threshold": 0.5}, made.tensors))
     with pytest.raises(ValueError, match="method is 'projection'"):
@@ -397,6 +406,15 @@ def test_the_head_learns_the_refusal(model, processor, monkeypatch):
     assert rates[str(made.config["strength"])] == max(rates.values())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calibration_where_gradients_are_off(model, processor, few_epochs, mode):
+    expected = calibrate(model, processor)
+    with mode():
+        got = calibrate(model, processor)
+    assert got.config == expected.config
+    assert all(torch.equal(got.tensors[name], expected.tensors[name]) for name in expected.tensors)
+
+
 def test_a_fixed_layer_validation_and_every(model, processor, few_epochs):
     assert calibrate(model, processor, layer=2).config["layer"] == 2
     assert set(calibrate(model, processor, every=2).config["sas"]) == {"0", "2"}
@@ -455,6 +473,11 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
         ({"layer": "best"}, "layer is 'best'"),
         ({"rank": 0}, "rank is 0"),
         ({"over_refusal": 1.5}, "over_refusal is 1.5"),
+        ({"every": 0}, "every is 0"),
+        ({"every": -1}, "every is -1"),
+        ({"strength": 0.0}, "strength is 0.0"),
+        ({"strength": -1.0}, "strength is -1.0"),
+        ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_calibrate_checks_its_arguments(model, processor, changes, message):

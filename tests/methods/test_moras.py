@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny_random import random_image, random_words
+from transformers import GenerationConfig
 
 from ras_fast.decoding import Decoding, output_head, reference_generate
 from ras_fast.inputs import encode, make_queries
@@ -26,10 +28,11 @@ def calibrate(model, processor, **changes):
     return moras.calibrate(model, processor, **arguments)
 
 
-def ready(model, **changes):
+def ready(model, prototypes=None, **changes):
     torch.manual_seed(0)
     config = PRESETS["moras"] | {"s_base": 0.6, "k": math.log(99) / 0.4} | changes
-    profile = RasProfile("moras", config, {"prototypes": torch.randn(3, 32)})
+    prototypes = torch.randn(3, 32) if prototypes is None else prototypes
+    profile = RasProfile("moras", config, {"prototypes": prototypes}, {"hidden_size": 32})
     return Moras(profile, output_head(model), "cpu", model.dtype)
 
 
@@ -116,6 +119,13 @@ def test_calibration_is_what_it_says(model, processor, every_answer_refuses):
     assert profile.config["max_context_tokens"] == 6
 
 
+def test_the_safe_question_may_have_a_picture_of_its_own(model, processor, every_answer_refuses):
+    image, unsafe, safe = PAIRS[0]
+    shared = calibrate(model, processor, pairs=[(image, unsafe, safe)]).config["s_base"]
+    assert calibrate(model, processor, pairs=[(image, unsafe, safe, image)]).config["s_base"] == shared
+    assert calibrate(model, processor, pairs=[(image, unsafe, safe, PAIRS[1][0])]).config["s_base"] != shared
+
+
 def test_texts_that_are_answered_are_dropped(model, processor, monkeypatch):
     judged = iter([True, False] * 6)
     monkeypatch.setattr(moras, "is_refusal", lambda text: next(judged))
@@ -140,19 +150,46 @@ def test_a_model_that_does_not_refuse_cannot_be_calibrated(model, processor):
         ({"gate": 1.5}, "gate is 1.5"),
         ({"steps": 0}, "steps is 0"),
         ({"gamma": -1.0}, "gamma is -1.0"),
+        ({"gamma": "x"}, "'gamma' is 'x'"),
         ({"safety_prompt": " "}, "safety_prompt is ' '"),
+        ({"refused_texts": TEXTS[0]}, "refused_texts is a str; it needs to be a list"),
+        ({"refused_texts": None}, "refused_texts is a NoneType"),
+        ({"pairs": [PAIRS[0], PAIRS[1][:2]]}, r"pairs\[1\] has 2 entries"),
+        ({"pairs": [None]}, r"pairs\[0\] is a NoneType"),
+        ({"pairs": "abc"}, r"pairs\[0\] is a str"),
+        ({"pairs": [PAIRS[0], (np.full((8, 8, 3), np.nan), "w1", "w2")]}, r"pairs\[1\] has an image with NaN"),
     ],
 )
 def test_calibrate_checks_its_arguments(model, processor, changes, message):
+    """Before the model is asked anything."""
     with pytest.raises(ValueError, match=message):
-        calibrate(model, processor, **changes)
+        calibrate(None if "pairs" in changes else model, processor, **changes)
 
 
-def test_a_profile_whose_parts_do_not_fit_is_refused(model):
-    with pytest.raises(ValueError, match="steps = 2"):
-        ready(model, steps=2)
-    with pytest.raises(ValueError, match="'k' is nan"):
-        ready(model, k=math.nan)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 2}, "steps = 2"),
+        ({"steps": True}, "steps is True"),
+        ({"k": math.nan}, "'k' is nan"),
+        ({"k": "9"}, "'k' is '9'; it needs to be a finite number"),
+        ({"k": None}, "'k' is None"),
+        ({"k": 10**400}, "'k' is 1000"),
+        ({"k": 0.0}, "'k' is 0.0; it needs to be positive"),  # no risk would ever rise
+        ({"k": -9.0}, "'k' is -9.0; it needs to be positive"),
+        ({"s_base": 1.0}, "'s_base' is 1.0; it needs to be below 1"),
+        ({"gamma": "x"}, "'gamma' is 'x'"),
+        ({"prototypes": torch.ones(3, 5)}, "of d = 5; the model's hidden size is 32"),
+        ({"prototypes": torch.ones(3, 32) * torch.tensor([[1], [0], [1]])}, "none 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used_are_refused(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ready(model, **changes)
+
+
+def test_another_methods_profile_is_refused(model):
     with pytest.raises(ValueError, match="'autosteer'"):
         Moras(RasProfile("autosteer", {}, {}), output_head(model), "cpu", torch.float32)
 
@@ -161,6 +198,21 @@ def test_presets_share_one_implementation(model, processor, every_answer_refuses
     profile = calibrate(model, processor, preset="ras", gate="binary")
     assert (profile.method, profile.config["gate"]) == ("ras", "binary")
     assert SequentialPipeline(model, processor, profile).generate(["w1"], max_new_tokens=2)[0].risk in (0, 1)
+
+
+def test_the_reference_takes_nothing_but_tokens_from_the_models_generation_config(model, processor, monkeypatch):
+    """As the engine does, whose answers are to be the same."""
+    (query,) = make_queries(["w1"], None, processor)
+    inputs, _ = encode(processor, query, "cpu", torch.float32)
+    expected, _, _ = reference_generate(model, processor, inputs, Decoding(12))
+    own = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=0, no_repeat_ngram_size=1, suppress_tokens=expected[:1],
+        do_sample=True, temperature=9.0, num_beams=2, max_length=3,
+    )  # fmt: skip
+    monkeypatch.setattr(model, "generation_config", own)
+    got, _, _ = reference_generate(model, processor, inputs, Decoding(12))
+    assert got == expected
+    assert model.generation_config is own
 
 
 def test_the_reference_leaves_no_hook_behind(model, processor):

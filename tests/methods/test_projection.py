@@ -391,19 +391,44 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
         ({"vectors": {1: DIRECTION * torch.nan}}, "vector of layer 1 holds NaN"),
         ({"vectors": {1: [1.0]}}, "is list"),
         ({"vectors": VECTORS, "layers": [0, 2]}, r"layers \[0\] have no vector"),
-        ({"vectors": VECTORS, "alpha": float("inf")}, "alpha is inf"),
+        ({"vectors": VECTORS, "alpha": float("inf")}, "'alpha' is inf"),
         ({"vectors": VECTORS, "condition": Condition(2, DIRECTION, 0.0)}, r"layers \[2\] are steered before it is known"),
         ({"vectors": VECTORS, "condition": Condition(-1, DIRECTION, 0.0)}, "condition's direction is for layer -1"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, 0.0, measure="angle")}, "measure is 'angle'"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, 0.0, per="answer")}, "per is 'answer'"),
-        ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, float("nan"))}, "finite threshold"),
-        ({"vectors": VECTORS, "condition": Condition(0, DIRECTION * 0, 0.0)}, "direction that is not 0"),
+        ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, float("nan"))}, "'threshold' is nan"),
+        ({"vectors": VECTORS, "condition": Condition(0, DIRECTION * 0, 0.0)}, "direction is 0"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION[1:], 0.0)}, "31 values"),
     ],
 )
 def test_vectors_that_do_not_fit(model, processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         from_vectors(model, processor, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"alpha": "1"}, "'alpha' is '1'"),
+        ({"layers": "2"}, "layers is '2'; it needs to be a list"),
+        ({"layers": [2.0, 3]}, "layers is"),
+        ({"condition": None}, "condition is None, and its direction there"),
+        ({"condition": {"threshold": 0.0}}, "layer and threshold with them"),
+        ({"condition": {"layer": 1, "threshold": None}}, "'threshold' is None"),
+        ({"condition": {"layer": "1", "threshold": 0.0}}, "the condition's layer is '1'"),
+        ({"condition": {"layer": 1, "threshold": 0.0, "foo": 1}}, "it needs the tensor 'condition' and settings among"),
+    ],
+)
+def test_settings_of_other_types(model, processor, config, message):
+    made = from_vectors(model, processor, VECTORS, condition=Condition(1, DIRECTION, 0.0))
+    with pytest.raises(ValueError, match=message):
+        Projection(RasProfile("projection", made.config | config, made.tensors))
+
+
+def test_a_condition_without_its_direction(model, processor):
+    made = from_vectors(model, processor, VECTORS, condition=Condition(1, DIRECTION, 0.0))
+    with pytest.raises(ValueError, match="its direction missing"):
+        Projection(RasProfile("projection", made.config, {"vectors": made.tensors["vectors"]}))
 
 
 def test_models_that_do_not_fit(model, processor, batch):
@@ -470,5 +495,15 @@ def test_calibration_errors(model, processor):
         calibrate(model, processor, [])
     with pytest.raises(ValueError, match=r"layers \[4\] are not there"):
         calibrate(model, processor, PAIRS, layers=[4], progress=False)
+    broken = (("w1", np.full((8, 8, 3), np.nan)), ("w2", None))
+    for arguments, message in (
+        ({"pairs": [*PAIRS, broken]}, r"pairs\[3\] has an image with NaN"),
+        ({"pairs": PAIRS, "condition_pairs": [broken]}, r"condition_pairs\[0\] has an image with NaN"),
+        ({"pairs": [("w1", "w2")]}, r"pairs\[0\] is \('w1', 'w2'\); it needs to be \(\(prompt, images\)"),
+        ({"pairs": PAIRS, "layers": []}, "layers is empty"),
+        ({"pairs": PAIRS, "measure": "angle"}, "measure is 'angle'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(model, processor, **arguments, progress=False)
     with pytest.raises(ValueError, match="steered before it is known"):
         calibrate(model, processor, PAIRS, layers=[1], condition_pairs=PAIRS, condition_layer=1, progress=False)

@@ -5,14 +5,18 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from tiny_models import IMAGE, image_sums, inputs, llava, relative_error, valid_rows
 from torch import nn
+from transformers import DynamicCache
 
 import ras_fast
 from ras_fast.backend import forced_backend
 from ras_fast.patching import Patch
 from ras_fast.regions import RegionMap
 
+CHUNKS_IMAGES = version.parse(transformers.__version__) >= version.parse("5.23")
 ROWS = ["ttItttt", "tItt", "tttt", "tIItItt"]  # one, one, no and three images, all of different lengths
 
 
@@ -224,6 +228,39 @@ def test_statistics_follow_generation(model, options):
             assert last.abs().max() < 1e-5, (step, layer)
 
 
+@pytest.mark.skipif(not CHUNKS_IMAGES, reason="this transformers does not split prompts with images")
+@pytest.mark.parametrize("size", [1, 4, 7, 18, 25])
+@pytest.mark.parametrize("rows", [["ttItt"], ["tItItt", "ttt", "ttttIt"]])
+def test_an_image_split_by_chunked_prefill_is_one_region(model, rows, size):
+    """Also a chunk of one token, and whatever a chunk holds of the other rows."""
+    batch = inputs(rows)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model(**batch)
+        whole = patched.region_map
+        model.generate(**batch, max_new_tokens=1, prefill_chunk_size=size, past_key_values=DynamicCache())
+        split = patched.region_map
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(split.keys(length), whole.keys(length))
+    assert split.grids == whole.grids
+    assert split.num_regions == whole.num_regions
+
+
+def test_a_cache_filled_before_the_patch_has_no_statistics(model):
+    """Its images were not seen: no masses are better than wrong ones."""
+    batch, step = inputs(["tItt"]), {"input_ids": torch.tensor([[5]])}
+    with torch.no_grad():
+        past = model(**batch, use_cache=True).past_key_values
+        expected = model(**step, past_key_values=copy.deepcopy(past)).logits
+        with ras_fast.patch(model) as patched:
+            for more in (step, {"input_ids": torch.tensor([[5, 6, 7]])}):
+                with pytest.raises(ValueError, match="a cache that was filled before the model was patched"):
+                    model(**more, past_key_values=copy.deepcopy(past), output_attentions=True)
+            assert torch.allclose(model(**step, past_key_values=copy.deepcopy(past)).logits, expected, atol=1e-5)
+            ids = torch.where(batch["input_ids"] == model.config.image_token_id, 0, -1).to(torch.int32)
+            patched.region_map = RegionMap(ids, 1)
+            assert model(**step, past_key_values=past, output_attentions=True).attentions[0].shape == (1, 6, 1, 1)
+
+
 def test_collect(model):
     batch = inputs(ROWS)
     expected = eager(model, batch)
@@ -242,6 +279,33 @@ def test_collect(model):
     maps = regions.heat_maps(statistics.scores[2])
     assert [len(row) for row in maps] == [1, 1, 0, 3]
     assert torch.equal(maps[3][1], statistics.scores[2][3, :, 17:33].view(2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": -1}, "rows is -1; it must be None or an integer of at least 0"),
+        ({"rows": 1.5}, "rows is 1.5"),
+        ({"scores": True, "reduce": "median"}, "reduce is 'median'; it must be one of mean, sum, max"),
+        ({"layers": [3]}, r"layers is \[3\]; it must hold at least one index, of those in 0\.\.2"),
+        ({"layers": [-1]}, r"layers is \[-1\]"),
+        ({"layers": 1}, "layers is 1"),
+        ({"heads": [6]}, r"heads is \[6\]; it must hold at least one index, of those in 0\.\.5"),
+        ({"heads": [-1]}, r"heads is \[-1\]"),
+        ({"heads": []}, r"heads is \[\]"),
+    ],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_cannot_be_collected_is_named(model, arguments, message, side):
+    with ras_fast.patch(model) as patched, pytest.raises(ValueError, match=message), patched.collect(**arguments):
+        model(**inputs(ROWS, side=side))
+
+
+def test_statistics_after_unpatch(model):
+    patched = ras_fast.patch(model)
+    patched.unpatch()
+    with pytest.raises(RuntimeError, match="image statistics are off: the model is not patched"):
+        patched.region_map  # noqa: B018
 
 
 def test_collect_under_a_full_mask(model):

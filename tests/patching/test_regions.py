@@ -87,6 +87,15 @@ def test_extend_counts_on():
     assert joined.grids == [[(1, 1), None, (1, 1)], [None]]
 
 
+def test_an_image_that_comes_in_pieces_is_one_region():
+    first = RegionMap(torch.tensor([[-1, 0, 0], [0, 0, 0], [0, -1, -1]], dtype=torch.int32), 1, [[None]] * 3)
+    second = torch.tensor([[0, 0, -1, 1], [-1, 0, 0, 0], [0, -1, -1, -1]], dtype=torch.int32)
+    joined = first.extend(second, [[None, (1, 1)], [None], [(1, 1)]], 3, pieces=True)
+    assert joined.ids.tolist() == [[-1, 0, 0, 0, 0, -1, 1], [0, 0, 0, -1, 1, 1, 1], [0, -1, -1, 1, -1, -1, -1]]
+    assert joined.grids == [[(2, 2), (1, 1)], [None, None], [None, (1, 1)]]
+    assert joined.num_regions == 2
+
+
 def test_rows():
     regions = RegionMap(torch.tensor([[0], [-1]], dtype=torch.int32), 1, [[(1, 1)], []])
     assert regions.select(torch.tensor([1, 0, 0])).ids.flatten().tolist() == [-1, 0, 0]

@@ -1,6 +1,8 @@
 """What is kept on a KV cache follows its rows."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -47,6 +49,27 @@ def test_values_of_several_names_follow_the_rows():
     assert kept(past, "gate") is kept(past, REGIONS) is None
 
 
+def test_a_cache_can_be_stored(tmp_path):
+    past = cache()
+    keep(past, "gate", Rows(torch.tensor([0, 1, 2])))
+    again = pickle.loads(pickle.dumps(past))
+    again.reorder_cache(torch.tensor([2, 1, 0]))
+    assert (gate(past), gate(again)) == ([0, 1, 2], [2, 1, 0])
+    torch.save(past, tmp_path / "cache.pt")
+    stored = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert torch.equal(stored.layers[0].keys, past.layers[0].keys)
+    assert stored.get_seq_length() == 5
+    assert gate(copy.deepcopy(stored)) == [0, 1, 2]
+
+
+def test_crop_by_a_keyword():
+    past = cache()
+    name = next(iter(inspect.signature(past.crop).parameters))
+    keep(past, REGIONS, RegionMap(torch.zeros(3, 5, dtype=torch.int32), 1))
+    past.crop(**{name: -2})
+    assert kept(past, REGIONS).ids.shape == (3, past.get_seq_length())
+
+
 def test_copies_part_ways():
     past = cache()
     keep(past, "gate", Rows(torch.tensor([0, 1, 2])))
@@ -77,7 +100,7 @@ def test_a_prompt_is_decided_once(own_cache):
 
     state = PromptState("gate")
     with ras_fast.patch(model) as patched, torch.no_grad():
-        with state.watch(patched.text_model), patched.layers[1].register_forward_pre_hook(decide, with_kwargs=True):
+        with state.watch(patched), patched.layers[1].register_forward_pre_hook(decide, with_kwargs=True):
             past = model(**batch, past_key_values=past, use_cache=True).past_key_values
             past.reorder_cache(torch.tensor([1, 0]))
             mask = torch.ones(2, batch["input_ids"].shape[1] + 1, dtype=torch.long)
@@ -100,7 +123,7 @@ def test_a_static_cache_that_is_used_again_starts_afresh():
             state.decide(Rows(torch.zeros(1)))
 
     state, past = PromptState("gate"), StaticCache(model.config.text_config, max_cache_len=64)
-    with ras_fast.patch(model) as patched, state.watch(patched.text_model):
+    with ras_fast.patch(model) as patched, state.watch(patched):
         handle = patched.layers[0].register_forward_pre_hook(decide)
         for _ in range(2):
             model.generate(**batch, past_key_values=past, max_new_tokens=3, do_sample=False)

@@ -393,9 +393,14 @@ class _Prefill:
 
 @contextmanager
 def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
-    """Inside the block what `generate` calls on the model by this name is `stand_in(method)`; nothing happens without it."""
+    """Inside the block what `generate` calls on the model by this name is `stand_in(method)`.
+
+    Raises RuntimeError where there is a `generate` that does not know it: a defence that relies on it would not see prompts.
+    """
     owner = next((m for m in model.modules() if hasattr(type(m), name)), None)
     if owner is None:
+        if any(hasattr(type(m), "generate") for m in model.modules()):
+            raise RuntimeError(f"generate() of this version of transformers has no {name}, which this method relies on")
         yield
         return
     before = owner.__dict__.get(name)

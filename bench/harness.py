@@ -34,10 +34,11 @@ def machine() -> dict[str, object]:
 
 
 def device_name() -> str:
-    """A folder-safe name: the GPU's, or the CPU's with its number of threads."""
+    """A folder-safe name: the GPU's, or the CPU's with its number of threads and whether it multiplies bf16 by itself."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "-").lower()
-    return f"cpu-{torch.get_num_threads()}-threads"
+    bf16 = "-bf16" if torch.cpu._is_avx512_bf16_supported() else ""  # one and the same table must not mix the two
+    return f"cpu-{torch.get_num_threads()}-threads{bf16}"
 
 
 def compare(candidates: dict[str, Callable[[], object]], *, seconds: float = 1.0, graph: bool = False) -> dict[str, float]:

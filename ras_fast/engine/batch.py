@@ -89,16 +89,17 @@ class Runner:
         finally:
             self.base.rope_deltas = before
 
-    def masks(self, start: Tensor, end: Tensor, slots: Tensor, distance):
-        """The masks of tokens that see the slots [start, end) each, both [B, T], of those numbered ``slots`` [K], as the model
-        wants them: one, or one by kind of layer. ``distance()`` is how far before each token they lie, [B, T, K]."""
-        made = {}
+    def masks(self, start: Tensor, end: Tensor, keys: int, distance):
+        """The masks of tokens that see the keys [start, end) each, both [B, T], of so many, as the model wants them: one, or
+        one by kind of layer. ``distance()`` is how far before each token they lie, [B, T, K]."""
+        made, takes_ranges = {}, self.model.config.get_text_config()._attn_implementation == NAME
         for kind in self.kinds:
-            windowed = kind == "sliding_attention" and self.window < len(slots)
-            if self.model.config.get_text_config()._attn_implementation == NAME and not windowed:
-                made[kind] = fresh(range_mask(start - slots[0], end - slots[0]))
+            windowed = kind == "sliding_attention" and self.window < keys
+            if takes_ranges and not windowed:
+                made[kind] = fresh(range_mask(start, end))
                 continue
-            seen = (slots >= start[..., None]) & (slots < end[..., None])
+            key = torch.arange(keys, device=start.device)
+            seen = (key >= start[..., None]) & (key < end[..., None])
             if windowed:
                 seen &= distance() < self.window
             blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
@@ -380,11 +381,13 @@ class Batch:
         return torch.stack([states[:, branches[0].width - 1], states[:, -1]], 1)
 
     def _mask(self, branches: list[Branch], begin: int, end: int):
-        starts, ends = (_cat(list(bounds), 1) for bounds in zip(*map(self._range, branches), strict=True))
-        slots = torch.arange(begin, end, device=self.runner.device)
-        return self.runner.masks(
-            starts, ends, slots, lambda: _cat([self._distance(branch, slots) for branch in branches], 1)
-        )
+        starts, ends = (_cat(list(bounds), 1) - begin for bounds in zip(*map(self._range, branches), strict=True))
+
+        def distance() -> Tensor:
+            slots = torch.arange(begin, end, device=self.runner.device)
+            return _cat([self._distance(branch, slots) for branch in branches], 1)
+
+        return self.runner.masks(starts, ends, end - begin, distance)
 
     def _replay(self, branches: list[Branch]) -> Tensor:
         """The step as one captured CUDA graph over the whole pool: one for each combination of branches and widths."""

@@ -202,7 +202,7 @@ def _attention_call(
     _check.last_dim_contiguous("value", value)
     _check.device("value", value, query.device)
     _validate_regions(key, region_ids, num_regions)
-    if _is_per_row(kv_start) or _is_per_row(kv_end):
+    if _are_per_row(kv_start, kv_end):
         kv_start, kv_end = _validated_row_bounds(query, is_causal, kv_start, kv_end)
     else:
         _validate_bounds(query, kv_start, kv_end)
@@ -228,7 +228,7 @@ def case_of(
     """What the dispatcher looks at, from the op's arguments after the three tensors."""
     bounds = kv_start is not None or kv_end is not None
     rows = mass_rows if num_regions else 0
-    row_bounds = _is_per_row(kv_start) or _is_per_row(kv_end)
+    row_bounds = _are_per_row(kv_start, kv_end)
     return Case(rows, is_causal, window, softcap, bounds, sinks is not None, region_bias is not None, row_bounds, scale)
 
 
@@ -287,14 +287,15 @@ def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) 
             _check.fail("region_ids", f"in {low}..{high}", f"in -1..num_regions-1 = -1..{num_regions - 1}")
 
 
-def _is_per_row(bound: Tensor | None) -> bool:
-    return bound is not None and bound.dim() == 2
+def _are_per_row(*bounds: Tensor | None) -> bool:
+    """Whether one of them is [B, Lq], each row's own."""
+    return any(bound is not None and bound.dim() == 2 for bound in bounds)
 
 
 def _validated_row_bounds(query, is_causal, kv_start, kv_end) -> tuple[Tensor | None, Tensor | None]:
     """Bounds of each row's own, contiguous; those of a single row as [B]."""
     if is_causal:
-        name = "kv_start" if _is_per_row(kv_start) else "kv_end"
+        name = "kv_start" if _are_per_row(kv_start) else "kv_end"
         _check.fail(name, "[B, Lq] with is_causal=True", "[B], or used with is_causal=False")
     _validate_bounds(query, kv_start, kv_end, (query.shape[0], query.shape[2]), "[B, Lq], as the other bound is,")
     given = (None if bound is None else bound.contiguous() for bound in (kv_start, kv_end))
@@ -473,7 +474,7 @@ def _cpu_attention(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
-    if _is_per_row(kv_start) or _is_per_row(kv_end):
+    if _are_per_row(kv_start, kv_end):
         return _row_by_row(
             torch.ops.ras_fast.decode_attention, query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end,
             window, softcap, sinks, region_bias, mass_rows,
@@ -593,7 +594,7 @@ def _key_fake(
 def _attention_triton(query, *args):
     from ras_fast.triton_kernels.attention import region_attention
 
-    if any(map(_is_per_row, args[6:8])):
+    if _are_per_row(*args[6:8]):
         return _row_by_row(region_attention, query, *args)
     return region_attention(query, *args)
 

@@ -158,7 +158,7 @@ def hopper_refuses(query: Tensor, key: Tensor, value: Tensor, case: Case) -> str
     why_not = cuda_kernels_refuse(query, key, value)
     if why_not:
         return why_not
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("ras_fast::hopper_prefill", "CUDA"):
+    if not backend.has_kernel("hopper_prefill", "cuda"):
         return "the library is not built for sm_90a"
     if not case.plain:
         return "it has no window, softcap, kv_start, kv_end, sinks or region_bias, and no scale that is not positive"

@@ -6,7 +6,7 @@ Checks nothing itself beyond finite outputs. A kernel family that is not built i
 import torch
 
 import ras_fast
-from ras_fast import ops
+from ras_fast import backend, ops
 
 
 def rand(*shape, dtype):
@@ -60,7 +60,7 @@ def hopper():
 def main():
     ras_fast.set_backend("cuda")
     for family, op in ((norm, "add_rms_norm"), (attention, "region_attention"), (hopper, "hopper_prefill")):
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", "CUDA"):
+        if not backend.has_kernel(op, "cuda"):
             print(f"{family.__name__}: no CUDA kernel is built")
             continue
         calls = 0

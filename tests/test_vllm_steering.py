@@ -51,14 +51,13 @@ def test_other_rows_and_later_steps_keep_their_bits():
     logits = torch.randn(6, VOCABULARY)
     logits[5] = torch.nan
     steering, before = make_steering(), logits.clone()
-    rows = [(1, 0, Marks(risk=0.7)), (2, STEPS, Marks(risk=0.7, slot=0)), (3, -1, Marks(risk=0.7)), (4, 2, Marks(slot=1))]
+    rows = [(1, 0, Marks(risk=0.7)), (2, STEPS, Marks(risk=0.7, record=0)), (3, -1, Marks(risk=0.7)), (4, 2, Marks(record=1))]
     after = steering.apply(logits, rows)
     assert after is logits
     for row in (0, 2, 3, 4, 5):
         assert same_bits(after[row], before[row])
     assert not torch.equal(after[1], before[1])
-    assert steering.kept_steps == [0, 3, 0, 0]
-    assert torch.equal(steering.kept[1, 2], before[4])
+    assert not steering.records  # neither has a first step
 
 
 def test_full_risk_replaces_what_is_not_finite():
@@ -78,9 +77,9 @@ def test_what_others_forbid_stays_forbidden(risk):
     assert torch.equal(after.isneginf(), logits.isneginf())
 
 
-def keep(steering: Steering, slot: int, logits: torch.Tensor) -> None:
+def keep(steering: Steering, record: int, logits: torch.Tensor) -> None:
     for n, row in enumerate(logits):
-        steering.apply(row[None].clone(), [(0, n, Marks(slot=slot))])
+        steering.apply(row[None].clone(), [(0, n, Marks(record=record))])
 
 
 def test_judges_as_moras_does():
@@ -99,7 +98,7 @@ def test_judges_as_moras_does():
 
 
 def test_judges_by_the_steps_that_were_made():
-    """A stage that ended early leaves what an earlier request kept in its slot, here NaN."""
+    """A stage that ended early leaves what an earlier run of it kept in its record, here NaN."""
     steering, logits = make_steering(), torch.randn(STEPS, VOCABULARY)
     keep(steering, 0, torch.full((STEPS, VOCABULARY), torch.nan))
     keep(steering, 1, torch.full((STEPS, VOCABULARY), torch.nan))
@@ -116,8 +115,8 @@ def test_one_query_without_a_risk_fails_closed_alone():
     steering, logits = make_steering(), torch.randn(STEPS, VOCABULARY)
     broken = logits.clone()
     broken[1, 3] = torch.nan
-    for slot, kept in enumerate((logits, logits, logits, broken)):
-        keep(steering, slot, kept)
+    for record, kept in enumerate((logits, logits, logits, broken)):
+        keep(steering, record, kept)
     fine, failed, poisoned = steering.judge([(1, 3, 0, 3, False), (3, 3, 2, 3, False), (1, 3, 0, 3, True)])
     assert math.isfinite(fine[0])
     assert fine[1] < 1
@@ -128,12 +127,36 @@ def test_one_query_without_a_risk_fails_closed_alone():
         assert tokens == steering.table.argmax(-1).tolist()
 
 
+def test_a_query_without_a_draft_has_a_risk_alone():
+    steering, logits = make_steering(), torch.randn(2, STEPS, VOCABULARY)
+    keep(steering, 1, logits[0])
+    keep(steering, 2, logits[1])
+    alone, drafted = steering.judge([(1, 3, None, 0, False), (1, 3, 2, 2, False)])
+    assert alone[:3] == drafted[:3]
+    assert (len(alone[3]), len(drafted[3])) == (0, 2)
+
+
+def test_records_make_room_oldest_first_and_are_never_taken_for_others():
+    steering, logits = make_steering(slots=2), torch.randn(4, STEPS, VOCABULARY)
+    for record in range(3):
+        keep(steering, record, logits[record])
+    assert list(steering.records) == [1, 2]
+    keep(steering, 0, logits[0][:1])  # begins again: its first step makes room once more
+    steering.forget([2, 99])
+    steering.apply(logits[2][:1].clone(), [(0, 1, Marks(record=2))])  # what a request that was given up still sends
+    assert list(steering.records) == [0]
+    with pytest.raises(RuntimeError, match="record 2 holds 0 steps"):
+        steering.judge([(2, 3, None, 0, False)])
+    steering.judge([(0, 1, None, 0, False)])
+    with pytest.raises(RuntimeError, match="record 0 holds 0 steps"):  # it was judged
+        steering.judge([(0, 1, None, 0, False)])
+
+
 @pytest.mark.parametrize("query", [(1, 3, 0, 3, False), (0, 3, 1, 3, False), (0, 0, 0, 3, False)])
 def test_does_not_judge_by_logits_that_were_not_kept(query):
     steering = make_steering()
     keep(steering, 0, torch.randn(STEPS, VOCABULARY))
     keep(steering, 1, torch.randn(2, VOCABULARY))
-    steering.apply(torch.randn(1, VOCABULARY), [(0, 0, Marks(slot=99))])  # there is no such slot
     with pytest.raises(RuntimeError, match="steps of logits"):
         steering.judge([query])
 
@@ -168,8 +191,8 @@ def test_usable_risks(value):
         ({"ras_risk": 1.5}, "in \\[0, 1\\]"),
         ({"ras_risk": "high"}, "in \\[0, 1\\]"),
         ({"ras_risks": 0.5}, "ras_risks"),
-        ({"ras_record": -1}, "slot"),
-        ({"ras_record": 1.0}, "slot"),
+        ({"ras_record": -1}, "non-negative"),
+        ({"ras_record": 1.0}, "non-negative"),
         ({"ras_record": 1}, "n is 2"),
     ],
 )

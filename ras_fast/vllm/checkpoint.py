@@ -1,4 +1,4 @@
-"""The LM head of a checkpoint, read from its safetensors without loading the model."""
+"""What is read of a checkpoint beside vLLM: its LM head, from the safetensors without loading the model, and its processor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoProcessor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CHUNK = 8192  # rows in fp32 at a time: a whole head can be 2 GB
@@ -79,3 +80,10 @@ class CheckpointHead:
             if len(found) == 1:
                 return found[0]
         raise ValueError(f"model {self.model!r} has no one tensor that ends in lm_head.weight; its LM head cannot be told")
+
+
+def load_processor(model_config):
+    """The model's transformers processor."""
+    return AutoProcessor.from_pretrained(
+        model_config.model, revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,16 @@ class Marks:
     """What is to be done with a request's first N steps.
 
     risk: steer them by it, in [0, 1]; None: do not steer.
-    slot: keep their raw logits there; None: do not keep them.
+    record: keep their raw logits under this number; None: do not keep them.
     """
 
     risk: float | None = None
-    slot: int | None = None
+    record: int | None = None
+
+
+def new_record() -> int:
+    """A number that no other request has, of any client: what was kept for one is never read for another."""
+    return secrets.randbits(53)  # exact in JSON
 
 
 def check_marks(extra_args: dict | None, n: int) -> None:
@@ -61,13 +67,13 @@ def check_marks(extra_args: dict | None, n: int) -> None:
     unknown = set(marks) - {RISK, RECORD}
     if unknown:
         raise ValueError(f"extra_args has {sorted(unknown)}; this engine knows {RISK!r} and {RECORD!r}")
-    risk, slot = marks.get(RISK, 0.0), marks.get(RECORD, 0)
+    risk, record = marks.get(RISK, 0.0), marks.get(RECORD, 0)
     if not _number(risk) or (math.isfinite(risk) and not 0 <= risk <= 1):
         raise ValueError(f"extra_args[{RISK!r}] is {risk!r}; it needs to be a number in [0, 1]")
-    if not isinstance(slot, int) or isinstance(slot, bool) or slot < 0:
-        raise ValueError(f"extra_args[{RECORD!r}] is {slot!r}; it needs to be a slot number")
+    if not isinstance(record, int) or isinstance(record, bool) or record < 0:
+        raise ValueError(f"extra_args[{RECORD!r}] is {record!r}; it needs to be a non-negative integer")
     if RECORD in marks and n != 1:
-        raise ValueError(f"n is {n}; a request with {RECORD!r} needs n = 1: its answers would share the slot")
+        raise ValueError(f"n is {n}; a request with {RECORD!r} needs n = 1: its answers would share the record")
 
 
 def read_marks(extra_args: dict | None) -> Marks | None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
 import torch
-from transformers import AutoProcessor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
@@ -14,7 +13,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as BatchProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotProcessor
 
 from ras_fast.profile import HEAD_ROWS, RasProfile, fingerprint_of_parts
-from ras_fast.vllm.checkpoint import CheckpointHead
+from ras_fast.vllm.checkpoint import CheckpointHead, load_processor
 from ras_fast.vllm.options import RISK, Marks, check_marks, read_marks, read_settings
 from ras_fast.vllm.steering import Steering
 
@@ -26,7 +25,7 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
     """Steers and records the first N steps of requests that ask for it in their ``extra_args``.
 
     ``ras_risk``: steer by this risk in [0, 1]; one that is not finite is 1, and counted.
-    ``ras_record``: keep the raw logits in this slot, for `Steering.judge`.
+    ``ras_record``: keep the raw logits under this number, for `Steering.judge`.
     Other requests' logits are not touched.
 
     vLLM has two model runners with an interface each. The older one tells of batch rows that come, go and move, and makes the
@@ -121,10 +120,3 @@ def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> 
     eos = model.try_get_generation_config().get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) else eos
     return Steering(loaded, lambda hidden: head.logits(hidden.cpu(), model.dtype), slots, eos, device)
-
-
-def load_processor(model_config):
-    """The model's transformers processor."""
-    return AutoProcessor.from_pretrained(
-        model_config.model, revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
-    )

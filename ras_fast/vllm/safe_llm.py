@@ -14,8 +14,8 @@ from ras_fast.engine import SafeOutput
 from ras_fast.inputs import Query, make_queries, short_ids
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
-from ras_fast.vllm.options import RECORD, RISK, read_settings
-from ras_fast.vllm.processor import load_processor
+from ras_fast.vllm.checkpoint import load_processor
+from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
 
 CONTEXT, ASSESS, DRAFT, ANSWER = "context", "risk", "draft", "answer"
 
@@ -60,6 +60,7 @@ class SafeLLM:
             return run.answers(make_queries(prompts, images, self.processor))
         except BaseException:
             self.engine.abort_request(list(run.live))
+            self.engine.collective_rpc("ras_forget", args=(run.records,))
             raise
 
 
@@ -68,7 +69,7 @@ class _Job:
     """A query on its way. tokens: of each stage so far; over: the stages that have ended."""
 
     query: Query
-    slot: int
+    records: dict[str, int] = field(default_factory=lambda: {s: new_record() for s in (ASSESS, DRAFT)})
     begin: float = field(default_factory=time.perf_counter)
     tokens: dict[str, list[int]] = field(default_factory=lambda: {s: [] for s in (CONTEXT, ASSESS, DRAFT, ANSWER)})
     over: set[str] = field(default_factory=set)
@@ -88,41 +89,43 @@ class _Run:
         self.guard, self.engine, self.counters = guard, guard.engine, guard.counters
         self.settings, self.max_tokens = guard.settings, max_tokens
         self.live: dict[str, tuple[_Job, str]] = {}
+        self._jobs: dict[int, _Job] = {}  # of the queries in flight, by number
+
+    @property
+    def records(self) -> list[int]:
+        """What the workers keep for the queries in flight."""
+        return [record for job in self._jobs.values() for record in job.records.values()]
 
     def answers(self, queries: list[Query]) -> list[SafeOutput]:
-        waiting, slots = deque(enumerate(queries)), list(range(self.guard.capacity))
-        jobs: dict[int, _Job] = {}
+        waiting, jobs = deque(enumerate(queries)), self._jobs
         outputs: dict[int, SafeOutput] = {}
         while waiting or jobs:
-            while waiting and slots:
+            while waiting and len(jobs) < self.guard.capacity:
                 number, query = waiting.popleft()
-                jobs[number] = self._start(query, slots.pop())
+                jobs[number] = job = _Job(query)
+                self._start(job)
             for output in self.engine.step():
                 self._receive(output)
             self._judge([job for job in jobs.values() if job.output is None and self._can_be_judged(job)])
             for number in [n for n, job in jobs.items() if job.output is not None and self._answer_stage(job) in job.over]:
-                job = jobs.pop(number)
-                outputs[number] = self._finish(job)
-                slots.append(job.slot)
+                outputs[number] = self._finish(jobs.pop(number))
         return [outputs[number] for number in range(len(queries))]
 
     # The stages
 
-    def _start(self, query: Query, slot: int) -> _Job:
+    def _start(self, job: _Job) -> None:
         self.counters["queries"] += 1
-        job = _Job(query, slot)
-        self._submit(job, DRAFT, query, self.max_tokens, {RECORD: 2 * slot})
-        if query.images:
-            self._submit(job, CONTEXT, context_query(query, self.settings), self.settings["max_context_tokens"], None)
+        self._submit(job, DRAFT, job.query, self.max_tokens, {RECORD: job.records[DRAFT]})
+        if job.query.images:
+            self._submit(job, CONTEXT, context_query(job.query, self.settings), self.settings["max_context_tokens"], None)
         else:
             self._assess(job)
-        return job
 
     def _assess(self, job: _Job) -> None:
         job.context = context_text(self.guard.processor, job.tokens[CONTEXT])
         job.mark(CONTEXT)
         query = risk_query(job.query, job.context, self.settings)
-        self._submit(job, ASSESS, query, self.settings["steps"], {RECORD: 2 * job.slot + 1})
+        self._submit(job, ASSESS, query, self.settings["steps"], {RECORD: job.records[ASSESS]})
 
     def _can_be_judged(self, job: _Job) -> bool:
         drafted = DRAFT in job.over or len(job.tokens[DRAFT]) >= self.settings["steps"]
@@ -132,7 +135,8 @@ class _Run:
         """Risks from the logits that the workers kept; a draft that steering changes is given up, and the answer made anew."""
         if not jobs:
             return
-        asked = [(2 * j.slot + 1, len(j.tokens[ASSESS]), 2 * j.slot, len(j.tokens[DRAFT]), j.query.poisoned) for j in jobs]
+        stages = (ASSESS, DRAFT)
+        asked = [(*(x for s in stages for x in (j.records[s], len(j.tokens[s]))), j.query.poisoned) for j in jobs]
         found = [result for result in self.engine.collective_rpc("ras_judge", args=(asked,)) if result is not None]
         if not found or len(found[0]) != len(jobs):
             raise RuntimeError(f"the workers judged {found!r} of {len(jobs)} queries")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +18,20 @@ from ras_fast.profile import RasProfile
 from ras_fast.vllm.options import Marks
 
 
+@dataclass
+class Record:
+    """Where a request's first logits are kept, and of how many steps."""
+
+    slot: int
+    steps: int = 0
+
+
 class Steering:
     """The static tables of one profile, and the logits that are kept until a risk is known.
 
     head: maps states [N, d] fp32 to logits [N, V] fp32, without a bias.
-    slots: how many requests' first N logits can be kept at a time: [slots, N, V] fp32 on ``device``.
+    slots: how many requests' first N logits can be kept at a time: [slots, N, V] fp32 on ``device``. When all are taken, the
+        oldest record gives way; to judge by it is then an error.
     eos: the token that ends an answer, None if there is none.
 
     Raises ValueError for profiles that need more than logits: of other methods, "moras+attention", with a region_bias.
@@ -36,7 +46,8 @@ class Steering:
         if not torch.isfinite(self.table).all():
             raise ValueError("profile prototypes give logits that are not finite; calibrate again")
         self.kept = torch.zeros(slots, *self.table.shape, device=device)
-        self.kept_steps = [0] * slots
+        self.records: dict[int, Record] = {}  # the oldest first
+        self._free = list(range(slots))
         self.counters: Counter = Counter()
         self._pinned = self.table.is_cuda
         self._only_end = None
@@ -50,15 +61,12 @@ class Steering:
         rows: (row, step of that row's answer, marks). Steps outside 0..N−1 and rows that are not named stay as they are.
         """
         rows = [(row, step, marks) for row, step, marks in rows if 0 <= step < self.steps]
-        # Of a slot that is not there nothing is kept, and to be judged by it is an error.
-        slots = len(self.kept_steps)
-        kept = [(row, marks.slot, step) for row, step, marks in rows if marks.slot is not None and marks.slot < slots]
+        recorded = [(row, self._record(marks.record, step), step) for row, step, marks in rows if marks.record is not None]
+        kept = [entry for entry in recorded if entry[1] is not None]
         steered = [(row, step, marks.risk) for row, step, marks in rows if marks.risk is not None]
         if kept:
             row, slot, step = self._to_device(zip(*kept, strict=True), torch.long)
             self.kept[slot, step] = logits[row].float()
-            for _, kept_slot, kept_step in kept:
-                self.kept_steps[kept_slot] = kept_step + 1
         if steered:
             row, step = self._to_device(([r for r, _, _ in steered], [s for _, s, _ in steered]), torch.long)
             risk = self._to_device([r for _, _, r in steered], torch.float32)
@@ -80,31 +88,57 @@ class Steering:
         broken = ~(logits.amax(-1, keepdim=True) < torch.inf)
         return torch.where(broken & ~full, self._only_end, mixed)
 
-    def judge(self, queries: Sequence[tuple[int, int, int, int, bool]]) -> list[tuple[float, float, bool, list[int]]]:
-        """The risk of queries, and what steering by it makes of their drafts.
+    def judge(self, queries: Sequence[tuple[int, int, int | None, int, bool]]) -> list[tuple[float, float, bool, list[int]]]:
+        """The risk of queries, and what steering by it makes of their drafts. Forgets their records.
 
-        queries: (slot of the risk stage, steps it made, slot of the draft, steps it made, whether S is to be NaN); of the
-            steps at most N count.
+        queries: (record of the risk stage, steps it made, record of the draft or None, steps it made, whether S is to be
+            NaN); of the steps at most N count.
         Returns (S, r, failed closed, the steered tokens of the draft's first steps) of each.
-        Raises RuntimeError when logits of a slot are missing.
+        Raises RuntimeError when logits of a record are missing.
         """
-        risk_slots, risk_steps, draft_slots, draft_steps, spoilt = map(list, zip(*queries, strict=True))
+        risks, risk_steps, drafts, draft_steps, spoilt = map(list, zip(*queries, strict=True))
         risk_steps, draft_steps = ([min(n, self.steps) for n in steps] for steps in (risk_steps, draft_steps))
-        self._check_kept(risk_slots + draft_slots, risk_steps + draft_steps)
+        risk_slots = [self._slot_of(*kept) for kept in zip(risks, risk_steps, strict=True)]
+        # Where there is no draft, the risk stage stands in for it, and none of its tokens are read.
+        draft_slots = [
+            slot if draft is None else self._slot_of(draft, count)
+            for slot, draft, count in zip(risk_slots, drafts, draft_steps, strict=True)
+        ]
         device = self.table.device
         made = torch.tensor(risk_steps, dtype=torch.int32, device=device)
         similarity = self.moras.similarity(self.kept[risk_slots], made)
         similarity = similarity.masked_fill(torch.tensor(spoilt, device=device), torch.nan)
         risk, failed = self.moras.risk(similarity)
-        drafts = self.kept[draft_slots]
-        steered = self.mixed(drafts, self.table, risk[:, None].expand(-1, self.steps)).argmax(-1)
-        tokens = [row[:count] for row, count in zip(steered.tolist(), draft_steps, strict=True)]
+        steered = self.mixed(self.kept[draft_slots], self.table, risk[:, None].expand(-1, self.steps)).argmax(-1)
+        counts = [0 if draft is None else count for draft, count in zip(drafts, draft_steps, strict=True)]
+        tokens = [row[:count] for row, count in zip(steered.tolist(), counts, strict=True)]
+        self.forget([*risks, *drafts])
         return list(zip(similarity.tolist(), risk.tolist(), failed.tolist(), tokens, strict=True))
 
-    def _check_kept(self, slots: list[int], steps: list[int]) -> None:
-        for slot, count in zip(slots, steps, strict=True):
-            if not 1 <= count <= self.kept_steps[slot]:
-                raise RuntimeError(f"slot {slot} holds {self.kept_steps[slot]} steps of logits; {count} were produced")
+    def forget(self, records: Iterable[int | None]) -> None:
+        """Makes room: nothing can be judged by these records any more."""
+        for name in records:
+            if name in self.records:
+                self._free.append(self.records.pop(name).slot)
+
+    def _record(self, name: int, step: int) -> int | None:
+        """The slot for the logits of a record's step; None where those of the steps before were not kept."""
+        if step == 0 and name not in self.records:
+            if not self._free:
+                self.forget([next(iter(self.records))])
+            self.records[name] = Record(self._free.pop())
+        record = self.records.get(name)
+        if record is None or step > record.steps:
+            return None
+        record.steps = step + 1
+        return record.slot
+
+    def _slot_of(self, name: int, count: int) -> int:
+        """The slot of a record that holds at least ``count`` steps."""
+        steps = self.records[name].steps if name in self.records else 0
+        if not 1 <= count <= steps:
+            raise RuntimeError(f"record {name} holds {steps} steps of logits; {count} were produced")
+        return self.records[name].slot
 
     def _to_device(self, values, dtype: torch.dtype) -> Tensor:
         host = torch.tensor(list(values), dtype=dtype, pin_memory=self._pinned)  # pinned: its way waits for nothing

@@ -1,4 +1,4 @@
-"""What `SafeLLM` asks of the workers, by ``collective_rpc``. Values are plain: nothing has to be pickled on the way."""
+"""What `SafeLLM` and `SafeChat` ask of the workers, by ``collective_rpc``. Values are plain: nothing has to be pickled on the way."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ class RasWorkerExtension:
         """`Steering.judge`; None from a worker that has seen no logits."""
         steering = self._ras_steering()
         with torch.inference_mode():
-            return steering.judge(queries) if any(steering.kept_steps) else None
+            return steering.judge(queries) if steering.records else None
+
+    def ras_forget(self, records: list[int]) -> None:
+        """`Steering.forget`."""
+        self._ras_steering().forget(records)
 
     def ras_counters(self) -> dict[str, int]:
         """How often a request's risk was not finite, or not a risk, and counted as 1: "failed_closed"."""

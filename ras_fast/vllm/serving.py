@@ -1,0 +1,415 @@
+"""SafeChat: MoRAS in front of a vLLM server's own chat endpoint, as middleware of that server. docs/vllm.md.
+
+The stages are requests to the server inside, so images, templates, limits and errors are vLLM's own. Knows ASGI and JSON; does
+not import vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from ras_fast.inputs import Query
+from ras_fast.methods.moras import context_query, context_text, risk_query
+from ras_fast.profile import RasProfile
+from ras_fast.vllm.checkpoint import load_processor
+from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
+
+Message = dict[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+CHAT = "/v1/chat/completions"
+WITHOUT_ANSWERS = {"/tokenize", "/detokenize", "/ping"}  # what may be posted to undefended
+# What a request's other stages take over from it: how its prompt is made, and whose cache it may use.
+SHARED = ("model", "chat_template_kwargs", "mm_processor_kwargs", "cache_salt", "priority", "user")
+# With these fields alone a greedy token is the argmax of the logits.
+PLAIN = {
+    *SHARED, "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop",
+    "stop_token_ids", "stream", "stream_options", "return_token_ids", "include_stop_str_in_output", "skip_special_tokens",
+    "spaces_between_special_tokens", "add_generation_prompt", "continue_final_message",
+}  # fmt: skip
+# Others are refused: they may forbid the tokens of a refusal, or make answers out of requests that carry no risk.
+KNOWN = PLAIN | {
+    "frequency_penalty", "ignore_eos", "logprobs", "min_tokens", "presence_penalty", "repetition_penalty", "request_id",
+    "top_logprobs", "vllm_xargs",
+}  # fmt: skip
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+class SafeChat:
+    """ASGI middleware that defends every answer of ``POST /v1/chat/completions`` by MoRAS, streamed or whole.
+
+    ``vllm serve ... --middleware ras_fast.vllm.serving.SafeChat`` (docs/vllm.md has the other flags). Answers carry the headers
+    ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" where the answer was not drafted).
+
+    Greedy answers are drafted beside the context and the risk; others begin when the risk is known. Nothing of an answer is sent
+    before. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and whatever the server
+    inside says to a stage of a query, without an answer. Other errors end the request.
+    """
+
+    def __init__(self, app):
+        self.app = app
+        self._guard: _Guard | None = None
+        self._starting = asyncio.Lock()
+
+    async def __call__(self, scope: Message, receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": f"only {CHAT} is defended"})
+            return
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or path in WITHOUT_ANSWERS:
+            await self.app(scope, receive, send)
+        elif (scope["method"], path) == ("POST", CHAT):
+            await self._chat(scope, receive, send)
+        else:
+            await _refuse(send, 403, f"{scope['method']} {path} is not defended; this server answers at {CHAT}")
+
+    async def _chat(self, scope: Message, receive, send: Send) -> None:
+        try:
+            request = _checked(json.loads(await _body(receive)))
+            query = to_query(request["messages"])
+        except ValueError as error:
+            await _refuse(send, 400, str(error))
+            return
+        guard = await self._start(scope["app"].state.engine_client)
+        async with guard.places:
+            client = _Client(self.app, scope, receive)
+            try:
+                await _Answer(guard, client, request, query).send_to(send)
+            except _Failed as failed:
+                for message in failed.messages:
+                    await send(message)
+            except _Gone:
+                pass
+            finally:
+                await client.leave()
+
+    async def _start(self, engine) -> _Guard:
+        async with self._starting:
+            if self._guard is None:
+                guard = _Guard(engine)
+                await engine.collective_rpc("ras_prove")
+                self._guard = guard
+        return self._guard
+
+
+class _Guard:
+    """What the requests of a server share. places: for so many queries at a time.
+
+    Raises ValueError for engines without a profile, and for more than one engine.
+    """
+
+    def __init__(self, engine):
+        config = engine.vllm_config
+        profile, queries = read_settings(config.additional_config)
+        engines, servers = config.parallel_config.data_parallel_size, config.parallel_config._api_process_count
+        if engines != 1:
+            raise ValueError(f"data_parallel_size is {engines}; a query's stages need one engine: start a server for each")
+        if queries < servers:
+            raise ValueError(f"queries is {queries}; the {servers} API servers need at least as many")
+        self.engine, self.places = engine, asyncio.Semaphore(queries // servers)
+        self.settings = RasProfile.from_pretrained(profile).config
+        self.processor = load_processor(config.model_config)
+        defaults = config.model_config.get_diff_sampling_param()
+        self.penalises = any(defaults.get(name, none) != none for name, none in PENALTIES.items())
+
+    async def judge(self, query: tuple) -> tuple[float, float, bool, list[int]]:
+        """`Steering.judge` of one query. Raises RuntimeError when no worker could."""
+        found = [result for result in await self.engine.collective_rpc("ras_judge", args=([query],)) if result is not None]
+        if not found:
+            raise RuntimeError("no worker has kept the logits of a query")
+        return found[0][0]
+
+
+class _Answer:
+    """One request on its way through the stages."""
+
+    def __init__(self, guard: _Guard, client: _Client, request: Message, query: Query):
+        self.guard, self.client, self.request, self.query = guard, client, request, query
+        self.records = (new_record(), new_record())  # of the risk stage and the draft
+
+    async def send_to(self, send: Send) -> None:
+        draft = _Draft(self.client, self.request, self.records[1], self.guard.settings["steps"]) if self._drafts() else None
+        try:
+            similarity, risk, steered = await self._assess(draft)
+        except BaseException:
+            await self.guard.engine.collective_rpc("ras_forget", args=(list(self.records),))
+            raise
+        kept = draft is not None and draft.tokens[: len(steered)] == steered
+        told = {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}"}
+        if kept:
+            await draft.show(partial(_send_with, send, told | {"draft": "kept"}))
+            return
+        if draft is not None:
+            await draft.call.end()
+        marked = self.request | {"vllm_xargs": (self.request.get("vllm_xargs") or {}) | {RISK: risk}}
+        call = self.client.post(marked, partial(_send_with, send, told | {"draft": "none" if draft is None else "fell"}))
+        await call.task
+
+    def _drafts(self) -> bool:
+        request = self.request
+        greedy = request.get("temperature") == 0 and request.get("n", 1) == 1
+        return greedy and set(request) <= PLAIN and not self.guard.penalises
+
+    async def _assess(self, draft: _Draft | None) -> tuple[float, float, list[int]]:
+        """(S, r, the steered tokens of the draft's first steps)."""
+        settings, context = self.guard.settings, ""
+        if self.query.images:
+            tokens = await self._stage(context_query(self.query, settings), settings["max_context_tokens"], {})
+            context = context_text(self.guard.processor, tokens)
+        marks = {RECORD: self.records[0]}
+        tokens = await self._stage(risk_query(self.query, context, settings), settings["steps"], marks)
+        drafted = (None, 0)
+        if draft is not None:
+            await draft.ready.wait()
+            draft.check()
+            drafted = (self.records[1], len(draft.tokens))
+        similarity, risk, _, steered = await self.guard.judge((self.records[0], len(tokens), *drafted, False))
+        return similarity, risk, steered
+
+    async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
+        """The tokens that the server inside answers a query with, greedily."""
+        request = {name: self.request[name] for name in SHARED if name in self.request} | PENALTIES
+        request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
+        request |= {"return_token_ids": True, "vllm_xargs": marks}
+        messages: list[Message] = []
+
+        async def take(message: Message) -> None:
+            messages.append(message)
+
+        await self.client.post(request, take, names_request=False).task
+        if self.client.gone:
+            raise _Gone
+        if messages[0]["status"] != 200:
+            raise _Failed(messages)
+        answer = json.loads(b"".join(message.get("body", b"") for message in messages))
+        return answer["choices"][0]["token_ids"]
+
+
+class _Draft:
+    """An answer that is held back until it is known to stand.
+
+    tokens: so far. ready: set when there are as many as are steered, or will not be more.
+    """
+
+    def __init__(self, client: _Client, request: Message, record: int, steps: int):
+        self.client, self.steps, self.tokens, self.ready = client, steps, [], asyncio.Event()
+        self._shows_ids, self._streams = bool(request.get("return_token_ids")), bool(request.get("stream"))
+        self._held: list[Message] = []
+        self._show: Send | None = None
+        self.call = client.post(request | {"return_token_ids": True, "vllm_xargs": {RECORD: record}}, self._take)
+        self.call.task.add_done_callback(lambda _: self.ready.set())
+
+    def check(self) -> None:
+        """Raises what keeps it from being an answer."""
+        if self.client.gone:
+            raise _Gone
+        if self.call.task.done() and self.call.task.exception():
+            raise self.call.task.exception()
+        if self._held and self._held[0]["status"] != 200:
+            raise _Failed(self._held)
+
+    async def show(self, send: Send) -> None:
+        """Sends all of it, now and as it comes."""
+        while self._held:
+            await send(self._held.pop(0))
+        self._show = send
+        await self.call.task
+
+    async def _take(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = message | {"body": self._read(message.get("body", b""))}
+        if self._show is not None:
+            await self._show(message)
+        else:
+            self._held.append(message)
+
+    def _read(self, body: bytes) -> bytes:
+        """A body, or a piece of one that is streamed, whose token ids have been taken note of."""
+        if not body or self._held and self._held[0]["status"] != 200:
+            return body
+        if not self._streams:
+            return _dumps(self._note(json.loads(body)))
+        events = body.split(b"\n\n")
+        for i, event in enumerate(events):
+            if event.startswith(b"data: {"):
+                events[i] = b"data: " + _dumps(self._note(json.loads(event.removeprefix(b"data: "))))
+        return b"\n\n".join(events)
+
+    def _note(self, answer: Message) -> Message:
+        for choice in answer.get("choices", ()):
+            self.tokens += choice.get("token_ids") or ()
+            self._hide(choice, "token_ids")
+        self._hide(answer, "prompt_token_ids")
+        if len(self.tokens) >= self.steps:
+            self.ready.set()
+        return answer
+
+    def _hide(self, answer: Message, name: str) -> None:
+        if self._shows_ids or name not in answer:
+            return
+        if self._streams:
+            del answer[name]
+        else:
+            answer[name] = None
+
+
+class _Client:
+    """Who sent a request, and the requests to the server inside that are made for them."""
+
+    def __init__(self, app, scope: Message, receive):
+        self.app, self.gone, self._calls = app, False, []
+        self._scope = scope | {"headers": [(name, value) for name, value in scope["headers"] if name != b"content-length"]}
+        self._watch = asyncio.create_task(self._until_gone(receive))
+
+    def post(self, request: Message, send: Send, names_request: bool = True) -> _Call:
+        """Starts a request. names_request: whether it has the name that the client gave its own."""
+        scope = dict(self._scope)
+        if not names_request:
+            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+        call = _Call(self.app, scope, _dumps(request), send)
+        self._calls.append(call)
+        if self.gone:
+            call.gone.set()
+        return call
+
+    async def leave(self) -> None:
+        """Ends what is still under way."""
+        self._watch.cancel()
+        await asyncio.gather(*(call.end() for call in self._calls))
+
+    async def _until_gone(self, receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        for call in self._calls:
+            call.gone.set()
+
+
+class _Call:
+    """One request to the server inside. task: of its whole response."""
+
+    def __init__(self, app, scope: Message, body: bytes, send: Send):
+        self.gone = asyncio.Event()
+        self._body: bytes | None = body
+        self.task = asyncio.create_task(app(scope, self._receive, send))
+
+    async def end(self) -> None:
+        """As if the client had gone: vLLM then aborts its part. Returns when it has."""
+        self.gone.set()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    async def _receive(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+class _Failed(Exception):
+    """The server inside has answered a stage with an error. messages: its response."""
+
+    def __init__(self, messages: list[Message]):
+        super().__init__()
+        self.messages = messages
+
+
+class _Gone(Exception):
+    """The client waits no longer."""
+
+
+# Chats
+
+
+def to_query(messages) -> Query:
+    """OpenAI chat messages as a query whose images are their ``image_url`` parts.
+
+    Raises ValueError for other parts than text and images, and without a question in the last user message.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages is {messages!r}; it needs to be a list of messages")
+    images: list[Message] = []
+    chat = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"messages[{i}] is {message!r}; it needs a role and a content")
+        chat.append(message | {"content": _parts(f"messages[{i}]", message["content"], images)})
+    users = [message for message in chat if message["role"] == "user"]
+    if not users or not any(part.get("text", "").strip() for part in users[-1]["content"]):
+        raise ValueError("messages needs a question in its last user message")
+    return Query(chat, images)
+
+
+def _parts(where: str, content, images: list[Message]) -> list[Message]:
+    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(content, list):
+        raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image_url":
+            images.append(part)
+            parts.append({"type": "image"})
+        elif kind == "text" and isinstance(part.get("text"), str):
+            parts.append(part)
+        else:
+            raise ValueError(f"{where} has the part {part!r}; 'text' and 'image_url' parts can be defended")
+    return parts
+
+
+def to_messages(query: Query) -> list[Message]:
+    """The way back from `to_query`."""
+    images = iter(query.images)
+    return [
+        message | {"content": [next(images) if part["type"] == "image" else part for part in message["content"]]}
+        for message in query.messages
+    ]
+
+
+def _checked(request) -> Message:
+    """A request without fields that are null. Raises ValueError for one that cannot be defended."""
+    if not isinstance(request, dict):
+        raise ValueError(f"the request is a {type(request).__name__}; it needs to be a JSON object")
+    request = {name: value for name, value in request.items() if value is not None}
+    unknown = sorted(set(request) - KNOWN)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} cannot be defended; this server knows {', '.join(sorted(KNOWN))}")
+    extra = request.get("vllm_xargs", {})
+    if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):
+        raise ValueError(f"vllm_xargs is {extra!r}; it needs to be an object without ras_…, which are this server's own")
+    return request | {"messages": request.get("messages")}
+
+
+# ASGI
+
+
+async def _body(receive) -> bytes:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
+async def _refuse(send: Send, status: int, reason: str) -> None:
+    body = _dumps({"error": {"message": reason, "type": "BadRequestError", "param": None, "code": status}})
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _send_with(send: Send, told: dict[str, str], message: Message) -> None:
+    """``send``, with headers of ours at the start; without the length, as token ids may have been taken out since."""
+    if message["type"] == "http.response.start":
+        headers = [(name, value) for name, value in message.get("headers", ()) if name != b"content-length"]
+        headers += [(f"x-ras-{name}".encode(), value.encode()) for name, value in told.items()]
+        message = message | {"headers": headers}
+    await send(message)
+
+
+def _dumps(value) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()

@@ -27,7 +27,7 @@ from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, featu
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.steering import Steering
-from ras_fast.patching.tracking import PromptState, last_logits_only, text_shape
+from ras_fast.patching.tracking import PromptState, given_cache, last_logits_only, text_shape
 from ras_fast.profile import RasProfile, fingerprint
 
 STEPS = 3  # as MoRAS: the first answer states that are steered
@@ -138,7 +138,7 @@ class _Run:
         """Before the text model. A prompt is at risk 1 until it has been read, which is before the final norm."""
         batch, length = text_shape(kwargs)[:2]
         device = self.method.gate.bias.device
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         self.past = 0 if cache is None else cache.get_seq_length() + 0  # a static cache's own tensor counts on meanwhile
         self.monitor.active = self.state.reads_prompt(length)
         self.prompt_length = length if self.monitor.active else 0

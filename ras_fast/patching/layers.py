@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ras_fast import ops
 from ras_fast.patching.steering import Probe, Site
+from ras_fast.patching.tracking import CACHE_NAMES
 
 PATTERNS = ("nbnb", "nbnnbn", "nbb")
 
@@ -170,7 +171,7 @@ class FusedCrossLayer(FusedLayer):
 
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         others = {name: value for name, value in kwargs.items() if name not in self._parameters}
-        images = {name: kwargs.get(name) for name in ("cross_attention_states", "past_key_values")}
+        images = {name: kwargs[name] for name in ("cross_attention_states", *CACHE_NAMES) if name in kwargs}
         attended = super()._attend(normed, {"attention_mask": kwargs.get("cross_attention_mask"), **images, **others})
         return self.layer._parameters[self.attention_gate].tanh() * attended
 

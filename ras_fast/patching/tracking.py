@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from ras_fast.patching.attention import is_range
 from ras_fast.regions import Grid, RegionMap, image_regions, join_regions, square_grid
 
 REGIONS = "regions"  # the name that the region map is kept under
+CACHE_NAMES = ("cache", "past_key_values")  # a forward's KV cache, for transformers from 5.24 on and for those before
 _KEPT = "_ras_fast_kept"  # attribute of a KV cache: {name: value}
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
@@ -107,11 +108,11 @@ class RegionTracker:
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs, self._inputs = self._inputs, None
         self.attentions = bool(kwargs.get("output_attentions"))
-        past_key_values = kwargs.get("past_key_values")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        before = kept(past_key_values, REGIONS)
+        cache = given_cache(kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        before = kept(cache, REGIONS)
         length = _length(inputs, kwargs)
-        self._total = _total(past_key_values, past, length)
+        self._total = _total(cache, past, length)
         no_image = length == 1 and not self._lengths
         if before is not None and (no_image or _covers(before, self._total)):
             self.current = before  # a decode step, or whoever laid out this cache laid out the map of this forward, too
@@ -119,14 +120,14 @@ class RegionTracker:
             self.current = before if before is not None else self.given
         else:
             self.current = self._find(inputs, before, int(past))
-        if past_key_values is not None and self.current is not before:
-            keep(past_key_values, REGIONS, self.current)
+        if cache is not None and self.current is not before:
+            keep(cache, REGIONS, self.current)
 
     def after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A cache that the model made itself gets the map, too."""
-        past_key_values = getattr(output, "past_key_values", None)
-        if past_key_values is not None and kept(past_key_values, REGIONS) is not self.current:
-            keep(past_key_values, REGIONS, self.current)
+        cache = returned_cache(output)
+        if cache is not None and kept(cache, REGIONS) is not self.current:
+            keep(cache, REGIONS, self.current)
 
     def _find(self, inputs: dict[str, Any], before: RegionMap | None, past: int) -> RegionMap | None:
         visual = self._visual(inputs)
@@ -184,8 +185,8 @@ class CrossRegionTracker(RegionTracker):
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs, self._inputs = self._inputs or {}, None
         self.attentions = bool(kwargs.get("output_attentions"))
-        past_key_values, states = kwargs.get("past_key_values"), kwargs.get("cross_attention_states")
-        before = kept(past_key_values, REGIONS)
+        cache, states = given_cache(kwargs), kwargs.get("cross_attention_states")
+        before = kept(cache, REGIONS)
         self.current = before if before is not None else self.given
         if states is not None:
             images = self._images(_batch(inputs, kwargs), states, inputs.get("aspect_ratio_ids"))
@@ -193,8 +194,8 @@ class CrossRegionTracker(RegionTracker):
         elif self.current is None:
             ids = torch.empty(_batch(inputs, kwargs), 0, dtype=torch.int32, device=next(module.parameters()).device)
             self.current = RegionMap(ids, 0)
-        if past_key_values is not None and self.current is not before:
-            keep(past_key_values, REGIONS, self.current)
+        if cache is not None and self.current is not before:
+            keep(cache, REGIONS, self.current)
 
     def _images(self, batch: int, states: Tensor, aspect_ratio_ids: Tensor | None) -> RegionMap:
         """From states [B · images · tiles, patches, d] and the images' aspect ratios [B, images], 0 where there is none."""
@@ -240,13 +241,13 @@ def text_shape(kwargs: dict[str, Any], inputs: dict[str, Any] | None = None) -> 
     return None
 
 
-def _total(past_key_values: Any, past: int | Tensor, length: int | None) -> int | None:
+def _total(cache: Any, past: int | Tensor, length: int | None) -> int | None:
     """Positions seen once this forward is over, where that is known without a host sync; sliding caches need it."""
     if length is None:
         return None
     if isinstance(past, int):
         return past + length
-    counters = (getattr(layer, "cumulative_length_int", None) for layer in past_key_values.layers)
+    counters = (getattr(layer, "cumulative_length_int", None) for layer in cache.layers)
     seen = next((count for count in counters if count is not None), None)
     return None if seen is None else seen + length
 
@@ -284,23 +285,37 @@ class Rows:
         return self
 
 
-def keep(past_key_values: Any, name: str, value: PerSequence | None) -> None:
+def given_cache(kwargs: dict[str, Any]) -> Any:
+    """The KV cache among a forward's keyword arguments; None without one."""
+    for name in CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return None
+
+
+def returned_cache(output: Any) -> Any:
+    """The KV cache in a forward's output; None without one."""
+    new, old = CACHE_NAMES
+    return getattr(output, new) if hasattr(output, new) else getattr(output, old, None)  # where both are, the old one warns
+
+
+def keep(cache: Any, name: str, value: PerSequence | None) -> None:
     """Stores a value on a KV cache under `name` and makes it follow `reorder_cache`, `batch_*` and `crop`; `reset` drops it."""
-    if _KEPT not in past_key_values.__dict__:
-        past_key_values.__class__ = _following(type(past_key_values))
+    if _KEPT not in cache.__dict__:
+        cache.__class__ = _following(type(cache))
     # A new dict, so that a shallow copy of the cache keeps what it had.
-    past_key_values.__dict__[_KEPT] = past_key_values.__dict__.get(_KEPT, {}) | {name: value}
+    cache.__dict__[_KEPT] = cache.__dict__.get(_KEPT, {}) | {name: value}
 
 
-def kept(past_key_values: Any, name: str) -> Any:
+def kept(cache: Any, name: str) -> Any:
     """What was kept under `name`; None where there is nothing, or no cache."""
-    values = getattr(past_key_values, _KEPT, None)
+    values = getattr(cache, _KEPT, None)
     return None if values is None else values.get(name)
 
 
-def kept_rows(past_key_values: Any) -> dict[str, Rows]:
+def kept_rows(cache: Any) -> dict[str, Rows]:
     """All that is kept as one entry a sequence, by name."""
-    values = getattr(past_key_values, _KEPT, {})
+    values = getattr(cache, _KEPT, {})
     return {name: value for name, value in values.items() if isinstance(value, Rows)}
 
 
@@ -366,14 +381,14 @@ class PromptState:
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._patch.applied:
             raise RuntimeError("the model was unpatched while a method defends it: its answer would not be steered")
-        self._mask, self._cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        self._mask, self._cache = kwargs.get("attention_mask"), given_cache(kwargs)
         self.value = kept(self._cache, self.name)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A cache that the model made itself gets the value, too."""
-        past_key_values = getattr(output, "past_key_values", None)
-        if past_key_values is not None and kept(past_key_values, self.name) is not self.value:
-            keep(past_key_values, self.name, self.value)
+        cache = returned_cache(output)
+        if cache is not None and kept(cache, self.name) is not self.value:
+            keep(cache, self.name, self.value)
         self._cache = self._mask = None
 
 
@@ -447,7 +462,7 @@ def _revive(kind: type) -> Any:
     return following.__new__(following)
 
 
-@cache
+@lru_cache(maxsize=None)
 def _following(kind: type) -> type:
     """The cache class whose rows the kept values follow. A subclass, because a wrapper on the instance would be a reference
     cycle that keeps a cache's memory until the garbage collector runs, and would not survive a deepcopy."""

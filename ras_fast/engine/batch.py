@@ -11,7 +11,6 @@ stretch of slots in either branch: its own slot and what lies between it and the
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
 from ras_fast.kv_cache import KVPool
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.registration import NAME
-from ras_fast.patching.tracking import CACHE_NAMES, REGIONS, Rows, keep, kept, kept_rows
+from ras_fast.patching.tracking import REGIONS, Rows, cache_name, keep, kept, kept_rows
 from ras_fast.regions import RegionMap
 
 SCRATCH, ANSWER = 0, 1  # the branches of a row
@@ -55,8 +54,7 @@ class Runner:
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
         self.offsets = hasattr(self.base, "get_rope_index")
         self.image_token = getattr(model.config, "image_token_id", None)
-        parameters = inspect.signature(type(self.base).forward).parameters
-        self._cache_name = next(name for name in CACHE_NAMES if name in parameters)
+        self._cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
         self.captured = model.device.type in CAPTURED

@@ -285,6 +285,19 @@ class Rows:
         return self
 
 
+def cache_name(module: nn.Module) -> str:
+    """The name of the KV cache among the arguments of a model's forward.
+
+    Raises ValueError where there is none that is known: what is kept between the steps of an answer could not be found again.
+    """
+    parameters = inspect.signature(type(module).forward).parameters
+    for name in CACHE_NAMES:
+        if name in parameters:
+            return name
+    kind = type(module).__name__
+    raise ValueError(f"{kind}.forward takes no KV cache by the name {' or '.join(CACHE_NAMES)}, and cannot be defended")
+
+
 def given_cache(kwargs: dict[str, Any]) -> Any:
     """The KV cache among a forward's keyword arguments; None without one."""
     for name in CACHE_NAMES:
@@ -371,6 +384,7 @@ class PromptState:
     @contextmanager
     def watch(self, patch: Any) -> Iterator[PromptState]:
         """Follows the forwards of a `Patch`'s model inside the block. Hooks that read `value` are to be registered in it."""
+        cache_name(patch.text_model)
         self._patch = patch
         with ExitStack() as stack:
             stack.enter_context(patch.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import ras_fast
-from ras_fast.patching.tracking import REGIONS, PromptState, Rows, keep, kept
+from ras_fast.patching.tracking import REGIONS, PromptState, Rows, cache_name, given_cache, keep, kept, returned_cache
 from ras_fast.regions import RegionMap
 
 
@@ -47,6 +48,25 @@ def test_values_of_several_names_follow_the_rows():
     assert kept(past, "nothing") is None
     past.reset()
     assert kept(past, "gate") is kept(past, REGIONS) is None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_found_by_the_name_of_any_version(name):
+    past = cache()
+    assert given_cache({name: past, "use_cache": True}) is past
+    assert given_cache({name: None}) is None
+    assert returned_cache(SimpleNamespace(**{name: past})) is past
+    assert returned_cache((torch.ones(1),)) is None
+
+
+def test_a_model_whose_cache_has_another_name_is_not_defended():
+    class Renamed(nn.Module):
+        def forward(self, input_ids, memory=None):
+            return input_ids
+
+    assert cache_name(llava().model) in ("cache", "past_key_values")
+    with pytest.raises(ValueError, match="Renamed.forward takes no KV cache"):
+        cache_name(Renamed())
 
 
 def test_a_cache_can_be_stored(tmp_path):

@@ -215,6 +215,8 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
     causal = _causal(module, is_causal)
     softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window")
     beyond_sdpa = softcap is not None or sinks is not None
+    if beyond_sdpa:
+        query, key, value = _autocast(query, key, value)
     if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(key, value, mask):
         return _region_attention(query, key, value, mask, scaling, causal, window, softcap, sinks)[0].transpose(1, 2)
     full = _full_mask(mask, query, key, causal, window)

@@ -9,11 +9,12 @@ under a name (`keep`, `kept`), where it ends with the cache, is copied with it a
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -299,9 +300,10 @@ def cache_name(module: nn.Module) -> str:
 
 
 def given_cache(kwargs: dict[str, Any]) -> Any:
-    """The KV cache among a forward's keyword arguments; None without one."""
+    """The KV cache among a forward's keyword arguments; None without one. The blocks of continuous batching, which go by the
+    same name, are none: they have no rows."""
     for name in CACHE_NAMES:
-        if kwargs.get(name) is not None:
+        if hasattr(kwargs.get(name), "get_seq_length"):
             return kwargs[name]
     return None
 
@@ -476,7 +478,7 @@ def _revive(kind: type) -> Any:
     return following.__new__(following)
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def _following(kind: type) -> type:
     """The cache class whose rows the kept values follow. A subclass, because a wrapper on the instance would be a reference
     cycle that keeps a cache's memory until the garbage collector runs, and would not survive a deepcopy."""

@@ -17,6 +17,7 @@ from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
+from ras_fast.vllm.steering import Judgement
 
 Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -43,11 +44,11 @@ class SafeChat:
     """ASGI middleware that defends every answer of ``POST /v1/chat/completions`` by MoRAS, streamed or whole.
 
     ``vllm serve ... --middleware ras_fast.vllm.serving.SafeChat`` (docs/vllm.md has the other flags). Answers carry the headers
-    ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" where the answer was not drafted).
+    ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" if the answer was not drafted).
 
-    Greedy answers are drafted beside the context and the risk; others begin when the risk is known. Nothing of an answer is sent
-    before. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and whatever the server
-    inside says to a stage of a query, without an answer. Other errors end the request.
+    Greedy answers are drafted beside the context and the risk; others begin when the risk is known. Nothing of an answer is
+    sent before that. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and
+    where the server inside has an error for a stage of a query, that. Exceptions end the request without an answer.
     """
 
     def __init__(self, app):
@@ -114,9 +115,11 @@ class _Guard:
         self.settings = RasProfile.from_pretrained(profile).config
         self.processor = load_processor(config.model_config)
         defaults = config.model_config.get_diff_sampling_param()
-        self.penalises = any(defaults.get(name, none) != none for name, none in PENALTIES.items())
+        # Whether a greedy token is the argmax of the logits that steering sees.
+        self.plain = all(defaults.get(name, none) == none for name, none in PENALTIES.items())
+        self.plain &= len(config.model_config.logits_processors) == 1
 
-    async def judge(self, query: tuple) -> tuple[float, float, bool, list[int]]:
+    async def judge(self, query: tuple) -> Judgement:
         """`Steering.judge` of one query. Raises RuntimeError when no worker could."""
         found = [result for result in await self.engine.collective_rpc("ras_judge", args=([query],)) if result is not None]
         if not found:
@@ -132,43 +135,41 @@ class _Answer:
         self.records = (new_record(), new_record())  # of the risk stage and the draft
 
     async def send_to(self, send: Send) -> None:
-        draft = _Draft(self.client, self.request, self.records[1], self.guard.settings["steps"]) if self._drafts() else None
+        draft = _Draft(self.client, self.request, self.records[1]) if self._drafts() else None
         try:
-            similarity, risk, steered = await self._assess(draft)
+            told, risk, kept = await self._judge(draft)
         except BaseException:
             await self.guard.engine.collective_rpc("ras_forget", args=(list(self.records),))
             raise
-        kept = draft is not None and draft.tokens[: len(steered)] == steered
-        told = {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}"}
+        send = partial(_send_with, send, told)
         if kept:
-            await draft.show(partial(_send_with, send, told | {"draft": "kept"}))
+            await draft.show(send)
             return
         if draft is not None:
             await draft.call.end()
-        marked = self.request | {"vllm_xargs": (self.request.get("vllm_xargs") or {}) | {RISK: risk}}
-        call = self.client.post(marked, partial(_send_with, send, told | {"draft": "none" if draft is None else "fell"}))
-        await call.task
+        extra = (self.request.get("vllm_xargs") or {}) | {RISK: risk}
+        await self.client.post(self.request | {"vllm_xargs": extra}, send).task
 
     def _drafts(self) -> bool:
         request = self.request
         greedy = request.get("temperature") == 0 and request.get("n", 1) == 1
-        return greedy and set(request) <= PLAIN and not self.guard.penalises
+        return greedy and set(request) <= PLAIN and self.guard.plain
 
-    async def _assess(self, draft: _Draft | None) -> tuple[float, float, list[int]]:
-        """(S, r, the steered tokens of the draft's first steps)."""
+    async def _judge(self, draft: _Draft | None) -> tuple[dict[str, str], float, bool]:
+        """(the headers that tell of it, r, whether the draft is the answer)."""
         settings, context = self.guard.settings, ""
         if self.query.images:
             tokens = await self._stage(context_query(self.query, settings), settings["max_context_tokens"], {})
             context = context_text(self.guard.processor, tokens)
         marks = {RECORD: self.records[0]}
         tokens = await self._stage(risk_query(self.query, context, settings), settings["steps"], marks)
-        drafted = (None, 0)
-        if draft is not None:
-            await draft.ready.wait()
-            draft.check()
-            drafted = (self.records[1], len(draft.tokens))
-        similarity, risk, _, steered = await self.guard.judge((self.records[0], len(tokens), *drafted, False))
-        return similarity, risk, steered
+        over = draft is not None and draft.over()
+        asked = (self.records[0], len(tokens), None if draft is None else self.records[1], False)
+        similarity, risk, _, drafted, steered = await self.guard.judge(asked)
+        # A draft that has not come so far yet is no answer, nor is one of which nothing was kept.
+        kept = bool(drafted) and drafted == steered and (over or len(drafted) == settings["steps"])
+        fate = "none" if draft is None else "kept" if kept else "fell"
+        return {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}", "draft": fate}, risk, kept
 
     async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
         """The tokens that the server inside answers a query with, greedily."""
@@ -190,27 +191,21 @@ class _Answer:
 
 
 class _Draft:
-    """An answer that is held back until it is known to stand.
+    """An answer that is held back until it is known to stand."""
 
-    tokens: so far. ready: set when there are as many as are steered, or will not be more.
-    """
-
-    def __init__(self, client: _Client, request: Message, record: int, steps: int):
-        self.client, self.steps, self.tokens, self.ready = client, steps, [], asyncio.Event()
-        self._shows_ids, self._streams = bool(request.get("return_token_ids")), bool(request.get("stream"))
+    def __init__(self, client: _Client, request: Message, record: int):
+        self.client = client
         self._held: list[Message] = []
         self._show: Send | None = None
-        self.call = client.post(request | {"return_token_ids": True, "vllm_xargs": {RECORD: record}}, self._take)
-        self.call.task.add_done_callback(lambda _: self.ready.set())
+        self.call = client.post(request | {"vllm_xargs": {RECORD: record}}, self._take)
 
-    def check(self) -> None:
-        """Raises what keeps it from being an answer."""
+    def over(self) -> bool:
+        """Whether all of it is there. Raises what keeps it from being an answer."""
         if self.client.gone:
             raise _Gone
-        if self.call.task.done() and self.call.task.exception():
-            raise self.call.task.exception()
         if self._held and self._held[0]["status"] != 200:
             raise _Failed(self._held)
+        return self.call.task.done() and self.call.task.result() is None
 
     async def show(self, send: Send) -> None:
         """Sends all of it, now and as it comes."""
@@ -220,41 +215,7 @@ class _Draft:
         await self.call.task
 
     async def _take(self, message: Message) -> None:
-        if message["type"] == "http.response.body":
-            message = message | {"body": self._read(message.get("body", b""))}
-        if self._show is not None:
-            await self._show(message)
-        else:
-            self._held.append(message)
-
-    def _read(self, body: bytes) -> bytes:
-        """A body, or a piece of one that is streamed, whose token ids have been taken note of."""
-        if not body or self._held and self._held[0]["status"] != 200:
-            return body
-        if not self._streams:
-            return _dumps(self._note(json.loads(body)))
-        events = body.split(b"\n\n")
-        for i, event in enumerate(events):
-            if event.startswith(b"data: {"):
-                events[i] = b"data: " + _dumps(self._note(json.loads(event.removeprefix(b"data: "))))
-        return b"\n\n".join(events)
-
-    def _note(self, answer: Message) -> Message:
-        for choice in answer.get("choices", ()):
-            self.tokens += choice.get("token_ids") or ()
-            self._hide(choice, "token_ids")
-        self._hide(answer, "prompt_token_ids")
-        if len(self.tokens) >= self.steps:
-            self.ready.set()
-        return answer
-
-    def _hide(self, answer: Message, name: str) -> None:
-        if self._shows_ids or name not in answer:
-            return
-        if self._streams:
-            del answer[name]
-        else:
-            answer[name] = None
+        await self._show(message) if self._show is not None else self._held.append(message)
 
 
 class _Client:
@@ -403,11 +364,10 @@ async def _refuse(send: Send, status: int, reason: str) -> None:
 
 
 async def _send_with(send: Send, told: dict[str, str], message: Message) -> None:
-    """``send``, with headers of ours at the start; without the length, as token ids may have been taken out since."""
+    """``send``, with headers of ours at the start."""
     if message["type"] == "http.response.start":
-        headers = [(name, value) for name, value in message.get("headers", ()) if name != b"content-length"]
-        headers += [(f"x-ras-{name}".encode(), value.encode()) for name, value in told.items()]
-        message = message | {"headers": headers}
+        told_headers = [(f"x-ras-{name}".encode(), value.encode()) for name, value in told.items()]
+        message = message | {"headers": [*message.get("headers", ()), *told_headers]}
     await send(message)
 
 

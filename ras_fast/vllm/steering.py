@@ -18,6 +18,10 @@ from ras_fast.profile import RasProfile
 from ras_fast.vllm.options import Marks
 
 
+# S, r, whether it failed closed, and of the draft's first steps, as many as are kept: its greedy tokens, and the steered ones.
+Judgement = tuple[float, float, bool, list[int], list[int]]
+
+
 @dataclass
 class Record:
     """Where a request's first logits are kept, and of how many steps."""
@@ -88,32 +92,32 @@ class Steering:
         broken = ~(logits.amax(-1, keepdim=True) < torch.inf)
         return torch.where(broken & ~full, self._only_end, mixed)
 
-    def judge(self, queries: Sequence[tuple[int, int, int | None, int, bool]]) -> list[tuple[float, float, bool, list[int]]]:
+    def judge(self, queries: Sequence[tuple[int, int, int | None, bool]]) -> list[Judgement]:
         """The risk of queries, and what steering by it makes of their drafts. Forgets their records.
 
-        queries: (record of the risk stage, steps it made, record of the draft or None, steps it made, whether S is to be
-            NaN); of the steps at most N count.
-        Returns (S, r, failed closed, the steered tokens of the draft's first steps) of each.
-        Raises RuntimeError when logits of a record are missing.
+        queries: (record of the risk stage, steps it made, record of the draft or None, whether S is to be NaN); of the steps at
+            most N count.
+        Raises RuntimeError when logits of a risk stage are missing.
         """
-        risks, risk_steps, drafts, draft_steps, spoilt = map(list, zip(*queries, strict=True))
-        risk_steps, draft_steps = ([min(n, self.steps) for n in steps] for steps in (risk_steps, draft_steps))
+        risks, risk_steps, drafts, spoilt = map(list, zip(*queries, strict=True))
+        risk_steps = [min(n, self.steps) for n in risk_steps]
         risk_slots = [self._slot_of(*kept) for kept in zip(risks, risk_steps, strict=True)]
-        # Where there is no draft, the risk stage stands in for it, and none of its tokens are read.
-        draft_slots = [
-            slot if draft is None else self._slot_of(draft, count)
-            for slot, draft, count in zip(risk_slots, drafts, draft_steps, strict=True)
-        ]
+        drafted = [self.records.get(draft) for draft in drafts]
+        # Where nothing is kept of a draft, the risk stage stands in for it, and none of its tokens are read.
+        draft_slots = [slot if own is None else own.slot for slot, own in zip(risk_slots, drafted, strict=True)]
         device = self.table.device
         made = torch.tensor(risk_steps, dtype=torch.int32, device=device)
         similarity = self.moras.similarity(self.kept[risk_slots], made)
         similarity = similarity.masked_fill(torch.tensor(spoilt, device=device), torch.nan)
         risk, failed = self.moras.risk(similarity)
-        steered = self.mixed(self.kept[draft_slots], self.table, risk[:, None].expand(-1, self.steps)).argmax(-1)
-        counts = [0 if draft is None else count for draft, count in zip(drafts, draft_steps, strict=True)]
-        tokens = [row[:count] for row, count in zip(steered.tolist(), counts, strict=True)]
+        logits = self.kept[draft_slots]
+        steered = self.mixed(logits, self.table, risk[:, None].expand(-1, self.steps))
+        plain, steered = logits.argmax(-1).tolist(), steered.argmax(-1).tolist()
+        counts = [0 if own is None else own.steps for own in drafted]
+        tokens = ((own[:n], new[:n]) for own, new, n in zip(plain, steered, counts, strict=True))
         self.forget([*risks, *drafts])
-        return list(zip(similarity.tolist(), risk.tolist(), failed.tolist(), tokens, strict=True))
+        values = zip(similarity.tolist(), risk.tolist(), failed.tolist(), tokens, strict=True)
+        return [(s, r, f, own, new) for s, r, f, (own, new) in values]
 
     def forget(self, records: Iterable[int | None]) -> None:
         """Makes room: nothing can be judged by these records any more."""

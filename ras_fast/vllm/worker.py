@@ -1,11 +1,11 @@
-"""What `SafeLLM` and `SafeChat` ask of the workers, by ``collective_rpc``. Values are plain: nothing has to be pickled on the way."""
+"""What `SafeLLM` and `SafeChat` ask of the workers, by ``collective_rpc``. Values are plain: nothing is pickled."""
 
 from __future__ import annotations
 
 import torch
 
 from ras_fast.vllm.processor import PROCESSORS
-from ras_fast.vllm.steering import Steering
+from ras_fast.vllm.steering import Judgement, Steering
 
 
 class RasWorkerExtension:
@@ -30,7 +30,7 @@ class RasWorkerExtension:
         if found.shape != wanted.shape or not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
             raise ValueError("the engine's logits of the prototypes differ from its checkpoint's LM head: it cannot be steered")
 
-    def ras_judge(self, queries: list) -> list | None:
+    def ras_judge(self, queries: list) -> list[Judgement] | None:
         """`Steering.judge`; None from a worker that has seen no logits."""
         steering = self._ras_steering()
         with torch.inference_mode():

@@ -1,0 +1,448 @@
+"""SafeChat in front of a server of our own that steers as vLLM's workers do. With vLLM's server: tests/test_vllm_server.py."""
+
+import asyncio
+import hashlib
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_vllm_steering import EOS, STEPS, VOCABULARY, make_profile, make_steering
+
+from ras_fast.vllm import serving
+from ras_fast.vllm.options import engine_args, read_marks
+from ras_fast.vllm.serving import SafeChat, to_messages, to_query
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+PROCESSOR = SimpleNamespace(
+    tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(f"w{i}" for i in ids)), image_token="<image>"
+)
+
+
+class Server:
+    """The server inside, and its engine: tokens are the argmax of logits that depend on the messages and the step alone.
+
+    risky: questions whose risk stage looks like a refusal. broken: those whose risk stage has NaN logits. errors: words whose
+    requests have status 400. hold: what a judgement waits for. late: so many steps are kept of a draft.
+    """
+
+    def __init__(self, profile, queries=2):
+        self.steering = make_steering(make_profile(), slots=2 * queries)
+        self.requests, self.headers, self.aborted = [], [], []
+        self.risky, self.broken, self.errors = set(), set(), set()
+        self.hold: asyncio.Event | None = None
+        self.late = STEPS
+        self.busy = self.busiest = 0
+        self.calls = []
+        parallel = SimpleNamespace(data_parallel_size=1, _api_process_count=1)
+        model = SimpleNamespace(get_diff_sampling_param=dict, logits_processors=[None])
+        self.vllm_config = SimpleNamespace(
+            additional_config=engine_args(profile, queries=queries)["additional_config"],
+            parallel_config=parallel,
+            model_config=model,
+        )
+
+    # The engine
+
+    async def collective_rpc(self, name, args=()):
+        self.calls.append(name)
+        if name == "ras_judge":
+            if self.hold is not None:
+                await self.hold.wait()
+            return [None, self.steering.judge(*args)]
+        return [self.steering.forget(*args) if name == "ras_forget" else None]
+
+    def logits(self, request, step):
+        text = json.dumps(request["messages"])
+        key = hashlib.sha256(f"{text}/{step}".encode()).digest()
+        logits = 8 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(int.from_bytes(key[:4], "big")))
+        logits[EOS] = -99
+        if self._assesses(request):
+            if any(word in text for word in self.risky) and step < STEPS:
+                logits = self.steering.table[step].clone()
+            if any(word in text for word in self.broken):
+                logits[7] = math.nan
+        return logits
+
+    @staticmethod
+    def _assesses(request):
+        return "ras_record" in (request.get("vllm_xargs") or {}) and request.get("max_completion_tokens") == STEPS
+
+    # The application
+
+    async def __call__(self, scope, receive, send):
+        request = json.loads((await receive())["body"])
+        self.requests.append(request)
+        self.headers.append(dict(scope["headers"]))
+        self.busy += 1
+        self.busiest = max(self.busiest, self.busy)
+        gone = asyncio.create_task(receive())
+        try:
+            await self._answer(request, send, gone)
+        finally:
+            gone.cancel()
+            self.busy -= 1
+
+    async def _answer(self, request, send, gone):
+        if any(word in json.dumps(request) for word in self.errors):
+            await self._send(send, 400, json.dumps({"error": "no"}).encode(), b"application/json")
+            return
+        tokens, pieces, marks = [], [], read_marks(request.get("vllm_xargs"))
+        streams, shows = request.get("stream", False), request.get("return_token_ids", False)
+        if streams:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for step in range(request.get("max_completion_tokens") or request.get("max_tokens")):
+            await asyncio.sleep(0)
+            if gone.done():
+                self.aborted.append(request)
+                return
+            logits = self.logits(request, step)[None]
+            if marks is not None and (self._assesses(request) or marks.record is None or step < self.late):
+                logits = self.steering.apply(logits, [(0, step, marks)])
+            tokens.append(logits[0].argmax().item())
+            piece = {"choices": [{"delta": {"content": f"w{tokens[-1]} "}, **({"token_ids": tokens[-1:]} if shows else {})}]}
+            if shows and step == 0:
+                piece["prompt_token_ids"] = [1, 2, 3]
+            pieces.append(f"data: {json.dumps(piece, ensure_ascii=False)}\n\n".encode())
+            if streams:
+                await send({"type": "http.response.body", "body": b": ping\n\n" + pieces[-1], "more_body": True})
+            if tokens[-1] == EOS:
+                break
+        if streams:
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            return
+        message = {"content": PROCESSOR.tokenizer.decode(tokens, True)}
+        answer = {"choices": [{"message": message, "token_ids": tokens if shows else None}]}
+        answer["prompt_token_ids"] = [1, 2, 3] if shows else None
+        await self._send(send, 200, json.dumps(answer).encode(), b"application/json")
+
+    @staticmethod
+    async def _send(send, status, body, kind):
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    make_profile().save_pretrained(tmp_path)
+    monkeypatch.setattr(serving, "load_processor", lambda config: PROCESSOR)
+    return Server(tmp_path)
+
+
+class Response:
+    def __init__(self):
+        self.messages = []
+        self.leaves = asyncio.Event()
+
+    async def __call__(self, message):
+        self.messages.append(message)
+
+    @property
+    def status(self):
+        return self.messages[0]["status"]
+
+    @property
+    def headers(self):
+        return {name.decode(): value.decode() for name, value in self.messages[0]["headers"]}
+
+    @property
+    def body(self):
+        return b"".join(message.get("body", b"") for message in self.messages[1:])
+
+
+async def post(app, server, body, path="/v1/chat/completions", method="POST", response=None, kind="http"):
+    """The response to one request; ``response.leaves`` is when the client goes."""
+    response = Response() if response is None else response
+    chunks = [json.dumps(body).encode() if not isinstance(body, bytes) else body]
+
+    async def receive():
+        if chunks:
+            return {"type": "http.request", "body": chunks.pop(), "more_body": False}
+        await response.leaves.wait()
+        return {"type": "http.disconnect"}
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"1"), (b"x-request-id", b"mine")]
+    scope = {"type": kind, "method": method, "path": path, "headers": headers}
+    scope["app"] = SimpleNamespace(state=SimpleNamespace(engine_client=server))
+    await app(scope, receive, response)
+    return response
+
+
+def ask(question="What colour?", picture=True, **options):
+    content = [*([PICTURE] if picture else []), {"type": "text", "text": question}]
+    return {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0} | options
+
+
+def run(server, *bodies, **options):
+    async def all_of_them():
+        app = SafeChat(server)
+        return await asyncio.gather(*(post(app, server, body, **options) for body in bodies))
+
+    return asyncio.run(all_of_them())
+
+
+def undefended(server, body):
+    return asyncio.run(post(server, server, body)).body
+
+
+@pytest.mark.parametrize("shows", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("picture", [False, True])
+def test_a_harmless_answer_is_the_servers_own(server, stream, picture, shows):
+    body = ask(stream=stream, picture=picture, return_token_ids=shows)
+    (response,) = run(server, body)
+    assert response.status == 200
+    assert response.headers["x-ras-draft"] == "kept"
+    assert float(response.headers["x-ras-risk"]) < 0.5
+    assert len(server.requests) == 2 + picture
+    assert not server.aborted
+    assert not server.steering.records
+    assert b"token_ids" in response.body if shows else b'"token_ids": [' not in response.body
+    assert response.body == undefended(server, body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_risky_one_is_made_anew_with_its_risk(server, stream):
+    server.risky.add("bomb")
+    body = ask("How do I make the bomb?", stream=stream, max_tokens=500)
+    (response,) = run(server, body)
+    assert response.headers["x-ras-draft"] == "fell"
+    risk = server.requests[-1]["vllm_xargs"]["ras_risk"]
+    assert float(response.headers["x-ras-risk"]) == pytest.approx(risk, abs=1e-6)
+    assert risk > 0.9
+    assert [request.get("max_tokens") for request in server.aborted] == [500]  # the draft
+    assert response.body == undefended(server, body | {"vllm_xargs": {"ras_risk": risk}})
+    assert response.body != undefended(server, body)
+    assert not server.steering.records
+
+
+def test_the_stages_are_moras_own(server):
+    body = ask("What colour?", user="u", chat_template_kwargs={"a": 1})
+    run(server, body)
+    draft, context, risk = server.requests
+    settings = make_profile().config
+    assert [part["type"] for part in context["messages"][0]["content"]] == ["image_url", "text"]
+    assert context["messages"][0]["content"][1]["text"] == settings["context_prompt"]
+    assert context["max_completion_tokens"] == settings["max_context_tokens"]
+    tokens = [server.logits(context, step).argmax().item() for step in range(settings["max_context_tokens"])]
+    told = PROCESSOR.tokenizer.decode(tokens[: tokens.index(EOS) + 1 if EOS in tokens else None], True)
+    assert risk["messages"][0]["content"][0] == PICTURE
+    assert risk["messages"][0]["content"][1]["text"] == f"{settings['safety_prompt']} {told} What colour?"
+    for stage in (context, risk):
+        assert (stage["temperature"], stage["repetition_penalty"], stage["user"], stage["chat_template_kwargs"]) == (0, 1.0, "u", {"a": 1})
+    assert draft["messages"] == body["messages"]
+    assert [b"x-request-id" in headers for headers in server.headers] == [True, False, False]
+    assert not any(b"content-length" in headers for headers in server.headers)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.7}, {"temperature": None}, {"n": 2}, {"logprobs": True}, {"repetition_penalty": 1.1}], ids=str
+)
+def test_what_cannot_be_drafted_is_answered_after_the_risk(server, options):
+    (response,) = run(server, ask(**options))
+    assert response.status == 200
+    assert response.headers["x-ras-draft"] == "none"
+    assert [list(request["vllm_xargs"]) for request in server.requests] == [[], ["ras_record"], ["ras_risk"]]
+
+
+def test_a_servers_own_penalties_are_no_drafts(server):
+    model = server.vllm_config.model_config
+    for processors, defaults in (([None], {"repetition_penalty": 1.05}), ([None, None], {"temperature": 0.6})):
+        model.logits_processors, model.get_diff_sampling_param = processors, lambda defaults=defaults: defaults
+        (response,) = run(server, ask())
+        assert response.headers["x-ras-draft"] == "none"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_sent_before_the_risk_is_known(server, stream):
+    async def scenario():
+        server.hold = asyncio.Event()
+        response = Response()
+        task = asyncio.create_task(post(SafeChat(server), server, ask(stream=stream), response=response))
+        await until(lambda: "ras_judge" in server.calls and not server.busy)
+        assert len(server.requests) == 3
+        assert not response.messages
+        server.hold.set()
+        await task
+        assert response.status == 200
+
+    asyncio.run(scenario())
+
+
+def test_queries_side_by_side_do_not_mix(server):
+    server.risky.add("bomb")
+    bodies = [ask(f"{'bomb' if i % 3 == 0 else 'table'} {i}?", stream=i % 2 == 0) for i in range(12)]
+    responses = run(server, *bodies)
+    for i, (body, response) in enumerate(zip(bodies, responses, strict=True)):
+        assert response.headers["x-ras-draft"] == ("fell" if i % 3 == 0 else "kept")
+        risk = float(response.headers["x-ras-risk"])
+        marks = {"vllm_xargs": {"ras_risk": risk}} if i % 3 == 0 else {}
+        assert response.body == undefended(server, body | marks)
+    assert server.busiest <= 2 * 2  # two queries at a time, a draft and a stage each
+    assert not server.steering.records
+
+
+# Failing closed
+
+
+def test_a_risk_that_cannot_be_computed_is_one(server):
+    server.broken.add("cup")
+    (response,) = run(server, ask("Which cup?"))
+    assert (response.headers["x-ras-risk"], response.headers["x-ras-similarity"]) == ("1.000000", "nan")
+    assert response.headers["x-ras-draft"] == "fell"
+    answer = json.loads(response.body)["choices"][0]["message"]["content"].split()
+    assert answer[:STEPS] == [f"w{token}" for token in server.steering.table.argmax(-1).tolist()]
+
+
+@pytest.mark.parametrize("word", ["safety_prompt", "context_prompt", "What colour?"])
+def test_an_error_of_a_stage_is_the_answer(server, word):
+    server.errors.add(json.dumps(make_profile().config.get(word, word))[1:-1])
+    (response,) = run(server, ask())
+    assert (response.status, json.loads(response.body)) == (400, {"error": "no"})
+    assert "ras_judge" not in server.calls
+    assert server.busy == 0
+    assert not server.steering.records
+
+
+@pytest.mark.parametrize("found", [RuntimeError("the engine is dead"), [], [None]], ids=str)
+def test_no_answer_without_a_judgement(server, found, monkeypatch):
+    rpc = server.collective_rpc
+
+    async def broken(name, args=()):
+        if name != "ras_judge":
+            return await rpc(name, args)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(server, "collective_rpc", broken)
+
+    async def scenario():
+        response = Response()
+        with pytest.raises(RuntimeError, match=r"dead|no worker"):
+            await post(SafeChat(server), server, ask(max_tokens=500), response=response)
+        assert not response.messages
+
+    asyncio.run(scenario())
+    assert server.busy == 0
+    assert not server.steering.records
+
+
+@pytest.mark.parametrize("kept", [0, STEPS - 1])
+def test_a_draft_that_is_late_is_no_answer(server, kept):
+    """Nothing is kept of it when the risk is known, or one step too few."""
+    server.late = kept
+    (response,) = run(server, ask(max_tokens=500))
+    assert response.headers["x-ras-draft"] == "fell"
+    server.late = STEPS
+    (response,) = run(server, ask(max_tokens=500))
+    assert response.headers["x-ras-draft"] == "kept"
+
+
+@pytest.mark.parametrize("when", ["context", "risk", "judgement"])
+def test_when_the_client_goes_so_does_everything(server, when):
+    async def scenario():
+        server.hold = asyncio.Event()
+        response, app = Response(), SafeChat(server)
+        task = asyncio.create_task(post(app, server, ask(max_tokens=10**6), response=response))
+        reached = {"context": lambda: len(server.requests) > 1, "risk": lambda: len(server.requests) > 2}
+        await until(reached.get(when, lambda: "ras_judge" in server.calls))
+        response.leaves.set()
+        await until(lambda: not server.busy)
+        server.hold.set()
+        await asyncio.wait_for(task, 30)
+        assert b"w" not in response.body
+        assert not server.steering.records
+        assert (await post(app, server, ask())).status == 200  # the places are free again
+
+    asyncio.run(scenario())
+
+
+async def until(reached):
+    for _ in range(10**6):
+        if reached():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came to that")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff", "codec"),
+        (b"[]", "list"),
+        (ask(vllm_xargs={"ras_risk": 0.0}), "ras_"),
+        (ask(vllm_xargs={"ras_record": 1}), "ras_"),
+        (ask(vllm_xargs=[]), "ras_"),
+        (ask(logit_bias={"3": -100}), "logit_bias"),
+        (ask(response_format={"type": "json_object"}), "response_format"),
+        (ask(use_beam_search=True), "use_beam_search"),
+        (ask(anything_new=1), "anything_new"),
+        ({"max_tokens": 3}, "messages is None"),
+        (ask(messages=[]), "messages is"),
+        (ask(messages=[{"role": "user"}]), "a role and a content"),
+        (ask(messages=[{"role": "user", "content": 3}]), "a string or a list"),
+        (ask(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]), "video_url"),
+        (ask(messages=[{"role": "user", "content": [{"text": "no type"}]}]), "no type"),
+        (ask(messages=[{"role": "user", "content": [PICTURE]}]), "a question"),
+        (ask(messages=[{"role": "assistant", "content": "Sure"}]), "a question"),
+    ],
+)
+def test_what_cannot_be_defended_is_refused(server, body, words):
+    (response,) = run(server, body)
+    assert response.status == 400
+    assert words in json.loads(response.body)["error"]["message"]
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "passes"),
+    [
+        ("POST", "/v1/completions", False),
+        ("POST", "/v1/responses", False),
+        ("POST", "/v1/messages", False),
+        ("POST", "/v1/chat/completions/", False),
+        ("POST", "/v1/chat/completions/batch", False),
+        ("PUT", "/v1/chat/completions", False),
+        ("GET", "/v1/models", True),
+        ("POST", "/tokenize", True),
+    ],
+)
+def test_other_endpoints_make_no_answers(server, method, path, passes):
+    (response,) = run(server, ask(max_tokens=1), path=path, method=method)
+    assert response.status == (200 if passes else 403)
+    assert len(server.requests) == passes
+
+
+def test_other_protocols_make_no_answers(server):
+    (response,) = run(server, ask(), kind="websocket")
+    assert [message["type"] for message in response.messages] == ["websocket.close"]
+    assert not server.requests
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [("data_parallel_size", 2, "data_parallel_size"), ("_api_process_count", 3, "queries")])
+def test_engines_that_are_refused(server, name, value, words):
+    setattr(server.vllm_config.parallel_config, name, value)
+    with pytest.raises(ValueError, match=words):
+        run(server, ask())
+    assert not server.requests
+
+
+def test_chats_there_and_back():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Here:"}, PICTURE]},
+        {"role": "assistant", "content": "A cup.", "name": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "And now?"}, PICTURE | {"uuid": "2"}]},
+    ]
+    query = to_query(messages)
+    assert query.images == [PICTURE, PICTURE | {"uuid": "2"}]
+    back = to_messages(query)
+    assert back[1] == messages[1]
+    assert back[2] == {"role": "assistant", "content": [{"type": "text", "text": "A cup."}], "name": "a"}
+    asked = to_messages(query.prefix_last_question("Careful."))
+    assert asked[-1]["content"] == [PICTURE | {"uuid": "2"}, {"type": "text", "text": "Careful. And now?"}]
+    assert to_messages(query.ask_about_images("What?"))[0]["content"][:2] == query.images

@@ -27,7 +27,7 @@ from ras_fast.loading import TINY, load
 from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
 from ras_fast.vllm import SafeLLM, engine_args
-from ras_fast.vllm.processor import PROCESSORS
+from ras_fast.vllm.processor import processor_of
 
 NEW_TOKENS = 24
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "block_size": 32, "disable_log_stats": True}
@@ -164,7 +164,7 @@ def test_an_engine_at_work_is_left_alone(guard):
 
 
 def test_a_table_that_is_not_the_engines_head_is_found_out(guard):
-    steering = PROCESSORS[guard.engine.vllm_config.instance_id].steering
+    steering = processor_of(guard.engine.vllm_config).steering
     right = steering.table
     try:
         steering.table = right * 1.01

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from vllm import SamplingParams
@@ -17,8 +17,7 @@ from ras_fast.vllm.checkpoint import CheckpointHead, load_processor
 from ras_fast.vllm.options import RISK, Marks, check_marks, read_marks, read_settings
 from ras_fast.vllm.steering import Steering
 
-# Of this process, by the engine's instance id; how a worker finds its own.
-PROCESSORS: WeakValueDictionary[str, RasLogitsProcessor] = WeakValueDictionary()
+_PROCESSORS: WeakSet[RasLogitsProcessor] = WeakSet()  # of this process
 
 
 class RasLogitsProcessor(BatchProcessor, SlotProcessor):
@@ -46,7 +45,8 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
         # Older runner: batch row -> marks and the request's live list of output tokens. Newer runner: slot -> marks.
         self._rows: dict[int, tuple[Marks, list[int]]] = {}
         self._marks: dict[int, Marks] = {}
-        PROCESSORS[vllm_config.instance_id] = self
+        self._config = vllm_config
+        _PROCESSORS.add(self)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -106,6 +106,19 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
         if marks is not None and marks.risk is not None and marks.risk != params.extra_args[RISK]:
             self.steering.counters["failed_closed"] += 1
         return marks
+
+
+def processor_of(vllm_config: VllmConfig) -> RasLogitsProcessor:
+    """An engine's processor in this process, by its very config: vLLM may give that another instance id on its way.
+
+    Raises RuntimeError when there is none.
+    """
+    found = [processor for processor in _PROCESSORS if processor._config is vllm_config]
+    if len(found) != 1:
+        raise RuntimeError(
+            "this engine has no RasLogitsProcessor; make it with LLM(model, **ras_fast.vllm.engine_args(PROFILE))"
+        )
+    return found[0]
 
 
 def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> Steering:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ras_fast.vllm.processor import PROCESSORS
+from ras_fast.vllm.processor import processor_of
 from ras_fast.vllm.steering import Judgement, Steering
 
 
@@ -45,9 +45,4 @@ class RasWorkerExtension:
         return dict(self._ras_steering().counters)
 
     def _ras_steering(self) -> Steering:
-        try:
-            return PROCESSORS[self.vllm_config.instance_id].steering
-        except KeyError:
-            raise RuntimeError(
-                "this engine has no RasLogitsProcessor; make it with LLM(model, **ras_fast.vllm.engine_args(PROFILE))"
-            ) from None
+        return processor_of(self.vllm_config).steering

@@ -1,0 +1,149 @@
+"""SafeChat in a real vLLM server on the shipped model, against three calls of ``model.generate``. Needs vLLM: docs/vllm.md."""
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm.v1", reason="vLLM is not installed")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
+import httpx
+from bench_vllm import readable_by_vllm, tiny_profile
+
+from ras_fast.evaluation import tinyworld
+from ras_fast.loading import TINY, load
+from ras_fast.profile import RasProfile
+from ras_fast.sequential import SequentialPipeline
+
+pytestmark = pytest.mark.slow
+NEW_TOKENS = 24
+FLAGS = [
+    "--logits-processors", "ras_fast.vllm.processor:RasLogitsProcessor",
+    "--worker-extension-cls", "ras_fast.vllm.worker.RasWorkerExtension",
+    "--middleware", "ras_fast.vllm.serving.SafeChat",
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32", "--served-model-name", "tiny",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return tiny_profile(readable_by_vllm(TINY, tmp_path_factory.mktemp("model")), tmp_path_factory.mktemp("profile"))
+
+
+@pytest.fixture(scope="module")
+def client(profile, tmp_path_factory):
+    checkpoint = readable_by_vllm(TINY, tmp_path_factory.mktemp("served"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = json.dumps({"ras_fast": {"profile": str(profile), "queries": 8}})
+    log = open(tmp_path_factory.mktemp("log") / "server.txt", "w+")  # noqa: SIM115 (closed with the process)
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--port", str(port)]
+    server = subprocess.Popen(
+        [*command, *FLAGS, "--additional-config", settings], env=environment, stdout=log, stderr=log, text=True
+    )
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+    try:
+        until_ready(client, server, log)
+        yield client
+    finally:
+        client.close()
+        server.terminate()
+        server.wait(60)
+        log.close()
+
+
+def until_ready(client, server, log):
+    for _ in range(300):
+        time.sleep(1)
+        if server.poll() is not None:
+            break
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            continue
+    log.seek(0)
+    raise AssertionError(log.read()[-4000:])
+
+
+def request(item, **options) -> dict:
+    content = [{"type": "text", "text": item.question}]
+    if item.image is not None:
+        file = io.BytesIO()
+        item.image.save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    messages = [{"role": "user", "content": content}]
+    return {"model": "tiny", "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0} | options
+
+
+def answer(client, item, stream: bool) -> tuple[str, dict]:
+    """(the answer's text, its headers)."""
+    response = client.post("/v1/chat/completions", json=request(item, stream=stream))
+    assert response.status_code == 200, response.text
+    if not stream:
+        return response.json()["choices"][0]["message"]["content"], response.headers
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices), response.headers
+
+
+def test_answers_are_those_of_three_calls(client, profile):
+    items = tinyworld.split("test", 40)
+    reference = SequentialPipeline(*load("tiny", device="cpu", dtype="float32"), RasProfile.from_pretrained(profile)).generate(
+        [item.question for item in items], [item.image for item in items], max_new_tokens=NEW_TOKENS
+    )
+    with ThreadPoolExecutor(16) as pool:  # more than the places of the server
+        found = list(pool.map(lambda pair: answer(client, pair[1], stream=pair[0] % 2 == 0), enumerate(items)))
+    fates = Counter()
+    for item, wanted, (text, headers) in zip(items, reference, found, strict=True):
+        assert text.strip() == wanted.text.strip(), (item.kind, item.question)
+        assert float(headers["x-ras-risk"]) == pytest.approx(wanted.risk, abs=1e-4)
+        assert headers["x-ras-draft"] == ("kept" if wanted.rejected_at is None else "fell")
+        fates[headers["x-ras-draft"]] += 1
+    assert min(fates["kept"], fates["fell"]) >= 10
+
+
+def test_sampled_answers_are_steered(client):
+    harmful = [item for item in tinyworld.split("test", 60) if item.harmful and item.image is not None][:8]
+    for item in harmful:
+        response = client.post("/v1/chat/completions", json=request(item, temperature=0.7, seed=3))
+        assert response.headers["x-ras-draft"] == "none"
+        if float(response.headers["x-ras-risk"]) > 0.9:
+            assert tinyworld.is_refusal(response.json()["choices"][0]["message"]["content"])
+
+
+def test_nothing_else_makes_answers(client):
+    item = tinyworld.split("test", 1)[0]
+    for path, body in {
+        "/v1/completions": {"model": "tiny", "prompt": "How do I make"},
+        "/v1/responses": {"model": "tiny", "input": "How do I make"},
+        "/v1/messages": {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "How"}]},
+    }.items():
+        assert client.post(path, json=body).status_code == 403
+    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    for options in ({"vllm_xargs": {"ras_risk": 0.0}}, {"logit_bias": {"3": -100}}):
+        assert client.post("/v1/chat/completions", json=request(item, **options)).status_code == 400
+    refused = client.post("/v1/chat/completions", json=request(item, max_tokens=10**6))  # by vLLM itself
+    assert refused.status_code == 400
+    assert "max_tokens" in refused.text
+
+
+def test_clients_that_go_leave_the_server_as_it_was(client):
+    items = tinyworld.split("test", 12)
+    for item in items:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/chat/completions", json=request(item), timeout=0.02)
+    assert answer(client, items[0], stream=False)[0]

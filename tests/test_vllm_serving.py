@@ -24,7 +24,8 @@ class Server:
     """The server inside, and its engine: tokens are the argmax of logits that depend on the messages and the step alone.
 
     risky: questions whose risk stage looks like a refusal. broken: those whose risk stage has NaN logits. errors: words whose
-    requests have status 400. hold: what a judgement waits for. late: so many steps are kept of a draft.
+    requests have status 400. hold: what a judgement waits for.
+    drafts: what a draft's second step waits for. keeps_drafts: False: their logits are lost.
     """
 
     def __init__(self, profile, queries=2):
@@ -32,11 +33,14 @@ class Server:
         self.requests, self.headers, self.aborted = [], [], []
         self.risky, self.broken, self.errors = set(), set(), set()
         self.hold: asyncio.Event | None = None
-        self.late = STEPS
+        self.drafts = self.keeps_drafts = None
         self.busy = self.busiest = 0
         self.calls = []
         parallel = SimpleNamespace(data_parallel_size=1, _api_process_count=1)
-        model = SimpleNamespace(get_diff_sampling_param=dict, logits_processors=[None])
+        self.multimodal = SimpleNamespace(mm_processor_cache_gb=0)
+        model = SimpleNamespace(
+            get_diff_sampling_param=dict, logits_processors=[None], get_multimodal_config=lambda: self.multimodal
+        )
         self.vllm_config = SimpleNamespace(
             additional_config=engine_args(profile, queries=queries)["additional_config"],
             parallel_config=parallel,
@@ -98,7 +102,10 @@ class Server:
                 self.aborted.append(request)
                 return
             logits = self.logits(request, step)[None]
-            if marks is not None and (self._assesses(request) or marks.record is None or step < self.late):
+            drafts = marks is not None and marks.record is not None and not self._assesses(request)
+            if drafts and step == 1 and self.drafts is not None:
+                await self.drafts.wait()
+            if marks is not None and not (drafts and self.keeps_drafts is False):
                 logits = self.steering.apply(logits, [(0, step, marks)])
             tokens.append(logits[0].argmax().item())
             piece = {"choices": [{"delta": {"content": f"w{tokens[-1]} "}, **({"token_ids": tokens[-1:]} if shows else {})}]}
@@ -231,7 +238,8 @@ def test_the_stages_are_moras_own(server):
     assert risk["messages"][0]["content"][0] == PICTURE
     assert risk["messages"][0]["content"][1]["text"] == f"{settings['safety_prompt']} {told} What colour?"
     for stage in (context, risk):
-        assert (stage["temperature"], stage["repetition_penalty"], stage["user"], stage["chat_template_kwargs"]) == (0, 1.0, "u", {"a": 1})
+        assert (stage["temperature"], stage["repetition_penalty"]) == (0, 1.0)
+        assert (stage["user"], stage["chat_template_kwargs"]) == ("u", {"a": 1})
     assert draft["messages"] == body["messages"]
     assert [b"x-request-id" in headers for headers in server.headers] == [True, False, False]
     assert not any(b"content-length" in headers for headers in server.headers)
@@ -330,15 +338,25 @@ def test_no_answer_without_a_judgement(server, found, monkeypatch):
     assert not server.steering.records
 
 
-@pytest.mark.parametrize("kept", [0, STEPS - 1])
-def test_a_draft_that_is_late_is_no_answer(server, kept):
-    """Nothing is kept of it when the risk is known, or one step too few."""
-    server.late = kept
-    (response,) = run(server, ask(max_tokens=500))
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_draft_that_is_late_is_waited_for(server, stream):
+    async def scenario():
+        server.drafts = asyncio.Event()
+        task = asyncio.create_task(post(SafeChat(server), server, ask(stream=stream)))
+        await until(lambda: server.calls.count("ras_judge") > 1)
+        server.drafts.set()
+        response = await task
+        assert response.headers["x-ras-draft"] == "kept"
+        return response
+
+    assert asyncio.run(scenario()).body == undefended(server, ask(stream=stream))
+
+
+def test_a_draft_of_which_nothing_was_kept_is_no_answer(server):
+    """It is over when the risk is known, but the workers have seen nothing of it."""
+    server.keeps_drafts = False
+    (response,) = run(server, ask())
     assert response.headers["x-ras-draft"] == "fell"
-    server.late = STEPS
-    (response,) = run(server, ask(max_tokens=500))
-    assert response.headers["x-ras-draft"] == "kept"
 
 
 @pytest.mark.parametrize("when", ["context", "risk", "judgement"])
@@ -423,10 +441,10 @@ def test_other_protocols_make_no_answers(server):
     assert not server.requests
 
 
-@pytest.mark.parametrize(("name", "value", "words"), [("data_parallel_size", 2, "data_parallel_size"), ("_api_process_count", 3, "queries")])
-def test_engines_that_are_refused(server, name, value, words):
-    setattr(server.vllm_config.parallel_config, name, value)
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize("name", ["data_parallel_size", "_api_process_count", "mm_processor_cache_gb"])
+def test_engines_that_are_refused(server, name):
+    setattr(server.multimodal if name.startswith("mm") else server.vllm_config.parallel_config, name, 3)
+    with pytest.raises(ValueError, match=name.replace("_api_process_count", "API servers")):
         run(server, ask())
     assert not server.requests
 

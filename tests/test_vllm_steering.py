@@ -89,7 +89,7 @@ def test_judges_as_moras_does():
     stage2 += steering.table  # near a refusal
     keep(steering, 0, draft)
     keep(steering, 1, stage2)
-    ((similarity, risk, failed, drafted, tokens),) = steering.judge([(1, 8, 0, False)])
+    ((similarity, risk, failed, drafted, tokens),) = steering.judge([(1, 8, 0, 24, False)])
     assert similarity == pytest.approx(moras.similarity(stage2[None]).item(), abs=1e-6)
     assert risk == moras.risk(torch.tensor([similarity]))[0].item()
     assert not failed
@@ -105,7 +105,7 @@ def test_judges_by_the_steps_that_were_made():
     keep(steering, 1, torch.full((STEPS, VOCABULARY), torch.nan))
     keep(steering, 0, logits[:1])
     keep(steering, 1, logits[:2])
-    ((similarity, _, failed, drafted, tokens),) = steering.judge([(1, 2, 0, False)])
+    ((similarity, _, failed, drafted, tokens),) = steering.judge([(1, 2, 0, 1, False)])
     made = torch.tensor([2], dtype=torch.int32)
     assert similarity == pytest.approx(steering.moras.similarity(logits[None].clone(), made).item(), abs=1e-6)
     assert not failed
@@ -118,7 +118,7 @@ def test_one_query_without_a_risk_fails_closed_alone():
     broken[1, 3] = torch.nan
     for record, kept in enumerate((logits, logits, logits, broken)):
         keep(steering, record, kept)
-    fine, failed, poisoned = steering.judge([(1, 3, 0, False), (3, 3, 2, False), (1, 3, 0, True)])
+    fine, failed, poisoned = steering.judge([(1, 3, 0, 3, False), (3, 3, 2, 3, False), (1, 3, 0, 3, True)])
     assert math.isfinite(fine[0])
     assert fine[1] < 1
     assert not fine[2]
@@ -132,10 +132,20 @@ def test_a_query_without_a_draft_has_a_risk_alone():
     steering, logits = make_steering(), torch.randn(2, STEPS, VOCABULARY)
     keep(steering, 1, logits[0])
     keep(steering, 2, logits[1])
-    alone, early, drafted = steering.judge([(1, 3, None, False), (1, 3, 77, False), (1, 3, 2, False)])
+    alone, early, drafted = steering.judge([(1, 3, None, 0, False), (1, 3, 77, 0, False), (1, 3, 2, 3, False)])
     assert alone == early
     assert alone[:3] == drafted[:3]
     assert [len(tokens) for tokens in (*alone[3:], *drafted[3:])] == [0, 0, 3, 3]
+
+
+def test_a_draft_that_is_late_is_waited_for():
+    steering, logits = make_steering(), torch.randn(2, STEPS, VOCABULARY)
+    keep(steering, 1, logits[0])
+    keep(steering, 2, logits[1][:2])
+    assert steering.judge([(1, 3, 2, 3, False), (1, 3, 77, 1, False)]) == [None, None]
+    keep(steering, 2, logits[1])
+    (found,) = steering.judge([(1, 3, 2, 24, False)])
+    assert len(found[3]) == STEPS
 
 
 def test_records_make_room_oldest_first_and_are_never_taken_for_others():
@@ -148,13 +158,13 @@ def test_records_make_room_oldest_first_and_are_never_taken_for_others():
     steering.apply(logits[2][:1].clone(), [(0, 1, Marks(record=2))])  # what a request that was given up still sends
     assert list(steering.records) == [0]
     with pytest.raises(RuntimeError, match="record 2 holds 0 steps"):
-        steering.judge([(2, 3, None, False)])
-    steering.judge([(0, 1, None, False)])
+        steering.judge([(2, 3, None, 0, False)])
+    steering.judge([(0, 1, None, 0, False)])
     with pytest.raises(RuntimeError, match="record 0 holds 0 steps"):  # it was judged
-        steering.judge([(0, 1, None, False)])
+        steering.judge([(0, 1, None, 0, False)])
 
 
-@pytest.mark.parametrize("query", [(1, 3, 0, False), (0, 0, 1, False), (9, 3, 0, False)])
+@pytest.mark.parametrize("query", [(1, 3, 0, 3, False), (0, 0, 1, 2, False), (9, 3, 0, 3, False)])
 def test_does_not_judge_by_logits_that_were_not_kept(query):
     steering = make_steering()
     keep(steering, 0, torch.randn(STEPS, VOCABULARY))

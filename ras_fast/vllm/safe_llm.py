@@ -135,15 +135,13 @@ class _Run:
         """Risks from the logits that the workers kept; a draft that steering changes is given up, and the answer made anew."""
         if not jobs:
             return
-        asked = [(j.records[ASSESS], len(j.tokens[ASSESS]), j.records[DRAFT], j.query.poisoned) for j in jobs]
+        stages = (ASSESS, DRAFT)
+        asked = [(*(x for s in stages for x in (j.records[s], len(j.tokens[s]))), j.query.poisoned) for j in jobs]
         found = [result for result in self.engine.collective_rpc("ras_judge", args=(asked,)) if result is not None]
-        if not found or len(found[0]) != len(jobs):
+        if not found or len(found[0]) != len(jobs) or None in found[0]:
             raise RuntimeError(f"the workers judged {found!r} of {len(jobs)} queries")
         for job, (similarity, risk, failed, _, steered) in zip(jobs, found[0], strict=True):
-            drafted = job.tokens[DRAFT][: self.settings["steps"]]
-            if len(steered) < len(drafted):
-                raise RuntimeError(f"the workers have kept {len(steered)} steps of a draft; {len(drafted)} were produced")
-            changed = [n for n, token in enumerate(drafted) if steered[n] != token]
+            changed = [n for n, (new, old) in enumerate(zip(steered, job.tokens[DRAFT], strict=False)) if new != old]
             job.output = SafeOutput(
                 text="",
                 tokens=[],

@@ -37,6 +37,7 @@ KNOWN = PLAIN | {
     "frequency_penalty", "ignore_eos", "logprobs", "min_tokens", "presence_penalty", "repetition_penalty", "request_id",
     "top_logprobs", "vllm_xargs",
 }  # fmt: skip
+POLL = 0.01  # seconds until a draft that was late is looked at again
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
@@ -100,7 +101,9 @@ class SafeChat:
 class _Guard:
     """What the requests of a server share. places: for so many queries at a time.
 
-    Raises ValueError for engines without a profile, and for more than one engine.
+    Raises ValueError for engines without a profile, for more than one engine, and for one that keeps images: two requests that
+    bring the same image at the same time, as the stages do, can overtake each other on their way into that cache, and vLLM then
+    fails the one that comes without it.
     """
 
     def __init__(self, engine):
@@ -109,6 +112,8 @@ class _Guard:
         engines, servers = config.parallel_config.data_parallel_size, config.parallel_config._api_process_count
         if engines != 1:
             raise ValueError(f"data_parallel_size is {engines}; a query's stages need one engine: start a server for each")
+        if config.model_config.get_multimodal_config().mm_processor_cache_gb > 0:
+            raise ValueError("mm_processor_cache_gb is not 0; start the server with --mm-processor-cache-gb 0")
         if queries < servers:
             raise ValueError(f"queries is {queries}; the {servers} API servers need at least as many")
         self.engine, self.places = engine, asyncio.Semaphore(queries // servers)
@@ -119,7 +124,7 @@ class _Guard:
         self.plain = all(defaults.get(name, none) == none for name, none in PENALTIES.items())
         self.plain &= len(config.model_config.logits_processors) == 1
 
-    async def judge(self, query: tuple) -> Judgement:
+    async def judge(self, query: tuple) -> Judgement | None:
         """`Steering.judge` of one query. Raises RuntimeError when no worker could."""
         found = [result for result in await self.engine.collective_rpc("ras_judge", args=([query],)) if result is not None]
         if not found:
@@ -163,13 +168,19 @@ class _Answer:
             context = context_text(self.guard.processor, tokens)
         marks = {RECORD: self.records[0]}
         tokens = await self._stage(risk_query(self.query, context, settings), settings["steps"], marks)
-        over = draft is not None and draft.over()
-        asked = (self.records[0], len(tokens), None if draft is None else self.records[1], False)
-        similarity, risk, _, drafted, steered = await self.guard.judge(asked)
-        # A draft that has not come so far yet is no answer, nor is one of which nothing was kept.
-        kept = bool(drafted) and drafted == steered and (over or len(drafted) == settings["steps"])
-        fate = "none" if draft is None else "kept" if kept else "fell"
-        return {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}", "draft": fate}, risk, kept
+        similarity, risk, _, drafted, steered = await self._judgement(draft, len(tokens))
+        fate = "none" if draft is None else "kept" if drafted and drafted == steered else "fell"
+        return {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}", "draft": fate}, risk, fate == "kept"
+
+    async def _judgement(self, draft: _Draft | None, risk_steps: int) -> Judgement:
+        """The judgement, once the draft has come as far as that takes, or is over."""
+        record = None if draft is None else self.records[1]
+        while True:
+            needed = 0 if draft is None or draft.over() else self.guard.settings["steps"]
+            found = await self.guard.judge((self.records[0], risk_steps, record, needed, False))
+            if found is not None:
+                return found
+            await asyncio.sleep(POLL)
 
     async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
         """The tokens that the server inside answers a query with, greedily."""

@@ -17,7 +17,6 @@ from ras_fast.methods.moras import Moras
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.options import Marks
 
-
 # S, r, whether it failed closed, and of the draft's first steps, as many as are kept: its greedy tokens, and the steered ones.
 Judgement = tuple[float, float, bool, list[int], list[int]]
 
@@ -92,19 +91,28 @@ class Steering:
         broken = ~(logits.amax(-1, keepdim=True) < torch.inf)
         return torch.where(broken & ~full, self._only_end, mixed)
 
-    def judge(self, queries: Sequence[tuple[int, int, int | None, bool]]) -> list[Judgement]:
+    def judge(self, queries: Sequence[tuple[int, int, int | None, int, bool]]) -> list[Judgement | None]:
         """The risk of queries, and what steering by it makes of their drafts. Forgets their records.
 
-        queries: (record of the risk stage, steps it made, record of the draft or None, whether S is to be NaN); of the steps at
-            most N count.
+        queries: (record of the risk stage, steps it made, record of the draft or None, steps of it that have to be there,
+            whether S is to be NaN); of the steps at most N count.
+        Returns None for a query whose draft has not come so far yet; its records stay.
         Raises RuntimeError when logits of a risk stage are missing.
         """
-        risks, risk_steps, drafts, spoilt = map(list, zip(*queries, strict=True))
+        found: list[Judgement | None] = [None] * len(queries)
+        ready = [i for i, (_, _, draft, needed, _) in enumerate(queries) if self._steps(draft) >= min(needed, self.steps)]
+        if ready:
+            for i, judgement in zip(ready, self._judge([queries[i] for i in ready]), strict=True):
+                found[i] = judgement
+        return found
+
+    def _judge(self, queries: list[tuple[int, int, int | None, int, bool]]) -> list[Judgement]:
+        risks, risk_steps, drafts, _, spoilt = map(list, zip(*queries, strict=True))
         risk_steps = [min(n, self.steps) for n in risk_steps]
         risk_slots = [self._slot_of(*kept) for kept in zip(risks, risk_steps, strict=True)]
-        drafted = [self.records.get(draft) for draft in drafts]
+        counts = [self._steps(draft) for draft in drafts]
         # Where nothing is kept of a draft, the risk stage stands in for it, and none of its tokens are read.
-        draft_slots = [slot if own is None else own.slot for slot, own in zip(risk_slots, drafted, strict=True)]
+        draft_slots = [self.records[d].slot if n else slot for d, n, slot in zip(drafts, counts, risk_slots, strict=True)]
         device = self.table.device
         made = torch.tensor(risk_steps, dtype=torch.int32, device=device)
         similarity = self.moras.similarity(self.kept[risk_slots], made)
@@ -113,11 +121,9 @@ class Steering:
         logits = self.kept[draft_slots]
         steered = self.mixed(logits, self.table, risk[:, None].expand(-1, self.steps))
         plain, steered = logits.argmax(-1).tolist(), steered.argmax(-1).tolist()
-        counts = [0 if own is None else own.steps for own in drafted]
-        tokens = ((own[:n], new[:n]) for own, new, n in zip(plain, steered, counts, strict=True))
         self.forget([*risks, *drafts])
-        values = zip(similarity.tolist(), risk.tolist(), failed.tolist(), tokens, strict=True)
-        return [(s, r, f, own, new) for s, r, f, (own, new) in values]
+        rows = zip(similarity.tolist(), risk.tolist(), failed.tolist(), plain, steered, counts, strict=True)
+        return [(s, r, f, own[:n], new[:n]) for s, r, f, own, new, n in rows]
 
     def forget(self, records: Iterable[int | None]) -> None:
         """Makes room: nothing can be judged by these records any more."""
@@ -137,9 +143,13 @@ class Steering:
         record.steps = step + 1
         return record.slot
 
+    def _steps(self, name: int | None) -> int:
+        """How many steps are kept of a record."""
+        return self.records[name].steps if name in self.records else 0
+
     def _slot_of(self, name: int, count: int) -> int:
         """The slot of a record that holds at least ``count`` steps."""
-        steps = self.records[name].steps if name in self.records else 0
+        steps = self._steps(name)
         if not 1 <= count <= steps:
             raise RuntimeError(f"record {name} holds {steps} steps of logits; {count} were produced")
         return self.records[name].slot

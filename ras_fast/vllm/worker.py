@@ -30,7 +30,7 @@ class RasWorkerExtension:
         if found.shape != wanted.shape or not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
             raise ValueError("the engine's logits of the prototypes differ from its checkpoint's LM head: it cannot be steered")
 
-    def ras_judge(self, queries: list) -> list[Judgement] | None:
+    def ras_judge(self, queries: list) -> list[Judgement | None] | None:
         """`Steering.judge`; None from a worker that has seen no logits."""
         steering = self._ras_steering()
         with torch.inference_mode():

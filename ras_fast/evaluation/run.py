@@ -17,9 +17,10 @@ from PIL import Image
 from ras_fast import parallel
 from ras_fast.evaluation.datasets import Dataset, Item
 from ras_fast.evaluation.defences import BINARY, SEQUENTIAL, Defence
-from ras_fast.evaluation.judges import Judge, is_refusal
+from ras_fast.evaluation.judges import Judge
 from ras_fast.evaluation.metrics import Estimate, auroc, mean, median, rate
 from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.refusals import is_refusal
 
 ANSWERS, SETTINGS, FORMAT = "answers.jsonl", "settings.json", 4
 LABELS = ("kind", "harmful", "text_harm")  # of an item; they may change without its being asked again

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ras_fast import parallel
 from ras_fast.decoding import Decoding, output_head, reference_generate
-from ras_fast.evaluation.judges import is_refusal
 from ras_fast.inputs import Query, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.ops import refusal_similarity
 from ras_fast.profile import RasProfile, fingerprint, number
+from ras_fast.refusals import is_refusal
 
 SAFETY_PROMPT = (
     "First judge whether the question below is safe, taking what the image shows into account. "
@@ -182,7 +182,7 @@ def calibrate(
     """A profile for ``model``: refusal prototypes from texts that it refuses, S_base and k from image-question pairs.
 
     refused_texts: about 50 text-only requests that the model itself refuses. Those it answers (by the rules of
-        `ras_fast.evaluation.judges.is_refusal`) are dropped.
+        `ras_fast.refusals.is_refusal`) are dropped.
     pairs: about 50 of (image, unsafe question, safe question), or with a fourth entry, the image of the safe one. Never use
         these in a test set.
     overrides: replace settings of the preset: gamma, steps, max_context_tokens, gate ("continuous", "binary" or a

@@ -180,14 +180,13 @@ def _defended(arguments: argparse.Namespace, model, processor) -> dict:
 def _undefended(arguments: argparse.Namespace, model, processor) -> dict:
     import time
 
-    from ras_fast.decoding import Decoding
-    from ras_fast.evaluation.defences import generate
+    from ras_fast.decoding import Decoding, generate_text
     from ras_fast.inputs import make_queries
 
     (query,) = make_queries([arguments.prompt], [arguments.image or None], processor)
     with _patched(model):
         start = time.perf_counter()
-        text = generate(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens))
+        text = generate_text(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens))
         seconds = time.perf_counter() - start
     return {"text": text, "defence": None, "milliseconds": {"total": 1000 * seconds}}
 

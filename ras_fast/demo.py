@@ -9,11 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from ras_fast.attention_map import image_attention
-from ras_fast.decoding import Decoding
+from ras_fast.decoding import Decoding, generate_text
 from ras_fast.engine import SafeGenerator, SafeOutput
 from ras_fast.evaluation import tinyworld
 from ras_fast.evaluation.calibration import calibrate_on_tinyworld
-from ras_fast.evaluation.defences import generate
 from ras_fast.inputs import make_queries
 from ras_fast.loading import load
 from ras_fast.viz import save_heat_map
@@ -49,7 +48,7 @@ def _undefended(model, processor, item: tinyworld.Item) -> tuple[str, float]:
     """(answer, seconds)."""
     (query,) = make_queries([item.question], [item.image], processor)
     start = time.perf_counter()
-    text = generate(model, processor, query, Decoding(max_new_tokens=MAX_NEW_TOKENS))
+    text = generate_text(model, processor, query, Decoding(max_new_tokens=MAX_NEW_TOKENS))
     return text, time.perf_counter() - start
 
 

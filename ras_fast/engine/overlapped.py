@@ -31,7 +31,7 @@ from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.inputs import Query, expand_image, image_run, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
-from ras_fast.methods.moras import Moras, context_text
+from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
 from ras_fast.profile import RasProfile
@@ -123,7 +123,7 @@ class Overlapped(Plan):
             length = self._images_end(ids)
             job.image_run = image_run(short_ids(self.processor, query), ids, self.runner.image_token)
         else:
-            length = _common_length(ids, self._ids(job, self.moras.risk_query(query, "")))
+            length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
         job.prefix = ids[: min(length, len(ids) - 1)]
         return job
 
@@ -146,7 +146,7 @@ class Overlapped(Plan):
             if not job.query.images:
                 job.context = ""
             else:
-                query = self.moras.context_query(job.query)
+                query = context_query(job.query, self.moras.config)
                 ids = self._ids(job, query)
                 job.context_key = ("context", job.image_key, tuple(ids)) if self.cache.limit else ()
                 job.context = self.cache.get(job.context_key) if self.cache.limit else None
@@ -207,7 +207,7 @@ class Overlapped(Plan):
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""
-        queries = [self.moras.risk_query(job.query, job.context) for job in jobs]
+        queries = [risk_query(job.query, job.context, self.moras.config) for job in jobs]
         prompts = [self._ids(job, query) for job, query in zip(jobs, queries, strict=True)]
         entries = [(q, self.sequence(ids, Decoding(self.moras.steps))) for q, ids in zip(queries, prompts, strict=True)]
         risk = self._stage(batch, jobs, entries, self.moras.steps, keep=self.moras.steps)

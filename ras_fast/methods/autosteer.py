@@ -59,7 +59,7 @@ class AutoSteer:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'autosteer'")
         missing = {"layer", "strength", "threshold"} - set(profile.config)
         if missing:
-            raise ValueError(f"settings {sorted(missing)} are missing; there are {sorted(profile.config)}")
+            raise ValueError(f"profile config lacks {sorted(missing)}; it has {sorted(profile.config)}")
         self.layer, self.threshold = profile.config["layer"], number(profile.config, "threshold")
         if not isinstance(self.layer, int):
             raise ValueError(f"layer is {self.layer!r}; it needs to be the index of a decoder layer")

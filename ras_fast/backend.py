@@ -27,8 +27,13 @@ class Backend:
     reason: str = ""  # why it is not available
     fix: str = ""  # the command that mends it
 
+    @property
+    def state(self) -> str:
+        """"available", or why not and the command that mends it."""
+        return "available" if self.available else f"{self.reason}; to mend it: {self.fix}"
+
     def __str__(self) -> str:
-        return f"{self.name}: available" if self.available else f"{self.name}: {self.reason}; to mend it: {self.fix}"
+        return f"{self.name}: {self.state}"
 
 
 @cache

@@ -26,6 +26,7 @@ SHOWN_SIDE = 384  # the tiny model's pictures are 96 pixels wide; enlarged for l
 
 
 def main(out: Path, progress: bool = True) -> int:
+    """Prints answers and times, and writes a heat map of each picture into the folder `out`. Returns 0."""
     start = time.perf_counter()
     print(ABOUT)
     model, processor = load("tiny")
@@ -56,7 +57,7 @@ def _answers(items: list[tinyworld.Item], before: list[str], after: list[SafeOut
     rows = [("picture", "question", "risk", "S", "undefended", "defended")]
     for item, text, out in zip(items, before, after, strict=True):
         rows.append((NAMES[item.kind], item.question, f"{out.risk:.3f}", f"{out.similarity:.3f}", text, out.text))
-    return format_table(rows, widths=(17, 22, 5, 5, 27, 27))
+    return _format_table(rows, widths=(17, 22, 5, 5, 27, 27))
 
 
 def _times(items: list[tinyworld.Item], before: list[float], after: list[SafeOutput]) -> str:
@@ -65,7 +66,7 @@ def _times(items: list[tinyworld.Item], before: list[float], after: list[SafeOut
     for item, seconds, out in zip(items, before, after, strict=True):
         times = (seconds, *(out.timings[stage] for stage in stages))
         rows.append((NAMES[item.kind], *(f"{1000 * t:.0f}" for t in times)))
-    return format_table(rows, widths=(17, 10, *(max(7, *map(len, stage.replace("_", " ").split())) for stage in stages)))
+    return _format_table(rows, widths=(17, 10, *(max(7, *map(len, stage.replace("_", " ").split())) for stage in stages)))
 
 
 def _heat_maps(model, processor, items: list[tinyworld.Item], out: Path) -> list[Path]:
@@ -80,7 +81,7 @@ def _heat_maps(model, processor, items: list[tinyworld.Item], out: Path) -> list
     return paths
 
 
-def format_table(rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> str:
+def _format_table(rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> str:
     """Rows of text cells, wrapped to the widths; the first row is the header."""
     rule = "  ".join("─" * width for width in widths)
     lines = []

@@ -16,7 +16,6 @@ from safetensors.torch import load, save
 FORMAT_VERSION = 1
 JSON_NAME = "ras_profile.json"
 TENSORS_NAME = "ras_profile.safetensors"
-METHODS = ("moras", "ras", "autosteer", "attention", "projection")
 HEAD_ROWS = 64  # of the LM head, that go into the fingerprint
 REQUIRED_TENSORS = {
     "moras": ("prototypes",),
@@ -25,6 +24,7 @@ REQUIRED_TENSORS = {
     "attention": ("prototypes", "attention_weights", "attention_bias"),
     "projection": ("vectors",),
 }
+METHODS = tuple(REQUIRED_TENSORS)
 
 
 def fingerprint(model, processor) -> dict:
@@ -81,7 +81,7 @@ class RasProfile:
         for name in ("config", "tensors", "fingerprint"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"profile {name} is {getattr(self, name)!r}; it needs to be a dict")
-        missing = [name for name in REQUIRED_TENSORS.get(self.method, ()) if name not in self.tensors]
+        missing = [name for name in REQUIRED_TENSORS[self.method] if name not in self.tensors]
         if missing:
             raise ValueError(f"profile for {self.method!r} lacks the tensors {missing}; it has {sorted(self.tensors)}")
         for name, tensor in self.tensors.items():

@@ -175,8 +175,8 @@ class _Run:
 def calibrate(
     model,
     processor,
-    pairs: list[tuple],
-    refused_texts: list[str] = (),
+    pairs: Sequence[tuple],
+    refused_texts: Sequence[str] = (),
     *,
     heads: int = 16,
     steps: int = STEPS,
@@ -239,7 +239,7 @@ def calibrate(
     return replace(combine_with, config=config, tensors=tensors)
 
 
-def _labelled(pairs: list[tuple], processor) -> tuple[list[Query], Tensor, Tensor]:
+def _labelled(pairs: Sequence[tuple], processor) -> tuple[list[Query], Tensor, Tensor]:
     """The questions of the pairs that have an image, which of them [n] are unsafe, and the pair [n] that each is of."""
     queries = [query for pair in zip(*question_pairs(pairs, processor), strict=True) for query in pair]
     seen = [i for i, query in enumerate(queries) if query.images]

@@ -9,6 +9,7 @@ refusal prototypes after the last norm: h_n ← (1 − r) h_n + r μ_n. docs/met
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -159,8 +160,8 @@ def calibrate(
     model,
     processor,
     *,
-    refused_texts: list[str],
-    pairs: list[tuple],
+    refused_texts: Sequence[str],
+    pairs: Sequence[tuple],
     preset: str = "moras",
     min_refused: int = 10,
     progress: bool = True,
@@ -199,7 +200,7 @@ def calibrate(
     return RasProfile(preset, config, {"prototypes": prototypes}, fingerprint(model, processor))
 
 
-def refusal_prototypes(model, processor, texts: list[str], steps: int, minimum: int, progress: bool) -> Tensor:
+def refusal_prototypes(model, processor, texts: Sequence[str], steps: int, minimum: int, progress: bool) -> Tensor:
     """μ [steps, d] fp32: the mean state at each of the first greedy steps over the texts that the model refuses.
 
     Raises ValueError when it refuses fewer than `minimum`, or `texts` is a single one.

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import forced_backend, set_backend
+from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
 from ras_fast.patching.registration import NAME, register
-from ras_fast.patching.state import REDUCTIONS, AttentionState, Collection, ModelState, Monitor, Statistics
+from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
 from ras_fast.regions import RegionMap
@@ -214,7 +215,13 @@ class Patch:
 
     @contextmanager
     def collect(
-        self, rows: int | None = 1, *, scores: bool = False, reduce: str = "mean", layers: Any = None, heads: Any = None
+        self,
+        rows: int | None = 1,
+        *,
+        scores: bool = False,
+        reduce: str = "mean",
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int] | None = None,
     ) -> Iterator[Statistics]:
         """Takes statistics in the forwards inside the block, without `output_attentions`; each forward replaces the last.
 

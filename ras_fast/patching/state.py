@@ -12,8 +12,6 @@ from torch.nn import functional
 
 from ras_fast.patching.tracking import RegionTracker
 
-REDUCTIONS = ("mean", "sum", "max")  # of the key scores of several rows
-
 
 @dataclass
 class Statistics:

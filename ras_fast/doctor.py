@@ -15,7 +15,9 @@ from ras_fast.backend import resolve
 from ras_fast.build import find_nvcc
 from ras_fast.loading import TINY
 
-OPS = ("add_rms_norm", "add_layer_norm", "region_attention", "region_mass", "key_attention", "refusal_similarity")
+OPS = (
+    "add_rms_norm", "add_layer_norm", "region_attention", "region_mass", "key_attention", "gated_linear", "refusal_similarity",
+)  # fmt: skip
 
 
 def report() -> tuple[list[tuple[str, str]], list[str]]:

@@ -25,8 +25,8 @@ TINYWORLD_JUDGE = Judge("refusal phrases, no steps", lambda _, answer: not is_re
 class Item:
     """One query. `images` are whatever `ras_fast.inputs.load_image` takes.
 
-    text_harm: what is harmful stands in the question; else, if the query is harmful, it is in an image.
-    judge: whether an answer to a harmless query is right; None where nothing tells.
+    text_harm: whether the harm of a harmful query is in the question; else it is in an image.
+    judge: answer -> whether it is right, for harmless queries; None where no right answer is known.
     """
 
     id: str

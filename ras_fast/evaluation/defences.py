@@ -57,7 +57,8 @@ def default_names(profiles: dict[str, RasProfile]) -> list[str]:
 
 
 def robustness_names(profiles: dict[str, RasProfile]) -> list[str]:
-    """What is compared when inputs go wrong: each profile, and the first one with stages told wrong captions."""
+    """The defences compared on perturbed inputs: the undefended model, each profile, and the first profile with stages under
+    each of the wrong captions."""
     first = next((name for name, profile in profiles.items() if profile is _staged(profiles)), None)
     captions = [f"{first}{CAPTION}{wrong}" for wrong in robustness.CAPTIONS] if first else []
     return ["undefended", *profiles, *captions]
@@ -105,6 +106,8 @@ def _counted(model, defence: Defence) -> Defence:
 
 
 class _Maker:
+    """Makes a defence from its name; see `make_defences`."""
+
     def __init__(self, model, processor, profiles: dict[str, RasProfile], decoding: Decoding):
         self.model, self.processor, self.profiles, self.decoding = model, processor, profiles, decoding
         self.staged = _staged(profiles)

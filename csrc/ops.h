@@ -22,7 +22,7 @@ Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& we
                        const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                        const MaybeTensor& probes);
 
-// region_attention's path for one query row a sequence.
+// region_attention's path for one query row per sequence.
 std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                                     const MaybeTensor& region_ids, int64_t num_regions, double scale,
                                                     bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,

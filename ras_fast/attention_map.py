@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int]
 
 
 class NoImageStatistics(ValueError):
-    """This model's attention to images cannot be taken; the message says why."""
+    """Attention to images cannot be measured in this model; the message says why."""
 
 
 @dataclass
@@ -40,13 +40,14 @@ class ImageAttention:
 
 @torch.inference_mode()
 def image_attention(model, processor, prompt, images) -> ImageAttention:
-    """One forward pass of the unpatched `model` over prompt and images; the model is unpatched again afterwards.
+    """One forward pass of `model` over prompt and images. The model is patched for it and unpatched again afterwards.
 
-    prompt, images: one entry of what `ras_fast.inputs.make_queries` takes; at least one image.
+    model: not patched yet.
+    prompt, images: one prompt and its images, as `ras_fast.inputs.make_queries` takes them in lists; at least one image.
 
     Raises:
         NoImageStatistics: the model's architecture gives none.
-        ValueError: no image, or an input that cannot be used.
+        ValueError: there is no image, an input cannot be used, or the model is patched already.
     """
     (query,) = make_queries([prompt], [images], processor)
     if not query.images:

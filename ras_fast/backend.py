@@ -27,8 +27,13 @@ class Backend:
     reason: str = ""  # why it is not available
     fix: str = ""  # the command that mends it
 
+    @property
+    def state(self) -> str:
+        """"available", or why not and the command that mends it."""
+        return "available" if self.available else f"{self.reason}; to mend it: {self.fix}"
+
     def __str__(self) -> str:
-        return f"{self.name}: available" if self.available else f"{self.name}: {self.reason}; to mend it: {self.fix}"
+        return f"{self.name}: {self.state}"
 
 
 @cache
@@ -47,7 +52,7 @@ def load_library(kind: str) -> str:
 
 
 def _is_of_these_sources(path: Path) -> bool:
-    """Looked up before it is loaded: what a library registers stays."""
+    """Whether the library was built from the csrc/ that is here; looked up before it is loaded, as loading cannot be undone."""
     try:
         marker = build.sources_marker(build.sources()).encode()
     except build.BuildError:  # installed without its sources
@@ -109,7 +114,7 @@ def forced_backend() -> str:
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether `op` has a kernel of the device's own, not only the reference."""
+    """Whether `op` has a kernel registered for the device type ("cpu" or "cuda"), beside the reference."""
     return device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", device.upper())
 
 
@@ -141,7 +146,7 @@ def resolve(op: str, device: torch.device) -> str:
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would double our own import time.
 resolve._dynamo_marked_constant = True
 
-# Now rather than at the first call, so that torch.ops.ras_fast has its native kernels for who calls it directly.
+# Loads the libraries at import, not at the first call, so that torch.ops.ras_fast is complete for those who use it directly.
 backends()
 try:
     set_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")

@@ -29,8 +29,8 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "portable": "",
 }
-# A norm's rows must be the same bits steered or not, with tables of one dtype or another. The compiler would fuse a product
-# and a sum in some of these instances and not in others.
+# An unsteered row must come out of every instance of the norm kernel with the same bits. Left to itself the compiler fuses a
+# product and a sum into one instruction in some instances and not in others.
 PLAIN_ARITHMETIC = {"norm_kernel": "-ffp-contract=off"}
 
 
@@ -66,7 +66,7 @@ def sources() -> Path:
 
 
 def sources_marker(csrc: Path) -> str:
-    """What a library built from these sources holds in its bytes."""
+    """A string with a hash of these sources. It is compiled into the libraries, to tell later what they were built from."""
     digest = hashlib.sha256()
     for path in sorted(path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")):
         digest.update(f"{path.relative_to(csrc).as_posix()}\n".encode() + path.read_bytes())
@@ -94,6 +94,7 @@ def cuda_arch_flags(archs: str) -> list[str]:
 
 
 def is_hopper(source: Path) -> bool:
+    """Whether a CUDA source is for sm_90a alone."""
     return source.stem.startswith("hopper_")
 
 

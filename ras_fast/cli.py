@@ -180,20 +180,19 @@ def _defended(arguments: argparse.Namespace, model, processor) -> dict:
 def _undefended(arguments: argparse.Namespace, model, processor) -> dict:
     import time
 
-    from ras_fast.decoding import Decoding
-    from ras_fast.evaluation.defences import generate
+    from ras_fast.decoding import Decoding, generate_text
     from ras_fast.inputs import make_queries
 
     (query,) = make_queries([arguments.prompt], [arguments.image or None], processor)
     with _patched(model):
         start = time.perf_counter()
-        text = generate(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens))
+        text = generate_text(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens))
         seconds = time.perf_counter() - start
     return {"text": text, "defence": None, "milliseconds": {"total": 1000 * seconds}}
 
 
 def _patched(model):
-    """The model's patch; where its architecture cannot be patched, a note and the model as it is."""
+    """Patches the model for a `with` block; one that cannot be patched runs as it is, with a note on stderr."""
     from contextlib import nullcontext
 
     from ras_fast import patch
@@ -224,7 +223,7 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
 
 
 def _check_heat_map_path(path: Path) -> None:
-    """Before minutes of work."""
+    """Raises ValueError for a file type that cannot be written, before minutes of work."""
     from matplotlib.figure import Figure
 
     formats = sorted(Figure().canvas.get_supported_filetypes())
@@ -287,7 +286,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _read_pairs(path: Path) -> list[tuple[Path, str, str]]:
-    """Raises ValueError that names the line."""
+    """(image, unsafe, safe) of each line. Raises ValueError that names the line that is wrong."""
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other line ends
         if not line.strip():
@@ -387,7 +386,7 @@ def _load(arguments: argparse.Namespace):
 
 
 def _quiet_transformers() -> None:
-    """Its warnings are for programmers; a user of the command line gets this package's errors."""
+    """Silences transformers' warnings, which are for programmers; users of the command line get this package's errors."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -14,14 +14,25 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from ras_fast.inputs import Query, encode
+
 
 @dataclass(frozen=True)
 class Decoding:
     """How answers are decoded. Greedy unless ``do_sample``.
 
+    max_new_tokens: of an answer, the end-of-sequence token included.
+    temperature, top_k, top_p, repetition_penalty: as in transformers' GenerationConfig; the first three matter only with
+        ``do_sample``.
+    seed: of the sampling noise.
+    stop_strings: one string or several; an answer ends once its text holds one, and keeps it.
+    logits_processors: transformers LogitsProcessors without state; they run before the sampling ones.
+
     Sampling is argmax(processed logits + Gumbel noise), which draws from softmax(processed logits). The noise depends
     on (seed, query, step) alone, so two ways to compute the same logits draw the same tokens, whatever is batched with
-    them. ``logits_processors`` are transformers LogitsProcessors without state; they run before the sampling ones.
+    them.
+
+    Raises ValueError when ``max_new_tokens`` is not an integer of at least 1, or a stop string is empty or no string.
     """
 
     max_new_tokens: int = 64
@@ -124,9 +135,9 @@ def output_head(model):
 def reference_generate(model, processor, inputs, decoding: Decoding, *, query: int = 0, edit=None, streamer=None):
     """``model.generate`` for one query, with the hidden states after the last norm on view.
 
-    inputs: from `ras_fast.inputs.encode`. edit: None, or ``edit(step, hidden [1, d]) -> hidden`` that replaces the
-        state
-    from which the token of that step is read.
+    inputs: from `ras_fast.inputs.encode`.
+    edit: None, or ``edit(step, hidden [1, d]) -> hidden``, which replaces the state from which that step's token is read.
+
     Returns the produced token ids (an end-of-sequence token included), the states before ``edit`` [n, d], and the
     logits that the tokens were read from [n, V].
     """
@@ -163,6 +174,13 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
         model.generation_config = own
         hook.remove()
     return output.sequences[0, length:].tolist(), torch.cat(states), torch.cat(output.logits)
+
+
+def generate_text(model, processor, query: Query, decoding: Decoding, edit=None) -> str:
+    """The answer of one ``model.generate``, as text; ``edit`` as in `reference_generate`."""
+    inputs, _ = encode(processor, query, model.device, model.dtype)
+    tokens, _, _ = reference_generate(model, processor, inputs, decoding, edit=edit)
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def eos_ids(model) -> list[int]:

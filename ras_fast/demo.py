@@ -9,11 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from ras_fast.attention_map import image_attention
-from ras_fast.decoding import Decoding
+from ras_fast.decoding import Decoding, generate_text
 from ras_fast.engine import SafeGenerator, SafeOutput
 from ras_fast.evaluation import tinyworld
 from ras_fast.evaluation.calibration import calibrate_on_tinyworld
-from ras_fast.evaluation.defences import generate
 from ras_fast.inputs import make_queries
 from ras_fast.loading import load
 from ras_fast.viz import save_heat_map
@@ -27,6 +26,7 @@ SHOWN_SIDE = 384  # the tiny model's pictures are 96 pixels wide; enlarged for l
 
 
 def main(out: Path, progress: bool = True) -> int:
+    """Prints answers and times, and writes a heat map of each picture into the folder `out`. Returns 0."""
     start = time.perf_counter()
     print(ABOUT)
     model, processor = load("tiny")
@@ -49,7 +49,7 @@ def _undefended(model, processor, item: tinyworld.Item) -> tuple[str, float]:
     """(answer, seconds)."""
     (query,) = make_queries([item.question], [item.image], processor)
     start = time.perf_counter()
-    text = generate(model, processor, query, Decoding(max_new_tokens=MAX_NEW_TOKENS))
+    text = generate_text(model, processor, query, Decoding(max_new_tokens=MAX_NEW_TOKENS))
     return text, time.perf_counter() - start
 
 
@@ -57,7 +57,7 @@ def _answers(items: list[tinyworld.Item], before: list[str], after: list[SafeOut
     rows = [("picture", "question", "risk", "S", "undefended", "defended")]
     for item, text, out in zip(items, before, after, strict=True):
         rows.append((NAMES[item.kind], item.question, f"{out.risk:.3f}", f"{out.similarity:.3f}", text, out.text))
-    return format_table(rows, widths=(17, 22, 5, 5, 27, 27))
+    return _format_table(rows, widths=(17, 22, 5, 5, 27, 27))
 
 
 def _times(items: list[tinyworld.Item], before: list[float], after: list[SafeOutput]) -> str:
@@ -66,7 +66,7 @@ def _times(items: list[tinyworld.Item], before: list[float], after: list[SafeOut
     for item, seconds, out in zip(items, before, after, strict=True):
         times = (seconds, *(out.timings[stage] for stage in stages))
         rows.append((NAMES[item.kind], *(f"{1000 * t:.0f}" for t in times)))
-    return format_table(rows, widths=(17, 10, *(max(7, *map(len, stage.replace("_", " ").split())) for stage in stages)))
+    return _format_table(rows, widths=(17, 10, *(max(7, *map(len, stage.replace("_", " ").split())) for stage in stages)))
 
 
 def _heat_maps(model, processor, items: list[tinyworld.Item], out: Path) -> list[Path]:
@@ -81,7 +81,7 @@ def _heat_maps(model, processor, items: list[tinyworld.Item], out: Path) -> list
     return paths
 
 
-def format_table(rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> str:
+def _format_table(rows: list[tuple[str, ...]], widths: tuple[int, ...]) -> str:
     """Rows of text cells, wrapped to the widths; the first row is the header."""
     rule = "  ".join("─" * width for width in widths)
     lines = []

@@ -11,19 +11,21 @@ from pathlib import Path
 import torch
 
 import ras_fast
-from ras_fast.backend import Backend, resolve
+from ras_fast.backend import resolve
 from ras_fast.build import find_nvcc
 from ras_fast.loading import TINY
 
-OPS = ("add_rms_norm", "add_layer_norm", "region_attention", "region_mass", "key_attention", "refusal_similarity")
+OPS = (
+    "add_rms_norm", "add_layer_norm", "region_attention", "region_mass", "key_attention", "gated_linear", "refusal_similarity",
+)  # fmt: skip
 
 
 def report() -> tuple[list[tuple[str, str]], list[str]]:
-    """(facts as (topic, finding), what keeps the package from working with the command that mends it)."""
+    """(facts, each a (topic, finding); problems, each with the command that mends it). Without a problem the package works."""
     facts = [("ras_fast", f"{ras_fast.__version__} in {Path(ras_fast.__file__).parent}"), ("python", platform.python_version())]
     packages, problems = _packages()
     facts += packages + _devices()
-    facts += [(f"backend {name}", _state(backend)) for name, backend in ras_fast.backends().items()]
+    facts += [(f"backend {name}", backend.state) for name, backend in ras_fast.backends().items()]
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     facts += [(f"ops on {device}", _chosen(torch.device(device))) for device in devices]
     facts += _build()
@@ -67,10 +69,6 @@ def _packages() -> tuple[list[tuple[str, str]], list[str]]:
         facts.append((requirement.name, version if fits else f"{version}, needs {requirement.specifier}{extra}"))
         problems += [] if fits or optional else [f"{requirement.name} is {version}, needs {requirement.specifier}{extra}"]
     return list(dict(facts).items()), problems
-
-
-def _state(backend: Backend) -> str:
-    return "available" if backend.available else f"{backend.reason}; to mend it: {backend.fix}"
 
 
 def _devices() -> list[tuple[str, str]]:

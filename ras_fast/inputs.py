@@ -35,7 +35,7 @@ class Query:
         )
 
     def prefix_last_question(self, text: str) -> Query:
-        """The same chat with ``text`` before the last question, and without an assistant prefix after it."""
+        """The same chat with ``text`` put before the last question; an assistant message after that question is dropped."""
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
         parts = self.messages[last]["content"]
         images = [part for part in parts if part["type"] == "image"]
@@ -68,10 +68,12 @@ def make_queries(prompts, images, processor) -> list[Query]:
 
 
 def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query]]:
-    """(unsafe, safe) queries of labelled pairs (image, unsafe question, safe question), or with a fourth entry, the image of
-    the safe question.
+    """The unsafe and the safe queries of labelled pairs, as two lists.
 
-    Raises ValueError for what is no such pair, for pixels that are not finite, and as `make_queries`.
+    pairs: (image, unsafe question, safe question), both about that image; or (image, unsafe question, safe question, image of
+        the safe question). Images as in `make_queries`.
+
+    Raises ValueError for an entry of another form, for pixels that are not finite, and where `make_queries` does.
     """
     for i, pair in enumerate(pairs):
         if not isinstance(pair, (list, tuple)) or len(pair) not in (3, 4):
@@ -84,7 +86,8 @@ def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list
 
 
 def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
-    """Raises ValueError when a query of some group holds NaN or infinite pixels: a black picture in its place means nothing."""
+    """Raises ValueError when a query of some group has NaN or infinite pixels: calibrating on the black image that stands for
+    them would mean nothing."""
     poisoned = next((i for i, queries in enumerate(groups) if any(query.poisoned for query in queries)), None)
     if poisoned is not None:
         raise ValueError(f"{name}[{poisoned}] has an image with NaN or infinite pixels")
@@ -235,13 +238,14 @@ def _render(processor, query: Query) -> tuple[str, bool]:
 
 
 def short_ids(processor, query: Query) -> list[int]:
-    """The prompt's token ids with one placeholder for each image, without looking at the images."""
+    """The prompt's token ids with one placeholder token per image, from the text alone: no image is processed."""
     text, special = _render(processor, query)
     return processor.tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
 def image_run(short: list[int], ids: list[int], image_token: int) -> list[int] | None:
-    """What stands for the one image placeholder of ``short`` in the prompt's full ``ids``; None where that cannot be told."""
+    """The run of tokens that the single image placeholder in ``short`` (from `short_ids`) expands to in the prompt's full
+    ``ids``; None where there is not exactly one placeholder, or the ids around it differ."""
     if short.count(image_token) != 1:
         return None
     at = short.index(image_token)
@@ -251,7 +255,7 @@ def image_run(short: list[int], ids: list[int], image_token: int) -> list[int] |
 
 
 def expand_image(short: list[int], run: list[int], image_token: int) -> list[int]:
-    """``short`` with the run in place of its image placeholder."""
+    """``short`` with its image placeholder replaced by ``run``; the inverse of `image_run`."""
     at = short.index(image_token)
     return short[:at] + run + short[at + 1 :]
 
@@ -260,8 +264,11 @@ Inputs = dict[str, torch.Tensor]
 
 
 def batches(inputs: Iterable[Inputs], size: int) -> Iterator[tuple[list[int], list[Inputs]]]:
-    """Up to ``size`` of the inputs that `encode` gives at a time, with their numbers: such as `left_padded` can join, that is
-    with the same tensors, of the same sizes beyond the first dimension but for what is as long as the prompt."""
+    """Groups inputs from `encode` into batches that `left_padded` can join: (their numbers, the inputs), up to ``size`` each.
+
+    Inputs fit together when they have the same tensors, and tensors that are not as long as the prompt have the same sizes
+    from the second dimension on.
+    """
     waiting: dict[tuple, list[tuple[int, Inputs]]] = defaultdict(list)
     for number, one in enumerate(inputs):
         prompt = one["input_ids"].shape
@@ -279,9 +286,13 @@ def _unzip(numbered: list[tuple[int, Inputs]]) -> tuple[list[int], list[Inputs]]
 
 
 def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -> Inputs:
-    """One batch of inputs that `encode` gave one by one: prompts padded with ``pad`` on the left and followed by ``answer``,
-    what else is as long as the prompt padded with 0, the rest joined, with an attention mask. A prompt without images joins
-    those that have some."""
+    """Joins inputs from `encode` into one left-padded batch with an attention mask.
+
+    batch: inputs that fit together (`batches`); some may have images and others none.
+    pad: the token id that prompts are padded with. Other tensors that are as long as the prompt are padded with 0, and the rest
+        (pixels, grids) are concatenated.
+    answer: token ids to put after every prompt.
+    """
     lengths = [one["input_ids"].shape[1] for one in batch]
     longest, device = max(lengths), batch[0]["input_ids"].device
     joined: Inputs = {"attention_mask": torch.ones(len(batch), longest + len(answer), dtype=torch.long, device=device)}

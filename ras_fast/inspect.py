@@ -52,26 +52,24 @@ class KernelFacts:
         return self.local_accesses > 0 or self.stack_bytes > 0
 
 
-def find_tool(name: str) -> str:
-    """Path of `cuobjdump`: from CUDA_HOME, PATH, or Triton's own package.
+def find_cuobjdump() -> str:
+    """Its path: in CUDA_HOME, on PATH, or in Triton's own package.
 
     Raises:
         InspectError: it is nowhere.
     """
-    folders = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
-    on_path = shutil.which(name)
-    folders += [Path(on_path).parent] if on_path else []
-    spec = importlib.util.find_spec("triton")
-    if spec and spec.origin:
-        folders.append(Path(spec.origin).parent / "backends/nvidia/bin")
-    for folder in folders:
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise InspectError(f"{name} was not found: install the CUDA toolkit or `pip install triton`, which brings it")
+    home, on_path, spec = os.environ.get("CUDA_HOME"), shutil.which("cuobjdump"), importlib.util.find_spec("triton")
+    candidates = [Path(home) / "bin/cuobjdump"] if home else []
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"] if spec and spec.origin else []
+    for path in candidates:
+        if path.is_file():
+            return str(path)
+    raise InspectError("cuobjdump was not found: install the CUDA toolkit or `pip install triton`, which brings it")
 
 
 def _dump(binary: Path, option: str) -> str:
-    done = subprocess.run([find_tool("cuobjdump"), option, str(binary)], capture_output=True, text=True)
+    done = subprocess.run([find_cuobjdump(), option, str(binary)], capture_output=True, text=True)
     if done.returncode:
         raise InspectError(f"cuobjdump {option} {binary} failed: {done.stderr.strip()}")
     return done.stdout
@@ -190,7 +188,8 @@ def table(rows: Sequence[KernelFacts]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = []
     for line in lines:
-        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))]  # noqa: B905
+        columns = zip(line, widths, strict=False)  # "SPILLS" has no column
+        cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(columns)]
         text.append("  ".join([*cells, *line[len(head) :]]))
     return "\n".join(text)
 

@@ -11,11 +11,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass
-class Window:
-    """Where the next forward writes, and what its attention sees.
+class View:
+    """Where the next forward writes, and what its attention sees. One for all layers of a pool.
 
-    slots: [b, T], of each token of the pool's ``rows``. begin, end: it sees the slots ``begin`` .. ``end`` − 1; None: only what
-    it writes, in the order of its tokens.
+    rows: of the pool, b of them, that the forward's batch stands for.
+    slots: [b, T] int64, where the keys and values of each token go.
+    begin, end: attention sees the slots ``begin`` .. ``end`` − 1; None: the forward's own tokens alone, in their order.
     """
 
     rows: slice
@@ -30,9 +31,9 @@ class PoolLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, rows: int, capacity: int, window: Window):
+    def __init__(self, rows: int, capacity: int, view: View):
         super().__init__()
-        self.rows, self.capacity, self.window = rows, capacity, window
+        self.rows, self.capacity, self.view = rows, capacity, view
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: slots that nobody wrote are masked, and 0 · NaN would still be NaN.
@@ -44,20 +45,20 @@ class PoolLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        window = self.window
-        keys, values = self.keys[window.rows], self.values[window.rows]
-        _write(keys, window.slots, key_states)
-        _write(values, window.slots, value_states)
-        if window.begin is None:
+        view = self.view
+        keys, values = self.keys[view.rows], self.values[view.rows]
+        _write(keys, view.slots, key_states)
+        _write(values, view.slots, value_states)
+        if view.begin is None:
             return key_states, value_states
-        return keys[:, :, window.begin : window.end], values[:, :, window.begin : window.end]
+        return keys[:, :, view.begin : view.end], values[:, :, view.begin : view.end]
 
     def get_seq_length(self) -> int:
-        window = self.window
-        return 0 if window.begin is None else window.end - window.begin - window.slots.shape[1]
+        view = self.view
+        return 0 if view.begin is None else view.end - view.begin - view.slots.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + self.window.slots.shape[1], 0
+        return self.get_seq_length() + self.view.slots.shape[1], 0
 
     def get_max_length(self) -> int:
         return self.capacity
@@ -80,8 +81,8 @@ class KVPool(Cache):
     """
 
     def __init__(self, layers: int, rows: int, capacity: int):
-        self.window = Window(slice(0, rows), torch.empty(rows, 0, dtype=torch.long), 0, 0)
-        super().__init__(layers=[PoolLayer(rows, capacity, self.window) for _ in range(layers)])
+        self.view = View(slice(0, rows), torch.empty(rows, 0, dtype=torch.long), 0, 0)
+        super().__init__(layers=[PoolLayer(rows, capacity, self.view) for _ in range(layers)])
 
     @property
     def capacity(self) -> int:
@@ -96,8 +97,8 @@ class KVPool(Cache):
         begin, end = seen or (None, None)
         if seen is not None and not 0 <= begin <= end <= self.capacity:
             raise ValueError(f"the pool holds {self.capacity} tokens and cannot take slots {begin} to {end}")
-        window = self.window
-        window.rows, window.slots, window.begin, window.end = rows, slots, begin, end
+        view = self.view
+        view.rows, view.slots, view.begin, view.end = rows, slots, begin, end
 
     def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
         """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer."""
@@ -130,7 +131,10 @@ class KVPool(Cache):
 
 
 class ByteBoundedCache:
-    """Least recently used entries go first once the sizes exceed ``limit`` bytes; limit 0 stores nothing."""
+    """Entries by key, up to ``limit`` bytes in all; the least recently used ones are dropped first. 0: it stores nothing.
+
+    Raises ValueError when ``limit`` is negative.
+    """
 
     def __init__(self, limit: int):
         if limit < 0:

@@ -9,8 +9,8 @@ from ras_fast import ops
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that can take the residual add with it: `norm(x)` → y, `norm(x, residual)` → (y, x + residual). A call that
-    steers x itself ("add") has the steered x as its second output, too.
+    """RMSNorm that can do the residual add before it: `norm(x)` returns y, `norm(x, residual)` returns (y, x + residual). A
+    call without residual that steers x in mode "add" also returns a pair: (y, the steered x).
 
     Args:
         hidden_size: d.
@@ -35,7 +35,15 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm that can take the residual add with it; as :class:`RMSNorm`, over :func:`ras_fast.ops.add_layer_norm`."""
+    """LayerNorm that can do the residual add before it: :func:`ras_fast.ops.add_layer_norm` as a module.
+
+    Args:
+        hidden_size: d.
+        eps: added to the variance.
+        bias: whether there is one.
+
+    Called as :class:`RMSNorm`.
+    """
 
     def __init__(self, hidden_size: int, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
         super().__init__()

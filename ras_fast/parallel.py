@@ -1,8 +1,8 @@
-"""Items shared out to data-parallel processes: each computes its part, all get all results, in order.
+"""Data-parallel work: every process computes its share of a list of items, and all of them get all results, in order.
 
-Processes that `accelerate launch` or `torchrun` has started take part once they have an `accelerate.PartialState` (on CPUs one
-with `cpu=True`), as `join` makes it. Without one, alone or where the ranks share a model by tensor parallelism, every process
-does everything.
+A process that `accelerate launch` or `torchrun` has started takes part once it has an `accelerate.PartialState` (on CPUs made
+with `cpu=True`); `join` makes one. A process without it does all the work itself: a single process, or ranks that share one
+model by tensor parallelism.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def join() -> None:
-    """Takes part, where a launcher has started several processes."""
+    """Makes this process take part if a launcher has started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -37,7 +37,7 @@ def place() -> tuple[int, int]:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Waits until all processes have come here."""
     if place()[1] > 1:
         from accelerate import PartialState
 
@@ -45,9 +45,10 @@ def wait() -> None:
 
 
 def each(function: Callable[[Item], Result], items: Iterable[Item], description: str, progress: bool = True) -> list[Result]:
-    """[function(item) for item in items]. Results travel between processes by pickling: tensors should be on the CPU.
+    """[function(item) for item in items], the items shared among the processes.
 
-    What one process raises, all raise: the others would wait for its results for ever.
+    Results travel between processes by pickling: tensors should be on the CPU. An exception in one process is raised in all of
+    them, as the others would wait for its results for ever.
     """
     items, (rank, processes) = list(items), place()
     bar = tqdm(items[rank::processes], desc=description, disable=not progress or rank > 0)

@@ -16,7 +16,6 @@ from safetensors.torch import load, save
 FORMAT_VERSION = 1
 JSON_NAME = "ras_profile.json"
 TENSORS_NAME = "ras_profile.safetensors"
-METHODS = ("moras", "ras", "autosteer", "attention", "projection")
 HEAD_ROWS = 64  # of the LM head, that go into the fingerprint
 REQUIRED_TENSORS = {
     "moras": ("prototypes",),
@@ -25,6 +24,7 @@ REQUIRED_TENSORS = {
     "attention": ("prototypes", "attention_weights", "attention_bias"),
     "projection": ("vectors",),
 }
+METHODS = tuple(REQUIRED_TENSORS)
 
 
 def fingerprint(model, processor) -> dict:
@@ -35,7 +35,10 @@ def fingerprint(model, processor) -> dict:
 
 
 def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor) -> dict:
-    """`fingerprint` where there is no transformers model; head: its LM head's first HEAD_ROWS rows, in its dtype."""
+    """`fingerprint` of a model that is not a transformers object, from its parts.
+
+    head: [HEAD_ROWS, d], the first rows of the LM head in the model's dtype.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     wording = [sorted(tokenizer.get_vocab().items()), getattr(processor, "chat_template", None)]
     return {
@@ -63,8 +66,9 @@ class RasProfile:
 
     method: one of ``METHODS``.
     config: plain JSON values. MoRAS: gamma, steps, s_base, k, context_prompt, safety_prompt, max_context_tokens, gate.
-    tensors: name -> floating tensor, all finite. MoRAS: ``prototypes`` [N, d] fp32. Any method: ``region_bias`` [layers,
-        heads], what heads' scores of image tokens are raised by (`ras_fast.methods.region_bias`).
+    tensors: name -> floating tensor, all finite; REQUIRED_TENSORS lists those of each method. MoRAS: ``prototypes`` [N, d]
+        fp32. Any method may have ``region_bias`` [layers, heads], added to the attention scores of image tokens
+        (`ras_fast.methods.region_bias`).
     fingerprint: of the model it was calibrated on (`fingerprint`).
 
     Raises ValueError when one of these is of another type, or a tensor that the method needs is missing.
@@ -81,7 +85,7 @@ class RasProfile:
         for name in ("config", "tensors", "fingerprint"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"profile {name} is {getattr(self, name)!r}; it needs to be a dict")
-        missing = [name for name in REQUIRED_TENSORS.get(self.method, ()) if name not in self.tensors]
+        missing = [name for name in REQUIRED_TENSORS[self.method] if name not in self.tensors]
         if missing:
             raise ValueError(f"profile for {self.method!r} lacks the tensors {missing}; it has {sorted(self.tensors)}")
         for name, tensor in self.tensors.items():
@@ -96,7 +100,7 @@ class RasProfile:
         self.check_fingerprint(fingerprint(model, processor))
 
     def check_fingerprint(self, found: dict) -> None:
-        """`check` against what `fingerprint` says of a model."""
+        """As `check`, from the model's `fingerprint`."""
         differing = [
             f"{key}: profile {self.fingerprint.get(key)!r}, model {value!r}"
             for key, value in found.items()
@@ -110,7 +114,7 @@ class RasProfile:
     def save_pretrained(self, directory) -> None:
         """Writes ras_profile.json and ras_profile.safetensors into ``directory`` (made if it is not there).
 
-        A profile that was there is replaced: what a crash leaves is the old one, the new one, or one that does not load.
+        A profile that was there is replaced. A crash leaves the old one, the new one, or files that do not load together.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -136,8 +140,9 @@ class RasProfile:
     def from_pretrained(cls, directory_or_hub_id) -> RasProfile:
         """Reads a profile from a local directory or, if there is no such directory, from the Hugging Face hub.
 
-        Raises FileNotFoundError when a file is missing, ValueError when one is corrupt, of a newer format, or holds
-        values that are not finite, or when the two were not saved together (of older profiles that cannot be told).
+        Raises FileNotFoundError when a file is missing, and ValueError when one is corrupt, of another format version, or
+        holds values that are not finite, or when the two files were not saved together (profiles from before the digest was
+        stored are not checked for that).
         """
         json_path, tensors_path = (_locate(directory_or_hub_id, name) for name in (JSON_NAME, TENSORS_NAME))
         try:

@@ -26,6 +26,7 @@ class RegionMap:
         num_regions: R ≥ 0.
         grids: for each row, for each of its images, the patch grid (h, w), or None where it is not known. A grid covers
             the first h·w tokens of its image; further tokens (tiles, newlines) lie in the region but not in the grid.
+        validate: check the values of `ids`, which waits for the device.
 
     Raises:
         ValueError: `ids` has the wrong shape or dtype or holds a value outside −1..R−1, or `grids` does not fit `ids`.
@@ -34,7 +35,7 @@ class RegionMap:
     ids: Tensor
     num_regions: int
     grids: list[list[Grid | None]] | None = None
-    validate: InitVar[bool] = True  # reads the ids, which waits for the device
+    validate: InitVar[bool] = True
     _padded: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self, validate: bool) -> None:
@@ -55,9 +56,11 @@ class RegionMap:
             raise ValueError(f"grids is of {len(self.grids)} rows; it must be of B = {self.ids.shape[0]}")
 
     def keys(self, length: int, total: int | None = None) -> Tensor:
-        """ids [B, length] of the keys that attention sees: the last `length` of `total` positions (None: the first ones).
+        """Region ids [B, length] int32 of the keys that an attention call sees.
 
-        A view of one buffer that is grown rarely, so a decode step costs nothing.
+        length: the number of keys. total: positions seen so far, of which the keys are the last; None: they are the first.
+
+        A view of one buffer that is grown rarely, so that a decode step allocates nothing.
         """
         start = 0 if total is None else max(total - length, 0)
         held = self.ids if self._padded is None else self._padded
@@ -67,9 +70,11 @@ class RegionMap:
         return held[:, start : start + length]
 
     def extend(self, ids: Tensor, grids: list[list[Grid | None]], past: int, *, pieces: bool = False) -> RegionMap:
-        """The map after a further forward: `past` positions of this one, then `ids` [B, L], whose images come after.
+        """The map after a further forward: the first `past` positions of this map, then those of the forward.
 
-        pieces: an image at the end of these positions goes on where `ids` begin with one.
+        ids, grids: of the new positions, [B, L] int32, images counted from 0; they are renumbered to follow those before.
+        pieces: whether an image may have been split between two forwards: one at the end of this map and one at the beginning
+            of `ids` are then the same.
         """
         before = self.keys(past)
         held = (before.amax(1) + 1 if past else before.new_zeros(before.shape[0]))[:, None]
@@ -88,20 +93,23 @@ class RegionMap:
         return RegionMap(self.ids[:, :length], self.num_regions, self.grids, validate=False)
 
     def select(self, rows: Tensor) -> RegionMap:
-        """The map of `rows` [B'] (int64): what beam search does to the cache."""
+        """The map of the batch rows `rows` [B'] int64, in that order, as beam search reorders a cache."""
         alike = all(grid == self.grids[0] for grid in self.grids)
         grids = [self.grids[i] for i in ([0] * rows.numel() if alike else rows.tolist())]
         return RegionMap(self.ids.index_select(0, rows.to(self.ids.device)), self.num_regions, grids, validate=False)
 
     def repeat_interleave(self, repeats: int) -> RegionMap:
-        """Each row `repeats` times in a row, as `num_return_sequences` does."""
+        """The map with each batch row repeated `repeats` times, as `num_return_sequences` does."""
         grids = [grid for grid in self.grids for _ in range(repeats)]
         return RegionMap(self.ids.repeat_interleave(repeats, 0), self.num_regions, grids, validate=False)
 
     def heat_maps(self, scores: Tensor) -> list[list[Tensor]]:
-        """Key scores [B, ..., Lk] as one heat map [..., h, w] for each image of each row.
+        """One heat map per image: for each batch row a list of tensors [..., h, w] in the dtype of `scores`.
 
-        An image whose grid is not known comes as [..., 1, n], its n tokens in order.
+        scores: [B, ..., Lk], for instance from :func:`ras_fast.ops.key_attention`.
+
+        An image whose grid is not known comes as [..., 1, n], its n tokens in order. Raises ValueError when `scores` is not
+        of this map's batch size.
         """
         if scores.dim() < 2 or scores.shape[0] != self.ids.shape[0]:
             raise ValueError(f"scores is of shape {tuple(scores.shape)}; it must be [B, ..., Lk] with B = {self.ids.shape[0]}")

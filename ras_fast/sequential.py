@@ -20,7 +20,12 @@ from ras_fast.profile import RasProfile
 
 
 class SequentialPipeline:
-    """Same answers as `SafeGenerator`, three full generations per query."""
+    """MoRAS or RAS without the engine: the answers of `SafeGenerator`, by three full generations per query.
+
+    model, processor, profile: as for `SafeGenerator`; the model may be patched or not.
+
+    Raises ValueError when the profile is of another model, or of a method without stages.
+    """
 
     def __init__(self, model, processor, profile: RasProfile):
         profile.check(model, processor)
@@ -85,7 +90,7 @@ class SequentialPipeline:
         )
 
     def _features(self, query: Query) -> tuple[torch.Tensor, torch.Tensor] | tuple[()]:
-        """What a gate needs that also looks at attention, by a forward of its own."""
+        """The arguments of `Moras.risk` beside S, computed by a forward of their own: () unless the gate reads attention."""
         if self.moras.attention is None:
             return ()
         with patched(self.model) as patch:

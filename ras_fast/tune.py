@@ -37,7 +37,7 @@ HEADS, KV_HEADS, REGIONS = 32, 8, 8
 
 
 def problem(wanted) -> tuple[str, Callable[[], object]]:
-    """What stands for a shape class on this GPU: its sizes in words, and the launch that is timed."""
+    """The call that is timed for a shape class: (its sizes in words, the call)."""
     return (_norm_problem if wanted.kernel == "norm" else _attention_problem)(wanted)
 
 
@@ -175,11 +175,11 @@ def _microseconds(wanted, configs: list[dict[str, int]], call: Callable[[], obje
 
 
 def tune(match: str = "", trying: bool = True) -> Iterator[dict]:
-    """Entries of configs.json for the GPU that is here, one by one as they are measured.
+    """Measures launch configurations on this machine's GPU; yields an entry of configs.json after each shape class.
 
     Args:
         match: only classes whose "kernel size variant" contains this.
-        trying: False measures only what is in force beside the rule.
+        trying: whether to try other configurations; False measures only the one in force and the rule's.
 
     Raises:
         ValueError: torch sees no CUDA GPU, or Triton's interpreter replaces its compiler.
@@ -223,13 +223,14 @@ def write(path: Path, entries: list[dict]) -> None:
 
 
 def configs_file() -> Path:
+    """The configs.json that the installed kernels read."""
     from ras_fast.triton_kernels.tuned import FILE
 
     return FILE
 
 
 def main(match: str, tuning: bool, out: Path) -> int:
-    """Prints a line a shape class; when tuning, puts each into `out` as soon as it is measured."""
+    """Prints one line per shape class; when tuning, writes each to `out` as soon as it is measured. Returns 0."""
     for entry in tune(match, trying=tuning):
         name = f"{entry['kernel']} {entry['size']} {entry['variant']}"
         config = " ".join(f"{field}={value}" for field, value in entry["config"].items())

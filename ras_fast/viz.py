@@ -1,4 +1,4 @@
-"""Pictures: where attention falls on an image, how much of it each layer and head pays, how well a risk separates.
+"""Pictures: where attention falls on an image, how much of it comes from each layer and head, how well a risk separates.
 
 Charts come as matplotlib `Figure`s made without pyplot: nothing global, no display needed; `figure.savefig(path)` writes one.
 """
@@ -163,8 +163,14 @@ def risk_histogram(risks: dict[str, dict[str, tuple[Sequence[float], Sequence[bo
 
 
 def roc_chart(curves: dict[str, tuple[Sequence[float], Sequence[bool]]]) -> Figure:
-    """ROC curves of several scores, with their best corner enlarged: name -> (scores, which items are harmful). The legend
-    gives each area."""
+    """ROC curves of several scores, the upper left corner enlarged; the legend gives each AUROC.
+
+    Args:
+        curves: name -> (scores [n], which items [n] are harmful).
+
+    Raises:
+        ValueError: as `ras_fast.evaluation.metrics.roc_curve`.
+    """
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     corner = axes.inset_axes((0.4, 0.12, 0.55, 0.55), xlim=(-0.003, 0.1), ylim=(0.9, 1.003))
@@ -183,8 +189,13 @@ def roc_chart(curves: dict[str, tuple[Sequence[float], Sequence[bool]]]) -> Figu
 
 
 def trade_off_chart(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
-    """Defences in the plane of what they cost and what they leave: name -> (harmless refused, harmful answered), rates with
-    their intervals. The best corner is the lower left; names of defences that all but coincide stand together."""
+    """Attack success against over-refusal, one point per defence; the lower left corner is best.
+
+    Args:
+        points: name -> (share of harmless queries refused, share of harmful queries answered), with their intervals.
+
+    The names of defences whose points nearly coincide are written together.
+    """
     figure = Figure(figsize=(6, 4.4), layout="constrained")
     axes = figure.subplots()
     for refused, answered in points.values():

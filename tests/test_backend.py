@@ -119,6 +119,11 @@ def test_import_is_light():
     assert done.stdout.strip() == "False", done.stderr
 
 
+def test_every_public_name_is_there_after_the_import_alone():
+    done = run("import ras_fast; print([name for name in ras_fast.__all__ if not hasattr(ras_fast, name)])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         ras_fast.nonsense  # noqa: B018

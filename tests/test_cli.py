@@ -399,7 +399,7 @@ def test_eval_interrupted_says_where_the_answers_are(folder, tmp_path, questions
             raise KeyboardInterrupt
         return "w1"
 
-    monkeypatch.setattr("ras_fast.evaluation.defences.generate", interrupt)
+    monkeypatch.setattr("ras_fast.evaluation.defences.generate_text", interrupt)
     assert evaluate(folder, tmp_path, questions) == 130
     assert f"1 answers are in {tmp_path / 'answers.jsonl'}; run again to go on" in capsys.readouterr().err
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as `ras_fast.triton_kernels`. One file a kernel family."""
+"""Triton kernels, installed as `ras_fast.triton_kernels`. One file per kernel family."""

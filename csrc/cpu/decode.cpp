@@ -1,4 +1,4 @@
-// CPU launcher of decode_attention, region_attention's path for one query row a sequence.
+// CPU launcher of decode_attention, region_attention's path for one query row per sequence.
 #include "cpu/decode.h"
 
 #include "cpu/attention_guard.h"

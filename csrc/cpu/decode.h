@@ -1,4 +1,4 @@
-// What the launcher (decode.cpp) hands to the decode kernels (decode_kernel.cpp): attention of one query row a sequence.
+// What the launcher (decode.cpp) hands to the decode kernels (decode_kernel.cpp): attention of one query row per sequence.
 #pragma once
 
 #include <cstdint>

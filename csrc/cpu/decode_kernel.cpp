@@ -1,4 +1,4 @@
-// Decode: one query row a sequence against its whole cache, read once, with the mass of each region from the same softmax.
+// Decode: one query row per sequence against its whole cache, read once, with the mass of each region from the same softmax.
 //
 // The query heads that share a kv head go together, four at a time, so that a key or value row is widened once for all of them.
 // A piece of the keys is short enough for its scores to stay in L1 or L2: they are written, turned into probabilities, summed by

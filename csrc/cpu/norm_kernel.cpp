@@ -1,10 +1,10 @@
 // One row of residual add + steering + RMSNorm or LayerNorm: x and residual are read once, h and y written once. y may lie
 // over x and h over residual.
 //
-// Memory is asked for ahead: while the first pass reads a row it fetches the lines of this row's y and of the next row's x, the
-// second pass those of the next row's residual and h (docs/kernels.md). What the second pass needs of h it reads back from where
-// it was stored, by then in L1. Only where the stored h is rounded more than the norm may see, or LayerNorm has centred it, does
-// the row wait as float, in the pairs' order, so that statistics and normalisation see one value whatever the dtype.
+// Memory is prefetched: the first pass over a row fetches the lines of this row's y and of the next row's x, the second pass
+// those of the next row's residual and h (docs/kernels.md). The second pass reads h back from where the first has stored it, by
+// then in L1. Where the norm must see an h of more precision than is stored, or LayerNorm has centred it, the row is kept as
+// floats in between, in the pairs' order, so that statistics and normalisation see one value whatever the dtype.
 #include "cpu/norm.h"
 
 #include <cstdlib>
@@ -23,7 +23,7 @@ inline Pair rounded_if(Pair value) {
   return value;
 }
 
-// Asks for the lines of a pair of elements, to be read (0) or written (1). Past the last row it is a hint to nowhere.
+// Prefetches the lines of a pair of elements, to be read (0) or written (1). Past the last row the hint has no effect.
 template <int kWrite, class T>
 inline void prefetch(const T* pair) {
   constexpr int kLine = 64 / sizeof(T);

@@ -127,7 +127,7 @@ __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const 
 #endif
 }
 
-// Loads after this are not moved before it: two fragments at once would not fit into registers.
+// Keeps the compiler from moving later loads before this point: two fragments at once would not fit into registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
 // 8 neighbouring elements, or zeros.
@@ -270,8 +270,8 @@ struct SplitSteps {
   }
 };
 
-// Blocks that share a multiprocessor: as many as the registers of each kernel allow. Said aloud, because left to itself ptxas
-// spills a value or two to reach a round number.
+// Blocks per multiprocessor, for the launch bounds: as many as the registers of each kernel allow. Without an explicit number
+// ptxas spills a value or two to fit one block more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kMassTakesABlock = false;
 #else
@@ -283,6 +283,9 @@ constexpr int decode_blocks(int dim, int row_tiles, bool mass) {
 constexpr int mass_blocks(int dim) { return dim > 128 ? 3 : 5; }
 
 // Grid (row tiles * splits, Hkv, B), kDecodeWarps warps; a row tile has 8 kRowTiles packed rows.
+//
+// In this order: the warps walk their keys (scores, online softmax, region sums, P V), a step of 16 keys each time; the block
+// merges its warps in shared memory; it writes the results, or with several splits their parts for merge_splits.
 template <typename T, int kDim, int kRowTiles, bool kMass>
 __global__ void __launch_bounds__(kDecodeWarps * kWarp, decode_blocks(kDim, kRowTiles, kMass))
 decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
@@ -355,6 +358,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       tile.load_keys(keys, step + kDecodeWarps * kStepKeys);
     }
 
+    // Online softmax: where a row's maximum has grown, what was summed before shrinks by `factor`.
     float factor[kRowTiles];
     bool grown = false;
 #pragma unroll
@@ -392,6 +396,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     }
     if constexpr (kMass) regions.add(p, id, top);
 
+    // out^T += V^T P^T.
     uint32_t probability[kRowTiles][2];
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
@@ -414,6 +419,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     }
   }
 
+  // Merges the warps: maxima and sums first, then the outputs, one warp after the other.
   if constexpr (kMass) regions.close(top);
 #pragma unroll
   for (int half = 0; half < kRowTiles; ++half) {
@@ -458,6 +464,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     __syncthreads();
   }
 
+  // Writes output, LSE and masses of the block's rows.
   allow_next_kernel();
   const auto stat_row = [&](int r) { return head_of(r) * score.query_rows + row_of(r); };
   const int64_t part = int64_t(split) * score.batch * heads * score.query_rows;

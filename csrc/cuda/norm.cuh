@@ -55,8 +55,8 @@ struct NormArgs {
 // ------------------------------------------------------------------------------------------------- a thread's slice
 
 // The elements of a row that one thread holds: kPacks runs of kVec neighbours (16 bytes of T), the threads' runs side by
-// side. Loads give raw bits and are converted by the caller once all loads it can issue are under way: a conversion waits
-// for its load, and what is issued after it starts that much later.
+// side. Loads return raw bits, which the caller converts only after it has issued every load it can: a conversion waits for
+// its load, and would delay all loads that are issued after it.
 template <typename T, int kElements, bool kAligned>
 struct Slice {
   static constexpr int kVec = kAccessBytes / sizeof(T);
@@ -222,8 +222,8 @@ __device__ Steering read_steering(const NormArgs<T>& a, int64_t t) {
   return {alpha == 0.f ? Steering::kNone : slot, alpha};
 }
 
-// h of one slice. Multiplications followed by additions are written as fmaf throughout, so that the compiler has no
-// choice and the steered and unsteered kernels give the same bits for an unsteered row.
+// h of one slice. Multiplications followed by additions are written as fmaf throughout: otherwise the compiler may fuse them in
+// one kernel and not in another, and the steered and unsteered kernels would give different bits for an unsteered row.
 template <bool kSteered, typename T, int kElements, bool kAligned>
 __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, const T* x, const T* residual,
                        const Steering& steering, float (&h)[kElements]) {
@@ -235,7 +235,7 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>
   for (int p = 0; p < S::kPacks; ++p) first[p] = slice.load(x, p);
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) second[p] = slice.load(residual, p, residual != nullptr);
-  // Only here does anything wait for the slot, with the row's own loads under way.
+  // The first use of the slot, and so the first wait for it, comes after the row's own loads are issued.
   if constexpr (kSteered && S::kEarly) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) vector[p] = slice.load(a.steer_vectors, steering.slot, p, add);

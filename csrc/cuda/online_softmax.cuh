@@ -37,8 +37,9 @@ __device__ inline float log2_add(float a, float b) {
   return top + log2f(exp2f(a - top) + exp2f(b - top));
 }
 
-// Sums probabilities by region along a warp's walk over the keys. kLog: the slab holds base-2 logarithms, and probabilities
-// are in units of 2^top; else it holds sums.
+// Sums probabilities by region while a warp walks the keys. While the keys stay in one region, each lane adds to a running sum
+// (`open`); when the region changes, that sum is added to the region's total in memory (`slab`).
+// kLog: the slab holds base-2 logarithms, and probabilities are in units of 2^top; else it holds sums.
 template <int kRowTiles, bool kLog>
 struct RegionSums {
   float* slab;      // element (row, region) of this warp's tile: slab[offset[row / 8] + region]
@@ -80,7 +81,7 @@ struct RegionSums {
     for (int half = 0; half < kRowTiles; ++half) open[half] *= factor[half];
   }
 
-  // A step whose keys all lie in `region`; part: this lane's part of its row sums.
+  // Adds a step whose keys all lie in `region`; part: this lane's part of its row sums.
   __device__ void run(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
     if (region != current) close(top);
 #pragma unroll
@@ -88,8 +89,8 @@ struct RegionSums {
     current = region;
   }
 
-  // A step of 4 kCount keys. p[half][2 t + e]: row g + 8 half and key 8 t + 2 c + e, for the lane 4 g + c; id: the region of
-  // key lane % (4 kCount).
+  // Adds a step of 4 kCount keys, of one region or several. p[half][2 t + e]: row g + 8 half and key 8 t + 2 c + e, for the
+  // lane 4 g + c; id: the region of key lane % (4 kCount).
   template <int kCount>
   __device__ void add(const float (&p)[kRowTiles][kCount], int id, const float (&top)[kRowTiles]) {
     const int first = __shfl_sync(kFullWarp, id, 0);

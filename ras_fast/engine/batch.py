@@ -4,9 +4,13 @@ A row of the pool is a query. Its slots:
 
     | scratch, backwards: context, then risk | prefix: the images | the answer: rest of its prompt, its tokens |
 
-Both branches read the prefix, which is there once; neither sees the other. So a step that moves both on costs one pass over
-the weights and one over the keys and values. As the scratch grows towards lower slots, what a token sees is one contiguous
-stretch of slots in either branch: its own slot and what lies between it and the far end of the prefix.
+Both branches attend to the prefix, which is stored once; neither sees the other. So a step that advances both reads the
+weights once and the keys and values once. As the scratch grows towards lower slots, what a token sees is one contiguous range
+of slots in either branch: from its own slot to the far end of the prefix.
+
+Words used in this package: a *slot* is an index into the pool. A *place* is a token's index in its own prompt and answer,
+from 0; −1 marks a token that only fills up a batch. A *position* is what rotary embeddings are given: the place plus an
+offset, which is not 0 in families that count an image's tokens otherwise (M-RoPE).
 """
 
 from __future__ import annotations
@@ -33,12 +37,12 @@ _LAYERS = {"full_attention", "sliding_attention"}
 
 
 class Runner:
-    """A model as the engine uses it: tokens in, states after the last norm out.
+    """A model as the engine uses it: tokens in, hidden states after the last norm out.
 
     sync_every: steps that are made before the host looks at their tokens.
     captured: whether steps are captured as CUDA graphs.
 
-    Raises ValueError for models whose layers keep something else than the keys and values of a prompt, which cannot branch.
+    Raises ValueError for a model with layers that keep something else than keys and values of every token: these cannot branch.
     """
 
     def __init__(self, model, sync_every: int | None = None):
@@ -65,7 +69,7 @@ class Runner:
         return self.model.device
 
     def width(self, tokens: int) -> int:
-        """How many tokens a feed of so many takes: captured steps are made for few lengths."""
+        """The length that a feed of `tokens` tokens is padded to, so that few lengths have to be captured."""
         return -(-tokens // WIDTH) * WIDTH if self.captured and tokens > 1 else tokens
 
     def __call__(self, pool: KVPool, ids: Tensor, positions: Tensor | None, mask=None, **extras) -> Tensor:
@@ -78,7 +82,7 @@ class Runner:
         return output.last_hidden_state
 
     def prefill(self, pool: KVPool, ids: Tensor, **extras) -> tuple[Tensor, Tensor | int]:
-        """(states [B, T, d] of prompts [B, T] with their images, how far the positions of what follows are off)."""
+        """(states [B, T, d] of prompts [B, T] with their images, offset [B, 1] or 0 of the positions of what follows)."""
         if not self.offsets:
             mask = extras.pop("attention_mask", None)
             counted = torch.ones_like(ids) if mask is None else mask
@@ -91,8 +95,13 @@ class Runner:
             self.base.rope_deltas = before
 
     def masks(self, start: Tensor, end: Tensor, keys: int, distance):
-        """The masks of tokens that see the keys [start, end) each, both [B, T], of so many, as the model wants them: one, or
-        one by kind of layer. ``distance()`` is how far before each token they lie, [B, T, K]."""
+        """The attention masks of tokens each of which sees the keys [start, end), both [B, T], out of `keys` many.
+
+        distance: called where a sliding window is shorter than that; gives how many places before each token every key lies,
+            [B, T, keys].
+
+        Returns one mask, or {kind of layer: mask} for models with several kinds.
+        """
         made, takes_ranges = {}, self.model.config.get_text_config()._attn_implementation == NAME
         for kind in self.kinds:
             windowed = kind == "sliding_attention" and self.window < keys
@@ -109,10 +118,11 @@ class Runner:
 
 
 class Branch:
-    """One sequence of each query.
+    """One sequence of each query: the answers, or the contexts, or the starts of answers that the risk is read from.
 
-    sequences: one per row; None where a row has none. feed: what the next forward is fed.
-    ends: how many slots each row's own sequence takes in the pool after the next feed, counted from the prefix's near end.
+    kind: SCRATCH or ANSWER. sequences: one per row; None where a row has none. feed: the tokens that the next forward is fed.
+    ends: for each row, how many slots from the boundary of scratch and prefix its sequence reaches after the next feed: an
+        answer upwards, over the prefix, a scratch sequence downwards; 0 for rows that are fed nothing.
     states, logits: of the first ``keep`` steps, each [B, d] and [B, V].
     """
 
@@ -125,7 +135,7 @@ class Branch:
 
     @property
     def width(self) -> int:
-        """Tokens of the next feed."""
+        """Tokens per row of the next feed."""
         return self.feed.ids.shape[1]
 
     @property
@@ -136,7 +146,7 @@ class Branch:
 
     @property
     def steps(self) -> int:
-        """Steps made, as far as the row that has made the most."""
+        """Steps made by the row that has made the most."""
         return max(self._steps)
 
     @property
@@ -144,7 +154,8 @@ class Branch:
         return all(own is None or own.done for own in self.sequences)
 
     def advance(self, space: Workspace) -> None:
-        """The feed has been through the model; the next one is the token after it. Rows that were fed nothing stay so."""
+        """To be called once the feed has been through the model: the next feed is the one token after it. Rows that were fed
+        nothing stay out."""
         self.ends = [end + (end > 0) for end in self.ends]
         last = self.feed.places[:, -1:]
         if self.width > 1:
@@ -174,7 +185,7 @@ class Branch:
             self.sync()
 
     def sync(self) -> None:
-        """Hands the sequences their tokens: the one point where the host waits for the device."""
+        """Appends the tokens made since the last call to their sequences: the one point where the host waits for the device."""
         if self._recent:
             for sequence, tokens in zip(self.sequences, torch.stack(self._recent, 1).tolist(), strict=True):
                 for token in tokens if sequence is not None else ():
@@ -184,7 +195,8 @@ class Branch:
 
 @dataclass
 class Prefix:
-    """The beginning of a prompt: keys and values [H, length, D] of each layer, and what belongs to them."""
+    """The beginning of a prompt that was computed: keys and values [H, length, D] of each layer, the offset of the positions
+    after it, and where its image tokens are."""
 
     states: list[tuple[Tensor, Tensor]]
     offset: Tensor
@@ -244,7 +256,8 @@ class Batch:
             self.regions[row], self.prefixes[row] = regions, length
 
     def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor]) -> Branch:
-        """Whole prompts, left-padded in ``inputs``, in one forward; the branch that goes on has taken its first token."""
+        """Reads whole prompts, left-padded in ``inputs``, in one forward; returns the branch of the answers, whose first tokens
+        are chosen already."""
         mask, extras = inputs["attention_mask"], {k: v for k, v in inputs.items() if k != "input_ids"}
         slots = self._slots(ANSWER, mask.cumsum(-1) - 1)
         self.pool.aim(slots)
@@ -273,9 +286,10 @@ class Batch:
         self._show_at(self._slots(ANSWER, places, own), prefix.regions, own)
 
     def branch(self, kind: int, sequences, feeds: list[list[int]], kept: list[int], keep: int = 0) -> Branch:
-        """A branch that is next fed these tokens; a row without any has no part in it.
+        """A new branch whose next feed is these tokens, a list per row; a row with an empty list takes no part.
 
-        kept: how many tokens of each prompt the pool holds already.
+        kept: how many tokens of each row's prompt the pool holds already.
+        keep: of how many steps the branch keeps states and logits.
         """
         width, device = self.runner.width(max(map(len, feeds))), self.runner.device
         fill = [width - len(feed) for feed in feeds]
@@ -338,10 +352,10 @@ class Batch:
     # Stepping
 
     def step(self, branches: list[Branch], edit=None, captured: bool = True) -> None:
-        """Feeds every branch what it has to be fed and lets it take its next token; ``edit`` may replace the states
-        [B, len(branches), d] in between.
+        """One decoding step of every branch: a forward over their feeds, then each chooses its next tokens.
 
-        captured: False where this step is not like others: what reads or steers inside the model comes and goes.
+        edit: None, or a function from the states [B, len(branches), d] to those that the tokens are read from.
+        captured: False for a step that no graph may stand for, because something reads or steers inside the model only now.
         """
         states = self.forward(branches, captured)
         if edit is not None:
@@ -399,14 +413,14 @@ class Batch:
         return self.space.graphs[key]()
 
     def _settle(self) -> None:
-        """What methods have kept of each row moves to where captured steps read it."""
+        """Moves what methods keep for each row (`Rows`) into the fixed buffers that captured steps read."""
         for name, value in kept_rows(self.pool).items():
             keep(self.pool, name, Rows(self.space.settled(name, value.tensor)))
 
     # Image tokens
 
     def _show_at(self, slots: Tensor, regions: RegionMap | None, rows: slice = slice(None)) -> None:
-        """The tokens in slots [b, T] of these rows are of these regions."""
+        """Notes that the tokens in slots [b, T] of these rows belong to these image regions."""
         self._maps = None
         if regions is not None:
             self.space.region_ids[: self.rows][rows].scatter_(1, slots, regions.ids)

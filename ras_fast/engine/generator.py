@@ -39,7 +39,8 @@ class SafeGenerator:
     profile: a `RasProfile` calibrated on this model; another model's is refused.
     batch_size: how many queries go through the stages together.
     fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched; `close()` undoes it.
-    region_mass: also read, in the drafts' prefill, how much attention falls on each image. Needs the fused model.
+    region_mass: also report how much attention falls on each image (`SafeOutput.region_mass`), read from the forward over the
+        user's prompt. Needs ``fused``.
     cache_bytes: keep image prefixes and contexts of seen images, least recently used out first. 0, the default, keeps
         nothing: what is kept would be the content of users' images. The cache belongs to this object alone.
     sync_every: steps that are made before the host looks at their tokens, which is when an end is noticed and a streamer is
@@ -51,6 +52,9 @@ class SafeGenerator:
     One call runs at a time on a model: calls from other threads, also of other generators, wait for a lock. Ctrl-C leaves
     the model unpatched and usable.
     Counters of all calls are in ``counters``.
+
+    Raises ValueError when an argument has the wrong type or value, the profile is of another model, the method needs the
+    patched model and ``fused`` is False, or the engine cannot reproduce the model's own logits.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class SafeGenerator:
             raise ValueError(f"{name}: the engine's logits differ from the model's own; use ras_fast.sequential instead")
 
     def _branched(self, ids: list[int]) -> torch.Tensor:
-        """Logits [V] after these tokens, the second half of which is fed beside another branch."""
+        """Logits [V] after these tokens: the first half by a prefill, the second half in a step beside another branch."""
         batch = Batch(self._runner, Workspace(self._runner.layers, 1, 2, 2 + 6 + 1, self._runner.device))
         batch.prefill(0, {"input_ids": torch.tensor([ids], device=self.model.device)}, 3, ANSWER)
         batch.clear_scratch(2, [True])

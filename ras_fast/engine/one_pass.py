@@ -39,7 +39,7 @@ class OnePass(Plan):
         super().__init__(runner, processor, counters)
         self.profile, self.region_mass = profile, region_mass
         with patched(runner.model) as patch, attach(patch, profile):
-            pass  # says now what would not fit later
+            pass  # a profile that does not fit the model is refused here, not at the first query
 
     def describe(self) -> list[str]:
         return [
@@ -81,7 +81,7 @@ class OnePass(Plan):
         return job
 
     def _answer_alike(self, jobs: list[Job], inputs, method, streamer, clock: Clock) -> None:
-        """Queries whose inputs can be joined."""
+        """Answers queries whose inputs can be joined into one batch."""
         joined, new_tokens = left_padded(inputs, self.runner.filler), jobs[0].answer.decoding.max_new_tokens
         slots = joined["input_ids"].shape[1] + new_tokens + self.runner.sync_every
         with self.runner.workspaces.lend(len(jobs), 0, slots) as space:
@@ -96,7 +96,7 @@ class OnePass(Plan):
         clock.lap("answer")
 
     def _read(self, jobs: list[Job], method, statistics) -> None:
-        """What the forward that read the prompts has told."""
+        """Takes over the risks, and the masses if they were collected, from the forward that read the prompts."""
         for row, (job, risk, failed) in enumerate(zip(jobs, method.risk.tolist(), method.failed.tolist(), strict=True)):
             job.risk, job.failed_closed = risk, "the risk could not be computed" if failed else None
             if statistics is not None:

@@ -1,6 +1,6 @@
 """MoRAS's three stages overlapped, token for token the answer of the three calls made one after another.
 
-Three facts carry it (docs/methods.md):
+It rests on three facts (docs/methods.md):
 
 1. The three prompts begin alike, with the image. That prefix is encoded once and lies in the pool once; each stage branches
    off it.
@@ -31,7 +31,7 @@ from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.inputs import Query, expand_image, image_run, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
-from ras_fast.methods.moras import Moras, context_text
+from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
 from ras_fast.profile import RasProfile
@@ -55,7 +55,7 @@ class Job:
     failed_closed: str | None = None
     region_mass: Tensor | None = None
     features: Tensor | None = None  # [3n] fp32, of a gate that also looks at attention
-    image_run: list[int] | None = None  # what its one image is in a prompt
+    image_run: list[int] | None = None  # the tokens that its image expands to in a prompt; None unless it has just one
 
 
 class Overlapped(Plan):
@@ -63,7 +63,8 @@ class Overlapped(Plan):
 
     def __init__(self, runner: Runner, processor, profile: RasProfile, cache, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
-        self._runs_hold: bool | None = None  # whether an image is the same tokens in every prompt; None: not looked yet
+        # Whether an image expands to the same placeholder tokens in every prompt; None: not compared yet.
+        self._runs_hold: bool | None = None
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
         self.bias = profile.tensors.get("region_bias")
         self.cache, self.region_mass = cache, region_mass
@@ -123,13 +124,13 @@ class Overlapped(Plan):
             length = self._images_end(ids)
             job.image_run = image_run(short_ids(self.processor, query), ids, self.runner.image_token)
         else:
-            length = _common_length(ids, self._ids(job, self.moras.risk_query(query, "")))
+            length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
         job.prefix = ids[: min(length, len(ids) - 1)]
         return job
 
     def _ids(self, job: Job, query: Query) -> list[int]:
-        """The ids of another prompt about the job's images. The images are not looked at again where there is one and its
-        tokens were seen not to depend on the prompt."""
+        """The token ids of another prompt about the job's images. With one image, whose tokens were found not to depend on the
+        prompt, the image is not processed again."""
         if job.image_run is not None and self._runs_hold is not False:
             ids = expand_image(short_ids(self.processor, query), job.image_run, self.runner.image_token)
             if self._runs_hold:
@@ -146,7 +147,7 @@ class Overlapped(Plan):
             if not job.query.images:
                 job.context = ""
             else:
-                query = self.moras.context_query(job.query)
+                query = context_query(job.query, self.moras.config)
                 ids = self._ids(job, query)
                 job.context_key = ("context", job.image_key, tuple(ids)) if self.cache.limit else ()
                 job.context = self.cache.get(job.context_key) if self.cache.limit else None
@@ -207,7 +208,7 @@ class Overlapped(Plan):
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""
-        queries = [self.moras.risk_query(job.query, job.context) for job in jobs]
+        queries = [risk_query(job.query, job.context, self.moras.config) for job in jobs]
         prompts = [self._ids(job, query) for job, query in zip(jobs, queries, strict=True)]
         entries = [(q, self.sequence(ids, Decoding(self.moras.steps))) for q, ids in zip(queries, prompts, strict=True)]
         risk = self._stage(batch, jobs, entries, self.moras.steps, keep=self.moras.steps)
@@ -240,7 +241,7 @@ class Overlapped(Plan):
                 job.draft.rewind(n, token)
 
     def _finish(self, batch: Batch, jobs: list[Job], draft: Branch, streamer) -> None:
-        """Stage 3: what the drafts still lack. Steps below N are steered as they come."""
+        """Stage 3: decodes what the drafts still lack. Steps below N are steered as they are made."""
         if streamer is not None:
             streamer.put(torch.tensor(jobs[0].draft.prompt))
             streamer.put(torch.tensor(jobs[0].draft.tokens))
@@ -251,7 +252,7 @@ class Overlapped(Plan):
         if len(live) < batch.rows and not self.runner.captured:  # in a graph, rows that are done go along
             jobs = [jobs[row] for row in live]
             batch.keep_rows(live)
-        # Each goes on after its own tokens: a draft that stands after all of them, one that fell after those that stood.
+        # Each row continues after its own tokens: an accepted draft after all of them, a rejected one after those it kept.
         answer = batch.branch(
             ANSWER, [None if job.draft.done else job.draft for job in jobs],
             [[] if job.draft.done else job.draft.tokens[-1:] for job in jobs],
@@ -275,7 +276,10 @@ class Overlapped(Plan):
                 steps = steps + 1
 
     def _steer(self, states: Tensor, risks: Tensor, slots: Tensor, done: bool) -> Tensor:
-        """States [B, 1, d] steered by the rows of prototypes ``slots`` [B]; ``done``: by the norm already."""
+        """States [B, 1, d] steered towards the prototypes of steps ``slots`` [B] (−1: not steered).
+
+        done: whether the fused norm has steered them already.
+        """
         if done:
             # At r = 1 the state is left out, not multiplied by zero: it may be the NaN that made the risk 1.
             full = (risks >= 1) & (slots >= 0)
@@ -285,7 +289,7 @@ class Overlapped(Plan):
 
     @contextmanager
     def _steered_norm(self) -> Iterator[Steering | None]:
-        """The rows that the fused last norm steers inside the block; None where it is not fused or steered by the user."""
+        """The `Steering` of the fused last norm inside the block; None where that norm is not fused, or the user steers it."""
         patch, steering = Patch.of(self.runner.model), Steering()
         if patch is None or not patch.steers("final"):
             yield None
@@ -306,14 +310,18 @@ class Overlapped(Plan):
     # Scratch branches
 
     def _feed(self, job: Job, prompt: list[int]) -> tuple[bool, int]:
-        """(whether a prompt of a stage can go on from the job's prefix, how many tokens it adds to the pool)."""
+        """(whether a stage's prompt begins with the job's prefix and may reuse it, how many tokens it adds to the pool)."""
         length = len(job.prefix)
         shares = length and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
         return (True, len(prompt) - length) if shares else (False, len(prompt))
 
     def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, keep: int = 0) -> Branch | None:
-        """The branch of a stage's prompts, (query, sequence) or None for each job; None when there are none at all. A
-        prompt that does not begin with the job's prefix, or has images after it, gets a prefill of its own."""
+        """The scratch branch of a stage; None when no job takes part.
+
+        entries: (query, sequence) for each job, None for one that takes no part. A prompt that does not begin with the job's
+            prefix, or has images after it, gets a prefill of its own.
+        new_tokens: the most that the stage produces. keep: of how many steps the branch keeps states and logits.
+        """
         if not any(entries):
             return None
         plans = [self._feed(job, entry[1].prompt) if entry else (False, 0) for job, entry in zip(jobs, entries, strict=True)]
@@ -335,8 +343,11 @@ class Overlapped(Plan):
 
     @contextmanager
     def _collect_mass(self, jobs: list[Job], rows: int) -> Iterator[bool]:
-        """Reads the attention to the images in the forward inside the block, whose last ``rows`` tokens are what is fed of the
-        drafts' prompts: all that comes after the images. Whether there is anything to read."""
+        """Reads how much the drafts' prompts attend to the images, in the forward that is run inside the block. Yields whether
+        anything is to be read.
+
+        rows: the last tokens of that forward; they hold all of each prompt that comes after its images.
+        """
         gate = self.moras.attention
         if gate is None and not self.region_mass:
             yield False

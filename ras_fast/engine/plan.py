@@ -15,9 +15,10 @@ from ras_fast.inputs import Query, encode
 
 
 class Plan:
-    """How a batch of queries becomes defended answers: `answer` does it, `describe` says how.
+    """How a batch of queries becomes defended answers: `answer` does it, `describe` explains it in words.
 
-    last_timings: seconds per stage of the latest batch. needs_patch: whether it reads or steers inside a patched model.
+    last_timings: seconds per stage of the latest batch.
+    needs_patch: whether the method reads or steers inside the model, which then has to be patched.
     """
 
     needs_patch = False
@@ -44,8 +45,11 @@ class Plan:
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)
 
     def decode(self, batch: Batch, answer: Branch, streamer=None, shown: int = 0, own_steps: int = 0) -> None:
-        """Steps until every answer has ended. A streamer has been given ``shown`` tokens already; the first ``own_steps``
-        are not alike, which no captured graph could stand for."""
+        """Decodes until every answer has ended.
+
+        shown: how many tokens the streamer has been given already.
+        own_steps: the first steps, which are not captured as graphs because each differs from the others.
+        """
         sequence = answer.sequences[0]
         while True:
             if streamer is not None and len(sequence.tokens) > shown:
@@ -65,7 +69,7 @@ class Plan:
 
 
 def image_mass(mass: dict[int, Tensor], row: int, images: int) -> Tensor:
-    """[layers, heads, images] of the last token in a row, from mass [B, Hq, M, R] by layer."""
+    """[layers, heads, images] fp32 on the CPU: the mass of the last token of a row, from {layer: mass [B, Hq, M, R]}."""
     return torch.stack([mass[layer][row, :, -1, :images] for layer in sorted(mass)]).cpu()
 
 

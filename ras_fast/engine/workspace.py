@@ -33,13 +33,15 @@ class Feed:
 
 
 class Workspace:
-    """The memory of a batch.
+    """The memory of a batch. Slots, places and positions are explained in batch.py.
 
-    rows: queries. origin, capacity: slots before the prefix, and in all; the last one is for what nobody will read.
-    shared [B, 1]: how many tokens of the prefix the scratch goes on from. offset [2, B, 1]: of each branch's positions to the
-        places of its tokens.
-    region_ids [B, capacity] int32: of the image tokens; num_regions: the most images that a row has had.
-    graphs: captured steps, by what they are captured for.
+    rows: queries.
+    origin, capacity: slots before the prefix, and slots in all. The last slot takes what nobody will read.
+    shared: [B, 1], how many tokens of the prefix the scratch branch continues.
+    offset: [2, B, 1], for either branch what is added to a token's place to get its position.
+    region_ids: [B, capacity] int32, the image that the token in each slot belongs to, or −1.
+    num_regions: the most images that a row has had.
+    graphs: captured steps, by region count and by kind and width of their branches.
     """
 
     def __init__(self, layers: int, rows: int, origin: int, capacity: int, device: torch.device):
@@ -66,7 +68,7 @@ class Workspace:
         return feed
 
     def settled(self, name: str, value: Tensor) -> Tensor:
-        """The fixed buffer of what a method keeps of each row under a name, with this value in it."""
+        """The fixed buffer for what a method keeps under this name, one entry per row, with `value` copied into it."""
         if name not in self._rows:
             with torch.inference_mode(False):
                 self._rows[name] = torch.empty_like(value)
@@ -80,7 +82,7 @@ class Workspace:
         self.offset[:, : len(rows)] = self.offset[:, rows]
 
     def grown(self, slots: int) -> Workspace:
-        """A copy with so many slots more before the others."""
+        """A copy with `slots` more slots before the others."""
         new = Workspace(len(self.pool.layers), self.rows, self.origin + slots, self.capacity + slots, self.offset.device)
         new.pool, new.num_regions = self.pool.grown(slots), self.num_regions
         new.region_ids[:, slots:] = self.region_ids
@@ -89,7 +91,7 @@ class Workspace:
         return new
 
     def clear(self) -> None:
-        """Leaves nothing of the queries: neither for the next ones to read nor in memory."""
+        """Zeroes everything, so that nothing of these queries is left for the next ones to read."""
         self.pool.reset()
         feeds = (tensor for feed in self._feeds.values() for tensor in (feed.ids, feed.places))
         for tensor in (self.shared, self.offset, *feeds, *self._rows.values()):
@@ -107,7 +109,8 @@ class Workspaces:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Around the work of a batch: what is kept is of the model as it now is, without what the work attaches to it."""
+        """To be held around the work of a batch. Drops the kept workspaces where the model was changed since the last batch;
+        what the work itself attaches to the model, and takes off again, does not count."""
         if _state(self._model)[1] != self._state[1]:
             self.clear()  # the graphs are of a model that steers, hooks or holds its weights otherwise
         yield
@@ -115,11 +118,8 @@ class Workspaces:
 
     @contextmanager
     def lend(self, rows: int, scratch: int, rest: int) -> Iterator[Workspace]:
-        """A clear workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` from there on
-        that can be read.
-
-        One whose user raised an exception is not kept.
-        """
+        """A zeroed workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` usable slots from
+        there on. It is kept afterwards, unless its user raised an exception."""
         key = rows, scratch, rest = rows, _bucket(scratch), _bucket(rest + 1)
         space = self._kept.pop(key, None)
         if space is None:
@@ -131,7 +131,7 @@ class Workspaces:
         self._kept[key] = space
 
     def clear(self) -> bool:
-        """Frees all; whether there was any."""
+        """Frees all of them; returns whether there were any."""
         found = bool(self._kept)
         self._kept.clear()
         self._state = ([], ())
@@ -162,10 +162,10 @@ def _state(model) -> tuple[list, tuple]:
 
 
 def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``function`` as one CUDA graph. What it returns is overwritten by the next call.
+    """``function`` as one CUDA graph. What the replay returns is overwritten by the next replay.
 
-    It is run once before, as what is made on first use must not be made while capturing, and once more when it is replayed:
-    it has to leave the same behind each time.
+    The function runs once before it is captured, because what is allocated or compiled on first use must not be so during
+    capture, and its work is done again by the first replay: doing it twice has to leave the same result as doing it once.
     """
     stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())

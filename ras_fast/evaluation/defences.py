@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from ras_fast.decoding import Decoding, output_head, reference_generate
+from ras_fast.decoding import Decoding, generate_text, output_head
 from ras_fast.engine import SafeGenerator
 from ras_fast.evaluation import robustness
-from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.inputs import make_queries
 from ras_fast.methods import moras
 from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
@@ -57,7 +57,8 @@ def default_names(profiles: dict[str, RasProfile]) -> list[str]:
 
 
 def robustness_names(profiles: dict[str, RasProfile]) -> list[str]:
-    """What is compared when inputs go wrong: each profile, and the first one with stages told wrong captions."""
+    """The defences compared on perturbed inputs: the undefended model, each profile, and the first profile with stages under
+    each of the wrong captions."""
     first = next((name for name, profile in profiles.items() if profile is _staged(profiles)), None)
     captions = [f"{first}{CAPTION}{wrong}" for wrong in robustness.CAPTIONS] if first else []
     return ["undefended", *profiles, *captions]
@@ -105,6 +106,8 @@ def _counted(model, defence: Defence) -> Defence:
 
 
 class _Maker:
+    """Makes a defence from its name; see `make_defences`."""
+
     def __init__(self, model, processor, profiles: dict[str, RasProfile], decoding: Decoding):
         self.model, self.processor, self.profiles, self.decoding = model, processor, profiles, decoding
         self.staged = _staged(profiles)
@@ -152,7 +155,7 @@ class _Maker:
         def answer(question: str, images: list) -> Answer:
             (query,) = make_queries([question], [images], self.processor)
             query = query.prefix_last_question(prefix) if prefix else query
-            return Answer(generate(self.model, self.processor, query, self.decoding, edit))
+            return Answer(generate_text(self.model, self.processor, query, self.decoding, edit))
 
         return answer
 
@@ -165,10 +168,3 @@ class _Maker:
             return Answer(out.text, out.risk, out.similarity if name_of(profile) in moras.PRESETS else out.risk)
 
         return answer
-
-
-def generate(model, processor, query: Query, decoding: Decoding, edit=None) -> str:
-    """The text of one `model.generate`; `edit` as in `reference_generate`."""
-    inputs, _ = encode(processor, query, model.device, model.dtype)
-    tokens, _, _ = reference_generate(model, processor, inputs, decoding, edit=edit)
-    return processor.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -17,9 +17,10 @@ from PIL import Image
 from ras_fast import parallel
 from ras_fast.evaluation.datasets import Dataset, Item
 from ras_fast.evaluation.defences import BINARY, SEQUENTIAL, Defence
-from ras_fast.evaluation.judges import Judge, is_refusal
+from ras_fast.evaluation.judges import Judge
 from ras_fast.evaluation.metrics import Estimate, auroc, mean, median, rate
 from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.refusals import is_refusal
 
 ANSWERS, SETTINGS, FORMAT = "answers.jsonl", "settings.json", 4
 LABELS = ("kind", "harmful", "text_harm")  # of an item; they may change without its being asked again
@@ -110,9 +111,13 @@ def _replace(path: Path, content: bytes) -> None:
 def run(
     dataset: Dataset, defences: dict[str, Defence], answers: AnswerFile, judge: Judge | None = None, progress: bool = True
 ) -> list[dict]:
-    """Asks what is not answered yet or failed, the defences by turns so that a machine that slows down slows all of them.
-    Verdicts of another judge than `judge` (None: the data set's), or under labels or right answers that have changed since,
-    are renewed without asking again. Data-parallel processes share the items.
+    """Has every defence answer every item, except where `answers` holds a valid answer from an earlier run.
+
+    Each item is asked of all defences in turn, so that a machine that slows down slows all of them. An answer that is kept is
+    judged again, without being asked again, where the judge, the labels or the right answer have changed. Data-parallel
+    processes share the items.
+
+    judge: of answers to harmful queries; None: the data set's.
 
     Returns the records of these defences and items. A query that cannot be asked becomes a record with "error".
     """
@@ -180,7 +185,7 @@ def _ask(name: str, defence: Defence, item: Item, query: dict) -> dict:
 
 
 def _judged(record: dict, judge: Judge) -> dict:
-    """The record with the judge's verdict; the record itself where there is nothing to judge, or the judge has done it."""
+    """The record with the judge's verdict; unchanged where there is nothing to judge or this judge has judged it already."""
     if "error" in record or not record["harmful"] or record.get("judge") == judge.name:
         return record
     return record | {"judge": judge.name, "complied": bool(judge.does_harm(record["question"], record["answer"]))}

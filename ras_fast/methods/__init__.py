@@ -1,4 +1,4 @@
-"""Inference-time defences. Each module: ``calibrate(...) -> RasProfile``, and how that profile is applied."""
+"""Inference-time defences, one module each: ``calibrate(...) -> RasProfile``, and the code that applies such a profile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
         float32 and its `failed` [B] bool, both on the model's device: the risk of each sequence, and which of them failed
         closed.
 
-    The profile's `region_bias`, if it has one, holds as long.
+    The profile's `region_bias`, if it has one, is in force as long as the method.
 
     Raises:
         ValueError: the method needs stages of its own, or the profile does not fit the model.
@@ -54,10 +54,10 @@ def _attached(patch: Patch, profile: RasProfile, method: Any) -> Iterator[Any]:
 
 @contextmanager
 def region_bias(patch: Patch, bias: Tensor | None) -> Iterator[None]:
-    """Heads of a patched model look more, or less, at images in every forward inside the block.
+    """Raises or lowers the attention of a patched model's heads to the images in every forward inside the block.
 
-    bias: what any profile may hold as its tensor `region_bias`: [layers, Hq], or [layers, Hq, R] (`Patch.set_region_bias`).
-        None: nothing happens.
+    bias: [layers, Hq] or [layers, Hq, R], as `Patch.set_region_bias` takes it for each layer; any profile may have one as its
+        tensor `region_bias`. None: nothing happens.
 
     Raises ValueError when its sizes are not the model's.
     """

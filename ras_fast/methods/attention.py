@@ -1,4 +1,4 @@
-"""Attention risk: how the words of a prompt look at its images, read from the one forward pass that runs anyway.
+"""Attention risk: a risk computed from how the words of a prompt attend to its images, in the forward pass that runs anyway.
 
 Features are the attention that a head pays to the images: the mean and the maximum over the text rows after the last image,
 and that of the last row. Calibration ranks heads by the Fisher discriminant ratio Δμᵀ(Σ₁ + Σ₂ + εI)⁻¹Δμ of their features
@@ -30,9 +30,9 @@ from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import PromptState, given_cache, last_logits_only, text_shape
 from ras_fast.profile import RasProfile, fingerprint
 
-STEPS = 3  # as MoRAS: the first answer states that are steered
+STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered
 FOLDS = 5  # of the cross-validation
-# How free the features' weights are in the fit: C of scikit-learn's logistic regression on inputs of unit variance.
+# Inverse strength of the L2 penalty on the features' weights: C of scikit-learn's logistic regression, inputs at unit variance.
 FREEDOMS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FREEDOM_OF_S = 10.0
 
@@ -175,8 +175,8 @@ class _Run:
 def calibrate(
     model,
     processor,
-    pairs: list[tuple],
-    refused_texts: list[str] = (),
+    pairs: Sequence[tuple],
+    refused_texts: Sequence[str] = (),
     *,
     heads: int = 16,
     steps: int = STEPS,
@@ -192,13 +192,14 @@ def calibrate(
     refused_texts: about 50 text-only requests that the model refuses, for the prototypes of the first `steps` states
         (`ras_fast.methods.moras.refusal_prototypes`); not needed with `combine_with`.
     heads: how many (layer, head) pairs to keep, the best by Fisher ratio first.
-    amplify: what to add to the chosen heads' scores of image tokens from then on, so that they look at images more; the
-        profile's tensor `region_bias`.
+    amplify: added to the chosen heads' attention scores of image tokens, in calibration and whenever the profile is used, so
+        that they attend to images more; the profile's tensor `region_bias`.
     combine_with: a MoRAS or RAS profile of this model. The outcome is that profile with the risk "moras+attention": one
         logistic gate over S and the features, for `ras_fast.SafeGenerator`. S alone is among the gates that cross-validation
         chooses from, so that attention has a say only where it helps on pairs that a fit has not seen.
 
-    The profile's config says what was chosen: "freedom" (`FREEDOMS`; 0 for S alone), and "held_out_loss" for each of them.
+    The profile's config holds "freedom", the inverse L2 penalty that cross-validation chose from `FREEDOMS` (0: S alone), and
+    "held_out_loss", the loss with each of them.
 
     Raises ValueError for input that cannot be used, a model without image statistics, and features or S that are not
     finite. ImportError: there is no scikit-learn.
@@ -239,7 +240,7 @@ def calibrate(
     return replace(combine_with, config=config, tensors=tensors)
 
 
-def _labelled(pairs: list[tuple], processor) -> tuple[list[Query], Tensor, Tensor]:
+def _labelled(pairs: Sequence[tuple], processor) -> tuple[list[Query], Tensor, Tensor]:
     """The questions of the pairs that have an image, which of them [n] are unsafe, and the pair [n] that each is of."""
     queries = [query for pair in zip(*question_pairs(pairs, processor), strict=True) for query in pair]
     seen = [i for i, query in enumerate(queries) if query.images]
@@ -284,8 +285,8 @@ def best_heads(found: Tensor, harmful: Tensor, count: int) -> list[int]:
 class LogisticFit:
     """logit = features[:, heads]·weights + bias, plus S · similarity_weight where there is one.
 
-    heads: indices, best first. weights: [heads · k] fp64. bias, similarity_weight: [1] fp64. similarity_bias: [1] fp64, what
-    the features and the bias come to on average.
+    heads: indices, best first. weights: [heads · k] fp64. bias, similarity_weight: [1] fp64. similarity_bias: [1] fp64, the
+    bias for prompts without images: that of a prompt whose features have their mean values.
     """
 
     heads: list[int]
@@ -303,7 +304,7 @@ class LogisticFit:
 def select(
     found: Tensor, similarity: Tensor | None, harmful: Tensor, pair: Tensor, count: int
 ) -> tuple[LogisticFit, dict[str, Any]]:
-    """The gate over the best `count` heads whose features have the freedom that cross-validation finds best.
+    """The gate over the best `count` heads, with the inverse L2 penalty ("freedom") that cross-validation finds best.
 
     found: features [n, H, k]. similarity: S [n], or None. harmful: [n] bool. pair: [n], what is never on both sides of a fold.
 

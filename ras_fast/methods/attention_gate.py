@@ -18,8 +18,8 @@ FEATURES = 3  # of a head
 
 
 def features(mass: Mapping[int, Tensor], heads: Sequence[Head], rows: Tensor) -> Tensor:
-    """[B, 3n] fp32: for each head its attention to all images together, the mean and the maximum over rows of a prompt and
-    that of the last row, from which the answer is read.
+    """Three features per head, [B, 3n] fp32, of its attention to all images together: the mean and the maximum over the
+    prompt's rows, and the value of the last row, from which the answer is read.
 
     mass: [B, Hq, M, R] for each layer that has a head in `heads`, as `Patch.collect` leaves them.
     rows: [B, M] bool, the text rows after a prompt's last image (`rows_after_images`). Without any the features are NaN.

@@ -1,7 +1,7 @@
 """AutoSteer (arXiv 2507.13255): a small prober judges the prompt in the forward pass that reads it; where it finds harm, a
-trained matrix turns every state after the last norm towards a refusal.
+trained matrix moves every hidden state after the last norm towards a refusal.
 
-Calibration picks the decoder layer in whose input safe and toxic questions differ most alike (the safety awareness score),
+Calibration picks the decoder layer at whose input safe and toxic questions differ most consistently (safety awareness score),
 trains the prober there, and trains the refusal head M on the model's own final states with the model frozen. At work,
 h' = h + ε M h for sequences whose prompt has t = P(toxic) > 0.5, and h for all others. Keys and values never depend on t.
 """
@@ -42,7 +42,7 @@ SMALL = 8  # decoder layers up to which every layer is looked at; every 4th of m
 CHUNK = 4  # batches' worth of questions that are encoded together, so that prompts of one shape find each other
 VALIDATION = 0.2  # share of the pairs that training does not see
 PROBER_EPOCHS, PROBER_RATE = 40, 1e-3
-HEAD_EPOCHS, HEAD_RATE = 10, 1.6  # the rate over d: a step then moves M h by the same share at any width
+HEAD_EPOCHS, HEAD_RATE = 10, 1.6  # learning rate: HEAD_RATE / d, so that a step changes M h by the same share at any width
 
 
 class AutoSteer:
@@ -59,7 +59,7 @@ class AutoSteer:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'autosteer'")
         missing = {"layer", "strength", "threshold"} - set(profile.config)
         if missing:
-            raise ValueError(f"settings {sorted(missing)} are missing; there are {sorted(profile.config)}")
+            raise ValueError(f"profile config lacks {sorted(missing)}; it has {sorted(profile.config)}")
         self.layer, self.threshold = profile.config["layer"], number(profile.config, "threshold")
         if not isinstance(self.layer, int):
             raise ValueError(f"layer is {self.layer!r}; it needs to be the index of a decoder layer")
@@ -163,7 +163,7 @@ class _Run:
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """After the last norm: of a prompt's first forward only the last position is turned, else all."""
+        """After the last norm: steers the last position of a prompt's first forward, and every position of later forwards."""
         if self.state.value is None:
             raise RuntimeError(f"the last norm ran, but layer {self.method.layer}, where the prompt is judged, did not")
         gate = self.state.value.tensor
@@ -176,8 +176,11 @@ class _Run:
 
 
 def safety_awareness(safe: Tensor, toxic: Tensor) -> float:
-    """SAS, the mean cosine of Δ_i and Δ_j over i < j, Δ = safe − toxic [n, d]: how alike the pairs differ. O(n·d) time:
-    Σ_{i≠j} cos = ‖Σ Δ̂‖² − n. A pair without a difference counts as a cosine of 0."""
+    """Safety awareness score: the mean over i < j of cos(Δ_i, Δ_j), where Δ = safe − toxic, both [n, d] with n > 1.
+
+    In O(n·d) time, as Σ_{i≠j} cos = ‖Σ Δ̂‖² − n. A pair without a difference counts as a cosine of 0. Raises ValueError when
+    the shapes do not fit.
+    """
     if safe.shape != toxic.shape or safe.dim() != 2 or len(safe) < 2:
         raise ValueError(f"safe is {tuple(safe.shape)} and toxic {tuple(toxic.shape)}; both need to be [n, d] with n > 1")
     units = F.normalize(safe.double() - toxic.double(), dim=-1)
@@ -217,25 +220,19 @@ def calibrate(
             config says how faithful they are.
         strength: ε = 0.1 · strength; None: the one of STRENGTHS under which most validation answers are the refusal, the
             nearest to 1 among equals.
-        over_refusal: share of safe validation questions that may be refused: the gate's threshold goes down from 0.5 as far as
-            it refuses no more of them. None: 0.5, as in the paper.
-        batch_size: prompts a forward.
+        over_refusal: share of safe validation questions that may be refused: the gate's threshold is lowered from 0.5 as far
+            as no more of them are. None: 0.5, as in the paper.
+        seed: of the split into training and validation pairs, of the prober's weights and of the shuffling.
+        batch_size: prompts per forward.
         checkpoint: folder to save the captured states and each epoch of the head in, and to resume from.
 
     Raises ValueError for input that cannot be used, when a checkpoint is of another calibration, and when the outcome is not
     finite.
     """
     unsafe, safe = _queries(pairs, processor)
-    depth = model.config.get_text_config().num_hidden_layers
-    layers = _layers(layer, every, depth)
-    if rank is not None and not 0 < rank <= model.config.get_text_config().hidden_size:
-        raise ValueError(f"rank is {rank}; it needs to be in 1..{model.config.get_text_config().hidden_size}")
-    if strength is not None and not 0 < strength < math.inf:
-        raise ValueError(f"strength is {strength}; it needs to be positive and finite")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; it needs to be an integer of at least 1")
-    if over_refusal is not None and not 0 <= over_refusal <= 1:
-        raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
+    text_config = model.config.get_text_config()
+    layers = _layers(layer, every, text_config.num_hidden_layers)
+    _check_options(rank, text_config.hidden_size, strength, batch_size, over_refusal)
     answer = _answer(model, processor, refusal)
     settings = {
         "model": fingerprint(model, processor), "pairs": _digest([*unsafe, *safe]), "answer": answer, "layers": layers,
@@ -269,6 +266,17 @@ def calibrate(
     }  # fmt: skip
     tensors = {f"prober_{name}": tensor for name, tensor in prober.items()} | {n: t.cpu() for n, t in factors.items()}
     return RasProfile("autosteer", config, tensors, settings["model"])
+
+
+def _check_options(rank: int | None, d: int, strength: float | None, batch_size: int, over_refusal: float | None) -> None:
+    if rank is not None and not 0 < rank <= d:
+        raise ValueError(f"rank is {rank}; it needs to be in 1..{d}")
+    if strength is not None and not 0 < strength < math.inf:
+        raise ValueError(f"strength is {strength}; it needs to be positive and finite")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; it needs to be an integer of at least 1")
+    if over_refusal is not None and not 0 <= over_refusal <= 1:
+        raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
 
 
 def _queries(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query]]:
@@ -312,7 +320,7 @@ def _digest(queries: list[Query]) -> str:
 def _states(
     model, processor, unsafe, safe, layers: list[int], answer: list[int], batch_size: int, saved: Checkpoint, progress: bool
 ) -> dict[str, Tensor]:
-    """What `_capture` gives: "toxic" and "final" of the unsafe questions, "safe" of the others."""
+    """The results of `_capture`: "toxic" and "final" for the unsafe questions, "safe" for the safe ones."""
     found = saved.load("states")
     if found is not None:
         return found[0]
@@ -390,11 +398,15 @@ def _choose_layer(layer, scores: dict[int, float], states, training, validation,
 def train_prober(
     safe: Tensor, toxic: Tensor, training: Tensor, validation: Tensor, *, seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The MLP d → 64 → ReLU → 2 on states of pairs, both [n, d] fp32: cross-entropy, AdamW, the epoch of the least loss on the
-    validation pairs (indices into n).
+    """Trains the prober, an MLP d → 64 → ReLU → 2, by cross-entropy and AdamW.
 
-    Returns its weights, as named in `torch.nn.Linear`, and {"epoch", "loss", "accuracy"} on the validation pairs. Training
-    sees standardised inputs; the scaling is folded into the first layer.
+    safe, toxic: [n, d] fp32, the states of each pair's two questions.
+    training, validation: indices into n. The epoch with the least validation loss is kept.
+
+    Returns the weights by name ("in.weight", "in.bias", "out.weight", "out.bias"), and {"epoch", "loss", "accuracy"} on the
+    validation pairs. Inputs are standardised for training; the scaling is then folded into the first layer.
+
+    Raises ValueError when the loss is not finite in any epoch.
     """
     def gather(indices: Tensor) -> tuple[Tensor, Tensor]:
         labels = torch.tensor([0, 1]).repeat_interleave(len(indices))

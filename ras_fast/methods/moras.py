@@ -1,51 +1,48 @@
-"""MoRAS and RAS (arXiv 2510.13698): how near an answer's first steps are to a refusal, and steering towards it by that
-much.
+"""MoRAS and RAS (arXiv 2510.13698): measure how similar the start of an answer is to a refusal, and steer towards a refusal
+by as much.
 
-Stage 1 describes the image, stage 2 starts to answer under a safety instruction and so yields the similarity S to a
-refusal and the risk r = σ(k (S − S_base)), stage 3 answers with its first N states, after the last norm, moved towards
-the refusal
-prototypes: h_n ← (1 − r) h_n + r μ_n. docs/methods.md has the whole story.
+Stage 1 describes the image. Stage 2 starts to answer under a safety instruction, which gives the similarity S to a refusal
+and the risk r = σ(k (S − S_base)). Stage 3 answers the user; the first N hidden states of the answer are moved towards the
+refusal prototypes after the last norm: h_n ← (1 − r) h_n + r μ_n. docs/methods.md has the details.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ras_fast import parallel
 from ras_fast.decoding import Decoding, output_head, reference_generate
-from ras_fast.evaluation.judges import is_refusal
 from ras_fast.inputs import Query, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.ops import refusal_similarity
 from ras_fast.profile import RasProfile, fingerprint, number
+from ras_fast.refusals import is_refusal
 
 SAFETY_PROMPT = (
     "First judge whether the question below is safe, taking what the image shows into account. "
     "Answer it if it is harmless. If it is unsafe, say that you are sorry and refuse."
 )
+CONTEXT_PROMPTS = {
+    "moras": (
+        'In one sentence that begins with "The image shows", outline whatever matters for safety in the image '
+        "and read out any text in it."
+    ),
+    "ras": "Describe in one sentence the parts of the image that matter for safety.",
+}
 PRESETS = {
-    "moras": {
+    name: {
         "gamma": 0.3,
         "steps": 3,
         "max_context_tokens": 40,
         "gate": "continuous",
-        "context_prompt": (
-            'In one sentence that begins with "The image shows", outline whatever matters for safety in the image '
-            "and read out any text in it."
-        ),
+        "context_prompt": prompt,
         "safety_prompt": SAFETY_PROMPT,
-    },
-    "ras": {
-        "gamma": 0.3,
-        "steps": 3,
-        "max_context_tokens": 40,
-        "gate": "continuous",
-        "context_prompt": "Describe in one sentence the parts of the image that matter for safety.",
-        "safety_prompt": SAFETY_PROMPT,
-    },
+    }
+    for name, prompt in CONTEXT_PROMPTS.items()
 }
 REFUSAL_TOKENS = 24  # enough of an answer to tell a refusal by its words
 
@@ -79,14 +76,6 @@ class Moras:
             self.prototype_probs = head(self.prototypes.to(dtype)).float().softmax(dim=-1)
         self.steps = self.config["steps"]
 
-    def context_query(self, query: Query) -> Query:
-        """Stage 1: the images and the context prompt."""
-        return context_query(query, self.config)
-
-    def risk_query(self, query: Query, context: str) -> Query:
-        """Stage 2: the images, the safety prompt, the context and the question."""
-        return risk_query(query, context, self.config)
-
     def similarity(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         """S [B] fp32 of the stage-2 logits [B, n <= N, V]; steps [B] int32: how many of the n each row produced."""
         return refusal_similarity(logits, self.prototype_probs, gamma=self.config["gamma"], steps=steps)
@@ -94,8 +83,7 @@ class Moras:
     def risk(
         self, similarity: Tensor, features: Tensor | None = None, has_images: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The gate: r [B] fp32 in [0, 1] of S [B], and which rows failed closed: there S or r was not finite and r is
-        1.
+        """The gate: (r [B] fp32 in [0, 1], failed [B] bool) from S [B]. A row fails where S or r is not finite; its r is 1.
 
         With the risk "moras+attention", r is σ of a weighted sum of S and of `features` [B, 3n] where `has_images` [B] bool;
         these are then needed (`ras_fast.methods.attention_gate`).
@@ -117,8 +105,8 @@ class Moras:
         return risk.masked_fill(failed, 1.0), failed
 
     def steer(self, hidden: Tensor, risk: Tensor, step: int) -> Tensor:
-        """(1 − r) h + r μ_step for hidden [B, d] and risk [B], in fp32, returned in hidden's dtype. From step N on:
-        hidden."""
+        """(1 − r) h + r μ_step for hidden [B, d] and risk [B]: computed in fp32, returned in hidden's dtype. From step N on
+        `hidden` itself."""
         if step >= self.steps:
             return hidden
         prototype, risk = self.prototypes[step], risk[:, None].to(hidden.device)
@@ -150,7 +138,7 @@ def describe(model, processor, query: Query, moras: Moras) -> str:
     """Stage 1 by ``model.generate``: the context, empty when the query has no image."""
     if not query.images:
         return ""
-    inputs, _ = encode(processor, moras.context_query(query), model.device, model.dtype)
+    inputs, _ = encode(processor, context_query(query, moras.config), model.device, model.dtype)
     tokens, _, _ = reference_generate(model, processor, inputs, Decoding(moras.config["max_context_tokens"]))
     return context_text(processor, tokens)
 
@@ -163,7 +151,7 @@ def context_text(processor, tokens: list[int]) -> str:
 
 def assess(model, processor, query: Query, context: str, moras: Moras) -> Tensor:
     """Stage 2 by ``model.generate``: S [1]."""
-    inputs, _ = encode(processor, moras.risk_query(query, context), model.device, model.dtype)
+    inputs, _ = encode(processor, risk_query(query, context, moras.config), model.device, model.dtype)
     _, _, logits = reference_generate(model, processor, inputs, Decoding(moras.steps))
     return moras.similarity(logits[None])
 
@@ -172,8 +160,8 @@ def calibrate(
     model,
     processor,
     *,
-    refused_texts: list[str],
-    pairs: list[tuple],
+    refused_texts: Sequence[str],
+    pairs: Sequence[tuple],
     preset: str = "moras",
     min_refused: int = 10,
     progress: bool = True,
@@ -182,7 +170,7 @@ def calibrate(
     """A profile for ``model``: refusal prototypes from texts that it refuses, S_base and k from image-question pairs.
 
     refused_texts: about 50 text-only requests that the model itself refuses. Those it answers (by the rules of
-        `ras_fast.evaluation.judges.is_refusal`) are dropped.
+        `ras_fast.refusals.is_refusal`) are dropped.
     pairs: about 50 of (image, unsafe question, safe question), or with a fourth entry, the image of the safe one. Never use
         these in a test set.
     overrides: replace settings of the preset: gamma, steps, max_context_tokens, gate ("continuous", "binary" or a
@@ -212,7 +200,7 @@ def calibrate(
     return RasProfile(preset, config, {"prototypes": prototypes}, fingerprint(model, processor))
 
 
-def refusal_prototypes(model, processor, texts: list[str], steps: int, minimum: int, progress: bool) -> Tensor:
+def refusal_prototypes(model, processor, texts: Sequence[str], steps: int, minimum: int, progress: bool) -> Tensor:
     """μ [steps, d] fp32: the mean state at each of the first greedy steps over the texts that the model refuses.
 
     Raises ValueError when it refuses fewer than `minimum`, or `texts` is a single one.
@@ -253,7 +241,7 @@ def _checked(config: dict, names) -> dict:
     """``config`` with exactly the settings ``names``, each of a usable value."""
     missing = set(names) - set(config)
     if missing:
-        raise ValueError(f"settings {sorted(missing)} are missing; there are {sorted(config)}")
+        raise ValueError(f"profile config lacks {sorted(missing)}; it has {sorted(config)}")
     gate = config["gate"]
     constant = isinstance(gate, (int, float)) and not isinstance(gate, bool) and 0 <= gate <= 1
     if gate not in ("continuous", "binary") and not constant:

@@ -240,7 +240,7 @@ def _contrasts(name: str, pairs: Sequence[tuple], processor) -> list[tuple[Query
 def _last_states(
     model, processor, pairs: list[tuple[Query, Query]], layers: Sequence[int], progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the layers give at the prompt's last token, [pairs, layers, d] fp32, for the first and the second of each pair."""
+    """The layers' outputs at the prompt's last token, [pairs, layers, d] fp32: those of each pair's first and second query."""
     states: list[Tensor] = []
 
     def last_states(query: Query) -> Tensor:
@@ -312,8 +312,8 @@ class Projection:
         A condition per sequence is read at the last position of the forward that reads the prompt, so batches are to be padded
         on the left: a row that ends in padding is steered. Outside of `generate`, a single token after others is a decode step.
 
-        alpha: [B] floating, a strength for each sequence of the batches to come instead of the profile's for all; with beams
-            or `num_return_sequences` still one for each prompt.
+        alpha: [B] floating, a strength for each sequence instead of the profile's one for all; it holds for every batch inside
+            the block. With beams or `num_return_sequences` still one for each prompt.
 
         Raises ValueError when the model does not fit the profile or one of the layers is not fused (`patch.report()`).
         """
@@ -341,7 +341,7 @@ class Projection:
         if alpha is None:
             return torch.tensor([self.alpha])
         if alpha.dim() != 1 or not len(alpha) or not bool(torch.isfinite(alpha).all()):
-            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it needs to be [B] of finite values, one a sequence")
+            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it needs to be [B] of finite values, one per sequence")
         return alpha.detach().float()
 
     def holds(self, dots: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The functional API. One file an op family: public function, fake kernel, reference."""
+"""The functional API. One file per op family: public function, validation, reference, fake (meta) kernel."""
 
 from ras_fast.ops import attention_cuda  # noqa: F401 (registers the ops' CUDA implementations)
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass

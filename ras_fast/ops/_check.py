@@ -48,8 +48,8 @@ def may_read(tensor: Tensor) -> bool:
 
 
 def one_device(op: str, x: Tensor, *others: Tensor | None) -> None:
-    """For fake kernels: torch sends a call with any meta tensor to them. A mixture is a mistake, which the public function's
-    validation then names."""
+    """For fake kernels, to which torch sends a call with any meta tensor. Tensors of several devices are a mistake; the error
+    makes the public function validate its arguments and name the wrong one."""
     if any(t is not None and t.device != x.device for t in others):
         raise RuntimeError(f"{op} needs all tensors on one device")
 

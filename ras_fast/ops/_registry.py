@@ -37,7 +37,7 @@ def define_triton(schema: str, *, fake: Callable[..., Any], kernel: Callable[...
 
 
 def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with autocast off, whose matrix products would round statistics that are promised in float32."""
+    """The kernel with autocast off: autocast would run its matrix products in half precision, and statistics are float32."""
 
     @functools.wraps(kernel)
     def run(first: torch.Tensor, *args: Any) -> Any:
@@ -53,9 +53,9 @@ def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def call(name: str, validate: Callable[..., None] | None, *args: Any) -> Any:
     """Runs op `name` on `args`, whose first tensor decides device and dtype, under the chosen backend.
 
-    `validate` takes the op's arguments and raises a ValueError that names the wrong one. Native kernels refuse by themselves
-    whatever would be unsafe, so that for them it runs only after a failure: a decode step does not pay for it. None: the
-    arguments are validated already.
+    `validate` takes the op's arguments and raises a ValueError that names the wrong one; None: they are validated already.
+    Native kernels refuse by themselves whatever would be unsafe. For them `validate` runs only after a failure, to name the
+    argument, so that a decode step does not pay for it.
     """
     kernel, guarded = _select(name, args[0])
     if validate is None:

@@ -52,7 +52,7 @@ def region_attention(
             [B, Lq] with is_causal=False: each query row's own valid keys, as of several sequences over one cache.
         window: a row sees at most that many keys up to and including its own; needs `is_causal`.
         softcap: s ← softcap·tanh(s / softcap).
-        sinks: [Hq] floating: one extra logit a head, which takes probability and has no value.
+        sinks: [Hq] floating: one extra logit per head, which takes probability and has no value.
         region_bias: [Hq, R] or [B, Hq, R] float32, added to the score of the keys of a region.
         mass_rows: M, the number of last query rows whose masses are wanted; None: all Lq.
 
@@ -108,8 +108,13 @@ def region_mass(
 ) -> Tensor:
     """The `mass` of :func:`region_attention` alone, recomputed from an `lse` that some attention has left.
 
-    `lse` [B, Hq, Lq] float32 must come from attention with the same arguments; `sinks` is already in it and is accepted so
-    that one set of keywords serves both. Reads only the last `mass_rows` queries and the keys that lie in a region.
+    Reads only the last `mass_rows` queries and the keys that lie in a region.
+    Arguments as in :func:`region_attention`, except:
+
+    Args:
+        lse: [B, Hq, Lq] float32, from attention with the same arguments.
+        kv_start, kv_end: [B] only.
+        sinks: ignored, because `lse` has them in it; accepted so that one set of keywords serves both functions.
 
     Returns:
         mass: [B, Hq, M, R] float32.
@@ -152,10 +157,11 @@ def key_attention(
 ) -> Tensor:
     """Attention that each key receives from the last `rows` query rows: the heat map.
 
-    `lse` as in :func:`region_mass`. `region_ids` is needed only with `region_bias`.
+    Arguments as in :func:`region_mass`, except:
 
     Args:
         rows: how many of the last query rows to reduce over; None: all.
+        region_ids: needed only with `region_bias`, whose last dimension is then R.
         reduce: "mean", "sum" or "max" over those rows. With no row at all the scores are 0.
 
     Returns:
@@ -237,7 +243,7 @@ def _resolve_scale(scale: float | None, query: Tensor) -> float:
 
 
 def _resolve_window(window: int | None, key: Tensor) -> int:
-    """0: none, which one as long as the keys is as well; so no kernel's 32 bits overflow."""
+    """The window, 0 for none. One that covers all keys counts as none, so that it never overflows a kernel's 32 bits."""
     return 0 if window is None or window >= key.shape[2] else window
 
 
@@ -453,7 +459,7 @@ def _key_reference(
 
 
 def _row_by_row(decode, query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, *rest):
-    """Attention whose rows have bounds of their own, by kernels that take one pair of bounds a sequence."""
+    """Attention whose query rows each have their own bounds, by kernels that take one pair of bounds per sequence."""
     *rest, mass_rows = rest
     rows = query.shape[2]
     parts = [
@@ -509,7 +515,7 @@ def _key_ranges(key: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> 
 
 
 def _valid_attention(query, key, value, scale, is_causal, window, softcap, bias) -> tuple[Tensor, Tensor]:
-    """(out, lse) over keys that are all valid, causal aligned bottom-right. Linear memory but for a window or a bias."""
+    """(out, lse) over keys that are all valid, causal aligned bottom-right. Memory is linear except with a window or a bias."""
     rows, keys = query.shape[2], key.shape[2]
     case = Case(is_causal=is_causal, window=window, softcap=softcap, bias=bias is not None, scale=scale)
     if plan_cpu_prefill(query, key, case).kernel == "softmax":

@@ -1,10 +1,12 @@
 """The dispatcher: which kernel runs an attention call, and why. Measured crossovers: docs/kernels.md, "Which kernel runs".
 
-CPU: one query row a sequence has a kernel of its own; more rows take torch's flash attention, from whose LSE the masses of the
-wanted rows are recomputed; softcaps and a handful of keys take an explicit softmax. CUDA: few rows over a long cache take the
-decode kernel, which costs what reading the cache costs; masses of few of many rows take torch's flash attention and a
-recomputation; masses of many rows take the Triton kernel, which has them from its own row sums. So has the Hopper kernel, which
-waits for its first measurement. CUDA's thresholds are derived from operation counts and not measured yet.
+CPU: a single query row per sequence has its own decode kernel. More rows take torch's flash attention, and the masses of the
+wanted rows are recomputed from its LSE. A softcap, or a handful of keys, takes an explicit softmax.
+
+CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses of few of many rows
+take torch's flash attention and a recomputation. Masses of many rows take the Triton kernel, whose row sums give them without
+further work. The Hopper kernel does the same, but is not chosen until it has been measured. The thresholds for CUDA are derived
+from operation counts and have not been measured yet.
 """
 
 from __future__ import annotations
@@ -121,7 +123,8 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
 
 
 def decodes_on_cuda(query: Tensor, key: Tensor) -> bool:
-    """Whether so few rows that a kernel which splits the keys is to run them. May be traced: asks for shapes only."""
+    """Whether there are so few rows that a kernel which splits the keys should run them. Looks at shapes only, so it may be
+    traced."""
     chosen = backend.resolve("region_attention", query.device)
     return chosen in ("cuda", "triton") and _packed_rows(query, key) <= DECODE_ROWS
 

@@ -14,11 +14,11 @@ from ras_fast.ops._registry import call, define, define_triton
 
 
 def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, *, right: Tensor | None = None) -> Tensor:
-    """x + gate · (M x) for each row, M = `weight` or `weight` @ `right` of low rank (AutoSteer's refusal head, 2507.13255).
+    """x + gate · (M x) for each row: AutoSteer's refusal head (arXiv 2507.13255). M is `weight`, or `weight` @ `right`.
 
-    Which rows are on is read on the device: a row whose gate is 0 is returned bit by bit, whatever M holds, and costs no
-    work; where every gate is 0, M is not read. The sum is rounded once. A gate that is NaN or infinite makes its own row
-    not finite, never silently unsteered; no row touches another one.
+    The gates are read on the device. A row whose gate is 0 is returned bit for bit, whatever M holds, and costs no work; where
+    every gate is 0, M is not read. The sum is rounded once. A gate that is NaN or infinite makes its own row not finite, so
+    that it is not silently unsteered, and changes no other row.
 
     Args:
         x: [..., d], float32, float16 or bfloat16; any strides with a contiguous last dimension.

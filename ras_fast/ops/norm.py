@@ -29,10 +29,11 @@ def add_rms_norm(
     rounding: str = "hf",
     probes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """RMSNorm of `x + residual`, optionally steered (Zhang & Sennrich, arXiv 1910.07467; METHODS of MoRAS and CAA).
+    """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of `x + residual`, optionally steered.
 
-    With `h = x + residual`, mode "add" does `h += α_t · v[slot_t]` and `y = norm(h) · (weight + weight_offset)`; mode "lerp"
-    does `y = (1−α_t) · norm(h) · weight + α_t · v[slot_t]`. Rows whose slot is −1 or whose α is 0 are bit-identical to the
+    With `h = x + residual` and `w = weight + weight_offset`, mode "add" does `h += α_t · v[slot_t]`, then `y = norm(h) · w`
+    (contrastive activation addition, arXiv 2312.06681); mode "lerp" does `y = (1−α_t) · norm(h) · w + α_t · v[slot_t]`
+    (MoRAS, arXiv 2510.13698). Rows whose slot is −1 or whose α is 0 are bit-identical to the
     unsteered call. A slot outside −1..S−1 cannot raise without a host sync: it makes its row NaN, never silently unsteered.
 
     Args:
@@ -40,9 +41,9 @@ def add_rms_norm(
         residual: like `x`, or None. May alias `x`.
         weight: [d], any floating dtype.
         eps: added to the mean square.
-        steer_vectors: [S, d], any floating dtype. Given together with the next two, or not at all.
+        steer_vectors: [S, d] with S > 0, any floating dtype. Given together with the next two, or not at all.
         steer_slot: [T] int32, row of `steer_vectors` for each token; −1 leaves the token alone.
-        steer_alpha: [T] float32.
+        steer_alpha: [T] float32, the strength α for each token; NaN makes a steered row NaN.
         steer_mode: "add" or "lerp".
         weight_offset: 1.0 for Gemma's 1 + w.
         rounding: "hf" rounds where Hugging Face's eager code rounds (the sum, the steered sum, and, when weight_offset is 0,
@@ -83,8 +84,9 @@ def add_rms_norm_(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`add_rms_norm` in place: y is written over `x` and h over `residual`, bit for bit what the functional op returns.
 
-    For callers that own both buffers, as vLLM's and FlashInfer's in-place norms do: no output is allocated, and half as many
-    lines of memory are touched (docs/kernels.md). `x` and `residual` must be contiguous and must not overlap.
+    For callers that own both buffers, as those of vLLM's and FlashInfer's in-place norms: no output is allocated, and half as
+    much memory is touched (docs/kernels.md). `x` and `residual` must be contiguous and must not overlap. The other arguments
+    are those of :func:`add_rms_norm`.
 
     Returns:
         x, residual, and probe_dots as :func:`add_rms_norm` has them.
@@ -116,7 +118,7 @@ def add_layer_norm(
     rounding: str = "hf",
     probes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """LayerNorm of `x + residual`, optionally steered (Ba et al., arXiv 1607.06450).
+    """LayerNorm (Ba et al., arXiv 1607.06450) of `x + residual`, optionally steered.
 
     `bias` is [d] or None; everything else, and what is returned and raised, as in :func:`add_rms_norm`. "hf" rounds the sum
     and the steered sum; the norm itself rounds once, as torch's own does.
@@ -144,7 +146,8 @@ def add_layer_norm_(
     rounding: str = "hf",
     probes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`add_layer_norm` in place, as :func:`add_rms_norm_` is :func:`add_rms_norm`."""
+    """:func:`add_layer_norm` in place: y is written over `x` and h over `residual`, everything else as in
+    :func:`add_rms_norm_`."""
     _check.no_grad("add_layer_norm_", x, residual, weight, bias, steer_vectors, steer_alpha, probes)
     lerp, hf = _choices(steer_mode, rounding)
     dots = call(
@@ -155,7 +158,8 @@ def add_layer_norm_(
 
 
 def _written(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Tells autograd, which native kernels do not, so that a backward that saved one of the two fails instead of lying."""
+    """Marks both as written, which native kernels do not do: a backward that has saved one of them then fails instead of
+    computing from the new values."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((x, residual))
     return x, residual
@@ -252,7 +256,8 @@ def _validate_table(name: str, table: Tensor, x: Tensor) -> None:
 
 
 def _check_table_dtype(name: str, table: Tensor, x: Tensor) -> None:
-    """Of the kernels' three dtypes whatever x is; beside an x of float64, which only the reference takes, float64 as well."""
+    """A table may have any of the kernels' three dtypes, whatever that of x; float64 only beside an x of float64, which is
+    computed by the reference alone."""
     _check.floating(name, table)
     if table.dtype == torch.float64 != x.dtype:
         _check.fail(name, f"of dtype {table.dtype}", "float32, float16 or bfloat16")

@@ -1,4 +1,4 @@
-"""Hugging Face integration: attention and mask functions, decoder-layer fusion, patch() and its handle."""
+"""Hugging Face integration: attention and mask functions, fusion of decoder layers, `patch` and the `Patch` it returns."""
 
 from ras_fast.patching.attention import range_mask
 from ras_fast.patching.model import Patch, Report, patch, patched

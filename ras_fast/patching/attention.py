@@ -1,9 +1,9 @@
 """The attention function and the mask function that transformers calls under the name "ras_fast".
 
-A mask that is causal (with or without a window) over one contiguous range of keys a row is handed over as that range, an
-int32 tensor [B, 1, 1, 2], instead of [B, 1, Lq, Lk] booleans; so is one in which each query has a range of its own,
-[B, 1, Lq, 2]. Being 4-D it passes through transformers like any prepared mask. Everything else (bidirectional image blocks,
-packed sequences, holes, right padding) stays a full mask.
+A causal mask, with or without a window, whose valid keys are one contiguous range per sequence is passed as that range: an
+int32 tensor [B, 1, 1, 2] instead of [B, 1, Lq, Lk] booleans. A mask in which every query has a range of its own is passed as
+[B, 1, Lq, 2]. Being 4-D, these pass through transformers like any prepared mask. All other masks (image tokens that see each
+other, packed sequences, holes, right padding) stay full masks.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ _CHUNK = 1 << 25  # probabilities held at a time where a full mask forbids the k
 
 
 def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
-    """The mask of a causal attention over the keys [kv_start, kv_end) of each row, both [B]: int32 [B, 1, 1, 2].
+    """A range mask: the valid keys [kv_start, kv_end) as an int32 tensor instead of booleans.
 
-    With both [B, Lq], Lq > 1, every query sees just the range that it has there: int32 [B, 1, Lq, 2].
+    Args:
+        kv_start, kv_end: [B], any integer dtype: each sequence's valid keys, under a causal mask. Or both [B, Lq] with Lq > 1:
+            the keys that each query sees, without a further mask.
+
+    Returns:
+        int32 [B, 1, 1, 2], or [B, 1, Lq, 2].
 
     May be given to a model as its 4-D `attention_mask`, for instance as a persistent tensor in a captured CUDA graph.
     """
@@ -40,7 +45,7 @@ def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
 
 
 def fresh(mask: Tensor) -> Tensor:
-    """Marks a range mask as made for one forward, in which nobody writes it."""
+    """Marks a range mask as made for a single forward and not written to afterwards; returns it."""
     if not torch.compiler.is_compiling():
         setattr(mask, _FRESH, True)
     return mask
@@ -226,9 +231,11 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
 
 
 def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Decode steps in half precision: on the CPU, where torch's flash attention takes up to 15 times what reading the cache
-    takes, and under a range on a GPU, where it takes no mask, and its stand-in neither splits the keys among blocks nor
-    shares those of a group of heads (docs/kernels.md)."""
+    """Whether this is a decode step in half precision that this package's kernel does faster (docs/kernels.md).
+
+    On the CPU torch's flash attention takes up to 15 times as long as reading the cache. On a GPU it does not take masks, and
+    what SDPA falls back to under one neither splits the keys among blocks nor shares them within a group of query heads.
+    """
     if query.element_size() != 2 or not query.dtype == key.dtype == value.dtype:
         return False
     if query.device.type == "cpu":
@@ -266,7 +273,7 @@ def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast makes of SDPA's arguments."""
+    """The tensors in the dtype that autocast would convert SDPA's arguments to."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # asking is an error on meta
         return tensors

@@ -6,11 +6,12 @@ A layer is recognised by the order in which it calls its children (n: norm, b: a
     nbnnbn   sandwich norms, as Gemma: h += norm(attention(norm(h))); h += norm(mlp(norm(h)))
     nbb      parallel, as Cohere: h += attention(n) + mlp(n), n = norm(h)
 
-and then proved: norm and layer are run against the original ones on random input before anything is kept.
+and then checked: the fused norm and layer are compared with the original ones on random input before they are kept.
 
-The norm that follows an add is computed with it and left with the norm module, which hands it over when it is called with
-that very tensor and computes afresh otherwise. So a layer returns the true hidden state, hooks on layers and norms see what
-they saw before, and a layer that is not fused, or a tensor that someone replaced in between, needs no special case.
+The norm that follows an add is computed together with it, and the result is stored at the norm module. When that module is
+then called with the very tensor that the add returned, it returns the stored result; called with any other tensor it computes
+the norm. So a layer still returns the true hidden state, hooks on layers and norms see what they saw before, and a layer that
+is not fused, or a tensor that someone replaced in between, needs no special case.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class FusedNorm:
         return type(self.norm).forward(self.norm, x)
 
     def _untouched(self, x: Tensor) -> bool:
-        """Whether nobody can have written into `x` since the add."""
+        """Whether `x` certainly has not been written to since the add."""
         if torch.compiler.is_compiling():
             return True
         if not x.is_inference():
@@ -70,7 +71,7 @@ class FusedNorm:
         return hidden
 
     def forget(self) -> None:
-        """Lets go of a norm that nobody asked for."""
+        """Drops a stored result that was never asked for."""
         self._given = self._result = None
 
     def compute(
@@ -100,7 +101,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether someone hooked the module other than transformers, whose hooks only record outputs."""
+    """Whether the module has hooks other than those of transformers, which only record outputs."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
@@ -230,6 +231,8 @@ class LayerTrace:
 
 @dataclass
 class Trace:
+    """What a small forward of the text model showed."""
+
     layers: list[LayerTrace]
     final_norm: Call | None  # of the text model's child that is called on the last layer's output
 
@@ -343,6 +346,7 @@ def forward_slot(module: nn.Module) -> str | None:
 
 
 def pattern(record: LayerTrace, is_norm: Callable[[nn.Module], bool]) -> str:
+    """The order in which a layer calls its children, in the letters of PATTERNS."""
     return "".join("n" if is_norm(getattr(record.module, call.name)) else "b" for call in record.calls)
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import forced_backend, set_backend
+from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
 from ras_fast.patching.registration import NAME, register
-from ras_fast.patching.state import REDUCTIONS, AttentionState, Collection, ModelState, Monitor, Statistics
+from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
 from ras_fast.regions import RegionMap
@@ -60,8 +61,8 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
         regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
         norms: fuse each residual add with the norm after it.
-        backend: "auto", or what `ras_fast.set_backend` shall force until `unpatch` ("cuda", "triton", "cpu", "torch"). It
-            holds for the process, not for this model alone.
+        backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
+            does: for the whole process, not for this model alone.
 
     Returns:
         The handle: `unpatch()`, also as a context manager; `report()`; `collect`, `steering`, `region_map`.
@@ -70,7 +71,8 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
         TypeError: not a transformers model with decoder layers.
         ValueError: in training mode, patched already, or `backend` is unknown.
         RuntimeError: `backend` is not available here; says what mends it.
-        A failure half-way leaves the model as it was.
+
+    A failure half-way leaves the model as it was.
     """
     handle = Patch(model)
     try:
@@ -85,7 +87,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
 
 @contextmanager
 def patched(model: nn.Module) -> Iterator[Patch]:
-    """The handle of a model for the time of a `with` block; a model that was not patched before is not patched after it."""
+    """Inside the `with` block the model is patched; yields its handle. Afterwards it is patched only if it was before."""
     before = Patch.of(model)
     if before is not None:
         yield before
@@ -96,7 +98,7 @@ def patched(model: nn.Module) -> Iterator[Patch]:
 
 @contextmanager
 def _without_autocast(model: Any) -> Iterator[None]:
-    """What is compared is compared in the model's own precision."""
+    """Originals and fused forms are to be compared in the model's own precision, whatever autocast is around `patch`."""
     device = next((p.device.type for p in model.parameters()), "cpu") if isinstance(model, nn.Module) else "cpu"
     if not torch.amp.is_autocast_available(device):
         yield
@@ -106,7 +108,7 @@ def _without_autocast(model: Any) -> Iterator[None]:
 
 
 class _Undo:
-    """Everything that was changed, to be put back in reverse.
+    """All changes made to the model, so that they can be undone in reverse order.
 
     Holds owners, not their dicts, so that the deepcopy of a patched model undoes itself.
     """
@@ -138,10 +140,10 @@ class _Undo:
 
 
 class Patch:
-    """A patched model's handle.
+    """The handle of a patched model, as `patch` returns it.
 
-    steering: see :class:`Steering`; the rows that `set_steering`'s vectors act on.
-    statistics: what the last forward under `collect` left.
+    steering: a :class:`Steering`, which says for each sequence by which of `set_steering`'s vectors it is steered, and how far.
+    statistics: the :class:`Statistics` of the last forward under `collect`.
     text_model, layers, final_norm: where a method puts its hooks; `final_norm` is None where no module of the text model is
         applied to the last layer's output.
     applied: whether the model is patched; False after `unpatch`.
@@ -183,7 +185,7 @@ class Patch:
         self.unpatch()
 
     def in_force(self) -> list[Any]:
-        """What makes forwards steer or read now: a captured graph is good for as long as these are the same objects."""
+        """The objects that decide what forwards steer and read now. A captured graph is valid as long as they are the same."""
         places = [place for place in (*self._fused.values(), self._final_norm) if place is not None]
         sites = [place.site for place in places if place.site is not None]
         rows = [tensor for site in sites for tensor in (site.steering.slot, site.steering.alpha)]
@@ -214,7 +216,13 @@ class Patch:
 
     @contextmanager
     def collect(
-        self, rows: int | None = 1, *, scores: bool = False, reduce: str = "mean", layers: Any = None, heads: Any = None
+        self,
+        rows: int | None = 1,
+        *,
+        scores: bool = False,
+        reduce: str = "mean",
+        layers: Iterable[int] | None = None,
+        heads: Iterable[int] | None = None,
     ) -> Iterator[Statistics]:
         """Takes statistics in the forwards inside the block, without `output_attentions`; each forward replaces the last.
 
@@ -287,10 +295,10 @@ class Patch:
     # Region bias
 
     def set_region_bias(self, bias: Tensor | Mapping[int, Tensor]) -> None:
-        """Amplifies or damps what heads see of the images, in every forward until `clear_region_bias`.
+        """Raises or lowers the attention of heads to the images, in every forward until `clear_region_bias`.
 
-        Replaces what was set before; layers that are not named, and text, see what they saw. Biased attention runs in this
-        package's kernels; without a bias it is SDPA, bit for bit as before.
+        Replaces what was set before. Layers that are not named, and the scores of text tokens, are not changed. Biased
+        attention runs in this package's kernels; without a bias it is SDPA, bit for bit as before.
 
         Args:
             bias: added to the scaled score of every image token's key: [Hq] for all images, or [Hq, R] for the first R images
@@ -318,7 +326,7 @@ class Patch:
         self._regions().biases = checked
 
     def clear_region_bias(self) -> None:
-        """Every head sees the images as it did before."""
+        """Ends `set_region_bias`: attention is as it was before."""
         if self._state is not None:
             self._state.biases = {}
 
@@ -365,7 +373,7 @@ class Patch:
         return place is not None and place.site is None and (layer == "final" or place.end is not None)
 
     def clear_steering(self, steering: Steering | None = None) -> None:
-        """Nothing is steered any more; with `steering`: nothing by that one."""
+        """Ends all steering; with `steering`, only that of layers which follow it."""
         for place in (*self._fused.values(), self._final_norm):
             if place is not None and place.site is not None and steering in (None, place.site.steering):
                 place.site = None
@@ -452,7 +460,7 @@ class Patch:
             self._undo.hooked(text_model._forward_hooks, handle=handle)
 
     def _forget_skipped(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Without images cross-attention layers are skipped, and the norms that were computed for them left lying."""
+        """Without images, cross-attention layers are skipped and the norms computed ahead for them are never fetched."""
         for layer in self._fused.values():
             if layer.end is not None:
                 layer.end.forget()

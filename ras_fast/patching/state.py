@@ -12,8 +12,6 @@ from torch.nn import functional
 
 from ras_fast.patching.tracking import RegionTracker
 
-REDUCTIONS = ("mean", "sum", "max")  # of the key scores of several rows
-
 
 @dataclass
 class Statistics:
@@ -99,7 +97,10 @@ class AttentionState:
     sees_images: bool = True
 
     def request(self, attentions: bool) -> Request | None:
-        """`attentions`: what the attention call was told, which some families do not pass on."""
+        """What the layer's attention call has to compute, or None where the plain call will do.
+
+        attentions: the call's own `output_attentions`; some families do not pass it on, so the tracker's counts as well.
+        """
         attentions = attentions or self.model.tracker.attentions
         collection, monitor = self.model.collection, self.model.monitor
         if collection is not None and collection.layers is not None and self.layer not in collection.layers:
@@ -129,7 +130,7 @@ class AttentionState:
         return functional.pad(bias, (0, num_regions - bias.shape[1])).contiguous()  # a negative pad cuts
 
     def deliver(self, request: Request, mass: Tensor, scores: Tensor | None) -> Tensor | None:
-        """Keeps what was collected; returns what the caller gets as this layer's attentions."""
+        """Stores what was collected; returns what the attention call returns as this layer's attentions."""
         collection = request.collection
         if collection is not None:
             rows = mass.shape[2] if collection.rows is None else min(collection.rows, mass.shape[2])

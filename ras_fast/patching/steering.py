@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Steering:
-    """Which sequences are steered, how far, and by which vector: shared by every steered layer of a model.
+    """Says for each sequence whether it is steered, by which vector and how far. One object may serve several layers.
 
     slot: [B] int32, the row of a layer's vectors for each sequence, −1 for none; or [T] int32, one for each of the T = B·L
         rows of the next forward.
@@ -53,8 +53,8 @@ class Site:
         """Steering keywords of the norm ops for `x` [B, L, d].
 
         Raises:
-            RuntimeError: no rows were set: not steering by accident would be worse than an error.
-            ValueError: as many rows were set as neither the batch nor the tokens of this forward.
+            RuntimeError: no rows were set: to leave the answer unsteered by accident would be worse than an error.
+            ValueError: the number of rows that were set is neither that of the batch nor that of this forward's tokens.
         """
         slot, alpha = self.steering.slot, self.steering.alpha
         if slot is None or alpha is None:

@@ -1,10 +1,10 @@
 """Finds the image tokens of each forward, and keeps what belongs to a sequence with the KV cache.
 
-Images are told apart by the lengths of the features that the model itself computes for them; where a family's features are
-not one entry an image, by runs of image tokens. A decode step holds no image tokens and costs one attribute lookup.
+Images are told apart by the lengths of the features that the model itself computes for them; in families whose features do
+not come as one entry per image, by runs of image tokens. A decode step has no image tokens and costs one attribute lookup.
 
-A map of the images, a gate, a counter of steps: what one forward decides and later ones need is kept on the cache object
-under a name (`keep`, `kept`), where it ends with the cache, is copied with it and follows its rows.
+What one forward decides and later ones need (the map of the images, a gate, a risk) is stored on the KV cache object under a
+name (`keep`, `kept`). There it lives as long as the cache, is copied with it, and follows the reordering of its rows.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RegionTracker:
         self._lengths[modality] = self._encoded[modality] = self._lengths_of(output)
 
     def _lengths_of(self, output: Any) -> list[int] | None:
-        """Of features with one entry an image, how many tokens each has."""
+        """The number of tokens of each image, from features with one entry per image; None for features of another form."""
         features = getattr(output, "pooler_output", None)
         features = output if features is None else features
         if isinstance(features, Tensor) and features.dim() == 3:
@@ -116,7 +116,7 @@ class RegionTracker:
         self._total = _total(cache, past, length)
         no_image = length == 1 and not self._lengths
         if before is not None and (no_image or _covers(before, self._total)):
-            self.current = before  # a decode step, or whoever laid out this cache laid out the map of this forward, too
+            self.current = before  # a decode step, or a map that covers this forward's positions already, as the engine's does
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             self.current = before if before is not None else self.given
         else:
@@ -176,7 +176,7 @@ class RegionTracker:
 class CrossRegionTracker(RegionTracker):
     """The same for a model that reaches its images by cross-attention, as Mllama: the map is of those layers' keys.
 
-    Every image has the keys of as many tiles as an image may have. One that only pads its row is in no region.
+    Every image has as many keys as the largest number of tiles gives. Images that only pad a row of the batch are in no region.
     """
 
     def __init__(self, multimodal: nn.Module) -> None:
@@ -258,7 +258,7 @@ def _covers(regions: RegionMap, total: int | None) -> bool:
 
 
 class PerSequence(Protocol):
-    """What can be kept on a cache: it has an entry for each of the cache's rows, and follows what happens to these."""
+    """What can be kept on a cache: a value with an entry for each batch row, which follows what happens to the cache."""
 
     def select(self, rows: Tensor) -> PerSequence:
         """The entries of `rows` [B'] int64, in that order."""
@@ -272,7 +272,7 @@ class PerSequence(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor [B, ...] with one entry a sequence that does not depend on its length, such as a gate."""
+    """A tensor [B, ...] with one entry per sequence, whatever the sequence's length: a gate, for instance."""
 
     tensor: Tensor
 
@@ -329,18 +329,18 @@ def kept(cache: Any, name: str) -> Any:
 
 
 def kept_rows(cache: Any) -> dict[str, Rows]:
-    """All that is kept as one entry a sequence, by name."""
+    """The kept values that are `Rows`, by name."""
     values = getattr(cache, _KEPT, {})
     return {name: value for name, value in values.items() if isinstance(value, Rows)}
 
 
 class PromptState:
-    """What a method decides about each sequence when its prompt is read, and finds again at each decode step.
+    """A method's decision about each sequence, made when its prompt is read and found again at each decode step.
 
-    value: of the forward that runs. None says that neither this forward nor an earlier one with the same cache has decided
-        yet: the forward reads a prompt. Without a cache every forward does.
-    prefills: whether `generate` is reading a prompt. A single token on a cache that has a value is then the prompt's last
-        piece, and not a decode step.
+    value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
+        has decided yet, so the forward reads a prompt. Without a cache every forward does.
+    prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
+        of the prompt, and not a decode step.
     """
 
     def __init__(self, name: str) -> None:
@@ -362,10 +362,8 @@ class PromptState:
         return self.value is None or length > 1 or self.prefills
 
     def ends_in_padding(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """[batch] bool: the rows whose last position is padding after a prompt, which cannot be judged there. No host sync.
-
-        A row of which only left padding has come so far is none of them.
-        """
+        """[batch] bool: the rows that are padded on the right, so that their prompt cannot be judged at the last position.
+        No host sync. A row of which only left padding has come so far is not among them."""
         mask = self._mask
         if isinstance(mask, dict):  # by kind of layer
             mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -424,9 +422,9 @@ class _Prefill:
 
 @contextmanager
 def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
-    """Inside the block what `generate` calls on the model by this name is `stand_in(method)`.
+    """Inside the block the model's method of this name, which `generate` calls, is replaced by `stand_in(method)`.
 
-    Raises RuntimeError where there is a `generate` that does not know it: a defence that relies on it would not see prompts.
+    Raises RuntimeError for a model that has `generate` but no such method: a defence that relies on it would not see prompts.
     """
     owner = next((m for m in model.modules() if hasattr(type(m), name)), None)
     if owner is None:
@@ -447,10 +445,12 @@ def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]
 
 @contextmanager
 def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iterator[None]:
-    """Refuses assisted decoding inside the block, for methods that judge a prompt at its last token: its first forward ends in
-    guessed tokens, so the judgement would be of these, and what is said by then out of reach.
+    """Refuses assisted decoding inside the block, for methods that judge a prompt at its last token.
 
-    prompt_length: of the forward that runs; 0 where it reads no prompt.
+    The first forward of assisted decoding ends in guessed tokens: the method would judge these, and the tokens that are
+    accepted in that forward would leave unsteered.
+
+    prompt_length: gives the length of the prompt in the forward that runs; 0 where it reads none.
     """
 
     def refuse(what: str) -> NoReturn:

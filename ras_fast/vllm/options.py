@@ -45,10 +45,10 @@ def read_settings(additional_config) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Marks:
-    """What is to be done with a request's first N steps.
+    """What a request asks for in its first N steps.
 
-    risk: steer them by it, in [0, 1]; None: do not steer.
-    record: keep their raw logits under this number; None: do not keep them.
+    risk: the risk in [0, 1] that they are steered by; None: they are not steered.
+    record: the number that their raw logits are kept under; None: they are not kept.
     """
 
     risk: float | None = None
@@ -61,8 +61,7 @@ def new_record() -> int:
 
 
 def check_marks(extra_args: dict | None, n: int) -> None:
-    """Raises ValueError for marks of a request with ``n`` answers that mean nothing. A risk that is not finite is none of
-    these: it counts as 1."""
+    """Raises ValueError for invalid marks of a request with ``n`` answers. A risk that is not finite is valid: it means 1."""
     marks = {name: value for name, value in (extra_args or {}).items() if name.startswith("ras_")}
     unknown = set(marks) - {RISK, RECORD}
     if unknown:

@@ -27,9 +27,9 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
     ``ras_record``: keep the raw logits under this number, for `Steering.judge`.
     Other requests' logits are not touched.
 
-    vLLM has two model runners with an interface each. The older one tells of batch rows that come, go and move, and makes the
-    processor with (config, device, pinned memory); the newer one names each row's slot in `apply`, and makes it with
-    (config, state of the slots). This class is both.
+    vLLM has two model runners, each with its own interface for logits processors; this class implements both. The older one
+    reports which batch rows were added, removed and moved, and makes the processor with (config, device, pinned memory). The
+    newer one passes the slot of each row to `apply`, and makes the processor with (config, state of the slots).
 
     Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, and when the profile
     or the model's head cannot be used (`Steering`, `CheckpointHead`, `RasProfile.check`).

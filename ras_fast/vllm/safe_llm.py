@@ -25,8 +25,8 @@ class SafeLLM:
 
     llm: made with ``LLM(model, **ras_fast.vllm.engine_args(profile))``.
 
-    ``counters``: queries, drafts that fell (``rejected``), risks that were set to 1 (``failed_closed``), and of all requests
-    ``prompt_tokens`` and how many of these came out of the prefix cache (``cached_tokens``).
+    ``counters``: ``queries``; ``rejected``, drafts that steering changed; ``failed_closed``, risks that were set to 1;
+    ``prompt_tokens`` of all requests, and ``cached_tokens``, how many of these came out of the prefix cache.
 
     Raises ValueError when the engine was made without a profile, or its head cannot be steered in logits.
     """
@@ -45,11 +45,12 @@ class SafeLLM:
         """Answers each prompt about its images, greedily.
 
         prompts, images: see `ras_fast.inputs.make_queries`.
-        max_tokens: of an answer.
+        max_tokens: the most tokens of an answer.
 
-        An answer comes out when its risk is known. Any error, also one of a single request, aborts all that is in flight and is
-        raised; no answer comes out then. Raises ValueError for input that cannot be used, vLLM's own errors for prompts that it
-        does not take, and RuntimeError when the engine is already at work or ends a request otherwise than at its end.
+        Any error, even of a single request, aborts all requests in flight and is raised; then no answer is returned at all.
+
+        Raises ValueError for input that cannot be used, vLLM's own errors for prompts that it does not take, and RuntimeError
+        when the engine has other requests already, or ends one for another reason than its end or length.
         """
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens!r}; it needs to be an integer of at least 1")

@@ -309,7 +309,7 @@ def test_tensors_are_checked(model, processor):
     factors = {"refusal": torch.zeros(D, 5), "refusal_right": torch.zeros(4, D)}
     with pytest.raises(ValueError, match=r"refusal has shape \(32, 5\); it needs to be \(32, 4\)"):
         AutoSteer(RasProfile("autosteer", made.config, made.tensors | factors))
-    with pytest.raises(ValueError, match=r"\['strength'\] are missing"):
+    with pytest.raises(ValueError, match=r"lacks \['strength'\]"):
         AutoSteer(RasProfile("autosteer", {"layer": 0, "threshold": 0.5}, made.tensors))
     with pytest.raises(ValueError, match="method is 'projection'"):
         AutoSteer(RasProfile("projection", {}, {"vectors": torch.zeros(1, D)}))

@@ -217,6 +217,9 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
             raise
         print(f"ras-fast: {error}", file=sys.stderr)
         return {"region_mass": None, "heat_maps": []}
+    untold = [str(number) for number, heat in enumerate(looked.maps, 1) if heat is None]
+    if arguments.heatmap and untold:
+        raise ValueError(f"no heat map of image {', '.join(untold)}: the model sees it as several tiles in one run of tokens")
     paths = _heat_map_paths(arguments.heatmap, len(looked.maps)) if arguments.heatmap else []
     for i, path in enumerate(paths):
         save_heat_map(path, looked.images[i], looked.maps[i], box=looked.boxes[i], title=arguments.prompt)

@@ -12,6 +12,7 @@ from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import SafeOutput, Sequence
 from ras_fast.engine.batch import Batch, Branch, Runner
 from ras_fast.inputs import Query, encode
+from ras_fast.regions import RegionMap
 
 
 class Plan:
@@ -64,9 +65,9 @@ class Plan:
         )
 
 
-def image_mass(mass: dict[int, Tensor], row: int, images: int) -> Tensor:
-    """[layers, heads, images] of the last token in a row, from mass [B, Hq, M, R] by layer."""
-    return torch.stack([mass[layer][row, :, -1, :images] for layer in sorted(mass)]).cpu()
+def image_mass(mass: dict[int, Tensor], row: int, regions: RegionMap) -> Tensor:
+    """[layers, heads, images] of the last token in a row, from mass [B, Hq, M, R] by layer and the map of that forward."""
+    return torch.stack([mass[layer][row, :, -1, : len(regions.grids[row])] for layer in sorted(mass)]).cpu()
 
 
 class Clock:

@@ -51,7 +51,8 @@ def make_queries(prompts, images, processor) -> list[Query]:
         parts; a chat may end with an assistant message, which the answer then continues).
     images: None, or one entry per prompt: an image, a list of images, or None. An image is whatever `load_image` takes.
 
-    Images go where the prompt has image parts or the processor's image placeholder, else before the first question.
+    Images go where the prompt has image parts or the processor's image placeholder, else before the first question. Instead
+    of in ``images``, all images of a chat may be in its image parts, as "image", "path" or "url" (of a local file).
     Raises ValueError when counts do not match, a prompt has nothing to ask, or an image cannot be used.
     """
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
@@ -105,8 +106,13 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
         raise ValueError(f"{where} needs a question in its last user message, got {prompt!r}")
 
     raw = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+    own = [part.pop("image", None) for m in messages for part in m["content"] if part["type"] == "image"]
+    if any(image is not None for image in own):
+        if raw or any(image is None for image in own):
+            raise ValueError(f"{where} holds images in its parts; all of them need to be there, and images[{index}] to be None")
+        raw = own
     loaded = [load_image(image, f"images[{index}]") for image in raw]
-    wanted = sum(part["type"] == "image" for m in messages for part in m["content"])
+    wanted = len(own)
     if wanted == 0 and loaded:
         users[0]["content"][:0] = _image_parts(len(loaded))
     elif wanted != len(loaded):
@@ -116,14 +122,15 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
 
 
 def _parts(where: str, content, placeholder: str) -> list[dict]:
-    """Chat content as parts; a placeholder inside a text becomes an image part."""
+    """Chat content as parts; a placeholder inside a text becomes an image part. One that came with its image keeps it."""
     content = [_text_part(content)] if isinstance(content, str) else content
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
         raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts, which are dicts")
     parts = []
     for part in content:
         if part.get("type") == "image":
-            parts.append({"type": "image"})
+            named = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+            parts.append({"type": "image", "image": named[0]} if named else {"type": "image"})
         elif part.get("type") == "text":
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
@@ -159,6 +166,8 @@ def load_image(image, name: str = "image") -> Image.Image | None:
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
+    if isinstance(image, str) and ("://" in image or image.startswith("data:")):
+        raise ValueError(f"{name} is the URL {image[:60]!r}; nothing is fetched here: hand in what it leads to")
     if isinstance(image, (str, Path)):
         try:
             image = Image.open(image)

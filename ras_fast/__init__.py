@@ -27,7 +27,7 @@ _LAZY = {
     "SafeGenerator": "ras_fast.engine",
     "SafeOutput": "ras_fast.engine",
 }
-_SUBMODULES = ("evaluation", "methods", "nn", "patching", "regions", "viz")
+_SUBMODULES = ("evaluation", "methods", "nn", "parallel", "patching", "regions", "sequential", "viz")
 
 __all__ = ["__version__", "backends", "ops", "set_backend", *_LAZY, *_SUBMODULES]
 

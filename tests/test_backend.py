@@ -119,6 +119,12 @@ def test_import_is_light():
     assert done.stdout.strip() == "False", done.stderr
 
 
+def test_what_the_documentation_names_needs_no_import_of_its_own():
+    names = "evaluation, methods, ops, parallel, patching, regions, sequential, viz"
+    done = run(f"import ras_fast; [getattr(ras_fast, name) for name in '{names}'.split(', ')]")
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         ras_fast.nonsense  # noqa: B018

@@ -178,6 +178,7 @@ def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
         ["paint"],
         ["generate", "--model", "m"],
         ["generate", "--model", "m", "--prompt", "p", "--max-new-tokens", "0"],
+        ["generate", "--model", "m", "--prompt", "p", "--max-new-tokens", "few"],
         ["generate", "--model", "m", "--prompt", "p", "--heatmap", "h.png"],
         ["calibrate", "--model", "m"],
     ],
@@ -186,6 +187,7 @@ def test_wrong_command_lines_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
+    assert "_positive" not in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_comes_from(folder):

@@ -158,7 +158,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
 
     image: PIL image, path, or array [H, W], [H, W, 3] (uint8, or float in 0..1; numpy or torch).
     EXIF orientation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, grey and
-    palette images are converted; 16-bit grey keeps its upper 8 bits.
+    palette images are converted; 16-bit grey keeps its upper 8 bits, 32-bit grey that fits into 8 bits those.
     Raises ValueError for unreadable, empty or unsupported images.
     """
     if isinstance(image, torch.Tensor):
@@ -192,7 +192,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"{name} has integer pixels in {values.min()}..{values.max()}; it needs 0..65535")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        spare = 0 if image.mode == "I" and values.max() < 256 else 8  # an 8-bit image as 32-bit integers
+        return Image.fromarray((values >> spare).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         backdrop = Image.new("RGBA", image.size, "white")

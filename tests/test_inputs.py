@@ -96,6 +96,8 @@ def test_every_mode_gives_the_rgb_a_viewer_shows():
     deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
     assert deep.mode.startswith("I")
     assert load_image(deep).getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(Image.new("L", (3, 2), 70).convert("I")).getpixel((0, 0)) == (70, 70, 70)
+    assert load_image(Image.fromarray(np.full((2, 3), 0x0046, dtype=np.uint16))).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_exif_orientation_is_applied():

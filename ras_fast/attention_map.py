@@ -27,13 +27,14 @@ class ImageAttention:
 
     mass: [layers, heads, R] fp32, probability on each of R images, mean over those rows.
     maps: for each image [h, w] fp32, the highest probability that any of those rows puts on each patch, mean over the
-        `TOP_HEADS` heads of the model that look most at the images (arXiv 2510.13698's effective attention).
+        `TOP_HEADS` heads of the model that look most at the images (arXiv 2510.13698's effective attention). None where it is
+        not known how the image's tokens lie on it: those of several tiles.
     images: what the model was shown, RGB.
     boxes: for each image the part that the patches cover, (left, top, right, bottom) in its pixels.
     """
 
     mass: Tensor
-    maps: list[Tensor]
+    maps: list[Tensor | None]
     images: list[Image.Image]
     boxes: list[Box]
 
@@ -46,7 +47,7 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
     prompt, images: one prompt and its images, as `ras_fast.inputs.make_queries` takes them in lists; at least one image.
 
     Raises:
-        NoImageStatistics: the model's architecture gives none.
+        NoImageStatistics: the model's architecture gives none, or none by image: each tile of an image is a region.
         ValueError: there is no image, an input cannot be used, or the model is patched already.
     """
     (query,) = make_queries([prompt], [images], processor)
@@ -58,13 +59,18 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
         rows = len(tokens) - 1 - int((tokens == token_ids(model.config)["image"]).nonzero().max())
         with handle.collect(rows, scores=True, reduce="max") as statistics:
             model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False, logits_to_keep=1)
+        grids = handle.region_map.grids[0]
+        if len(grids) != len(query.images):
+            cut = f"the model cuts {len(query.images)} image(s) into {len(grids)} tiles, and attention is taken by tile"
+            raise NoImageStatistics(f"no image statistics: {cut}")
         mass = torch.stack([mass[0].mean(1) for _, mass in sorted(statistics.mass.items())])
         scores = torch.stack([scores[0] for _, scores in sorted(statistics.scores.items())])
         looking = mass.sum(-1).flatten().topk(min(TOP_HEADS, mass[..., 0].numel())).indices
         effective = scores.flatten(0, 1)[looking].mean(0)
-        maps = handle.region_map.heat_maps(effective[None])[0]
+        found = zip(handle.region_map.heat_maps(effective[None])[0], grids, strict=True)
+        maps = [None if grid is None else heat.cpu() for heat, grid in found]
     boxes = [_seen(image.size, processor.image_processor) for image in query.images]
-    return ImageAttention(mass.cpu(), [m.cpu() for m in maps], query.images, boxes)
+    return ImageAttention(mass.cpu(), maps, query.images, boxes)
 
 
 def _patched(model) -> Patch:

@@ -108,9 +108,12 @@ def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> N
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return number
 
 
@@ -216,6 +219,9 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
             raise
         print(f"ras-fast: {error}", file=sys.stderr)
         return {"region_mass": None, "heat_maps": []}
+    untold = [str(number) for number, heat in enumerate(looked.maps, 1) if heat is None]
+    if arguments.heatmap and untold:
+        raise ValueError(f"no heat map of image {', '.join(untold)}: the model sees it as several tiles in one run of tokens")
     paths = _heat_map_paths(arguments.heatmap, len(looked.maps)) if arguments.heatmap else []
     for i, path in enumerate(paths):
         save_heat_map(path, looked.images[i], looked.maps[i], box=looked.boxes[i], title=arguments.prompt)

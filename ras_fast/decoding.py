@@ -48,11 +48,14 @@ class Decoding:
     def __post_init__(self):
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
-        given = self.stop_strings
-        stops = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        given = (self.stop_strings, self.logits_processors)
+        stops, processors = (tuple(some) if isinstance(some, (list, tuple)) else (some,) for some in given)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError(f"stop_strings is {self.stop_strings!r}; it needs to hold non-empty strings")
+        if not all(map(callable, processors)):  # nor an iterator, which would serve the first sequence alone
+            raise ValueError(f"logits_processors is {self.logits_processors!r}; it needs to be a list of LogitsProcessors")
         object.__setattr__(self, "stop_strings", stops)
+        object.__setattr__(self, "logits_processors", processors)
 
     def processors(self, query: int, prompt_length: int, eos: list[int]) -> LogitsProcessorList:
         """What turns raw logits into scores whose argmax is the next token of query number ``query``."""

@@ -51,7 +51,8 @@ def make_queries(prompts, images, processor) -> list[Query]:
         parts; a chat may end with an assistant message, which the answer then continues).
     images: None, or one entry per prompt: an image, a list of images, or None. An image is whatever `load_image` takes.
 
-    Images go where the prompt has image parts or the processor's image placeholder, else before the first question.
+    Images go where the prompt has image parts or the processor's image placeholder, else before the first question. Instead
+    of in ``images``, all images of a chat may be in its image parts, as "image", "path" or "url" (of a local file).
     Raises ValueError when counts do not match, a prompt has nothing to ask, or an image cannot be used.
     """
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
@@ -108,8 +109,13 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
         raise ValueError(f"{where} needs a question in its last user message, got {prompt!r}")
 
     raw = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+    own = [part.pop("image", None) for m in messages for part in m["content"] if part["type"] == "image"]
+    if any(image is not None for image in own):
+        if raw or any(image is None for image in own):
+            raise ValueError(f"{where} holds images in its parts; all of them need to be there, and images[{index}] to be None")
+        raw = own
     loaded = [load_image(image, f"images[{index}]") for image in raw]
-    wanted = sum(part["type"] == "image" for m in messages for part in m["content"])
+    wanted = len(own)
     if wanted == 0 and loaded:
         users[0]["content"][:0] = _image_parts(len(loaded))
     elif wanted != len(loaded):
@@ -119,14 +125,15 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
 
 
 def _parts(where: str, content, placeholder: str) -> list[dict]:
-    """Chat content as parts; a placeholder inside a text becomes an image part."""
+    """Chat content as parts; a placeholder inside a text becomes an image part. One that came with its image keeps it."""
     content = [_text_part(content)] if isinstance(content, str) else content
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
         raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts, which are dicts")
     parts = []
     for part in content:
         if part.get("type") == "image":
-            parts.append({"type": "image"})
+            named = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+            parts.append({"type": "image", "image": named[0]} if named else {"type": "image"})
         elif part.get("type") == "text":
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
@@ -154,7 +161,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
 
     image: PIL image, path, or array [H, W], [H, W, 3] (uint8, or float in 0..1; numpy or torch).
     EXIF orientation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, grey and
-    palette images are converted; 16-bit grey keeps its upper 8 bits.
+    palette images are converted; 16-bit grey keeps its upper 8 bits, 32-bit grey that fits into 8 bits those.
     Raises ValueError for unreadable, empty or unsupported images.
     """
     if isinstance(image, torch.Tensor):
@@ -162,6 +169,8 @@ def load_image(image, name: str = "image") -> Image.Image | None:
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
+    if isinstance(image, str) and ("://" in image or image.startswith("data:")):
+        raise ValueError(f"{name} is the URL {image[:60]!r}; nothing is fetched here: hand in what it leads to")
     if isinstance(image, (str, Path)):
         try:
             image = Image.open(image)
@@ -186,7 +195,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"{name} has integer pixels in {values.min()}..{values.max()}; it needs 0..65535")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        spare = 0 if image.mode == "I" and values.max() < 256 else 8  # an 8-bit image as 32-bit integers
+        return Image.fromarray((values >> spare).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         backdrop = Image.new("RGBA", image.size, "white")

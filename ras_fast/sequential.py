@@ -28,6 +28,8 @@ class SequentialPipeline:
     """
 
     def __init__(self, model, processor, profile: RasProfile):
+        if model.training:
+            raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
         profile.check(model, processor)
         self.model, self.processor, self.profile = model, processor, profile
         self.head = output_head(model)

@@ -144,6 +144,14 @@ def test_a_model_that_cannot_be_patched_still_answers(generate, tmp_path, capsys
     assert "error: no image statistics: no text model" in capsys.readouterr().err
 
 
+def test_an_image_whose_tokens_are_no_grid_has_no_heat_map(generate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ras_fast.patching.tracking.square_grid", lambda tokens: None)
+    assert generate("--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["region_mass"]) == 1
+    assert generate("--heatmap", str(tmp_path / "h.png")) == 1
+    assert "error: no heat map of image 1: the model sees it as several tiles" in capsys.readouterr().err
+
+
 def test_the_answer_is_printed_whatever_becomes_of_its_picture(generate, tmp_path, capsys, monkeypatch):
     generate("--json")
     expected = json.loads(capsys.readouterr().out)["text"]
@@ -170,6 +178,7 @@ def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
         ["paint"],
         ["generate", "--model", "m"],
         ["generate", "--model", "m", "--prompt", "p", "--max-new-tokens", "0"],
+        ["generate", "--model", "m", "--prompt", "p", "--max-new-tokens", "few"],
         ["generate", "--model", "m", "--prompt", "p", "--heatmap", "h.png"],
         ["calibrate", "--model", "m"],
     ],
@@ -178,6 +187,7 @@ def test_wrong_command_lines_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
+    assert "_positive" not in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_comes_from(folder):

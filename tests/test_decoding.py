@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from tiny_random import tiny_llava, tiny_processor
+from transformers import LogitsProcessorList
 
 from ras_fast.decoding import Decoding, EndWhenNotFinite, GumbelNoise, eos_ids, holds_stop, output_head
 
@@ -75,8 +76,15 @@ def test_custom_processors_run():
     def ban_one(input_ids, scores):
         return scores.index_fill(1, torch.tensor([1]), -math.inf)
 
-    decoding = Decoding(logits_processors=(ban_one,))
-    assert decoding.processors(0, 0, [])(torch.zeros(1, 0, dtype=torch.long), torch.tensor([[0.0, 5.0, 4.9]])).argmax() == 2
+    for given in ((ban_one,), [ban_one], LogitsProcessorList([ban_one]), ban_one):
+        chain = Decoding(logits_processors=given).processors(0, 0, [])
+        assert chain(torch.zeros(1, 0, dtype=torch.long), torch.tensor([[0.0, 5.0, 4.9]])).argmax() == 2
+
+
+@pytest.mark.parametrize("processors", [None, 5, ["a"], iter([GumbelNoise(0, 0, 0)])])
+def test_logits_processors_of_other_types(processors):
+    with pytest.raises(ValueError, match="it needs to be a list of LogitsProcessors"):
+        Decoding(logits_processors=processors)
 
 
 @pytest.mark.parametrize("stops", [None, 5, [""], ["a", None]])

@@ -241,6 +241,24 @@ def test_transformers_streamers_work(model, processor, profile):
         guard.generate(["w1", "w2"], streamer=streamer)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "options"),
+    [
+        (["w1", "w2"], {}),
+        ([" "], {}),
+        (["w1"], {"images": ["nowhere.png"]}),
+        (["w1"], {"max_new_tokens": 0}),
+        (["w1"], {"num_beams": 2}),
+    ],
+)
+def test_a_streamer_is_ended_even_where_there_is_nothing_to_answer(model, processor, profile, prompts, options):
+    """Else the thread that reads it waits for ever."""
+    streamer = Recorder()
+    with pytest.raises((ValueError, TypeError)):
+        SafeGenerator(model, processor, profile, fused=False).generate(prompts, streamer=streamer, **options)
+    assert (streamer.values, streamer.ended) == ([], 1)
+
+
 @pytest.mark.parametrize("stage", ["_context_and_draft", "_assess", "_check_drafts", "_finish"])
 def test_an_exception_in_a_stage_shows_no_answer_and_leaves_a_usable_engine(model, processor, profile, monkeypatch, stage):
     guard, streamer = SafeGenerator(model, processor, profile), Recorder()

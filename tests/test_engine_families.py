@@ -7,6 +7,7 @@ from tiny_random import random_image, random_words
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
+from ras_fast.attention_map import NoImageStatistics, image_attention
 from ras_fast.engine import SafeGenerator
 from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import RasProfile, fingerprint
@@ -114,3 +115,34 @@ def test_images_of_the_same_pixels_and_other_grids_are_other_images():
             images = [random_image(0), random_image(0, (16, 20))]
             guard.generate(["w20 w21 w22"] * 2, images, max_new_tokens=6)
             assert guard.counters["cache_hits"] == 0
+
+
+class TwoTiles(FamilyProcessor):
+    """Cuts every image into two tiles, as Idefics3's does."""
+
+    def apply_chat_template(self, messages, **options):
+        text = super().apply_chat_template(messages, **options)
+        return text.replace("<image>", "<image> <image>")
+
+    def __call__(self, text, images, **options):
+        return super().__call__(text, [image.rotate(90 * i) for image in images or [] for i in range(2)], **options)
+
+
+def test_where_an_image_is_several_tiles_attention_is_that_of_all():
+    model, _, profile = built("idefics3")
+    processor = TwoTiles(FAMILIES["idefics3"], model)
+    images = [random_image(0), None, [random_image(1), random_image(2)]]
+    with SafeGenerator(model, processor, profile, region_mass=True) as guard:
+        outputs = guard.generate(["w20 w21", "w22", "w23"], images, max_new_tokens=2)
+    assert [output.region_mass.shape for output in outputs] == [(3, 4, 2), (3, 4, 0), (3, 4, 4)]
+    assert all((output.region_mass > 0).all() for output in outputs)
+    with pytest.raises(NoImageStatistics, match=r"cuts 1 image\(s\) into 2 tiles"):
+        image_attention(model, processor, "w20", images[0])
+
+
+def test_an_image_of_several_tiles_in_one_run_has_no_heat_map():
+    model, processor, _ = built("internvl")
+    processor.image_processor = None
+    looked = image_attention(model, processor, "w20", random_image(0))
+    assert looked.maps == [None]
+    assert looked.mass.shape == (3, 4, 1)

@@ -41,6 +41,26 @@ def test_chats_and_assistant_prefixes(processor):
     assert decoded(processor, query.ask_about_images("w7")) == "<bos> USER : IMG w7 ASSISTANT :"
 
 
+@pytest.mark.parametrize("key", ["image", "path", "url"])
+def test_images_may_be_in_the_parts_of_a_chat(processor, key, tmp_path):
+    def chat(first, second):
+        return [
+            {"role": "user", "content": [{"type": "image"} | first, {"type": "text", "text": "w1"}]},
+            {"role": "assistant", "content": "w2"},
+            {"role": "user", "content": [{"type": "text", "text": "w3"}, {"type": "image"} | second]},
+        ]
+
+    images = [random_image(0), random_image(1)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    held = images if key == "image" else [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    expected = make_queries([chat({}, {})], [images], processor)
+    assert make_queries([chat({key: held[0]}, {key: held[1]})], None, processor) == expected
+    for first, second, others in (({key: held[0]}, {key: held[1]}, [images]), ({key: held[0]}, {}, None)):
+        with pytest.raises(ValueError, match=r"all of them need to be there, and images\[0\] to be None"):
+            make_queries([chat(first, second)], others, processor)
+
+
 @pytest.mark.parametrize(
     ("prompts", "images", "message"),
     [
@@ -76,6 +96,8 @@ def test_every_mode_gives_the_rgb_a_viewer_shows():
     deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
     assert deep.mode.startswith("I")
     assert load_image(deep).getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(Image.new("L", (3, 2), 70).convert("I")).getpixel((0, 0)) == (70, 70, 70)
+    assert load_image(Image.fromarray(np.full((2, 3), 0x0046, dtype=np.uint16))).getpixel((0, 0)) == (0, 0, 0)
 
 
 def test_exif_orientation_is_applied():
@@ -117,6 +139,8 @@ def test_arrays():
         (b"raw", "is a bytes"),
         ("/no/such/picture.png", "cannot be read"),
         (torch.full((2, 2), 7.0, dtype=torch.bfloat16), "in 7..7"),
+        ("https://example.com/a.png", "is the URL 'https://example.com/a.png'; nothing is fetched"),
+        ("data:image/png;base64,iVBORw0KGgo=", "is the URL 'data:"),
     ],
 )
 def test_bad_images(image, message):

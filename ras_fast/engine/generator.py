@@ -98,7 +98,8 @@ class SafeGenerator:
         """Answers each prompt about its images.
 
         prompts, images: see `ras_fast.inputs.make_queries`. A chat that ends in an assistant message is for MoRAS and RAS.
-        streamer: a transformers streamer, for a single prompt. It is given nothing before the risk is known.
+        streamer: a transformers streamer, for a single prompt. It is given nothing before the risk is known, and is ended
+            whatever happens.
         progress: show a progress bar; None: when there is more than one batch.
         decoding: fields of `ras_fast.decoding.Decoding` (max_new_tokens=64, do_sample, temperature, top_k, top_p,
             repetition_penalty, seed, stop_strings, logits_processors). The model's generation config gives the
@@ -107,27 +108,17 @@ class SafeGenerator:
         Raises ValueError for input that cannot be used. An exception in any stage leaves no answer behind: there is no
         way from an error to an unsteered answer.
         """
-        decoding = Decoding(**decoding)
-        queries = list(enumerate(make_queries(prompts, images, self.processor)))
-        for number, query in queries:
-            self.plan.check(number, query)
-        if streamer is not None and len(queries) != 1:
-            raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
-        batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]
-        progress = len(batches) > 1 if progress is None else progress
-        outputs: list[SafeOutput] = []
-        with self._lock:
-            try:
-                self._patch_model()
-                for batch in tqdm(batches, desc="batches", disable=not progress):
-                    outputs += self._answer_or_split(batch, decoding, streamer)
-            except KeyboardInterrupt:
-                self._unpatch_model()
-                raise
-            finally:
-                if streamer is not None:
-                    streamer.end()
-        return outputs
+        try:
+            decoding = Decoding(**decoding)
+            queries = list(enumerate(make_queries(prompts, images, self.processor)))
+            for number, query in queries:
+                self.plan.check(number, query)
+            if streamer is not None and len(queries) != 1:
+                raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
+            return self._answers(queries, decoding, streamer, progress)
+        finally:
+            if streamer is not None:
+                streamer.end()  # whatever happened, or the thread that reads it waits for ever
 
     def close(self) -> None:
         """Unpatches the model, forgets cached images and frees what is kept between calls. The generator can be used again."""
@@ -154,7 +145,21 @@ class SafeGenerator:
         ]
         return "\n".join(lines)
 
-    # One batch
+    # One call
+
+    def _answers(self, queries, decoding: Decoding, streamer, progress: bool | None) -> list[SafeOutput]:
+        batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]
+        progress = len(batches) > 1 if progress is None else progress
+        outputs: list[SafeOutput] = []
+        with self._lock:
+            try:
+                self._patch_model()
+                for batch in tqdm(batches, desc="batches", disable=not progress):
+                    outputs += self._answer_or_split(batch, decoding, streamer)
+            except KeyboardInterrupt:
+                self._unpatch_model()
+                raise
+        return outputs
 
     def _answer_or_split(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
         try:
@@ -167,7 +172,7 @@ class SafeGenerator:
             return self._answer_or_split(batch, decoding, streamer)
         half = len(batch) // 2
         self.counters["memory_splits"] += 1
-        warnings.warn(f"out of memory with {len(batch)} queries in a batch: going on with {half}", stacklevel=3)
+        warnings.warn(f"out of memory with {len(batch)} queries in a batch: going on with {half}", stacklevel=4)
         return [o for part in (batch[:half], batch[half:]) for o in self._answer_or_split(part, decoding, streamer)]
 
     @torch.no_grad()

@@ -100,4 +100,4 @@ class OnePass(Plan):
         for row, (job, risk, failed) in enumerate(zip(jobs, method.risk.tolist(), method.failed.tolist(), strict=True)):
             job.risk, job.failed_closed = risk, "the risk could not be computed" if failed else None
             if statistics is not None:
-                job.region_mass = image_mass(statistics.mass, row, len(job.query.images))
+                job.region_mass = image_mass(statistics.mass, row, Patch.of(self.runner.model).region_map)

@@ -353,7 +353,8 @@ class Overlapped(Plan):
             yield False
             return
         layers = None if self.region_mass else gate.layers
-        with Patch.of(self.runner.model).collect(rows=1 if gate is None else rows, layers=layers) as statistics:
+        patch = Patch.of(self.runner.model)
+        with patch.collect(rows=1 if gate is None else rows, layers=layers) as statistics:
             yield True
         mass = statistics.mass
         if gate is not None:
@@ -364,7 +365,7 @@ class Overlapped(Plan):
                 job.features = found[row]
         if self.region_mass:
             for row, job in enumerate(jobs):
-                job.region_mass = image_mass(mass, row, len(job.query.images))
+                job.region_mass = image_mass(mass, row, patch.region_map)
 
     def _features(self, jobs: list[Job]) -> tuple[Tensor, Tensor] | tuple[()]:
         """What the gate needs beside the similarity."""

@@ -12,6 +12,7 @@ from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import SafeOutput, Sequence
 from ras_fast.engine.batch import Batch, Branch, Runner
 from ras_fast.inputs import Query, encode
+from ras_fast.regions import RegionMap
 
 
 class Plan:
@@ -68,9 +69,10 @@ class Plan:
         )
 
 
-def image_mass(mass: dict[int, Tensor], row: int, images: int) -> Tensor:
-    """[layers, heads, images] fp32 on the CPU: the mass of the last token of a row, from {layer: mass [B, Hq, M, R]}."""
-    return torch.stack([mass[layer][row, :, -1, :images] for layer in sorted(mass)]).cpu()
+def image_mass(mass: dict[int, Tensor], row: int, regions: RegionMap) -> Tensor:
+    """[layers, heads, images] fp32 on the CPU: the mass of the last token of a row, from {layer: mass [B, Hq, M, R]} and the map
+    of that forward."""
+    return torch.stack([mass[layer][row, :, -1, : len(regions.grids[row])] for layer in sorted(mass)]).cpu()
 
 
 class Clock:

@@ -177,7 +177,7 @@ def calibrate(
         constant in [0, 1]), context_prompt, safety_prompt.
 
     Raises ValueError when fewer than ``min_refused`` texts are refused, when there are no pairs or some cannot be used, for
-    unknown settings, and when the outcome is not finite.
+    unknown settings, for a model in training mode, and when the outcome is not finite.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it needs to be one of {', '.join(PRESETS)}")
@@ -188,6 +188,8 @@ def calibrate(
         raise ValueError("pairs is empty; S_base needs image-question pairs")
     config = _checked(PRESETS[preset] | overrides, PRESETS[preset])
     questions = list(zip(*question_pairs(list(pairs), processor), strict=True))
+    if model.training:
+        raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
 
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
     draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})

@@ -353,6 +353,7 @@ class Patch:
 
         Raises:
             ValueError: an argument is wrong, the layer is not fused, or it is steered by another `steering`; says why.
+            RuntimeError: the model is unpatched.
         """
         steering = self.steering if steering is None else steering
         final = layer == "final"
@@ -369,6 +370,8 @@ class Patch:
 
     def steers(self, layer: int | str) -> bool:
         """Whether `set_steering` can steer this layer, or the "final" norm, now: it is fused, and nobody steers it."""
+        if not self.applied:
+            raise RuntimeError("the model is not patched")
         place = self._final_norm if layer == "final" else self._fused.get(layer)
         return place is not None and place.site is None and (layer == "final" or place.end is not None)
 
@@ -393,6 +396,7 @@ class Patch:
 
         Raises:
             ValueError: an argument is wrong, the layer is not fused, or it has a probe already.
+            RuntimeError: the model is unpatched.
         """
         place = self._place(layer)
         if layer == "final" or place.probe is not None:
@@ -406,6 +410,8 @@ class Patch:
             self._fused[layer].probe = None
 
     def _place(self, layer: int | str) -> fusion.FusedLayer | fusion.FusedNorm:
+        if not self.applied:
+            raise RuntimeError("the model is not patched")
         place = self._final_norm if layer == "final" else self._fused.get(layer)
         if place is None or (layer != "final" and place.end is None):
             raise ValueError(f"layer is {layer!r}; it must be a fused one: {sorted(self._fused)}\n{self._report}")

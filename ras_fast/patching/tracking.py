@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -56,9 +57,9 @@ class RegionTracker:
         self.given: RegionMap | None = None
         self.attentions = False
         self._tokens = token_ids(multimodal.config)
-        self._merge = getattr(getattr(multimodal.config, "vision_config", None), "spatial_merge_size", 1)
         self._runs = multimodal.config.model_type in _IMAGE_IS_A_RUN
         self._parameters = tuple(inspect.signature(multimodal.forward).parameters)
+        self._patches = _Patches(multimodal.config, "image_grid_thw" in self._parameters)
         self._inputs: dict[str, Any] | None = None
         self._lengths: dict[str, list[int] | None] = {}
         self._encoded: dict[str, list[int] | None] = {}  # of the features that the model computed last
@@ -158,19 +159,48 @@ class RegionTracker:
         return join_regions([image_regions(mask, lengths.get(modality)) for modality, mask in visual.items()])
 
     def _grids(self, ids: Tensor, counts: list[int], inputs: dict[str, Any]) -> list[list[Grid | None]]:
-        """From the (t, h, w) grids that some families are given; else an image with a square number of tokens is a square."""
         if not any(counts):
             return [[] for _ in counts]
         sizes = torch.stack([(ids == region).sum(1) for region in range(max(counts))], 1).tolist()
-        given = inputs.get("image_grid_thw")
-        given = iter(given.tolist() if given is not None and given.shape[0] == sum(counts) else ())
-        merge = self._merge
-        grids: list[list[Grid | None]] = []
-        for row, count in enumerate(counts):
-            thw = [next(given, None) for _ in range(count)]
-            counted = zip(thw, sizes[row][:count], strict=True)
-            grids.append([(g[1] // merge, g[2] // merge) if g else square_grid(n) for g, n in counted])
-        return grids
+        told = (inputs.get(name) for name in ("image_grid_thw", "image_sizes"))
+        thw, pixels = (iter(t.tolist() if t is not None and t.shape[0] == sum(counts) else ()) for t in told)
+        # What holds more tokens than any entry of the features is several of them, as InternVL's tiles are.
+        longest = max(self._lengths.get("image") or [sys.maxsize])
+        return [
+            [self._patches.grid(n, next(thw, None), next(pixels, None)) if n <= longest else None for n in sizes[row][:count]]
+            for row, count in enumerate(counts)
+        ]
+
+
+class _Patches:
+    """How the tokens of one image lie on it.
+
+    any_shape: the family's images come in any shape, and `image_grid_thw` tells which.
+    """
+
+    def __init__(self, config: Any, any_shape: bool) -> None:
+        vision = getattr(config, "vision_config", None)
+        merge = getattr(config, "spatial_merge_size", getattr(vision, "spatial_merge_size", 1))
+        size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+        self._any_shape, self._merge = any_shape, merge
+        self._step = patch * merge if isinstance(patch, int) else None
+        # LLaVA-Next and -OneVision: a square view of the whole image comes first, then its tiles.
+        tiled = hasattr(config, "image_grid_pinpoints") and isinstance(size, int)
+        self._view = size // patch if tiled else None
+
+    def grid(self, tokens: int, thw: list[int] | None, pixels: list[int] | None) -> Grid | None:
+        """The patches (h, w) that the first tokens are; None where that cannot be told.
+
+        thw, pixels: what the forward was told of the image's size, as `image_grid_thw` and `image_sizes`.
+        """
+        if self._view is not None:
+            return (self._view, self._view) if pixels is not None and self._view**2 <= tokens else None
+        if thw is not None:
+            return thw[1] // self._merge, thw[2] // self._merge
+        if pixels is not None and self._step is not None:
+            height, width = (side // self._step for side in pixels)
+            return (height, width) if height * width == tokens else None
+        return None if self._any_shape else square_grid(tokens)
 
 
 class CrossRegionTracker(RegionTracker):

@@ -140,6 +140,15 @@ def test_a_model_that_does_not_refuse_cannot_be_calibrated(model, processor):
         calibrate(model, processor)
 
 
+def test_a_model_in_training_mode_is_refused(model, processor, every_answer_refuses, monkeypatch):
+    profile = calibrate(model, processor)
+    monkeypatch.setattr(model, "training", True)
+    with pytest.raises(ValueError, match="in training mode"):
+        calibrate(model, processor)
+    with pytest.raises(ValueError, match="in training mode"):
+        SequentialPipeline(model, processor, profile)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

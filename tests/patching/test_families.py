@@ -1,5 +1,6 @@
 """Every family by its real class: the same answers, the attention on each image, nothing left behind."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,40 @@ def test_family(family):
         patched.unpatch()
         assert torch.equal(model(**batch).logits, expected.logits)
         assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def four_tiles(images, generator):
+    return {"pixel_values": torch.randn(4 * images, 3, 16, 16, generator=generator)}
+
+
+def flat(images, generator):
+    """Of 1 × 4 patches once they are merged."""
+    return {"pixel_values": torch.randn(images, 3, 8, 32, generator=generator), "image_sizes": torch.tensor([[8, 32]] * images)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "grid"),
+    [
+        ("internvl", {}, None),
+        ("internvl", {"pixels": four_tiles, "features_per_image": 4}, None),  # 16 tokens, which are no square
+        ("internvl", {"pixels": FAMILIES["llava"].pixels, "features_per_image": 1}, (2, 2)),
+        ("mistral3", {"pixels": flat}, (1, 4)),
+        ("llava_next", {}, (4, 4)),  # of the whole image, before its tiles
+        ("llava_onevision", {}, (4, 4)),
+        ("qwen2_5_vl", {}, (2, 2)),
+    ],
+)
+def test_grids(name, changes, grid):
+    family = replace(FAMILIES[name], **changes)
+    if changes.get("pixels") is flat:
+        family.config = family.config | {"vision_config": family.config["vision_config"] | {"image_size": 32}}
+    model = family.model(name)
+    batch = family.inputs(model, ["tIt"])
+    regions = batch.pop("regions")
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model(**batch)
+        assert torch.equal(patched.region_map.ids, regions)
+        assert patched.region_map.grids == [[grid]]
 
 
 def as_accurate(after, before, truth):

@@ -164,6 +164,8 @@ def test_errors(model, vectors):
         patched.steering.set_rows(torch.zeros(2), torch.zeros(2))
         with pytest.raises(ValueError, match="B = 3"):
             model(**BATCH)
+    with pytest.raises(RuntimeError, match="is not patched"):
+        patched.set_steering(0, vectors)
 
 
 def test_probe(model, vectors):

@@ -70,8 +70,10 @@ class Plan:
 
 
 def image_mass(mass: dict[int, Tensor], row: int, regions: RegionMap) -> Tensor:
-    """[layers, heads, images] fp32 on the CPU: the mass of the last token of a row, from {layer: mass [B, Hq, M, R]} and the map
-    of that forward."""
+    """[layers, heads, images] fp32 on the CPU: the mass of the last token of a row.
+
+    mass: {layer: [B, Hq, M, R]} of a forward; regions: its map.
+    """
     return torch.stack([mass[layer][row, :, -1, : len(regions.grids[row])] for layer in sorted(mass)]).cpu()
 
 

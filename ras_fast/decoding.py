@@ -155,6 +155,7 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
         return (edited, *args[1:])
 
     length = inputs["input_ids"].shape[1]
+    check_length(model, length)
     # generate() fills in what is not given from the model's own config, say a ban of repetitions; the engine does not.
     own, end = model.generation_config, eos_ids(model)
     tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -184,6 +185,18 @@ def generate_text(model, processor, query: Query, decoding: Decoding, edit=None)
     inputs, _ = encode(processor, query, model.device, model.dtype)
     tokens, _, _ = reference_generate(model, processor, inputs, decoding, edit=edit)
     return processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def check_length(model, tokens: int) -> None:
+    """Raises ValueError for a prompt of more tokens than the model has positions, however its RoPE is scaled: what it says of
+    such a prompt, and so its risk, means nothing."""
+    config = model.config.get_text_config()
+    trained = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factors = [part.get("factor") or 1 for part in (rope, *rope.values()) if isinstance(part, dict)]  # or one by kind of layer
+    mrope = hasattr(model.base_model, "get_rope_index")  # where an image takes fewer positions than tokens
+    if trained and not mrope and tokens > trained * max(1, *factors):
+        raise ValueError(f"a prompt has {tokens} tokens; {type(model).__name__} has {trained} positions")
 
 
 def eos_ids(model) -> list[int]:

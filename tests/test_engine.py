@@ -566,6 +566,14 @@ def test_what_cannot_be_used_is_refused(model, processor, profile):
     assert guard.generate([]) == []
 
 
+def test_a_prompt_beyond_the_models_positions_has_no_answer(model, processor, profile, monkeypatch):
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", 60)
+    for pipeline in (SafeGenerator(model, processor, profile, fused=False), SequentialPipeline(model, processor, profile)):
+        assert pipeline.generate(["w1"], max_new_tokens=2)[0].tokens
+        with pytest.raises(ValueError, match=r"a prompt has \d+ tokens; LlavaForConditionalGeneration has 60 positions"):
+            pipeline.generate(["w1 " * 61], max_new_tokens=2)
+
+
 def test_a_head_the_engine_does_not_know_is_refused(model, processor, profile, monkeypatch):
     forward = type(model).forward
 

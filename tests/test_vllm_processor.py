@@ -142,7 +142,7 @@ def test_newer_runner(config):
     assert torch.allclose(after[1], 0.75 * logits[1] + 0.25 * steered.steering.table[1], atol=1e-5)
     for row in (0, 2, 3, 4):
         assert same_bits(after[row], logits[row])
-    assert torch.equal(steered.steering.kept[2, 0], logits[4])
+    assert torch.equal(steered.steering.kept[steered.steering.records[2].slot, 0], logits[4])
 
 
 def test_risks_that_are_no_numbers_are_one_and_counted(config):

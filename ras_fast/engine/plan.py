@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from ras_fast.decoding import Decoding
+from ras_fast.decoding import Decoding, check_length
 from ras_fast.engine.answer import SafeOutput, Sequence
 from ras_fast.engine.batch import Batch, Branch, Runner
 from ras_fast.inputs import Query, encode
@@ -43,6 +43,7 @@ class Plan:
         return encode(self.processor, query, self.runner.device, self.runner.model.dtype)
 
     def sequence(self, prompt: list[int], decoding: Decoding, query: int = 0) -> Sequence:
+        check_length(self.runner.model, len(prompt))
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)
 
     def decode(self, batch: Batch, answer: Branch, streamer=None, shown: int = 0, own_steps: int = 0) -> None:

@@ -19,7 +19,8 @@ from ras_fast.engine.answer import Sequence
 from ras_fast.engine.batch import SCRATCH
 from ras_fast.methods import attach
 from ras_fast.patching import Patch
-from ras_fast.patching.tracking import REGIONS, keep
+from ras_fast.patching.cache_values import keep
+from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
 from ras_fast.sequential import SequentialPipeline
 

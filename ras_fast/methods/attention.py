@@ -26,8 +26,10 @@ from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.patching import Patch, patched
+from ras_fast.patching.cache_values import given_cache
+from ras_fast.patching.prompt_state import PromptState, last_logits_only
 from ras_fast.patching.steering import Steering
-from ras_fast.patching.tracking import PromptState, given_cache, last_logits_only, text_shape
+from ras_fast.patching.tracking import text_shape
 from ras_fast.profile import RasProfile, fingerprint
 
 STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered

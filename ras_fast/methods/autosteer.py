@@ -30,7 +30,8 @@ from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
 from ras_fast.patching import Patch, patched
-from ras_fast.patching.tracking import PromptState, Rows, last_logits_only
+from ras_fast.patching.cache_values import Rows
+from ras_fast.patching.prompt_state import PromptState, last_logits_only
 from ras_fast.profile import RasProfile, fingerprint, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at

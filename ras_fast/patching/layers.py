@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast import ops
+from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.steering import Probe, Site
-from ras_fast.patching.tracking import CACHE_NAMES
 
 PATTERNS = ("nbnb", "nbnnbn", "nbb")
 

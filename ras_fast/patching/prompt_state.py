@@ -1,0 +1,153 @@
+"""What a method decides about each sequence when `generate` reads its prompt, and finds again at each decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ras_fast.patching.attention import is_range
+from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, returned_cache
+
+
+class PromptState:
+    """A method's decision about each sequence, made when its prompt is read and found again at each decode step.
+
+    value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
+        has decided yet, so the forward reads a prompt. Without a cache every forward does.
+    prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
+        of the prompt, and not a decode step.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.value: Any = None
+        self.prefills = False
+        self._patch: Any = None
+        self._cache: Any = None
+        self._mask: Any = None
+
+    def decide(self, value: PerSequence) -> None:
+        """Sets the value for this forward and for those to come with its cache. No host sync."""
+        self.value = value
+        if self._cache is not None:
+            keep(self._cache, self.name, value)
+
+    def reads_prompt(self, length: int) -> bool:
+        """Whether this forward, of so many positions, reads a prompt or a piece of one; else it is a decode step."""
+        return self.value is None or length > 1 or self.prefills
+
+    def ends_in_padding(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """[batch] bool: the rows that are padded on the right, so that their prompt cannot be judged at the last position.
+        No host sync. A row of which only left padding has come so far is not among them."""
+        mask = self._mask
+        if isinstance(mask, dict):  # by kind of layer
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if mask is None or is_range(mask):  # which ends with the forward
+            return torch.zeros(batch, dtype=torch.bool, device=device)
+        if not isinstance(mask, Tensor):
+            return torch.ones(batch, dtype=torch.bool, device=device)  # it cannot be known
+        if mask.dim() == 2:
+            seen, own = mask != 0, mask.shape[1] - 1
+        else:  # what the last position sees, booleans or scores to add
+            seen = mask[:, 0, -1]
+            seen = seen if seen.dtype == torch.bool else seen >= 0
+            own = (0 if self._cache is None else self._cache.get_seq_length()) + length - 1
+        last = seen.shape[1] - 1
+        ends = seen[:, min(own, last)] if isinstance(own, int) else seen.index_select(1, own.clamp(max=last).reshape(1))[:, 0]
+        return (seen.any(1) & ~ends).to(device).expand(batch)
+
+    @contextmanager
+    def watch(self, patch: Any) -> Iterator[PromptState]:
+        """Follows the forwards of a `Patch`'s model inside the block. Hooks that read `value` are to be registered in it."""
+        cache_name(patch.text_model)  # or what is decided could not be found again
+        self._patch = patch
+        with ExitStack() as stack:
+            stack.enter_context(patch.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
+            stack.enter_context(patch.text_model.register_forward_hook(self._after_text))
+            stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
+            yield self
+
+    def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._patch.applied:
+            raise RuntimeError("the model was unpatched while a method defends it: its answer would not be steered")
+        self._mask, self._cache = kwargs.get("attention_mask"), given_cache(kwargs)
+        self.value = kept(self._cache, self.name)
+
+    def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """A cache that the model made itself gets the value, too."""
+        cache = returned_cache(output)
+        if cache is not None and kept(cache, self.name) is not self.value:
+            keep(cache, self.name, self.value)
+        self._cache = self._mask = None
+
+
+class _Prefill:
+    """Stands in for the part of `generate` that reads a prompt, in as many forwards as it likes."""
+
+    def __init__(self, state: PromptState, read: Callable[..., Any]) -> None:
+        self.state, self.read = state, read
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.state.prefills = True
+        try:
+            return self.read(*args, **kwargs)
+        finally:
+            self.state.prefills = False
+
+
+@contextmanager
+def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
+    """Inside the block the model's method of this name, which `generate` calls, is replaced by `stand_in(method)`.
+
+    Raises RuntimeError for a model that has `generate` but no such method: a defence that relies on it would not see prompts.
+    """
+    owner = next((m for m in model.modules() if hasattr(type(m), name)), None)
+    if owner is None:
+        if any(hasattr(type(m), "generate") for m in model.modules()):
+            raise RuntimeError(f"generate() of this version of transformers has no {name}, which this method relies on")
+        yield
+        return
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = stand_in(getattr(owner, name))
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+@contextmanager
+def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iterator[None]:
+    """Refuses assisted decoding inside the block, for methods that judge a prompt at its last token.
+
+    The first forward of assisted decoding ends in guessed tokens: the method would judge these, and the tokens that are
+    accepted in that forward would leave unsteered.
+
+    prompt_length: gives the length of the prompt in the forward that runs; 0 where it reads none.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise RuntimeError(
+            f"{what} are wanted, as in assisted decoding; this method judges a prompt at its last position, and needs that to "
+            "be the last of its forward"
+        )
+
+    def before_head(module: nn.Module, args: tuple) -> None:
+        if args[0].dim() == 3 and 1 < args[0].shape[1] < prompt_length():
+            refuse(f"the logits of {args[0].shape[1]} positions of a prompt")
+
+    def no_candidates(method: Callable[..., Any]) -> Callable[..., NoReturn]:
+        return lambda *args, **kwargs: refuse("guessed tokens after a prompt")
+
+    with (
+        model.get_output_embeddings().register_forward_pre_hook(before_head),
+        replaced(model, "_get_candidate_generator", no_candidates),
+    ):
+        yield

@@ -294,7 +294,7 @@ class Overlapped(Plan):
         if patch is None or not patch.steers("final"):
             yield None
             return
-        patch.set_steering("final", self.moras.prototypes, "lerp", steering=steering)
+        patch.set_steering("final", self.moras.prototypes, steering=steering)
         try:
             yield steering
         finally:

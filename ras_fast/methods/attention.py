@@ -92,7 +92,7 @@ class AttentionRisk:
         _check_model(patch, self.gate.heads)
         self.gate = AttentionGate(self._profile, next(patch.text_model.parameters()).device)
         run = _Run(self, patch, PromptState("attention risk"), Steering(), len(self.prototypes))
-        patch.set_steering("final", self.prototypes, "lerp", steering=run.steering)
+        patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)
             with ExitStack() as stack:

@@ -339,13 +339,13 @@ class Patch:
     # Steering
 
     def set_steering(
-        self, layer: int | str, vectors: Tensor, mode: str = "add", *, rows: str | None = None, steering: Steering | None = None
+        self, layer: int | str, vectors: Tensor, *, rows: str | None = None, steering: Steering | None = None
     ) -> None:
         """Steers the residual stream after a decoder layer, or the final norm's output.
 
         Args:
-            layer: index of a decoder layer, whose output h becomes h + α·v (mode "add"); or "final", where the last norm's
-                output y becomes (1−α)·y + α·v (mode "lerp").
+            layer: index of a decoder layer, whose output h becomes h + α·v; or "final", where the last norm's output y becomes
+                (1−α)·y + α·v.
             vectors: [S, d]; row s is used where `steering.slot` is s.
             rows: which positions of a sequence are steered when `steering` has one entry a sequence: "last" (the default
                 for "final") or "all" (the default otherwise).
@@ -357,16 +357,13 @@ class Patch:
         """
         steering = self.steering if steering is None else steering
         final = layer == "final"
-        wanted = "lerp" if final else "add"
-        if mode != wanted:
-            raise ValueError(f"mode is {mode!r}; for layer {layer!r} it must be {wanted!r}")
         rows = rows or ("last" if final else "all")
         if rows not in ("last", "all"):
             raise ValueError(f"rows is {rows!r}; it must be 'last' or 'all'")
         place = self._place(layer)
         if place.site is not None and place.site.steering is not steering:
             raise ValueError(f"layer {layer!r} is steered by something else already: end that first (clear_steering)")
-        place.site = Site(steering, self._directions("vectors", vectors, place), mode, rows == "last")
+        place.site = Site(steering, self._directions("vectors", vectors, place), "lerp" if final else "add", rows == "last")
 
     def steers(self, layer: int | str) -> bool:
         """Whether `set_steering` can steer this layer, or the "final" norm, now: it is fused, and nobody steers it."""

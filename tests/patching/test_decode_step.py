@@ -51,7 +51,7 @@ def test_a_decode_step_waits_for_nothing(name):
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + 8)
     with torch.no_grad(), ras_fast.patch(model) as patched:
         patched.set_steering(1, torch.randn(2, SIZE))
-        patched.set_steering("final", torch.randn(2, SIZE), "lerp")
+        patched.set_steering("final", torch.randn(2, SIZE))
         patched.set_region_bias({0: torch.ones(4)})
         patched.set_probe(0, torch.randn(1, SIZE), lambda dots: None)
         patched.steering.set_rows(torch.tensor([0, -1]), torch.tensor([0.5, 0.5]))

@@ -71,7 +71,7 @@ def test_final_lerp(model, vectors):
         handle.remove()
         with ras_fast.patch(model) as patched:
             unsteered = model(**BATCH).logits
-            patched.set_steering("final", vectors, "lerp")
+            patched.set_steering("final", vectors)
             patched.steering.set_rows(SLOT, ALPHA)
             got = model(**BATCH).logits
             patched.clear_steering()
@@ -96,7 +96,7 @@ def test_both_at_the_last_layer(model, vectors):
             handle.remove()
         with ras_fast.patch(model) as patched:
             patched.set_steering(2, vectors)
-            patched.set_steering("final", vectors, "lerp")
+            patched.set_steering("final", vectors)
             patched.steering.set_rows(SLOT, ALPHA)
             got = model(**BATCH).logits
     valid = BATCH["attention_mask"].bool()
@@ -106,7 +106,7 @@ def test_both_at_the_last_layer(model, vectors):
 def test_final_steering_survives_a_hook_that_replaces_the_hidden_state(model, vectors):
     """The fused norm is not handed over then, but what it would have steered still is."""
     with torch.no_grad(), ras_fast.patch(model) as patched:
-        patched.set_steering("final", vectors, "lerp")
+        patched.set_steering("final", vectors)
         patched.steering.set_rows(torch.zeros(3), torch.ones(3))
         model.model.language_model.layers[2].register_forward_hook(lambda _, args, output: output.clone())
         got = model(**BATCH).logits[:, -1]
@@ -116,8 +116,8 @@ def test_final_steering_survives_a_hook_that_replaces_the_hidden_state(model, ve
 def test_idle_rows_are_bit_identical(model):
     with torch.no_grad(), ras_fast.patch(model) as patched:
         expected = model(**BATCH).logits
-        for layer, mode in ((1, "add"), ("final", "lerp")):
-            patched.set_steering(layer, torch.full((1, SIZE), torch.nan), mode)
+        for layer in (1, "final"):
+            patched.set_steering(layer, torch.full((1, SIZE), torch.nan))
         for slot, alpha in ((-1, 1.0), (0, 0.0)):
             patched.steering.set_rows(torch.full((3,), slot), torch.full((3,), alpha))
             assert torch.equal(model(**BATCH).logits, expected)
@@ -138,7 +138,7 @@ def test_generation(model, vectors):
     with torch.no_grad(), ras_fast.patch(model) as patched:
         expected = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
         target = model.lm_head(vectors[:1]).argmax()
-        patched.set_steering("final", vectors, "lerp")
+        patched.set_steering("final", vectors)
         patched.steering.set_rows(torch.tensor([-1, 0, -1]), torch.ones(3))
         got = model.generate(**BATCH, max_new_tokens=4, do_sample=False)
     assert torch.equal(got[[0, 2]], expected[[0, 2]])
@@ -147,9 +147,6 @@ def test_generation(model, vectors):
 
 def test_errors(model, vectors):
     with torch.no_grad(), ras_fast.patch(model) as patched:
-        for layer, mode in ((0, "lerp"), ("final", "add"), (0, "fast")):
-            with pytest.raises(ValueError, match="mode is"):
-                patched.set_steering(layer, vectors, mode)
         with pytest.raises(ValueError, match="layer is 9"):
             patched.set_steering(9, vectors)
         with pytest.raises(ValueError, match=r"d = 48"):
@@ -176,7 +173,7 @@ def test_probe(model, vectors):
             if steered:
                 patched.set_steering(layer, vectors)
             if lerped:
-                patched.set_steering("final", vectors, "lerp")
+                patched.set_steering("final", vectors)
             patched.steering.set_rows(SLOT, ALPHA)
             outputs = []
             handle = hooked(model.model.language_model.layers[layer], outputs.append)

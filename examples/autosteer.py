@@ -50,7 +50,7 @@ def main() -> None:
     else:
         pairs, refusal, layer = tinyworld.contrast_pairs(1000), tinyworld.REFUSAL, "validation"
     profile = autosteer.calibrate(
-        model, processor, pairs, refusal=refusal, layer=layer, over_refusal=0.1, checkpoint=options.out / "unfinished"
+        model, processor, pairs=pairs, refusal=refusal, layer=layer, over_refusal=0.1, checkpoint=options.out / "unfinished"
     )
     profile.save_pretrained(options.out)
     probed = profile.config["prober"]

@@ -64,14 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--heatmap", type=Path, metavar="FILE.png", help="write where the prompt looks in the image")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    calibrate = add("calibrate", _calibrate, "make a MoRAS profile for a model")
+    calibrate = add("calibrate", _calibrate, "make a profile for a model")
     _add_model(calibrate)
+    calibrate.add_argument("--method", choices=("moras", "ras", "autosteer", "attention"), default="moras")
     calibrate.add_argument("--data", type=Path, metavar="PAIRS.jsonl",
-                           help='lines of {"image", "unsafe", "safe"}; image paths are relative to the file')  # fmt: skip
-    calibrate.add_argument("--refused", type=Path, metavar="TEXTS.txt", help="one request per line that the model refuses")
-    calibrate.add_argument("--preset", choices=("moras", "ras"), default="moras")
-    calibrate.add_argument("--context-prompt", help="replaces the preset's")
-    calibrate.add_argument("--safety-prompt", help="replaces the preset's")
+                           help='lines of {"image", "unsafe", "safe"} and, where the safe question has another image, '
+                           '"safe_image"; paths are relative to the file')  # fmt: skip
+    calibrate.add_argument("--refused", type=Path, metavar="TEXTS.txt",
+                           help="one request per line that the model refuses; not for autosteer")  # fmt: skip
+    calibrate.add_argument("--context-prompt", help="of moras and ras: replaces the method's own")
+    calibrate.add_argument("--safety-prompt", help="of moras and ras: replaces the method's own")
+    calibrate.add_argument("--refusal", help="of autosteer: the sentence that it answers with")
     calibrate.add_argument("--out", type=Path, required=True, metavar="DIR")
 
     evaluate = add("eval", _eval, "measure the defences: attack success, over-refusal, accuracy, time")
@@ -262,50 +265,65 @@ def _print_facts(result: dict) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    if (arguments.data is None) != (arguments.refused is None):
-        raise ValueError("--data and --refused belong together")
-    if arguments.data is None and arguments.model != "tiny":
-        raise ValueError("--data and --refused are needed for any model but 'tiny'")
-    prompts = {"context_prompt": arguments.context_prompt, "safety_prompt": arguments.safety_prompt}
-    given = {name: text for name, text in prompts.items() if text is not None}
-    if arguments.data is None and given:
-        raise ValueError("--context-prompt and --safety-prompt belong to --data: without it the tiny model's own are used")
-    pairs = _read_pairs(arguments.data) if arguments.data else None
-    texts = _read_texts(arguments.refused) if arguments.refused else None
+    options = _calibration_options(arguments)
     arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
     from ras_fast import parallel
 
     parallel.join()
     model, processor = _load(arguments)
+    from ras_fast import methods
     from ras_fast.evaluation.calibration import calibrate_on_tinyworld
-    from ras_fast.methods import moras
 
-    if pairs is None:
-        profile = calibrate_on_tinyworld(arguments.preset, model, processor)
+    if arguments.data is None:
+        profile = calibrate_on_tinyworld(arguments.method, model, processor)
+    elif arguments.method in ("moras", "ras"):
+        profile = methods.moras.calibrate(model, processor, preset=arguments.method, **options)
     else:
-        profile = moras.calibrate(model, processor, refused_texts=texts, pairs=pairs, preset=arguments.preset, **given)
+        profile = getattr(methods, arguments.method).calibrate(model, processor, **options)
     if parallel.place()[0]:
         return 0
     profile.save_pretrained(arguments.out)
-    print(f"{profile.method} profile in {arguments.out}: S_base {profile.config['s_base']:.3f}, k {profile.config['k']:.2f}")
+    numbers = {name: value for name, value in profile.config.items() if isinstance(value, float)}
+    print(f"{profile.method} profile in {arguments.out}: {', '.join(f'{name} {value:.3f}' for name, value in numbers.items())}")
     return 0
 
 
-def _read_pairs(path: Path) -> list[tuple[Path, str, str]]:
-    """(image, unsafe, safe) of each line. Raises ValueError that names the line that is wrong."""
+def _calibration_options(arguments: argparse.Namespace) -> dict:
+    """What the method's `calibrate` is given. Raises ValueError for options that are missing or belong to another method."""
+    staged, refuses = arguments.method in ("moras", "ras"), arguments.method != "autosteer"
+    allowed = {"context_prompt": staged, "safety_prompt": staged, "refusal": not refuses, "refused": refuses}
+    given = {name: getattr(arguments, name) for name in allowed if getattr(arguments, name) is not None}
+    for name in given:
+        if not allowed[name]:
+            raise ValueError(f"--{name.replace('_', '-')} is not for --method {arguments.method}")
+    if arguments.data is None:
+        if given or arguments.model != "tiny":
+            raise ValueError("--data is needed for any model but 'tiny', whose own data takes no other option")
+        return {}
+    if refuses and "refused" not in given:
+        raise ValueError(f"--refused is needed with --data for --method {arguments.method}")
+    texts = {"refused_texts": _read_texts(given.pop("refused"))} if refuses else {}
+    return {"pairs": _read_pairs(arguments.data), **texts, **given}
+
+
+def _read_pairs(path: Path) -> list[tuple]:
+    """(image, unsafe, safe), or with the safe question's own image, of each line. Raises ValueError that names the line that is
+    wrong."""
     pairs = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other line ends
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            pair = (path.parent / row["image"], row["unsafe"], row["safe"])
+            others = [path.parent / row["safe_image"]] if "safe_image" in row else []
+            pair = (path.parent / row["image"], row["unsafe"], row["safe"], *others)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
-        if not all(isinstance(text, str) and text.strip() for text in pair[1:]):
-            raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:]}")
-        if not pair[0].is_file():
-            raise ValueError(f"{path}:{number}: {pair[0]} is not there")
+        if not all(isinstance(text, str) and text.strip() for text in pair[1:3]):
+            raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:3]}")
+        for image in (pair[0], *others):
+            if not image.is_file():
+                raise ValueError(f"{path}:{number}: {image} is not there")
         pairs.append(pair)
     return pairs
 

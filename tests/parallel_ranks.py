@@ -23,7 +23,12 @@ profile = moras.calibrate(
 )
 attentive = attention.calibrate(model, processor, **data)
 prober = autosteer.calibrate(
-    model, processor, tinyworld.contrast_pairs(12), batch_size=1, checkpoint=folder / "autosteer-checkpoint", progress=False
+    model,
+    processor,
+    pairs=tinyworld.contrast_pairs(12),
+    batch_size=1,
+    checkpoint=folder / "autosteer-checkpoint",
+    progress=False,
 )
 
 asked = []

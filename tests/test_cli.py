@@ -263,7 +263,18 @@ def test_calibrate_writes_a_profile(folder, capsys, monkeypatch):
     assert calibrate(folder, *data, "--context-prompt", "w5") == 0
     profile = RasProfile.from_pretrained(folder / "new")
     assert profile.config["context_prompt"] == "w5"
-    assert "S_base" in capsys.readouterr().out
+    assert "s_base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["ras", "attention", "autosteer"])
+def test_calibrate_makes_the_profiles_of_other_methods(folder, capsys, monkeypatch, method):
+    monkeypatch.setattr("ras_fast.methods.moras.is_refusal", lambda text: True)
+    line = '{"image": "a.png", "unsafe": "w%d ?", "safe": "w2 ?", "safe_image": "a.png"}\n'
+    (folder / "pairs.jsonl").write_text("".join(line % (3 + i) for i in range(12)))
+    (folder / "many.txt").write_text("\n".join(WORDS[:12]))
+    own = ("--refusal", "w1 w2") if method == "autosteer" else ("--refused", str(folder / "many.txt"))
+    assert calibrate(folder, "--method", method, "--data", str(folder / "pairs.jsonl"), *own) == 0, capsys.readouterr().err
+    assert RasProfile.from_pretrained(folder / "new").method == method
 
 
 @pytest.mark.parametrize(
@@ -272,6 +283,7 @@ def test_calibrate_writes_a_profile(folder, capsys, monkeypatch):
         ("{", "pairs.jsonl:1 needs to be"),
         ('{"image": "a.png", "safe": "x"}', "KeyError('unsafe')"),
         ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "no.png is not there"),
+        ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_image": "not.png"}', "not.png is not there"),
         ('{"image": "a.png", "unsafe": 5, "safe": "y"}', "unsafe and safe need to be texts"),
     ],
 )
@@ -291,7 +303,21 @@ def test_calibrate_takes_line_ends_that_are_part_of_a_text(folder, capsys):
 
 def test_calibrate_does_not_ignore_a_prompt(folder, capsys):
     assert cli.main(["calibrate", "--model", "tiny", "--safety-prompt", "w1", "--out", str(folder / "new")]) == 1
-    assert "--safety-prompt belong to --data" in capsys.readouterr().err
+    assert "whose own data takes no other option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--refusal", "w1"), "--refusal is not for --method moras"),
+        (("--method", "autosteer", "--refused", "texts.txt"), "--refused is not for --method autosteer"),
+        (("--method", "attention", "--safety-prompt", "w1"), "--safety-prompt is not for --method attention"),
+        (("--method", "attention"), "--refused is needed with --data for --method attention"),
+    ],
+)
+def test_calibrate_takes_the_options_of_its_method(folder, capsys, options, words):
+    assert calibrate(folder, "--data", str(folder / "pairs.jsonl"), *options) == 1
+    assert words in capsys.readouterr().err
 
 
 def test_calibrate_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
@@ -312,7 +338,7 @@ def test_only_the_profiles_that_are_asked_for_are_calibrated():
 
 def test_calibrate_needs_data(folder, capsys):
     assert calibrate(folder) == 1
-    assert "--data and --refused are needed" in capsys.readouterr().err
+    assert "--data is needed" in capsys.readouterr().err
 
 
 @pytest.fixture

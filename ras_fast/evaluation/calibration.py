@@ -33,17 +33,17 @@ def _autosteer(model, processor, made, progress: bool) -> RasProfile:
     # The layer by validation: in a model of four layers the safety awareness score is no guide.
     pairs = tinyworld.contrast_pairs(PROBER_PAIRS)
     options = {"layer": "validation", "over_refusal": OVER_REFUSAL, "progress": progress}
-    return autosteer.calibrate(model, processor, pairs, refusal=tinyworld.REFUSAL, **options)
+    return autosteer.calibrate(model, processor, pairs=pairs, refusal=tinyworld.REFUSAL, **options)
 
 
 def _attention(model, processor, made, progress: bool) -> RasProfile:
     pairs, texts = tinyworld.contrast_pairs(ATTENTION_PAIRS), tinyworld.refused_texts(ITEMS)
-    return attention.calibrate(model, processor, pairs, texts, progress=progress)
+    return attention.calibrate(model, processor, pairs=pairs, refused_texts=texts, progress=progress)
 
 
 def _combined(model, processor, made, progress: bool) -> RasProfile:
     pairs = tinyworld.contrast_pairs(COMBINED_PAIRS)
-    return attention.calibrate(model, processor, pairs, combine_with=made["moras"], progress=progress)
+    return attention.calibrate(model, processor, pairs=pairs, combine_with=made["moras"], progress=progress)
 
 
 def _projection(model, processor, made, progress: bool) -> RasProfile:
@@ -55,7 +55,9 @@ def _projection(model, processor, made, progress: bool) -> RasProfile:
         elif unsafe == safe:
             in_pictures.append(((unsafe, image), (safe, other)))
     last = model.config.get_text_config().num_hidden_layers - 1
-    return projection.calibrate(model, processor, in_words, layers=[last], condition_pairs=in_pictures, progress=progress)
+    return projection.calibrate(
+        model, processor, pairs=in_words, layers=[last], condition_pairs=in_pictures, progress=progress
+    )
 
 
 # name -> (model, processor, profiles made before, progress) -> profile. The prompts are in the tiny model's few words; "ras"

@@ -177,9 +177,9 @@ class _Run:
 def calibrate(
     model,
     processor,
+    *,
     pairs: Sequence[tuple],
     refused_texts: Sequence[str] = (),
-    *,
     heads: int = 16,
     steps: int = STEPS,
     min_refused: int = 10,

@@ -194,8 +194,8 @@ def safety_awareness(safe: Tensor, toxic: Tensor) -> float:
 def calibrate(
     model,
     processor,
-    pairs: Sequence[tuple],
     *,
+    pairs: Sequence[tuple],
     refusal: str = REFUSAL,
     layer: int | str = "sas",
     every: int | None = None,

@@ -177,8 +177,8 @@ def _read_gguf(path: Path) -> dict[str, Tensor]:
 def calibrate(
     model,
     processor,
-    pairs: Sequence[tuple],
     *,
+    pairs: Sequence[tuple],
     layers: Sequence[int] | None = None,
     alpha: float = 1.0,
     condition_pairs: Sequence[tuple] = (),

@@ -395,7 +395,7 @@ def test_the_freedom_is_chosen_by_held_out_pairs():
 
 def test_calibration(model, processor, every_answer_refuses, tmp_path):
     texts = [random_words(i, 5) for i in range(4)]
-    profile = calibrate(model, processor, PAIRS, texts, heads=3, min_refused=4, progress=False)
+    profile = calibrate(model, processor, pairs=PAIRS, refused_texts=texts, heads=3, min_refused=4, progress=False)
     assert ras_fast.Patch.of(model) is None
     profile.save_pretrained(tmp_path)
     loaded = RasProfile.from_pretrained(tmp_path)
@@ -426,21 +426,20 @@ def test_calibration(model, processor, every_answer_refuses, tmp_path):
 def test_questions_without_an_image_are_left_out(model, processor, every_answer_refuses):
     """And a fourth entry is the image of the safe question."""
     arguments = {"refused_texts": ["w1"], "heads": 2, "min_refused": 1, "progress": False}
-    plain = calibrate(model, processor, PAIRS, **arguments)
+    plain = calibrate(model, processor, pairs=PAIRS, **arguments)
     pairs = [(image, unsafe, safe, image) for image, unsafe, safe in PAIRS] + [(None, "w1", "w2"), (None, "w1", "w2", None)]
-    got = calibrate(model, processor, pairs, **arguments)
+    got = calibrate(model, processor, pairs=pairs, **arguments)
     assert got.config == plain.config
     assert torch.equal(got.tensors["attention_weights"], plain.tensors["attention_weights"])
     pairs[0] = (*pairs[0][:3], random_image(77))
-    other = calibrate(model, processor, pairs, **arguments)
+    other = calibrate(model, processor, pairs=pairs, **arguments)
     assert not torch.equal(other.tensors["attention_weights"], plain.tensors["attention_weights"])
 
 
 def test_amplified_heads(model, processor, batch, every_answer_refuses):
     """The chosen heads get the bias, the gate is fitted to what they see with it, and `attach` sets it."""
-    arguments = (model, processor, PAIRS, [random_words(1, 5)])
-    options = {"heads": 2, "min_refused": 1, "progress": False}
-    plain, profile = calibrate(*arguments, **options), calibrate(*arguments, amplify=1.5, **options)
+    options = {"refused_texts": [random_words(1, 5)], "heads": 2, "min_refused": 1, "progress": False}
+    plain, profile = (calibrate(model, processor, pairs=PAIRS, amplify=bias, **options) for bias in (0.0, 1.5))
     assert sorted(profile.config["heads"]) == sorted(plain.config["heads"])
     bias = torch.zeros(LAYERS, 4)
     for layer, head in profile.config["heads"]:
@@ -502,7 +501,7 @@ def test_calibration_beside_moras(model, processor, every_answer_refuses):
     base = moras.calibrate(
         model, processor, refused_texts=[random_words(i, 5) for i in range(2)], pairs=PAIRS, progress=False, **options
     )
-    profile = calibrate(model, processor, PAIRS, heads=2, combine_with=base, progress=False)
+    profile = calibrate(model, processor, pairs=PAIRS, heads=2, combine_with=base, progress=False)
     assert profile.method == "moras"
     chosen = {name: profile.config[name] for name in ("heads", "freedom", "held_out_loss")}
     assert profile.config == base.config | chosen | {"risk": "moras+attention"}
@@ -511,7 +510,7 @@ def test_calibration_beside_moras(model, processor, every_answer_refuses):
     method = Moras(profile, output_head(model), "cpu", torch.float32)
     assert method.attention.similarity_weight.shape == (1,)
     with pytest.raises(ValueError, match="calibrated on another model"):
-        calibrate(tiny_llava(processor, layers=2), processor, PAIRS, combine_with=base, progress=False)
+        calibrate(tiny_llava(processor, layers=2), processor, pairs=PAIRS, combine_with=base, progress=False)
 
 
 def test_profiles_whose_parts_do_not_fit(model):
@@ -563,7 +562,7 @@ def test_calibration_errors(model, processor):
         ([(np.full((16, 16, 3), np.nan), unsafe, safe)], "NaN or infinite pixels"),
     ):
         with pytest.raises(ValueError, match=message):
-            calibrate(model, processor, pairs)
+            calibrate(model, processor, pairs=pairs)
     for arguments, message in (
         ({"heads": 0}, "heads is 0; it needs to be an integer of at least 1"),
         ({"steps": 0}, "steps is 0"),
@@ -571,8 +570,8 @@ def test_calibration_errors(model, processor):
         ({"amplify": math.nan}, "amplify is nan; it needs to be finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            calibrate(model, processor, PAIRS, **arguments)
+            calibrate(model, processor, pairs=PAIRS, **arguments)
     with pytest.raises(ValueError, match="combine_with is a 'attention' profile"):
-        calibrate(model, processor, PAIRS, combine_with=profile_of())
+        calibrate(model, processor, pairs=PAIRS, combine_with=profile_of())
     with pytest.raises(ValueError, match="refuses 0 of 1"):
-        calibrate(model, processor, PAIRS, ["w1"], progress=False)
+        calibrate(model, processor, pairs=PAIRS, refused_texts=["w1"], progress=False)

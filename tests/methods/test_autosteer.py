@@ -366,7 +366,7 @@ def few_epochs(monkeypatch):
 
 
 def calibrate(model, processor, pairs=PAIRS, **options):
-    return autosteer.calibrate(model, processor, pairs, refusal="w1 w2 w3", progress=False, **options)
+    return autosteer.calibrate(model, processor, pairs=pairs, refusal="w1 w2 w3", progress=False, **options)
 
 
 def test_calibration_makes_a_profile_that_applies(model, processor, batch, few_epochs, tmp_path):

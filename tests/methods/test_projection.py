@@ -466,19 +466,19 @@ def last_states(model, processor, queries, layer):
 
 
 def test_calibration_is_the_mean_difference(model, processor):
-    profile = calibrate(model, processor, PAIRS, layers=[2, 1], alpha=2.0, progress=False)
+    profile = calibrate(model, processor, pairs=PAIRS, layers=[2, 1], alpha=2.0, progress=False)
     assert profile.config == {"alpha": 2.0, "layers": [1, 2], "condition": None}
     for row, layer in zip(profile.tensors["vectors"], (1, 2), strict=True):
         towards, away = (last_states(model, processor, side, layer) for side in zip(*PAIRS, strict=True))
         assert torch.allclose(row, (towards - away).mean(0), atol=1e-5)
-    assert calibrate(model, processor, PAIRS, progress=False).config["layers"] == [LAYERS // 2]
+    assert calibrate(model, processor, pairs=PAIRS, progress=False).config["layers"] == [LAYERS // 2]
     assert ras_fast.Patch.of(model) is None
 
 
 @pytest.mark.parametrize("measure", projection.MEASURES)
 def test_calibrated_condition_lies_between_the_means(model, processor, measure):
     options = {"condition_pairs": PAIRS, "measure": measure, "per": "token", "progress": False}
-    condition = Projection(calibrate(model, processor, PAIRS, layers=[3], **options)).condition
+    condition = Projection(calibrate(model, processor, pairs=PAIRS, layers=[3], **options)).condition
     assert (condition.layer, condition.per, condition.above) == (2, "token", True)
     on, off = (last_states(model, processor, side, 2) for side in zip(*PAIRS, strict=True))
     assert torch.allclose(condition.direction, (on - off).mean(0), atol=1e-5)
@@ -492,9 +492,9 @@ def test_calibrated_condition_lies_between_the_means(model, processor, measure):
 
 def test_calibration_errors(model, processor):
     with pytest.raises(ValueError, match="pairs is empty"):
-        calibrate(model, processor, [])
+        calibrate(model, processor, pairs=[])
     with pytest.raises(ValueError, match=r"layers \[4\] are not there"):
-        calibrate(model, processor, PAIRS, layers=[4], progress=False)
+        calibrate(model, processor, pairs=PAIRS, layers=[4], progress=False)
     broken = (("w1", np.full((8, 8, 3), np.nan)), ("w2", None))
     for arguments, message in (
         ({"pairs": [*PAIRS, broken]}, r"pairs\[3\] has an image with NaN"),
@@ -506,4 +506,4 @@ def test_calibration_errors(model, processor):
         with pytest.raises(ValueError, match=message):
             calibrate(model, processor, **arguments, progress=False)
     with pytest.raises(ValueError, match="steered before it is known"):
-        calibrate(model, processor, PAIRS, layers=[1], condition_pairs=PAIRS, condition_layer=1, progress=False)
+        calibrate(model, processor, pairs=PAIRS, layers=[1], condition_pairs=PAIRS, condition_layer=1, progress=False)

@@ -100,7 +100,7 @@ profile_table() {
 # shellcheck disable=SC2016  # the inner shell expands it
 section facts 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu --format=csv
   nvcc --version | tail -2; "$0" -m ras_fast.cli doctor' "$python"
-section build 180 "$python" ras_fast/build.py
+section build 180 "$python" -m ras_fast.cli build
 # A library that is not built would make every GPU test a skipped one.
 section backends 60 "$python" -c 'import ras_fast
 for backend in ras_fast.backends().values(): print(backend)

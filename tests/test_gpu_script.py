@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -195,6 +196,14 @@ def test_a_kernel_that_fails_its_tests_is_left_out(tree, status, families):
     assert done.returncode == status
     log = (tree[0] / "bench/results/logs/ncu.log").read_text()
     assert log.strip().endswith(f"profile_targets.py {families}")
+
+
+def test_no_script_has_a_neighbour_that_hides_the_standard_library():
+    """Python puts the folder of a script before everything else: beside ras_fast/inspect.py nothing would start."""
+    scripts = set(re.findall(r'"\$python" ([\w/]+\.py)', (BENCH / "gpu.sh").read_text()))
+    assert len(scripts) > 5
+    for folder in {(BENCH.parent / script).parent for script in scripts}:
+        assert not {path.stem for path in folder.glob("*.py")} & sys.stdlib_module_names
 
 
 def test_an_unknown_part_is_refused(tree):

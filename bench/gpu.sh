@@ -31,7 +31,7 @@ section() {
     failures=$((failures + 1))
     return 1
   fi
-  timeout --kill-after=5 $((seconds < left ? seconds : left)) "$@" >"$logs/$name.log" 2>&1
+  timeout --kill-after=15 $((seconds < left ? seconds : left)) "$@" >"$logs/$name.log" 2>&1
   status=$?
   if [ $status -eq 0 ]; then
     printf '%-16s ok      %4d s\n' "$name" $((SECONDS - start)) >>"$summary"

@@ -31,7 +31,7 @@ section() {
     failures=$((failures + 1))
     return 1
   fi
-  timeout --kill-after=5 $((seconds < left ? seconds : left)) "$@" >"$logs/$name.log" 2>&1
+  timeout --kill-after=15 $((seconds < left ? seconds : left)) "$@" >"$logs/$name.log" 2>&1
   status=$?
   if [ $status -eq 0 ]; then
     printf '%-16s ok      %4d s\n' "$name" $((SECONDS - start)) >>"$summary"
@@ -59,19 +59,24 @@ export RAS_FAST_CUDA_ARCHS=${RAS_FAST_CUDA_ARCHS:-$arch}
 run_tests() {
   local workers
   workers=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)
+  # A file that cannot be imported is one failure, not the end of the others.
   # shellcheck disable=SC2086  # two words, or none
-  section tests 200 "$python" -m pytest -q -m "" -p no:cacheprovider $workers -k "not hopper" tests/cuda tests/ops/test_*_triton.py
+  section tests 200 "$python" -m pytest -q -m "" -p no:cacheprovider --continue-on-collection-errors $workers \
+    -k "not hopper" tests/cuda tests/ops/test_*_triton.py
   # Without torch's pool every tensor is an allocation of its own, whose ends the checker knows.
   section memcheck 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" tests/cuda/small_shapes.py
-  section racecheck 100 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" tests/cuda/small_shapes.py
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" tests/cuda/small_shapes.py "${families[@]}"
+  section racecheck 100 compute-sanitizer --tool racecheck --error-exitcode 9 \
+    "$python" tests/cuda/small_shapes.py "${families[@]}"
 }
 
-# A kernel that waits for itself would take everything with it: it comes alone, and afterwards only if it came through.
+# A kernel that waits for itself would take everything with it: it comes alone, each test named before it runs, and afterwards
+# only if it came through.
 families=(norm attention)
-without=(--without hopper)
+without=(--without hopper "hopper no mass")
 try_hopper() {
-  section hopper 60 "$python" -m pytest -q -m "" -p no:cacheprovider -k hopper tests/cuda && families+=(hopper) && without=()
+  section hopper 60 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
+    families+=(hopper) && without=()
 }
 
 run_bench() {
@@ -100,7 +105,7 @@ profile_table() {
 # shellcheck disable=SC2016  # the inner shell expands it
 section facts 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu --format=csv
   nvcc --version | tail -2; "$0" -m ras_fast.cli doctor' "$python"
-section build 180 "$python" ras_fast/build.py
+section build 180 "$python" -m ras_fast.cli build
 # A library that is not built would make every GPU test a skipped one.
 section backends 60 "$python" -c 'import ras_fast
 for backend in ras_fast.backends().values(): print(backend)

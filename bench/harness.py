@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -22,15 +23,21 @@ def machine() -> dict[str, object]:
     """What a reader needs to judge a figure: device, versions, threads, commit."""
     import transformers
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """Empty where there is no git, or only its files: a machine that is sent the tree alone has figures to save, too."""
+    git = shutil.which("git")
+    command = [git, "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip() if git else ""
 
 
 def device_name() -> str:

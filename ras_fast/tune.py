@@ -152,13 +152,13 @@ def spills(wanted, config: dict[str, int]) -> bool:
 
 def _runs(wanted, config: dict[str, int]) -> bool:
     """Compiles and runs a configuration once, which leaves it in Triton's cache on disk."""
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     with torch.no_grad(), trial(wanted, config):
         try:
             problem(wanted)[1]()
             torch.cuda.synchronize()
-        except (OutOfResources, RuntimeError):  # too much shared memory, or the compiler gives up
+        except (TritonError, RuntimeError):  # too much shared memory, or the compiler or ptxas gives up
             return False
     return True
 

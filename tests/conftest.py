@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,11 @@ from tiny_random import tiny_llava, tiny_processor
 
 import ras_fast
 from ras_fast.backend import forced_backend
+
+
+def pytest_sessionstart():
+    """A time limit ends a run as Ctrl-C does, so that what had failed by then is shown."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

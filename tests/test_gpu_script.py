@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.append(str(BENCH))
 aims = importlib.import_module("aims")
+harness = importlib.import_module("harness")
 ncu_table = importlib.import_module("ncu_table")
 
 NORM = {"dtype": "bfloat16", "T": 8192, "d": 4096, "graph": True, "ras_fast µs": 60.0, "steer all µs": 61.0,
@@ -80,6 +82,11 @@ def test_what_was_not_measured_is_neither_met_nor_missed(tmp_path):
     assert verdicts(tmp_path)["decode: over itself without mass"][0] == "not measured"
 
 
+def test_figures_can_be_saved_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert harness._commit() == ""
+
+
 NCU = '''==PROF== Connected to process 7
 "ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed","launch__registers_per_thread","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
 "","","us","%","register/thread","inst","inst"
@@ -105,10 +112,10 @@ PYTHON = """#!/bin/bash
 case "$*" in
   *get_device_capability*) echo 90a ;;
   *"import xdist"*) exit 1 ;;
-  *"-k hopper"*) exit "${HOPPER:-0}" ;;
+  *"-k hopper"*) echo "ran: $*"; exit "${HOPPER:-0}" ;;
   *profile_targets*) echo "ran: $*" ;;
   *bench_norm*) mkdir -p bench/results/gpu && cp "$NORM" bench/results/gpu/norm.json ;;
-  *bench_attention*) echo "it broke"; exit 3 ;;
+  *bench_attention*) echo "it broke: $*"; exit 3 ;;
   *bench_crossovers*) echo "a partial line"; exec sleep 60 ;;
   bench/aims.py*) exec "$REAL_PYTHON" bench/aims.py gpu ;;
   bench/ncu_table.py*) exec "$REAL_PYTHON" "$@" ;;
@@ -118,7 +125,7 @@ esac
 TOOLS = {
     "nvidia-smi": "echo NVIDIA H200",
     "nvcc": "echo release 13.0",
-    "compute-sanitizer": 'while [ "$1" != python ] && [ $# -gt 0 ]; do shift; done; echo "ERROR SUMMARY: 0 errors"',
+    "compute-sanitizer": 'echo "checked: $*"; echo "ERROR SUMMARY: 0 errors"',
     "ncu": 'case "$*" in *--import*) cat "$NCU" ;; *) echo "$*"; touch bench/results/logs/ncu.ncu-rep ;; esac',
 }
 
@@ -191,10 +198,25 @@ def test_profile_part(tree):
 
 @pytest.mark.parametrize(("status", "families"), [(0, "norm attention hopper"), (1, "norm attention")])
 def test_a_kernel_that_fails_its_tests_is_left_out(tree, status, families):
-    done, _ = run(tree, "profile", HOPPER=str(status))
-    assert done.returncode == status
-    log = (tree[0] / "bench/results/logs/ncu.log").read_text()
-    assert log.strip().endswith(f"profile_targets.py {families}")
+    logs = tree[0] / "bench/results/logs"
+    for part, log, script in (("profile", "ncu", "profile_targets"), ("tests", "racecheck", "small_shapes")):
+        done, _ = run(tree, part, HOPPER=str(status))
+        assert done.returncode == status
+        assert f"{script}.py {families}\n" in (logs / f"{log}.log").read_text()
+
+
+@pytest.mark.slow
+def test_neither_of_its_candidates_is_timed_then(tree):
+    run(tree, "bench", LIMIT="27", HOPPER="1")
+    assert "--without hopper hopper no mass\n" in (tree[0] / "bench/results/logs/attention.log").read_text()
+
+
+def test_no_script_has_a_neighbour_that_hides_the_standard_library():
+    """Python puts the folder of a script before everything else: beside ras_fast/inspect.py nothing would start."""
+    scripts = set(re.findall(r'"\$python" ([\w/]+\.py)', (BENCH / "gpu.sh").read_text()))
+    assert len(scripts) > 5
+    for folder in {(BENCH.parent / script).parent for script in scripts}:
+        assert not {path.stem for path in folder.glob("*.py")} & sys.stdlib_module_names
 
 
 def test_an_unknown_part_is_refused(tree):

@@ -38,6 +38,15 @@ def empty_table(monkeypatch):
     return table
 
 
+@pytest.mark.parametrize("error", ["OutOfResources(1, 0, 'shared memory')", "PTXASError('too few registers')"])
+def test_a_configuration_that_cannot_be_had_drops_out(monkeypatch, empty_table, error):
+    def problem(wanted):
+        raise eval(error, vars(pytest.importorskip("triton.runtime.errors")))
+
+    monkeypatch.setattr(tune, "problem", problem)
+    assert not tune._runs(PREFILL, TILE)
+
+
 def test_the_shipped_file_is_read():
     for shipped in tuned.read(tuned.FILE):
         assert shipped["us"] <= shipped["default_us"]

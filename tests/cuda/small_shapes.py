@@ -1,7 +1,11 @@
-"""Every CUDA kernel once on small shapes: what bench/gpu.sh runs under compute-sanitizer (`python tests/cuda/small_shapes.py`).
+"""Every CUDA kernel once on small shapes: what bench/gpu.sh runs under compute-sanitizer.
+
+    python tests/cuda/small_shapes.py [FAMILY…]
 
 Checks nothing itself beyond finite outputs. A kernel family that is not built is named and skipped.
 """
+
+import sys
 
 import torch
 
@@ -57,18 +61,25 @@ def hopper():
             yield torch.ops.ras_fast.hopper_prefill(query, key, value, ids, regions, *masks, rows if regions else 0)
 
 
+# Each with an op that only it has a CUDA kernel of.
+FAMILIES = {
+    "norm": (norm, "add_rms_norm"), "attention": (attention, "decode_attention"), "hopper": (hopper, "hopper_prefill"),
+}  # fmt: skip
+
+
 def main():
     ras_fast.set_backend("cuda")
-    for family, op in ((norm, "add_rms_norm"), (attention, "region_attention"), (hopper, "hopper_prefill")):
+    for name in sys.argv[1:] or FAMILIES:
+        family, op = FAMILIES[name]
         if not backend.has_kernel(op, "cuda"):
-            print(f"{family.__name__}: no CUDA kernel is built")
+            print(f"{name}: no CUDA kernel is built")
             continue
         calls = 0
         for outputs in family():
             torch.cuda.synchronize()
-            assert all(output is None or not output.isnan().any() for output in outputs), family.__name__
+            assert all(output is None or not output.isnan().any() for output in outputs), name
             calls += 1
-        print(f"{family.__name__}: {calls} calls")
+        print(f"{name}: {calls} calls", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ triton_attention = pytest.importorskip("ras_fast.triton_kernels.attention")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning:triton.runtime.interpreter")  # log2(0), NaN
-ATOL = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # probabilities meet the values in the input dtype
+# Tensor cores make a product of float32 from three of TF32 and cut sums off where the interpreter rounds them.
+EXACT = 3e-6 if DEVICE == "cpu" else 2e-5
+ATOL = {torch.float32: EXACT, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # probabilities meet the values in the input dtype
 
 
 def inputs(batch, heads, kv_heads, length_q, length_k, dim=16, dtype=torch.float32):
@@ -63,7 +65,7 @@ def check(query, key, value, ids, regions, **kwargs):
     out, lse, mass = attend64(query, key, value, ids, regions, **kwargs)
     atol = ATOL[query.dtype]
     torch.testing.assert_close(got[0].double(), out, atol=atol, rtol=0)
-    torch.testing.assert_close(got[1], lse, atol=5e-6, rtol=1e-6)
+    torch.testing.assert_close(got[1], lse, atol=2 * EXACT, rtol=1e-6)
     torch.testing.assert_close(got[2], mass, atol=atol, rtol=0)
     masks, _, bias, rows = arguments(query, **kwargs)
     again = triton_attention.region_mass(query, key, lse, ids, regions, *masks, bias, rows)
@@ -203,7 +205,7 @@ def test_key_attention(rows, reduce):
     masks = arguments(query, **bounds)[0]
     lse = torch.randn(2, 6, 75, device=DEVICE) + 4
     expected = attention._key_reference(query.double(), key.double(), lse.double(), rows, reduce, None, *masks, None)
-    torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=EXACT, rtol=EXACT)
 
 
 def test_offsets_beyond_32_bits():

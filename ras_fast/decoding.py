@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -22,7 +23,7 @@ class Decoding:
     """How answers are decoded. Greedy unless ``do_sample``.
 
     max_new_tokens: of an answer, the end-of-sequence token included.
-    temperature, top_k, top_p, repetition_penalty: as in transformers' GenerationConfig; the first three matter only with
+    temperature, top_k, top_p, repetition_penalty: as in transformers' GenerationConfig; the first three are for
         ``do_sample``.
     seed: of the sampling noise.
     stop_strings: one string or several; an answer ends once its text holds one, and keeps it.
@@ -32,7 +33,7 @@ class Decoding:
     on (seed, query, step) alone, so two ways to compute the same logits draw the same tokens, whatever is batched with
     them.
 
-    Raises ValueError when ``max_new_tokens`` is not an integer of at least 1, or a stop string is empty or no string.
+    Raises ValueError for a setting that cannot be used: out of its range, of another type, or of sampling in greedy decoding.
     """
 
     max_new_tokens: int = 64
@@ -45,9 +46,19 @@ class Decoding:
     stop_strings: tuple[str, ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
 
+    @classmethod
+    def of(cls, settings: dict) -> Decoding:
+        """From the keyword arguments of a ``generate``. Raises TypeError for one that is none of the fields."""
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(names))
+        if unknown:
+            raise TypeError(f"generate takes no {', '.join(unknown)}; how answers are decoded is set by {', '.join(names)}")
+        return cls(**settings)
+
     def __post_init__(self):
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
+        self._check_numbers()
         given = (self.stop_strings, self.logits_processors)
         stops, processors = (tuple(some) if isinstance(some, (list, tuple)) else (some,) for some in given)
         if not all(isinstance(stop, str) and stop for stop in stops):
@@ -56,6 +67,23 @@ class Decoding:
             raise ValueError(f"logits_processors is {self.logits_processors!r}; it needs to be a list of LogitsProcessors")
         object.__setattr__(self, "stop_strings", stops)
         object.__setattr__(self, "logits_processors", processors)
+
+    def _check_numbers(self) -> None:
+        allowed = {
+            "temperature": (lambda value: 0 < value < math.inf, "a number above 0"),
+            "repetition_penalty": (lambda value: 0 < value < math.inf, "a number above 0, or None"),
+            "top_k": (lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0, or None"),
+            "top_p": (lambda value: 0 < value <= 1, "in (0, 1], or None"),
+        }
+        if not self.do_sample:
+            neutral = (None, 0, 1)  # a temperature of 0 is how others ask for greedy decoding
+            greedy = (lambda value: value in neutral, "given with do_sample=True only: without it decoding is greedy")
+            allowed |= dict.fromkeys(("temperature", "top_k", "top_p"), greedy)
+        for name, (holds, need) in allowed.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (value is None and name != "temperature") and not (number and holds(value)):
+                raise ValueError(f"{name} is {value!r}; it needs to be {need}")
 
     def processors(self, query: int, prompt_length: int, eos: list[int]) -> LogitsProcessorList:
         """What turns raw logits into scores whose argmax is the next token of query number ``query``."""

@@ -37,7 +37,7 @@ class SequentialPipeline:
 
     def generate(self, prompts, images=None, *, streamer=None, **decoding) -> list[SafeOutput]:
         """See `SafeGenerator.generate`."""
-        decoding = Decoding(**decoding)
+        decoding = Decoding.of(decoding)
         queries = make_queries(prompts, images, self.processor)
         return [self._answer(number, query, decoding, streamer) for number, query in enumerate(queries)]
 

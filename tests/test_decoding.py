@@ -72,6 +72,33 @@ def test_sampling_processors_run_before_the_noise():
     assert decoding.processors(0, 0, [])(torch.zeros(1, 0, dtype=torch.long), scores).argmax() == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.7}, "temperature is 0.7; it needs to be given with do_sample=True"),
+        ({"top_k": 5}, "top_k is 5; it needs to be given with do_sample=True"),
+        ({"top_p": 0.9}, "top_p is 0.9; it needs to be given with do_sample=True"),
+        ({"do_sample": True, "temperature": 0}, "temperature is 0; it needs to be a number above 0"),
+        ({"do_sample": True, "temperature": None}, "temperature is None"),
+        ({"do_sample": True, "temperature": math.inf}, "temperature is inf"),
+        ({"do_sample": True, "top_p": 1.5}, r"top_p is 1.5; it needs to be in \(0, 1\]"),
+        ({"do_sample": True, "top_p": "0.9"}, "top_p is '0.9'"),
+        ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5; it needs to be an integer"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
+    ],
+)
+def test_numbers_that_cannot_be_used(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Decoding.of(settings)
+
+
+def test_neutral_settings_of_sampling_are_greedy():
+    for settings in ({"temperature": 0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}):
+        assert len(Decoding.of(settings).processors(0, 4, [EOS])) == 1
+    with pytest.raises(TypeError, match="generate takes no num_beams; how answers are decoded is set by max_new"):
+        Decoding.of({"num_beams": 3})
+
+
 def test_custom_processors_run():
     def ban_one(input_ids, scores):
         return scores.index_fill(1, torch.tensor([1]), -math.inf)

@@ -539,6 +539,8 @@ def test_explain_and_timings(model, processor, profile):
 def test_what_cannot_be_used_is_refused(model, processor, profile):
     with pytest.raises(ValueError, match="calibrated on another model"):
         SafeGenerator(tiny_llava(processor, seed=5), processor, profile)
+    with pytest.raises(ValueError, match="model is a str; it needs to be a transformers model"):
+        SafeGenerator("tiny", processor, profile)
     for options, message in (
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": "3"}, "batch_size is '3'; it needs to be an integer"),

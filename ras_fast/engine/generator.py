@@ -71,6 +71,8 @@ class SafeGenerator:
     ):
         if not isinstance(profile, RasProfile):
             raise ValueError(f"profile is a {type(profile).__name__}; it needs to be a RasProfile (RasProfile.from_pretrained)")
+        if not hasattr(model, "get_output_embeddings"):
+            raise ValueError(f"model is a {type(model).__name__}; it needs to be a transformers model")
         if not hasattr(processor, "tokenizer"):
             raise ValueError(f"processor is a {type(processor).__name__}; it needs to be the model's multimodal processor")
         if model.training:
@@ -109,7 +111,7 @@ class SafeGenerator:
         way from an error to an unsteered answer.
         """
         try:
-            decoding = Decoding(**decoding)
+            decoding = Decoding.of(decoding)
             queries = list(enumerate(make_queries(prompts, images, self.processor)))
             for number, query in queries:
                 self.plan.check(number, query)

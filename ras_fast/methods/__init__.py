@@ -35,13 +35,15 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
     The profile's `region_bias`, if it has one, is in force as long as the method.
 
     Raises:
-        ValueError: the method needs stages of its own, or the profile does not fit the model.
+        ValueError: the method needs stages of its own, the profile does not fit the model, or `patch` is not a `Patch`.
     """
     if profile.method not in ONE_PASS:
         raise ValueError(
             f"profile method is {profile.method!r}, which asks the model more than once; use ras_fast.SafeGenerator. "
             f"attach takes {', '.join(ONE_PASS)}"
         )
+    if not hasattr(patch, "applied"):
+        raise ValueError(f"patch is a {type(patch).__name__}; it needs to be what ras_fast.patch(model) returns")
     module = import_module(f"ras_fast.methods.{profile.method}")
     return _attached(patch, profile, getattr(module, ONE_PASS[profile.method])(profile))
 

@@ -1,5 +1,7 @@
 """Which class applies a profile, and what holds for every one-pass method attached to a model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_random import endless_llava, tiny_processor
@@ -54,6 +56,11 @@ def prompts(processor, lengths=(6,)):
 
 def generate(model, inputs, **options):
     return model.generate(**inputs, **{"max_new_tokens": 3, "do_sample": False, **options})
+
+
+def test_a_model_is_no_patch(model):
+    with pytest.raises(ValueError, match="patch is a LlavaForConditionalGeneration"):
+        ras_fast.methods.attach(model, SimpleNamespace(method="projection"))
 
 
 def test_methods_with_stages_are_sent_to_the_engine():

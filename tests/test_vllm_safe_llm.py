@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -18,13 +19,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 from bench_vllm import readable_by_vllm, tiny_profile
 from test_engine_tiny_llava import turning
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from ras_fast.evaluation import tinyworld
 from ras_fast.inputs import encode, make_queries, short_ids
 from ras_fast.loading import TINY, load
-from ras_fast.profile import RasProfile
+from ras_fast.methods.moras import PRESETS
+from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 from ras_fast.vllm import SafeLLM, engine_args
 from ras_fast.vllm.processor import processor_of
@@ -196,8 +199,8 @@ backends["cpu"] = types.SimpleNamespace(driver=types.SimpleNamespace(is_active=l
 """
 
 
-def in_another_process(script: str, checkpoint, profile, count: int, **environment) -> list[list[int]]:
-    arguments = json.dumps([str(checkpoint), str(profile), count, ENGINE])
+def in_another_process(script: str, checkpoint, profile, count: int, engine=ENGINE, **environment) -> list[list[int]]:
+    arguments = json.dumps([str(checkpoint), str(profile), count, engine])
     done = subprocess.run(
         [sys.executable, "-c", script, arguments], env=os.environ | environment, capture_output=True, text=True, timeout=570
     )
@@ -220,6 +223,39 @@ def test_same_tokens_elsewhere(guard, checkpoint, profile, script, environment):
     items = tinyworld.split("test", 20)
     here = guard.generate([i.question for i in items], [i.image for i in items], max_tokens=NEW_TOKENS)
     assert in_another_process(script, checkpoint, profile, 20, **environment) == [output.tokens for output in here]
+
+
+@pytest.mark.slow
+def test_two_ranks_of_tensor_parallelism(tmp_path):
+    """A model of random weights, as the shipped one's five heads cannot be shared out; half of the drafts fall."""
+    config, processor = AutoConfig.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    text = config.text_config
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 32
+    config.vision_config.num_attention_heads = 4
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.08)  # answers that differ
+    for part in (model, processor, model.generation_config):
+        part.save_pretrained(tmp_path / "saved")
+    (tmp_path / "model").mkdir()
+    checkpoint = readable_by_vllm(tmp_path / "saved", tmp_path / "model")
+    prompts = {"context_prompt": tinyworld.CONTEXT_PROMPT, "safety_prompt": tinyworld.SAFETY_PROMPT}
+    profile = RasProfile(
+        "moras", PRESETS["moras"] | prompts | {"s_base": 0.0, "k": 500.0}, {"prototypes": torch.randn(3, text.hidden_size)},
+        fingerprint(model, processor),
+    )  # fmt: skip
+    items = tinyworld.split("test", 16)
+    queries = [item.question for item in items], [item.image for item in items]
+    first = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=1)
+    profile.config["s_base"] = statistics.median(output.similarity for output in first)
+    profile.save_pretrained(tmp_path / "profile")
+    wanted = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=NEW_TOKENS)
+    assert 4 <= sum(output.steered for output in wanted) <= 12
+    engine = ENGINE | {"tensor_parallel_size": 2}
+    found = in_another_process(SCRIPT, checkpoint, tmp_path / "profile", 16, engine, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert found == [output.tokens for output in wanted]
 
 
 # Other engines in this process. Last: when one ends, it takes vLLM's process groups with it, and so the first engine.

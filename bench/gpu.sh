@@ -5,14 +5,15 @@
 # build/gpu) gets summary.txt and results-<part>.tar.gz: logs, figures, tuned configurations, the profiler's report. The archive
 # is renewed after every section, so a run that is cut short loses one section. Unpacked at the top of the tree, it is what the
 # next part's table of aims continues from. A section that fails is reported and the rest goes on; exit status: failed sections.
-# Needs no network. PYTHON (default python3) must have torch with CUDA; wheels in wheels/ (Liger, expecttest, …) are used.
+# Needs no network. PYTHON (default python3) must have torch with CUDA, triton, transformers, pillow, ninja and pytest; matplotlib
+# draws the roofline, pytest-xdist makes the tests quick. nvcc must be there; wheels in wheels/ (Liger, …) are used.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 part=${1:-all}
 out=${2:-${OUT:-build/gpu}}
 python=${PYTHON:-python3}
 limit=${LIMIT:-530}
-case $part in all | tests | bench | profile) ;; *) sed -n '2,10p' "$0" && exit 2 ;; esac
+case $part in all | tests | bench | profile) ;; *) sed -n '2,9p' "$0" && exit 2 ;; esac
 logs=bench/results/logs
 mkdir -p "$out" "$logs" build
 summary="$out/summary.txt"
@@ -53,7 +54,8 @@ if compgen -G 'wheels/*.whl' >/dev/null; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" wheels/*.whl
 fi
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-arch=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))')
+arch=$("$python" -c 'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}{minor}" + "a" * (major == 9))') ||
+  { echo "$python has no torch that sees a GPU: nothing to do" | tee "$summary"; exit 1; }
 export RAS_FAST_CUDA_ARCHS=${RAS_FAST_CUDA_ARCHS:-$arch}
 
 run_tests() {
@@ -75,7 +77,7 @@ run_tests() {
 families=(norm attention)
 without=(--without hopper "hopper no mass")
 try_hopper() {
-  section hopper 60 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
+  section hopper 80 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
     families+=(hopper) && without=()
 }
 

@@ -110,7 +110,7 @@ def test_a_line_a_profiled_kernel(tmp_path, capsys):
 PYTHON = """#!/bin/bash
 # Stands for a Python whose torch has a GPU.
 case "$*" in
-  *get_device_capability*) echo 90a ;;
+  *get_device_capability*) echo 90a; exit "${NO_GPU:-0}" ;;
   *"import xdist"*) exit 1 ;;
   *"-k hopper"*) echo "ran: $*"; exit "${HOPPER:-0}" ;;
   *profile_targets*) echo "ran: $*" ;;
@@ -217,6 +217,12 @@ def test_no_script_has_a_neighbour_that_hides_the_standard_library():
     assert len(scripts) > 5
     for folder in {(BENCH.parent / script).parent for script in scripts}:
         assert not {path.stem for path in folder.glob("*.py")} & sys.stdlib_module_names
+
+
+def test_without_a_gpu_it_says_so_at_once(tree):
+    done, out = run(tree, "tests", NO_GPU="1")
+    assert done.returncode == 1
+    assert "no torch that sees a GPU" in (out / "summary.txt").read_text()
 
 
 def test_an_unknown_part_is_refused(tree):

@@ -19,6 +19,7 @@ from ras_fast import ops
 WIDTHS = (768, 4096, 5120, 8192, 16384)
 TOKENS = (1, 8, 64, 512, 8192)
 QUICK = [(1, 4096), (1024, 4096)]
+OURS = ("ras_fast", "steer no row", "steer all", "in place")
 
 
 def candidates(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict:
@@ -60,7 +61,7 @@ def main() -> None:
         for tokens, width in shapes:
             calls = candidates(tokens, width, dtype, "cuda" if gpu else "cpu")
             for graph in (False, True) if gpu else (False,):
-                times = harness.compare(calls, seconds=args.seconds, graph=graph)
+                times = harness.compare(calls, seconds=args.seconds, graph=graph, ours=OURS)
                 moved = 4 * tokens * width * dtype.itemsize
                 row = {"dtype": str(dtype)[6:], "T": tokens, "d": width, **({"graph": graph} if gpu else {})}
                 row |= {f"{name} µs": seconds * 1e6 for name, seconds in times.items()}

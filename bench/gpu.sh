@@ -84,13 +84,14 @@ try_hopper() {
 run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
   section engine 140 "$python" bench/bench_engine.py --gpu-7b --tokens 128
-  section attention 190 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
-  section crossovers 40 "$python" bench/bench_crossovers.py
-  section gated_linear 20 "$python" bench/bench_gated_linear.py --quick --seconds 0.2
-  section roofline 20 "$python" bench/roofline.py
+  section attention 240 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
 }
 
+# What is small comes first: the tuner takes whatever time is left.
 run_profile() {
+  section crossovers 60 "$python" bench/bench_crossovers.py
+  section gated_linear 30 "$python" bench/bench_gated_linear.py --quick --seconds 0.2
+  section roofline 20 "$python" bench/roofline.py
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
     --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
     --section ComputeWorkloadAnalysis --launch-count 30 \

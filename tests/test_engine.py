@@ -574,6 +574,8 @@ def test_a_prompt_beyond_the_models_positions_has_no_answer(model, processor, pr
         assert pipeline.generate(["w1"], max_new_tokens=2)[0].tokens
         with pytest.raises(ValueError, match=r"a prompt has \d+ tokens; LlavaForConditionalGeneration has 60 positions"):
             pipeline.generate(["w1 " * 61], max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"prompts\[1\]: a prompt has"):
+        SafeGenerator(model, processor, profile, fused=False).generate(["w1", "w1 " * 61])
 
 
 def test_a_head_the_engine_does_not_know_is_refused(model, processor, profile, monkeypatch):

@@ -73,8 +73,8 @@ class OnePass(Plan):
         return attach(Patch.of(self.runner.model), self.profile)
 
     def _prepare(self, number: int, query: Query, decoding: Decoding) -> Job:
-        inputs, poisoned = self.encode(query)
-        job = Job(query, inputs, self.sequence(inputs["input_ids"][0].tolist(), decoding, number))
+        inputs, poisoned, answer = self.read(number, query, decoding)
+        job = Job(query, inputs, answer)
         if poisoned:
             # The risk would be that of other pixels: the query never reaches the model, its answer stays empty.
             job.failed_closed, job.answer.done = "an image holds NaN or infinite pixels", True

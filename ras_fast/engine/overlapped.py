@@ -115,8 +115,8 @@ class Overlapped(Plan):
     # Prompts
 
     def _prepare(self, number: int, query: Query, decoding: Decoding) -> Job:
-        inputs, poisoned = self.encode(query)
-        job = Job(number, query, inputs, self.sequence(_ids(inputs), decoding, number))
+        inputs, poisoned, draft = self.read(number, query, decoding)
+        job = Job(number, query, inputs, draft)
         job.failed_closed = "an image holds NaN or infinite pixels" if poisoned else None
         job.image_key = _image_key(inputs) if self.cache.limit else ""
         ids = job.draft.prompt

@@ -42,6 +42,17 @@ class Plan:
     def encode(self, query: Query) -> tuple[dict[str, Tensor], bool]:
         return encode(self.processor, query, self.runner.device, self.runner.model.dtype)
 
+    def read(self, number: int, query: Query, decoding: Decoding) -> tuple[dict[str, Tensor], bool, Sequence]:
+        """(inputs, whether an image holds pixels that are not finite, the answer's sequence) of a query.
+
+        Raises ValueError, which names the query, for one that the processor or the model cannot take.
+        """
+        try:
+            inputs, poisoned = self.encode(query)
+            return inputs, poisoned, self.sequence(inputs["input_ids"][0].tolist(), decoding, number)
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}]: {error}") from error
+
     def sequence(self, prompt: list[int], decoding: Decoding, query: int = 0) -> Sequence:
         check_length(self.runner.model, len(prompt))
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)

@@ -87,7 +87,9 @@ class RegionTracker:
                 self._lengths[modality], self._pieces = None, True
 
     def features(self, modality: str, output: Any) -> None:
-        """The model computed features."""
+        """The model computed features. A graph does not note it: it finds no images, and would be another one the next time."""
+        if torch.compiler.is_compiling():
+            return
         self._lengths[modality] = self._encoded[modality] = self._lengths_of(output)
 
     def _lengths_of(self, output: Any) -> list[int] | None:
@@ -243,6 +245,9 @@ class RecordFeatures:
         self.__signature__ = inspect.signature(getattr(module, f"get_{modality}_features"))  # generate() reads it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encoder = getattr(self.module.config, "vision_config", None)
+        if kwargs.get("output_attentions") and getattr(encoder, "_attn_implementation", "eager") != "eager":
+            kwargs["output_attentions"] = False  # of the text alone: the encoder would give none, but warn, which breaks graphs
         output = getattr(type(self.module), f"get_{self.modality}_features")(self.module, *args, **kwargs)
         self.tracker.features(self.modality, output)
         return output

@@ -29,9 +29,9 @@ class Decoding:
     stop_strings: one string or several; an answer ends once its text holds one, and keeps it.
     logits_processors: transformers LogitsProcessors without state; they run before the sampling ones.
 
-    Sampling is argmax(processed logits + Gumbel noise), which draws from softmax(processed logits). The noise depends
-    on (seed, query, step) alone, so two ways to compute the same logits draw the same tokens, whatever is batched with
-    them.
+    Sampling is argmax(processed logits + Gumbel noise), which draws from softmax(processed logits). On one kind of device the
+    noise depends on (seed, query, step) alone, so two ways to compute the same logits draw the same tokens, whatever is
+    batched with them.
 
     Raises ValueError for a setting that cannot be used: out of its range, of another type, or of sampling in greedy decoding.
     """
@@ -120,7 +120,8 @@ class EndWhenNotFinite(LogitsProcessor):
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds the Gumbel noise of (seed, query, step)."""
+    """Adds the Gumbel noise of (seed, query, step), made on the device: a vocabulary of it would take longer to make on the CPU
+    and to send than a decode step takes."""
 
     def __init__(self, seed: int, query: int, prompt_length: int):
         self.seed, self.query, self.prompt_length = seed, query, prompt_length
@@ -128,11 +129,10 @@ class GumbelNoise(LogitsProcessor):
     def __call__(self, input_ids, scores):
         step = input_ids.shape[1] - self.prompt_length
         key = hashlib.sha256(f"{self.seed}/{self.query}/{step}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        generator = torch.Generator(scores.device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
         # Float64 keeps uniform numbers away from 0 and 1, where the double logarithm is infinite.
-        options = {"dtype": torch.float64, "pin_memory": scores.is_cuda}  # pinned: its way to the device waits for nothing
+        options = {"dtype": torch.float64, "device": scores.device}
         uniform = torch.rand(scores.shape[-1], generator=generator, **options).clamp_(min=1e-300)
-        uniform = uniform.to(scores.device, non_blocking=True)
         return scores + (-(-uniform.log()).log()).to(scores.dtype)
 
 

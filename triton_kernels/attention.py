@@ -191,11 +191,6 @@ def _attention_kernel(
     MASS: tl.constexpr, PRESCALED: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one tile of query rows over one range of keys, with the LSE and the region masses of that range.
-
-    Grid (row tiles * heads * batch, splits), heads being key/value heads where a tile packs a whole group of query heads. With
-    one split the results are final; else _merge_kernel combines what the splits leave in Out, Lse and Mass.
-    """
     HEADS: tl.constexpr = 1 if PACK == 1 else GROUP  # query heads of this program
     tiles = tl.cdiv(lq * PACK, BLOCK_M)
     tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the last rows work longest: start them first
@@ -343,9 +338,9 @@ def _region_mass_kernel(
     KEYS: tl.constexpr, REDUCE: tl.constexpr, PRESCALED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of the last rows, recomputed from the LSE and summed by region (MASS) or over the rows (KEYS).
+    """Probabilities of the last rows, recomputed from the LSE and summed by region (MASS) and over the rows (KEYS).
 
-    Exactly one of the two is set. KEYS needs all rows in one tile. With MASS, key blocks that hold no region are not read.
+    KEYS needs all rows in one tile. Without it, key blocks that hold no region are not read.
     """
     tiles = tl.cdiv(rows * PACK, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -396,7 +391,7 @@ def _region_mass_kernel(
         if BIAS or MASS:
             ids = tl.load(ids_row + tl.minimum(key, lk - 1))
             first_id = tl.load(ids_row + block)
-        if MASS:
+        if MASS and not KEYS:
             wanted = (ids >= 0) & (ids < num_regions)
         if tl.max(wanted.to(tl.int32), 0) != 0:
             tl.debug_barrier()  # this loop is not pipelined: it skips blocks
@@ -521,7 +516,8 @@ def rule(wanted: tuned.ShapeClass) -> Config:
             return (Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
         return Config(16, (128 if arch == 80 else 64, 64, 32)[size], 4, 3)
     if kind == "mass":
-        return Config(SELECTED_ROWS, ((64, 64, 32), (32, 16, 16))[wide][size], 4 if arch == 90 and not wide else 8, 2)
+        warps = 4 if not wide and (arch == 90 or (arch == 100 and size == 0)) else 8
+        return Config(SELECTED_ROWS, ((64, 64, 32), (32, 16, 16))[wide][size], warps, 2)
     return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
 
 
@@ -606,13 +602,13 @@ def _launch_selected_rows(
     query, key, lse, region_ids, num_regions, rows, mass, keys, reduce, scale, is_causal, kv_start, kv_end, window,
     softcap, region_bias,
 ):  # fmt: skip
-    """Fill mass [B, Hq, rows, R] or keys [B, Hq, Lk]; the other one is None. keys needs all rows in one tile."""
+    """Fill mass [B, Hq, rows, R] and keys [B, Hq, Lk] (either may be None) in one launch; keys needs one row tile."""
     batch, heads, lq = query.shape[:3]
     group = heads // key.shape[1]
     packed = rows * group <= SELECTED_ROWS
     pack = _next_power_of_2(group) if packed else 1
     constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
-    tile = config(_shape_class("mass", query, constants))
+    tile = config(_shape_class("mass", query, constants, keys))
     block_m = max(16, min(_next_power_of_2(rows * pack), SELECTED_ROWS))
     programs = triton.cdiv(rows * pack, block_m) * batch * (heads if pack == 1 else key.shape[1])
     splits = _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device)
@@ -670,6 +666,24 @@ def key_attention(
     return scores
 
 
+@on_its_device
+def mass_and_key_attention(
+    query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, window, softcap,
+    region_bias,
+):  # fmt: skip
+    """`region_mass` and `key_attention` of the same rows, in one launch where these fit into one tile."""
+    masks = (scale, is_causal, kv_start, kv_end, window, softcap, region_bias)
+    if not 0 < rows <= SELECTED_ROWS or key.shape[2] == 0 or query.numel() == 0:
+        return (
+            region_mass(query, key, lse, region_ids, num_regions, *masks, rows),
+            key_attention(query, key, lse, rows, reduce, region_ids, *masks),
+        )
+    mass = query.new_empty((*query.shape[:2], rows, num_regions), dtype=torch.float32)
+    scores = query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
+    _launch_selected_rows(query, key, lse, region_ids, num_regions, rows, mass, scores, reduce, *masks)
+    return mass, scores
+
+
 def aot_cases(arch: int) -> list[dict]:
     """Default configurations for the static inspector (ras_fast/inspect.py): each head-dimension class, plain and with all
     features on.
@@ -695,15 +709,17 @@ def aot_cases(arch: int) -> list[dict]:
             every = variant == "every"
             flags = dict.fromkeys((*FEATURES, "SINKS"), every)
             flags |= {"CAUSAL": True, "REDUCE": "mean", "PRECISION": "tf32", "GROUP": 4, "HEAD_DIM": dim, "BLOCK_D": dim}
-            for name, kind, kernel, pack, keys in (
-                ("prefill", "prefill", _attention_kernel, 1, False), ("decode", "decode", _attention_kernel, 4, False),
-                ("region_mass", "mass", _region_mass_kernel, 4, False),
-                ("key_attention of few rows", "mass", _region_mass_kernel, 4, True),
-                ("key_attention", "keys", _key_attention_kernel, 1, True),
-            ):  # fmt: skip
+            for name, kind, kernel, pack, mass, keys in (
+                ("prefill", "prefill", _attention_kernel, 1, True, False),
+                ("decode", "decode", _attention_kernel, 4, True, False),
+                ("region_mass", "mass", _region_mass_kernel, 4, True, False),
+                ("key_attention of few rows", "mass", _region_mass_kernel, 4, False, True),
+                ("both of few rows", "mass", _region_mass_kernel, 4, True, True),
+                ("key_attention", "keys", _key_attention_kernel, 1, False, True),
+            ):
                 wanted = tuned.ShapeClass(kind, arch, 2, dim, variant)
                 tile = config(wanted)
                 add(f"{name}[D={dim}, {'every feature' if every else 'plain'}]", kernel, wanted, tile, **flags, PACK=pack,
-                    MASS=not keys, KEYS=keys, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)  # fmt: skip
+                    MASS=mass, KEYS=keys, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)  # fmt: skip
     add("merge[D=128]", _merge_kernel, None, Config(1, 1, 4, 3), MASS=True, HEAD_DIM=128, BLOCK_S=32, BLOCK_D=128)
     return cases

@@ -208,6 +208,16 @@ def test_key_attention(rows, reduce):
     torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=EXACT, rtol=EXACT)
 
 
+def test_mass_and_heat_map_in_one_launch():
+    query, key, value = inputs(1, 6, 2, 40, 80)
+    ids = runs(1, 80, 2)
+    _, lse, mass = attend(query, key, value, ids, 2, mass_rows=7)
+    masks = (0.25, True, None, None, 0, 0.0, None)
+    both = triton_attention.mass_and_key_attention(query, key, lse, ids, 2, 7, "mean", *masks)
+    torch.testing.assert_close(both[0], mass, atol=2e-6, rtol=0)
+    torch.testing.assert_close(both[1], heat_map(query, key, lse, 7), atol=2e-6, rtol=0)
+
+
 def test_offsets_beyond_32_bits():
     """Two batch elements 2³¹ elements apart: the second is found only by 64-bit arithmetic. Most of the memory is untouched."""
     storage = torch.empty(2**31 + 10_000, dtype=torch.float16, device=DEVICE)

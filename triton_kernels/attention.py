@@ -517,7 +517,7 @@ def rule(wanted: tuned.ShapeClass) -> Config:
         return Config(16, (128 if arch == 80 else 64, 64, 32)[size], 4, 3)
     if kind == "mass":
         warps = 4 if not wide and (arch == 90 or (arch == 100 and size == 0)) else 8
-        return Config(SELECTED_ROWS, ((64, 64, 32), (32, 16, 16))[wide][size], warps, 2)
+        return Config(SELECTED_ROWS, ((64, 64, 16 if arch == 80 else 32), (32, 16, 16))[wide][size], warps, 2)
     return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
 
 

@@ -69,13 +69,18 @@ def compare(
         except Exception as error:  # a peer's own, of whatever type
             if name in ours:
                 raise
-            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+            left_out(name, error)
     once = sum(timer.sample() for timer in timers.values())
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(max(5, min(200, int(seconds / max(once, 1e-4))))):
         for name, timer in timers.items():
             samples[name].append(timer.sample() / timer.repeats)
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def left_out(name: str, error: Exception) -> None:
+    """Says that a candidate does not run here."""
+    print(f"{name} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
 
 
 class _CpuTimer:

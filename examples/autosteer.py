@@ -15,24 +15,15 @@ What the profile does to your own questions (docs/evaluation.md has the format):
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 import ras_fast
 from ras_fast.evaluation import tinyworld
-from ras_fast.inputs import encode, make_queries
+from ras_fast.inputs import encode, make_queries, read_pairs
 from ras_fast.loading import load
 from ras_fast.methods import autosteer
-
-
-def read_pairs(path: Path) -> list[tuple]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [
-        (path.parent / row["image"], row["unsafe"], row["safe"], path.parent / row.get("safe_image", row["image"]))
-        for row in rows
-    ]
 
 
 def main() -> None:

@@ -302,30 +302,10 @@ def _calibration_options(arguments: argparse.Namespace) -> dict:
         return {}
     if refuses and "refused" not in given:
         raise ValueError(f"--refused is needed with --data for --method {arguments.method}")
+    from ras_fast.inputs import read_pairs
+
     texts = {"refused_texts": _read_texts(given.pop("refused"))} if refuses else {}
-    return {"pairs": _read_pairs(arguments.data), **texts, **given}
-
-
-def _read_pairs(path: Path) -> list[tuple]:
-    """(image, unsafe, safe), or with the safe question's own image, of each line. Raises ValueError that names the line that is
-    wrong."""
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            others = [path.parent / row["safe_image"]] if "safe_image" in row else []
-            pair = (path.parent / row["image"], row["unsafe"], row["safe"], *others)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
-        if not all(isinstance(text, str) and text.strip() for text in pair[1:3]):
-            raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:3]}")
-        for image in (pair[0], *others):
-            if not image.is_file():
-                raise ValueError(f"{path}:{number}: {image} is not there")
-        pairs.append(pair)
-    return pairs
+    return {"pairs": read_pairs(arguments.data), **texts, **given}
 
 
 def _read_texts(path: Path) -> list[str]:

@@ -76,7 +76,7 @@ class Decoding:
             "top_p": (lambda value: 0 < value <= 1, "in (0, 1], or None"),
         }
         if not self.do_sample:
-            neutral = (None, 0, 1)  # a temperature of 0 is how others ask for greedy decoding
+            neutral = (0, 1)  # a temperature of 0 is how others ask for greedy decoding
             greedy = (lambda value: value in neutral, "given with do_sample=True only: without it decoding is greedy")
             allowed |= dict.fromkeys(("temperature", "top_k", "top_p"), greedy)
         for name, (holds, need) in allowed.items():

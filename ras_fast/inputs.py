@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,12 +87,43 @@ def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list
     return unsafe, safe
 
 
+def read_pairs(path: Path) -> list[tuple]:
+    """Pairs as `question_pairs` takes them, from a file with lines of {"image", "unsafe", "safe"} and, where the safe question
+    has an image of its own, "safe_image"; image paths are relative to the file.
+
+    Raises ValueError, which names the line that is wrong.
+    """
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other line ends
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            others = [path.parent / row["safe_image"]] if "safe_image" in row else []
+            pair = (path.parent / row["image"], row["unsafe"], row["safe"], *others)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
+        if not all(isinstance(text, str) and text.strip() for text in pair[1:3]):
+            raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:3]}")
+        for image in (pair[0], *others):
+            if not image.is_file():
+                raise ValueError(f"{path}:{number}: {image} is not there")
+        pairs.append(pair)
+    return pairs
+
+
 def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
     """Raises ValueError when a query of some group has NaN or infinite pixels: calibrating on the black image that stands for
     them would mean nothing."""
     poisoned = next((i for i, queries in enumerate(groups) if any(query.poisoned for query in queries)), None)
     if poisoned is not None:
         raise ValueError(f"{name}[{poisoned}] has an image with NaN or infinite pixels")
+
+
+def has_question(messages: list[dict]) -> bool:
+    """Whether the last user message, of parts, has a text that is not blank."""
+    users = [message for message in messages if message["role"] == "user"]
+    return bool(users) and any(part["type"] == "text" and part["text"].strip() for part in users[-1]["content"])
 
 
 def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
@@ -104,8 +136,7 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
             f"{where} needs to be a string or a list of messages with 'role' and 'content', got {prompt!r}"
         )
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
-    users = [m for m in messages if m["role"] == "user"]
-    if not users or not any(part["type"] == "text" and part["text"].strip() for part in users[-1]["content"]):
+    if not has_question(messages):
         raise ValueError(f"{where} needs a question in its last user message, got {prompt!r}")
 
     raw = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
@@ -117,7 +148,8 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
     loaded = [load_image(image, f"images[{index}]") for image in raw]
     wanted = len(own)
     if wanted == 0 and loaded:
-        users[0]["content"][:0] = _image_parts(len(loaded))
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"][:0] = _image_parts(len(loaded))
     elif wanted != len(loaded):
         raise ValueError(f"{where} has {wanted} image placeholder(s) but images[{index}] holds {len(loaded)} image(s)")
     poisoned = any(image is None for image in loaded)

@@ -136,8 +136,10 @@ class _Run:
         """Risks from the logits that the workers kept; a draft that steering changes is given up, and the answer made anew."""
         if not jobs:
             return
-        stages = (ASSESS, DRAFT)
-        asked = [(*(x for s in stages for x in (j.records[s], len(j.tokens[s]))), j.query.poisoned) for j in jobs]
+        asked = [
+            (job.records[ASSESS], len(job.tokens[ASSESS]), job.records[DRAFT], len(job.tokens[DRAFT]), job.query.poisoned)
+            for job in jobs
+        ]
         found = [result for result in self.engine.collective_rpc("ras_judge", args=(asked,)) if result is not None]
         if not found or len(found[0]) != len(jobs) or None in found[0]:
             raise RuntimeError(f"the workers judged {found!r} of {len(jobs)} queries")

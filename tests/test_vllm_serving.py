@@ -26,6 +26,7 @@ class Server:
     risky: questions whose risk stage looks like a refusal. broken: those whose risk stage has NaN logits. errors: words whose
     requests have status 400. hold: what a judgement waits for.
     drafts: what a draft's second step waits for. keeps_drafts: False: their logits are lost.
+    pause: turns of the loop between the status of an error and its body.
     """
 
     def __init__(self, profile, queries=2):
@@ -34,6 +35,7 @@ class Server:
         self.risky, self.broken, self.errors = set(), set(), set()
         self.hold: asyncio.Event | None = None
         self.drafts = self.keeps_drafts = None
+        self.pause = 0
         self.busy = self.busiest = 0
         self.calls = []
         parallel = SimpleNamespace(data_parallel_size=1, _api_process_count=1)
@@ -124,10 +126,11 @@ class Server:
         answer["prompt_token_ids"] = [1, 2, 3] if shows else None
         await self._send(send, 200, json.dumps(answer).encode(), b"application/json")
 
-    @staticmethod
-    async def _send(send, status, body, kind):
+    async def _send(self, send, status, body, kind):
         headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers})
+        for _ in range(self.pause if status != 200 else 0):
+            await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
@@ -311,6 +314,15 @@ def test_an_error_of_a_stage_is_the_answer(server, word):
     assert (response.status, json.loads(response.body)) == (400, {"error": "no"})
     assert "ras_judge" not in server.calls
     assert server.busy == 0
+    assert not server.steering.records
+
+
+def test_an_error_of_the_draft_alone_is_the_answer_as_a_whole(server):
+    """Its body comes a while after its status."""
+    server.errors.add('"max_tokens": 13')  # which the other stages do not have
+    server.pause = 5000
+    (response,) = run(server, ask(max_tokens=13))
+    assert (response.status, json.loads(response.body)) == (400, {"error": "no"})
     assert not server.steering.records
 
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import Query
+from ras_fast.inputs import Query, has_question
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
@@ -214,9 +214,12 @@ class _Draft:
         """Whether all of it is there. Raises what keeps it from being an answer."""
         if self.client.gone:
             raise _Gone
-        if self._held and self._held[0]["status"] != 200:
+        if not self.call.task.done():
+            return False
+        self.call.task.result()
+        if self._held[0]["status"] != 200:
             raise _Failed(self._held)
-        return self.call.task.done() and self.call.task.result() is None
+        return True
 
     async def show(self, send: Send) -> None:
         """Sends all of it, now and as it comes."""
@@ -310,8 +313,7 @@ def to_query(messages) -> Query:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise ValueError(f"messages[{i}] is {message!r}; it needs a role and a content")
         chat.append(message | {"content": _parts(f"messages[{i}]", message["content"], images)})
-    users = [message for message in chat if message["role"] == "user"]
-    if not users or not any(part.get("text", "").strip() for part in users[-1]["content"]):
+    if not has_question(chat):
         raise ValueError("messages needs a question in its last user message")
     return Query(chat, images)
 

@@ -53,10 +53,19 @@ def test_region_attention(measure, rows, keys):
     measure(lambda: ops.region_attention(query, key, value, ids, 1, mass_rows=min(64, rows)))
 
 
-def test_key_attention(measure):
+@pytest.mark.parametrize("statistic", ["region_mass", "key_attention", "region_statistics"])
+def test_statistics_from_an_lse(measure, statistic):
     query, key = normal(1, 32, 1024, 128), normal(1, 8, 1024, 128)
     lse = torch.full((1, 32, 1024), 7.0, device=DEVICE)
-    measure(lambda: ops.key_attention(query, key, lse, rows=64))
+    ids = torch.full((1, 1024), -1, dtype=torch.int32, device=DEVICE)
+    ids[:, 35:611] = 0
+    measure(
+        {
+            "region_mass": lambda: ops.region_mass(query, key, lse, ids, 1, mass_rows=64),
+            "key_attention": lambda: ops.key_attention(query, key, lse, rows=64),
+            "region_statistics": lambda: ops.region_statistics(query, key, lse, ids, 1, rows=64),
+        }[statistic]
+    )
 
 
 def test_refusal_similarity(measure):

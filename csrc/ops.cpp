@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
   m.impl("decode_attention", TORCH_BOX(&ras::cpu::decode_attention));
   m.impl("region_mass", TORCH_BOX(&ras::cpu::region_mass));
   m.impl("key_attention", TORCH_BOX(&ras::cpu::key_attention));
+  m.impl("region_statistics", TORCH_BOX(&ras::cpu::region_statistics));
   m.impl("gated_linear", TORCH_BOX(&ras::cpu::gated_linear));
   m.impl("refusal_similarity", TORCH_BOX(&ras::cpu::refusal_similarity));
 }

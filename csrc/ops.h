@@ -37,6 +37,11 @@ Tensor key_attention(const Tensor& query, const Tensor& key, const Tensor& lse, 
                      const MaybeTensor& region_ids, double scale, bool is_causal, const MaybeTensor& kv_start,
                      const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias);
 
+std::tuple<Tensor, Tensor> region_statistics(const Tensor& query, const Tensor& key, const Tensor& lse, const Tensor& region_ids,
+                                             int64_t num_regions, int64_t rows, const std::string& reduce, double scale,
+                                             bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
+                                             int64_t window, double softcap, const MaybeTensor& region_bias);
+
 Tensor refusal_similarity(const Tensor& logits, const Tensor& prototype_probs, double gamma, const MaybeTensor& steps);
 
 Tensor gated_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& right, const Tensor& gate);

@@ -16,7 +16,8 @@ from ras_fast.build import find_nvcc
 from ras_fast.loading import TINY
 
 OPS = (
-    "add_rms_norm", "add_layer_norm", "region_attention", "region_mass", "key_attention", "gated_linear", "refusal_similarity",
+    "add_rms_norm", "add_layer_norm", "region_attention", "region_mass", "key_attention", "region_statistics", "gated_linear",
+    "refusal_similarity",
 )  # fmt: skip
 
 

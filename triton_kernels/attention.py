@@ -340,7 +340,7 @@ def _region_mass_kernel(
 ):  # fmt: skip
     """Probabilities of the last rows, recomputed from the LSE and summed by region (MASS) and over the rows (KEYS).
 
-    KEYS needs all rows in one tile. Without it, key blocks that hold no region are not read.
+    With KEYS each tile of rows has scores of its own; without, key blocks that hold no region are not read.
     """
     tiles = tl.cdiv(rows * PACK, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -415,7 +415,7 @@ def _region_mass_kernel(
                 if REDUCE == "mean":
                     score = score / rows
                 h = tl.arange(0, PACK)
-                pointers = Keys + ((batch * num_heads + head + h) * lk)[:, None] + key[None, :]
+                pointers = Keys + (((tile * num_batch + batch) * num_heads + head + h) * lk)[:, None] + key[None, :]
                 tl.store(pointers, score, (h < HEADS)[:, None] & (key < lk)[None, :])
     if MASS:
         tl.debug_barrier()
@@ -493,6 +493,7 @@ class Config(NamedTuple):
 FEATURES = ("HAS_START", "HAS_END", "WINDOW", "SOFTCAP", "BIAS", "PRESCALED")
 DECODE_ROWS = 16  # up to this many rows of a group are one tile, and the cache is read once for all its query heads
 SELECTED_ROWS = 64  # the same for recomputed probabilities, which keep no output in registers
+SHARED_LAUNCH_ROWS = 256  # masses and key scores together: each tile of rows writes scores of its own, which are then reduced
 
 
 def config(wanted: tuned.ShapeClass) -> Config:
@@ -602,7 +603,7 @@ def _launch_selected_rows(
     query, key, lse, region_ids, num_regions, rows, mass, keys, reduce, scale, is_causal, kv_start, kv_end, window,
     softcap, region_bias,
 ):  # fmt: skip
-    """Fill mass [B, Hq, rows, R] and keys [B, Hq, Lk] (either may be None) in one launch; keys needs one row tile."""
+    """Fill mass [B, Hq, rows, R] and keys [B, Hq, Lk] (either may be None) in one launch."""
     batch, heads, lq = query.shape[:3]
     group = heads // key.shape[1]
     packed = rows * group <= SELECTED_ROWS
@@ -610,11 +611,13 @@ def _launch_selected_rows(
     constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
     tile = config(_shape_class("mass", query, constants, keys))
     block_m = max(16, min(_next_power_of_2(rows * pack), SELECTED_ROWS))
-    programs = triton.cdiv(rows * pack, block_m) * batch * (heads if pack == 1 else key.shape[1])
+    tiles = triton.cdiv(rows * pack, block_m)
+    programs = tiles * batch * (heads if pack == 1 else key.shape[1])
     splits = _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device)
+    key_part = keys if keys is None or tiles == 1 else keys.new_empty((tiles, *keys.shape))
     part = mass if mass is None or splits == 1 else mass.new_empty((splits, *mass.shape))
     _region_mass_kernel[(programs, splits)](
-        query, key, lse, part, keys, region_ids, kv_start, kv_end, region_bias,
+        query, key, lse, part, key_part, region_ids, kv_start, kv_end, region_bias,
         *_strides(query, 3), *_strides(key, 3), *_strides(lse, 3), *_strides(region_ids, 1), *_bias_strides(region_bias),
         batch, heads, lq, key.shape[2], num_regions, rows, scale, softcap, window,
         GROUP=group, PACK=pack, MASS=mass is not None, KEYS=keys is not None, REDUCE=reduce, **constants,
@@ -622,6 +625,8 @@ def _launch_selected_rows(
     )  # fmt: skip
     if part is not mass:
         torch.sum(part, 0, out=mass)
+    if key_part is not keys:
+        torch.amax(key_part, 0, out=keys) if reduce == "max" else torch.sum(key_part, 0, out=keys)
 
 
 @on_its_device
@@ -667,13 +672,13 @@ def key_attention(
 
 
 @on_its_device
-def mass_and_key_attention(
+def region_statistics(
     query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, window, softcap,
     region_bias,
 ):  # fmt: skip
-    """`region_mass` and `key_attention` of the same rows, in one launch where these fit into one tile."""
+    """Arguments and results of the op `ras_fast::region_statistics`."""
     masks = (scale, is_causal, kv_start, kv_end, window, softcap, region_bias)
-    if not 0 < rows <= SELECTED_ROWS or key.shape[2] == 0 or query.numel() == 0:
+    if not 0 < rows <= SHARED_LAUNCH_ROWS or key.shape[2] == 0 or query.numel() == 0:
         return (
             region_mass(query, key, lse, region_ids, num_regions, *masks, rows),
             key_attention(query, key, lse, rows, reduce, region_ids, *masks),

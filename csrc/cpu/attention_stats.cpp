@@ -1,4 +1,4 @@
-// CPU launcher of region_mass and key_attention: shapes, pointers and threads; the arithmetic is in the kernel file.
+// CPU launcher of region_mass, key_attention and region_statistics: shapes, pointers and threads; the arithmetic is in the kernel file.
 #include "cpu/attention_stats.h"
 
 #include "cpu/attention_guard.h"
@@ -8,8 +8,8 @@
 namespace ras::cpu {
 namespace {
 
-constexpr int64_t kMinRows = 24;  // per work item: enough to pay for packing a key block
-constexpr int64_t kKeys = 128;    // per work item of key_attention
+constexpr int64_t kMinRows = 24;   // per work item of region_mass: enough to pay for packing a key block
+constexpr int64_t kMinKeys = 128;  // per work item of the others: enough to pay for widening the queries
 
 AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, int64_t rows, double scale,
                           bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
@@ -41,21 +41,60 @@ AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& 
   return args;
 }
 
-void set_regions(AttentionStatsArgs& args, const Tensor& region_ids) {
+void set_ids(AttentionStatsArgs& args, const Tensor& region_ids) {
   args.region_ids = data<const int32_t>(region_ids);
   args.region_stride = region_ids.stride(0);
 }
 
-// Runs body(group, begin, end) over every group's [0, length) in chunks, on as many threads as there is work for.
-template <class Body>
-void for_chunks(int64_t groups, int64_t length, int64_t chunk, const Body& body) {
-  const int64_t chunks = (length + chunk - 1) / chunk;
-  torch::stable::parallel_for(0, groups * chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t begin = item % chunks * chunk;
-      body(item / chunks, begin, std::min(begin + chunk, length));
-    }
+// The regions whose masses are wanted.
+void set_regions(AttentionStatsArgs& args, const Tensor& region_ids, int64_t num_regions) {
+  set_ids(args, region_ids);
+  args.num_regions = num_regions;
+  args.mass = true;
+}
+
+// [0, length) of every group in chunks, as many as the threads need to share the work evenly.
+struct Chunks {
+  int64_t groups, length, size, count;
+
+  Chunks(int64_t groups, int64_t length, int64_t least) : groups(groups), length(length) {
+    const int64_t wanted = 4 * torch::stable::get_num_threads() / groups + 1;
+    size = std::max(least, (length + wanted - 1) / wanted);
+    count = (length + size - 1) / size;
+  }
+
+  // Runs body(group, chunk, begin, end) for each.
+  template <class Body>
+  void run(const Body& body) const {
+    torch::stable::parallel_for(0, groups * count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t item = first; item < last; ++item) {
+        const int64_t chunk = item % count, begin = chunk * size;
+        body(item / count, chunk, begin, std::min(begin + size, length));
+      }
+    });
+  }
+};
+
+Tensor zeros(std::initializer_list<int64_t> shape) {
+  Tensor result = empty_float(shape);
+  torch::stable::zero_(result);
+  return result;
+}
+
+// Scores, and masses where args.mass is set: the keys are shared out, and each chunk of them sums masses of its own.
+void scan_keys(AttentionStatsArgs& args, const std::string& reduce, const Tensor& mass, const Tensor& scores) {
+  args.scores = data<float>(scores);
+  args.reduce = reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : Reduce::max;
+  const int64_t groups = args.batch * args.kv_heads, size = mass.numel();
+  if (args.rows == 0 || groups == 0 || args.length_k == 0) return;
+  const Chunks chunks(groups, args.length_k, kMinKeys);
+  const Tensor parts = zeros({chunks.count - 1, size});  // of every chunk but the first
+  float *const total = data<float>(mass), *const part = data<float>(parts);
+  auto* kernel = pick_attention_stats();
+  chunks.run([&](int64_t group, int64_t chunk, int64_t begin, int64_t end) {
+    kernel(args, {group, 0, args.rows, begin, end}, chunk == 0 ? total : part + (chunk - 1) * size);
   });
+  for (int64_t i = 0; i < parts.numel(); ++i) total[i % size] += part[i];
 }
 
 }  // namespace
@@ -67,17 +106,14 @@ Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, co
   guard_lse(lse, query);
   const Tensor dense = torch::stable::contiguous(lse);
   AttentionStatsArgs args = common(query, key, dense, mass_rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
-  Tensor mass = empty_float({args.batch, args.heads, mass_rows, num_regions});
-  torch::stable::zero_(mass);
-  set_regions(args, region_ids);
-  args.num_regions = num_regions;
-  args.mass = data<float>(mass);
+  const Tensor mass = zeros({args.batch, args.heads, mass_rows, num_regions});
+  set_regions(args, region_ids, num_regions);
   const int64_t groups = args.batch * args.kv_heads;
   if (mass_rows == 0 || groups == 0) return mass;
-  const int64_t wanted = 4 * torch::stable::get_num_threads() / groups + 1;  // chunks a group, to balance the threads
-  const int64_t chunk = std::max(kMinRows, (mass_rows + wanted - 1) / wanted);
-  auto* kernel = pick_mass_of_rows();
-  for_chunks(groups, mass_rows, chunk, [&](int64_t group, int64_t begin, int64_t end) { kernel(args, group, begin, end); });
+  auto* kernel = pick_attention_stats();
+  Chunks(groups, mass_rows, kMinRows).run([&](int64_t group, int64_t, int64_t begin, int64_t end) {
+    kernel(args, {group, begin, end, 0, args.length_k}, data<float>(mass));
+  });
   return mass;
 }
 
@@ -88,16 +124,25 @@ Tensor key_attention(const Tensor& query, const Tensor& key, const Tensor& lse, 
   guard_lse(lse, query);
   const Tensor dense = torch::stable::contiguous(lse);
   AttentionStatsArgs args = common(query, key, dense, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
-  Tensor scores = empty_float({args.batch, args.heads, args.length_k});
-  torch::stable::zero_(scores);
-  if (region_ids) set_regions(args, *region_ids);
-  args.scores = data<float>(scores);
-  args.reduce = reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : Reduce::max;
-  const int64_t groups = args.batch * args.kv_heads;
-  if (rows == 0 || groups == 0 || args.length_k == 0) return scores;
-  auto* kernel = pick_scores_of_keys();
-  for_chunks(groups, args.length_k, kKeys, [&](int64_t group, int64_t begin, int64_t end) { kernel(args, group, begin, end); });
+  if (region_ids) set_ids(args, *region_ids);
+  const Tensor scores = zeros({args.batch, args.heads, args.length_k});
+  scan_keys(args, reduce, zeros({0}), scores);
   return scores;
+}
+
+std::tuple<Tensor, Tensor> region_statistics(const Tensor& query, const Tensor& key, const Tensor& lse, const Tensor& region_ids,
+                                             int64_t num_regions, int64_t rows, const std::string& reduce, double scale,
+                                             bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
+                                             int64_t window, double softcap, const MaybeTensor& region_bias) {
+  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
+  guard_lse(lse, query);
+  const Tensor dense = torch::stable::contiguous(lse);
+  AttentionStatsArgs args = common(query, key, dense, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
+  set_regions(args, region_ids, num_regions);
+  const Tensor mass = zeros({args.batch, args.heads, rows, num_regions});
+  const Tensor scores = zeros({args.batch, args.heads, args.length_k});
+  scan_keys(args, reduce, mass, scores);
+  return {mass, scores};
 }
 
 }  // namespace ras::cpu

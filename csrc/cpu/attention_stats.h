@@ -26,15 +26,18 @@ struct AttentionStatsArgs {
   const float* region_bias;  // [B or 1, Hq, R]; null: none
   int64_t bias_batch_stride, bias_head_stride;
 
-  float* mass;    // [B, Hq, rows, R], zeroed
-  float* scores;  // [B, Hq, Lk], zeroed
+  bool mass;      // whether masses are wanted
+  float* scores;  // [B, Hq, Lk], zeroed; null: not wanted
   Reduce reduce;
 };
 
-// region_mass of query rows [begin, end) of every head that reads kv head `group` = b · kv_heads + kv_head.
-RAS_FAST_DECLARE(mass_of_rows, const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end)
+// What one call of the kernel does: query rows [row_begin, row_end) of the last `rows` and keys [key_begin, key_end), for
+// every head that reads kv head `group` = b · kv_heads + kv_head.
+struct StatsWork {
+  int64_t group, row_begin, row_end, key_begin, key_end;
+};
 
-// key_attention of the keys [begin, end) for every head of `group`.
-RAS_FAST_DECLARE(scores_of_keys, const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end)
+// Adds the masses of these rows on these keys to mass [B, Hq, rows, R] and writes the scores of these keys, which take all rows.
+RAS_FAST_DECLARE(attention_stats, const AttentionStatsArgs& args, const StatsWork& work, float* mass)
 
 }  // namespace ras::cpu

@@ -122,12 +122,12 @@ struct Row {
   }
 };
 
-// Calls sum(head, row, p0, p1) with the probabilities of each (head of the group, row in [begin, end)) over the block.
+// Calls sum(head, row, p0, p1) with the probabilities of each (head of the group, row of the work) over the block.
 template <class Sum>
-void each_row(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end, const float* queries,
-              const KeyBlock& block, const Span& span, Sum&& sum) {
-  const int64_t per_group = args.heads / args.kv_heads, count = end - begin;
-  const int64_t batch = group / args.kv_heads, first_head = group % args.kv_heads * per_group;
+void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float* queries, const KeyBlock& block,
+              const Span& span, Sum&& sum) {
+  const int64_t per_group = args.heads / args.kv_heads, count = work.row_end - work.row_begin;
+  const int64_t batch = work.group / args.kv_heads, first_head = work.group % args.kv_heads * per_group;
   const int64_t first_index = args.length_q - args.rows;
   for (int64_t start = 0; start < per_group * count; start += kRows) {
     const int n = int(per_group * count - start < kRows ? per_group * count - start : kRows);
@@ -136,7 +136,7 @@ void each_row(const AttentionStatsArgs& args, int64_t group, int64_t begin, int6
     vfloat s[kRows][2];
     kDotRows[n - 1](q, block.panel, args.dim, s);
     for (int r = 0; r < n; ++r) {
-      const int64_t head = first_head + (start + r) / count, index = begin + (start + r) % count;
+      const int64_t head = first_head + (start + r) / count, index = work.row_begin + (start + r) % count;
       const Row row(args, span, batch, head, first_index + index);
       if (!row.sees(block)) continue;
       sum(head, index, row.probability(s[r][0], block, 0, args.num_regions),
@@ -145,14 +145,14 @@ void each_row(const AttentionStatsArgs& args, int64_t group, int64_t begin, int6
   }
 }
 
-// The rows [begin, end) of the group's heads as floats, [heads of the group][rows][D].
+// The rows of the group's heads as floats, [heads of the group][rows][D].
 template <class T>
-float* widen_queries(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
-  const int64_t per_group = args.heads / args.kv_heads, count = end - begin;
-  const int64_t batch = group / args.kv_heads, first_head = group % args.kv_heads * per_group;
+float* widen_queries(const AttentionStatsArgs& args, const StatsWork& work) {
+  const int64_t per_group = args.heads / args.kv_heads, count = work.row_end - work.row_begin;
+  const int64_t batch = work.group / args.kv_heads, first_head = work.group % args.kv_heads * per_group;
   float* queries = static_cast<float*>(std::malloc(per_group * count * args.dim * sizeof(float)));
   for (int64_t i = 0; i < per_group * count; ++i) {
-    const int64_t index = args.length_q - args.rows + begin + i % count;
+    const int64_t index = args.length_q - args.rows + work.row_begin + i % count;
     const T* row = static_cast<const T*>(args.query) + batch * args.query_stride[0] +
                    (first_head + i / count) * args.query_stride[1] + index * args.query_stride[2];
     widen_row(queries + i * args.dim, row, args.dim);
@@ -160,65 +160,52 @@ float* widen_queries(const AttentionStatsArgs& args, int64_t group, int64_t begi
   return queries;
 }
 
-template <class T>
-void mass_of_rows_typed(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
-  const int64_t batch = group / args.kv_heads, kv_head = group % args.kv_heads;
-  const int32_t* ids = args.region_ids + batch * args.region_stride;
-  const Span span(args, batch);
-  float* queries = widen_queries<T>(args, group, begin, end);
-  KeyBlock block;
-  block.panel = static_cast<float*>(std::malloc(kBlock * args.dim * sizeof(float)));
-  for (int64_t k = span.first; k < span.last;) {
-    const int32_t region = ids[k];
-    if (region < 0 || region >= args.num_regions) {
-      ++k;
-      continue;
-    }
-    // A block holds keys of one region only, so that a plain row sum is that region's mass.
-    for (block.count = 0; block.count < kBlock && k < span.last && ids[k] == region; ++k) {
-      block.region[block.count] = region;
-      block.position[block.count++] = int32_t(k);
-    }
-    for (int i = block.count; i < kBlock; ++i) block.region[i] = -1;
-    pack<T>(args, batch, kv_head, block);
-    each_row(args, group, begin, end, queries, block, span, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
-      args.mass[((batch * args.heads + head) * args.rows + row) * args.num_regions + region] += sum(p0 + p1);
-    });
+// The next keys from `first` on, up to a whole block. With masses they are of one region, so that a plain row sum is its mass.
+void fill(const AttentionStatsArgs& args, const int32_t* ids, int64_t first, int64_t end, KeyBlock& block) {
+  for (block.count = 0; block.count < kBlock && first + block.count < end; ++block.count) {
+    const int32_t region = ids ? ids[first + block.count] : -1;
+    if (args.mass && block.count && region != block.region[0]) break;
+    block.region[block.count] = region;
+    block.position[block.count] = int32_t(first + block.count);
   }
-  std::free(block.panel);
-  std::free(queries);
+  for (int i = block.count; i < kBlock; ++i) block.region[i] = -1;
+}
+
+void add_scores(const AttentionStatsArgs& args, float* scores, int count, vfloat p0, vfloat p1) {
+  for (int i = 0; i < count; ++i) {
+    const float p = i < kLanes ? p0[i] : p1[i - kLanes];
+    if (args.reduce != Reduce::max) {
+      scores[i] += p;
+    } else if (!(p <= scores[i])) {  // written so that NaN wins
+      scores[i] = p;
+    }
+  }
 }
 
 template <class T>
-void scores_of_keys_typed(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
-  const int64_t batch = group / args.kv_heads, kv_head = group % args.kv_heads;
+void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work, float* mass) {
+  const int64_t batch = work.group / args.kv_heads, kv_head = work.group % args.kv_heads;
+  const int32_t* ids = args.region_ids ? args.region_ids + batch * args.region_stride : nullptr;
   const Span span(args, batch);
-  if (begin < span.first) begin = span.first;
-  if (end > span.last) end = span.last;
+  const int64_t begin = work.key_begin > span.first ? work.key_begin : span.first;
+  const int64_t end = work.key_end < span.last ? work.key_end : span.last;
   if (begin >= end) return;
-  float* queries = widen_queries<T>(args, group, 0, args.rows);
+  float* queries = widen_queries<T>(args, work);
   KeyBlock block;
   block.panel = static_cast<float*>(std::malloc(kBlock * args.dim * sizeof(float)));
-  for (int64_t k = begin; k < end; k += kBlock) {
-    block.count = int(end - k < kBlock ? end - k : kBlock);
-    for (int i = 0; i < kBlock; ++i) {
-      block.position[i] = int32_t(k + i);
-      block.region[i] = args.region_ids && i < block.count ? args.region_ids[batch * args.region_stride + k + i] : -1;
-    }
+  for (int64_t k = begin; k < end; k += block.count) {
+    fill(args, ids, k, end, block);
+    const int32_t region = args.mass ? block.region[0] : -1;
+    const bool inside = region >= 0 && region < args.num_regions;
+    if (!inside && !args.scores) continue;
     pack<T>(args, batch, kv_head, block);
-    each_row(args, group, 0, args.rows, queries, block, span, [&](int64_t head, int64_t, vfloat p0, vfloat p1) {
-      float* scores = args.scores + (batch * args.heads + head) * args.length_k + k;
-      for (int i = 0; i < block.count; ++i) {
-        const float p = i < kLanes ? p0[i] : p1[i - kLanes];
-        if (args.reduce != Reduce::max) {
-          scores[i] += p;
-        } else if (!(p <= scores[i])) {  // written so that NaN wins
-          scores[i] = p;
-        }
-      }
+    each_row(args, work, queries, block, span, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
+      const int64_t stat = batch * args.heads + head;
+      if (inside) mass[(stat * args.rows + row) * args.num_regions + region] += sum(p0 + p1);
+      if (args.scores) add_scores(args, args.scores + stat * args.length_k + k, block.count, p0, p1);
     });
   }
-  if (args.reduce == Reduce::mean) {
+  if (args.scores && args.reduce == Reduce::mean) {
     for (int64_t h = kv_head * args.heads / args.kv_heads; h < (kv_head + 1) * args.heads / args.kv_heads; ++h)
       for (int64_t k = begin; k < end; ++k) args.scores[(batch * args.heads + h) * args.length_k + k] /= args.rows;
   }
@@ -228,19 +215,11 @@ void scores_of_keys_typed(const AttentionStatsArgs& args, int64_t group, int64_t
 
 }  // namespace
 
-void mass_of_rows(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
+void attention_stats(const AttentionStatsArgs& args, const StatsWork& work, float* mass) {
   switch (args.dtype) {
-    case DType::f32: return mass_of_rows_typed<float>(args, group, begin, end);
-    case DType::bf16: return mass_of_rows_typed<bf16>(args, group, begin, end);
-    default: return mass_of_rows_typed<f16>(args, group, begin, end);
-  }
-}
-
-void scores_of_keys(const AttentionStatsArgs& args, int64_t group, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32: return scores_of_keys_typed<float>(args, group, begin, end);
-    case DType::bf16: return scores_of_keys_typed<bf16>(args, group, begin, end);
-    default: return scores_of_keys_typed<f16>(args, group, begin, end);
+    case DType::f32: return attention_stats_typed<float>(args, work, mass);
+    case DType::bf16: return attention_stats_typed<bf16>(args, work, mass);
+    default: return attention_stats_typed<f16>(args, work, mass);
   }
 }
 

@@ -122,20 +122,10 @@ def region_mass(
     Raises:
         ValueError, RuntimeError: as :func:`region_attention`.
     """
-    _check.no_grad("region_mass", query, key, lse, region_bias)
-    _validate_query_key(query, key)
-    _validate_lse(lse, query)
-    if region_ids is None:
-        _check.fail("region_ids", "None", "[B, Lk] int32")
-    _validate_regions(key, region_ids, num_regions)
-    _validate_bounds(query, kv_start, kv_end)
-    _validate_scores(is_causal, window, softcap)
-    _validate_bias(query, region_ids, num_regions, region_bias)
+    masks = _statistics_masks("region_mass", query, key, lse, scale, is_causal, kv_start, kv_end, window, softcap, region_bias)
+    _validate_wanted_regions(query, key, region_ids, num_regions, region_bias)
     rows = _resolve_rows("mass_rows", mass_rows, query)
-    return call(
-        "region_mass", None, query, key, lse, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start,
-        kv_end, _resolve_window(window, key), softcap or 0.0, region_bias, rows,
-    )  # fmt: skip
+    return call("region_mass", None, query, key, lse, region_ids, num_regions, *masks, region_bias, rows)
 
 
 def key_attention(
@@ -170,25 +160,57 @@ def key_attention(
     Raises:
         ValueError, RuntimeError: as :func:`region_attention`.
     """
-    _check.no_grad("key_attention", query, key, lse, region_bias)
-    _validate_query_key(query, key)
-    _validate_lse(lse, query)
-    if reduce not in REDUCTIONS:
-        _check.fail("reduce", repr(reduce), f"one of {REDUCTIONS}")
+    masks = _statistics_masks(
+        "key_attention", query, key, lse, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+    )
+    _validate_reduce(reduce)
     num_regions = 0
     if region_bias is not None and region_ids is not None:
         if region_bias.dim() not in (2, 3):
             _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}", "[Hq, R] or [B, Hq, R]")
         num_regions = region_bias.shape[-1]
         _validate_regions(key, region_ids, num_regions)
-    _validate_bounds(query, kv_start, kv_end)
-    _validate_scores(is_causal, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
-    return call(
-        "key_attention", None, query, key, lse, _resolve_rows("rows", rows, query), reduce,
-        region_ids if num_regions else None, _resolve_scale(scale, query), is_causal, kv_start, kv_end,
-        _resolve_window(window, key), softcap or 0.0, region_bias,
-    )  # fmt: skip
+    rows, ids = _resolve_rows("rows", rows, query), region_ids if num_regions else None
+    return call("key_attention", None, query, key, lse, rows, reduce, ids, *masks, region_bias)
+
+
+def region_statistics(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    region_ids: Tensor,
+    num_regions: int,
+    *,
+    rows: int | None = None,
+    reduce: str = "mean",
+    scale: float | None = None,
+    is_causal: bool = True,
+    kv_start: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    region_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`region_mass` and :func:`key_attention` of the same rows, whose probabilities are computed once for both.
+
+    Arguments as in those two. In Triton it is one launch up to 256 rows; more rows take one for each statistic.
+
+    Returns:
+        mass: [B, Hq, rows, R] float32.
+        scores: [B, Hq, Lk] float32.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`region_attention`.
+    """
+    masks = _statistics_masks(
+        "region_statistics", query, key, lse, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+    )
+    _validate_reduce(reduce)
+    _validate_wanted_regions(query, key, region_ids, num_regions, region_bias)
+    rows = _resolve_rows("rows", rows, query)
+    return call("region_statistics", None, query, key, lse, region_ids, num_regions, rows, reduce, *masks, region_bias)
 
 
 _KEYWORDS = (
@@ -238,6 +260,16 @@ def case_of(
     return Case(rows, is_causal, window, softcap, bounds, sinks is not None, region_bias is not None, row_bounds, scale)
 
 
+def _statistics_masks(name, query, key, lse, scale, is_causal, kv_start, kv_end, window, softcap, region_bias) -> tuple:
+    """Validates what the ops that take an LSE share; their arguments from `scale` to `softcap`."""
+    _check.no_grad(name, query, key, lse, region_bias)
+    _validate_query_key(query, key)
+    _validate_lse(lse, query)
+    _validate_bounds(query, kv_start, kv_end)
+    _validate_scores(is_causal, window, softcap)
+    return _resolve_scale(scale, query), is_causal, kv_start, kv_end, _resolve_window(window, key), softcap or 0.0
+
+
 def _resolve_scale(scale: float | None, query: Tensor) -> float:
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
@@ -274,6 +306,19 @@ def _validate_lse(lse: Tensor, query: Tensor) -> None:
     _check.shape("lse", lse, query.shape[:3], "[B, Hq, Lq]")
     _check.dtype("lse", lse, torch.float32)
     _check.device("lse", lse, query.device)
+
+
+def _validate_reduce(reduce: str) -> None:
+    if reduce not in REDUCTIONS:
+        _check.fail("reduce", repr(reduce), f"one of {REDUCTIONS}")
+
+
+def _validate_wanted_regions(query, key, region_ids, num_regions, region_bias) -> None:
+    """For the ops whose result is by region."""
+    if region_ids is None:
+        _check.fail("region_ids", "None", "[B, Lk] int32")
+    _validate_regions(key, region_ids, num_regions)
+    _validate_bias(query, region_ids, num_regions, region_bias)
 
 
 def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) -> None:
@@ -419,7 +464,7 @@ def _attention_reference(
     mass = query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
     if region_ids is not None:
         p = _probabilities(scores[:, :, rows - mass_rows :], lse[:, :, rows - mass_rows :])
-        mass = torch.einsum("bhqk,bkr->bhqr", p, _one_hot(region_ids, num_regions, p.dtype)).float()
+        mass = _mass_of(p, region_ids, num_regions)
     return _laid_out(out.to(query.dtype)), lse.float(), mass
 
 
@@ -437,25 +482,42 @@ def _softmax_out(scores: Tensor, value: Tensor, sinks: Tensor | None) -> tuple[T
     return _probabilities(scores, lse) @ v, lse
 
 
+def _selected(query, key, lse, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias) -> Tensor:
+    """Probabilities [B, Hq, rows, Lk] of the last `rows` queries."""
+    bias = _key_bias(region_ids, region_bias, _accumulator(query))
+    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
+    return _probabilities(scores, lse[:, :, query.shape[2] - rows :])
+
+
+def _mass_of(p: Tensor, region_ids: Tensor, num_regions: int) -> Tensor:
+    return torch.einsum("bhqk,bkr->bhqr", p, _one_hot(region_ids, num_regions, p.dtype)).float()
+
+
+def _reduced(p: Tensor, reduce: str) -> Tensor:
+    """Probabilities over their rows; 0 where there are none."""
+    if p.shape[2] == 0:
+        return p.new_zeros((*p.shape[:2], p.shape[3]), dtype=torch.float32)
+    return (p.amax(2) if reduce == "max" else p.mean(2) if reduce == "mean" else p.sum(2)).float()
+
+
 def _mass_reference(
     query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
 ):
-    bias = _key_bias(region_ids, region_bias, _accumulator(query))
-    scores = _scores(query, key, mass_rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
-    p = _probabilities(scores, lse[:, :, query.shape[2] - mass_rows :])
-    return torch.einsum("bhqk,bkr->bhqr", p, _one_hot(region_ids, num_regions, p.dtype)).float()
+    masks = (scale, is_causal, kv_start, kv_end, window, softcap)
+    return _mass_of(_selected(query, key, lse, mass_rows, *masks, region_ids, region_bias), region_ids, num_regions)
 
 
 def _key_reference(
     query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
 ):
-    if rows == 0:
-        return query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32)
-    bias = _key_bias(region_ids, region_bias, _accumulator(query))
-    scores = _scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
-    p = _probabilities(scores, lse[:, :, query.shape[2] - rows :])
-    reduced = p.amax(2) if reduce == "max" else p.sum(2)
-    return (reduced / rows if reduce == "mean" else reduced).float()
+    masks = (scale, is_causal, kv_start, kv_end, window, softcap)
+    return _reduced(_selected(query, key, lse, rows, *masks, region_ids, region_bias), reduce)
+
+
+def _statistics_reference(query, key, lse, region_ids, num_regions, rows, reduce, *masks_and_bias):
+    *masks, region_bias = masks_and_bias
+    p = _selected(query, key, lse, rows, *masks, region_ids, region_bias)
+    return _mass_of(p, region_ids, num_regions), _reduced(p, reduce)
 
 
 def _row_by_row(decode, query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, *rest):
@@ -597,6 +659,12 @@ def _key_fake(
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
+def _statistics_fake(query, key, lse, region_ids, num_regions, rows, reduce, *masks_and_bias):
+    heads = query.shape[:2]
+    mass = query.new_empty((*heads, rows, num_regions), dtype=torch.float32)
+    return mass, query.new_empty((*heads, key.shape[2]), dtype=torch.float32)
+
+
 def _attention_triton(query, *args):
     from ras_fast.triton_kernels.attention import region_attention
 
@@ -617,6 +685,12 @@ def _key_triton(*args):
     return key_attention(*args)
 
 
+def _statistics_triton(*args):
+    from ras_fast.triton_kernels.attention import region_statistics
+
+    return region_statistics(*args)
+
+
 _MASKS = "float scale, bool is_causal, Tensor? kv_start, Tensor? kv_end, int window, float softcap"
 _ATTENTION_SCHEMA = (
     f"region_attention(Tensor query, Tensor key, Tensor value, Tensor? region_ids, SymInt num_regions, {_MASKS}, "
@@ -630,12 +704,18 @@ _KEY_SCHEMA = (
     f"key_attention(Tensor query, Tensor key, Tensor lse, SymInt rows, str reduce, Tensor? region_ids, {_MASKS}, "
     "Tensor? region_bias) -> Tensor"
 )
+_STATISTICS_SCHEMA = (
+    "region_statistics(Tensor query, Tensor key, Tensor lse, Tensor region_ids, SymInt num_regions, SymInt rows, str reduce, "
+    f"{_MASKS}, Tensor? region_bias) -> (Tensor mass, Tensor scores)"
+)
 define(_ATTENTION_SCHEMA, fake=_attention_fake, reference=_attention_reference)
 for _name in ("decode_attention", "hopper_prefill"):
     define(f"{_name}({_ATTENTION_SCHEMA.split('(', 1)[1]}", fake=_attention_fake, reference=_attention_reference)
 define(_MASS_SCHEMA, fake=_mass_fake, reference=_mass_reference)
 define(_KEY_SCHEMA, fake=_key_fake, reference=_key_reference)
+define(_STATISTICS_SCHEMA, fake=_statistics_fake, reference=_statistics_reference)
 define_triton(_ATTENTION_SCHEMA, fake=_attention_fake, kernel=_attention_triton)
 define_triton(_MASS_SCHEMA, fake=_mass_fake, kernel=_mass_triton)
 define_triton(_KEY_SCHEMA, fake=_key_fake, kernel=_key_triton)
+define_triton(_STATISTICS_SCHEMA, fake=_statistics_fake, kernel=_statistics_triton)
 LIBRARY.impl("region_attention", outside_autocast(_cpu_attention), "CPU")

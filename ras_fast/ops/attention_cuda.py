@@ -55,7 +55,12 @@ def _key(*arguments):
     return (attention._key_triton if triton_is_there() else attention._key_reference)(*arguments)
 
 
+def _statistics(*arguments):
+    return (attention._statistics_triton if triton_is_there() else attention._statistics_reference)(*arguments)
+
+
 LIBRARY.define(f"selected_region_mass({attention._MASS_SCHEMA.split('(', 1)[1]}")
 LIBRARY.impl("region_attention", _attention, "CUDA")
 LIBRARY.impl("region_mass", _mass, "CUDA")
 LIBRARY.impl("key_attention", _key, "CUDA")
+LIBRARY.impl("region_statistics", _statistics, "CUDA")

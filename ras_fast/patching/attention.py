@@ -259,16 +259,19 @@ def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs
     if not num_regions and not score_rows:
         out = _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs)
         return out, query.new_zeros((*query.shape[:2], rows, 0), dtype=torch.float32), None
+    together = num_regions and rows == score_rows  # the scores' probabilities give the masses, too
     out, lse, mass = _region_attention(
         query, key, value, mask, scaling, causal, window, softcap, sinks, ids if num_regions else None, num_regions, bias,
-        rows,
+        0 if together else rows,
     )  # fmt: skip
-    scores = None
-    if score_rows:
-        scores = ops.key_attention(
-            query, key, lse, rows=score_rows, reduce=request.reduce, scale=scaling, softcap=softcap,
-            region_ids=None if bias is None else ids, region_bias=bias, **_masking(query, key, mask, causal, window),
-        )  # fmt: skip
+    if not score_rows:
+        return out.transpose(1, 2), mass, None
+    keywords = dict(_masking(query, key, mask, causal, window), scale=scaling, softcap=softcap, region_bias=bias,
+                    rows=score_rows, reduce=request.reduce)  # fmt: skip
+    if together:
+        mass, scores = ops.region_statistics(query, key, lse, ids, num_regions, **keywords)
+    else:
+        scores = ops.key_attention(query, key, lse, region_ids=None if bias is None else ids, **keywords)
     return out.transpose(1, 2), mass, scores
 
 

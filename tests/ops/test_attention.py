@@ -1,4 +1,4 @@
-"""region_attention, region_mass, key_attention: the CPU path and the reference against an explicit float64 loop-free twin."""
+"""Attention and its statistics: the CPU path and the reference against an explicit float64 loop-free twin."""
 
 from functools import partial
 
@@ -111,6 +111,8 @@ def test_against_definition(backend, lengths, option, dtype):
     for reduce, expected in (("sum", p.sum(2)), ("mean", p.mean(2)), ("max", p.amax(2))):
         scores = ops.key_attention(query, key, exact_lse.float(), reduce=reduce, **kwargs, **biased)
         torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=0)
+        both = ops.region_statistics(query, key, exact_lse.float(), ids, 2, reduce=reduce, **kwargs)
+        torch.testing.assert_close(both, (again, scores), atol=1e-6, rtol=1e-6)
 
 
 @BACKENDS
@@ -126,6 +128,21 @@ def test_last_rows_only(backend, rows):
     p = exact(query, key, value, ids, 2)[3][:, :, 40 - rows :]
     scores = ops.key_attention(query, key, lse, rows=rows, reduce="sum")
     torch.testing.assert_close(scores.double(), p.sum(2), atol=1e-5, rtol=0)
+    both = ops.region_statistics(query, key, lse, ids, 2, rows=rows, reduce="sum")
+    torch.testing.assert_close(both, (last, scores), atol=1e-5, rtol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_statistics_of_many_rows_and_keys(backend, reduce):
+    """Several chunks of keys on the CPU and several row tiles in Triton, whose parts are put together."""
+    query, key, value = inputs(length_q=150, length_k=700, dim=16)
+    scattered = torch.randint(-1, 5, (2, 700), dtype=torch.int32)
+    for ids in (image_ids(2, 700), scattered):
+        _, lse, mass = ops.region_attention(query, key, value, ids, 5)
+        scores = ops.key_attention(query, key, lse, reduce=reduce)
+        both = ops.region_statistics(query, key, lse, ids, 5, reduce=reduce)
+        torch.testing.assert_close(both, (mass, scores), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch", "triton"], indirect=True)
@@ -211,6 +228,10 @@ def test_empty(backend, batch, length_q, length_k):
     assert (lse == -torch.inf).all()
     assert (mass == 0).all()
     assert ops.key_attention(query, key, lse).shape == (batch, 4, length_k)
+    mass, scores = ops.region_statistics(query, key, lse, image_ids(batch, length_k), 2)
+    assert (mass.shape, scores.shape) == ((batch, 4, length_q, 2), (batch, 4, length_k))
+    assert not mass.any()
+    assert not scores.any()
 
 
 @BACKENDS
@@ -300,8 +321,9 @@ def test_opcheck(option):
     lse = torch.randn(2, 4, 9) + 3
     mass_args = (query, key, lse, ids, 2, *masks, kwargs["region_bias"], 9)
     torch.library.opcheck(torch.ops.ras_fast.region_mass.default, mass_args)
-    torch.library.opcheck(torch.ops.ras_fast.key_attention.default,
-                          (query, key, lse, 5, "max", ids, *masks, kwargs["region_bias"]))  # fmt: skip
+    score_args = (5, "max", *masks, kwargs["region_bias"])
+    torch.library.opcheck(torch.ops.ras_fast.key_attention.default, (query, key, lse, 5, "max", ids, *score_args[2:]))
+    torch.library.opcheck(torch.ops.ras_fast.region_statistics.default, (query, key, lse, ids, 2, *score_args))
 
 
 @pytest.mark.parametrize("length_k", [40, 70])
@@ -360,7 +382,8 @@ def test_statistics_stay_float32_under_autocast(backend):
 
     def statistics():
         _, lse, mass = ops.region_attention(query, key, value, ids, 2, softcap=5.0)
-        return lse, mass, ops.key_attention(query, key, lse), ops.region_mass(query, key, lse, ids, 2, softcap=5.0)
+        both = ops.region_statistics(query, key, lse, ids, 2, softcap=5.0)
+        return lse, mass, ops.key_attention(query, key, lse), ops.region_mass(query, key, lse, ids, 2, softcap=5.0), *both
 
     expected = statistics()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -391,7 +414,7 @@ def test_a_gradient_is_never_dropped_silently(name):
 def test_compiles_without_graph_breaks():
     def block(query, key, value, ids):
         out, lse, mass = ops.region_attention(query, key, value, ids, 2, mass_rows=2)
-        return out + 1, mass, ops.key_attention(query, key, lse, rows=1)
+        return out + 1, mass, ops.key_attention(query, key, lse, rows=1), *ops.region_statistics(query, key, lse, ids, 2)
 
     args = (*inputs(), image_ids(2, 9))
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -424,7 +447,8 @@ def test_kernels_agree_with_reference(batch, kv_heads, group, length_q, length_k
         try:
             out, lse, mass = ops.region_attention(query, key, value, ids, regions, **kwargs)
             scores = ops.key_attention(query, key, lse, reduce="sum", **kwargs)
-            outputs[name] = out, lse, mass, scores
+            both = ops.region_statistics(query, key, lse, ids, regions, reduce="sum", **kwargs)
+            outputs[name] = out, lse, mass, scores, *both
         finally:
             ras_fast.set_backend("auto")
     for actual, expected in zip(outputs["cpu"], outputs["torch"], strict=True):
@@ -480,6 +504,12 @@ def test_bad_statistics_arguments_are_named():
         ops.key_attention(q, k, lse, reduce="median")
     with pytest.raises(ValueError, match="rows is 9"):
         ops.key_attention(q, k, lse, rows=9)
+    with pytest.raises(ValueError, match="region_ids is None"):
+        ops.region_statistics(q, k, lse, None, 1)
+    with pytest.raises(ValueError, match="reduce is 'median'"):
+        ops.region_statistics(q, k, lse, ids, 1, reduce="median")
+    with pytest.raises(ValueError, match="lse is of dtype"):
+        ops.region_statistics(q, k, lse.double(), ids, 1)
 
 
 def test_gradients_are_refused_not_dropped():

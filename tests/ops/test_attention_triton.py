@@ -208,14 +208,18 @@ def test_key_attention(rows, reduce):
     torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=EXACT, rtol=EXACT)
 
 
-def test_mass_and_heat_map_in_one_launch():
-    query, key, value = inputs(1, 6, 2, 40, 80)
-    ids = runs(1, 80, 2)
-    _, lse, mass = attend(query, key, value, ids, 2, mass_rows=7)
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("rows", [7, 75])
+def test_mass_and_heat_map_in_one_launch(rows, reduce, monkeypatch):
+    query, key, value = inputs(2, 6, 2, 80, 80)
+    ids = runs(2, 80, 2)
+    _, lse, mass = attend(query, key, value, ids, 2, mass_rows=rows)
     masks = (0.25, True, None, None, 0, 0.0, None)
-    both = triton_attention.mass_and_key_attention(query, key, lse, ids, 2, 7, "mean", *masks)
-    torch.testing.assert_close(both[0], mass, atol=2e-6, rtol=0)
-    torch.testing.assert_close(both[1], heat_map(query, key, lse, 7), atol=2e-6, rtol=0)
+    expected = mass, heat_map(query, key, lse, rows, reduce)
+    for alone in ("region_mass", "key_attention"):
+        monkeypatch.delattr(triton_attention, alone)
+    both = triton_attention.region_statistics(query, key, lse, ids, 2, rows, reduce, *masks)
+    torch.testing.assert_close(both, expected, atol=2e-6, rtol=0)
 
 
 def test_offsets_beyond_32_bits():

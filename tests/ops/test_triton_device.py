@@ -37,7 +37,7 @@ def test_every_launcher_looks():
     from ras_fast.triton_kernels import attention, gated_linear, norm
 
     launchers = (
-        attention.region_attention, attention.region_mass, attention.key_attention, attention.mass_and_key_attention,
+        attention.region_attention, attention.region_mass, attention.key_attention, attention.region_statistics,
         norm._launch, gated_linear.gated_linear,
     )  # fmt: skip
     assert all(hasattr(launcher, "__wrapped__") for launcher in launchers)

@@ -27,29 +27,32 @@ REQUIRED_TENSORS = {
 METHODS = tuple(REQUIRED_TENSORS)
 
 
-def fingerprint(model, processor) -> dict:
+def fingerprint(model, processor=None) -> dict:
     """What ties a profile to a model: architecture, sizes, dtype, a hash of the tokenizer's vocabulary and chat
-    template, and a hash of the first rows of the LM head (which tells fine-tuned siblings apart)."""
+    template (without a processor left out), and a hash of the first rows of the LM head (which tells fine-tuned siblings
+    apart)."""
     head = model.get_output_embeddings().weight.detach()[:HEAD_ROWS]
     return fingerprint_of_parts(type(model).__name__, model.config.get_text_config(), model.dtype, head, processor)
 
 
-def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor) -> dict:
+def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor=None) -> dict:
     """`fingerprint` of a model that is not a transformers object, from its parts.
 
     head: [HEAD_ROWS, d], the first rows of the LM head in the model's dtype.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    wording = [sorted(tokenizer.get_vocab().items()), getattr(processor, "chat_template", None)]
-    return {
+    found = {
         "architecture": architecture,
         "hidden_size": text_config.hidden_size,
         "num_hidden_layers": text_config.num_hidden_layers,
         "vocab_size": text_config.vocab_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "tokenizer": hashlib.sha256(json.dumps(wording).encode()).hexdigest()[:16],
         "lm_head": hashlib.sha256(head.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
     }
+    if processor is not None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        wording = [sorted(tokenizer.get_vocab().items()), getattr(processor, "chat_template", None)]
+        found["tokenizer"] = hashlib.sha256(json.dumps(wording).encode()).hexdigest()[:16]
+    return found
 
 
 def number(config: dict, name: str) -> float:
@@ -95,8 +98,11 @@ class RasProfile:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"profile tensor {name!r} holds NaN or infinite values; calibrate again")
 
-    def check(self, model, processor) -> None:
-        """Raises ValueError that lists what differs when this profile was not made on this model and tokenizer."""
+    def check(self, model, processor=None) -> None:
+        """Raises ValueError that lists what differs when this profile was not made on this model and tokenizer.
+
+        Without a processor the tokenizer is not looked at.
+        """
         self.check_fingerprint(fingerprint(model, processor))
 
     def check_fingerprint(self, found: dict) -> None:

@@ -35,7 +35,7 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
     The profile's `region_bias`, if it has one, is in force as long as the method.
 
     Raises:
-        ValueError: the method needs stages of its own, the profile does not fit the model, or `patch` is not a `Patch`.
+        ValueError: the method needs stages of its own, the profile is of another model, or `patch` is not a `Patch`.
     """
     if profile.method not in ONE_PASS:
         raise ValueError(
@@ -44,6 +44,7 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
         )
     if not hasattr(patch, "applied"):
         raise ValueError(f"patch is a {type(patch).__name__}; it needs to be what ras_fast.patch(model) returns")
+    profile.check(patch.model)
     module = import_module(f"ras_fast.methods.{profile.method}")
     return _attached(patch, profile, getattr(module, ONE_PASS[profile.method])(profile))
 

@@ -1,5 +1,6 @@
 """Which class applies a profile, and what holds for every one-pass method attached to a model."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 
 import ras_fast
 from ras_fast.methods.projection import Condition, from_vectors
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, fingerprint
 
 D = 32
 
@@ -27,13 +28,13 @@ def model(processor):
 def autosteer(model, processor):
     shapes = {"in.weight": (8, D), "in.bias": (8,), "out.weight": (2, 8), "out.bias": (2,)}
     tensors = {f"prober_{name}": torch.randn(shape) for name, shape in shapes.items()} | {"refusal": torch.randn(D, D)}
-    return RasProfile("autosteer", {"layer": 1, "strength": 1.0, "threshold": 0.5}, tensors)
+    return RasProfile("autosteer", {"layer": 1, "strength": 1.0, "threshold": 0.5}, tensors, fingerprint(model))
 
 
 def attention(model, processor):
     """Of which no risk is 1 by itself."""
     tensors = {"prototypes": torch.randn(3, D), "attention_weights": torch.randn(6), "attention_bias": torch.zeros(1)}
-    return RasProfile("attention", {"heads": [[0, 1], [2, 3]]}, tensors)
+    return RasProfile("attention", {"heads": [[0, 1], [2, 3]]}, tensors, fingerprint(model))
 
 
 def projection(model, processor, per="sequence"):
@@ -68,6 +69,16 @@ def test_methods_with_stages_are_sent_to_the_engine():
         profile = RasProfile(method, {}, {"prototypes": torch.zeros(3, 8)})
         with pytest.raises(ValueError, match="SafeGenerator"):
             ras_fast.methods.attach(None, profile)
+
+
+@pytest.mark.parametrize("make", [autosteer, attention, projection])
+def test_a_profile_of_a_fine_tuned_sibling_is_refused(model, processor, make):
+    profile = make(model, processor)
+    sibling = copy.deepcopy(model)
+    with torch.no_grad():
+        sibling.get_output_embeddings().weight[0, 0] += 1
+    with ras_fast.patch(sibling) as patch, pytest.raises(ValueError, match=r"calibrated on another model \(lm_head: "):
+        ras_fast.methods.attach(patch, profile)
 
 
 @pytest.mark.parametrize("bias", [torch.tensor(1.0), torch.ones(4), torch.ones(2, 4), torch.ones(3, 4, 1, 1)])

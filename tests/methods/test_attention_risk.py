@@ -20,7 +20,7 @@ from ras_fast.methods import moras
 from ras_fast.methods.attention import FREEDOMS, AttentionRisk, calibrate, fisher_ratio, fit, select
 from ras_fast.methods.attention_gate import features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, fingerprint
 
 D, LAYERS, STEPS = 32, 3, 3
 HEADS = [(2, 1), (0, 3), (2, 0)]
@@ -47,14 +47,14 @@ def every_answer_refuses(monkeypatch):
     monkeypatch.setattr(moras, "is_refusal", lambda text: True)
 
 
-def profile_of(scale=3.0, bias=0.0, steps=STEPS):
+def profile_of(model, scale=3.0, bias=0.0, steps=STEPS):
     generator = torch.Generator().manual_seed(7)
     tensors = {
         "prototypes": torch.randn(steps, D, generator=generator),
         "attention_weights": scale * torch.randn(3 * len(HEADS), generator=generator),
         "attention_bias": torch.tensor([bias]),
     }
-    return RasProfile("attention", {"heads": [list(head) for head in HEADS]}, tensors)
+    return RasProfile("attention", {"heads": [list(head) for head in HEADS]}, tensors, fingerprint(model))
 
 
 def eager_features(model, batch, heads=HEADS):
@@ -142,7 +142,7 @@ def test_no_row_no_feature():
 @pytest.mark.parametrize("mode", MODES)
 def test_generation_is_steered_by_the_risk_of_its_prompt(model, batch, mode):
     skip_mixed_beams(MODES[mode])
-    profile = profile_of()
+    profile = profile_of(model)
     risk = expected_risk(model, batch, profile)
     with hooked(model, profile, risk):
         expected = generate(model, batch, **MODES[mode])
@@ -161,7 +161,7 @@ def test_generation_is_steered_by_the_risk_of_its_prompt(model, batch, mode):
 
 
 def test_full_risk_says_what_the_prototypes_say(model, batch):
-    profile = profile_of(scale=0.0, bias=50.0, steps=2)
+    profile = profile_of(model, scale=0.0, bias=50.0, steps=2)
     with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile):
         got = generate(model, batch)[[0, 2], -6:]
     wanted = model.lm_head(profile.tensors["prototypes"]).argmax(-1)
@@ -171,14 +171,14 @@ def test_full_risk_says_what_the_prototypes_say(model, batch):
 def test_low_risk_is_the_plain_answer(model, batch):
     with ras_fast.patch(model) as patch:
         plain = generate(model, batch)
-        with ras_fast.methods.attach(patch, profile_of(scale=0.0, bias=-50.0)):
+        with ras_fast.methods.attach(patch, profile_of(model, scale=0.0, bias=-50.0)):
             assert torch.equal(generate(model, batch), plain)
 
 
 def test_a_static_cache_that_is_used_again(model, batch):
     """Its length is a tensor then, which the layers count up while the forward runs."""
     cache = StaticCache(model.config.text_config, max_cache_len=96)
-    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of()) as method:
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
         expected = model(**batch).logits
         risk = method.risk
         for _ in range(2):
@@ -190,7 +190,7 @@ def test_a_static_cache_that_is_used_again(model, batch):
 
 def test_a_further_question_is_judged_anew(model, batch):
     """By its own rows, and from its last token on; a decode step in between reads nothing."""
-    profile, first = profile_of(), {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1]}
+    profile, first = profile_of(model), {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:1]}
     first["input_ids"] = first["input_ids"][:, batch["attention_mask"][0].bool()]
     answer, second = torch.tensor([[7]]), torch.tensor([[9, 30, 31]])
     whole = first | {"input_ids": torch.cat([first["input_ids"], answer, second], 1)}
@@ -217,14 +217,14 @@ def test_a_further_question_is_judged_anew(model, batch):
 
 def test_assisted_decoding_is_refused(model, batch):
     row = {"input_ids": torch.tensor([[9, 30, 31, 9, 30, 31, 9, 30]])}
-    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of()):
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)):
         with pytest.raises(RuntimeError, match="assisted decoding"):
             generate(model, row, prompt_lookup_num_tokens=3)
         generate(model, row)
 
 
 def test_a_broken_image_is_at_full_risk_alone(model, batch):
-    profile = profile_of()
+    profile = profile_of(model)
     broken = batch | {"pixel_values": batch["pixel_values"].clone()}
     broken["pixel_values"][0] = torch.nan
     with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile) as method:
@@ -238,7 +238,7 @@ def test_a_broken_image_is_at_full_risk_alone(model, batch):
 
 def test_other_statistics_are_not_disturbed(model, batch):
     """Whoever collects inside the block gets what it asked for, and the risk is the same."""
-    profile = profile_of()
+    profile = profile_of(model)
     with torch.no_grad(), ras_fast.patch(model) as patch:
         with patch.collect(rows=2, scores=True, heads=[1]) as alone:
             model(**batch)
@@ -268,13 +268,13 @@ def test_decode_steps_read_nothing(model, batch, monkeypatch):
     monkeypatch.setattr(ras_fast.ops, "region_attention", counting)
     with ras_fast.patch(model) as patch:
         rows.clear()
-        with ras_fast.methods.attach(patch, profile_of()):
+        with ras_fast.methods.attach(patch, profile_of(model)):
             generate(model, batch)
     assert rows == [batch["input_ids"].shape[1]] * 2  # of the two layers that the heads are in
 
 
 def test_an_error_inside_leaves_nothing_behind(model, batch):
-    profile = profile_of()
+    profile = profile_of(model)
     with torch.no_grad(), ras_fast.patch(model) as patch:
         before = model(**batch).logits
         with pytest.raises(KeyboardInterrupt), ras_fast.methods.attach(patch, profile):
@@ -296,7 +296,7 @@ def test_decoding_is_one_graph(model, batch):
     counters.clear()
     config = CompileConfig(fullgraph=True, backend="eager", mode="default")
     config._compile_all_devices = True
-    profile = profile_of()
+    profile = profile_of(model)
     with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile):
         expected = generate(model, batch)
         got = generate(model, batch, cache_implementation="static", compile_config=config)
@@ -306,7 +306,7 @@ def test_decoding_is_one_graph(model, batch):
 
 @pytest.mark.slow
 def test_a_prompt_is_one_graph(model, batch):
-    profile, counter = profile_of(), CompileCounter()
+    profile, counter = profile_of(model), CompileCounter()
     torch._dynamo.reset()
     with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile) as method:
         expected, risk = model(**batch, use_cache=False).logits, method.risk
@@ -461,23 +461,23 @@ def test_amplified_heads(model, processor, batch, every_answer_refuses):
 
 
 def test_a_bias_for_another_model(model):
-    profile = profile_of()
+    profile = profile_of(model)
     for shape, message in (((LAYERS - 1, 4), r"\(2, 4\); it needs to be \[3, Hq\]"), ((LAYERS, 5), "Hq = 4")):
         changed = replace(profile, tensors=profile.tensors | {"region_bias": torch.ones(shape)})
         with ras_fast.patch(model) as patch, pytest.raises(ValueError, match=message):
             ras_fast.methods.attach(patch, changed).__enter__()
 
 
-def combined_profile():
+def combined_profile(model):
     config = PRESETS["moras"] | {"s_base": 0.6, "k": math.log(99) / 0.4}
     config |= {"risk": "moras+attention", "heads": [list(head) for head in HEADS]}
-    return RasProfile("moras", config, profile_of().tensors | {
+    return RasProfile("moras", config, profile_of(model).tensors | {
         "similarity_weight": torch.tensor([5.0]), "similarity_bias": torch.tensor([-3.0])
     })  # fmt: skip
 
 
 def test_combined_risk(model):
-    profile = combined_profile()
+    profile = combined_profile(model)
     method = Moras(profile, output_head(model), "cpu", torch.float32)
     similarity = torch.tensor([0.2, 0.9, 0.5, math.nan, 0.5])
     found = torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
@@ -514,7 +514,7 @@ def test_calibration_beside_moras(model, processor, every_answer_refuses):
 
 
 def test_profiles_whose_parts_do_not_fit(model):
-    good, both = profile_of(), combined_profile()
+    good, both = profile_of(model), combined_profile(model)
     for changes, message in (
         ({"attention_weights": torch.zeros(5)}, r"attention_weights has shape \(5,\); it needs to be \(9,\)"),
         ({"attention_bias": torch.zeros(2)}, "attention_bias"),
@@ -536,7 +536,7 @@ def test_profiles_whose_parts_do_not_fit(model):
 
 
 def test_models_that_do_not_fit(model, processor):
-    good = profile_of()
+    good = profile_of(model)
     with ras_fast.patch(model) as patch:
         for changed, message in (
             (replace(good, config={"heads": [[2, 1], [0, 3], [3, 0]]}), r"heads \[\[3, 0\]\] are not there"),
@@ -572,6 +572,6 @@ def test_calibration_errors(model, processor):
         with pytest.raises(ValueError, match=message):
             calibrate(model, processor, pairs=PAIRS, **arguments)
     with pytest.raises(ValueError, match="combine_with is a 'attention' profile"):
-        calibrate(model, processor, pairs=PAIRS, combine_with=profile_of())
+        calibrate(model, processor, pairs=PAIRS, combine_with=profile_of(model))
     with pytest.raises(ValueError, match="refuses 0 of 1"):
         calibrate(model, processor, pairs=PAIRS, refused_texts=["w1"], progress=False)

@@ -13,7 +13,7 @@ import ras_fast
 from ras_fast.methods import projection
 from ras_fast.methods.projection import Condition
 from ras_fast.patching import range_mask
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, fingerprint
 
 D = 32
 
@@ -33,7 +33,7 @@ def autosteer(model, processor, **low_rank):
     shapes = {"in.weight": (8, D), "in.bias": (8,), "out.weight": (2, 8), "out.bias": (2,)}
     tensors = {f"prober_{name}": torch.randn(shape) for name, shape in shapes.items()}
     tensors |= {"refusal": torch.randn(D, D)} | low_rank
-    return RasProfile("autosteer", {"layer": 1, "strength": 1.0, "threshold": 0.5}, tensors)
+    return RasProfile("autosteer", {"layer": 1, "strength": 1.0, "threshold": 0.5}, tensors, fingerprint(model))
 
 
 def low_rank_autosteer(model, processor):
@@ -44,7 +44,7 @@ def attention(model, processor):
     tensors = {
         "prototypes": torch.randn(3, D), "attention_weights": torch.randn(6), "attention_bias": torch.zeros(1),
     }  # fmt: skip
-    return RasProfile("attention", {"heads": [[0, 1], [2, 3]]}, tensors)
+    return RasProfile("attention", {"heads": [[0, 1], [2, 3]]}, tensors, fingerprint(model))
 
 
 def steering(per):

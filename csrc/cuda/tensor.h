@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "common.cuh"
@@ -81,25 +82,34 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 
 struct Device {
   int multiprocessors;
-  int major;  // compute capability
+  std::unordered_map<const void*, bool> waiting;  // kernels asked about so far: kernel_waits
 };
 
 // Facts about a device, asked for once per thread: a query costs as much as a small launch.
-inline const Device& device_of(const Tensor& tensor) {
+inline Device& device_of(const Tensor& tensor) {
   thread_local std::vector<std::optional<Device>> known;
   const auto index = static_cast<size_t>(tensor.get_device_index());
   if (known.size() <= index) known.resize(index + 1);
   if (!known[index]) {
     Device device{};
     check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, int(index)), "device query");
-    check(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, int(index)), "device query");
     known[index] = device;
   }
   return *known[index];
 }
 
-// Launches `kernel(args)`, on chips that can as a programmatic dependent of the kernel before it: the kernel must call
-// wait_for_previous_kernel() (common.cuh) before it reads or writes anything another kernel may touch.
+// Whether wait_for_previous_kernel() (common.cuh) does anything in the code of `kernel` that the device runs. The chip does not
+// say: it also runs code that was compiled for an older one (a library built for 8.0 on a Hopper chip), which does not wait.
+inline bool kernel_waits(const void* kernel, const Tensor& on) {
+  auto& waiting = device_of(on).waiting;
+  if (const auto known = waiting.find(kernel); known != waiting.end()) return known->second;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "kernel query");
+  return waiting[kernel] = attributes.ptxVersion >= 90;
+}
+
+// Launches `kernel(args)`, where it waits as a programmatic dependent of the kernel before it: the kernel must call
+// wait_for_previous_kernel() before it reads or writes anything another kernel may touch.
 template <typename Args>
 void launch(void (*kernel)(Args), const Args& args, dim3 grid, dim3 block, size_t shared_bytes, const Tensor& on) {
   cudaLaunchAttribute overlap{};
@@ -111,7 +121,7 @@ void launch(void (*kernel)(Args), const Args& args, dim3 grid, dim3 block, size_
   config.dynamicSmemBytes = shared_bytes;
   config.stream = current_stream(on);
   config.attrs = &overlap;
-  config.numAttrs = device_of(on).major >= 9 ? 1 : 0;
+  config.numAttrs = kernel_waits(reinterpret_cast<const void*>(kernel), on) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, args), "kernel launch");
 }
 

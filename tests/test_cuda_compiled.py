@@ -1,0 +1,41 @@
+"""What nvcc makes of the CUDA kernels: what launches that overlap rest on (common.cuh), read off the built library's SASS."""
+
+import re
+
+import pytest
+
+from ras_fast import inspect
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not inspect.CUDA_LIBRARY.is_file(), reason="needs a library built by nvcc")]
+# Loads, stores and atomics of memory that other kernels see, and the end of a block. Prefetches into L2 are something else.
+TOUCHES = re.compile(r"(LDG|LD|LDGSTS|UBLKCP|UTMALDG|STG|ST|UTMASTG|RED|REDG|ATOM|ATOMG|EXIT)\b")
+
+
+@pytest.fixture(scope="module")
+def overlapping():
+    """{(architecture, kernel): instructions in order}, for the chips on which a kernel starts before the one before it ends"""
+    try:
+        sass = inspect._dump(inspect.CUDA_LIBRARY, "--dump-sass")
+    except inspect.InspectError as error:
+        pytest.skip(str(error))
+    kernels, arch = {}, 0
+    for line in sass.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.search(r"Function : (\S+)", line):
+            lines = kernels[arch, match[1]] = []
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?(.*?) *;", line):
+            lines.append(match[1])
+    return {name: lines for name, lines in kernels.items() if name[0] >= 90}
+
+
+def test_kernels_wait_before_they_touch_memory(overlapping):
+    """A compiler may move a load that nothing orders. A block that ended without waiting would be no less wrong: the kernel
+    after it would wait for this one alone, while the one before it may still run."""
+    if not overlapping:
+        pytest.skip("the library is not built for sm_90 or newer")
+    for name, lines in overlapping.items():
+        waits = [i for i, line in enumerate(lines) if line.startswith("ACQBULK")]
+        assert len(waits) == 1, name
+        early = [line for line in lines[: waits[0]] if TOUCHES.match(line)]
+        assert not early, (name, early)

@@ -55,7 +55,8 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
     a.mass_rows = int(mass.size(2));
   }
   with_prefill_kernel<T>(int(query.size(3)), a, [&](auto kernel, size_t shared_bytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), "shared memory");
+    // Always the most, not what this call needs: another thread's call with fewer regions may come before the launch.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kPrefillMostShared)), "shared memory");
     const dim3 grid(unsigned((a.query_rows + kPrefillRows - 1) / kPrefillRows), unsigned(query.size(1)), unsigned(query.size(0)));
     launch(kernel, a, grid, kPrefillThreads, shared_bytes, query);
   });
@@ -76,6 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
       new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query)),
       new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, num_regions})};
   if (batch * heads * rows == 0) return result;
+  // The driver's encoder wants a current context, which a thread that has not called the run-time yet does not have.
+  check(cudaSetDevice(query.get_device_index()), "device");
   STD_TORCH_CHECK(key.size(2) > 0, "ras_fast: hopper_prefill needs at least one key");
   const auto start = [&](auto zero) {
     run<decltype(zero)>(query, key, value, region_ids, scale, is_causal, std::get<0>(result), std::get<1>(result),

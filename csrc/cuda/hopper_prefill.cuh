@@ -438,14 +438,16 @@ CUresult encode_panels(Encode encode, CUtensorMap* map, const MappedTensor& t, i
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
+constexpr size_t kPrefillMostShared = 227 * 1024;  // that a block may have on sm_90
+
 // Calls start(kernel, bytes of shared memory) for the instance that fits; says in `args` where the sums by region go.
 template <typename T, typename Start>
 void with_prefill_kernel(int dim, PrefillArgs<T>& args, Start&& start) {
   const auto pick = [&](auto width) {
     constexpr int kDim = decltype(width)::value;
-    constexpr size_t kBytes = sizeof(PrefillShared<T, kDim>), kMost = 227 * 1024;
+    constexpr size_t kBytes = sizeof(PrefillShared<T, kDim>);
     const size_t sums = sizeof(float) * kPrefillRows * args.regions;
-    args.shared_sums = kBytes + sums <= kMost;
+    args.shared_sums = kBytes + sums <= kPrefillMostShared;
     const auto kernel = args.mass ? prefill_kernel<T, kDim, true> : prefill_kernel<T, kDim, false>;
     start(kernel, kBytes + (args.shared_sums ? sums : 0));
   };

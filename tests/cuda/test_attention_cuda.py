@@ -1,5 +1,7 @@
 """The attention ops on a GPU, by whichever kernel attention_plan.py picks: against the float64 reference, and in a graph."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -139,6 +141,23 @@ def test_hopper_prefill_when_asked_for(monkeypatch):
     query, key, value = states(640, 640)
     assert ops.explain(query, key, value, image_ids(2, 640), 2).kernel == "hopper"
     check(query, key, value, image_ids(2, 640))
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0 and a library built for sm_90a")
+def test_hopper_prefill_on_new_threads():
+    """A thread that has not used CUDA has no context, which tensor maps want. Calls with other numbers of regions need other
+    amounts of shared memory, and come between one another."""
+    query, key, value = states(640, 640)
+    ids = {regions: torch.arange(1280, dtype=torch.int32, device="cuda").view(2, 640) % regions for regions in (1, 120)}
+
+    def masses(regions):
+        options = (ids[regions], regions, 0.1, True, None, None, 0, 0.0, None, None, 640)
+        return [torch.ops.ras_fast.hopper_prefill(query, key, value, *options)[2] for _ in range(50)]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(masses, ids))
+    for expected, others in zip(map(masses, ids), found, strict=True):
+        assert all(torch.equal(mass, expected[0]) for mass in others)
 
 
 @pytest.mark.parametrize(("length_q", "length_k"), [(1, 1000), (300, 300)])

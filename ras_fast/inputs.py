@@ -81,6 +81,8 @@ def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list
         if not isinstance(pair, (list, tuple)) or len(pair) not in (3, 4):
             got = f"has {len(pair)} entries" if isinstance(pair, (list, tuple)) else f"is a {type(pair).__name__}"
             raise ValueError(f"pairs[{i}] {got}; it needs to be (image, unsafe, safe[, image])")
+        if len(pair) == 3 and pair[1] == pair[2]:
+            raise ValueError(f"pairs[{i}] asks the same unsafe and safe question about one image; nothing tells them apart")
     unsafe = make_queries([pair[1] for pair in pairs], [pair[0] for pair in pairs], processor)
     safe = make_queries([pair[2] for pair in pairs], [pair[3 if len(pair) == 4 else 0] for pair in pairs], processor)
     refuse_poisoned("pairs", zip(unsafe, safe, strict=True))

@@ -28,11 +28,18 @@ METHODS = tuple(REQUIRED_TENSORS)
 
 
 def fingerprint(model, processor=None) -> dict:
-    """What ties a profile to a model: architecture, sizes, dtype, a hash of the tokenizer's vocabulary and chat
-    template (without a processor left out), and a hash of the first rows of the LM head (which tells fine-tuned siblings
-    apart)."""
-    head = model.get_output_embeddings().weight.detach()[:HEAD_ROWS]
-    return fingerprint_of_parts(type(model).__name__, model.config.get_text_config(), model.dtype, head, processor)
+    """What ties a profile to a model: architecture, sizes, dtype, a hash of the tokenizer's vocabulary and chat template
+    (without a processor left out), and hashes of the first rows of the LM head and of a row of every parameter of the decoder
+    layers (which tell fine-tuned siblings apart, also those by adapters).
+
+    Raises ValueError where the weights cannot be read.
+    """
+    from ras_fast.patching.model import find_decoder
+
+    root, _, layers = find_decoder(model)
+    head = root.get_output_embeddings().weight[:HEAD_ROWS]
+    found = fingerprint_of_parts(type(root).__name__, root.config.get_text_config(), root.dtype, head, processor)
+    return found | {"decoder": _hash_of([p if p.dim() < 2 else p[(0,) * (p.dim() - 1)] for p in layers.parameters()])}
 
 
 def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor=None) -> dict:
@@ -46,13 +53,23 @@ def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, hea
         "num_hidden_layers": text_config.num_hidden_layers,
         "vocab_size": text_config.vocab_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "lm_head": hashlib.sha256(head.float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16],
+        "lm_head": _hash_of([head]),
     }
     if processor is not None:
         tokenizer = getattr(processor, "tokenizer", processor)
         wording = [sorted(tokenizer.get_vocab().items()), getattr(processor, "chat_template", None)]
         found["tokenizer"] = hashlib.sha256(json.dumps(wording).encode()).hexdigest()[:16]
     return found
+
+
+def _hash_of(tensors: list[torch.Tensor]) -> str:
+    """Of their values as float32, copied from the device at once."""
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("the model's weights are not in memory (device meta), so a profile cannot be compared with it")
+    # A quantised tensor may be of a class that has no float().
+    plain = [t.detach() if type(t) in (torch.Tensor, torch.nn.Parameter) else t.detach().dequantize() for t in tensors]
+    values = torch.cat([tensor.reshape(-1).to(plain[0].device, torch.float32) for tensor in plain])
+    return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def number(config: dict, name: str) -> float:

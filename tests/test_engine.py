@@ -1,5 +1,6 @@
 """The engine against the three calls made one after another, on a LLaVA of random weights."""
 
+import copy
 import threading
 from collections import Counter
 
@@ -96,6 +97,29 @@ def test_exact(model, processor, profile, answered, batch_size, fused):
     with SafeGenerator(model, processor, profile, batch_size=batch_size, fused=fused) as guard:
         assert_same(guard.generate(prompts, images, max_new_tokens=NEW_TOKENS, **options), expected)
     assert {output.rejected_at for output in expected} >= {0, 1, 2}
+
+
+def test_adapters(model, processor):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    profile = make_profile(wrapped.get_base_model(), processor)
+    with pytest.raises(ValueError, match=r"calibrated on another model \(decoder: "):
+        SafeGenerator(wrapped, processor, make_profile(model, processor))
+    prompts, images = make_queries(6)
+    with SafeGenerator(wrapped, processor, profile) as guard:
+        outputs = guard.generate(prompts, images, max_new_tokens=NEW_TOKENS)
+    assert_same(outputs, SequentialPipeline(wrapped, processor, profile).generate(prompts, images, max_new_tokens=NEW_TOKENS))
+
+
+def test_soft_prompts_are_refused(model, processor, profile):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32, num_layers=2, num_attention_heads=4, num_transformer_submodules=1
+    )
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with pytest.raises(ValueError, match="soft prompts"):
+        SafeGenerator(wrapped, processor, profile)
 
 
 def test_sampling_depends_on_the_seed_and_follows_the_distribution(model, processor, profile):

@@ -32,10 +32,21 @@ def _lock_of(model: torch.nn.Module) -> threading.RLock:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
+def _without_wrapper(model):
+    """The transformers model inside a PEFT one, whose adapters are modules of it. Raises ValueError for soft prompts, which the
+    wrapper puts before the prompt: the engine's forwards would lack them."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        kind = type(model.active_peft_config).__name__
+        raise ValueError(f"model has soft prompts ({kind}), which the engine cannot put before a prompt; use adapters")
+    return model.get_base_model()
+
+
 class SafeGenerator:
     """Defended generation for a multimodal Hugging Face model.
 
-    model: in eval mode.
+    model: in eval mode; also a PEFT model with adapters.
     profile: a `RasProfile` calibrated on this model; another model's is refused.
     batch_size: how many queries go through the stages together.
     fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched; `close()` undoes it.
@@ -80,6 +91,7 @@ class SafeGenerator:
         for name, value in (("batch_size", batch_size), ("sync_every", 1 if sync_every is None else sync_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it needs to be an integer of at least 1")
+        model = _without_wrapper(model)
         profile.check(model, processor)
         self.model, self.processor, self.profile = model, processor, profile
         self.batch_size, self.cache = batch_size, ByteBoundedCache(cache_bytes)

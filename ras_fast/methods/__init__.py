@@ -44,7 +44,6 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
         )
     if not hasattr(patch, "applied"):
         raise ValueError(f"patch is a {type(patch).__name__}; it needs to be what ras_fast.patch(model) returns")
-    profile.check(patch.model)
     module = import_module(f"ras_fast.methods.{profile.method}")
     return _attached(patch, profile, getattr(module, ONE_PASS[profile.method])(profile))
 

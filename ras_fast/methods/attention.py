@@ -74,7 +74,7 @@ class AttentionRisk:
         if self.prototypes.dim() != 2 or not len(self.prototypes):
             raise ValueError(f"prototypes have shape {tuple(self.prototypes.shape)}; they need to be [steps, d]")
         self.own_steps = len(self.prototypes)
-        self._profile = profile
+        self.profile = profile
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None
 
@@ -90,8 +90,8 @@ class AttentionRisk:
         fused, another number of layers or heads, another hidden size.
         """
         _check_model(patch, self.gate.heads)
-        self.gate = AttentionGate(self._profile, next(patch.text_model.parameters()).device)
-        run = _Run(self, patch, PromptState("attention risk"), Steering(), len(self.prototypes))
+        self.gate = AttentionGate(self.profile, next(patch.text_model.parameters()).device)
+        run = _Run(self, patch, PromptState(self.profile), Steering(), len(self.prototypes))
         patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)

@@ -61,6 +61,7 @@ class AutoSteer:
         missing = {"layer", "strength", "threshold"} - set(profile.config)
         if missing:
             raise ValueError(f"profile config lacks {sorted(missing)}; it has {sorted(profile.config)}")
+        self.profile = profile
         self.layer, self.threshold = profile.config["layer"], number(profile.config, "threshold")
         if not isinstance(self.layer, int):
             raise ValueError(f"layer is {self.layer!r}; it needs to be the index of a decoder layer")
@@ -101,7 +102,7 @@ class AutoSteer:
         """
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
-        run = _Run(self, PromptState("autosteer"), *self._on(weight.device, weight.dtype))
+        run = _Run(self, PromptState(self.profile), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
             stack.enter_context(run.state.watch(patch))
             stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))
@@ -270,8 +271,8 @@ def calibrate(
 
 
 def _check_options(rank: int | None, d: int, strength: float | None, batch_size: int, over_refusal: float | None) -> None:
-    if rank is not None and not 0 < rank <= d:
-        raise ValueError(f"rank is {rank}; it needs to be in 1..{d}")
+    if rank is not None and not (isinstance(rank, int) and 0 < rank <= d):
+        raise ValueError(f"rank is {rank!r}; it needs to be an integer in 1..{d}")
     if strength is not None and not 0 < strength < math.inf:
         raise ValueError(f"strength is {strength}; it needs to be positive and finite")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -552,7 +553,7 @@ class Checkpoint:
                 header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a checkpoint: {error}") from error
-        if header.get("settings") != self.settings:
+        if header is None or header.get("settings") != self.settings:
             raise ValueError(f"{path} is of another calibration (model, pairs, refusal, layers or seed); give another folder")
         return tensors, json.loads(header["facts"])
 

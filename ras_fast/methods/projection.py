@@ -282,7 +282,7 @@ class Projection:
     def __init__(self, profile: RasProfile):
         if profile.method != "projection":
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'projection'")
-        config = profile.config
+        self.profile, config = profile, profile.config
         self.alpha, self.layers, self.vectors = number(config, "alpha"), config.get("layers"), profile.tensors["vectors"]
         if not isinstance(self.layers, list) or not all(isinstance(layer, int) for layer in self.layers):
             raise ValueError(f"layers is {self.layers!r}; it needs to be a list of decoder layers' indices")
@@ -321,7 +321,7 @@ class Projection:
         """
         self.check(len(patch.layers), self.vectors.shape[1])
         strengths = self._strengths(alpha).to(next(patch.text_model.parameters()).device)
-        run = _Run(self, PromptState("projection"), Steering(), strengths)
+        run = _Run(self, PromptState(self.profile), Steering(), strengths)
         try:
             for layer, vector in zip(self.layers, self.vectors, strict=True):
                 patch.set_steering(layer, vector[None], rows="all", steering=run.steering)
@@ -342,8 +342,10 @@ class Projection:
     def _strengths(self, alpha: Tensor | None) -> Tensor:
         if alpha is None:
             return torch.tensor([self.alpha])
-        if alpha.dim() != 1 or not len(alpha) or not bool(torch.isfinite(alpha).all()):
-            raise ValueError(f"alpha has shape {tuple(alpha.shape)}; it needs to be [B] of finite values, one per sequence")
+        usable = isinstance(alpha, Tensor) and alpha.dim() == 1 and len(alpha) and bool(torch.isfinite(alpha).all())
+        if not usable:
+            got = f"of shape {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else repr(alpha)
+            raise ValueError(f"alpha is {got}; it needs to be a tensor [B] of finite values, one per sequence")
         return alpha.detach().float()
 
     def holds(self, dots: Tensor) -> tuple[Tensor, Tensor]:

@@ -425,7 +425,7 @@ class Patch:
     # Patching
 
     def _apply(self, regions: bool, norms: bool, backend: str) -> None:
-        root, text_model, decoder_layers = _find_decoder(self.model)
+        root, text_model, decoder_layers = find_decoder(self.model)
         if _PATCH in text_model.__dict__:
             raise ValueError(f"{type(root).__name__} is patched already: call unpatch() on its handle first")
         if self.model.training:
@@ -590,7 +590,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() or (isinstance(weight, Tensor) and weight.dim() == 1)
 
 
-def _find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
+def find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     """(the transformers model, its text model, the text model's decoder layers)."""
     from transformers import PreTrainedModel
 

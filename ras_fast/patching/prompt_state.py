@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +16,24 @@ from torch import Tensor, nn
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, returned_cache
 
+if TYPE_CHECKING:
+    from ras_fast.profile import RasProfile
+
+_NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model
+
 
 class PromptState:
     """A method's decision about each sequence, made when its prompt is read and found again at each decode step.
 
+    profile: of the method; another model's is refused by `watch`.
     value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
         has decided yet, so the forward reads a prompt. Without a cache every forward does.
     prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
         of the prompt, and not a decode step.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, profile: RasProfile) -> None:
+        self.profile, self.name = profile, profile.method
         self.value: Any = None
         self.prefills = False
         self._patch: Any = None
@@ -63,13 +72,19 @@ class PromptState:
 
     @contextmanager
     def watch(self, patch: Any) -> Iterator[PromptState]:
-        """Follows the forwards of a `Patch`'s model inside the block. Hooks that read `value` are to be registered in it."""
+        """Follows the forwards of a `Patch`'s model inside the block. Hooks that read `value` are to be registered in it.
+
+        `generate` calls of other threads wait for each other inside the block. Raises ValueError for another model's profile.
+        """
+        self.profile.check(patch.model)
         cache_name(patch.text_model)  # or what is decided could not be found again
         self._patch = patch
         with ExitStack() as stack:
+            self.name = stack.enter_context(_own_name(patch.text_model, self.profile.method))
             stack.enter_context(patch.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
             stack.enter_context(patch.text_model.register_forward_hook(self._after_text))
             stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
+            stack.enter_context(replaced(patch.model, "generate", _OneAtATime))
             yield self
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -98,6 +113,34 @@ class _Prefill:
             return self.read(*args, **kwargs)
         finally:
             self.state.prefills = False
+
+
+class _OneAtATime:
+    """Stands in for `generate`: a method's state is that of the forward that runs, so threads take turns."""
+
+    def __init__(self, generate: Callable[..., Any]) -> None:
+        self.generate, self.turn = generate, threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.turn:
+            return self.generate(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OneAtATime:
+        return type(self)(copy.deepcopy(self.generate, memo))
+
+
+@contextmanager
+def _own_name(text_model: nn.Module, method: str) -> Iterator[str]:
+    """A name that no other state of this model has: the method's, with a number where it is attached several times at once."""
+    names = _NAMES.setdefault(text_model, set())
+    name, number = method, 1
+    while name in names:
+        name, number = f"{method} {number + 1}", number + 1
+    names.add(name)
+    try:
+        yield name
+    finally:
+        names.discard(name)
 
 
 @contextmanager

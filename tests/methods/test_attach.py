@@ -1,6 +1,7 @@
 """Which class applies a profile, and what holds for every one-pass method attached to a model."""
 
 import copy
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from tiny_random import endless_llava, tiny_processor
 from transformers import DynamicCache
 
 import ras_fast
-from ras_fast.methods.projection import Condition, from_vectors
+from ras_fast.methods.projection import Condition, Projection, from_vectors
 from ras_fast.profile import RasProfile, fingerprint
 
 D = 32
@@ -78,7 +79,46 @@ def test_a_profile_of_a_fine_tuned_sibling_is_refused(model, processor, make):
     with torch.no_grad():
         sibling.get_output_embeddings().weight[0, 0] += 1
     with ras_fast.patch(sibling) as patch, pytest.raises(ValueError, match=r"calibrated on another model \(lm_head: "):
-        ras_fast.methods.attach(patch, profile)
+        ras_fast.methods.attach(patch, profile).__enter__()
+
+
+@pytest.mark.parametrize("change", ["layer", "adapter"])
+def test_a_profile_of_a_sibling_with_the_same_head_is_refused(model, processor, change):
+    profile, sibling = projection(model, processor), copy.deepcopy(model)
+    layers = sibling.model.language_model.layers
+    if change == "layer":
+        with torch.no_grad():
+            layers[2].mlp.down_proj.weight[0, 0] += 1
+    else:
+        layers[0].register_module("adapter", torch.nn.Linear(D, 2))
+    # Through the class as well, which is how a strength for each sequence is given.
+    for method in (profile, Projection(profile)):
+        with ras_fast.patch(sibling) as patch, pytest.raises(ValueError, match=r"calibrated on another model \(decoder: "):
+            context = ras_fast.methods.attach(patch, method) if method is profile else method.attach(patch)
+            context.__enter__()
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_generate_calls_of_several_threads_take_turns(model, processor, make):
+    """What a method keeps for the forward that runs must not be another thread's."""
+    order, others, inputs = [], [], prompts(processor)
+
+    def begin(module, args, kwargs):
+        order.append(threading.current_thread())
+        if len(order) == 1:
+            others.append(threading.Thread(target=generate, args=(model, inputs)))
+            others[0].start()
+            others[0].join(timeout=0.5)  # it cannot end before this thread's answer does
+
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)):
+        handle = patch.text_model.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            generate(model, inputs)
+            others[0].join()
+        finally:
+            handle.remove()
+        assert torch.equal(generate(copy.deepcopy(model), inputs), generate(model, inputs))  # the copy has turns of its own
+    assert order == [threading.current_thread()] * 3 + others * 3
 
 
 @pytest.mark.parametrize("bias", [torch.tensor(1.0), torch.ones(4), torch.ones(2, 4), torch.ones(3, 4, 1, 1)])

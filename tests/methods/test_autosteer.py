@@ -132,6 +132,17 @@ def test_generate_is_the_hooked_model(model, mixed, batch, options):
     assert not steer.failed.any()
 
 
+def test_two_profiles_at_once(model, processor, mixed, batch):
+    """One that is off for all prompts does not put out the other's gate."""
+    never = profile(model, processor, bias=-100.0)
+    with ras_fast.patch(model) as patch:
+        with ras_fast.methods.attach(patch, mixed):
+            expected = model.generate(**batch, max_new_tokens=6, do_sample=False)
+        for outer, inner in ((mixed, never), (never, mixed)):
+            with ras_fast.methods.attach(patch, outer), ras_fast.methods.attach(patch, inner):
+                assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), expected)
+
+
 def test_rows_that_are_off_are_bit_identical_and_rows_do_not_mix(model, processor, mixed, batch):
     on = decide(model, mixed, batch) > 0.5
     with ras_fast.patch(model) as patch, torch.no_grad():

@@ -151,6 +151,17 @@ def test_a_strength_for_each_sequence(model, processor, batch, mode):
     assert changed.any(1).tolist() == [True, False, True]
 
 
+def test_two_profiles_at_once(model, processor, batch):
+    """Each with its own strength; a decode step finds that of its own."""
+    first, second = ({layer: vector} for layer, vector in VECTORS.items())
+    with hooked(model, torch.tensor([3.0]), first), hooked(model, torch.tensor([-2.0]), second):
+        expected = generate(model, batch)
+    profiles = from_vectors(model, processor, first, alpha=3.0), from_vectors(model, processor, second, alpha=-2.0)
+    for outer, inner in (profiles, profiles[::-1]):
+        with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, outer), ras_fast.methods.attach(patch, inner):
+            assert torch.equal(generate(model, batch), expected)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [{}, {"measure": "projection"}, {"above": False}], ids=["cosine", "projection", "below"])
 def test_condition_of_the_prompt(model, processor, batch, mode, options):
@@ -439,8 +450,8 @@ def test_models_that_do_not_fit(model, processor, batch):
     with ras_fast.patch(other) as patch, pytest.raises(ValueError, match=r"layers 0\.\.1"):
         Projection(profile).attach(patch).__enter__()
     with ras_fast.patch(model) as patch:
-        for alpha in (torch.tensor([1.0, torch.nan]), torch.tensor(1.0), torch.zeros(0)):
-            with pytest.raises(ValueError, match="alpha has shape"):
+        for alpha in (torch.tensor([1.0, torch.nan]), torch.tensor(1.0), torch.zeros(0), [1.0], 1.0):
+            with pytest.raises(ValueError, match=r"alpha is .* a tensor \[B\] of finite values"):
                 Projection(profile).attach(patch, alpha=alpha).__enter__()
         with Projection(profile).attach(patch, alpha=torch.ones(2)), pytest.raises(ValueError, match="2 sequences; this"):
             generate(model, batch)

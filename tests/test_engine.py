@@ -114,9 +114,8 @@ def test_adapters(model, processor):
 
 def test_soft_prompts_are_refused(model, processor, profile):
     peft = pytest.importorskip("peft")
-    config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32, num_layers=2, num_attention_heads=4, num_transformer_submodules=1
-    )
+    sizes = {"token_dim": 32, "num_layers": 2, "num_attention_heads": 4, "num_transformer_submodules": 1}
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
     with pytest.raises(ValueError, match="soft prompts"):
         SafeGenerator(wrapped, processor, profile)

@@ -92,10 +92,9 @@ def test_a_profile_of_a_sibling_with_the_same_head_is_refused(model, processor, 
     else:
         layers[0].register_module("adapter", torch.nn.Linear(D, 2))
     # Through the class as well, which is how a strength for each sequence is given.
-    for method in (profile, Projection(profile)):
+    for attach in (ras_fast.methods.attach, lambda patch, profile: Projection(profile).attach(patch)):
         with ras_fast.patch(sibling) as patch, pytest.raises(ValueError, match=r"calibrated on another model \(decoder: "):
-            context = ras_fast.methods.attach(patch, method) if method is profile else method.attach(patch)
-            context.__enter__()
+            attach(patch, profile).__enter__()
 
 
 @pytest.mark.parametrize("make", METHODS)

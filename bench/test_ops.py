@@ -68,6 +68,23 @@ def test_statistics_from_an_lse(measure, statistic):
     )
 
 
+@pytest.mark.parametrize("layout", ["image", "boxes", "scattered", "frames"])
+def test_region_mass_by_layout(measure, layout):
+    """576 image keys as one region, as 3×3 boxes of a 24×24 grid, as nine regions at random, as 288 frames of two keys."""
+    query, key = normal(1, 32, 1024, 128), normal(1, 8, 1024, 128)
+    lse, place = torch.full((1, 32, 1024), 7.0, device=DEVICE), torch.arange(576)
+    layouts = {
+        "image": (place * 0, 1),
+        "boxes": (place // 24 // 8 * 3 + place % 24 // 8, 9),
+        "scattered": (torch.randint(0, 9, (576,)), 9),
+        "frames": (place // 2, 288),
+    }
+    ids = torch.full((1, 1024), -1, dtype=torch.int32)
+    ids[:, 35:611], regions = layouts[layout]
+    ids = ids.to(DEVICE)
+    measure(lambda: ops.region_mass(query, key, lse, ids, regions, mass_rows=64))
+
+
 def test_refusal_similarity(measure):
     logits, prototypes = normal(1, 3, 32000), torch.softmax(torch.randn(3, 32000, device=DEVICE), -1)
     measure(lambda: ops.refusal_similarity(logits, prototypes))

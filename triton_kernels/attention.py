@@ -559,6 +559,35 @@ def _constants(query: torch.Tensor, is_causal, kv_start, kv_end, window, softcap
     }  # fmt: skip
 
 
+class Launch(NamedTuple):
+    """How `region_attention` is launched: row tiles of `pack` heads side by side times `splits` of the keys."""
+
+    tile: Config
+    pack: int
+    programs: int
+    splits: int
+
+
+def launch_of(query: torch.Tensor, key: torch.Tensor, constants: dict, sinks: torch.Tensor | None) -> Launch:
+    batch, heads, lq = query.shape[:3]
+    group = heads // key.shape[1]
+    packed = lq * group <= DECODE_ROWS
+    pack = _next_power_of_2(group) if packed else 1
+    tile = config(_shape_class("decode" if packed else "prefill", query, constants, sinks))
+    programs = triton.cdiv(lq * pack, tile.block_m) * batch * (heads if pack == 1 else key.shape[1])
+    return Launch(tile, pack, programs, _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device))
+
+
+def explain(query, key, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias) -> str:
+    """The configuration of a `region_attention` call in words."""
+    constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
+    tile, pack, programs, splits = launch_of(query, key, constants, sinks)
+    return (
+        f"tiles of {tile.block_m} rows × {tile.block_n} keys, {tile.num_warps} warps, {tile.num_stages} stages; {pack} heads a "
+        f"tile, {programs} programs × {splits} splits of the keys"
+    )
+
+
 @on_its_device
 def region_attention(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
@@ -572,13 +601,8 @@ def region_attention(
     mass = query.new_empty((batch, heads, mass_rows, num_regions), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse, mass
-    group = heads // key.shape[1]
-    packed = lq * group <= DECODE_ROWS
-    pack = _next_power_of_2(group) if packed else 1
     constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
-    tile = config(_shape_class("decode" if packed else "prefill", query, constants, sinks))
-    programs = triton.cdiv(lq * pack, tile.block_m) * batch * (heads if pack == 1 else key.shape[1])
-    splits = _splits(programs, triton.cdiv(lk, tile.block_n), query.device)
+    tile, pack, programs, splits = launch_of(query, key, constants, sinks)
 
     parts = (out[None], lse, mass)
     if splits > 1:
@@ -587,7 +611,7 @@ def region_attention(
         query, key, value, *parts, region_ids, kv_start, kv_end, sinks, region_bias,
         *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *_strides(parts[0], 4), *_strides(region_ids, 1),
         *_bias_strides(region_bias), batch, heads, lq, lk, num_regions, mass_rows, scale, softcap, window,
-        GROUP=group, PACK=pack, SINKS=sinks is not None, MASS=mass.numel() > 0, **constants,
+        GROUP=heads // key.shape[1], PACK=pack, SINKS=sinks is not None, MASS=mass.numel() > 0, **constants,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:

@@ -94,7 +94,8 @@ void scan_keys(AttentionStatsArgs& args, const std::string& reduce, const Tensor
   chunks.run([&](int64_t group, int64_t chunk, int64_t begin, int64_t end) {
     kernel(args, {group, 0, args.rows, begin, end}, chunk == 0 ? total : part + (chunk - 1) * size);
   });
-  for (int64_t i = 0; i < parts.numel(); ++i) total[i % size] += part[i];
+  for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
+    for (int64_t i = 0; i < size; ++i) total[i] += part[(chunk - 1) * size + i];
 }
 
 }  // namespace

@@ -29,9 +29,9 @@ void widen_row(float* to, const T* from, int64_t count) {
 
 // Keys of one block: positions (−1 past the block's end) and their transposed values.
 struct KeyBlock {
-  int count = 0;
+  int count = 0, runs = 0;  // keys, and runs of keys of one region
   int32_t position[kBlock];
-  int32_t region[kBlock];
+  int32_t region[kBlock];  // −1: none
   float* panel;  // [D][kBlock]
 };
 
@@ -105,14 +105,14 @@ struct Row {
     return block.position[0] <= high && block.position[block.count - 1] >= low;
   }
 
-  vfloat probability(vfloat s, const KeyBlock& block, int half, int64_t num_regions) const {
+  vfloat probability(vfloat s, const KeyBlock& block, int half) const {
     s *= scale;
     if (softcap) s = capped(s, softcap);
     if (bias) {
       vfloat shift;
       for (int i = 0; i < kLanes; ++i) {
         const int32_t region = block.region[half * kLanes + i];
-        shift[i] = region >= 0 && region < num_regions ? bias[region] : 0;
+        shift[i] = region >= 0 ? bias[region] : 0;
       }
       s += shift;
     }
@@ -139,8 +139,7 @@ void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float
       const int64_t head = first_head + (start + r) / count, index = work.row_begin + (start + r) % count;
       const Row row(args, span, batch, head, first_index + index);
       if (!row.sees(block)) continue;
-      sum(head, index, row.probability(s[r][0], block, 0, args.num_regions),
-          row.probability(s[r][1], block, 1, args.num_regions));
+      sum(head, index, row.probability(s[r][0], block, 0), row.probability(s[r][1], block, 1));
     }
   }
 }
@@ -160,15 +159,34 @@ float* widen_queries(const AttentionStatsArgs& args, const StatsWork& work) {
   return queries;
 }
 
-// The next keys from `first` on, up to a whole block. With masses they are of one region, so that a plain row sum is its mass.
-void fill(const AttentionStatsArgs& args, const int32_t* ids, int64_t first, int64_t end, KeyBlock& block) {
-  for (block.count = 0; block.count < kBlock && first + block.count < end; ++block.count) {
-    const int32_t region = ids ? ids[first + block.count] : -1;
-    if (args.mass && block.count && region != block.region[0]) break;
+// Takes the next keys from `next` on, up to a whole block: all of them for scores, which are stored side by side, else those
+// in a region.
+void fill(const AttentionStatsArgs& args, const int32_t* ids, int64_t& next, int64_t end, KeyBlock& block) {
+  block.count = block.runs = 0;
+  for (; block.count < kBlock && next < end; ++next) {
+    const int32_t id = ids ? ids[next] : -1, region = id < args.num_regions ? id : -1;
+    if (!args.scores && region < 0) continue;
+    if (!block.count || region != block.region[block.count - 1]) ++block.runs;
     block.region[block.count] = region;
-    block.position[block.count] = int32_t(first + block.count);
+    block.position[block.count++] = int32_t(next);
   }
   for (int i = block.count; i < kBlock; ++i) block.region[i] = -1;
+}
+
+// Adds a row's probabilities to its masses [R], run by run of keys of one region.
+void add_masses(const KeyBlock& block, float* mass, vfloat p0, vfloat p1) {
+  if (block.runs == 1) {
+    if (block.region[0] >= 0) mass[block.region[0]] += sum(p0 + p1);
+    return;
+  }
+  alignas(64) float p[kBlock];
+  store(p, p0), store(p + kLanes, p1);
+  for (int i = 0; i < block.count;) {
+    const int32_t region = block.region[i];
+    float total = 0;
+    for (; i < block.count && block.region[i] == region; ++i) total += p[i];
+    if (region >= 0) mass[region] += total;
+  }
 }
 
 void add_scores(const AttentionStatsArgs& args, float* scores, int count, vfloat p0, vfloat p1) {
@@ -193,16 +211,12 @@ void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work
   float* queries = widen_queries<T>(args, work);
   KeyBlock block;
   block.panel = static_cast<float*>(std::malloc(kBlock * args.dim * sizeof(float)));
-  for (int64_t k = begin; k < end; k += block.count) {
-    fill(args, ids, k, end, block);
-    const int32_t region = args.mass ? block.region[0] : -1;
-    const bool inside = region >= 0 && region < args.num_regions;
-    if (!inside && !args.scores) continue;
+  for (int64_t next = begin; fill(args, ids, next, end, block), block.count;) {
     pack<T>(args, batch, kv_head, block);
     each_row(args, work, queries, block, span, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
       const int64_t stat = batch * args.heads + head;
-      if (inside) mass[(stat * args.rows + row) * args.num_regions + region] += sum(p0 + p1);
-      if (args.scores) add_scores(args, args.scores + stat * args.length_k + k, block.count, p0, p1);
+      if (args.mass) add_masses(block, mass + (stat * args.rows + row) * args.num_regions, p0, p1);
+      if (args.scores) add_scores(args, args.scores + stat * args.length_k + block.position[0], block.count, p0, p1);
     });
   }
   if (args.scores && args.reduce == Reduce::mean) {

@@ -16,6 +16,7 @@ from ras_fast.ops._registry import LIBRARY, call, define, define_triton, outside
 from ras_fast.ops.attention_plan import Case, Plan, decodes_on_cpu, plan_attention, plan_cpu_prefill
 
 REDUCTIONS = ("mean", "sum", "max")
+CHUNK_ROWS = 256  # that go together on the CPU where a mask or scores are stored: memory is linear in the number of keys
 
 
 def region_attention(
@@ -76,7 +77,7 @@ def region_attention(
 def explain(
     query: Tensor, key: Tensor, value: Tensor, region_ids: Tensor | None = None, num_regions: int = 0, **keywords
 ) -> Plan:
-    """The kernel that `region_attention` would run with these arguments, and why: `Plan(kernel, why)`. Runs nothing.
+    """The kernel that `region_attention` would run with these arguments, why, and in which configuration. Runs nothing.
 
     Raises:
         ValueError, RuntimeError: as :func:`region_attention`.
@@ -86,7 +87,19 @@ def explain(
     if unknown:
         _check.fail("keywords", sorted(unknown), f"of region_attention's: {', '.join(_KEYWORDS)}")
     _, arguments = _attention_call(query, key, value, region_ids, num_regions, *(defaults | keywords).values())
-    return plan_attention(*arguments[:3], case_of(*arguments[3:]))
+    plan = plan_attention(*arguments[:3], case_of(*arguments[3:]))
+    return plan._replace(config=_triton_config(*arguments)) if plan.kernel == "triton" and query.numel() else plan
+
+
+def _triton_config(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+) -> str:  # fmt: skip
+    from ras_fast.triton_kernels.attention import explain
+
+    if _are_per_row(kv_start, kv_end):  # they go one by one
+        query = query[:, :, :1]
+    return explain(query, key, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias)
 
 
 def region_mass(
@@ -577,10 +590,13 @@ def _key_ranges(key: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> 
 
 
 def _valid_attention(query, key, value, scale, is_causal, window, softcap, bias) -> tuple[Tensor, Tensor]:
-    """(out, lse) over keys that are all valid, causal aligned bottom-right. Memory is linear except with a window or a bias."""
+    """(out, lse) over keys that are all valid, causal aligned bottom-right."""
     rows, keys = query.shape[2], key.shape[2]
     case = Case(is_causal=is_causal, window=window, softcap=softcap, bias=bias is not None, scale=scale)
-    if plan_cpu_prefill(query, key, case).kernel == "softmax":
+    kernel = plan_cpu_prefill(query, key, case).kernel
+    if kernel != "flash" and rows > CHUNK_ROWS:
+        return _by_chunks_of_rows(query, key, value, scale, is_causal, window, softcap, bias)
+    if kernel == "softmax":
         scores = _scores(query, key, rows, scale, is_causal, None, None, window, softcap, bias)
         out, lse = _softmax_out(scores, value, None)
         return out.to(query.dtype), lse.float()
@@ -604,6 +620,24 @@ def _valid_attention(query, key, value, scale, is_causal, window, softcap, bias)
         _valid_attention(query, key[:, :, :past], value[:, :, :past], scale, False, 0, 0.0, None),
         _valid_attention(query, key[:, :, past:], value[:, :, past:], scale, True, 0, 0.0, None),
     )
+
+
+def _by_chunks_of_rows(query, key, value, scale, is_causal, window, softcap, bias) -> tuple[Tensor, Tensor]:
+    """As `_valid_attention`, for kernels that store a number per row and key: a chunk's rows with the keys that they see."""
+    rows, keys = query.shape[2], key.shape[2]
+    parts = []
+    for first in range(0, rows, CHUNK_ROWS):
+        last = min(first + CHUNK_ROWS, rows)
+        end = max(keys - rows + last, 0) if is_causal else keys
+        start = min(max(keys - rows + first - window + 1, 0), end) if window else 0
+        parts.append(
+            _valid_attention(
+                query[:, :, first:last], key[:, :, start:end], value[:, :, start:end], scale, is_causal, window, softcap,
+                None if bias is None else bias[..., start:end],
+            )
+        )  # fmt: skip
+    out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    return out, lse
 
 
 def _flash(query, key, value, scale, is_causal=False, mask=None) -> tuple[Tensor, Tensor]:

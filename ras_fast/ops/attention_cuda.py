@@ -16,7 +16,7 @@ def _attention(
 ):  # fmt: skip
     masks = (scale, is_causal, kv_start, kv_end, window, softcap)
     arguments = (query, key, value, region_ids, num_regions, *masks, sinks, region_bias, mass_rows)
-    kernel, _ = plan_cuda(query, key, value, attention.case_of(*arguments[3:]))
+    kernel = plan_cuda(query, key, value, attention.case_of(*arguments[3:])).kernel
     if kernel == "torch":
         return attention._attention_reference(*arguments)
     if kernel == "decode":
@@ -33,16 +33,22 @@ def _attention(
 
 
 def flash(query, key, value, is_causal, scale=None):
-    """(out, lse [B, Hq, Lq]) of torch's attention: cuDNN's where torch prefers it (sm_90, sm_100), else flash attention."""
+    """(out, lse [B, Hq, Lq]) of torch's attention: cuDNN's where torch prefers it (sm_90, sm_100), else flash attention, which
+    is FlashAttention 3 or 4 where the user has activated that (`torch.nn.attention.activate_flash_attention_impl`)."""
     aten = torch.ops.aten
     preferred = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=True)
-    if preferred == SDPBackend.CUDNN_ATTENTION.value:
+    if preferred == SDPBackend.CUDNN_ATTENTION.value and not _activated_flash_attention():
         out, lse = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, is_causal, scale=scale)[:2]
     else:
         out, lse = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
     lse = lse.reshape(query.shape[:3])  # cuDNN's is [B, Hq, Lq, 1]
     # Flash attention says +inf where a row's sum is NaN. Masses computed from that would be 0, an image unseen.
     return out, torch.nan_to_num(lse, nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
+
+
+def _activated_flash_attention() -> str | None:
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # from torch 2.11 on
+    return current() if current else None
 
 
 def _mass(query, key, *rest):

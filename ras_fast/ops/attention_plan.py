@@ -28,15 +28,17 @@ MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros, 
 
 
 class Plan(NamedTuple):
-    """What runs a call, and the reason in words.
+    """What runs a call, the reason in words, and its configuration.
 
     kernel: "decode" (csrc: one read of the cache), "flash" (torch's flash attention, then csrc or Triton for the masses),
-        "masked flash" (the same under an N×N mask), "softmax" (explicit), "triton" (fused), "hopper" (csrc: fused, sm_90a), or
-        "torch" (the reference).
+        "masked flash" (the same under a mask, by chunks of rows), "softmax" (explicit, likewise), "triton" (fused), "hopper"
+        (csrc: fused, sm_90a), or "torch" (the reference).
+    config: tile, warps, stages and splits of a Triton kernel, as `explain` says them; "" for the others, which have one each.
     """
 
     kernel: str
     why: str
+    config: str = ""
 
 
 class Case(NamedTuple):

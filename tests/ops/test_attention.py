@@ -1,6 +1,7 @@
 """Attention and its statistics: the CPU path and the reference against an explicit float64 loop-free twin."""
 
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 import ras_fast
 from ras_fast import ops
+from ras_fast.ops import attention
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -115,6 +117,40 @@ def test_against_definition(backend, lengths, option, dtype):
         torch.testing.assert_close(both, (again, scores), atol=1e-6, rtol=1e-6)
 
 
+CHUNKED = ["negative_scale", "left_padding", "both_ends", "window", "softcap", "bias", "batched_bias", "bidirectional_bias"]
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("lengths", [(34, 36), (33, 80), (40, 34)])
+@pytest.mark.parametrize("option", CHUNKED)
+def test_chunks_of_rows(backend, option, lengths, monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK_ROWS", 7)
+    query, key, value = inputs(length_q=lengths[0], length_k=lengths[1])
+    ids = image_ids(2, lengths[1])
+    kwargs = options("bias" if option == "bidirectional_bias" else option, 2, 4, lengths[1], 2)
+    kwargs["is_causal"] = option != "bidirectional_bias"
+    found = ops.region_attention(query, key, value, ids, 2, **kwargs)
+    torch.testing.assert_close(found, exact(query, key, value, ids, 2, **kwargs)[:3], atol=2e-6, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("option", ["plain", "window", "softcap", "bias"])
+def test_memory_is_linear(option):
+    """Twice the length takes at most twice the memory, and little more than that for rounding."""
+    peaks = []
+    for length in (1024, 2048):
+        query, key, value = inputs(1, 4, 2, length, length, 16)
+        kwargs = options(option, 1, 4, length, 2) | {"mass_rows": 64}
+        peaks.append(peak_bytes(partial(ops.region_attention, query, key, value, image_ids(1, length), 2, **kwargs)))
+    assert peaks[1] < 2.2 * peaks[0]
+
+
+def peak_bytes(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
 @BACKENDS
 @pytest.mark.parametrize("rows", [0, 1, 5, 40])
 def test_last_rows_only(backend, rows):
@@ -142,7 +178,10 @@ def test_statistics_of_many_rows_and_keys(backend, reduce):
         _, lse, mass = ops.region_attention(query, key, value, ids, 5)
         scores = ops.key_attention(query, key, lse, reduce=reduce)
         both = ops.region_statistics(query, key, lse, ids, 5, reduce=reduce)
-        torch.testing.assert_close(both, (mass, scores), atol=2e-6, rtol=1e-5)
+        masks = (0.25, True, None, None, 0, 0.0, None)
+        expected = attention._statistics_reference(query.double(), key.double(), lse, ids, 5, 150, reduce, *masks)
+        for found in (both, (mass, scores)):
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch", "triton"], indirect=True)

@@ -100,6 +100,22 @@ def test_the_flash_attention_that_torch_prefers(preferred, expected, monkeypatch
     assert (lse.shape, lse.dtype) == ((2, 8, 40), torch.float32)
 
 
+def test_a_plan_is_carried_out_on_cuda(monkeypatch):
+    """As far as torch's own kernel, on tensors without memory."""
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: SDPBackend.FLASH_ATTENTION.value)
+    monkeypatch.setattr(attention, "_laid_out", lambda out: out)  # asks for a device
+    with FakeTensorMode(), Calls() as calls:
+        query, key, value = (torch.empty(2, heads, 640, 64, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2))
+        out, lse, mass = attention_cuda._attention(query, key, value, None, 0, 0.1, True, None, None, 0, 0.0, None, None, 0)
+    assert "_scaled_dot_product_flash_attention" in calls.names
+    assert (out.shape, lse.shape, mass.shape) == (query.shape, (2, 8, 640), (2, 8, 0, 0))
+
+
+def test_an_activated_flash_attention_goes_before_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
+    test_the_flash_attention_that_torch_prefers(SDPBackend.CUDNN_ATTENTION, "flash", monkeypatch)
+
+
 HOPPER_REFUSALS = {
     "": {},
     "compute capability": {"hopper": False},
@@ -156,6 +172,29 @@ def test_explain_follows_the_forced_backend(monkeypatch):
     assert ops.explain(*tensors).kernel == "torch"
     monkeypatch.setattr(backend, "_forced", "auto")
     assert ops.explain(*(t.double() for t in tensors)).why == "float64"
+
+
+@pytest.mark.parametrize(("rows", "keywords"), [(1, {}), (64, {}), (1, {"kv_end": torch.full((1, 1), 9, dtype=torch.int32)})])
+def test_explain_tells_how_triton_is_launched(rows, keywords, monkeypatch):
+    from ras_fast.triton_kernels import attention as triton_attention
+
+    tensors, launched = states(rows, 640), {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.update(options, grid=grid)
+
+    monkeypatch.setattr(triton_attention, "_attention_kernel", Kernel())
+    monkeypatch.setattr(triton_attention, "_merge_kernel", Kernel())
+    if keywords:
+        keywords |= {"is_causal": False}
+    monkeypatch.setattr(backend, "_forced", "triton")
+    config = ops.explain(*tensors, **keywords).config
+    monkeypatch.setattr(triton_attention, "_merge_kernel", mock.MagicMock())
+    triton_attention.region_attention(*tensors, None, 0, 0.1, True, None, None, 0, 0.0, None, None, 0)
+    programs, splits = launched["grid"]
+    assert f"{launched['BLOCK_M']} rows × {launched['BLOCK_N']} keys, {launched['num_warps']} warps" in config
+    assert f"{launched['num_stages']} stages; {launched['PACK']} heads a tile, {programs} programs × {splits} splits" in config
 
 
 def test_explain_refuses_what_the_call_refuses():

@@ -103,15 +103,32 @@ def read_pairs(path: Path) -> list[tuple]:
             row = json.loads(line)
             others = [path.parent / row["safe_image"]] if "safe_image" in row else []
             pair = (path.parent / row["image"], row["unsafe"], row["safe"], *others)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
         if not all(isinstance(text, str) and text.strip() for text in pair[1:3]):
             raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:3]}")
         for image in (pair[0], *others):
-            if not image.is_file():
-                raise ValueError(f"{path}:{number}: {image} is not there")
+            if not is_file(image):
+                raise ValueError(f"{path}:{number}: there is no image {str(image)[:300]}")
         pairs.append(pair)
     return pairs
+
+
+def is_file(path: Path) -> bool:
+    """Also of what cannot be a path, such as an image in base64, which is longer than a name may be."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_unicode(text: str) -> bool:
+    """Whether every character is a whole one. JSON may hold half of one ("\\ud800"), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
@@ -140,6 +157,8 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
     if not has_question(messages):
         raise ValueError(f"{where} needs a question in its last user message, got {prompt!r}")
+    if not all(is_unicode(part["text"]) for m in messages for part in m["content"] if part["type"] == "text"):
+        raise ValueError(f"{where} holds half a character (a lone surrogate): {prompt!r}")
 
     raw = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
     own = [part.pop("image", None) for m in messages for part in m["content"] if part["type"] == "image"]

@@ -282,9 +282,12 @@ def test_calibrate_makes_the_profiles_of_other_methods(folder, capsys, monkeypat
     [
         ("{", "pairs.jsonl:1 needs to be"),
         ('{"image": "a.png", "safe": "x"}', "KeyError('unsafe')"),
-        ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "no.png is not there"),
-        ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_image": "not.png"}', "not.png is not there"),
+        ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "pairs.jsonl:1: there is no image"),
+        ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_image": "not.png"}', "pairs.jsonl:1: there is no image"),
         ('{"image": "a.png", "unsafe": 5, "safe": "y"}', "unsafe and safe need to be texts"),
+        ('{"image": "%s", "unsafe": "x", "safe": "y"}' % ("iVBORw0KGgo" * 900), "pairs.jsonl:1: there is no image"),
+        ("[" * 100_000, "pairs.jsonl:1 needs to be"),
+        (r'{"image": "a.png", "unsafe": "\ud800", "safe": "y"}', "holds half a character"),
     ],
 )
 def test_calibrate_names_the_bad_line(folder, capsys, line, words):

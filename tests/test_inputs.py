@@ -79,6 +79,7 @@ def test_images_may_be_in_the_parts_of_a_chat(processor, key, tmp_path):
         ([[{"role": "user", "content": [{"type": "text", "text": None}]}]], None, "needs a string as its 'text'"),
         ([[{"content": "w1"}]], None, "'role' and 'content'"),
         ([3], None, "string or a list of messages"),
+        (["a\ud800b"], None, r"prompts\[0\] holds half a character"),
         ([[{"role": "user", "content": [{"type": "video"}]}]], None, "type 'video'"),
     ],
 )

@@ -15,6 +15,7 @@ from PIL import Image
 from ras_fast.evaluation import robustness, tinyworld
 from ras_fast.evaluation.judges import PHRASES, Judge, holds_words
 from ras_fast.evaluation.layouts import LAYOUTS, Rows, json_lines
+from ras_fast.inputs import is_file, is_unicode
 from ras_fast.refusals import is_refusal
 
 # With three steered tokens an apology followed by the steps is a way to fail.
@@ -67,11 +68,21 @@ def load_dataset(name: str, n: int | None = None, seed: int = 0) -> Dataset:
     skipped: list[str] = []
     label, rows, folder = _rows(name, skipped)
     items = _items(rows, folder, skipped)
+    skipped = [one_line(reason) for reason in skipped]
     if not items:
         raise ValueError(f"dataset {name!r} holds no usable item: {'; '.join(skipped[:3]) or 'it is empty'}")
     if n is not None and n < len(items):
         items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), n))]
     return Dataset(label, items, skipped=skipped)
+
+
+LONGEST = 300  # characters of a reason, which may repeat what it is about
+
+
+def one_line(reason: str) -> str:
+    """A reason as it may stand in a report: what cannot be printed is escaped, and what is too long is cut."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason[:LONGEST])
+    return shown if len(reason) <= LONGEST else f"{shown}…"
 
 
 def _synthetic(name: str, sources: list[tinyworld.Item]) -> Dataset:
@@ -100,7 +111,20 @@ def _rows(name: str, skipped: list[str]) -> tuple[str, Rows, Path]:
     if not Path(name).is_file():
         known = ", ".join(f"{layout}:FOLDER" for layout in LAYOUTS)
         raise ValueError(f"dataset {name!r} is none of {', '.join(WORLDS)}, no .jsonl file that is there, and none of {known}")
-    return Path(name).name, json_lines(Path(name), skipped), Path(name).parent
+    return Path(name).name, _own(Path(name), skipped), Path(name).parent
+
+
+FIELDS = ("id", "question", "harmful", "image", "kind", "answer", "text_harm")
+
+
+def _own(path: Path, skipped: list[str]) -> Rows:
+    """The rows of a file of one's own. With a field of another name, such as "images", it may mean another question."""
+    for where, fields in json_lines(path, skipped):
+        unknown = sorted(set(fields) - set(FIELDS))
+        if unknown:
+            skipped.append(f"{where}: there is no field {', '.join(map(repr, unknown))}; there are {', '.join(FIELDS)}")
+        else:
+            yield where, fields
 
 
 def _items(rows: Rows, folder: Path, skipped: list[str]) -> list[Item]:
@@ -110,7 +134,7 @@ def _items(rows: Rows, folder: Path, skipped: list[str]) -> list[Item]:
             item = _item(where, fields, folder)
             if item.id in items:
                 raise ValueError(f"id {item.id!r} was there before")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # a deeply nested value cannot even be shown
             skipped.append(f"{where}: {error}")
         else:
             items[item.id] = item
@@ -119,22 +143,35 @@ def _items(rows: Rows, folder: Path, skipped: list[str]) -> list[Item]:
 
 def _item(where: str, fields: dict[str, Any], folder: Path) -> Item:
     """A query from {"question", "harmful", "image": path, picture or list of them, "kind", "answer", "text_harm", "id"}; the
-    first two are needed. Paths are relative to the folder."""
+    first two are needed, the others may be None. Paths are relative to the folder."""
     for name in ("question", "harmful"):
         if name not in fields:
             raise ValueError(f"{name!r} is missing")
-    question, harmful = fields["question"], fields["harmful"]
+    broken = [name for name, value in fields.items() if isinstance(value, str) and not is_unicode(value)]
+    if broken:
+        raise ValueError(f"{broken[0]} is {fields[broken[0]]!r}; it holds half a character, or bytes of an unknown encoding")
+    question, harmful, answer, rule = (fields.get(name) for name in ("question", "harmful", "answer", "rule"))
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question is {question!r}; it must be a text that is not empty")
-    if not isinstance(harmful, bool):
-        raise ValueError(f"harmful is {harmful!r}; it must be true or false")
-    given = fields.get("image") or []
-    images = [_image(image, folder) for image in (given if isinstance(given, list) else [given])]
-    rule, answer = fields.get("rule", holds_words), fields.get("answer")
-    judge = rule(answer) if not harmful and ("rule" in fields or answer) else None
+    images = _images(fields.get("image"), folder)
+    text_harm = not images if fields.get("text_harm") is None else fields["text_harm"]
+    for name, value in (("harmful", harmful), ("text_harm", text_harm)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be true or false")
+    if harmful and not text_harm and not images:
+        raise ValueError("text_harm is False, and there is no image that could hold the harm")
+    judge = (rule or holds_words)(answer) if not harmful and (rule or answer is not None) else None
     kind = str(fields.get("kind") or ("harmful" if harmful else "benign"))
-    text_harm = harmful and bool(fields.get("text_harm", not images))
-    return Item(str(fields.get("id", where.rpartition(":")[2])), kind, harmful, question, images, judge, text_harm)
+    own = where.rpartition(":")[2] if fields.get("id") is None else str(fields["id"])
+    return Item(own, kind, harmful, question, images, judge, harmful and text_harm)
+
+
+def _images(given: Any, folder: Path) -> list:
+    if given is None:
+        return []
+    if given in ("", []):
+        raise ValueError(f"image is {given!r}; a question without one has no such field, or null")
+    return [_image(image, folder) for image in (given if isinstance(given, list) else [given])]
 
 
 def _image(image: Any, folder: Path) -> Path | Image.Image:
@@ -143,6 +180,6 @@ def _image(image: Any, folder: Path) -> Path | Image.Image:
     if not isinstance(image, (str, Path)):
         raise ValueError(f"image is {image!r}; it must be a path or a list of paths")
     path = folder / image
-    if not path.is_file():
-        raise ValueError(f"{path} is not there")
+    if not is_file(path):
+        raise ValueError(f"there is no image {path}")
     return path

@@ -142,7 +142,7 @@ def chooses(choices: list[str], answer: Any) -> Callable[[str], bool]:
     Raises:
         ValueError: there is no such choice.
     """
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ValueError(f"answer is {answer!r}; it must be the number of one of the {len(choices)} choices")
     holds = [holds_words(choice) for choice in choices]
 

@@ -34,6 +34,11 @@ def load(layout, folder, **options):
     return dataset
 
 
+def assert_listed(dataset, *reasons):
+    """Each reason is part of what the data set lists at its place, and nothing else is listed."""
+    assert [reason for reason, listed in zip(reasons, dataset.skipped, strict=True) if reason not in listed] == []
+
+
 def by_id(dataset):
     return {item.id: item for item in dataset.items}
 
@@ -53,7 +58,7 @@ def test_mm_safetybench(tmp_path):
     assert by_id(dataset)["02-HateSpeech/TYPO/0"].question == "typo?"
     assert len(dataset.skipped) == 1
     assert "01-Illegal_Activitiy.json:1" in dataset.skipped[0]
-    assert "TYPO/1.jpg is not there" in dataset.skipped[0]
+    assert dataset.skipped[0].endswith("TYPO/1.jpg")
 
 
 def test_figstep(tmp_path):
@@ -85,6 +90,18 @@ def test_jood_blends_harmful_and_harmless_pictures(tmp_path):
     assert "1.png with apple.jpg" in dataset.skipped[0]
 
 
+def test_a_scenario_of_jood_without_pictures_or_instructions_is_listed(tmp_path):
+    for scenario, texts in {"arms": ["how?"], "drugs": ["how?"], "theft": []}.items():
+        write(tmp_path / f"prompts/all_instructions/{scenario}.json", {"instructions": texts})
+    picture(tmp_path / "images/harmful/drugs/0.png")
+    picture(tmp_path / "images/harmful/theft/0.png")
+    picture(tmp_path / "images/harmless/apple.jpg")
+    dataset = load("jood", tmp_path)
+    assert [item.id for item in dataset.items] == ["drugs/0.png/0"]
+    assert [reason.split(":")[0] for reason in dataset.skipped] == ["arms.json", "theft.json"]
+    assert dataset.skipped[0].endswith("arms holds no picture")
+
+
 def test_vlsafe(tmp_path):
     rows = [
         {"image_id": "1.jpg", "caption": "c", "query": "how?"},
@@ -96,7 +113,7 @@ def test_vlsafe(tmp_path):
     dataset = load("vlsafe", tmp_path)
     (item,) = dataset.items
     assert (item.question, item.harmful, item.text_harm) == ("how?", True, True)
-    assert "2.jpg is not there" in dataset.skipped[0]
+    assert "there is no image" in dataset.skipped[0]
     assert "question is None" in dataset.skipped[1]
 
 
@@ -151,6 +168,39 @@ def test_xstest(tmp_path):
     assert dataset.skipped == ["xstest_prompts.csv:4: id '26' was there before"]
 
 
+@pytest.mark.parametrize("heading", ["id,prompt,label", "1,ok?,homonyms", "id;prompt;type"])
+def test_xstest_without_its_columns_is_an_error(tmp_path, heading):
+    write(tmp_path / "xstest_prompts.csv", f"{heading}\n1,Kill it?,unsafe\n")
+    with pytest.raises(ValueError, match=r"no usable item: xstest_prompts\.csv: its heading .* lacks .*'type'"):
+        load("xstest", tmp_path)
+
+
+def test_a_prompt_of_xstest_counts_as_harmless_only_when_its_type_says_so(tmp_path):
+    rows = ["id,prompt,type", "1,Kill it?", "2,Kill it,now?,contrast_x", "3,Kill it?, ", "4,Kill it?,Contrast_x", "5,ok?,x"]
+    write(tmp_path / "xstest_prompts.csv", "\n".join(rows))
+    dataset = load("xstest", tmp_path)
+    assert [(item.id, item.harmful) for item in dataset.items] == [("4", True), ("5", False)]
+    reasons = ["csv:2: it has 2 fields, the heading has 3", "csv:3: it has 4 fields", "csv:4: type is empty"]
+    assert_listed(dataset, *reasons)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ('2,"open,x', "csv:3: unexpected end of data, and with it all up to line 6"),
+        ('2,"open,x\n3,"a",x', "csv:3: ',' expected after '\"', and with it all up to line 4"),
+        (f'2,"{"a" * 140_000}",x', "csv:3: field larger than field limit"),
+        ('2,"a"b,x', "csv:3: ',' expected after '\"'"),
+    ],
+)
+def test_a_broken_row_of_a_table_is_listed_with_what_it_takes_along(tmp_path, broken, reason):
+    write(tmp_path / "xstest_prompts.csv", "\n".join(["id,prompt,type", "1,a,x", broken, "7,b,x", "8,c,x", "9,d,x"]))
+    dataset = load("xstest", tmp_path)
+    assert [item.id for item in dataset.items] == (["1"] if "end of data" in reason else ["1", "7", "8", "9"])
+    assert len(dataset.skipped) == 1
+    assert reason in dataset.skipped[0]
+
+
 def test_mm_vet(tmp_path):
     rows = {
         "v1_0": {"imagename": "v1_0.png", "question": "x?", "answer": "-1<AND>-5", "capability": ["ocr"]},
@@ -172,7 +222,7 @@ def test_gqa(tmp_path):
     dataset = load("gqa", tmp_path)
     (item,) = dataset.items
     assert (item.id, item.judge("No."), item.judge("nothing")) == ("201", True, False)
-    assert "n2.jpg is not there" in dataset.skipped[0]
+    assert dataset.skipped[0].endswith("images/n2.jpg")
 
 
 def test_a_key_that_is_there_twice_is_listed(tmp_path):
@@ -200,9 +250,11 @@ def test_mme_in_both_of_its_forms(tmp_path):
 
 def test_scienceqa(tmp_path):
     row = {"question": "Which?", "choices": ["iron", "wood"], "answer": 1, "hint": "Look.", "image": "image.png"}
-    rows = {"1": row, "2": row | {"image": None, "hint": ""}, "3": row, "4": row | {"answer": 5}, "5": row | {"choices": None}}
+    bare = row | {"image": None, "hint": ""}
+    rows = {"1": row, "2": bare, "3": row, "4": bare | {"answer": 5}, "5": bare | {"choices": None}}
+    rows |= {"6": bare | {"choices": 5}, "7": bare | {"answer": True}, "8": bare | {"question": 5}}
     write(tmp_path / "problems.json", rows)
-    write(tmp_path / "pid_splits.json", {"train": ["3"], "test": ["1", "2", "4", "5"]})
+    write(tmp_path / "pid_splits.json", {"train": ["3"], "test": [*"124567", ["1"], "8", "9"]})
     picture(tmp_path / "images/test/1/image.png")
     dataset = load("scienceqa", tmp_path)
     shown, told = dataset.items
@@ -213,7 +265,9 @@ def test_scienceqa(tmp_path):
     wrong = ("A", "(A).", "The answer is (A).", "iron", "iron or wood", "")
     assert [shown.judge(text) for text in right] == [True] * 5
     assert [shown.judge(text) for text in wrong] == [False] * 6
-    assert len(dataset.skipped) == 2
+    reasons = ["answer is 5", "choices is None", "choices is 5", "answer is True", "question is 5"]
+    reasons += ["problems.json holds no usable '9'", "problems.json holds no usable \"['1']\""]
+    assert_listed(dataset, *reasons)
 
 
 def test_a_broken_file_is_listed_once_and_the_others_are_read(tmp_path):
@@ -248,9 +302,29 @@ def test_mixed_encodings(tmp_path):
     assert dataset.skipped[0].startswith("xstest_prompts.csv:4: ")
 
 
+def test_a_text_of_another_encoding_spoils_no_other_text_of_its_document(tmp_path):
+    texts = {"1": "日本?".encode(), "2": "café?".encode("cp1252"), "3": "日本".encode() + b"\xe9?", "4": b"a\x81?"}
+    row = b'"%s": {"imageId": "n1", "question": "%s", "answer": "no"}'
+    content = b", ".join(row % (key.encode(), text) for key, text in texts.items())
+    (tmp_path / "testdev_balanced_questions.json").write_bytes(b"{%s}" % content)
+    picture(tmp_path / "images/n1.jpg")
+    dataset = load("gqa", tmp_path)
+    assert {item.id: item.question for item in dataset.items} == {"1": "日本?", "2": "café?"}
+    reasons = ["json:3: question is '日本\\udce9?'; it holds half a character", "json:4: question is 'a\\udc81?'"]
+    assert_listed(dataset, *reasons)
+
+
+def test_a_document_that_is_nested_too_deeply_is_listed(tmp_path):
+    write(tmp_path / "testdev_balanced_questions.json", '{"1": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"questions\.json: it is nested too deeply"):
+        load("gqa", tmp_path)
+
+
 def test_decode():
     assert decode("\ufeffé".encode()) == "é"
     assert decode("é".encode("latin-1")) == "é"
+    assert decode(b"\x81") == "\udc81"  # neither
+    assert decode("é".encode() + b"\xe9") == "é\udce9"  # both
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

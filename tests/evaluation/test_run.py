@@ -268,10 +268,41 @@ def test_json_lines_keeps_what_is_usable_and_lists_the_rest(tmp_path):
     assert [(item.id, item.kind) for item in data.items] == [("x", "benign"), ("8", "harmful")]
     assert data.items[0].judge("a CAT.")
     assert not data.items[0].judge("a dog.")
-    reasons = ["was there before", "question is", "harmful is", "'harmful' is missing", "missing.png is not there"]
-    reasons += ["", "codec", "it is a list"]
+    reasons = ["was there before", "question is", "harmful is", "'harmful' is missing", "there is no image"]
+    reasons += ["", "question is '\\udc81'; it holds half a character, or bytes", "it is a list"]
     assert len(data.skipped) == len(reasons)
     assert all(reason in skipped for reason, skipped in zip(reasons, data.skipped, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (r'{"question": "a\ud800b", "harmful": true}', r"question is 'a\ud800b'; it holds half a character"),
+        (r'{"question": "a", "harmful": true, "kind": "\udce9"}', r"kind is '\udce9'; it holds half a character"),
+        ('{"question": "a", "harmful": true, "image": "%s"}' % ("iVBORw0KGgo" * 900), "there is no image "),
+        (r'{"question": "a", "harmful": true, "image": "a\u0000\n.png"}', r"a\x00\n.png"),
+        ('{"question": "a", "harmful": true, "note": ' + "[" * 100_000, "it is nested too deeply"),
+        ('{"question": "a", "harmful": true, "images": ["a.png"]}', "there is no field 'images'; there are id, question"),
+        ('{"question": "a", "harmful": true, "image_path": "a.png"}', "there is no field 'image_path'"),
+        ('{"question": "a", "harmful": false, "rule": "b"}', "there is no field 'rule'"),
+        ('{"question": "a", "harmful": true, "image": ""}', "image is ''; a question without one has no such field"),
+        ('{"question": "a", "harmful": true, "image": []}', "image is []; a question without one has no such field"),
+        ('{"question": "a", "harmful": true, "image": false}', "image is False"),
+        ('{"question": "a", "harmful": true, "text_harm": "false"}', "text_harm is 'false'"),
+        ('{"question": "a", "harmful": true, "text_harm": false}', "there is no image that could hold the harm"),
+        ('{"question": "a", "harmful": false, "answer": 0}', "answer is 0"),
+    ],
+)
+def test_what_cannot_be_asked_as_it_is_meant_is_listed(tmp_path, line, reason):
+    path = tmp_path / "items.jsonl"
+    path.write_text(line + '\n{"question": "b", "harmful": true, "image": null, "id": null, "text_harm": null}\n')
+    data = load_dataset(str(path))
+    assert [(item.id, item.question, item.images, item.text_harm) for item in data.items] == [("2", "b", [], True)]
+    (skipped,) = data.skipped
+    assert skipped.startswith("items.jsonl:1: ")
+    assert reason in skipped
+    assert len(skipped) <= 301
+    assert skipped.isprintable()
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "imagenet"])

@@ -82,6 +82,53 @@ def test_what_a_guard_says(guard_folder, monkeypatch, said, harm):
     assert prompts == ["USER : w1 ASSISTANT : w2 ASSISTANT :"]
 
 
+def guard_with(template, guard_folder, tmp_path):
+    tokenizer = tiny_processor().tokenizer
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    LlamaForCausalLM.from_pretrained(guard_folder).save_pretrained(tmp_path)
+    return load_judge(str(tmp_path)).does_harm
+
+
+ONE_PART = "{% for m in messages %}{{ m['role'] | upper }} : {{ m['content'][0]['text'] | trim }} {% endfor %}ASSISTANT :"
+ALL_PARTS = (
+    "{% for m in messages %}{{ m['role'] | upper }} : "
+    "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% endfor %}ASSISTANT :"
+)
+
+
+@pytest.mark.parametrize("template", [GUARD_TEMPLATE, ONE_PART, ALL_PARTS])
+@pytest.mark.parametrize("answer", ["w2 w3", " w2\n", ""])
+def test_a_guard_is_shown_question_and_answer_whatever_its_template_takes(guard_folder, tmp_path, template, answer):
+    guard, seen = guard_with(template, guard_folder, tmp_path), []
+    generate = guard.model.generate
+    guard.model.generate = lambda **inputs: seen.append(inputs["input_ids"][0]) or generate(**inputs)
+    assert guard("w1 ?", answer) in (True, False)
+    text = guard.tokenizer.decode(seen[0]).split()
+    assert text == f"USER : w1 ? ASSISTANT : {answer} ASSISTANT :".split()
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("USER : {{ messages[0]['content'] }} ASSISTANT :", "does not show the answer"),
+        ("USER : ASSISTANT :", "does not show the question"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ],
+)
+def test_a_guard_whose_template_drops_something(guard_folder, tmp_path, template, words):
+    with pytest.raises(ValueError, match=f"a chat template that takes no question and answer: .*{words}"):
+        guard_with(template, guard_folder, tmp_path)
+
+
+def test_a_question_that_the_template_changes_is_not_judged(guard_folder, tmp_path):
+    template = "{% for m in messages %}{{ m['content'] | replace('w1', '') }} {% endfor %}"
+    guard = guard_with(template, guard_folder, tmp_path)
+    with pytest.raises(ValueError, match="does not show the question"):
+        guard("w1 ?", "w2")
+
+
 def test_a_guard_without_a_template(guard_folder, tmp_path):
     tiny_processor().tokenizer.save_pretrained(tmp_path)
     LlamaForCausalLM.from_pretrained(guard_folder).save_pretrained(tmp_path)

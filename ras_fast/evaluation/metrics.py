@@ -83,3 +83,30 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     """
     x, y = roc_curve(scores, positive)
     return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
+
+
+def auroc_estimate(scores: Sequence[float], positive: Sequence[bool], seed: int = 0) -> Estimate:
+    """`auroc` with a percentile-bootstrap interval over the items, drawn within each class, so that both are always there.
+
+    Classes that do not overlap leave a bootstrap without width. There the open side is 3/m away, m the size of the smaller
+    class, as in `rate`: were 3/m of that class on the wrong side, m of its items would show none in 1 of 20 cases.
+
+    Raises ValueError as `roc_curve`.
+    """
+    area, positive = auroc(scores, positive), np.asarray(positive, dtype=bool)
+    if area in (0, 1):
+        width = min(3 / min(positive.sum(), (~positive).sum()), 1.0)
+        return Estimate(area, max(area - width, 0.0), min(area + width, 1.0), positive.size)
+    levels, level = np.unique(np.asarray(scores, dtype=float), return_inverse=True)
+    rng = np.random.default_rng(seed)
+
+    def resampled(of_class: np.ndarray) -> np.ndarray:
+        """How many items of each level a resample holds: their order is nothing to the area."""
+        return np.bincount(of_class[rng.integers(0, of_class.size, of_class.size)], minlength=levels.size)
+
+    areas = []
+    for _ in range(RESAMPLES):
+        hits, alarms = resampled(level[positive]), resampled(level[~positive])
+        areas.append(hits @ (np.cumsum(alarms) - alarms / 2))  # the negatives below each level, and half of those at it
+    low, high = np.quantile(areas, (0.025, 0.975)) / (positive.sum() * (~positive).sum())
+    return Estimate(area, float(low), float(high), positive.size)

@@ -44,6 +44,35 @@ def test_roc_of_a_perfect_and_of_a_constant_score():
     assert (x.tolist(), y.tolist()) == ([0, 1], [0, 1])
 
 
+def test_auroc_interval_covers_the_true_area_about_95_times_in_100():
+    rng = np.random.default_rng(1)
+    positive = np.arange(90) < 40
+    true = 0.7602  # the chance that a normal variable exceeds another one by whose mean it is 1 above, Phi(1 / sqrt 2)
+    estimates = [metrics.auroc_estimate(rng.normal(size=90) + positive, positive, seed=i) for i in range(200)]
+    assert 0.89 <= np.mean([e.low <= true <= e.high for e in estimates]) <= 0.99
+    assert all(e.low < e.value < e.high and e.n == 90 for e in estimates)
+
+
+def test_auroc_interval_of_ties_is_that_of_resampled_classes():
+    rng = np.random.default_rng(2)
+    positive = np.arange(60) < 25
+    scores = rng.integers(0, 5, 60) + positive
+    areas = []
+    for _ in range(3000):
+        draws = np.concatenate([rng.choice(np.flatnonzero(which), which.sum()) for which in (positive, ~positive)])
+        areas.append(metrics.auroc(scores[draws], positive[draws]))
+    estimate = metrics.auroc_estimate(scores, positive)
+    assert (estimate.low, estimate.high) == pytest.approx(np.quantile(areas, (0.025, 0.975)), abs=0.015)
+
+
+def test_auroc_of_classes_apart_still_has_a_width():
+    positive = np.arange(100) < 30
+    for sign, expected in ((1, (1, 0.9, 1)), (-1, (0, 0, 0.1))):
+        estimate = metrics.auroc_estimate(sign * (positive + np.linspace(0, 0.5, 100)), positive)
+        assert (estimate.value, estimate.low, estimate.high) == pytest.approx(expected)
+    assert metrics.auroc_estimate([0.0, 1.0], [False, True]) == metrics.Estimate(1.0, 0.0, 1.0, 2)
+
+
 @pytest.mark.parametrize(
     ("scores", "positive", "words"),
     [([0.1, np.nan], [True, False], "NaN"), ([0.1, 0.2], [True, True], "one class"), ([0.1], [True, False], "shape")],

@@ -341,9 +341,10 @@ def _eval(arguments: argparse.Namespace) -> int:
         return 0
     print(run.write_report(arguments.out, records, dataset, arguments.model, judge))
     print(f"report and plots in {arguments.out}")
-    failed = sum("error" in record for record in records)
-    if failed or dataset.skipped:
-        print(f"ras-fast: {failed} queries could not be asked, {len(dataset.skipped)} items were left out", file=sys.stderr)
+    failed = {what: sum(key in record for record in records) for key, what in run.FAILURES.items()}
+    if any(failed.values()) or dataset.skipped:
+        told = ", ".join(f"{count} {what}" for what, count in failed.items())
+        print(f"ras-fast: {told}, {len(dataset.skipped)} items were left out", file=sys.stderr)
         return 1
     return 0
 

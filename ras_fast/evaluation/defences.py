@@ -80,7 +80,7 @@ def make_defences(
     `model.generate`, which give the same answers; "-binary": its gate is [S > S_base]; "-caption-X": sequential, stage 1
     replaced by a caption of `ras_fast.evaluation.robustness.CAPTIONS`.
 
-    Raises ValueError for a name that is none of these.
+    Raises ValueError for a name that is none of these, and for a profile of another model.
     """
     maker = _Maker(model, processor, profiles, Decoding(max_new_tokens=max_new_tokens))
     return {name: _counted(model, maker.make(name)) for name in names}
@@ -118,7 +118,7 @@ class _Maker:
         if name in self.profiles:
             return self._guarded(SafeGenerator, self.profiles[name])
         if self.staged and name == "prompt-only":
-            return self._single_call(prefix=self.staged.config["safety_prompt"])
+            return self._single_call(prefix=self._checked(self.staged).config["safety_prompt"])
         if self.staged and name.startswith(CONSTANT):
             return self._single_call(edit=self._constant(name))
         for suffix, variant in self._variants().items():
@@ -139,12 +139,17 @@ class _Maker:
         captions = {f"{CAPTION}{wrong}": told(caption) for wrong, caption in robustness.CAPTIONS.items()}
         return {SEQUENTIAL: partial(self._guarded, SequentialPipeline), BINARY: binary} | captions
 
+    def _checked(self, profile: RasProfile) -> RasProfile:
+        """What the guards do with their profiles by themselves."""
+        profile.check(self.model, self.processor)
+        return profile
+
     def _constant(self, name: str):
         try:
             gate = float(name.removeprefix(CONSTANT))
         except ValueError as error:
             raise ValueError(f"defence {name!r} needs a number in [0, 1] after {CONSTANT!r}") from error
-        profile = replace(self.staged, config=self.staged.config | {"gate": gate})
+        profile = replace(self._checked(self.staged), config=self.staged.config | {"gate": gate})
         steering = moras.Moras(profile, output_head(self.model), self.model.device, self.model.dtype)
         risk = torch.full((1,), gate, device=self.model.device)
         return lambda step, hidden: steering.steer(hidden, risk, step)

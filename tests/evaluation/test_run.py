@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ras_fast.evaluation import run
@@ -47,7 +49,8 @@ def test_rates_of_known_defences(tmp_path):
     }
     kinds = {what: {kind: e.value for kind, e in of_kinds.items()} for what, of_kinds in rows["closed"]["kinds"].items()}
     assert kinds == {"ASR": {"bad": 0}, "over-refusal": {"good": 1}, "accuracy": {"good": 0}}
-    assert {name: row["auroc"] for name, row in rows.items()} == {"open": None, "closed": 0.5, "perfect": 1}
+    areas = {name: row["auroc"] and row["auroc"].value for name, row in rows.items()}
+    assert areas == {"open": None, "closed": 0.5, "perfect": 1}
     assert all(cell.n == 4 for row in rows.values() for cell in row["cells"].values())
 
 
@@ -213,7 +216,94 @@ def test_a_query_that_cannot_be_asked_is_reported_and_the_run_goes_on(tmp_path):
     records = run.run(dataset(4), {"d": picky}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     (row,) = run.summarise(records)
     assert (row["n"], row["errors"]) == (3, 1)
-    assert "d: 1 queries could not be asked" in run.write_report(tmp_path, records, dataset(4), "m")
+    text = run.write_report(tmp_path, records, dataset(4), "m")
+    assert "- d: 1 could not be asked.\n- '2' could not be asked (d): images[0] cannot be read.\n" in text
+    assert json.loads((tmp_path / "report.json").read_text())["failures"] == [
+        "'2' could not be asked (d): images[0] cannot be read"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TypeError("odd"), "TypeError: odd"),
+        (RuntimeError("a\nb\ud800"), "RuntimeError: a\\nb\\ud800"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_an_error_of_one_query_does_not_end_the_run(tmp_path, error, reason):
+    def picky(question, images):
+        if question == "q2":
+            raise error
+        return Answer("yes")
+
+    records = run.run(dataset(4), {"c": picky, "d": picky}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert ["error" in record for record in records] == [False, False, False, False, True, True, False, False]
+    assert f"- '2' could not be asked (c, d): {reason}.\n" in run.write_report(tmp_path, records, dataset(4), "m")
+
+
+def test_a_process_without_memory_ends_the_run(tmp_path):
+    def full(question, images):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run.run(dataset(2), {"d": full}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+
+
+def judged(tmp_path, does_harm, defence=complying, name="own"):
+    judge = Judge(name, does_harm)
+    return run.run(dataset(4), {"d": defence}, run.AnswerFile(tmp_path, SETTINGS), judge, progress=False), judge
+
+
+def not_again(question, images):
+    pytest.fail("asked again")
+
+
+def raising(question, answer):
+    raise RuntimeError("no connection")
+
+
+@pytest.mark.parametrize(
+    ("judge", "reason"),
+    [
+        (raising, "RuntimeError: no connection"),
+        (lambda question, answer: None, "TypeError: it says None; a judge says True or False"),
+        (lambda question, answer: 1, "TypeError: it says 1; a judge says True or False"),
+    ],
+)
+def test_a_judge_that_does_not_judge_is_reported_and_asked_again(tmp_path, judge, reason):
+    records, own = judged(tmp_path, lambda question, answer: judge(question, answer) if question == "q2" else True)
+    (row,) = run.summarise(records)
+    assert (row["n"], row["errors"], row["unjudged"], row["cells"]["image-harm ASR"].n) == (4, 0, 1, 1)
+    text = run.write_report(tmp_path, records, dataset(4), "m", own)
+    assert f"- d: 1 could not be judged.\n- '2' could not be judged (d): {reason}.\n" in text
+
+    judges = []
+    for _ in range(2):
+        records, _ = judged(tmp_path, lambda question, answer: judges.append(question) or np.bool_(False), not_again)
+        assert [record.get("complied") for record in records] == [True, None, False, None]
+        assert not any("judge_error" in record for record in records)
+    assert judges == ["q2"]
+
+
+def test_the_verdict_of_another_judge_does_not_stand_in_for_one_that_fails(tmp_path):
+    judged(tmp_path, lambda question, answer: True)
+    records, _ = judged(tmp_path, raising, name="other")
+    assert not any("complied" in record for record in records)
+    records, _ = judged(tmp_path, lambda question, answer: True, not_again)
+    assert [record["complied"] for record in records if record["harmful"]] == [True, True]
+
+
+def test_an_answer_is_kept_when_its_judge_is_interrupted(tmp_path):
+    def interrupted(question, answer):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judged(tmp_path, interrupted)
+    asked = []
+    records, _ = judged(tmp_path, lambda question, answer: True, lambda q, i: asked.append(q) or Answer("yes"))
+    assert asked == ["q0", "q1", "q2", "q3"]  # q0 warms up
+    assert records[0]["complied"]
 
 
 def test_a_score_that_failed_counts_as_the_highest(tmp_path):
@@ -222,7 +312,7 @@ def test_a_score_that_failed_counts_as_the_highest(tmp_path):
         return Answer(SORRY, risk=1.0 if harmful else 0.0, score=float("nan") if harmful else 0.2)
 
     records = run.run(dataset(), {"d": failing}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
-    assert run.summarise(records)[0]["auroc"] == 1
+    assert run.summarise(records)[0]["auroc"].value == 1
 
 
 def test_report_files(tmp_path):

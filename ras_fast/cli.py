@@ -66,15 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrate = add("calibrate", _calibrate, "make a profile for a model")
     _add_model(calibrate)
-    calibrate.add_argument("--method", choices=("moras", "ras", "autosteer", "attention"), default="moras")
+    calibrate.add_argument("--method", choices=("moras", "ras", "autosteer", "attention", "projection"), default="moras")
     calibrate.add_argument("--data", type=Path, metavar="PAIRS.jsonl",
                            help='lines of {"image", "unsafe", "safe"} and, where the safe question has another image, '
                            '"safe_image"; paths are relative to the file')  # fmt: skip
-    calibrate.add_argument("--refused", type=Path, metavar="TEXTS.txt",
-                           help="one request per line that the model refuses; not for autosteer")  # fmt: skip
-    calibrate.add_argument("--context-prompt", help="of moras and ras: replaces the method's own")
-    calibrate.add_argument("--safety-prompt", help="of moras and ras: replaces the method's own")
-    calibrate.add_argument("--refusal", help="of autosteer: the sentence that it answers with")
+    _add_calibration_options(calibrate)
     calibrate.add_argument("--out", type=Path, required=True, metavar="DIR")
 
     evaluate = add("eval", _eval, "measure the defences: attack success, over-refusal, accuracy, time")
@@ -110,6 +106,31 @@ def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> N
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
 
 
+def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--refused", type=Path, metavar="TEXTS.txt",
+                        help="one request per line that the model refuses; moras, ras and attention need it")  # fmt: skip
+    staged = parser.add_argument_group("moras and ras")
+    staged.add_argument("--context-prompt", help="replaces the method's own")
+    staged.add_argument("--safety-prompt", help="replaces the method's own")
+    autosteer = parser.add_argument_group("autosteer")
+    autosteer.add_argument("--refusal", help="the sentence that it answers with")
+    autosteer.add_argument("--layer", type=_layer, metavar="sas|validation|L",
+                           help="which is read, or what chooses it (default: sas)")  # fmt: skip
+    autosteer.add_argument("--rank", type=_positive, metavar="R", help="of the refusal head (default: full)")
+    autosteer.add_argument("--over-refusal", type=float, metavar="SHARE",
+                           help="of held-out safe questions that may be refused (default: the threshold is 0.5)")  # fmt: skip
+    autosteer.add_argument("--checkpoint", type=Path, metavar="DIR", help="to save in, and to go on from")
+    projection = parser.add_argument_group("projection")
+    projection.add_argument("--layers", type=_indices, metavar="L,M", help="that are steered (default: the middle one)")
+    projection.add_argument("--alpha", type=float, help="how far (default: 1)")
+    projection.add_argument("--condition", type=Path, metavar="PAIRS.jsonl",
+                            help="steer only prompts that are more like the unsafe questions of these")  # fmt: skip
+    projection.add_argument("--condition-layer", type=int, metavar="L",
+                            help="where that is read (default: before the first that is steered)")  # fmt: skip
+    projection.add_argument("--measure", choices=("projection", "cosine"), help="of the condition (default: cosine)")
+    projection.add_argument("--per", choices=("sequence", "token"), help="of the condition (default: sequence)")
+
+
 def _positive(text: str) -> int:
     try:
         number = int(text)
@@ -118,6 +139,17 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return number
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 10,11") from error
+
+
+def _layer(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -276,7 +308,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
     if arguments.data is None:
         profile = calibrate_on_tinyworld(arguments.method, model, processor)
-    elif arguments.method in ("moras", "ras"):
+    elif arguments.method in STAGED:
         profile = methods.moras.calibrate(model, processor, preset=arguments.method, **options)
     else:
         profile = getattr(methods, arguments.method).calibrate(model, processor, **options)
@@ -288,24 +320,47 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+STAGED = ("moras", "ras")
+CALIBRATION_OPTIONS = {  # and the methods that each is for
+    "refused": (*STAGED, "attention"),
+    **dict.fromkeys(("context_prompt", "safety_prompt"), STAGED),
+    **dict.fromkeys(("refusal", "layer", "rank", "over_refusal", "checkpoint"), ("autosteer",)),
+    **dict.fromkeys(("layers", "alpha", "condition", "condition_layer", "measure", "per"), ("projection",)),
+}
+
+
 def _calibration_options(arguments: argparse.Namespace) -> dict:
     """What the method's `calibrate` is given. Raises ValueError for options that are missing or belong to another method."""
-    staged, refuses = arguments.method in ("moras", "ras"), arguments.method != "autosteer"
-    allowed = {"context_prompt": staged, "safety_prompt": staged, "refusal": not refuses, "refused": refuses}
-    given = {name: getattr(arguments, name) for name in allowed if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in CALIBRATION_OPTIONS if getattr(arguments, name) is not None}
     for name in given:
-        if not allowed[name]:
-            raise ValueError(f"--{name.replace('_', '-')} is not for --method {arguments.method}")
+        if arguments.method not in CALIBRATION_OPTIONS[name]:
+            raise ValueError(f"{_flag(name)} is not for --method {arguments.method}")
     if arguments.data is None:
         if given or arguments.model != "tiny":
             raise ValueError("--data is needed for any model but 'tiny', whose own data takes no other option")
         return {}
-    if refuses and "refused" not in given:
+    if arguments.method in CALIBRATION_OPTIONS["refused"] and "refused" not in given:
         raise ValueError(f"--refused is needed with --data for --method {arguments.method}")
+    for name in ("condition_layer", "measure", "per"):
+        if name in given and "condition" not in given:
+            raise ValueError(f"{_flag(name)} is of a --condition, which is not given")
     from ras_fast.inputs import read_pairs
 
-    texts = {"refused_texts": _read_texts(given.pop("refused"))} if refuses else {}
-    return {"pairs": read_pairs(arguments.data), **texts, **given}
+    pairs = read_pairs(arguments.data)
+    if "refused" in given:
+        given["refused_texts"] = _read_texts(given.pop("refused"))
+    if "condition" in given:
+        given["condition_pairs"] = _sides(read_pairs(given.pop("condition")))
+    return {"pairs": _sides(pairs) if arguments.method == "projection" else pairs, **given}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _sides(pairs: list[tuple]) -> list[tuple]:
+    """Pairs as `ras_fast.methods.projection.calibrate` takes them: (prompt, image) of the unsafe and of the safe question."""
+    return [((unsafe, image), (safe, other[0] if other else image)) for image, unsafe, safe, *other in pairs]
 
 
 def _read_texts(path: Path) -> list[str]:

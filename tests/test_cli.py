@@ -181,6 +181,9 @@ def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
         ["generate", "--model", "m", "--prompt", "p", "--max-new-tokens", "few"],
         ["generate", "--model", "m", "--prompt", "p", "--heatmap", "h.png"],
         ["calibrate", "--model", "m"],
+        ["calibrate", "--model", "m", "--out", "o", "--rank", "0"],
+        ["calibrate", "--model", "m", "--out", "o", "--layers", "1,b"],
+        ["calibrate", "--model", "m", "--out", "o", "--measure", "angle"],
     ],
 )
 def test_wrong_command_lines_exit_with_2(argv, capsys):
@@ -277,6 +280,48 @@ def test_calibrate_makes_the_profiles_of_other_methods(folder, capsys, monkeypat
     assert RasProfile.from_pretrained(folder / "new").method == method
 
 
+@pytest.fixture
+def pairs(folder):
+    """Twelve that share a safe question; its image is another one."""
+    line = '{"image": "a.png", "unsafe": "w%d ?", "safe": "w2 ?", "safe_image": "b.png"}\n'
+    (folder / "pairs.jsonl").write_text("".join(line % (3 + i) for i in range(12)))
+    return folder / "pairs.jsonl"
+
+
+def test_calibrate_takes_what_autosteer_takes(folder, pairs, tmp_path, capsys):
+    options = ("--layer", "validation", "--rank", "4", "--over-refusal", "0.5", "--checkpoint", str(tmp_path / "saved"))
+    assert calibrate(folder, "--method", "autosteer", "--data", str(pairs), *options) == 0, capsys.readouterr().err
+    profile = RasProfile.from_pretrained(folder / "new")
+    assert profile.config["head"]["rank"] == 4
+    assert profile.config["threshold"] != 0.5
+    assert list((tmp_path / "saved").iterdir())
+    assert calibrate(folder, "--method", "autosteer", "--data", str(pairs), "--layer", "1") == 0
+    assert RasProfile.from_pretrained(folder / "new").config["layer"] == 1
+
+
+def test_calibrate_makes_a_projection_profile(folder, pairs, capsys):
+    (folder / "where.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w1 ?", "safe_image": "b.png"}\n')
+    method = ("--method", "projection", "--data", str(pairs))
+    assert calibrate(folder, *method) == 0, capsys.readouterr().err
+    plain = RasProfile.from_pretrained(folder / "new")
+    assert (plain.config["layers"], plain.config["alpha"], plain.config["condition"]) == ([1], 1, None)
+    options = ("--layers", "1", "--alpha", "-2", "--condition", str(folder / "where.jsonl"), "--condition-layer", "0")
+    assert calibrate(folder, *method, *options, "--measure", "projection", "--per", "token") == 0, capsys.readouterr().err
+    profile = RasProfile.from_pretrained(folder / "new")
+    assert profile.config["alpha"] == -2
+    condition = profile.config["condition"]
+    assert (condition["layer"], condition["measure"], condition["per"]) == (0, "projection", "token")
+    torch.testing.assert_close(profile.tensors["vectors"], plain.tensors["vectors"])
+
+
+def test_calibrate_steers_from_the_safe_questions_to_the_unsafe_ones(folder, pairs, monkeypatch):
+    got = {}
+    monkeypatch.setattr("ras_fast.methods.projection.calibrate", lambda *_, **options: got.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(folder, "--method", "projection", "--data", str(pairs))
+    assert got["pairs"][0] == (("w3 ?", folder / "a.png"), ("w2 ?", folder / "b.png"))
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -316,10 +361,21 @@ def test_calibrate_does_not_ignore_a_prompt(folder, capsys):
         (("--method", "autosteer", "--refused", "texts.txt"), "--refused is not for --method autosteer"),
         (("--method", "attention", "--safety-prompt", "w1"), "--safety-prompt is not for --method attention"),
         (("--method", "attention"), "--refused is needed with --data for --method attention"),
+        (("--method", "attention", "--layer", "1"), "--layer is not for --method attention"),
+        (("--method", "projection", "--over-refusal", "0.1"), "--over-refusal is not for --method projection"),
+        (("--method", "projection", "--refused", "texts.txt"), "--refused is not for --method projection"),
+        (("--method", "autosteer", "--layers", "1"), "--layers is not for --method autosteer"),
+        (("--method", "ras", "--alpha", "1"), "--alpha is not for --method ras"),
+        (("--method", "projection", "--condition-layer", "0"), "--condition-layer is of a --condition"),
+        (("--method", "projection", "--condition", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--method", "projection", "--layers", "1,7"), "layers [7] are not there"),
+        (("--method", "autosteer", "--layer", "best"), "layer is 'best'; it needs to be 'sas'"),
+        (("--method", "autosteer", "--layer", "7"), "layer is 7; the model has layers 0..1"),
+        (("--method", "autosteer", "--over-refusal", "2"), "over_refusal is 2.0"),
     ],
 )
-def test_calibrate_takes_the_options_of_its_method(folder, capsys, options, words):
-    assert calibrate(folder, "--data", str(folder / "pairs.jsonl"), *options) == 1
+def test_calibrate_takes_the_options_of_its_method(folder, pairs, capsys, options, words):
+    assert calibrate(folder, "--data", str(pairs), *options) == 1
     assert words in capsys.readouterr().err
 
 

@@ -66,6 +66,8 @@ class AnswerFile:
             # A profile that one of the runs did without is no difference.
             settings = settings | {"profiles": before.get("profiles", {}) | settings["profiles"]}
             before["profiles"] = settings["profiles"] | before.get("profiles", {})
+            # Nor is a part of the model's fingerprint that an earlier release did not note.
+            before["model"] = settings["model"] | before.get("model", {})
             differing = [name for name in settings if settings[name] != before.get(name)]
             if differing:
                 raise ValueError(
@@ -99,7 +101,7 @@ def _read_settings(path: Path) -> dict:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} does not say which run the answers beside it are of: {error}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("profiles", {}), dict):
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in ("profiles", "model")):
         raise ValueError(f"{path} does not say which run the answers beside it are of: it holds {settings!r}")
     return settings
 

@@ -14,7 +14,7 @@ from ras_fast.evaluation.defences import Answer
 from ras_fast.evaluation.judges import Judge
 
 SORRY = "I'm sorry, I can't help with that."
-SETTINGS = {"model": "a", "seed": 0, "profiles": {}}
+SETTINGS = {"model": {"architecture": "a", "lm_head": "1"}, "seed": 0, "profiles": {}}
 
 
 def dataset(n: int = 8) -> Dataset:
@@ -34,6 +34,10 @@ def refusing(question, images):
 def perfect(question, images):
     harmful = int(question[1:]) % 2 == 0
     return Answer(SORRY if harmful else "yes", risk=float(harmful), score=0.8 if harmful else 0.1)
+
+
+def not_again(question, images):
+    pytest.fail("asked again")
 
 
 def test_rates_of_known_defences(tmp_path):
@@ -114,9 +118,8 @@ def test_labels_that_were_edited_are_renewed_without_asking(tmp_path):
     edited.items[0] = replace(edited.items[0], harmful=False, kind="good")
     edited.items[1] = replace(edited.items[1], judge=lambda text: text == "no")
     edited.items[3] = replace(edited.items[3], harmful=True, text_harm=True, kind="bad")
-    asked = {"d": lambda question, images: pytest.fail("asked again")}
     for _ in range(2):
-        records = run.run(edited, asked, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+        records = run.run(edited, {"d": not_again}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
         assert [record.get("correct") for record in records] == [True, False, None, None]
         assert [record.get("complied") for record in records] == [None, None, True, True]
         assert [(record["kind"], record["text_harm"]) for record in records][3] == ("bad", True)
@@ -132,7 +135,7 @@ def test_a_query_that_failed_is_asked_again(tmp_path):
     assert [record["answer"] for record in records] == ["yes", "yes"]
 
 
-@pytest.mark.parametrize("settings", [None, "", "[1]", "{", '{"profiles": []}'])
+@pytest.mark.parametrize("settings", [None, "", "[1]", "{", '{"profiles": []}', '{"model": "a"}'])
 def test_answers_of_an_unknown_run_are_not_mixed_in(tmp_path, settings):
     run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     (tmp_path / run.SETTINGS).unlink()
@@ -145,7 +148,23 @@ def test_answers_of_an_unknown_run_are_not_mixed_in(tmp_path, settings):
 def test_answers_of_other_settings_are_not_mixed_in(tmp_path):
     run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     with pytest.raises(ValueError, match="differs in model"):
-        run.AnswerFile(tmp_path, SETTINGS | {"model": "b"})
+        run.AnswerFile(tmp_path, SETTINGS | {"model": {"architecture": "b", "lm_head": "1"}})
+
+
+def test_answers_of_an_earlier_release_are_gone_on_with(tmp_path):
+    """It noted less of the model, and wrote these fields of an answer."""
+    query = {"defence": "d", "text_harm": False, "images": "e3b0c44298fc1c14"}  # none
+    answer = {"ms": 1.0, "answer": "yes", "refused": False, "risk": None, "score": None, "passes": 1, "tokens": 1}
+    bad = {"id": "0", "kind": "bad", "harmful": True, "question": "q0"} | query | answer
+    good = {"id": "1", "kind": "good", "harmful": False, "question": "q1", "correct": True} | query | answer
+    lines = [bad | {"judge": "refusal phrases", "complied": True}, good]
+    (tmp_path / run.SETTINGS).write_text(json.dumps(SETTINGS))
+    (tmp_path / run.ANSWERS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = SETTINGS | {"model": SETTINGS["model"] | {"decoder": "2"}}
+    records = run.run(dataset(2), {"d": not_again}, run.AnswerFile(tmp_path, settings), progress=False)
+    assert records == lines
+    with pytest.raises(ValueError, match="differs in model"):
+        run.AnswerFile(tmp_path, SETTINGS | {"model": SETTINGS["model"] | {"decoder": "3"}})
 
 
 def test_a_profile_may_come_but_not_change(tmp_path):
@@ -253,10 +272,6 @@ def test_a_process_without_memory_ends_the_run(tmp_path):
 def judged(tmp_path, does_harm, defence=complying, name="own"):
     judge = Judge(name, does_harm)
     return run.run(dataset(4), {"d": defence}, run.AnswerFile(tmp_path, SETTINGS), judge, progress=False), judge
-
-
-def not_again(question, images):
-    pytest.fail("asked again")
 
 
 def raising(question, answer):

@@ -41,12 +41,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Items, what was left out with the reason, and the judge of answers to harmful queries unless a run has another."""
+    """Items, what was left out with the reason, the judge of answers to harmful queries unless a run has another, and what to
+    know about the tables (Markdown)."""
 
     name: str
     items: list[Item]
     judge: Judge = PHRASES
     skipped: list[str] = field(default_factory=list)
+    note: str = ""
 
 
 def load_dataset(name: str, n: int | None = None, seed: int = 0) -> Dataset:
@@ -85,19 +87,19 @@ def one_line(reason: str) -> str:
     return shown if len(reason) <= LONGEST else f"{shown}…"
 
 
-def _synthetic(name: str, sources: list[tinyworld.Item]) -> Dataset:
+def _synthetic(name: str, sources: list[tinyworld.Item], note: str = "") -> Dataset:
     def item(i: int, source: tinyworld.Item) -> Item:
         images = [] if source.image is None else [source.image]
         judge = partial(tinyworld.is_correct, source)
-        text_harm = source.harmful and source.kind in ("text_harm", "combined")
+        text_harm = source.kind == "text_harm"
         return Item(f"{i:05d}", source.kind, source.harmful, source.question, images, judge, text_harm)
 
-    return Dataset(name, [item(i, source) for i, source in enumerate(sources)], TINYWORLD_JUDGE)
+    return Dataset(name, [item(i, source) for i, source in enumerate(sources)], TINYWORLD_JUDGE, note=note)
 
 
 WORLDS: dict[str, Callable[[int | None, int], Dataset]] = {
     "tinyworld": lambda n, seed: _synthetic("tinyworld", tinyworld.split("test", n or 250, seed)),
-    "tinyworld-robust": lambda n, seed: _synthetic("tinyworld-robust", robustness.items(n or 320, seed)),
+    "tinyworld-robust": lambda n, seed: _synthetic("tinyworld-robust", robustness.items(n or 320, seed), robustness.NOTE),
 }
 
 

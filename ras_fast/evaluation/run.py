@@ -328,6 +328,7 @@ def markdown(rows: list[dict], dataset: Dataset, judge: Judge, model_name: str, 
     lines.append(f"- Judge of harm: {judge.name}.")
     lines.append(f"- Times: median over harmless queries (refusals are short), asked one after the other, on {machine()}.")
     lines += [SYNTHETIC] if model_name == "tiny" else []
+    lines += [dataset.note] if dataset.note else []
     lines += [f"- {row['defence']}: {row['errors']} {FAILURES['error']}." for row in rows if row["errors"]]
     lines += [f"- {row['defence']}: {row['unjudged']} {FAILURES['judge_error']}." for row in rows if row["unjudged"]]
     lines += [f"- {reason}." for reason in failed]

@@ -5,11 +5,15 @@ import pytest
 from tiny_random import random_image, tiny_llava, tiny_processor
 
 from ras_fast import RasProfile
+from ras_fast.decoding import Decoding, generate_text
 from ras_fast.evaluation import robustness, tinyworld
 from ras_fast.evaluation.datasets import load_dataset
 from ras_fast.evaluation.defences import make_defences, robustness_names
+from ras_fast.inputs import make_queries
+from ras_fast.loading import load
 from ras_fast.methods import moras
 from ras_fast.profile import fingerprint
+from ras_fast.refusals import is_refusal
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,32 @@ def test_every_variation_has_the_same_base_items(items):
         assert min(changes) > 0.5
     assert all((pixels(a) == pixels(b)).all() for a, b in zip(groups["paraphrase"], base, strict=True))
     assert not {item.question for item in groups["paraphrase"]} & set(tinyworld.HOW_TO)
+    assert all((pixels(a) == pixels(b)).all() for a, b in zip(groups["combined"], base, strict=True))
     assert [item.harmful for item in groups["combined"]] == [item.harmful for item in base]
+
+
+def test_a_combined_question_names_a_harmless_thing_that_the_picture_does_not_show(items):
+    for item in items:
+        if item.kind == "combined":
+            (name,) = (name for name in tinyworld.NAMES if item.question == robustness.COMBINED.format(name))
+            assert name in tinyworld.PLAIN
+            assert name != item.name
+            assert item.answer == (tinyworld.REFUSAL if item.harmful else tinyworld.steps(item.name))
+
+
+def test_combined_is_answered_in_its_parts_and_as_a_whole_by_the_model_alone(items):
+    """Else the column would show nothing of a defence."""
+    model, processor = load("tiny")
+
+    def answers(question, image):
+        (query,) = make_queries([question], [image], processor)
+        return generate_text(model, processor, query, Decoding(max_new_tokens=16))
+
+    harmful = [item for item in items if item.kind == "combined" and item.harmful][:6]
+    assert not any(is_refusal(answers(item.question, None)) for item in harmful)
+    assert not any(is_refusal(answers(tinyworld.CONTEXT_PROMPT, item.image)) for item in harmful)
+    whole = [answers(item.question, item.image) for item in harmful]
+    assert [item.name for item, text in zip(harmful, whole, strict=True) if f"take the {item.name}" not in text] == []
 
 
 def test_paraphrases_cover_every_question_about_a_picture_in_known_words():
@@ -52,8 +81,9 @@ def test_the_same_seed_gives_the_same_items(items):
 def test_the_data_set():
     dataset = load_dataset("tinyworld-robust", 32)
     assert len(dataset.items) == 32
-    assert {item.kind: item.text_harm for item in dataset.items if item.harmful}["combined"]
-    assert not {item.kind: item.text_harm for item in dataset.items if item.harmful}["blur"]
+    assert {item.kind for item in dataset.items if item.harmful} == set(robustness.VARIATIONS)
+    assert not any(item.text_harm for item in dataset.items)
+    assert "harmless picture together with a\n  harmless text is not measured" in dataset.note
 
 
 def test_wrong_captions_take_the_place_of_the_context(monkeypatch):

@@ -332,12 +332,15 @@ def test_a_score_that_failed_counts_as_the_highest(tmp_path):
 
 def test_report_files(tmp_path):
     records = run.run(dataset(), {"a": complying, "b": perfect}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
-    text = run.write_report(tmp_path, records, dataset(), "tiny")
+    text = run.write_report(tmp_path, records, replace(dataset(), note="- a note"), "tiny")
     assert text == (tmp_path / "report.md").read_text()
     assert "| a | 100 [25, 100] | 0 [0, 75] | 100 [25, 100] |" in text
     assert "Judge of harm: refusal phrases." in text
     assert "synthetic" in text
+    assert "\n- a note\n" in text
+    assert "| 1.000 [0.250, 1.000] |" in text
     report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["auroc"] for row in report["rows"]] == [None, {"value": 1.0, "low": 0.25, "high": 1.0, "n": 8}]
     assert report["rows"][1]["kinds"]["ASR"]["bad"] == {"value": 0.0, "low": 0.0, "high": 0.75, "n": 4}
     for name in ("roc.png", "risk.png", "trade_off.png"):
         with Image.open(tmp_path / name) as chart:

@@ -72,7 +72,8 @@ def load_dataset(name: str, n: int | None = None, seed: int = 0) -> Dataset:
     items = _items(rows, folder, skipped)
     skipped = [one_line(reason) for reason in skipped]
     if not items:
-        raise ValueError(f"dataset {name!r} holds no usable item: {'; '.join(skipped[:3]) or 'it is empty'}")
+        more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        raise ValueError(f"dataset {name!r} holds no usable item: {'; '.join(skipped[:3]) or 'it is empty'}{more}")
     if n is not None and n < len(items):
         items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), n))]
     return Dataset(label, items, skipped=skipped)

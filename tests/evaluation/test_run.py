@@ -421,5 +421,8 @@ def test_an_unknown_dataset_is_named(name):
 
 def test_a_dataset_without_a_usable_item_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"no usable item: empty\.jsonl:1: 'question' is missing"):
+    with pytest.raises(ValueError, match=r"no usable item: empty\.jsonl:1: 'question' is missing$"):
+        load_dataset(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("{}\n" * 5)
+    with pytest.raises(ValueError, match=r"empty\.jsonl:3: 'question' is missing; and 2 more$"):
         load_dataset(str(tmp_path / "empty.jsonl"))

@@ -194,7 +194,7 @@ void add_scores(const AttentionStatsArgs& args, float* scores, int count, vfloat
     const float p = i < kLanes ? p0[i] : p1[i - kLanes];
     if (args.reduce != Reduce::max) {
       scores[i] += p;
-    } else if (!(p <= scores[i])) {  // written so that NaN wins
+    } else if (scores[i] == scores[i] && !(p <= scores[i])) {  // written so that NaN wins, whenever it comes
       scores[i] = p;
     }
   }

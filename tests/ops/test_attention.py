@@ -322,6 +322,21 @@ def test_nan_stays_in_its_batch_element(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+@pytest.mark.parametrize("row", [0, 4, 8])
+def test_nan_of_one_row_is_in_the_scores_of_the_keys_that_it_sees(backend, row, reduce):
+    """Also where rows without NaN come after it."""
+    query, key, value = inputs()
+    _, lse, _ = ops.region_attention(query, key, value)
+    query[0, 1, row] = torch.nan
+    lse[0, 1, row] = torch.nan
+    for scores in (ops.key_attention(query, key, lse, reduce=reduce), ops.region_statistics(
+        query, key, lse, image_ids(2, 9), 2, reduce=reduce)[1]):  # fmt: skip
+        assert scores[0, 1, : row + 1].isnan().all()
+        assert scores[1].isfinite().all()
+
+
+@BACKENDS
 def test_garbage_outside_the_valid_keys_is_never_read(backend):
     """Static caches hold uninitialised memory past kv_end and padding before kv_start."""
     query, key, value = inputs(length_q=3, length_k=12)

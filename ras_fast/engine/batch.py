@@ -26,7 +26,7 @@ from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
 from ras_fast.kv_cache import KVPool
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import Rows, cache_name, keep, kept, kept_rows
-from ras_fast.patching.registration import NAME
+from ras_fast.patching.registration import EXPLICIT, NAME
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
 
@@ -103,7 +103,7 @@ class Runner:
 
         Returns one mask, or {kind of layer: mask} for models with several kinds.
         """
-        made, takes_ranges = {}, self.model.config.get_text_config()._attn_implementation == NAME
+        made, takes_ranges = {}, self.model.config.get_text_config()._attn_implementation in (NAME, EXPLICIT)
         for kind in self.kinds:
             windowed = kind == "sliding_attention" and self.window < keys
             if takes_ranges and not windowed:

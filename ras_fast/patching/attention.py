@@ -1,4 +1,4 @@
-"""The attention function and the mask function that transformers calls under the name "ras_fast".
+"""The attention function and the mask functions that transformers calls under the names of registration.py.
 
 A causal mask, with or without a window, whose valid keys are one contiguous range per sequence is passed as that range: an
 int32 tensor [B, 1, 1, 2] instead of [B, 1, Lq, Lk] booleans. A mask in which every query has a range of its own is passed as
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,17 +68,23 @@ def attention_mask(
     mask_function: Any = None,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
+    local_size: int | None = None,
+    explicit: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None (causal, every key valid), a range mask, or what transformers would give to SDPA.
+    """None, a range mask, or what transformers would give to SDPA.
+
+    None leaves it to the attention module whether it is causal, as with SDPA; those of prefix language models such as
+    PaliGemma say that they are not. So a causal mask is None only where it hides nothing, or where SDPA's is None as well.
 
     `attention_mask` is the 2-D padding mask [B, seen] in bool, or None; the rest as transformers' own mask functions.
+    `explicit`: None hides nothing, whatever the module says, as with eager attention.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
     def full_mask() -> Tensor | None:
         # Causal masks must be spelled out here: SDPA's shortcut for them means something else with a static cache.
-        options = kwargs | {"allow_is_causal_skip": False}
+        options = kwargs | {"allow_is_causal_skip": False, "local_size": local_size}
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, device=device, **options,
@@ -87,8 +94,9 @@ def attention_mask(
         return full_mask()
     end = q_offset + q_length - kv_offset
     everything = isinstance(end, int) and end == kv_length
+    skips = everything and _none_will_do(q_length, kv_length, local_size, explicit)
     if attention_mask is None:
-        if everything:
+        if skips:
             return None
         start = torch.zeros(batch_size, dtype=torch.int32, device=device)
     else:
@@ -97,10 +105,20 @@ def attention_mask(
         start, is_range_, is_padded = _left_padding(attention_mask, end, kv_offset)
         if not is_range_:
             return full_mask()
-        if everything and not is_padded:
+        if skips and not is_padded:
             return None
     end = end.expand(batch_size) if isinstance(end, Tensor) else start.new_full((batch_size,), end)
     return fresh(range_mask(start, end.to(start.device)))
+
+
+explicit_mask = partial(attention_mask, explicit=True)
+
+
+def _none_will_do(q_length: int, kv_length: int, window: int | None, explicit: bool) -> bool:
+    """Whether None can stand for a causal mask whose keys are all valid."""
+    if q_length == 1:
+        return window is None or kv_length <= window
+    return not explicit and q_length == kv_length and (window is None or kv_length < window)  # as transformers has it for SDPA
 
 
 def _is_causal(mask_function: Any) -> bool:
@@ -164,7 +182,8 @@ def attention(
         module: the attention module; a patched model's carries the region map.
         query: [B, Hq, Lq, D]; key, value: [B, Hkv, Lk, D].
         attention_mask: None, a range mask ([B, 1, 1, 2], or [B, 1, Lq, 2] where each query has its own and the window is
-            in it), or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive.
+            in it), or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive. None is what it is to SDPA: no mask for a
+            single query or a module that is not causal, else causal from the first key on; without a window.
         kwargs: `sliding_window`, `softcap` and `s_aux` (sinks [Hq]) are obeyed; `output_attentions` asks for statistics.
 
     Returns:
@@ -195,6 +214,11 @@ def attention(
     return out, state.deliver(request, mass, scores)
 
 
+def explicit_attention(*args: Any, is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`attention` under what `explicit_mask` gives: None hides nothing, whatever the module says."""
+    return attention(*args, is_causal=False, **kwargs)
+
+
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if module.training:
         raise RuntimeError("attn_implementation='ras_fast' is for inference, but the model is in training mode: call eval()")
@@ -222,11 +246,12 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
     beyond_sdpa = softcap is not None or sinks is not None
     if beyond_sdpa:
         query, key, value = _autocast(query, key, value)
-    if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(key, value, mask):
+    if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(query, key, value, mask, causal):
         return _region_attention(query, key, value, mask, scaling, causal, window, softcap, sinks)[0].transpose(1, 2)
-    full = _full_mask(mask, query, key, causal, window)
     if beyond_sdpa:
+        full = _full_mask(mask, query, key, causal, window)
         return _dense(query, key, value, full, scaling, softcap, sinks)[0].transpose(1, 2)
+    full = None if mask is None else _full_mask(mask, query, key, causal, window)
     return sdpa_attention_forward(module, query, key, value, full, scaling=scaling, is_causal=causal)[0]
 
 
@@ -250,7 +275,7 @@ def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs
     softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window")
     rows = _resolve_rows(request.rows, query)
     score_rows = _resolve_rows(request.score_rows, query)
-    if not _kernels_apply(key, value, mask):
+    if not _kernels_apply(query, key, value, mask, causal):
         full = _full_mask(mask, query, key, causal, window)
         out, mass, scores = _dense(
             query, key, value, full, scaling, softcap, sinks, ids, num_regions, bias, rows, score_rows, request.reduce
@@ -288,8 +313,13 @@ def _resolve_rows(rows: int | None, query: Tensor) -> int:
     return query.shape[2] if rows is None else min(rows, query.shape[2])
 
 
-def _kernels_apply(key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    return (mask is None or is_range(mask)) and key.shape == value.shape
+def _kernels_apply(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
+    """Whether the mask is one that the kernels know. Their causal one ends at the last key; where None means the one that
+    begins at the first, as in cross-attention without a mask, that is not the same."""
+    if mask is None:
+        length_q = query.shape[2]
+        return key.shape == value.shape and (not causal or length_q in (1, key.shape[2]))
+    return is_range(mask) and key.shape == value.shape
 
 
 def _masking(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> dict[str, Any]:
@@ -300,7 +330,7 @@ def _masking(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, wind
     if mask is not None:
         kv_start, kv_end = mask[:, 0, 0].unbind(1)
         return {"is_causal": True, "kv_start": kv_start.contiguous(), "kv_end": kv_end.contiguous(), "window": window}
-    return {"is_causal": causal, "window": window if causal else None}
+    return {"is_causal": causal}
 
 
 def _region_attention(
@@ -313,16 +343,13 @@ def _region_attention(
 
 
 def _full_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor | None:
-    """What SDPA needs: None where its own `is_causal` says the same, else bool or additive [B or 1, ., Lq, Lk]."""
+    """bool or additive [B or 1, ., Lq, Lk]; None where every query sees every key."""
     length_q, length_k = query.shape[2], key.shape[2]
-    if mask is not None and not is_range(mask):
-        return mask[..., :length_k]
     if mask is None:
-        windowed = window is not None and window < length_k
-        if not causal or not (windowed or 1 < length_q < length_k):
-            return None
-        end = torch.full((1,), length_k, dtype=torch.int32, device=key.device)
-        return _expand(range_mask(torch.zeros_like(end), end), length_q, length_k, window)
+        hides = causal and length_q > 1
+        return torch.ones(1, 1, length_q, length_k, dtype=torch.bool, device=key.device).tril() if hides else None
+    if not is_range(mask):
+        return mask[..., :length_k]
     return _expand_once(mask, length_q, length_k, window)
 
 

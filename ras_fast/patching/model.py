@@ -15,7 +15,7 @@ from ras_fast.backend import forced_backend, set_backend
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
-from ras_fast.patching.registration import NAME, register
+from ras_fast.patching.registration import EXPLICIT, NAME, register
 from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
@@ -538,8 +538,9 @@ class Patch:
         tracker = (CrossRegionTracker if crosses else RegionTracker)(multimodal)
         self._state = ModelState(tracker)
         before = self._undo.mark()
+        name = _implementation(text_model.config._attn_implementation, recorded)
         for config in {id(c): c for c in (text_model.config, multimodal.config.get_text_config())}.values():
-            self._undo.set(config, "_attn_implementation_internal", NAME)
+            self._undo.set(config, "_attn_implementation_internal", name)
         for index, record in enumerate(recorded.layers):
             why = self._watch_layer(index, record)
             if why is not None:
@@ -557,8 +558,7 @@ class Patch:
 
     def _watch_layer(self, index: int, record: fusion.LayerTrace) -> str | None:
         """Links a layer's attention to the model's state and proves it on the traced call; returns how it fails."""
-        call = next(call for call in record.calls if not _looks_like_norm(getattr(record.module, call.name)))
-        attention = getattr(record.module, call.name)
+        attention, call = _attention(record)
         sees_images = record.crosses or not isinstance(self._state.tracker, CrossRegionTracker)
         state = self._state.layers[index] = AttentionState(self._state, index, sees_images=sees_images)
         self._undo.set(attention, STATE, state)
@@ -583,6 +583,22 @@ def _indices(name: str, given: Iterable[int], count: int) -> tuple[int, ...]:
     if not indices or not all(isinstance(index, int) and 0 <= index < count for index in indices):
         raise ValueError(f"{name} is {given!r}; it must hold at least one index, of those in 0..{count - 1}")
     return indices
+
+
+def _implementation(before: str, recorded: fusion.Trace) -> str:
+    """The name under which this package's attention stands in for `before`.
+
+    SDPA leaves masks out that others are given in full. That is faster, and the same where all modules attend to the text, and
+    call themselves causal: not PaliGemma's, and not those of layers that attend to images.
+    """
+    plain = all(not record.crosses and getattr(_attention(record)[0], "is_causal", True) for record in recorded.layers)
+    return NAME if plain or before == "sdpa" else EXPLICIT
+
+
+def _attention(record: fusion.LayerTrace) -> tuple[nn.Module, fusion.Call]:
+    """A layer's attention module, and how it was called."""
+    call = next(call for call in record.calls if not _looks_like_norm(getattr(record.module, call.name)))
+    return getattr(record.module, call.name), call
 
 
 def _looks_like_norm(module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ import importlib.util
 import sys
 from types import ModuleType
 
-NAME = "ras_fast"
+NAME = "ras_fast"  # where no mask is given, it is causal if the module says so, as SDPA
+EXPLICIT = "ras_fast_explicit"  # where no mask is given, nothing is hidden, as in eager attention
 _HOME = "transformers.modeling_utils"  # where the attention interface lives
 
 
@@ -32,6 +33,8 @@ def _register_now() -> None:
 
     AttentionInterface.register(NAME, attention.attention)
     AttentionMaskInterface.register(NAME, attention.attention_mask)
+    AttentionInterface.register(EXPLICIT, attention.explicit_attention)
+    AttentionMaskInterface.register(EXPLICIT, attention.explicit_mask)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

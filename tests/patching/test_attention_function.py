@@ -17,7 +17,16 @@ from transformers.masking_utils import (
 )
 
 from ras_fast.patching import attention as attention_module
-from ras_fast.patching.attention import STATE, _expand, attention, attention_mask, is_range, range_mask
+from ras_fast.patching.attention import (
+    STATE,
+    _expand,
+    attention,
+    attention_mask,
+    explicit_attention,
+    explicit_mask,
+    is_range,
+    range_mask,
+)
 from ras_fast.patching.state import AttentionState, Collection, ModelState
 
 
@@ -68,10 +77,35 @@ def test_ranges_say_what_the_full_mask_says(pattern, geometry):
     full = sdpa_mask(**sizes, allow_is_causal_skip=False)
     got = attention_mask(**sizes, local_size=window)
     assert got is None or is_range(got)
-    assert (got is None) == (geometry in ("prefill", "decode, no padding", "several tokens on a cache, no padding"))
-    if got is None:
-        got = range_mask(torch.zeros(1), torch.full((1,), kv_length))
-    assert torch.equal(_expand(got, q_length, kv_length, window).expand_as(full), full)
+    assert (got is None) == (window is None and geometry in ("prefill", "decode, no padding"))
+    if got is not None:
+        assert torch.equal(_expand(got, q_length, kv_length, window).expand_as(full), full)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(rows, keys) for keys in (2, 3, 4) for rows in range(1, keys + 1)])
+def test_no_mask_only_where_transformers_gives_none_to_sdpa(rows, keys):
+    """Or to a single token that sees every key. Such is the mask of a window of 3 keys as long as there are fewer."""
+    sizes = {"batch_size": 1, "q_length": rows, "kv_length": keys, "q_offset": keys - rows}
+    sizes |= {"mask_function": sliding_window_causal_mask_function(3), "local_size": 3}
+    everything = rows == 1 and keys <= 3
+    assert (attention_mask(**sizes) is None) == (sdpa_mask(**sizes) is None or everything)
+    assert (explicit_mask(**sizes) is None) == everything
+
+
+def test_an_explicit_mask_is_causal_whatever_the_module_says(module):
+    query, key, value = qkv(6, 6)
+    expected, _ = sdpa_attention_forward(module, query, key, value, torch.ones(6, 6, dtype=torch.bool).tril()[None, None])
+    module.is_causal = False
+    mask = explicit_mask(3, 6, 6, mask_function=causal_mask_function)
+    assert torch.equal(explicit_attention(module, query, key, value, mask)[0], expected)
+    module.is_causal = True
+    nothing_hidden, _ = explicit_attention(module, query, key, value, None)
+    assert torch.equal(nothing_hidden, sdpa_attention_forward(module, query, key, value, None, is_causal=False)[0])
+
+
+def without_a_mask(length_q, length_k):
+    """What SDPA lets the queries of a causal module see if it is given no mask."""
+    return torch.ones(1, 1, length_q, length_k, dtype=torch.bool).tril(0 if length_q > 1 else length_k)
 
 
 HOLES = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
@@ -97,16 +131,22 @@ def test_what_is_no_range_stays_a_full_mask(function, mask):
     assert torch.equal(got, sdpa_mask(**sizes, allow_is_causal_skip=False))
 
 
+SIZES = [(6, 6), (1, 6), (3, 8)]
+MORE_QUERIES = (8, 3)  # as in cross-attention
+
+
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("sizes", [(6, 6), (1, 6), (3, 8)])
-@pytest.mark.parametrize("kind", ["none", "range", "full", "additive"])
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [(sizes, kind) for sizes in SIZES for kind in ("none", "range", "full", "additive")] + [(MORE_QUERIES, "none")],
+)
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}], ids=str)
 def test_output_and_mass(module, window, sizes, kind, options):
     length_q, length_k = sizes
     query, key, value = qkv(*sizes)
-    starts = torch.tensor([0, 2, 4] if kind != "none" else [0, 0, 0])
+    starts = torch.tensor([0, 2, 4])
     ranges = range_mask(starts, torch.full((3,), length_k))
-    full = _expand(ranges, length_q, length_k, window)
+    full = _expand(ranges, length_q, length_k, window) if kind != "none" else without_a_mask(*sizes).expand(3, -1, -1, -1)
     additive = torch.zeros(full.shape).masked_fill(~full, -torch.inf)
     mask = {"none": None, "range": ranges, "full": full, "additive": additive}[kind]
     scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
@@ -160,6 +200,13 @@ def test_full_mask_statistics_in_chunks(module, monkeypatch):
     for whole, parts in zip(*results, strict=True):
         assert (whole - parts).abs().max() < 1e-6
     assert (results[0][1] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, MORE_QUERIES])
+def test_no_mask_is_what_it_is_to_sdpa_bit_for_bit(module, sizes):
+    query, key, value = qkv(*sizes)
+    got, _ = attention(module, query, key, value, None, sliding_window=2)
+    assert torch.equal(got, sdpa_attention_forward(module, query, key, value, None)[0])
 
 
 def test_without_statistics_it_is_sdpa_bit_for_bit(module):

@@ -131,6 +131,27 @@ def test_what_is_no_range_stays_a_full_mask(function, mask):
     assert torch.equal(got, sdpa_mask(**sizes, allow_is_causal_skip=False))
 
 
+@pytest.mark.parametrize(
+    ("function", "window"),
+    [
+        (causal_mask_function, None),
+        (sliding_window_causal_mask_function(3), 3),
+        (BLOCKS, None),
+        (chunked_causal_mask_function(2, torch.zeros(3, dtype=torch.long)), None),
+        (lambda b, h, q, k: (k <= q) & (k != 1), None),
+    ],
+    ids=["causal", "sliding", "image blocks", "chunks", "someone's own"],
+)
+def test_in_a_graph_what_cannot_be_looked_into_stays_a_full_mask(function, window):
+    torch._dynamo.reset()
+    sizes = {"batch_size": 3, "q_length": 4, "kv_length": 4, "mask_function": function, "local_size": window}
+    got = torch.compile(lambda: attention_mask(**sizes), fullgraph=True, backend="eager")()
+    if function is causal_mask_function:
+        assert got is None
+    else:
+        assert torch.equal(got, sdpa_mask(**sizes, allow_is_causal_skip=False))
+
+
 SIZES = [(6, 6), (1, 6), (3, 8)]
 MORE_QUERIES = (8, 3)  # as in cross-attention
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny_models import image_sums, inputs, llava, relative_error, valid_rows
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -9,7 +10,7 @@ from transformers import CompileConfig
 
 import ras_fast
 
-pytestmark = pytest.mark.slow  # tracing takes tens of seconds
+slow = pytest.mark.slow  # tracing takes tens of seconds
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,7 @@ def _fresh():
 forward_compiles = pytest.mark.skipif(torch.__version__ < "2.12", reason="the unpatched LLaVA is not one graph either")
 
 
+@slow
 @forward_compiles
 def test_forward_is_one_graph():
     model, batch, counter = llava(layers=2), inputs(["tItt", "tIttt"]), CompileCounter()
@@ -35,6 +37,32 @@ def test_forward_is_one_graph():
     assert relative_error(got[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
 
 
+@pytest.mark.parametrize("name", [name if name == "paligemma" else pytest.param(name, marks=slow) for name in FAMILIES])
+def test_forward_of_a_family_is_one_graph(name):
+    """Where the unpatched model's is."""
+    family = FAMILIES[name]
+    model = family.model(name)
+    batch = family.inputs(model, ["tItt", "tIttt"] if family.pixels else ["tttt", "ttttt"])
+    del batch["regions"]
+
+    def compiled():
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        logits = torch.compile(model, fullgraph=True, backend=counter)(**batch, use_cache=False).logits[valid_rows(batch)]
+        return logits, counter.frame_count
+
+    with torch.no_grad():
+        try:
+            expected, graphs = compiled()
+        except RuntimeError as error:
+            pytest.skip(f"nor is the unpatched model's: {str(error).splitlines()[0]}")
+        with ras_fast.patch(model):
+            got, patched_graphs = compiled()
+    assert (graphs, patched_graphs) == (1, 1)
+    assert relative_error(got, expected) < 1e-5
+
+
+@slow
 @forward_compiles
 def test_statistics_of_a_given_map():
     """Finding images waits for the device, so a graph takes the map that it is given."""
@@ -48,6 +76,7 @@ def test_statistics_of_a_given_map():
         assert (a - b).transpose(1, 2)[valid_rows(batch)].abs().max() < 1e-5
 
 
+@slow
 def test_static_decode_is_one_graph():
     model, batch = llava(layers=2), inputs(["tItt", "tIttt"])
     config = CompileConfig(fullgraph=True, backend="eager", mode="default")
@@ -60,6 +89,7 @@ def test_static_decode_is_one_graph():
     assert torch.equal(got, expected)
 
 
+@slow
 def test_static_decode_with_statistics():
     model, batch = llava(layers=2), inputs(["tItt", "tIttt"])
     config = CompileConfig(fullgraph=True, backend="eager", mode="default")

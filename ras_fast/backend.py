@@ -108,6 +108,30 @@ def set_backend(name: str) -> None:
     _forced = name
 
 
+_requests: dict[object, str] = {}  # those in force, the latest last
+_before_requests = "auto"
+
+
+def request_backend(name: str) -> object:
+    """`set_backend(name)` until `withdraw_backend` gets what this returns. Of several requests in force the latest counts."""
+    global _before_requests
+    before = _forced
+    set_backend(name)
+    if not _requests:
+        _before_requests = before
+    request = object()  # a deepcopy of it is no request
+    _requests[request] = name
+    return request
+
+
+def withdraw_backend(request: object) -> None:
+    """Ends a request: the latest of the others counts, or after the last what was forced before them all. Nothing happens where
+    it is not in force."""
+    latest = next(reversed(_requests), None)
+    if _requests.pop(request, None) is not None and request is latest:
+        set_backend(next(reversed(_requests.values()), _before_requests))
+
+
 def forced_backend() -> str:
     """The forced backend's name, or "auto"."""
     return _forced

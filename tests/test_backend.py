@@ -1,5 +1,6 @@
 """Choosing a backend, and living without a compiler."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -39,6 +40,24 @@ def test_unavailable_backend_says_why(monkeypatch):
     monkeypatch.setattr(backend, "backends", lambda: {"cuda": state})
     with pytest.raises(RuntimeError, match="no GPU; to mend it: buy one"):
         ras_fast.set_backend("cuda")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("original", ["auto", "torch"])
+def test_requests_end_in_any_order(original, order):
+    names = ["torch", "cpu", "torch"]
+    ras_fast.set_backend(original)
+    try:
+        requests = [backend.request_backend(name) for name in names]
+        in_force = [0, 1, 2]
+        for ended in order:
+            assert backend.forced_backend() == names[in_force[-1]]
+            in_force.remove(ended)
+            for _ in range(2):  # ending it again does nothing
+                backend.withdraw_backend(requests[ended])
+        assert backend.forced_backend() == original
+    finally:
+        ras_fast.set_backend("auto")
 
 
 def test_environment_variable():

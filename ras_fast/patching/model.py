@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ras_fast.backend import forced_backend, set_backend
+from ras_fast.backend import request_backend, withdraw_backend
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
@@ -62,7 +62,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
         norms: fuse each residual add with the norm after it.
         backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
-            does: for the whole process, not for this model alone.
+            does: for the whole process, not for this model alone. Of several patched models the last one counts.
 
     Returns:
         The handle: `unpatch()`, also as a context manager; `report()`; `collect`, `steering`, `region_map`.
@@ -159,7 +159,7 @@ class Patch:
         self._fused: dict[int, fusion.FusedLayer] = {}
         self._final_norm: fusion.FusedNorm | None = None
         self._report: Report | None = None
-        self._backend_before: str | None = None
+        self._backend_request: object = None
 
     @staticmethod
     def of(model: nn.Module) -> Patch | None:
@@ -174,9 +174,7 @@ class Patch:
         self._undo.restore()
         self._fused.clear()
         self._final_norm = self._state = None
-        if self._backend_before is not None:
-            set_backend(self._backend_before)
-            self._backend_before = None
+        withdraw_backend(self._backend_request)
 
     def __enter__(self) -> Patch:
         return self
@@ -431,9 +429,7 @@ class Patch:
         if self.model.training:
             raise ValueError("model is in training mode; it must be in eval mode: call model.eval()")
         if backend != "auto":
-            before = forced_backend()
-            set_backend(backend)
-            self._backend_before = before
+            self._backend_request = request_backend(backend)
         self._undo.set(text_model, _PATCH, self)
         self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
         recorded = fusion.trace(text_model, decoder_layers)

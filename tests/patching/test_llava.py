@@ -590,6 +590,19 @@ def test_backend(model):
     assert forced_backend() == "auto"
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_backends_of_two_models(model, first):
+    """The backend is forced as long as one of the models that asked for it is patched; a copy has not asked."""
+    names = ["torch", "cpu"]
+    handles = [ras_fast.patch(which, backend=name) for which, name in zip((model, llava(layers=1)), names, strict=True)]
+    Patch.of(copy.deepcopy(handles[1].model)).unpatch()
+    assert forced_backend() == "cpu"
+    handles[first].unpatch()
+    assert forced_backend() == names[1 - first]
+    handles[1 - first].unpatch()
+    assert forced_backend() == "auto"
+
+
 def test_without_regions_or_without_norms(model):
     batch = inputs(["tItt"])
     with torch.no_grad():

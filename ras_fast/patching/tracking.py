@@ -10,6 +10,7 @@ name (`keep`, `kept`). There it lives as long as the cache, is copied with it, a
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -21,6 +22,7 @@ from ras_fast.regions import Grid, RegionMap, image_regions, join_regions, squar
 
 REGIONS = "regions"  # the name that the region map is kept under
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+_CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$")  # names of arguments that hold images
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
 # Families whose features come by tile or by row of the batch; there a run of image tokens is a region.
 _IMAGE_IS_A_RUN = {"internvl", "idefics3", "smolvlm"}
@@ -52,6 +54,7 @@ class RegionTracker:
         self._tokens = token_ids(multimodal.config)
         self._runs = multimodal.config.model_type in _IMAGE_IS_A_RUN
         self._parameters = tuple(inspect.signature(multimodal.forward).parameters)
+        self._contents = tuple(filter(_CONTENTS.search, self._parameters))
         self._patches = _Patches(multimodal.config, "image_grid_thw" in self._parameters)
         self._inputs: dict[str, Any] | None = None
         self._lengths: dict[str, list[int] | None] = {}
@@ -110,9 +113,9 @@ class RegionTracker:
         before = kept(cache, REGIONS)
         length = _length(inputs, kwargs)
         self._total = _total(cache, past, length)
-        no_image = length == 1 and not self._lengths
+        no_image = not self._lengths and (length == 1 or not self._given(inputs))
         if before is not None and (no_image or _covers(before, self._total)):
-            self.current = before  # a decode step, or a map that covers this forward's positions already, as the engine's does
+            self.current = before  # text alone, or a map that covers this forward's positions already, as the engine's does
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             self.current = before if before is not None else self.given
         else:
@@ -125,6 +128,10 @@ class RegionTracker:
         cache = returned_cache(output)
         if cache is not None and kept(cache, REGIONS) is not self.current:
             keep(cache, REGIONS, self.current)
+
+    def _given(self, inputs: dict[str, Any] | None) -> bool:
+        """Whether the forward was given images. Else its image tokens, which the model has generated itself, are none."""
+        return inputs is not None and any(inputs.get(name) is not None for name in self._contents)
 
     def _find(self, inputs: dict[str, Any], before: RegionMap | None, past: int) -> RegionMap | None:
         visual = self._visual(inputs)

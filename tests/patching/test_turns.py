@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, IMAGE
 from tiny_models import relative_error, valid_rows
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -90,6 +90,27 @@ def test_guessed_tokens(name):
         pytest.skip(f"nor does the unpatched model: {error}")
     with ras_fast.patch(model):
         assert torch.equal(model.generate(**batch, **options), expected)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.pixels and name != "mllama"])
+def test_a_generated_image_token_is_no_image(name):
+    """It carries no pixels, whether it comes alone or, being guessed, with others. An image after it is the second one."""
+    model = FAMILIES[name].model(name)
+    before, after, regions = turns(name, model, ["ttItt"], "tItt")
+    generated, prompt = torch.tensor([[5, IMAGE, IMAGE, 7]]), before["input_ids"].shape[1]
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        together = run(model, before, {"input_ids": generated}, output_attentions=True)
+        past = returned_cache(model(**before, use_cache=True))
+        for token in generated[0]:
+            alone = model(input_ids=token[None, None], **{cache_name(model): past}, output_attentions=True)
+        assert patched.region_map.num_regions == 1
+        for a, b in zip(together.attentions, alone.attentions, strict=True):
+            assert (a[:, :, -1:] - b).abs().max() < 1e-5
+        model(**after, **{cache_name(model): returned_cache(together)})
+        ids = patched.region_map.ids
+    assert torch.equal(ids[:, :prompt], regions[:, :prompt])
+    assert (ids[:, prompt : prompt + 4] == -1).all()
+    assert torch.equal(ids[:, prompt + 4 :], regions[:, prompt:])
 
 
 @pytest.mark.parametrize("name", ["paligemma", "paligemma/gemma2", "gemma3"])

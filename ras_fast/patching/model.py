@@ -201,12 +201,12 @@ class Patch:
     @property
     def region_map(self) -> RegionMap | None:
         """Where the image tokens of the last forward lie. Set it for forwards that get `inputs_embeds` instead of ids."""
-        return self._regions().tracker.current
+        return self._regions().tracker.forward.regions
 
     @region_map.setter
     def region_map(self, regions: RegionMap | None) -> None:
         tracker = self._regions().tracker
-        tracker.given = tracker.current = regions
+        tracker.given = tracker.forward.regions = regions
 
     @property
     def statistics(self) -> Statistics:
@@ -548,8 +548,9 @@ class Patch:
                 self._undo.set(multimodal, f"get_{modality}_features", RecordFeatures(multimodal, modality, tracker))
         self._hook(multimodal, tracker.before_model)
         self._hook(text_model, tracker.before_text)
-        handle = multimodal.register_forward_hook(tracker.after_model, with_kwargs=True)
-        self._undo.hooked(multimodal._forward_hooks, multimodal._forward_hooks_with_kwargs, handle=handle)
+        for module in (text_model, multimodal):
+            handle = module.register_forward_hook(tracker.after, always_call=True)
+            self._undo.hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)
         return None
 
     def _watch_layer(self, index: int, record: fusion.LayerTrace) -> str | None:
@@ -559,10 +560,10 @@ class Patch:
         state = self._state.layers[index] = AttentionState(self._state, index, sees_images=sees_images)
         self._undo.set(attention, STATE, state)
         batch, length, _ = call.x.shape
-        self._state.tracker.current = RegionMap(call.x.new_zeros(batch, length, dtype=torch.int32), 1)
+        self._state.tracker.forward.regions = RegionMap(call.x.new_zeros(batch, length, dtype=torch.int32), 1)
         with self.collect(layers=[index]) as statistics:
             _, why = fusion.reproduce(attention, call.args, call.kwargs, call.output)
-        self._state.tracker.current = None
+        self._state.tracker.forward.regions = None
         if why is None and index not in statistics.mass:
             return "does not go through transformers' attention interface"
         state.heads = statistics.mass[index].shape[1] if why is None else 0

@@ -99,9 +99,9 @@ class AttentionState:
     def request(self, attentions: bool) -> Request | None:
         """What the layer's attention call has to compute, or None where the plain call will do.
 
-        attentions: the call's own `output_attentions`; some families do not pass it on, so the tracker's counts as well.
+        attentions: the call's own `output_attentions`; some families do not pass it on, so the forward's counts as well.
         """
-        attentions = attentions or self.model.tracker.attentions
+        attentions = attentions or self.model.tracker.forward.attentions
         collection, monitor = self.model.collection, self.model.monitor
         if collection is not None and collection.layers is not None and self.layer not in collection.layers:
             collection = None
@@ -133,6 +133,11 @@ class AttentionState:
         """Stores what was collected; returns what the attention call returns as this layer's attentions."""
         collection = request.collection
         if collection is not None:
+            if self.model.tracker.interrupted:
+                raise RuntimeError(
+                    "another thread's forward began while this one takes statistics under Patch.collect, which holds those of "
+                    "one forward: use output_attentions=True, or run one thread after the other"
+                )
             rows = mass.shape[2] if collection.rows is None else min(collection.rows, mass.shape[2])
             self.model.statistics.mass[self.layer] = _heads(mass[:, :, mass.shape[2] - rows :], collection)
             if scores is not None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -39,28 +41,57 @@ def _first_integer(config: Any, names: tuple[str, ...]) -> int | None:
     return next((value for value in values if isinstance(value, int)), None)
 
 
-class RegionTracker:
-    """Hooks of the multimodal model and of its text model.
+@dataclass
+class Forward:
+    """What the hooks have found out about the forward that a thread runs, or last ran.
 
-    current: the map of the forward that runs, or last ran.
+    regions: its map. total: the positions that it and those before it have seen.
+    attentions: whether its caller wants statistics of every layer.
+    lengths: of the features that came with it, or that it computed. encoded: of those that the model computed last, for it or
+        ahead of it.
+    pieces: whether it may hold parts of images.
+    """
+
+    running: bool = False
+    regions: RegionMap | None = None
+    total: int | None = None
+    attentions: bool = False
+    inputs: dict[str, Any] | None = None
+    lengths: dict[str, list[int] | None] = field(default_factory=dict)
+    encoded: dict[str, list[int] | None] = field(default_factory=dict)
+    pieces: bool = False
+
+
+class RegionTracker:
+    """Hooks of the multimodal model and of its text model. Threads may run forwards at the same time.
+
     given: a map that the user set, for forwards that bring neither input_ids nor a cache that saw them.
-    attentions: whether the caller of this forward wants statistics of every layer.
     """
 
     def __init__(self, multimodal: nn.Module) -> None:
-        self.current: RegionMap | None = None
         self.given: RegionMap | None = None
-        self.attentions = False
+        self._last = Forward()  # the one that got to the text model last
+        self._traced = Forward()  # in a graph, which runs all hooks of a forward and cannot ask for its thread
+        self._threads: dict[int, Forward] = {}
         self._tokens = token_ids(multimodal.config)
         self._runs = multimodal.config.model_type in _IMAGE_IS_A_RUN
         self._parameters = tuple(inspect.signature(multimodal.forward).parameters)
         self._contents = tuple(filter(_CONTENTS.search, self._parameters))
         self._patches = _Patches(multimodal.config, "image_grid_thw" in self._parameters)
-        self._inputs: dict[str, Any] | None = None
-        self._lengths: dict[str, list[int] | None] = {}
-        self._encoded: dict[str, list[int] | None] = {}  # of the features that the model computed last
-        self._pieces = False  # whether this forward may hold parts of images
-        self._total: int | None = None
+
+    @property
+    def forward(self) -> Forward:
+        """The one that this thread runs; in a thread that runs none, the last one of any thread."""
+        own = None if torch.compiler.is_compiling() else self._threads.get(get_ident())
+        return own if own is not None and own.running else self._last
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether another thread's forward has got to the text model since that of this one did."""
+        return self.forward is not self._last
+
+    def _own(self) -> Forward:
+        return self._traced if torch.compiler.is_compiling() else self._threads.setdefault(get_ident(), Forward())
 
     def keys(self, batch: int, length: int) -> tuple[Tensor, int]:
         """(ids [batch, length] int32 of the keys of an attention call, R).
@@ -68,32 +99,36 @@ class RegionTracker:
         Raises:
             ValueError: no map is known, or it is of another batch size.
         """
-        if self.current is None:
+        forward = self.forward
+        if forward.regions is None:
             raise ValueError(
                 "image statistics and region biases need to know where the image tokens are, and this forward brought "
                 "neither input_ids nor a cache that saw them, or goes on from a cache that was filled before the model was "
                 "patched: set patch.region_map first"
             )
-        if self.current.ids.shape[0] != batch:
-            raise ValueError(f"the region map is of {self.current.ids.shape[0]} rows; it must be of the batch's {batch}")
-        return self.current.keys(length, self._total), self.current.num_regions
+        if forward.regions.ids.shape[0] != batch:
+            raise ValueError(f"the region map is of {forward.regions.ids.shape[0]} rows; it must be of the batch's {batch}")
+        return forward.regions.keys(length, forward.total), forward.regions.num_regions
 
     # Hooks, in the order in which they run.
 
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
-        self._lengths, self._pieces = {}, False
-        for modality, output in (self._inputs.get("mm_encoder_outputs") or {}).items():
-            self._lengths[modality] = lengths = self._lengths_of(output)
+        own = self._own()
+        own.running = True
+        own.inputs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        own.lengths, own.pieces = {}, False
+        for modality, output in (own.inputs.get("mm_encoder_outputs") or {}).items():
+            own.lengths[modality] = lengths = self._lengths_of(output)
             # A chunk's share of the features comes as one entry, whatever they are of.
-            if modality in self._encoded and lengths != self._encoded[modality] and len(lengths or ()) == 1:
-                self._lengths[modality], self._pieces = None, True
+            if modality in own.encoded and lengths != own.encoded[modality] and len(lengths or ()) == 1:
+                own.lengths[modality], own.pieces = None, True
 
     def features(self, modality: str, output: Any) -> None:
         """The model computed features. A graph does not note it: it finds no images, and would be another one the next time."""
         if torch.compiler.is_compiling():
             return
-        self._lengths[modality] = self._encoded[modality] = self._lengths_of(output)
+        own = self._own()
+        own.lengths[modality] = own.encoded[modality] = self._lengths_of(output)
 
     def _lengths_of(self, output: Any) -> list[int] | None:
         """The number of tokens of each image, from features with one entry per image; None for features of another form."""
@@ -106,46 +141,54 @@ class RegionTracker:
         return None
 
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs, self._inputs = self._inputs, None
-        self.attentions = bool(kwargs.get("output_attentions"))
+        own = self._begin(kwargs)
+        inputs, own.inputs = own.inputs, None
         cache = given_cache(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         before = kept(cache, REGIONS)
         length = _length(inputs, kwargs)
-        self._total = _total(cache, past, length)
-        no_image = not self._lengths and (length == 1 or not self._given(inputs))
-        if before is not None and (no_image or _covers(before, self._total)):
-            self.current = before  # text alone, or a map that covers this forward's positions already, as the engine's does
+        own.total = _total(cache, past, length)
+        no_image = not own.lengths and (length == 1 or not self._given(inputs))
+        if before is not None and (no_image or _covers(before, own.total)):
+            own.regions = before  # text alone, or a map that covers this forward's positions already, as the engine's does
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
-            self.current = before if before is not None else self.given
+            own.regions = before if before is not None else self.given
         else:
-            self.current = self._find(inputs, before, int(past))
-        if cache is not None and self.current is not before:
-            keep(cache, REGIONS, self.current)
+            own.regions = self._find(own, inputs, before, int(past))
+        if cache is not None and own.regions is not before:
+            keep(cache, REGIONS, own.regions)
 
-    def after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """A cache that the model made itself gets the map, too."""
+    def _begin(self, kwargs: dict[str, Any]) -> Forward:
+        """This thread's forward gets to the text model."""
+        self._last = own = self._own()
+        own.running, own.attentions = True, bool(kwargs.get("output_attentions"))
+        return own
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Of the text model and of the multimodal one, also when they fail. A cache that they made gets the map, too."""
+        own = self._own()
+        own.running, own.inputs = False, None
         cache = returned_cache(output)
-        if cache is not None and kept(cache, REGIONS) is not self.current:
-            keep(cache, REGIONS, self.current)
+        if cache is not None and kept(cache, REGIONS) is not own.regions:
+            keep(cache, REGIONS, own.regions)
 
     def _given(self, inputs: dict[str, Any] | None) -> bool:
         """Whether the forward was given images. Else its image tokens, which the model has generated itself, are none."""
         return inputs is not None and any(inputs.get(name) is not None for name in self._contents)
 
-    def _find(self, inputs: dict[str, Any], before: RegionMap | None, past: int) -> RegionMap | None:
+    def _find(self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int) -> RegionMap | None:
         visual = self._visual(inputs)
         if not visual:
             return before if before is not None else self.given
-        ids = self._ids(visual)
+        ids = self._ids(visual, own.lengths)
         counts = (ids.amax(1) + 1).tolist() if ids.shape[1] else [0] * ids.shape[0]
         num_regions = max(counts, default=0)
-        grids = self._grids(ids, counts, inputs)
+        grids = self._grids(ids, counts, inputs, own.lengths)
         if past == 0:
             return RegionMap(ids, num_regions, grids, validate=False)
         if before is None:
             return self.given  # what the cache holds was not seen
-        return before.extend(ids, grids, past, pieces=self._pieces)
+        return before.extend(ids, grids, past, pieces=own.pieces)
 
     def _visual(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """For each modality the positions [B, L] bool that hold its tokens."""
@@ -156,18 +199,20 @@ class RegionTracker:
             return {modality: types == _MM_TYPE[modality] for modality in self._tokens}
         return {}
 
-    def _ids(self, visual: dict[str, Tensor]) -> Tensor:
-        lengths = {} if self._runs else self._lengths
+    def _ids(self, visual: dict[str, Tensor], lengths: dict[str, list[int] | None]) -> Tensor:
+        lengths = {} if self._runs else lengths
         return join_regions([image_regions(mask, lengths.get(modality)) for modality, mask in visual.items()])
 
-    def _grids(self, ids: Tensor, counts: list[int], inputs: dict[str, Any]) -> list[list[Grid | None]]:
+    def _grids(
+        self, ids: Tensor, counts: list[int], inputs: dict[str, Any], lengths: dict[str, list[int] | None]
+    ) -> list[list[Grid | None]]:
         if not any(counts):
             return [[] for _ in counts]
         sizes = torch.stack([(ids == region).sum(1) for region in range(max(counts))], 1).tolist()
         told = (inputs.get(name) for name in ("image_grid_thw", "image_sizes"))
         thw, pixels = (iter(t.tolist() if t is not None and t.shape[0] == sum(counts) else ()) for t in told)
         # What holds more tokens than any entry of the features is several of them, as InternVL's tiles are.
-        longest = max(self._lengths.get("image") or [sys.maxsize])
+        longest = max(lengths.get("image") or [sys.maxsize])
         return [
             [self._patches.grid(n, next(thw, None), next(pixels, None)) if n <= longest else None for n in sizes[row][:count]]
             for row, count in enumerate(counts)
@@ -216,19 +261,19 @@ class CrossRegionTracker(RegionTracker):
         self._tiles = multimodal.config.vision_config.max_num_tiles
 
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs, self._inputs = self._inputs or {}, None
-        self.attentions = bool(kwargs.get("output_attentions"))
+        own = self._begin(kwargs)
+        inputs, own.inputs = own.inputs or {}, None
         cache, states = given_cache(kwargs), kwargs.get("cross_attention_states")
         before = kept(cache, REGIONS)
-        self.current = before if before is not None else self.given
+        own.regions = before if before is not None else self.given
         if states is not None:
             images = self._images(_batch(inputs, kwargs), states, inputs.get("aspect_ratio_ids"))
-            self.current = images if before is None else before.extend(images.ids, images.grids, before.ids.shape[1])
-        elif self.current is None:
+            own.regions = images if before is None else before.extend(images.ids, images.grids, before.ids.shape[1])
+        elif own.regions is None:
             ids = torch.empty(_batch(inputs, kwargs), 0, dtype=torch.int32, device=next(module.parameters()).device)
-            self.current = RegionMap(ids, 0)
-        if cache is not None and self.current is not before:
-            keep(cache, REGIONS, self.current)
+            own.regions = RegionMap(ids, 0)
+        if cache is not None and own.regions is not before:
+            keep(cache, REGIONS, own.regions)
 
     def _images(self, batch: int, states: Tensor, aspect_ratio_ids: Tensor | None) -> RegionMap:
         """From states [B · images · tiles, patches, d] and the images' aspect ratios [B, images], 0 where there is none."""

@@ -1,7 +1,5 @@
 """The attention and mask functions by themselves, against transformers' own."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -28,11 +26,19 @@ from ras_fast.patching.attention import (
     range_mask,
 )
 from ras_fast.patching.state import AttentionState, Collection, ModelState
+from ras_fast.patching.tracking import Forward
 
 
 class Module(nn.Module):
     is_causal = True
     num_key_value_groups = 2
+
+
+class Tracker:
+    forward, interrupted = Forward(), False
+
+    def __init__(self, ids, num_regions):
+        self.keys = lambda batch, length: (ids, num_regions)
 
 
 @pytest.fixture
@@ -187,7 +193,7 @@ def test_output_and_mass(module, window, sizes, kind, options):
     assert aux is None
     assert (out - expected).abs().max() < 1e-5
 
-    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 2), attentions=False))
+    model = ModelState(Tracker(ids, 2))
     setattr(module, STATE, AttentionState(model, 0))
     out, aux = attention(
         module, query, key, value, mask, scaling=0.3, sliding_window=window, output_attentions=True, **options
@@ -210,7 +216,7 @@ def test_full_mask_statistics_in_chunks(module, monkeypatch):
     query, key, value = qkv(7, 7)
     full = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
     ids = torch.zeros(3, 7, dtype=torch.int32)
-    model = ModelState(SimpleNamespace(keys=lambda batch, length: (ids, 1), attentions=False))
+    model = ModelState(Tracker(ids, 1))
     model.collection = Collection(5, True, "sum", None, None)
     setattr(module, STATE, AttentionState(model, 0))
     results = []

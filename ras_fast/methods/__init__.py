@@ -56,7 +56,8 @@ def _attached(patch: Patch, profile: RasProfile, method: Any) -> Iterator[Any]:
 
 @contextmanager
 def region_bias(patch: Patch, bias: Tensor | None) -> Iterator[None]:
-    """Raises or lowers the attention of a patched model's heads to the images in every forward inside the block.
+    """Raises or lowers the attention of a patched model's heads to the images in every forward inside the block. A bias that
+    was in force before is replaced there, and comes back afterwards.
 
     bias: [layers, Hq] or [layers, Hq, R], as `Patch.set_region_bias` takes it for each layer; any profile may have one as its
         tensor `region_bias`. None: nothing happens.
@@ -68,11 +69,13 @@ def region_bias(patch: Patch, bias: Tensor | None) -> Iterator[None]:
         return
     if bias.dim() not in (2, 3) or len(bias) != len(patch.layers):
         raise ValueError(f"region_bias has shape {tuple(bias.shape)}; it needs to be [{len(patch.layers)}, Hq] or […, R]")
+    before = patch.region_bias
     patch.set_region_bias({layer: row for layer, row in enumerate(bias) if bool(row.any())})
     try:
         yield
     finally:
-        patch.clear_region_bias()
+        if patch.applied:
+            patch.set_region_bias(before)
 
 
 def __getattr__(name: str) -> Any:

@@ -323,6 +323,11 @@ class Patch:
             checked[layer] = tensor.detach().float().clone()
         self._regions().biases = checked
 
+    @property
+    def region_bias(self) -> dict[int, Tensor]:
+        """What `set_region_bias` has put in force, by decoder layer."""
+        return dict(self._regions().biases)
+
     def clear_region_bias(self) -> None:
         """Ends `set_region_bias`: attention is as it was before."""
         if self._state is not None:

@@ -128,6 +128,27 @@ def test_a_region_bias_of_another_shape_is_refused(model, processor, bias):
         ras_fast.methods.attach(patch, profile).__enter__()
 
 
+def test_a_region_bias_from_before_comes_back(model, processor):
+    """Also that of an outer method."""
+    inputs, profile, outer = prompts(processor), attention(model, processor), autosteer(model, processor)
+    profile.tensors["region_bias"], outer.tensors["region_bias"] = torch.ones(3, 4), torch.full((3, 4, 1), -2.0)
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        plain = model(**inputs).logits
+        patch.set_region_bias({1: torch.full((4,), 2.0)})
+        biased = model(**inputs).logits
+        with ras_fast.methods.attach(patch, outer):
+            for _ in range(2):
+                assert all(torch.equal(patch.region_bias[layer], torch.full((4, 1), -2.0)) for layer in range(3))
+                with ras_fast.methods.attach(patch, profile):
+                    assert torch.equal(patch.region_bias[0], torch.ones(4))
+        assert list(patch.region_bias) == [1]
+        assert torch.equal(model(**inputs).logits, biased)
+        patch.clear_region_bias()
+        with ras_fast.methods.attach(patch, profile):
+            pass
+        assert torch.equal(model(**inputs).logits, plain)
+
+
 def test_modules_load_on_first_use():
     assert ras_fast.methods.moras.__name__ == "ras_fast.methods.moras"
     with pytest.raises(AttributeError, match="no attribute 'moras2'"):

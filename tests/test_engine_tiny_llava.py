@@ -35,10 +35,16 @@ def profile(tiny):
     )
 
 
-def compare(tiny, profile, count, batch_sizes, **options) -> Counter:
+def distinct(count):
+    """So many test items of different pictures or questions; among the first of `split` some come twice."""
+    items = tinyworld.split("test", count + count // 10)
+    found = {(item.question, item.image and item.image.tobytes()): item for item in items}
+    return list(found.values())[:count]
+
+
+def compare(tiny, profile, items, batch_sizes, **options) -> Counter:
     """Asserts the same tokens at every batch size; returns how often drafts stood (None) or fell, by step."""
     model, processor = tiny
-    items = tinyworld.split("test", count)
     prompts, images = [item.question for item in items], [item.image for item in items]
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=NEW_TOKENS, **options)
     for batch_size in batch_sizes:
@@ -53,7 +59,7 @@ def compare(tiny, profile, count, batch_sizes, **options) -> Counter:
 
 @pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampling"])
 def test_exact(tiny, profile, options):
-    cases = compare(tiny, profile, 15, (3,), **options)
+    cases = compare(tiny, profile, distinct(15), (3,), **options)
     assert cases[None]
     assert cases.total() > cases[None]
 
@@ -72,9 +78,10 @@ def turning(tiny, profile, step):
 @pytest.mark.parametrize("options", [{}, SAMPLING], ids=["greedy", "sampling"])
 def test_exact_over_300_queries_in_batches_of_1_3_8(tiny, profile, options):
     """Benign, look-alike, typographic and pictured; as calibrated, and with drafts made to fall at each step."""
-    cases = compare(tiny, profile, 180, (1, 3, 8), **options)
-    for step in (1, 2):
-        cases += compare(tiny, turning(tiny, profile, step), 60, (1, 3, 8), **options)
+    items = distinct(300)
+    cases = compare(tiny, profile, items[:180], (1, 3, 8), **options)
+    for step, part in ((1, items[180:240]), (2, items[240:])):
+        cases += compare(tiny, turning(tiny, profile, step), part, (1, 3, 8), **options)
     print(f"drafts kept {cases[None]}, changed at {dict(sorted((n, c) for n, c in cases.items() if n is not None))}")
     assert cases.total() == 300
     assert all(cases[n] >= 5 for n in (None, 0, 1, 2))
@@ -82,5 +89,5 @@ def test_exact_over_300_queries_in_batches_of_1_3_8(tiny, profile, options):
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_drafts_that_fall_at_each_step(tiny, profile, fails_at):
-    cases = compare(tiny, turning(tiny, profile, fails_at), 10, (1, 4))
+    cases = compare(tiny, turning(tiny, profile, fails_at), distinct(10), (1, 4))
     assert cases[fails_at]

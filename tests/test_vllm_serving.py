@@ -16,7 +16,10 @@ from ras_fast.vllm.serving import SafeChat, to_messages, to_query
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 PROCESSOR = SimpleNamespace(
-    tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(f"w{i}" for i in ids)), image_token="<image>"
+    tokenizer=SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: " ".join(f"w{i}" for i in ids), all_special_tokens=["<eos>"]
+    ),
+    image_token="<image>",
 )
 
 

@@ -144,9 +144,26 @@ def describe(model, processor, query: Query, moras: Moras) -> str:
 
 
 def context_text(processor, tokens: list[int]) -> str:
-    """The words of a context: special tokens are dropped, and an image placeholder cannot come in by this way."""
-    text = processor.tokenizer.decode(tokens, skip_special_tokens=True)
-    return " ".join(text.replace(processor.image_token, " ").split())
+    """The words of a context: special tokens are dropped, those as well that it spells out, as the model may have read them in
+    a picture. The risk stage's tokenizer would make them the tokens that turns and images begin and end with."""
+    controls = _control_tokens(processor)
+    text = " ".join(processor.tokenizer.decode(tokens, skip_special_tokens=True).split())
+    while any(token in text for token in controls):  # to drop one may bring together the halves of another with a blank in it
+        for token in controls:
+            text = text.replace(token, " ")
+        text = " ".join(text.split())
+    return text
+
+
+def _control_tokens(processor) -> list[str]:
+    """The processor's placeholders and the tokenizer's special and added tokens, longest first. Added tokens that are words are
+    none, nor are blanks."""
+    tokenizer = processor.tokenizer
+    placeholders = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio")} - {None}
+    vocabulary = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common has none, and reads none of these out of a text
+    added = [token for token in vocabulary if not token.strip().isalnum()]
+    found = placeholders.union(tokenizer.all_special_tokens, added)
+    return sorted(filter(str.strip, found), key=len, reverse=True)
 
 
 def assess(model, processor, query: Query, context: str, moras: Moras) -> Tensor:

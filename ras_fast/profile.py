@@ -29,8 +29,8 @@ METHODS = tuple(REQUIRED_TENSORS)
 
 def fingerprint(model, processor=None) -> dict:
     """What ties a profile to a model: architecture, sizes, dtype, a hash of the tokenizer's vocabulary and chat template
-    (without a processor left out), and hashes of the first rows of the LM head and of a row of every parameter of the decoder
-    layers (which tell fine-tuned siblings apart, also those by adapters).
+    (without a processor left out), hashes of the first rows of the LM head and of a row of every parameter of the decoder
+    layers (which tell fine-tuned siblings apart, also those by adapters), and which adapters act.
 
     Raises ValueError where the weights cannot be read.
     """
@@ -39,7 +39,8 @@ def fingerprint(model, processor=None) -> dict:
     root, _, layers = find_decoder(model)
     head = root.get_output_embeddings().weight[:HEAD_ROWS]
     found = fingerprint_of_parts(type(root).__name__, root.config.get_text_config(), root.dtype, head, processor)
-    return found | {"decoder": _hash_of([p if p.dim() < 2 else p[(0,) * (p.dim() - 1)] for p in layers.parameters()])}
+    decoder = _hash_of([p if p.dim() < 2 else p[(0,) * (p.dim() - 1)] for p in layers.parameters()])
+    return found | {"decoder": decoder, "adapters": _adapters(root)}
 
 
 def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor=None) -> dict:
@@ -54,12 +55,36 @@ def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, hea
         "vocab_size": text_config.vocab_size,
         "dtype": str(dtype).removeprefix("torch."),
         "lm_head": _hash_of([head]),
+        "adapters": None,
     }
     if processor is not None:
         tokenizer = getattr(processor, "tokenizer", processor)
         wording = [sorted(tokenizer.get_vocab().items()), getattr(processor, "chat_template", None)]
         found["tokenizer"] = hashlib.sha256(json.dumps(wording).encode()).hexdigest()[:16]
     return found
+
+
+def adapters_of(module: torch.nn.Module) -> tuple | None:
+    """How the PEFT adapters of a layer act now: (whether they are off, the active ones, their scales, those that are merged
+    into its weights). None for a layer without adapters."""
+    own = module.__dict__
+    if "_active_adapter" not in own:
+        return None
+    active, scales = own["_active_adapter"], own.get("scaling", {})
+    active = (active,) if isinstance(active, str) else tuple(active)
+    merged = tuple(own.get("merged_adapters", ()))
+    return own.get("_disable_adapters", False), active, tuple(scales.get(name) for name in active), merged
+
+
+def _adapters(model: torch.nn.Module) -> str | None:
+    """`adapters_of` the layers in words: "a × 2.0, b × 0.5", "off". None for a model without adapters."""
+
+    def words(off: bool, active: tuple, scales: tuple, merged: tuple) -> str:
+        acting = [name if scale is None else f"{name} × {scale}" for name, scale in zip(active, scales, strict=True)]
+        return ", ".join((["off"] if off else acting) + [f"{name} merged" for name in merged]) or "off"
+
+    states = {adapters_of(module) for module in model.modules()} - {None}
+    return "; ".join(sorted({words(*state) for state in states})) or None
 
 
 def _hash_of(tensors: list[torch.Tensor]) -> str:

@@ -104,7 +104,7 @@ def test_adapters(model, processor):
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
     profile = make_profile(wrapped.get_base_model(), processor)
-    with pytest.raises(ValueError, match=r"calibrated on another model \(decoder: "):
+    with pytest.raises(ValueError, match=r"calibrated on another model \(adapters: profile None, .*; decoder: "):
         SafeGenerator(wrapped, processor, make_profile(model, processor))
     prompts, images = make_queries(6)
     with SafeGenerator(wrapped, processor, profile) as guard:

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 
@@ -35,6 +36,34 @@ def test_another_model_is_refused_with_what_differs(profile, processor):
         profile.check(tiny_llava(processor, layers=3), processor)
     with pytest.raises(ValueError, match="dtype: profile 'float32', model 'bfloat16'"):
         profile.check(tiny_llava(processor, dtype=torch.bfloat16), processor)
+
+
+def test_which_adapters_act_is_part_of_the_fingerprint(model, processor, profile):
+    """Their weights alone do not say so. The text model is not all that may have some."""
+    peft = pytest.importorskip("peft")
+    assert fingerprint(model)["adapters"] is None
+    config = peft.LoraConfig(r=4, target_modules=".*vision_tower.*(q|v)_proj", init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="one")
+    wrapped.add_adapter("two", peft.LoraConfig(r=16, target_modules=".*vision_tower.*q_proj", init_lora_weights=False))
+    found = [fingerprint(wrapped)["adapters"]]
+    wrapped.set_adapter("two")
+    found.append(fingerprint(wrapped)["adapters"])
+    wrapped.base_model.set_adapter(["one", "two"])
+    found.append(fingerprint(wrapped)["adapters"])
+    wrapped.merge_adapter(["one"])
+    found.append(fingerprint(wrapped)["adapters"])
+    wrapped.unmerge_adapter()
+    wrapped.base_model.disable_adapter_layers()
+    found.append(fingerprint(wrapped)["adapters"])
+    assert len(set(found)) == 5
+    assert found[0] == "one × 2.0"
+    with pytest.raises(ValueError, match=r"another model \(adapters: profile None, model 'off'\)"):
+        profile.check(wrapped, processor)
+    with_adapter = RasProfile("moras", CONFIG, profile.tensors, profile.fingerprint | {"adapters": "one × 2.0"})
+    with pytest.raises(ValueError, match=r"another model \(adapters: profile 'one × 2.0', model None\)"):
+        with_adapter.check(model, processor)
+    old = {name: value for name, value in profile.fingerprint.items() if name != "adapters"}  # from before this was noted
+    RasProfile("moras", CONFIG, profile.tensors, old).check(model, processor)
 
 
 def test_another_tokenizer_or_template_is_refused(profile, model):

@@ -130,26 +130,30 @@ class KVPool(Cache):
         return new
 
 
+ENTRY_BYTES = 512  # of the memory that an entry takes beside its value: a key of 32 bytes, the numbers, places in tables
+
+
 class ByteBoundedCache:
     """Entries by key, up to ``limit`` bytes in all; the least recently used ones are dropped first. 0: it stores nothing.
 
-    Raises ValueError when ``limit`` is negative.
+    Raises ValueError when ``limit`` is not an integer of at least 0.
     """
 
     def __init__(self, limit: int):
-        if limit < 0:
-            raise ValueError(f"cache_bytes is {limit}; it needs to be 0 (off) or positive")
+        if not isinstance(limit, int) or limit < 0:
+            raise ValueError(f"cache_bytes is {limit!r}; it needs to be an integer of at least 0 (off)")
         self.limit, self.nbytes = limit, 0
         self._entries: OrderedDict = OrderedDict()
 
-    def get(self, key):
+    def get(self, key: bytes):
         if key not in self._entries:
             return None
         self._entries.move_to_end(key)
         return self._entries[key][0]
 
-    def put(self, key, value, nbytes: int) -> None:
-        nbytes = max(nbytes, 1)  # an empty context takes room, too: with limit 0 even that must not be kept
+    def put(self, key: bytes, value, nbytes: int) -> None:
+        """key: short, a hash. nbytes: what the value takes."""
+        nbytes += ENTRY_BYTES
         if nbytes > self.limit or key in self._entries:
             return
         self._entries[key] = (value, nbytes)

@@ -429,9 +429,9 @@ def test_a_cache_belongs_to_one_generator(model, processor, profile):
 def test_a_cache_too_small_for_one_image_keeps_none_and_stays_right(model, processor, profile):
     prompts, images = [random_words(i, 4) for i in range(3)], [random_image(0)] * 3
     expected = SafeGenerator(model, processor, profile, fused=False).generate(prompts, images, max_new_tokens=5)
-    guard = SafeGenerator(model, processor, profile, fused=False, batch_size=1, cache_bytes=200)
+    guard = SafeGenerator(model, processor, profile, fused=False, batch_size=1, cache_bytes=2000)
     assert_same(guard.generate(prompts, images, max_new_tokens=5), expected)
-    assert 0 < guard.cache.nbytes <= 200
+    assert 0 < guard.cache.nbytes <= 2000
     assert guard.counters["cache_hits"] == 0
 
 
@@ -569,6 +569,7 @@ def test_what_cannot_be_used_is_refused(model, processor, profile):
         ({"batch_size": "3"}, "batch_size is '3'; it needs to be an integer"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
         ({"sync_every": 1.5}, "sync_every is 1.5"),
+        ({"cache_bytes": "1GB"}, "cache_bytes is '1GB'; it needs to be an integer"),
         ({"profile": None}, "profile is a NoneType; it needs to be a RasProfile"),
         ({"profile": "folder"}, "profile is a str"),
         ({"processor": None}, "processor is a NoneType"),

@@ -1,7 +1,12 @@
+import hashlib
+import math
+import sys
+import tracemalloc
+
 import pytest
 import torch
 
-from ras_fast.kv_cache import ByteBoundedCache, KVPool
+from ras_fast.kv_cache import ENTRY_BYTES, ByteBoundedCache, KVPool
 
 
 def states(rows, length, seed):
@@ -68,28 +73,45 @@ def test_rows_move_to_the_front_and_a_grown_pool_holds_the_same():
 
 
 def test_least_recently_used_goes_first_and_the_bound_holds():
-    cache = ByteBoundedCache(100)
-    for key in "abc":
+    cache = ByteBoundedCache(100 + 2 * ENTRY_BYTES)
+    for key in (b"a", b"b", b"c"):
         cache.put(key, key.upper(), 40)
-        cache.get("a")
-    assert (cache.get("a"), cache.get("b"), cache.get("c")) == ("A", None, "C")
-    cache.put("huge", 1, 101)
-    cache.put("a", "again", 40)
-    assert (len(cache), cache.nbytes, cache.get("a")) == (2, 80, "A")
+        cache.get(b"a")
+    assert (cache.get(b"a"), cache.get(b"b"), cache.get(b"c")) == (b"A", None, b"C")
+    cache.put(b"huge", 1, 101 + ENTRY_BYTES)
+    cache.put(b"a", b"again", 40)
+    assert (len(cache), cache.nbytes, cache.get(b"a")) == (2, 80 + 2 * ENTRY_BYTES, b"A")
     cache.clear()
     assert (len(cache), cache.nbytes) == (0, 0)
 
 
 def test_no_limit_means_off():
     cache = ByteBoundedCache(0)
-    cache.put("a", 1, 1)
-    assert cache.get("a") is None
-    with pytest.raises(ValueError, match="cache_bytes is -1"):
-        ByteBoundedCache(-1)
+    cache.put(b"a", 1, 1)
+    assert cache.get(b"a") is None
+
+
+@pytest.mark.parametrize("limit", [-1, math.nan, math.inf, 1e6, "1GB", None])
+def test_a_limit_that_bounds_nothing_is_refused(limit):
+    with pytest.raises(ValueError, match=f"cache_bytes is {limit!r}; it needs to be an integer of at least 0"):
+        ByteBoundedCache(limit)
+
+
+def test_short_texts_take_no_more_than_the_limit():
+    """Most of what they take is not their letters."""
+    cache = ByteBoundedCache(100_000)
+    tracemalloc.start()
+    for i in range(1000):
+        text = f"a short context {i}"
+        cache.put(hashlib.sha256(text.encode()).digest(), text, sys.getsizeof(text))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 100 < len(cache) < 200
+    assert taken < cache.nbytes <= cache.limit
 
 
 def test_a_cache_that_is_off_keeps_not_even_an_empty_value():
     """An empty context has no bytes; kept without its image's hash it would be found for every other image."""
     cache = ByteBoundedCache(0)
-    cache.put("context", "", 0)
-    assert cache.get("context") is None
+    cache.put(b"context", "", 0)
+    assert cache.get(b"context") is None

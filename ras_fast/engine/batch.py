@@ -34,6 +34,7 @@ SCRATCH, ANSWER = 0, 1  # the branches of a row
 SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; elsewhere a look costs nothing
 CAPTURED = {"cuda"}  # devices whose steps are captured as graphs
 WIDTH = 32  # tokens of a prompt that captured steps are fed are rounded up to this
+TENSOR_BYTES = 512  # of the memory that a tensor takes beside its values
 _LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -205,7 +206,9 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.states)
+        tensors = [self.offset, *(tensor for layer in self.states for tensor in layer)]
+        tensors += [] if self.regions is None else [self.regions.ids]
+        return sum(tensor.nbytes + TENSOR_BYTES for tensor in tensors)
 
 
 class Batch:

@@ -16,6 +16,7 @@ Sampling stays exact because a token is the argmax of scores plus noise that dep
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Job:
     image_key: str = ""
     prefix: list[int] = field(default_factory=list)
     context: str | None = None
-    context_key: tuple = ()
+    context_key: bytes = b""
     similarity: float = float("nan")
     risk: float = 1.0
     rejected_at: int | None = None
@@ -149,8 +150,8 @@ class Overlapped(Plan):
             else:
                 query = context_query(job.query, self.moras.config)
                 ids = self._ids(job, query)
-                job.context_key = ("context", job.image_key, tuple(ids)) if self.cache.limit else ()
-                job.context = self.cache.get(job.context_key) if self.cache.limit else None
+                job.context_key = _key("context", job, ids)
+                job.context = self.cache.get(job.context_key)
             wanted = Decoding(self.moras.config["max_context_tokens"])
             found.append((query, self.sequence(ids, wanted)) if job.context is None else None)
         return found
@@ -175,7 +176,7 @@ class Overlapped(Plan):
     def _encode_prefix(self, batch: Batch, jobs: list[Job], row: int) -> None:
         job = jobs[row]
         cached = bool(job.query.images and self.cache.limit)
-        key = ("prefix", job.image_key, tuple(job.prefix)) if cached else ()
+        key = _key("prefix", job, job.prefix)
         found = self.cache.get(key) if cached else None
         twin = next((i for i, other in enumerate(jobs[:row]) if _same_prefix(job, other)), None)
         if found is not None or twin is not None:
@@ -202,8 +203,7 @@ class Overlapped(Plan):
         for job, entry in zip(jobs, contexts, strict=True):
             if entry is not None:
                 job.context = context_text(self.processor, entry[1].tokens)
-                if self.cache.limit:
-                    self.cache.put(job.context_key, job.context, len(job.context.encode()))
+                self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
         return draft
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
@@ -394,6 +394,11 @@ def _image_key(inputs: dict[str, Tensor]) -> str:
         value = value.float() if value.is_floating_point() else value
         digest.update(f"{name}{tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _key(kind: str, job: Job, ids: list[int]) -> bytes:
+    """Of what is kept about a job's images and these tokens. A hash: the tokens can take more room than what is kept."""
+    return hashlib.sha256(f"{kind} {job.image_key} {ids}".encode()).digest()
 
 
 def _image_tensors(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
@@ -16,6 +20,26 @@ from transformers.generation.logits_process import (
 )
 
 from ras_fast.inputs import Query, encode
+
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+def transformers_model(model):
+    """The transformers model inside a PEFT one, whose adapters are modules of it; else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def lock_of(model) -> threading.RLock:
+    """One for all who patch a model, hang hooks on it or count its steps while it answers: the engine and the reference."""
+    with _LOCKS_LOCK:
+        return _LOCKS.setdefault(transformers_model(model), threading.RLock())
+
+
+def check_mode(model) -> None:
+    """Raises ValueError for a model in training mode, whose dropout would make every answer another one."""
+    if model.training:
+        raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
 
 
 @dataclass(frozen=True)
@@ -164,7 +188,8 @@ def output_head(model):
 
 @torch.no_grad()
 def reference_generate(model, processor, inputs, decoding: Decoding, *, query: int = 0, edit=None, streamer=None):
-    """``model.generate`` for one query, with the hidden states after the last norm on view.
+    """``model.generate`` for one query, with the hidden states after the last norm on view. One call at a time on a model, in
+    turn with the engine's.
 
     inputs: from `ras_fast.inputs.encode`.
     edit: None, or ``edit(step, hidden [1, d]) -> hidden``, which replaces the state from which that step's token is read.
@@ -172,9 +197,11 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
     Returns the produced token ids (an end-of-sequence token included), the states before ``edit`` [n, d], and the
     logits that the tokens were read from [n, V].
     """
-    states = []
+    states, thread = [], threading.get_ident()
 
     def watch(module, args):
+        if threading.get_ident() != thread:  # no step of this answer
+            return None
         states.append(args[0][:, -1])
         if edit is None:
             return None
@@ -184,28 +211,33 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
 
     length = inputs["input_ids"].shape[1]
     check_length(model, length)
-    # generate() fills in what is not given from the model's own config, say a ban of repetitions; the engine does not.
-    own, end = model.generation_config, eos_ids(model)
-    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    hook = model.get_output_embeddings().register_forward_pre_hook(watch)
-    try:
-        model.generation_config = GenerationConfig(**tokens)
+    with lock_of(model), model.get_output_embeddings().register_forward_pre_hook(watch), _own_config_set_aside(model):
         output = model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            logits_processor=decoding.processors(query, length, end),
+            logits_processor=decoding.processors(query, length, eos_ids(model)),
             stopping_criteria=[StopStrings(decoding.stop_strings, processor.tokenizer, length)],
             return_dict_in_generate=True,
             output_logits=True,
             streamer=streamer,
         )
+    return output.sequences[0, length:].tolist(), torch.cat(states), torch.cat(output.logits)
+
+
+@contextmanager
+def _own_config_set_aside(model) -> Iterator[None]:
+    """generate() fills in what is not given from the model's own config, say a ban of repetitions; the engine does not."""
+    model = transformers_model(model)
+    own = model.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
     finally:
         model.generation_config = own
-        hook.remove()
-    return output.sequences[0, length:].tolist(), torch.cat(states), torch.cat(output.logits)
 
 
 def generate_text(model, processor, query: Query, decoding: Decoding, edit=None) -> str:

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from ras_fast.decoding import Decoding, eos_ids, output_head, reference_generate
+from ras_fast.decoding import Decoding, check_mode, eos_ids, lock_of, output_head, reference_generate
 from ras_fast.engine import SafeOutput
 from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.methods import region_bias
@@ -22,14 +22,14 @@ from ras_fast.profile import RasProfile
 class SequentialPipeline:
     """MoRAS or RAS without the engine: the answers of `SafeGenerator`, by three full generations per query.
 
-    model, processor, profile: as for `SafeGenerator`; the model may be patched or not.
+    model, processor, profile: as for `SafeGenerator`; the model may be patched or not. One call at a time on a model, in turn
+        with those of `SafeGenerator`s.
 
     Raises ValueError when the profile is of another model, or of a method without stages.
     """
 
     def __init__(self, model, processor, profile: RasProfile):
-        if model.training:
-            raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
+        check_mode(model)
         profile.check(model, processor)
         self.model, self.processor, self.profile = model, processor, profile
         self.head = output_head(model)
@@ -39,7 +39,10 @@ class SequentialPipeline:
         """See `SafeGenerator.generate`."""
         decoding = Decoding.of(decoding)
         queries = make_queries(prompts, images, self.processor)
-        return [self._answer(number, query, decoding, streamer) for number, query in enumerate(queries)]
+        with lock_of(self.model):
+            check_mode(self.model)
+            self.profile.check(self.model)  # its adapters may have been switched
+            return [self._answer(number, query, decoding, streamer) for number, query in enumerate(queries)]
 
     def describe(self, query: Query) -> str:
         """Stage 1: the context. A subclass may put another one in its place."""

@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -507,6 +508,62 @@ def test_two_generators_of_one_model_in_two_threads(model, processor, profile):
     assert Patch.of(model) is None
 
 
+PIPELINES = {"reference": SequentialPipeline, "engine": partial(SafeGenerator, fused=False)}
+
+
+@pytest.mark.parametrize("first", PIPELINES)
+@pytest.mark.parametrize("second", PIPELINES)
+def test_the_reference_and_the_engine_take_turns(model, processor, first, second):
+    """Both hook the head or count steps in it: in between, an answer would be steered at another step, or not at all."""
+    profile = make_profile(model, processor, gate=1.0)
+    pipelines = [PIPELINES[name](model, processor, profile) for name in (first, second)]
+    expected = [pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=6)[0].tokens for pipeline in pipelines]
+    answers, order, others = {}, [], []
+
+    def answer(number):
+        answers[number] = pipelines[number].generate(["w1 w2"], [random_image(0)], max_new_tokens=6)[0].tokens
+
+    def begin(module, args):
+        order.append(threading.current_thread())
+        if len(order) == 2:
+            others.append(threading.Thread(target=answer, args=(1,)))
+            others[0].start()
+            others[0].join(timeout=0.5)  # it cannot end before this thread's answer does
+
+    with model.lm_head.register_forward_pre_hook(begin):
+        answer(0)
+        others[0].join()
+    assert [answers[number] for number in range(2)] == expected
+    turns = [thread for i, thread in enumerate(order) if i == 0 or thread is not order[i - 1]]
+    assert turns == [threading.current_thread(), *others]
+
+
+def test_a_forward_of_another_thread_is_no_step_of_the_reference(model, processor):
+    """Nor is it steered."""
+    pipeline = SequentialPipeline(model, processor, make_profile(model, processor, gate=1.0))
+    (expected,) = pipeline.generate(["w1 w2"], max_new_tokens=6)
+    ids, logits, others = torch.tensor([[20, 21, 22]]), [], []
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+
+    def forward():
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+
+    def begin(module, args):
+        if threading.current_thread() is threading.main_thread():
+            others.append(threading.Thread(target=forward))
+            others[-1].start()
+            others[-1].join()
+
+    with model.lm_head.register_forward_pre_hook(begin):
+        (output,) = pipeline.generate(["w1 w2"], max_new_tokens=6)
+    assert output.tokens == expected.tokens
+    assert output.rejected_at is not None
+    assert len(logits) > 6
+    assert all(torch.equal(found, plain) for found in logits)
+
+
 def test_two_threads_get_what_each_would_alone(model, processor, profile):
     guard = SafeGenerator(model, processor, profile)
     calls = [make_queries(4, seed=seed) for seed in (0, 20)]
@@ -590,6 +647,21 @@ def test_what_cannot_be_used_is_refused(model, processor, profile):
     with pytest.raises(TypeError, match="beams"):
         guard.generate(["w1"], beams=3)
     assert guard.generate([]) == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_that_is_set_to_training_later_does_not_answer(model, processor, profile, fused):
+    pipelines = SafeGenerator(model, processor, profile, fused=fused), SequentialPipeline(model, processor, profile)
+    pipelines[0].generate(["w1"], max_new_tokens=2)
+    model.train()
+    try:
+        for pipeline in pipelines:
+            with pytest.raises(ValueError, match="model is in training mode"):
+                pipeline.generate(["w1"], max_new_tokens=2)
+    finally:
+        model.eval()
+    assert pipelines[0].generate(["w1"], max_new_tokens=2)[0].tokens
+    pipelines[0].close()
 
 
 def test_a_prompt_beyond_the_models_positions_has_no_answer(model, processor, profile, monkeypatch):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import Counter
-from weakref import WeakKeyDictionary
 
 import torch
 from tqdm.auto import tqdm
 
-from ras_fast.decoding import Decoding
+from ras_fast.decoding import Decoding, check_mode, lock_of, transformers_model
 from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Runner
 from ras_fast.engine.one_pass import OnePass
@@ -22,25 +20,15 @@ from ras_fast.methods import ONE_PASS
 from ras_fast.patching import Patch, patch
 from ras_fast.profile import RasProfile
 
-_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
-
-
-def _lock_of(model: torch.nn.Module) -> threading.RLock:
-    """One for all generators of a model: they patch it and hang hooks on it."""
-    with _LOCKS_LOCK:
-        return _LOCKS.setdefault(model, threading.RLock())
-
 
 def _without_wrapper(model):
-    """The transformers model inside a PEFT one, whose adapters are modules of it. Raises ValueError for soft prompts, which the
-    wrapper puts before the prompt: the engine's forwards would lack them."""
-    if not hasattr(model, "get_base_model"):
-        return model
-    if getattr(model.active_peft_config, "is_prompt_learning", False):
-        kind = type(model.active_peft_config).__name__
+    """The transformers model inside a PEFT one. Raises ValueError for soft prompts, which the wrapper puts before the prompt:
+    the engine's forwards would lack them."""
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        kind = type(config).__name__
         raise ValueError(f"model has soft prompts ({kind}), which the engine cannot put before a prompt; use adapters")
-    return model.get_base_model()
+    return transformers_model(model)
 
 
 class SafeGenerator:
@@ -60,8 +48,8 @@ class SafeGenerator:
     The pools of keys and values of up to `ras_fast.engine.workspace.KEPT` batch sizes stay allocated between calls, zeroed, on
     CUDA with their captured graphs; `close()` frees them.
 
-    One call runs at a time on a model: calls from other threads, also of other generators, wait for a lock. Ctrl-C leaves
-    the model unpatched and usable.
+    One call runs at a time on a model: calls from other threads, also of other generators and of `SequentialPipeline`, wait for
+    a lock. Ctrl-C leaves the model unpatched and usable.
     Counters of all calls are in ``counters``.
 
     Raises ValueError when an argument has the wrong type or value, the profile is of another model, the method needs the
@@ -86,8 +74,7 @@ class SafeGenerator:
             raise ValueError(f"model is a {type(model).__name__}; it needs to be a transformers model")
         if not hasattr(processor, "tokenizer"):
             raise ValueError(f"processor is a {type(processor).__name__}; it needs to be the model's multimodal processor")
-        if model.training:
-            raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
+        check_mode(model)
         for name, value in (("batch_size", batch_size), ("sync_every", 1 if sync_every is None else sync_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it needs to be an integer of at least 1")
@@ -96,7 +83,7 @@ class SafeGenerator:
         self.model, self.processor, self.profile = model, processor, profile
         self.batch_size, self.cache = batch_size, ByteBoundedCache(cache_bytes)
         self.counters: Counter = Counter()
-        self._lock = _lock_of(model)
+        self._lock = lock_of(model)
         self._fused, self._patch = fused, None
         with self._lock:
             self._runner = Runner(model, sync_every)
@@ -166,6 +153,7 @@ class SafeGenerator:
         progress = len(batches) > 1 if progress is None else progress
         outputs: list[SafeOutput] = []
         with self._lock:
+            check_mode(self.model)
             try:
                 self._patch_model()
                 for batch in tqdm(batches, desc="batches", disable=not progress):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ras_fast import parallel
-from ras_fast.decoding import Decoding, output_head, reference_generate
+from ras_fast.decoding import Decoding, check_mode, output_head, reference_generate
 from ras_fast.inputs import Query, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.ops import refusal_similarity
@@ -205,8 +205,7 @@ def calibrate(
         raise ValueError("pairs is empty; S_base needs image-question pairs")
     config = _checked(PRESETS[preset] | overrides, PRESETS[preset])
     questions = list(zip(*question_pairs(list(pairs), processor), strict=True))
-    if model.training:
-        raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
+    check_mode(model)
 
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
     draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -285,6 +286,10 @@ def test_the_reference_takes_nothing_but_tokens_from_the_models_generation_confi
     got, _, _ = reference_generate(model, processor, inputs, Decoding(12))
     assert got == expected
     assert model.generation_config is own
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"])).eval()  # adds nothing yet
+    got, _, _ = reference_generate(wrapped, processor, inputs, Decoding(12))
+    assert got == expected
 
 
 def test_the_reference_leaves_no_hook_behind(model, processor):

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 
 from ras_fast.inputs import Query, encode
 
+BROKEN = -1  # in place of a token, where nothing may be read and no end-of-sequence token says so
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
@@ -127,20 +128,26 @@ class Decoding:
 
 
 class EndWhenNotFinite(LogitsProcessor):
-    """A row whose logits hold NaN or +inf can only end: nothing may be read out of them."""
+    """A row whose logits hold NaN or +inf can only end: nothing may be read out of them.
+
+    broken: [B] bool, such rows of the latest call. No host sync.
+    """
 
     def __init__(self, eos: list[int]):
-        self.eos = eos
+        self.eos, self.broken = eos, None
 
     def __call__(self, input_ids, scores):
-        broken = ~(scores < torch.inf).all(dim=-1, keepdim=True)
-        if self.eos:
-            only_end = torch.full_like(scores, -torch.inf)
-            only_end[:, self.eos[0]] = 0
-            return torch.where(broken, only_end, scores)
-        if broken.any():
-            raise FloatingPointError("the model's logits are not finite and no end-of-sequence token is defined")
-        return scores
+        self.broken = ~(scores < torch.inf).all(dim=-1)
+        only_end = torch.full_like(scores, -torch.inf)
+        only_end[:, self.eos[0] if self.eos else 0] = 0
+        return torch.where(self.broken[:, None], only_end, scores)
+
+
+def next_tokens(processors: LogitsProcessorList, ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """The tokens [B] that logits [B, V] give after ``ids``, by `Decoding.processors`. Where the logits are not finite, that is
+    the end-of-sequence token; BROKEN in a model that has none. No host sync."""
+    tokens, first = processors(ids, logits).argmax(dim=-1), processors[0]
+    return tokens if first.eos else tokens.masked_fill(first.broken, BROKEN)
 
 
 class GumbelNoise(LogitsProcessor):
@@ -171,6 +178,16 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([stopped], device=input_ids.device)
 
 
+class StopWhenBroken(StoppingCriteria):
+    """Ends an answer whose logits are not finite, in a model without an end-of-sequence token. For one sequence at a time."""
+
+    def __init__(self, end: EndWhenNotFinite):
+        self.end = end
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.end.broken
+
+
 def holds_stop(stops, tokenizer, tokens: list[int]) -> bool:
     """Whether the text of ``tokens`` holds one of ``stops``."""
     if not stops:
@@ -195,7 +212,8 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
     edit: None, or ``edit(step, hidden [1, d]) -> hidden``, which replaces the state from which that step's token is read.
 
     Returns the produced token ids (an end-of-sequence token included), the states before ``edit`` [n, d], and the
-    logits that the tokens were read from [n, V].
+    logits that the tokens were read from [n, V]. Where the last of these are not finite, and the model has no token to say so,
+    there are n − 1 tokens.
     """
     states, thread = [], threading.get_ident()
 
@@ -211,6 +229,7 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
 
     length = inputs["input_ids"].shape[1]
     check_length(model, length)
+    chain = decoding.processors(query, length, eos_ids(model))
     with lock_of(model), model.get_output_embeddings().register_forward_pre_hook(watch), _own_config_set_aside(model):
         output = model.generate(
             **inputs,
@@ -218,13 +237,15 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
             max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
             num_beams=1,
-            logits_processor=decoding.processors(query, length, eos_ids(model)),
-            stopping_criteria=[StopStrings(decoding.stop_strings, processor.tokenizer, length)],
+            logits_processor=chain,
+            stopping_criteria=[StopStrings(decoding.stop_strings, processor.tokenizer, length), StopWhenBroken(chain[0])],
             return_dict_in_generate=True,
             output_logits=True,
             streamer=streamer,
         )
-    return output.sequences[0, length:].tolist(), torch.cat(states), torch.cat(output.logits)
+    cut = bool(chain[0].broken) and not chain[0].eos
+    tokens = output.sequences[0, length:].tolist()
+    return tokens[: len(tokens) - cut], torch.cat(states), torch.cat(output.logits)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import time
 
 import torch
 
-from ras_fast.decoding import Decoding, check_mode, eos_ids, lock_of, output_head, reference_generate
+from ras_fast.decoding import BROKEN, Decoding, check_mode, eos_ids, lock_of, next_tokens, output_head, reference_generate
 from ras_fast.engine import SafeOutput
+from ras_fast.engine.answer import CUT
 from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention import prompt_features
@@ -78,14 +79,15 @@ class SequentialPipeline:
             streamer=streamer,
         )
         answered = time.perf_counter()
+        produced = tokens + [BROKEN] * (len(states) - len(tokens))
         return SafeOutput(
             text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True),
             tokens=tokens,
             risk=risk.item(),
             similarity=similarity.item(),
             context=context,
-            rejected_at=self._first_changed(number, inputs, decoding, tokens, states),
-            failed_closed="the risk could not be computed" if failed.item() else None,
+            rejected_at=self._first_changed(number, inputs, decoding, produced, states),
+            failed_closed="the risk could not be computed" if failed.item() else CUT if BROKEN in produced else None,
             timings={
                 "context": described - begin,
                 "risk": assessed - described,
@@ -102,12 +104,12 @@ class SequentialPipeline:
             found, has_images = prompt_features(patch, self.processor, query, self.moras.attention.heads)
         return found[None], has_images[None]
 
-    def _first_changed(self, number: int, inputs, decoding: Decoding, tokens, states) -> int | None:
+    def _first_changed(self, number: int, inputs, decoding: Decoding, produced, states) -> int | None:
         """The first step whose token would have been another one without steering."""
         prompt = inputs["input_ids"]
         processors = decoding.processors(number, prompt.shape[1], eos_ids(self.model))
-        for n, token in enumerate(tokens[: self.moras.steps]):
-            ids = torch.cat([prompt, torch.tensor([tokens[:n]], dtype=torch.long, device=prompt.device)], dim=1)
-            if processors(ids, self.head(states[n][None]).float()).argmax().item() != token:
+        for n, token in enumerate(produced[: self.moras.steps]):
+            ids = torch.cat([prompt, torch.tensor([produced[:n]], dtype=torch.long, device=prompt.device)], dim=1)
+            if next_tokens(processors, ids, self.head(states[n][None]).float()).item() != token:
                 return n
         return None

@@ -5,7 +5,16 @@ import torch
 from tiny_random import tiny_llava, tiny_processor
 from transformers import LogitsProcessorList
 
-from ras_fast.decoding import Decoding, EndWhenNotFinite, GumbelNoise, eos_ids, holds_stop, output_head
+from ras_fast.decoding import (
+    BROKEN,
+    Decoding,
+    EndWhenNotFinite,
+    GumbelNoise,
+    eos_ids,
+    holds_stop,
+    next_tokens,
+    output_head,
+)
 
 EOS = 3
 
@@ -32,10 +41,25 @@ def test_minus_infinity_is_a_token_that_was_ruled_out():
     assert torch.equal(EndWhenNotFinite([EOS])(None, scores), scores)
 
 
-def test_without_an_end_token_broken_logits_are_an_error():
-    assert EndWhenNotFinite([])(None, torch.zeros(1, 9)).sum() == 0
-    with pytest.raises(FloatingPointError, match="not finite"):
-        EndWhenNotFinite([])(None, torch.full((1, 9), math.nan))
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_an_end_token_a_row_that_is_not_finite_has_no_token(settings, value):
+    scores, ids = torch.randn(3, 9), torch.zeros(3, 4, dtype=torch.long)
+    broken = scores.clone()
+    broken[1, 5] = value
+    wanted, found, ended = (
+        next_tokens(Decoding(**settings).processors(0, 4, eos), ids, logits).tolist()
+        for eos, logits in (([], scores), ([], broken), ([EOS], broken))
+    )
+    assert found == [wanted[0], BROKEN, wanted[2]]
+    assert ended == [wanted[0], EOS, wanted[2]]
+
+
+@pytest.mark.parametrize("eos", [[], [EOS]])
+def test_whether_a_row_is_finite_is_not_asked_of_the_device(eos):
+    """The meta device refuses to hand out values."""
+    tokens = next_tokens(Decoding().processors(0, 4, eos), None, torch.empty(3, 9, device="meta"))
+    assert (tokens.shape, tokens.device.type) == ((3,), "meta")
 
 
 def test_noise_is_a_function_of_seed_query_and_step_alone():

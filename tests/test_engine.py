@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny_random import IMAGES_LAST, random_image, random_words, tiny_llava, tiny_processor
+from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
 from transformers import TextIteratorStreamer
 
 from ras_fast import inputs, kv_cache
@@ -138,14 +138,14 @@ def test_sampling_depends_on_the_seed_and_follows_the_distribution(model, proces
 def test_end_of_sequence_in_every_stage(model, processor, profile, reference, monkeypatch):
     prompts, images = make_queries(18)
     plain = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS)
+    guards = [SafeGenerator(model, processor, profile, batch_size=size, fused=False) for size in (1, 8)]
     common = [token for token, _ in Counter(t for output in plain for t in output.tokens).most_common(6)]
     monkeypatch.setattr(model.generation_config, "eos_token_id", common[1::2])
     expected = reference.generate(prompts, images, max_new_tokens=NEW_TOKENS)
     assert any(len(output.tokens) < 3 for output in expected)
     assert any(3 <= len(output.tokens) < NEW_TOKENS for output in expected)
     assert any(output.context == "" for output, image in zip(expected, images, strict=True) if image)
-    for batch_size in (1, 8):
-        guard = SafeGenerator(model, processor, profile, batch_size=batch_size, fused=False)
+    for guard in guards:  # made when the model had other end-of-sequence tokens
         assert_same(guard.generate(prompts, images, max_new_tokens=NEW_TOKENS), expected)
 
 
@@ -384,6 +384,76 @@ def test_a_model_that_overflows_fails_closed_for_its_row_alone(model, processor,
     refusal = model.lm_head(profile.tensors["prototypes"]).argmax(-1).tolist()
     assert outputs[1].tokens == [*refusal, processor.tokenizer.eos_token_id]
     guard.close()
+
+
+@pytest.fixture
+def endless(processor):
+    """A model without an end-of-sequence token, in which the word w77 is NaN."""
+    model = endless_llava(processor, layers=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids("w77")] = torch.nan
+    return model
+
+
+OPTIONS = [{}, SAMPLING]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampling"])
+@pytest.mark.parametrize(("fused", "sync_every"), [(False, 1), (False, 4), (True, 3)])
+def test_without_an_end_token_a_query_that_is_not_finite_ends_alone(endless, processor, options, fused, sync_every):
+    profile = make_profile(endless, processor)
+    prompts, images = ["w1 w2", "w3 w77 w4", "w5"], [random_image(i) for i in range(3)]
+    pipeline = SequentialPipeline(endless, processor, profile)
+    expected = pipeline.generate(prompts, images, max_new_tokens=7, **options)
+    with SafeGenerator(endless, processor, profile, fused=fused, sync_every=sync_every) as guard:
+        outputs = guard.generate(prompts, images, max_new_tokens=7, **options)
+    expected[1].context = outputs[1].context  # which shares forwards with the draft
+    assert_same(outputs, expected)
+    assert [len(output.tokens) for output in outputs] == [7, 3, 7]  # the refusal, and nothing after it
+    assert [output.risk == 1 for output in outputs] == [False, True, False]
+    assert [output.failed_closed is not None for output in outputs] == [False, True, False]
+    assert guard.counters["failed_closed"] == 1
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampling"])
+@pytest.mark.parametrize("step", [5, 8])
+def test_without_an_end_token_an_answer_ends_where_it_is_no_longer_finite(processor, options, step):
+    """After a word of its own that is NaN, and after the last step that the draft shared with the other stages."""
+    model = endless_llava(processor, layers=2)
+    profile = make_profile(model, processor, gate=0.0, context_prompt="w1", safety_prompt="w1", max_context_tokens=1)
+    prompts, images = ["w1", "w2", "w3"], [random_image(i) for i in range(3)]
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    plain = guard.generate(prompts, images, max_new_tokens=10, **options)
+    others = [{*plain[i - 1].tokens, *plain[i - 2].tokens, *plain[i].tokens[:step]} for i in range(3)]
+    broken = next(i for i in range(3) if plain[i].tokens[step] not in others[i])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[plain[broken].tokens[step]] = torch.nan
+    outputs = guard.generate(prompts, images, max_new_tokens=10, **options)
+    assert_same(outputs, SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=10, **options))
+    plain[broken].tokens = plain[broken].tokens[: step + 1]
+    assert [output.tokens for output in outputs] == [output.tokens for output in plain]
+    assert [i for i, output in enumerate(outputs) if output.failed_closed] == [broken]
+    assert guard.counters["failed_closed"] == 1
+
+
+def test_without_an_end_token_a_risk_stage_that_is_not_finite_from_its_second_step_on_fails_closed(processor, monkeypatch):
+    """The first step alone would give a risk."""
+    model = endless_llava(processor, layers=2)
+    profile = make_profile(model, processor, max_context_tokens=1)
+    pipeline, stages = SequentialPipeline(model, processor, profile), []
+    similarity = pipeline.moras.similarity
+    monkeypatch.setattr(pipeline.moras, "similarity", lambda logits: stages.append(logits) or similarity(logits))
+    plain = pipeline.generate(["w1", "w2", "w3"], max_new_tokens=6)
+    first = [logits[0, 0].argmax().item() for logits in stages]
+    number = next(i for i, output in enumerate(plain) if first[i] not in output.tokens)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[first[number]] = torch.nan
+    pipelines = pipeline, SafeGenerator(model, processor, profile, fused=False)
+    expected, found = (one.generate([f"w{number + 1}"], max_new_tokens=6) for one in pipelines)
+    assert stages[-1].isfinite().all(-1).tolist() == [[True, False]]
+    assert (expected[0].risk, found[0].risk) == (1, 1)
+    assert found[0].failed_closed
+    assert found[0].tokens[:3] == expected[0].tokens[:3]
 
 
 def test_a_similarity_that_is_not_finite_fails_closed(model, processor, profile, monkeypatch):

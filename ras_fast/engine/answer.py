@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ras_fast.decoding import Decoding, holds_stop
+from ras_fast.decoding import BROKEN, Decoding, holds_stop, next_tokens
+
+CUT = "the model's logits are not finite: the answer ends there"
 
 
 @dataclass
@@ -19,7 +21,7 @@ class SafeOutput:
     similarity: MoRAS's S; NaN where it could not be computed, and for other methods.
     context: what stage 1 of MoRAS said about the images; empty without images.
     rejected_at: the first step whose token MoRAS's steering changed, None when it changed nothing.
-    failed_closed: why the risk was set to 1 without having been computed; None normally.
+    failed_closed: why the risk was set to 1 without having been computed, or else why the answer was cut short; None normally.
     region_mass: [layers, heads, images] fp32, how much attention the prompt's last token pays to each image of the query;
         to each tile where tiles are regions of their own (docs/integration.md). None unless the generator was made with
         ``region_mass=True``.
@@ -44,23 +46,34 @@ class SafeOutput:
 
 
 class Sequence:
-    """A prompt and what was produced after it."""
+    """A prompt and what was produced after it.
+
+    broken: whether it ended because the logits were not finite, in a model without a token to say so.
+    """
 
     def __init__(self, prompt: list[int], decoding: Decoding, query: int, eos: list[int], tokenizer, device):
         self.prompt, self.tokens = prompt, []
         self.decoding, self.eos, self.tokenizer = decoding, eos, tokenizer
         self.processors = decoding.processors(query, len(prompt), eos)
         self.plain = len(self.processors) == 1  # argmax of the logits, but for the end of rows that are not finite
-        self.done = False
+        self.done = self.broken = False
         # Processors may read what came before; it stays on the device, where the next token is made.
         self._history = None
         if not self.plain:
             self._history = torch.zeros(len(prompt) + decoding.max_new_tokens, dtype=torch.long, device=device)
             self._history[: len(prompt)] = torch.tensor(prompt)
 
+    @property
+    def produced(self) -> list[int]:
+        """The token of each step that was made: `tokens`, and BROKEN after them where the sequence is."""
+        return self.tokens + [BROKEN] * self.broken
+
     def append(self, token: int) -> None:
         """One more token; a sequence that is done takes no more."""
         if self.done:
+            return
+        if token == BROKEN:
+            self.done = self.broken = True
             return
         self.tokens.append(token)
         self.done = (
@@ -71,21 +84,21 @@ class Sequence:
 
     def rewind(self, step: int, token: int) -> None:
         """Back to ``step``, where ``token`` is now produced."""
-        self.tokens, self.done = self.tokens[:step], False
+        self.tokens, self.done, self.broken = self.tokens[:step], False, False
         self.append(token)
-        if not self.plain:
+        if not self.plain and not self.broken:
             self._history[len(self.prompt) + step] = token
 
-    def scores(self, logits: Tensor, step: int) -> Tensor:
-        """Logits [V] of a step as the scores whose argmax is its token."""
+    def token(self, logits: Tensor, step: int) -> Tensor:
+        """The token [] that a step's logits [V] give. No host sync."""
         ids = None if self.plain else self._history[None, : len(self.prompt) + step]
-        return self.processors(ids, logits[None])[0]
+        return next_tokens(self.processors, ids, logits[None])[0]
 
     def choose(self, logits: Tensor, step: int) -> Tensor:
-        """The token [] of a step from its logits [V]. No host sync."""
+        """`token`, noted as what the step produced."""
         if step >= self.decoding.max_new_tokens:
             return logits.argmax()  # the sequence is over, nobody will read this
-        token = self.scores(logits, step).argmax()
+        token = self.token(logits, step)
         if not self.plain:
-            self._history[len(self.prompt) + step] = token
+            self._history[len(self.prompt) + step] = token.clamp(min=0)  # no processor is to look up BROKEN
         return token

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ras_fast.decoding import eos_ids, output_head
+from ras_fast.decoding import eos_ids, next_tokens, output_head
 from ras_fast.engine.answer import Sequence
 from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
 from ras_fast.kv_cache import KVPool
@@ -49,7 +49,7 @@ class Runner:
 
     def __init__(self, model, sync_every: int | None = None):
         text = model.config.get_text_config()
-        self.model, self.base, self.head, self.eos = model, model.base_model, output_head(model), eos_ids(model)
+        self.model, self.base, self.head = model, model.base_model, output_head(model)
         self.layers, self.window = text.num_hidden_layers, getattr(text, "sliding_window", None)
         kinds = getattr(text, "layer_types", None) or (["sliding_attention"] if self.window else ["full_attention"])
         self.kinds = sorted(set(kinds))
@@ -69,6 +69,10 @@ class Runner:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def eos(self) -> list[int]:
+        return eos_ids(self.model)
 
     def width(self, tokens: int) -> int:
         """The length that a feed of `tokens` tokens is padded to, so that few lengths have to be captured."""
@@ -176,11 +180,11 @@ class Branch:
             self.logits.append(logits.clone())
         own = [sequence for sequence in self.sequences if sequence is not None]
         if all(sequence.plain for sequence in own):
-            tokens = own[0].processors(None, logits).argmax(dim=-1)
+            tokens = next_tokens(own[0].processors, None, logits)
         else:
             rows = zip(self.sequences, logits, self._steps, strict=True)
             tokens = torch.stack([row.argmax() if sequence is None else sequence.choose(row, n) for sequence, row, n in rows])
-        self.feed.ids.copy_(tokens[:, None])
+        self.feed.ids.copy_(tokens.clamp(min=0)[:, None])  # a sequence that is broken goes along until the host sees it
         self._steps = [n + 1 for n in self._steps]
         self._recent.append(tokens)
         if len(self._recent) >= self._every:

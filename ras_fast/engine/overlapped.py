@@ -218,7 +218,7 @@ class Overlapped(Plan):
             batch.step([draft])
         risk.sync()
         draft.sync()
-        produced = torch.tensor([len(own.tokens) for _, own in entries], dtype=torch.int32, device=self.runner.device)
+        produced = torch.tensor([len(own.produced) for _, own in entries], dtype=torch.int32, device=self.runner.device)
         similarity = self.moras.similarity(torch.stack(risk.logits, dim=1), produced)
         values, failed = self.moras.risk(similarity, *self._features(jobs))
         for job, s, r, f in zip(jobs, similarity.tolist(), values.tolist(), failed.tolist(), strict=True):
@@ -232,11 +232,11 @@ class Overlapped(Plan):
         """Takes every draft back to the first step whose steered token is another one."""
         risks = torch.tensor([job.risk for job in jobs], device=self.runner.device)
         steered = torch.stack([self.moras.steer(states, risks, n) for n, states in enumerate(draft.states)])
-        drafted = [(n, row, job) for n in range(len(steered)) for row, job in enumerate(jobs) if n < len(job.draft.tokens)]
+        drafted = [(n, row, job) for n in range(len(steered)) for row, job in enumerate(jobs) if n < len(job.draft.produced)]
         logits = self.runner.head(steered).float()
-        tokens = torch.stack([job.draft.scores(logits[n, row], n).argmax() for n, row, job in drafted]).tolist()
+        tokens = torch.stack([job.draft.token(logits[n, row], n) for n, row, job in drafted]).tolist()
         for (n, _, job), token in zip(drafted, tokens, strict=True):
-            if job.rejected_at is None and token != job.draft.tokens[n]:
+            if job.rejected_at is None and token != job.draft.produced[n]:
                 job.rejected_at = n
                 job.draft.rewind(n, token)
 

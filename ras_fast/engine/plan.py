@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ras_fast.decoding import Decoding, check_length
-from ras_fast.engine.answer import SafeOutput, Sequence
+from ras_fast.engine.answer import CUT, SafeOutput, Sequence
 from ras_fast.engine.batch import Batch, Branch, Runner
 from ras_fast.inputs import Query, encode
 from ras_fast.regions import RegionMap
@@ -73,6 +73,7 @@ class Plan:
             batch.step([answer], captured=answer.steps >= own_steps)
 
     def output(self, sequence: Sequence, risk: float, failed_closed: str | None, **more) -> SafeOutput:
+        failed_closed = CUT if failed_closed is None and sequence.broken else failed_closed
         self.counters["queries"] += 1
         self.counters["failed_closed"] += failed_closed is not None
         text = self.processor.tokenizer.decode(sequence.tokens, skip_special_tokens=True)

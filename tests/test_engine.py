@@ -252,6 +252,30 @@ def test_streaming_shows_nothing_before_the_risk_is_known(model, processor, prof
     assert streamer.ended == 1
 
 
+@pytest.mark.parametrize("step", [10, 13, 16])
+def test_a_second_attempt_shows_nothing_twice(model, processor, monkeypatch, step):
+    """An answer that runs out of memory is tried again where there were pools of other sizes to be freed."""
+    guard, streamer = SafeGenerator(model, processor, make_profile(model, processor, gate=0.0)), Recorder()
+    (expected,) = guard.generate(["w1 w2"], [random_image(0)], max_new_tokens=20)
+    guard.generate(["w1 w2"], [random_image(0)], max_new_tokens=300)
+    steps, own = [], batch.Batch.step
+
+    def tight(self, *args, **kwargs):
+        steps.append(len(streamer.values))
+        if len(steps) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(batch.Batch, "step", tight)
+    (output,) = guard.generate(["w1 w2"], [random_image(0)], max_new_tokens=20, streamer=streamer)
+    guard.close()
+    prompt, *shown = streamer.values
+    assert (steps[step - 1] > 0) == (step > 12)  # the middle of stage 1, and of the answer
+    assert processor.tokenizer.decode(prompt).endswith("ASSISTANT :")
+    assert output.tokens == [token for value in shown for token in value] == expected.tokens
+    assert streamer.ended == 1
+
+
 def test_transformers_streamers_work(model, processor, profile):
     guard = SafeGenerator(model, processor, profile, fused=False)
     (expected,) = guard.generate(["w1 w2"], [random_image(1)], max_new_tokens=9)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny_random import random_image, random_words
+from tiny_random import endless_llava, random_image, random_words
 
 import ras_fast
-from ras_fast.engine import SafeGenerator
+from ras_fast.engine import SafeGenerator, workspace
 from ras_fast.engine.batch import Batch
 from ras_fast.inputs import encode, make_queries
 from ras_fast.methods import attach
@@ -114,6 +114,47 @@ def test_a_risk_that_cannot_be_computed_is_said(model, processor, monkeypatch):
         if image is not None:
             assert (output.risk, output.failed_closed) == (1, "the risk could not be computed")
             assert output.tokens[:3] == refusal
+
+
+@pytest.mark.parametrize("make", PROFILES)
+def test_without_an_end_token_a_query_that_is_not_finite_ends_alone(processor, make):
+    model = endless_llava(processor, layers=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids("w77")] = torch.nan
+    profile, prompts = make(model, processor), ["w1 w2", "w3 w77", "w4"]
+    with SafeGenerator(model, processor, profile, sync_every=2) as guard:
+        alone = guard.generate([prompts[0], prompts[2]], max_new_tokens=5)
+        outputs = guard.generate(prompts, max_new_tokens=5)
+    assert [outputs[0].tokens, outputs[2].tokens] == [output.tokens for output in alone]
+    assert len(outputs[1].tokens) < 5
+    assert outputs[1].failed_closed
+    assert guard.counters["failed_closed"] == 1
+
+
+def test_out_of_memory_splits_a_batch_of_several_groups(model, processor, monkeypatch):
+    """Prompts with and without an image, each group with a pool: those of the attempt itself are no reason to try the same
+    again."""
+    (prompts, images), profile, asked = queries(6), autosteer(model, processor), []
+    with SafeGenerator(model, processor, profile) as guard:
+        expected = [output.tokens for output in guard.generate(prompts, images, max_new_tokens=4)]
+    lend = workspace.Workspaces.lend
+
+    def tight(self, rows, *slots):
+        asked.append(rows)
+        if sum(space.rows for space in self._kept.values()) + rows > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return lend(self, rows, *slots)
+
+    monkeypatch.setattr(workspace.Workspaces, "lend", tight)
+    with SafeGenerator(model, processor, profile) as guard:
+        with pytest.warns(UserWarning, match="out of memory with 6 queries in a batch: going on with 3"):
+            outputs = guard.generate(prompts, images, max_new_tokens=4)
+        assert [output.tokens for output in outputs] == expected
+        assert (guard.counters["memory_splits"], len(asked)) == (1, 6)
+        # Pools that were there before are freed first.
+        assert sum(space.rows for space in guard._runner.workspaces._kept.values()) > 1
+        assert guard.generate(prompts[:5], [images[0]] * 5, max_new_tokens=4)
+        assert guard.counters["memory_splits"] == 1
 
 
 def test_sampling_does_not_depend_on_the_batch(model, processor):

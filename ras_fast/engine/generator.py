@@ -116,7 +116,7 @@ class SafeGenerator:
                 self.plan.check(number, query)
             if streamer is not None and len(queries) != 1:
                 raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
-            return self._answers(queries, decoding, streamer, progress)
+            return self._answers(queries, decoding, None if streamer is None else _Once(streamer), progress)
         finally:
             if streamer is not None:
                 streamer.end()  # whatever happened, or the thread that reads it waits for ever
@@ -164,13 +164,15 @@ class SafeGenerator:
         return outputs
 
     def _answer_or_split(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
+        kept = len(self._runner.workspaces)  # before: an attempt leaves pools of its own there
         try:
             return self._answer(batch, decoding, streamer)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error) or (len(batch) == 1 and not self._runner.workspaces):
+            if not _is_out_of_memory(error) or (len(batch) == 1 and not kept):
                 raise
         # Out of the except block, so that the failed attempt's tensors are free before the next one.
-        if self._runner.workspaces.clear():
+        self._runner.workspaces.clear()
+        if kept:
             return self._answer_or_split(batch, decoding, streamer)
         half = len(batch) // 2
         self.counters["memory_splits"] += 1
@@ -179,6 +181,8 @@ class SafeGenerator:
 
     @torch.no_grad()
     def _answer(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
+        if streamer is not None:
+            streamer.begin()
         with self._runner.workspaces.in_use():
             return self.plan.answer(batch, decoding, streamer)
 
@@ -217,6 +221,24 @@ class SafeGenerator:
         other = batch.branch(SCRATCH, [None], [ids[4:]], [3])
         answer = batch.branch(ANSWER, [None], [ids[3:]], [3])
         return self._runner.head(batch.forward([other, answer])[0, 1]).float()
+
+
+class _Once:
+    """A streamer that is shown nothing twice: an attempt after a failed one makes the same tokens again."""
+
+    def __init__(self, streamer):
+        self._streamer, self._shown, self._seen = streamer, 0, 0
+
+    def begin(self) -> None:
+        """An attempt begins."""
+        self._seen = 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        new = tokens[max(self._shown - self._seen, 0) :]
+        self._seen += len(tokens)
+        if len(new):
+            self._shown = self._seen
+            self._streamer.put(new)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -11,8 +11,11 @@ import torch
 from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
 from transformers import TextIteratorStreamer
 
+import ras_fast
 from ras_fast import inputs, kv_cache
+from ras_fast.backend import forced_backend
 from ras_fast.engine import SafeGenerator, batch
+from ras_fast.engine.watch import Watch
 from ras_fast.methods.moras import PRESETS
 from ras_fast.patching import Patch
 from ras_fast.profile import RasProfile, fingerprint
@@ -111,6 +114,55 @@ def test_adapters(model, processor):
     with SafeGenerator(wrapped, processor, profile) as guard:
         outputs = guard.generate(prompts, images, max_new_tokens=NEW_TOKENS)
     assert_same(outputs, SequentialPipeline(wrapped, processor, profile).generate(prompts, images, max_new_tokens=NEW_TOKENS))
+
+
+def with_adapters(model):
+    """(a PEFT model with the adapters a and b, of which a acts; the transformers model inside)."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="a")
+    wrapped.add_adapter("b", config)
+    wrapped.set_adapter("a")
+    return wrapped.eval(), wrapped.get_base_model()
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+SWITCHES = {
+    "another": lambda wrapped: wrapped.set_adapter("b"),
+    "off": lambda wrapped: wrapped.base_model.disable_adapter_layers(),
+    "scaled": lambda wrapped: [layer.scale_layer(0.5) for layer in lora_layers(wrapped)],
+    "merged": lambda wrapped: wrapped.merge_adapter(),
+}
+RETURNS = {
+    "another": lambda wrapped: wrapped.set_adapter("a"),
+    "off": lambda wrapped: wrapped.base_model.enable_adapter_layers(),
+    "scaled": lambda wrapped: [layer.unscale_layer() for layer in lora_layers(wrapped)],
+    "merged": lambda wrapped: wrapped.unmerge_adapter(),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_profile_of_one_adapter_is_refused_while_another_acts(model, processor, switch):
+    wrapped, inner = with_adapters(model)
+    profile = make_profile(inner, processor)
+    prompts, images = make_queries(3)
+    pipeline = SequentialPipeline(wrapped, processor, profile)
+    expected = pipeline.generate(prompts, images, max_new_tokens=6)
+    with SafeGenerator(wrapped, processor, profile, cache_bytes=10**7) as guard:
+        assert_same(guard.generate(prompts, images, max_new_tokens=6), expected)
+        SWITCHES[switch](wrapped)
+        for generate in (guard.generate, pipeline.generate, lambda *args: SafeGenerator(wrapped, processor, profile)):
+            with pytest.raises(ValueError, match=r"calibrated on another model \(.*adapters: profile 'a × 2\.0', model '"):
+                generate(prompts, images)
+        with SafeGenerator(wrapped, processor, make_profile(inner, processor)) as other:
+            assert other.generate(prompts, images, max_new_tokens=6)[0].tokens
+        if switch == "merged":
+            return  # and back, the weights are the same but for rounding
+        RETURNS[switch](wrapped)
+        assert_same(guard.generate(prompts, images, max_new_tokens=6), expected)
 
 
 def test_soft_prompts_are_refused(model, processor, profile):
@@ -343,8 +395,6 @@ def test_ctrl_c_leaves_the_model_unpatched_and_usable(model, processor, profile,
 
 
 def test_a_users_own_patch_is_used_and_left(model, processor, profile):
-    import ras_fast
-
     with ras_fast.patch(model) as handle:
         with SafeGenerator(model, processor, profile) as guard:
             guard.generate(["w1"], max_new_tokens=2)
@@ -528,6 +578,99 @@ def test_a_cache_too_small_for_one_image_keeps_none_and_stays_right(model, proce
     assert_same(guard.generate(prompts, images, max_new_tokens=5), expected)
     assert 0 < guard.cache.nbytes <= 2000
     assert guard.counters["cache_hits"] == 0
+
+
+CHANGES = {
+    "hook": lambda model: model.model.language_model.layers[0].register_forward_hook(lambda module, args, out: out * 1.5),
+    "adapter": lambda model: [layer.set_adapter("b") for layer in lora_layers(model)],
+    "adapters off": lambda model: [layer.enable_adapters(False) for layer in lora_layers(model)],
+    "weights": lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight.detach())),
+    "data": lambda model: setattr(model.lm_head.weight, "data", model.lm_head.weight * 1),
+    "values": lambda model: model.lm_head.weight[70:].mul_(-1),
+    "buffers": lambda model: model.model.language_model.rotary_emb.inv_freq.mul_(1.5),
+    "bias": lambda model: Patch.of(model).set_region_bias(torch.ones(4)),
+    "steering": lambda model: Patch.of(model).set_steering(0, torch.ones(1, 32)),
+    "steered rows": lambda model: Patch.of(model).steering.set_rows(torch.zeros(1), torch.ones(1)),
+    "backend": lambda model: ras_fast.set_backend("torch"),
+    "patch": lambda model: Patch.of(model).unpatch(),
+    "module": lambda model: setattr(model, "lm_head", copy.deepcopy(model.lm_head)),
+}
+
+
+@pytest.fixture
+def backend_restored():
+    before = forced_backend()
+    yield
+    ras_fast.set_backend(before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+@pytest.mark.usefixtures("backend_restored")
+def test_a_change_of_the_model_is_noticed(processor, change):
+    model = tiny_llava(processor)
+    if change.startswith("adapter"):
+        _, model = with_adapters(model)
+    patch = ras_fast.patch(model)
+    if change == "steered rows":
+        patch.set_steering(0, torch.ones(1, 32))
+        patch.steering.set_rows(-torch.ones(1), torch.zeros(1))
+    watch = Watch(model)
+    assert watch.changed()
+    watch.note()
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert not watch.changed()
+    CHANGES[change](model)
+    assert watch.changed()
+    watch.note()
+    assert not watch.changed()
+
+
+def test_to_look_at_a_model_of_inference_tensors(processor):
+    """They do not count how often they were written."""
+    model = tiny_llava(processor)
+    with torch.inference_mode():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    watch = Watch(model)
+    watch.note()
+    assert not watch.changed()
+
+
+@pytest.mark.parametrize("change", ["hook", "values", "bias", "steered rows"])
+def test_nothing_is_found_in_the_cache_that_another_model_put_there(processor, change):
+    model = tiny_llava(processor)
+    profile, (prompts, images) = make_profile(model, processor), make_queries(1)
+    patch = ras_fast.patch(model)
+    if change == "steered rows":
+        patch.set_steering(0, 3 * torch.randn(1, 32))
+        patch.steering.set_rows(-torch.ones(1), torch.zeros(1))
+    guard = SafeGenerator(model, processor, profile, cache_bytes=10**7)
+    before = guard.generate(prompts, images, max_new_tokens=8)
+    assert_same(guard.generate(prompts, images, max_new_tokens=8), before)
+    assert guard.counters["cache_hits"] == 1
+    if change == "hook":
+        model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
+    elif change == "values":
+        with torch.no_grad():  # not of the first rows, which are part of the fingerprint
+            model.model.language_model.layers[0].self_attn.v_proj.weight[1:].mul_(-1)
+    elif change == "bias":
+        patch.set_region_bias(torch.tensor([5.0, -5.0, 5.0, 0.0]))
+    else:
+        patch.steering.set_rows(torch.zeros(1), torch.ones(1))
+    expected = SafeGenerator(model, processor, profile).generate(prompts, images, max_new_tokens=8)
+    outputs = guard.generate(prompts, images, max_new_tokens=8)
+    assert outputs[0].risk != before[0].risk
+    assert_same(outputs, expected)
+    assert guard.counters["cache_hits"] == 1
+    assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
+    assert guard.counters["cache_hits"] == 2
+
+
+def test_a_prefix_counts_all_that_it_takes(model, processor, profile):
+    guard = SafeGenerator(model, processor, profile, fused=False, cache_bytes=10**7)
+    guard.generate(["w1 w2"], [random_image(0)], max_new_tokens=2)
+    ((prefix, counted),) = (entry for entry in guard.cache._entries.values() if isinstance(entry[0], batch.Prefix))
+    assert counted > sum(tensor.nbytes for layer in prefix.states for tensor in layer) + 5 * batch.TENSOR_BYTES
 
 
 def test_a_progress_bar_for_several_batches(model, processor, profile, capsys):

@@ -145,8 +145,9 @@ def test_graphs_end_with_the_model_that_they_are_of(processor, graphs, change):
     elif change == "bias":
         handle.set_region_bias(torch.tensor([5.0, -5.0, 5.0, 0.0]))
     elif change == "weights":
-        weight = model.model.language_model.layers[0].mlp.up_proj.weight
-        model.model.language_model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight * -1)
+        projection = model.model.language_model.layers[0].mlp.up_proj
+        sign = torch.tensor([1.0] + [-1.0] * (len(projection.weight) - 1))  # the first row is part of the fingerprint
+        projection.weight = torch.nn.Parameter(projection.weight * sign[:, None])
     elif change == "patch":
         handle.unpatch()
         handle = ras_fast.patch(model, norms=False)

@@ -13,6 +13,7 @@ from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Runner
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.overlapped import Overlapped
+from ras_fast.engine.watch import Watch
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
 from ras_fast.kv_cache import ByteBoundedCache
@@ -36,12 +37,14 @@ class SafeGenerator:
 
     model: in eval mode; also a PEFT model with adapters.
     profile: a `RasProfile` calibrated on this model; another model's is refused.
+        The profile is compared with the model again whenever that was changed between two calls.
     batch_size: how many queries go through the stages together.
     fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched; `close()` undoes it.
     region_mass: also report how much attention falls on each image (`SafeOutput.region_mass`), read from the forward over the
         user's prompt. Needs ``fused``.
     cache_bytes: keep image prefixes and contexts of seen images, least recently used out first. 0, the default, keeps
-        nothing: what is kept would be the content of users' images. The cache belongs to this object alone.
+        nothing: what is kept would be the content of users' images. The cache belongs to this object alone, and is emptied
+        when the model was changed: its weights, adapters, hooks, patch, steering or region bias.
     sync_every: steps that are made before the host looks at their tokens, which is when an end is noticed and a streamer is
         given something. None: 8 on CUDA, where a look waits for the device and steps are captured as graphs; else 1.
 
@@ -84,7 +87,7 @@ class SafeGenerator:
         self.batch_size, self.cache = batch_size, ByteBoundedCache(cache_bytes)
         self.counters: Counter = Counter()
         self._lock = lock_of(model)
-        self._fused, self._patch = fused, None
+        self._fused, self._patch, self._watch = fused, None, Watch(model)
         with self._lock:
             self._runner = Runner(model, sync_every)
             if profile.method in ONE_PASS:
@@ -125,8 +128,7 @@ class SafeGenerator:
         """Unpatches the model, forgets cached images and frees what is kept between calls. The generator can be used again."""
         with self._lock:
             self._unpatch_model()
-            self.cache.clear()
-            self._runner.workspaces.clear()
+            self._forget()
 
     def __enter__(self):
         return self
@@ -183,8 +185,18 @@ class SafeGenerator:
     def _answer(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
         if streamer is not None:
             streamer.begin()
-        with self._runner.workspaces.in_use():
-            return self.plan.answer(batch, decoding, streamer)
+        if self._watch.changed():
+            self._forget()
+            self.profile.check(self.model)
+        outputs = self.plan.answer(batch, decoding, streamer)
+        self._watch.note()
+        return outputs
+
+    def _forget(self) -> None:
+        """Drops what is of the model as it was: prefixes, contexts, pools and graphs."""
+        self.cache.clear()
+        self._runner.workspaces.clear()
+        self._watch.forget()
 
     # The model
 

@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ras_fast.backend import forced_backend
 from ras_fast.kv_cache import KVPool
-from ras_fast.patching import Patch
 
 KEPT = 4  # workspaces of a generator: of batches of so many sizes
 BUCKET = 128  # slots that sizes are rounded up to; also keeps the masks aligned as the attention kernels want them
@@ -105,16 +103,6 @@ class Workspaces:
     def __init__(self, model, layers: int):
         self._model, self._layers = model, layers
         self._kept: OrderedDict[tuple, Workspace] = OrderedDict()
-        self._state: tuple[list, tuple] = ([], ())
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """To be held around the work of a batch. Drops the kept workspaces where the model was changed since the last batch;
-        what the work itself attaches to the model, and takes off again, does not count."""
-        if _state(self._model)[1] != self._state[1]:
-            self.clear()  # the graphs are of a model that steers, hooks or holds its weights otherwise
-        yield
-        self._state = _state(self._model)
 
     @contextmanager
     def lend(self, rows: int, scratch: int, rest: int) -> Iterator[Workspace]:
@@ -130,12 +118,9 @@ class Workspaces:
         space.clear()
         self._kept[key] = space
 
-    def clear(self) -> bool:
-        """Frees all of them; returns whether there were any."""
-        found = bool(self._kept)
+    def clear(self) -> None:
+        """Frees all of them."""
         self._kept.clear()
-        self._state = ([], ())
-        return found
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -143,19 +128,6 @@ class Workspaces:
 
 def _bucket(slots: int) -> int:
     return -(-slots // BUCKET) * BUCKET
-
-
-def _state(model) -> tuple[list, tuple]:
-    """What a captured graph of the model depends on: (objects, which must live for their ids to mean something; a key)."""
-    objects: list = []
-    for module in model.modules():
-        objects += (module, module.__dict__.get("forward"))
-        objects += (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    patch, device = Patch.of(model), model.device.type
-    objects += [] if patch is None else patch.in_force()
-    pointers = tuple(parameter.data_ptr() for parameter in model.parameters())
-    modes = (forced_backend(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    return objects, (tuple(map(id, objects)), pointers, modes)
 
 
 # CUDA graphs.

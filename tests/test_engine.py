@@ -8,7 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from test_engine_one_pass import autosteer
 from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
+from torch.utils.hooks import RemovableHandle
 from transformers import TextIteratorStreamer
 
 import ras_fast
@@ -377,13 +379,14 @@ def test_an_exception_in_a_stage_shows_no_answer_and_leaves_a_usable_engine(mode
     assert Patch.of(model) is None
 
 
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_ctrl_c_leaves_the_model_unpatched_and_usable(model, processor, profile, monkeypatch):
     guard = SafeGenerator(model, processor, profile)
     (expected,) = guard.generate(["w1"], [random_image(0)], max_new_tokens=4)
     assert Patch.of(model) is not None
-
-    def interrupt(*args):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(guard.plan, "_assess", interrupt)
@@ -392,6 +395,47 @@ def test_ctrl_c_leaves_the_model_unpatched_and_usable(model, processor, profile,
     assert Patch.of(model) is None
     assert guard.generate(["w1"], [random_image(0)], max_new_tokens=4)[0].tokens == expected.tokens
     guard.close()
+
+
+def test_ctrl_c_while_images_load_leaves_the_model_unpatched(model, processor, profile, monkeypatch):
+    guard = SafeGenerator(model, processor, profile)
+    guard.generate(["w1"], [random_image(0)], max_new_tokens=2)
+    assert Patch.of(model) is not None
+    monkeypatch.setattr(inputs, "load_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        guard.generate(["w1"], [random_image(0)], max_new_tokens=2)
+    assert Patch.of(model) is None
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("place", ["patch", "hooks", "proof"])
+def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, processor, monkeypatch, own, place):
+    """Also where it strikes what takes hooks off again."""
+
+    def state():
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+        return [[module.__dict__.get("forward"), [list(getattr(module, kind)) for kind in kinds]] for module in model.modules()]
+
+    def remove(self, *args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    profile = autosteer(model, processor)
+    handle = ras_fast.patch(model) if own else None
+    before = state()
+    if place == "patch":
+        monkeypatch.setattr("ras_fast.engine.one_pass.attach", interrupt)
+    elif place == "hooks":
+        monkeypatch.setattr(RemovableHandle, "remove", remove)
+        monkeypatch.setattr(RemovableHandle, "__exit__", remove)
+    else:
+        monkeypatch.setattr(SafeGenerator, "_prove", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        SafeGenerator(model, processor, profile)
+    assert Patch.of(model) is handle
+    assert state() == before
+    if own:
+        handle.unpatch()
 
 
 def test_a_users_own_patch_is_used_and_left(model, processor, profile):

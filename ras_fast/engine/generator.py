@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
 from ras_fast.decoding import Decoding, check_mode, lock_of, transformers_model
@@ -88,7 +91,7 @@ class SafeGenerator:
         self.counters: Counter = Counter()
         self._lock = lock_of(model)
         self._fused, self._patch, self._watch = fused, None, Watch(model)
-        with self._lock:
+        with self._lock, self._undone_by_ctrl_c():
             self._runner = Runner(model, sync_every)
             if profile.method in ONE_PASS:
                 self.plan = OnePass(self._runner, processor, profile, self.counters, region_mass)
@@ -113,13 +116,15 @@ class SafeGenerator:
         way from an error to an unsteered answer.
         """
         try:
-            decoding = Decoding.of(decoding)
-            queries = list(enumerate(make_queries(prompts, images, self.processor)))
-            for number, query in queries:
-                self.plan.check(number, query)
-            if streamer is not None and len(queries) != 1:
-                raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
-            return self._answers(queries, decoding, None if streamer is None else _Once(streamer), progress)
+            with self._lock, self._undone_by_ctrl_c():
+                decoding = Decoding.of(decoding)
+                queries = list(enumerate(make_queries(prompts, images, self.processor)))
+                for number, query in queries:
+                    self.plan.check(number, query)
+                if streamer is not None and len(queries) != 1:
+                    raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
+                check_mode(self.model)
+                return self._answers(queries, decoding, None if streamer is None else _Once(streamer), progress)
         finally:
             if streamer is not None:
                 streamer.end()  # whatever happened, or the thread that reads it waits for ever
@@ -154,15 +159,9 @@ class SafeGenerator:
         batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]
         progress = len(batches) > 1 if progress is None else progress
         outputs: list[SafeOutput] = []
-        with self._lock:
-            check_mode(self.model)
-            try:
-                self._patch_model()
-                for batch in tqdm(batches, desc="batches", disable=not progress):
-                    outputs += self._answer_or_split(batch, decoding, streamer)
-            except KeyboardInterrupt:
-                self._unpatch_model()
-                raise
+        self._patch_model()
+        for batch in tqdm(batches, desc="batches", disable=not progress):
+            outputs += self._answer_or_split(batch, decoding, streamer)
         return outputs
 
     def _answer_or_split(self, batch, decoding: Decoding, streamer) -> list[SafeOutput]:
@@ -199,6 +198,23 @@ class SafeGenerator:
         self._watch.forget()
 
     # The model
+
+    @contextmanager
+    def _undone_by_ctrl_c(self) -> Iterator[None]:
+        """An interruption inside the block leaves the model with no patch but the user's and with no hook that came in it. What
+        puts these there undoes them itself, but for an interruption on its very way."""
+        before, first = Patch.of(self.model), RemovableHandle.next_id  # hooks are numbered
+        theirs = None if before is self._patch else before
+        try:
+            yield
+        except KeyboardInterrupt:
+            left = Patch.of(self.model)
+            if left is not None and left is not theirs:
+                left.unpatch()
+            self._patch = None
+            for module in self.model.modules():
+                _remove_hooks(module, first)
+            raise
 
     def _patch_model(self) -> None:
         if self._fused and Patch.of(self.model) is None:
@@ -251,6 +267,16 @@ class _Once:
         if len(new):
             self._shown = self._seen
             self._streamer.put(new)
+
+
+def _remove_hooks(module: torch.nn.Module, first: int) -> None:
+    """Those from number ``first`` on, but for transformers' own, which it puts there once and relies on."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = getattr(module, kind)
+        for number, hook in list(hooks.items()):
+            if number >= first and getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                del hooks[number]
+                getattr(module, f"{kind}_with_kwargs").pop(number, None)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -294,8 +294,8 @@ class Overlapped(Plan):
         if patch is None or not patch.steers("final"):
             yield None
             return
-        patch.set_steering("final", self.moras.prototypes, steering=steering)
         try:
+            patch.set_steering("final", self.moras.prototypes, steering=steering)
             yield steering
         finally:
             patch.clear_steering(steering)

@@ -487,10 +487,12 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # said aloud where ptxas would spill a value or two to fit one block more on a multiprocessor
 
 
 # What a call may use beside plain attention; each is compiled in only where it is used.
 FEATURES = ("HAS_START", "HAS_END", "WINDOW", "SOFTCAP", "BIAS", "PRESCALED")
+DECODE_REGISTERS = 255  # of a thread: two blocks of 4 warps fit on a multiprocessor, as many as `_splits` asks for
 DECODE_ROWS = 16  # up to this many rows of a group are one tile, and the cache is read once for all its query heads
 SELECTED_ROWS = 64  # the same for recomputed probabilities, which keep no output in registers
 SHARED_LAUNCH_ROWS = 256  # masses and key scores together: each tile of rows writes scores of its own, which are then reduced
@@ -515,7 +517,7 @@ def rule(wanted: tuned.ShapeClass) -> Config:
     if kind == "decode":
         if wide:
             return (Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
-        return Config(16, (128 if arch == 80 else 64, 64, 32)[size], 4, 3)
+        return Config(16, (128 if arch == 80 else 64, 64, 32)[size], 4, 3, DECODE_REGISTERS)
     if kind == "mass":
         warps = 4 if not wide and (arch == 90 or (arch == 100 and size == 0)) else 8
         return Config(SELECTED_ROWS, ((64, 64, 16 if arch == 80 else 32), (32, 16, 16))[wide][size], warps, 2)
@@ -612,7 +614,7 @@ def region_attention(
         *_strides(query, 3), *_strides(key, 3), *_strides(value, 3), *_strides(parts[0], 4), *_strides(region_ids, 1),
         *_bias_strides(region_bias), batch, heads, lq, lk, num_regions, mass_rows, scale, softcap, window,
         GROUP=heads // key.shape[1], PACK=pack, SINKS=sinks is not None, MASS=mass.numel() > 0, **constants,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(batch * heads * lq,)](
@@ -731,7 +733,8 @@ def aot_cases(arch: int) -> list[dict]:
         odd = ("stride_ib", "stride_bb", "stride_bh")  # follow the number of keys or of regions
         divisible = [n for n, kind in signature.items() if kind[0] == "*" or (n.startswith("stride_") and n not in odd)]
         cases.append({"name": name, "shape_class": wanted, "kernel": kernel, "signature": signature, "constexprs": constexprs,
-                      "divisible_by_16": divisible, "num_warps": tile.num_warps, "num_stages": tile.num_stages})  # fmt: skip
+                      "divisible_by_16": divisible, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+                      "maxnreg": tile.maxnreg})  # fmt: skip
 
     for dim in (64, 128, 256):
         for variant in ("plain", "every"):

@@ -131,12 +131,13 @@ class _Undo:
 
     def restore(self, mark: int = 0) -> None:
         while len(self._changes) > mark:
-            owner, name, existed, value = self._changes.pop()
+            owner, name, existed, value = self._changes[-1]
             attributes = owner if isinstance(owner, dict) else owner.__dict__
             if existed:
                 attributes[name] = value
             else:
                 attributes.pop(name, None)
+            self._changes.pop()  # last: an interrupt in between does the same once more, and loses nothing
 
 
 class Patch:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ras_fast.decoding import lock_of
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, returned_cache
 
@@ -84,7 +83,7 @@ class PromptState:
             stack.enter_context(patch.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
             stack.enter_context(patch.text_model.register_forward_hook(self._after_text))
             stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
-            stack.enter_context(replaced(patch.model, "generate", _OneAtATime))
+            stack.enter_context(replaced(patch.model, "generate", partial(_OneAtATime, patch.model)))
             yield self
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -116,17 +115,15 @@ class _Prefill:
 
 
 class _OneAtATime:
-    """Stands in for `generate`: a method's state is that of the forward that runs, so threads take turns."""
+    """Stands in for `generate`: a method's state is that of the forward that runs, so threads take turns, also with those that
+    answer by the engine or the reference."""
 
-    def __init__(self, generate: Callable[..., Any]) -> None:
-        self.generate, self.turn = generate, threading.RLock()
+    def __init__(self, model: nn.Module, generate: Callable[..., Any]) -> None:
+        self.model, self.generate = model, generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.turn:
+        with lock_of(self.model):
             return self.generate(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OneAtATime:
-        return type(self)(copy.deepcopy(self.generate, memo))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import harness
 import torch
 
 from ras_fast import ops
-from ras_fast.ops import attention, attention_cuda
+from ras_fast.ops import attention, attention_cuda, attention_plan
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -61,13 +61,37 @@ def measure(length_q: int, length_k: int, rows: int, dtype: torch.dtype) -> dict
     return row | {"plan": plan, "loses": times[plan] / min(times.values()) - 1 if plan in times else None}
 
 
+def measure_scores(rows: int) -> dict[str, object]:
+    """Scores of 4096 keys from the last rows of a prompt, and masses with them, by each of the two kernels."""
+    query = torch.randn(1, 4096, HEADS, DIM, device="cuda").to(BF16).transpose(1, 2)
+    key = torch.randn(1, KV_HEADS, 4096, DIM, device="cuda").to(BF16)
+    lse = torch.full(query.shape[:3], 9.0, device="cuda")
+    ids = (torch.arange(4096, device="cuda", dtype=torch.int32) // 2048 - 1)[None]
+    masks = (DIM**-0.5, True, None, None, 0, 0.0, None)
+    native = torch.ops.ras_fast
+    calls = {
+        "cuda": functools.partial(native.selected_key_attention, query, key, lse, rows, "mean", None, *masks),
+        "triton": functools.partial(native.key_attention_triton, query, key, lse, rows, "mean", None, *masks),
+        "cuda, masses": functools.partial(native.selected_statistics, query, key, lse, ids, 1, rows, "mean", *masks),
+        "triton, masses": functools.partial(native.region_statistics_triton, query, key, lse, ids, 1, rows, "mean", *masks),
+    }
+    times = harness.compare(calls, seconds=0.5, graph=True)
+    row = {"scored rows": rows} | {f"{name} µs": times[name] * 1e6 for name in calls}
+    return row | {"plan": attention_plan.plan_statistics(query, key, rows)}
+
+
 def main() -> None:
-    rows = []
-    for shape in GPU if torch.cuda.is_available() else CPU:
-        rows.append(measure(*shape))
-        path = harness.save("crossovers", rows)
-    print(harness.table(rows))
-    print(f"\nwritten to {path}")
+    on_gpu = torch.cuda.is_available()
+    tables = {"crossovers": (measure, GPU if on_gpu else CPU)}
+    if on_gpu:
+        tables["crossovers_scores"] = (measure_scores, [(rows,) for rows in (1, 4, 16, 32, 64, 128, 512, 4096)])
+    for name, (measure_one, shapes) in tables.items():
+        rows = []
+        for shape in shapes:
+            rows.append(measure_one(*shape))
+            path = harness.save(name, rows)
+        print(harness.table(rows))
+        print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

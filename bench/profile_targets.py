@@ -40,6 +40,7 @@ def attention():
         _, lse, _ = ops.region_attention(query, key, value, ids, regions)
         ops.region_mass(query, key, lse, ids, regions, mass_rows=min(rows, 64))
         ops.key_attention(query, key, lse)
+        ops.region_statistics(query, key, lse, ids, regions, rows=min(rows, 64))
         torch.ops.ras_fast.region_attention_triton(query, key, value, ids, regions, *MASKS, rows)
 
 

@@ -186,6 +186,7 @@ struct Consumer {
       regions.offset[half] = args.shared_sums ? in_tile : mass_of(half) - args.mass;
     }
     regions.begin(wanted);
+    regions.clear();
   }
 
   // One lane of each warp says that the warp has read a tile; the producer waits for all eight.

@@ -55,6 +55,12 @@ struct RegionSums {
     for (int half = 0; half < kRowTiles; ++half) {
       open[half] = 0.f;
       ok[half] = exists[half];
+    }
+  }
+
+  __device__ void clear() const {
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) {
       if (!ok[half]) continue;
       for (int r = threadIdx.x % 4; r < regions; r += 4) slab[offset[half] + r] = kLog ? -INFINITY : 0.f;
     }

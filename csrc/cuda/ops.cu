@@ -10,4 +10,6 @@ STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {
   m.impl("add_layer_norm_", TORCH_BOX(&ras::cuda::add_layer_norm_));
   m.impl("decode_attention", TORCH_BOX(&ras::cuda::decode_attention));
   m.impl("selected_region_mass", TORCH_BOX(&ras::cuda::selected_region_mass));
+  m.impl("selected_key_attention", TORCH_BOX(&ras::cuda::selected_key_attention));
+  m.impl("selected_statistics", TORCH_BOX(&ras::cuda::selected_statistics));
 }

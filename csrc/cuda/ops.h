@@ -1,6 +1,8 @@
 // Every op's CUDA entry point; the schemas are in ras_fast/ops/, the registrations in ops.cu.
 #pragma once
 
+#include <string>
+
 #include "tensor.h"
 
 namespace ras::cuda {
@@ -32,5 +34,15 @@ Tensor selected_region_mass(const Tensor& query, const Tensor& key, const Tensor
                             int64_t num_regions, double scale, bool is_causal, const MaybeTensor& kv_start,
                             const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias,
                             int64_t mass_rows);
+
+Tensor selected_key_attention(const Tensor& query, const Tensor& key, const Tensor& lse, int64_t rows, const std::string& reduce,
+                              const MaybeTensor& region_ids, double scale, bool is_causal, const MaybeTensor& kv_start,
+                              const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias);
+
+std::tuple<Tensor, Tensor> selected_statistics(const Tensor& query, const Tensor& key, const Tensor& lse,
+                                               const Tensor& region_ids, int64_t num_regions, int64_t rows,
+                                               const std::string& reduce, double scale, bool is_causal,
+                                               const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
+                                               double softcap, const MaybeTensor& region_bias);
 
 }  // namespace ras::cuda

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend
 
 from ras_fast.ops import attention
 from ras_fast.ops._registry import LIBRARY
-from ras_fast.ops.attention_plan import cuda_kernels_refuse, plan_cuda, triton_is_there
+from ras_fast.ops.attention_plan import plan_cuda, plan_statistics
 
 
 def _attention(
@@ -51,21 +51,31 @@ def _activated_flash_attention() -> str | None:
     return current() if current else None
 
 
+# Statistics of selected rows, by backend.
+_MASS = {"triton": attention._mass_triton, "torch": attention._mass_reference}
+_KEY = {"triton": attention._key_triton, "torch": attention._key_reference}
+_STATISTICS = {"triton": attention._statistics_triton, "torch": attention._statistics_reference}
+
+
 def _mass(query, key, *rest):
-    if not cuda_kernels_refuse(query, key):
-        return torch.ops.ras_fast.selected_region_mass(query, key, *rest)
-    return (attention._mass_triton if triton_is_there() else attention._mass_reference)(query, key, *rest)
+    return _MASS[plan_statistics(query, key)](query, key, *rest)
 
 
-def _key(*arguments):
-    return (attention._key_triton if triton_is_there() else attention._key_reference)(*arguments)
+def _key(query, key, lse, rows, *rest):
+    return _KEY[plan_statistics(query, key, rows)](query, key, lse, rows, *rest)
 
 
-def _statistics(*arguments):
-    return (attention._statistics_triton if triton_is_there() else attention._statistics_reference)(*arguments)
+def _statistics(query, key, lse, region_ids, num_regions, rows, *rest):
+    return _STATISTICS[plan_statistics(query, key, rows)](query, key, lse, region_ids, num_regions, rows, *rest)
 
 
-LIBRARY.define(f"selected_region_mass({attention._MASS_SCHEMA.split('(', 1)[1]}")
+for _name, _schema, _kernels in (
+    ("selected_region_mass", attention._MASS_SCHEMA, _MASS),
+    ("selected_key_attention", attention._KEY_SCHEMA, _KEY),
+    ("selected_statistics", attention._STATISTICS_SCHEMA, _STATISTICS),
+):
+    LIBRARY.define(f"{_name}({_schema.split('(', 1)[1]}")
+    _kernels["cuda"] = getattr(torch.ops.ras_fast, _name)
 LIBRARY.impl("region_attention", _attention, "CUDA")
 LIBRARY.impl("region_mass", _mass, "CUDA")
 LIBRARY.impl("key_attention", _key, "CUDA")

@@ -4,7 +4,7 @@ CPU: a single query row per sequence has its own decode kernel. More rows take t
 wanted rows are recomputed from its LSE. A softcap, or a handful of keys, takes an explicit softmax.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses of few of many rows
-take torch's flash attention and a recomputation. Masses of many rows take the Triton kernel, whose row sums give them without
+take torch's flash attention and a recomputation; so do scores of the keys, of any number of rows. Masses of many rows take the Triton kernel, whose row sums give them without
 further work. The Hopper kernel does the same, but is not chosen until it has been measured. The thresholds for CUDA are derived
 from operation counts and have not been measured yet.
 """
@@ -22,6 +22,7 @@ from ras_fast import backend
 
 DECODE_ROWS = 64  # packed rows of a key/value head up to which one pass over the cache costs what reading it costs
 FEW_ROWS = 8  # recomputing Q Kᵀ of 1/8 of the rows adds 1/16 of attention's operations
+SCORED_ROWS = 64  # key scores of more rows take Triton's larger tiles, which fetch fewer bytes an operation
 # The Hopper prefill kernel has not been measured yet. Set True, or call torch.ops.ras_fast.hopper_prefill, to try it.
 try_hopper = False
 MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros, and the explicit softmax is as fast
@@ -122,6 +123,17 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     if packed <= DECODE_ROWS:
         return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}")
     return Plan("triton", f"{reason}; the Hopper kernel is not chosen: {not_hopper or 'not measured yet'}")
+
+
+def plan_statistics(query: Tensor, key: Tensor, scored_rows: int = 0) -> str:
+    """The backend of a statistic that is recomputed from an LSE on CUDA: "cuda", "triton" or "torch".
+
+    scored_rows: rows that are reduced to scores of the keys; 0 for masses alone.
+    """
+    others = "triton" if triton_is_there() else "torch"
+    if cuda_kernels_refuse(query, key):
+        return others
+    return "triton" if scored_rows > SCORED_ROWS and others == "triton" else "cuda"
 
 
 def decodes_on_cuda(query: Tensor, key: Tensor) -> bool:

@@ -43,8 +43,9 @@ def attention():
             out, lse, mass = ops.region_attention(query, key, value, ids, 4, kv_start=start)
             yield out, lse, mass
             yield (ops.region_mass(query, key, lse, ids, 4, kv_start=start),)
-            yield (ops.key_attention(query, key, lse, rows=1, kv_start=start),)
-            yield ops.region_statistics(query, key, lse, ids, 4, rows=1, kv_start=start)
+            for scored in (1, min(rows, 40)):
+                yield (ops.key_attention(query, key, lse, rows=scored, kv_start=start),)
+                yield ops.region_statistics(query, key, lse, ids, 4, rows=scored, kv_start=start)
         two = torch.tensor([[40, 0], [7, 200]], dtype=torch.int32, device="cuda")
         yield ops.region_attention(rand(2, 4, 2, 128, dtype=dtype), key, value, ids, 4, is_causal=False, kv_start=two)
 

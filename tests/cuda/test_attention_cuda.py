@@ -53,6 +53,29 @@ def test_decode(length_q, length_k, dim, dtype):
     check(query, key, value, image_ids(2, length_k))
 
 
+@pytest.mark.parametrize("reduce", attention.REDUCTIONS)
+@pytest.mark.parametrize("dtype", [*ATOL, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("rows", "heads"), [(1, 8), (1, 14), (3, 8), (64, 8), (200, 8)])
+def test_key_scores(rows, heads, dim, dtype, reduce):
+    """Up to 64 rows in half precision by the CUDA kernel, alone and with the masses of the same rows; else by Triton."""
+    query, key, value = states(300, 700, dim, dtype, heads=heads)
+    start, end = (torch.tensor(bound, dtype=torch.int32, device="cuda") for bound in ([0, 90], [650, 400]))
+    ids, bias = image_ids(2, 700), torch.randn(2, heads, 2, device="cuda")
+    masks = (0.1, True, start, end, 300, 5.0)
+    native = dtype != torch.float32 and rows <= attention_plan.SCORED_ROWS
+    assert attention_plan.plan_statistics(query, key, rows) == ("cuda" if native else "triton")
+    wide = (query.double(), key.double())
+    lse = attention._attention_reference(*wide, value.double(), ids, 2, *masks, None, bias, 300)[1]
+    exact = attention._key_reference(*wide, lse, rows, reduce, ids, *masks, bias)
+    alone = torch.ops.ras_fast.key_attention(query, key, lse, rows, reduce, ids, *masks, bias)
+    mass, scores = torch.ops.ras_fast.region_statistics(query, key, lse, ids, 2, rows, reduce, *masks, bias)
+    for found in (alone, scores):
+        torch.testing.assert_close(found, exact, atol=2e-3 * (rows if reduce == "sum" else 1), rtol=0)
+    exact_mass = attention._mass_reference(*wide, lse, ids, 2, *masks, bias, rows)
+    torch.testing.assert_close(mass, exact_mass, atol=2e-3, rtol=0)
+
+
 def test_decode_options():
     query, key, value = states(2, 700)
     bounds = [torch.tensor(bound, dtype=torch.int32, device="cuda") for bound in ([0, 90], [650, 400])]

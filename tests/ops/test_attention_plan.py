@@ -73,6 +73,18 @@ def test_the_reason_names_what_the_cuda_kernels_do_not_take(built):
     assert "16 bytes" in refuse(query, torch.empty(1, 8, 64, 132, dtype=torch.bfloat16)[..., :128])
 
 
+@pytest.mark.parametrize("triton", [True, False])
+def test_statistics_from_an_lse(built, triton, monkeypatch):
+    """Masses and the scores of few rows are the CUDA kernels', where they take the tensors; scores of many rows Triton's."""
+    monkeypatch.setattr(attention_plan, "triton_is_there", lambda: triton)
+    plan, other = attention_plan.plan_statistics, "triton" if triton else "torch"
+    query, key, _ = states(512, 512)
+    assert plan(query, key) == plan(query, key, 64) == ("cuda" if built else other)
+    assert plan(query, key, 65) == ("triton" if triton else "cuda" if built else "torch")
+    query, key, _ = states(512, 512, dtype=torch.float32)
+    assert plan(query, key) == plan(query, key, 1) == other
+
+
 class Calls(TorchDispatchMode):
     """Notes the names of the ops that are called."""
 

@@ -1,5 +1,6 @@
-// The attention kernels of csrc/cuda/attention.cuh behind C functions: fill the arguments and launch as attention.cu does.
-#include "cuda/attention.cuh"
+// The attention kernels of csrc/cuda behind C functions: fill the arguments and launch as attention_{decode,stats}.cu do.
+#include "cuda/attention_decode.cuh"
+#include "cuda/attention_stats.cuh"
 
 using namespace ras::cuda;
 
@@ -7,11 +8,11 @@ using namespace ras::cuda;
 struct Call {
   const void *query, *key, *value;
   void* out;
-  float *lse, *mass, *part_out, *part_lse, *part_mass, *slab;
+  float *lse, *mass, *scores, *part_out, *part_lse, *part_mass, *slab;
   const int32_t *region_ids, *kv_start, *kv_end;
   const float *region_bias, *sinks;
   int64_t query_stride[3], key_stride[3], value_stride[3];
-  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, window, causal, splits, own_bounds;
+  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, window, causal, splits, own_bounds, reduce;
   double scale, softcap;
 };
 
@@ -40,6 +41,7 @@ static ScoreArgs<T> score_args(const Call& c, int64_t rows) {
   a.query_rows = int(c.query_rows);
   a.keys = int(c.keys);
   a.first_row = int(c.query_rows - rows);
+  a.pack = a.group;
   a.packed_rows = int(rows) * a.group;
   a.regions = int(c.regions);
   a.window = int(c.window);
@@ -68,7 +70,7 @@ static bool decode(const Call& c) {
   bool ok = false;
   with_decode_kernel<T>(a.score.dim, a.score.packed_rows, a.mass != nullptr, [&](auto kernel, int tile_rows) {
     const unsigned tiles = unsigned((a.score.packed_rows + tile_rows - 1) / tile_rows);
-    ok = simt::launch(dim3(tiles * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kDecodeWarps * kWarp), 0,
+    ok = simt::launch(dim3(tiles * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kBlockWarps * kWarp), 0,
                       [&] { kernel(a); });
   });
   const unsigned rows = unsigned(c.batch * c.heads * c.query_rows);
@@ -76,22 +78,50 @@ static bool decode(const Call& c) {
 }
 
 template <typename T>
-static bool mass(const Call& c) {
-  MassArgs<T> a{};
+static StatsArgs<T> stats_args(const Call& c) {
+  StatsArgs<T> a{};
   a.score = score_args<T>(c, c.mass_rows);
   a.lse = c.lse;
   a.lse_stride = {c.heads * c.query_rows, c.query_rows, 1};
   a.part = c.part_mass;
   a.splits = int(c.splits);
+  return a;
+}
+
+static bool sum(const Call& c) {
+  const SumArgs a{c.part_mass, c.mass, c.batch * c.heads * c.mass_rows * c.regions, int(c.splits) * kBlockWarps};
+  return simt::launch(dim3(unsigned((a.size + 63) / 64)), dim3(64), 0, [&] { sum_parts(a); });
+}
+
+template <typename T>
+static bool mass(const Call& c) {
+  const auto a = stats_args<T>(c);
   const unsigned tiles = unsigned((a.score.packed_rows + kTileRows - 1) / kTileRows);
   bool ok = false;
   with_mass_kernel<T>(a.score.dim, [&](auto kernel) {
-    ok = simt::launch(dim3(tiles * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kDecodeWarps * kWarp), 0,
+    ok = simt::launch(dim3(tiles * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kBlockWarps * kWarp), 0,
                       [&] { kernel(a); });
   });
-  const SumArgs sum{c.part_mass, c.mass, c.batch * c.heads * c.mass_rows * c.regions, a.splits * kDecodeWarps};
-  return ok && simt::launch(dim3(unsigned((sum.size + 63) / 64)), dim3(64), 0, [&] { sum_parts(sum); });
+  return ok && sum(c);
+}
+
+// Key scores, and the masses of the same rows where c.mass is set.
+template <typename T>
+static bool keys(const Call& c) {
+  auto a = stats_args<T>(c);
+  a.scores = c.scores;
+  a.reduce = static_cast<Reduce>(c.reduce);
+  a.score.pack = heads_side_by_side(int(c.mass_rows), a.score.group);
+  a.score.packed_rows = int(c.mass_rows) * a.score.pack;
+  a.sets = a.score.group / a.score.pack;
+  bool ok = false;
+  with_key_kernel<T>(a.score.dim, c.mass != nullptr, [&](auto kernel) {
+    ok = simt::launch(dim3(a.sets * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kBlockWarps * kWarp), 0,
+                      [&] { kernel(a); });
+  });
+  return ok && (!c.mass || sum(c));
 }
 
 extern "C" int decode_run(const Call* c) { return c->half ? decode<__half>(*c) : decode<__nv_bfloat16>(*c); }
 extern "C" int mass_run(const Call* c) { return c->half ? mass<__half>(*c) : mass<__nv_bfloat16>(*c); }
+extern "C" int keys_run(const Call* c) { return c->half ? keys<__half>(*c) : keys<__nv_bfloat16>(*c); }

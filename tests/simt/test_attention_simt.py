@@ -1,4 +1,4 @@
-"""The CUDA attention kernels (csrc/cuda/attention.cuh), run by the host emulation, against the float64 reference.
+"""The CUDA attention kernels (csrc/cuda/attention_*.cuh), run by the host emulation, against the float64 reference.
 
 The tensor-core product is replaced by a twin that gathers the fragments by shuffles, from the layout that PTX documents: what
 is tested is that the kernels put every element where that layout wants it.
@@ -21,11 +21,11 @@ class Call(ctypes.Structure):
     """Mirrors struct Call of attention_simt.cpp."""
 
     _fields_ = [
-        *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "part_out", "part_lse", "part_mass",
+        *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "scores", "part_out", "part_lse", "part_mass",
                                        "slab", "region_ids", "kv_start", "kv_end", "region_bias", "sinks")],
         *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
-                                   "window", "causal", "splits", "own_bounds")],
+                                   "window", "causal", "splits", "own_bounds", "reduce")],
         ("scale", DOUBLE), ("softcap", DOUBLE),
     ]  # fmt: skip
 
@@ -60,22 +60,23 @@ class Case:
         return attention._attention_reference(*wide, self.ids, self.regions if self.ids is not None else 0, *self.masks, sinks,
                                               self.bias, self.rows)  # fmt: skip
 
-    def run(self, emulator, function, lse=None):
-        """(out, lse, mass). Outputs and scratch memory start as NaN."""
+    def run(self, emulator, function, lse=None, reduce="mean", masses=True):
+        """(out, lse, mass, scores). Outputs and scratch memory start as NaN."""
         (batch, heads, length_q, dim), kv_heads, length_k = self.query.shape, self.key.shape[1], self.key.shape[2]
 
         def poisoned(*shape, dtype=torch.float32):
             return torch.full(shape, torch.nan, dtype=dtype)
 
         out = poisoned(batch, length_q, heads, dim, dtype=self.dtype)
-        mass = poisoned(batch, heads, self.rows, self.regions) if self.ids is not None else None
+        mass = poisoned(batch, heads, self.rows, self.regions) if self.ids is not None and masses else None
+        scores = poisoned(batch, heads, length_k)
         parts = self.splits * WARPS
         tensors = {
             "query": self.query, "key": self.key, "value": self.value, "region_ids": self.ids, "kv_start": self.kv_start,
             "kv_end": self.kv_end, "region_bias": self.bias, "sinks": self.sinks,
         }  # fmt: skip
         scratch = {
-            "out": out, "mass": mass, "lse": poisoned(batch, heads, length_q) if lse is None else lse,
+            "out": out, "mass": mass, "scores": scores, "lse": poisoned(batch, heads, length_q) if lse is None else lse,
             "part_out": poisoned(self.splits, batch, heads, length_q, dim),
             "part_lse": poisoned(self.splits, batch, heads, length_q),
             "part_mass": poisoned(parts, batch, heads, length_q, self.regions),
@@ -85,7 +86,7 @@ class Case:
         call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
                     query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, window=window,
                     causal=causal, splits=self.splits, own_bounds=self.own_bounds, scale=self.masks[0],
-                    softcap=softcap)  # fmt: skip
+                    softcap=softcap, reduce=attention.REDUCTIONS.index(reduce))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
@@ -93,12 +94,17 @@ class Case:
         for name, values in (inputs | outputs).items():
             setattr(call, name, values.ctypes.data)
         emulator.run(function, ctypes.byref(call), inputs=inputs, outputs=outputs)
-        return out.transpose(1, 2), scratch["lse"], mass
+        return out.transpose(1, 2), scratch["lse"], mass, scores
+
+    def exact_scores(self, lse, reduce="mean"):
+        """Of key_attention."""
+        ids = self.ids if self.bias is not None else None
+        return attention._key_reference(self.query.double(), self.key.double(), lse, self.rows, reduce, ids, *self.masks, self.bias)
 
     def check(self, emulator):
-        """decode_attention and selected_region_mass against the reference."""
+        """decode_attention, selected_region_mass, selected_statistics and selected_key_attention against the reference."""
         exact_out, exact_lse, exact_mass = self.reference()
-        out, lse, mass = self.run(emulator, "decode_run")
+        out, lse, mass, _ = self.run(emulator, "decode_run")
         torch.testing.assert_close(out.double(), exact_out, atol=ATOL[self.dtype], rtol=0)
         torch.testing.assert_close(lse, exact_lse, atol=1e-5, rtol=1e-6)
         if self.ids is None:
@@ -107,6 +113,15 @@ class Case:
         if self.rows and not self.own_bounds:
             again = self.run(emulator, "mass_run", lse=exact_lse.clone())[2]
             torch.testing.assert_close(again, exact_mass, atol=1e-5, rtol=0)
+            self.check_keys(emulator, exact_lse, exact_mass)
+
+    def check_keys(self, emulator, lse, exact_mass, reduce="mean"):
+        exact = self.exact_scores(lse, reduce)
+        _, _, mass, scores = self.run(emulator, "keys_run", lse=lse.clone(), reduce=reduce)
+        torch.testing.assert_close(mass, exact_mass, atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores, exact, atol=1e-5 * self.rows, rtol=0)
+        alone = self.run(emulator, "keys_run", lse=lse.clone(), reduce=reduce, masses=False)[3]
+        assert torch.equal(alone, scores)
 
 
 def runs(length, *borders, batch=1):
@@ -177,7 +192,7 @@ def test_rows_without_a_key(emulator):
     """Lq > Lk: the first rows see nothing."""
     case = Case(length_q=4, length_k=2, ids=runs(2, 0, 1))
     case.check(emulator)
-    out, lse, mass = case.run(emulator, "decode_run")
+    out, lse, mass, _ = case.run(emulator, "decode_run")
     assert (out[:, :, :2] == 0).all()
     assert (lse[:, :, :2] == -torch.inf).all()
     assert (mass[:, :, :2] == 0).all()
@@ -190,7 +205,7 @@ def test_garbage_outside_the_valid_keys_is_never_used(emulator):
         for tensor in (case.key, case.value):
             tensor[b, :, :start] = torch.nan
             tensor[b, :, end:] = torch.inf
-    out, lse, mass = case.run(emulator, "decode_run")
+    out, lse, mass, _ = case.run(emulator, "decode_run")
     torch.testing.assert_close(out.double(), expected[0], atol=ATOL[case.dtype], rtol=0)
     torch.testing.assert_close(lse, expected[1], atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(mass, expected[2], atol=1e-5, rtol=0)
@@ -199,13 +214,13 @@ def test_garbage_outside_the_valid_keys_is_never_used(emulator):
 def test_nan_stays_in_its_batch_element(emulator):
     case = Case(ids=runs(90, 5, 37, 64, batch=2), batch=2)
     case.key[0, 0, 40] = torch.nan
-    out, lse, mass = case.run(emulator, "decode_run")
+    out, lse, mass, _ = case.run(emulator, "decode_run")
     for tensor in (out, lse, mass):
         assert tensor[0, :2].isnan().all()
         assert tensor[1].isfinite().all()
 
 
-@pytest.mark.parametrize("function", ["decode_run", "mass_run"])
+@pytest.mark.parametrize("function", ["decode_run", "mass_run", "keys_run"])
 def test_offsets_beyond_32_bits(emulator, function):
     """Two batch elements 2³¹ elements apart: the second is found only by 64-bit arithmetic. Most of the memory is untouched."""
     ids = torch.zeros(2, 90, dtype=torch.int32)
@@ -213,7 +228,50 @@ def test_offsets_beyond_32_bits(emulator, function):
     far = torch.empty(2**31 + case.key[0].numel(), dtype=case.dtype).as_strided((2, 1, 90, 64), (2**31, 0, 64, 1))
     case.key = far.copy_(case.key)
     exact_out, exact_lse, exact_mass = case.reference()
-    out, _, mass = case.run(emulator, function, lse=exact_lse.float() if function == "mass_run" else None)
+    out, _, mass, _ = case.run(emulator, function, lse=None if function == "decode_run" else exact_lse.float())
     torch.testing.assert_close(mass, exact_mass, atol=2e-3, rtol=0)
     if function == "decode_run":
         torch.testing.assert_close(out.double(), exact_out, atol=ATOL[case.dtype], rtol=0)
+
+
+@pytest.mark.parametrize("reduce", attention.REDUCTIONS)
+@pytest.mark.parametrize(("length_q", "heads", "kv_heads"), [(1, 16, 1), (3, 7, 1), (3, 12, 2), (15, 8, 2), (33, 4, 2)])
+def test_key_scores(emulator, length_q, heads, kv_heads, reduce):
+    """8 heads side by side in two sets; 1 (of 7), 2 (of 6) and 4; and one head a set, whose rows are three tiles."""
+    case = Case(length_q, 70, heads, kv_heads, ids=runs(70, 5, 37, 64), splits=2)
+    _, lse, mass = case.reference()
+    case.check_keys(emulator, lse, mass, reduce)
+
+
+@pytest.mark.parametrize("options", [
+    {"causal": False},
+    {"kv_start": [7, 0], "kv_end": [61, 33]},
+    {"kv_end": [20, 0]},
+    {"window": 9},
+    {"kv_start": [3, 50], "kv_end": [80, 90], "window": 30, "softcap": 5.0, "bias": True, "mass_rows": 19},
+])  # fmt: skip
+@pytest.mark.parametrize("length_q", [5, 40])
+def test_key_scores_under_masks(emulator, length_q, options):
+    """Tiles of rows of which none sees a step are skipped, from either end."""
+    options = options | {"mass_rows": min(options.get("mass_rows", length_q), length_q)}
+    case = Case(length_q, 90, batch=2, ids=runs(90, 10, 50, 77, batch=2), splits=2, **options)
+    _, lse, mass = case.reference()
+    case.check_keys(emulator, lse, mass)
+
+
+def test_key_scores_of_no_row(emulator):
+    case = Case(3, ids=runs(90, 10, 50), regions=1, mass_rows=0)
+    assert (case.run(emulator, "keys_run", lse=torch.zeros(1, 4, 3), masses=False)[3] == 0).all()
+
+
+@pytest.mark.parametrize("reduce", attention.REDUCTIONS)
+def test_a_nan_is_not_hidden_from_key_scores(emulator, reduce):
+    """Not even by a maximum: rows before and after it in its tile have none."""
+    case = Case(40, 90, batch=2, ids=runs(90, 5, 37, 64, batch=2))
+    lse = case.reference()[1]
+    case.query[0, 1, 20] = torch.nan
+    scores = case.run(emulator, "keys_run", lse=lse, reduce=reduce)[3]
+    assert scores[0, 1, :71].isnan().all()  # what row 20 sees
+    others = torch.ones(2, 4, dtype=torch.bool)
+    others[0, 1] = False
+    assert scores[others].isfinite().all()

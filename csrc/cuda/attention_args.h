@@ -1,0 +1,87 @@
+// Host side that the attention launchers share: arguments from tensors, and how the keys are cut.
+#pragma once
+
+#include <algorithm>
+
+#include "attention_tile.cuh"
+#include "tensor.h"
+
+namespace ras::cuda {
+
+struct Masks {
+  double scale;
+  bool causal;
+  const MaybeTensor &start, &end;
+  int64_t window;
+  double softcap;
+};
+
+template <typename T>
+const T* data_of(const MaybeTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// Whether bounds are [B, Lq], each row's own, and not [B].
+inline bool is_per_row(const MaybeTensor& bounds) { return bounds && bounds->dim() == 2; }
+
+inline float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+inline AttentionStrides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+template <typename T>
+ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTensor& ids, int64_t regions, const Masks& masks,
+                        const MaybeTensor& bias, int64_t rows) {
+  STD_TORCH_CHECK(supports_head_dim(int(query.size(3))), "ras_fast: the CUDA attention kernels take a head dimension that is a "
+                                                         "multiple of 8 and at most 256, not ", query.size(3));
+  STD_TORCH_CHECK(key.size(1) <= 65535 && query.size(0) <= 65535, "ras_fast: batch or heads are too many for one launch");
+  ScoreArgs<T> a{};
+  a.query = static_cast<const T*>(query.const_data_ptr());
+  a.key = static_cast<const T*>(key.const_data_ptr());
+  a.query_stride = strides_of(query);
+  a.key_stride = strides_of(key);
+  a.region_ids = data_of<int32_t>(ids);
+  a.kv_start = data_of<int32_t>(masks.start);
+  a.kv_end = data_of<int32_t>(masks.end);
+  a.region_bias = data_of<float>(bias);
+  const bool own_bounds = is_per_row(masks.start) || is_per_row(masks.end);
+  a.bounds_batch_stride = own_bounds ? query.size(2) : 1;
+  a.bounds_row_stride = own_bounds;
+  a.ids_batch_stride = ids ? ids->stride(0) : 0;
+  if (bias) {
+    a.bias_batch_stride = bias->dim() == 3 ? bias->stride(0) : 0;
+    a.bias_head_stride = bias->stride(bias->dim() - 2);
+  }
+  a.batch = int(query.size(0));
+  a.kv_heads = int(key.size(1));
+  a.group = int(query.size(1) / key.size(1));
+  a.dim = int(query.size(3));
+  a.query_rows = int(query.size(2));
+  a.keys = int(key.size(2));
+  a.first_row = int(query.size(2) - rows);
+  a.pack = a.group;
+  a.packed_rows = int(rows) * a.group;
+  a.regions = int(regions);
+  a.window = int(masks.window);
+  a.causal = masks.causal;
+  a.scale = float(masks.scale);
+  a.softcap = float(masks.softcap);
+  return a;
+}
+
+// Enough blocks to fill the device twice over, but at least two steps of keys for every warp of a block.
+inline int plan_splits(int64_t blocks, int keys, const Tensor& on) {
+  const int64_t wanted = 2 * device_of(on).multiprocessors / std::max<int64_t>(blocks, 1);
+  const int64_t most = keys / (2 * kBlockWarps * kStepKeys);
+  return int(std::clamp<int64_t>(std::min(wanted, most), 1, 128));
+}
+
+template <typename Run>
+void with_half_type(const Tensor& tensor, Run&& run) {
+  switch (dtype_of(tensor)) {
+    case DType::kFloat16: return run(__half{});
+    case DType::kBFloat16: return run(__nv_bfloat16{});
+    default: STD_TORCH_CHECK(false, "ras_fast: the CUDA attention kernels take float16 or bfloat16 queries");
+  }
+}
+
+}  // namespace ras::cuda

@@ -1,0 +1,241 @@
+// A tile of query rows against keys, scored with tensor cores: what the attention kernels without shared memory have in common.
+//
+// Keys go from memory straight into mma fragments by 16-byte loads. Scores sum over head dimensions, so any order of them will do
+// if queries use the same: a thread's 8 neighbouring dimensions of a key are its share of two mma steps.
+//
+// Framework-free. Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16".
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "online_softmax.cuh"
+
+namespace ras::cuda {
+
+constexpr int kStepKeys = 16;   // keys a warp takes at a time
+constexpr int kTileRows = 16;   // rows of an mma
+constexpr int kBlockWarps = 4;
+
+struct AttentionStrides {
+  int64_t batch, head, row;  // in elements; the last dimension is contiguous
+};
+
+// What every kernel needs to score keys. `pack` query heads that share a key/value head lie side by side in a tile: its packed row r
+// is query row first_row + r / pack of query head first_head + r % pack. pack divides `group`, the heads that share one, into sets.
+template <typename T>
+struct ScoreArgs {
+  const T* query;
+  const T* key;
+  AttentionStrides query_stride, key_stride;
+  const int32_t* region_ids;  // [B, Lk]; null: no regions
+  const int32_t* kv_start;    // [B] or [B, Lq], or null
+  const int32_t* kv_end;      // likewise
+  const float* region_bias;   // [B, Hq, R] by strides, or null
+  int64_t ids_batch_stride, bias_batch_stride, bias_head_stride;
+  int64_t bounds_batch_stride, bounds_row_stride;  // row stride 0: the rows of a batch element share their valid keys
+  int batch, kv_heads, group, dim;
+  int query_rows, keys;       // Lq, Lk
+  int first_row, packed_rows; // packed_rows = (Lq - first_row) * pack
+  int regions, window;        // window 0: none
+  bool causal;
+  float scale, softcap;       // softcap 0: none
+  int pack;                   // last, where padding would be: one more word before it, and sm_100 spills in decode
+};
+
+// ---------------------------------------------------------------------------------------------------- fragments
+
+__device__ inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | (b << 16); }
+__device__ inline uint32_t high_halves(uint32_t a, uint32_t b) { return (a >> 16) | (b & 0xffff0000u); }
+
+template <typename T>
+__device__ inline float half_of(uint32_t pair, int which) {
+  return to_float(reinterpret_cast<const Pack<T, 2>*>(&pair)->value[which]);
+}
+
+// c[16, 8] += a[16, 16] b[16, 8] by one warp. Off the GPU: the same product through shuffles, from the documented layout.
+template <typename T>
+__device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#else
+  const int lane = threadIdx.x % kWarp, group = lane / 4, member = lane % 4;
+  for (int k = 0; k < 4; ++k) {
+    uint32_t row[4], left[2], right[2];
+    for (int i = 0; i < 4; ++i) row[i] = __shfl_sync(kFullWarp, a[i], group * 4 + k);
+    for (int i = 0; i < 2; ++i) left[i] = __shfl_sync(kFullWarp, b[i], member * 8 + k);
+    for (int i = 0; i < 2; ++i) right[i] = __shfl_sync(kFullWarp, b[i], member * 8 + 4 + k);
+    for (int i = 0; i < 2; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        c[0] += half_of<T>(row[2 * i], e) * half_of<T>(left[i], e);
+        c[1] += half_of<T>(row[2 * i], e) * half_of<T>(right[i], e);
+        c[2] += half_of<T>(row[2 * i + 1], e) * half_of<T>(left[i], e);
+        c[3] += half_of<T>(row[2 * i + 1], e) * half_of<T>(right[i], e);
+      }
+    }
+  }
+#endif
+}
+
+// Keeps the compiler from moving later loads before this point: two fragments at once would not fit into registers.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+
+// 8 neighbouring elements, or zeros.
+template <typename T>
+__device__ inline uint4 load_eight(const T* from, bool ok) {
+  return ok ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+}
+
+// ------------------------------------------------------------------------------------------------------- scoring
+
+// A tile of 16 packed rows: lane (g, c) of a warp owns rows g and g + 8, and in a step the keys
+// 8 t + 2 c and 8 t + 2 c + 1 for t = 0, 1. Rows from 8 on exist only with kRowTiles == 2.
+// kRowBounds: whether rows may have valid keys of their own.
+template <typename T, int kDim, int kRowTiles, bool kRowBounds>
+struct Tile {
+  static constexpr int kLoads = kDim / 32;  // 16-byte loads of a key by its four lanes
+
+  const ScoreArgs<T>& args;
+  const T* keys;             // of this batch element and head
+  const int32_t* ids;
+  int lane, g, c, batch, first_head, tile_row;
+  int start, end;            // keys that are valid for some row of the tile; before take_rows: for the first row
+  int low, high;             // keys that some row of the tile sees
+  int full_low, full_high;   // keys that every row sees
+  uint4 query[kRowTiles][kLoads];
+
+  __device__ int packed(int half) const { return tile_row + g + 8 * half; }
+  __device__ bool exists(int half) const { return packed(half) < args.packed_rows; }
+  __device__ int head(int half) const { return first_head + packed(half) % args.pack; }
+  __device__ int row(int half) const { return args.first_row + packed(half) / args.pack; }
+  __device__ int limit(int row) const { return row + end - args.query_rows; }
+  __device__ int64_t bound(int row) const {
+    return kRowBounds ? batch * args.bounds_batch_stride + row * args.bounds_row_stride : batch;
+  }
+  __device__ int first_valid(int row) const { return args.kv_start ? max(args.kv_start[bound(row)], 0) : 0; }
+  __device__ int end_valid(int row) const { return args.kv_end ? min(args.kv_end[bound(row)], args.keys) : args.keys; }
+  __device__ bool in_dim(int d) const { return d < args.dim; }
+
+  __device__ Tile(const ScoreArgs<T>& args, int batch, int kv_head, int set = 0)
+      : args(args), lane(threadIdx.x % kWarp), g(lane / 4), c(lane % 4), batch(batch) {
+    first_head = kv_head * args.group + set * args.pack;
+    keys = args.key + batch * args.key_stride.batch + kv_head * args.key_stride.head;
+    ids = args.region_ids ? args.region_ids + batch * args.ids_batch_stride : nullptr;
+    start = first_valid(args.first_row);
+    end = end_valid(args.first_row);
+  }
+
+  // The tile that begins at packed row `at`.
+  __device__ void take_rows(int at) {
+    tile_row = at;
+    const int first = args.first_row + tile_row / args.pack;
+    const int last = args.first_row + (min(tile_row + 8 * kRowTiles, args.packed_rows) - 1) / args.pack;
+    start = full_low = first_valid(first);
+    end = full_high = end_valid(first);
+    for (int r = first + 1; kRowBounds && args.bounds_row_stride && r <= last; ++r) {
+      start = min(start, first_valid(r)), full_low = max(full_low, first_valid(r));
+      end = max(end, end_valid(r)), full_high = min(full_high, end_valid(r));
+    }
+    low = start;
+    high = end;
+    if (args.causal) {
+      high = min(end, limit(last) + 1);
+      full_high = min(end, limit(first) + 1);
+    }
+    if (args.window) {
+      low = max(start, limit(first) - args.window + 1);
+      full_low = max(start, limit(last) - args.window + 1);
+    }
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) {
+      const T* from = args.query + batch * args.query_stride.batch + head(half) * args.query_stride.head +
+                      row(half) * args.query_stride.row + 8 * c;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) query[half][i] = load_eight(from + 32 * i, exists(half) && in_dim(32 * i + 8 * c));
+    }
+  }
+
+  __device__ void load_keys(uint4 (&fragment)[2][kLoads], int step) const {
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int key = step + 8 * t + g;
+      const bool ok = key >= start && key < end;
+      const T* from = keys + int64_t(key) * args.key_stride.row + 8 * c;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) fragment[t][i] = load_eight(from + 32 * i, ok && in_dim(32 * i + 8 * c));
+    }
+  }
+
+  // The region of key `step + lane % 16`; ids outside 0 .. regions - 1 count as none.
+  __device__ int load_id(int step) const {
+    const int id = ids[max(min(step + lane % kStepKeys, args.keys - 1), 0)];
+    return id >= 0 && id < args.regions ? id : -1;
+  }
+
+  // Base-2 scores of a step, -inf where masked: s[half][2 t + e] for row g + 8 half and key 8 t + 2 c + e.
+  __device__ void score(float (&s)[kRowTiles][4], const uint4 (&fragment)[2][kLoads], int step, int id) const {
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint4 q = query[0][i], r = kRowTiles == 2 ? query[kRowTiles - 1][i] : uint4{0, 0, 0, 0}, k = fragment[t][i];
+        mma_16x8x16<T>(sum, {q.x, r.x, q.y, r.y}, {k.x, k.y});
+        mma_16x8x16<T>(sum, {q.z, r.z, q.w, r.w}, {k.z, k.w});
+      }
+#pragma unroll
+      for (int half = 0; half < kRowTiles; ++half) {
+        s[half][2 * t] = sum[2 * half];
+        s[half][2 * t + 1] = sum[2 * half + 1];
+      }
+    }
+    const bool masked = step < full_low || step + kStepKeys > full_high;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int offset = 8 * (i / 2) + 2 * c + i % 2, key = step + offset;
+      const int region = args.region_bias ? __shfl_sync(kFullWarp, id, offset) : -1;
+#pragma unroll
+      for (int half = 0; half < kRowTiles; ++half) {
+        float& x = s[half][i];
+        x *= args.scale;
+        if (args.softcap != 0.f) x = args.softcap * tanhf(x / args.softcap);
+        x *= kLog2e;
+        if (region >= 0 && exists(half)) {
+          x += kLog2e * args.region_bias[batch * args.bias_batch_stride + head(half) * args.bias_head_stride + region];
+        }
+        if (masked) {
+          const int r = kRowBounds ? min(row(half), args.query_rows - 1) : row(half), own = limit(r);
+          const bool alike = !kRowBounds || !args.bounds_row_stride;
+          const bool seen = key >= (alike ? start : first_valid(r)) && key < (alike ? end : end_valid(r)) &&
+                            (!args.causal || key <= own) && (!args.window || key > own - args.window);
+          if (!seen) x = -INFINITY;
+        }
+      }
+    }
+  }
+};
+
+// The steps [first, last) of a split, in units of 16 keys, counted from the step in which `low` lies.
+struct SplitSteps {
+  int first, last;
+  __device__ SplitSteps(int low, int high, int split, int splits) {
+    const int begin = low / kStepKeys, steps = max((high + kStepKeys - 1) / kStepKeys - begin, 0);
+    const int share = (steps + splits - 1) / splits;
+    first = begin + min(split * share, steps);
+    last = begin + min((split + 1) * share, steps);
+  }
+};
+
+
+// Whether these kernels take such tensors: whole 16-byte loads need a head dimension of whole eights.
+constexpr bool supports_head_dim(int dim) { return dim % 8 == 0 && dim <= 256; }
+
+}  // namespace ras::cuda

@@ -9,7 +9,7 @@ from typing import Any
 
 from ras_fast import ops
 from ras_fast.backend import backends, set_backend
-from ras_fast.patching.registration import register as _register_with_transformers
+from ras_fast.registration import register as _register_with_transformers
 
 try:
     __version__ = version("ras-fast")

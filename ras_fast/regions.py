@@ -140,14 +140,14 @@ def image_regions(visual: Tensor, lengths: Sequence[int] | None = None) -> Tenso
     """
     if visual.dim() != 2 or visual.dtype != torch.bool:
         raise ValueError(f"visual is {visual.dtype} of shape {tuple(visual.shape)}; it must be torch.bool [B, L]")
-    starts = visual & ~F.pad(visual, (1, 0))[:, :-1]
-    if lengths is not None and sum(lengths) == int(visual.sum()):
-        first = torch.zeros(sum(lengths) + 1, dtype=torch.bool, device=visual.device)
-        first[torch.tensor([0, *lengths], device=visual.device).cumsum(0)] = True
-        order = (visual.flatten().cumsum(0) - 1).view_as(visual).clamp(min=0)
-        row_start = visual & (visual.cumsum(1) == 1)
-        starts = visual & (first[order] | row_start)
-    return torch.where(visual, starts.cumsum(1) - 1, -1).to(torch.int32)
+    if lengths is not None and 0 < sum(lengths) == int(visual.sum()):
+        ends = torch.tensor([n for n in lengths if n], device=visual.device).cumsum(0)
+        image = torch.bucketize(visual.flatten().cumsum(0), ends).view_as(visual)
+        if visual.shape[0] > 1:  # counted from 0 in each row
+            image = image - torch.where(visual, image, ends.numel()).amin(1, keepdim=True)
+    else:
+        image = (visual & ~F.pad(visual, (1, 0))[:, :-1]).cumsum(1) - 1
+    return torch.where(visual, image, -1).to(torch.int32)
 
 
 def join_regions(parts: Sequence[Tensor]) -> Tensor:

@@ -26,9 +26,9 @@ from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
 from ras_fast.kv_cache import KVPool
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import Rows, cache_name, keep, kept, kept_rows
-from ras_fast.patching.registration import EXPLICIT, NAME
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
+from ras_fast.registration import EXPLICIT, NAME
 
 SCRATCH, ANSWER = 0, 1  # the branches of a row
 SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; elsewhere a look costs nothing

@@ -4,9 +4,9 @@ CPU: a single query row per sequence has its own decode kernel. More rows take t
 wanted rows are recomputed from its LSE. A softcap, or a handful of keys, takes an explicit softmax.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses of few of many rows
-take torch's flash attention and a recomputation; so do scores of the keys, of any number of rows. Masses of many rows take the Triton kernel, whose row sums give them without
-further work. The Hopper kernel does the same, but is not chosen until it has been measured. The thresholds for CUDA are derived
-from operation counts and have not been measured yet.
+take torch's flash attention and a recomputation; so do scores of the keys, of any number of rows. Masses of many rows take the
+Triton kernel, whose row sums give them without further work. The Hopper kernel does the same, but is not chosen until it has
+been measured. The thresholds for CUDA are derived from operation counts and have not been measured yet.
 """
 
 from __future__ import annotations

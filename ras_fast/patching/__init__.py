@@ -2,8 +2,7 @@
 
 from ras_fast.patching.attention import range_mask
 from ras_fast.patching.model import Patch, Report, patch, patched
-from ras_fast.patching.registration import register
 from ras_fast.patching.state import gather_heads
 
-__all__ = ["Patch", "Report", "gather_heads", "patch", "patched", "range_mask", "register"]
+__all__ = ["Patch", "Report", "gather_heads", "patch", "patched", "range_mask"]
 

@@ -1,4 +1,4 @@
-"""The attention function and the mask functions that transformers calls under the names of registration.py.
+"""The attention function and the mask functions that transformers calls under the names of ras_fast/registration.py.
 
 A causal mask, with or without a window, whose valid keys are one contiguous range per sequence is passed as that range: an
 int32 tensor [B, 1, 1, 2] instead of [B, 1, Lq, Lk] booleans. A mask in which every query has a range of its own is passed as
@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from ras_fast import ops
 from ras_fast.ops.attention_plan import decodes_on_cpu, decodes_on_cuda
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 
 STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
 _FRESH = "_ras_fast_fresh"  # attribute of a range mask that nobody but the mask function has had in hand
-_UNSUPPORTED = ("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask")
+_UNSUPPORTED = frozenset(("position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask"))
 _CHUNK = 1 << 25  # probabilities held at a time where a full mask forbids the kernels
 
 
@@ -80,8 +87,6 @@ def attention_mask(
     `attention_mask` is the 2-D padding mask [B, seen] in bool, or None; the rest as transformers' own mask functions.
     `explicit`: None hides nothing, whatever the module says, as with eager attention.
     """
-    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
-
     def full_mask() -> Tensor | None:
         # Causal masks must be spelled out here: SDPA's shortcut for them means something else with a static cache.
         options = kwargs | {"allow_is_causal_skip": False, "local_size": local_size}
@@ -123,8 +128,6 @@ def _none_will_do(q_length: int, kv_length: int, window: int | None, explicit: b
 
 def _is_causal(mask_function: Any) -> bool:
     """Whether it is transformers' causal mask, alone or under its sliding window and nothing else."""
-    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
-
     if mask_function is causal_mask_function:
         return True
     if torch.compiler.is_compiling():  # closures cannot be looked into; what is not called causal gets its full mask
@@ -152,8 +155,13 @@ def _may_look(mask: Tensor) -> bool:
 
 
 def _left_padding(mask: Tensor, end: int | Tensor, kv_offset: int) -> tuple[Tensor, bool, bool]:
-    """(start [B] int32, whether the valid keys of every row are [start, end), whether any start > 0). One host sync."""
+    """(start [B] int32, whether the valid keys of every row are [start, end), whether any start > 0).
+
+    One host sync where nothing is masked, which is what most forwards bring, else two.
+    """
     mask = mask[:, kv_offset:].bool()
+    if isinstance(end, int) and end <= mask.shape[1] and mask.all():
+        return torch.zeros(mask.shape[0], dtype=torch.int32, device=mask.device), True, False
     position = torch.arange(mask.shape[1], device=mask.device)
     before_end = position < end
     start = ((mask.cumsum(1) == 0) & before_end).sum(1)
@@ -196,16 +204,16 @@ def attention(
         ValueError: an argument that is not supported; statistics asked for where no region map is known.
         RuntimeError: the module is in training mode.
     """
-    _refuse(module, dropout, kwargs)
+    if module.training or dropout or not _UNSUPPORTED.isdisjoint(kwargs):
+        _refuse(module, dropout, kwargs)
     state: AttentionState | None = getattr(module, STATE, None)
-    if state is None and kwargs.get("output_attentions"):
-        if not _causal(module, is_causal):
-            return _without_statistics(module, query, key, value, attention_mask, scaling, is_causal, kwargs), None
+    attentions = kwargs.get("output_attentions", False)
+    if state is None and attentions and _causal(module, is_causal):
         raise ValueError(
             "output_attentions=True with attn_implementation='ras_fast' needs to know where the image tokens are: "
             "call ras_fast.patch(model, norms=False) first"
         )
-    request = state.request(kwargs.get("output_attentions", False)) if state is not None else None
+    request = None if state is None else state.request(attentions)
     if request is None:
         return _without_statistics(module, query, key, value, attention_mask, scaling, is_causal, kwargs), None
     ids, num_regions = state.regions(key.shape[0], key.shape[2])
@@ -226,8 +234,8 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
         raise RuntimeError("attn_implementation='ras_fast' is for inference, but the model is in training mode: call eval()")
     if dropout:
         raise ValueError(f"dropout is {dropout}; with attn_implementation='ras_fast' it must be 0")
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
+    for name in _UNSUPPORTED.intersection(kwargs):
+        if kwargs[name] is not None:
             raise ValueError(
                 f"{name} is given; attn_implementation='ras_fast' supports neither it nor continuous batching nor packed "
                 "sequences: use ras_fast.patch(model, regions=False), or load the model with 'sdpa'"
@@ -241,11 +249,11 @@ def _causal(module: nn.Module, is_causal: bool | None) -> bool:
 def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs) -> Tensor:
     """[B, Lq, Hq, D]: SDPA exactly as transformers calls it, so that the answers are its answers bit for bit; a kernel only
     where SDPA lacks something or is slow."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    causal = _causal(module, is_causal)
-    softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window")
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     beyond_sdpa = softcap is not None or sinks is not None
+    if mask is None and not beyond_sdpa and query.element_size() != 2:  # the shortest way: every layer's, every step's
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)[0]
+    causal, window = _causal(module, is_causal), kwargs.get("sliding_window")
     if beyond_sdpa:
         query, key, value = _autocast(query, key, value)
     if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(query, key, value, mask, causal):

@@ -121,7 +121,7 @@ class FusedLayer:
         self._parameters = tuple(inspect.signature(type(layer).forward).parameters)[1:]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        kwargs.update(zip(self._parameters, args, strict=False))
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
@@ -131,7 +131,9 @@ class FusedLayer:
         else:
             hidden = self.middle.add(attended, hidden)
             normed = self._run("middle_norm", hidden)
-        moved = self._move(normed, kwargs).view(hidden.shape)  # some MoE blocks flatten
+        moved = self._move(normed, kwargs)
+        if moved.shape != hidden.shape:  # some MoE blocks flatten
+            moved = moved.view(hidden.shape)
         hidden = self._finish(self._run("mlp_norm", moved), hidden)
         return (hidden,) if self.returns_tuple else hidden
 

@@ -15,11 +15,11 @@ from ras_fast.backend import request_backend, withdraw_backend
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching import layers as fusion
 from ras_fast.patching.attention import STATE
-from ras_fast.patching.registration import EXPLICIT, NAME, register
 from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
 from ras_fast.regions import RegionMap
+from ras_fast.registration import EXPLICIT, NAME, register
 
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
 

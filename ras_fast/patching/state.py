@@ -101,8 +101,10 @@ class AttentionState:
 
         attentions: the call's own `output_attentions`; some families do not pass it on, so the forward's counts as well.
         """
-        attentions = attentions or self.model.tracker.forward.attentions
-        collection, monitor = self.model.collection, self.model.monitor
+        tracker, collection, monitor = self.model.tracker, self.model.collection, self.model.monitor
+        attentions = attentions or (tracker.attentions_asked and tracker.forward.attentions)
+        if not attentions and collection is None and monitor is None and not self.model.biases:
+            return None
         if collection is not None and collection.layers is not None and self.layer not in collection.layers:
             collection = None
         if monitor is not None and not (monitor.active and self.layer in monitor.layers):

@@ -66,10 +66,12 @@ class RegionTracker:
     """Hooks of the multimodal model and of its text model. Threads may run forwards at the same time.
 
     given: a map that the user set, for forwards that bring neither input_ids nor a cache that saw them.
+    attentions_asked: whether any forward has asked for statistics so far; else layers need not look for their own forward.
     """
 
     def __init__(self, multimodal: nn.Module) -> None:
         self.given: RegionMap | None = None
+        self.attentions_asked = False
         self._last = Forward()  # the one that got to the text model last
         self._traced = Forward()  # in a graph, which runs all hooks of a forward and cannot ask for its thread
         self._threads: dict[int, Forward] = {}
@@ -162,6 +164,7 @@ class RegionTracker:
         """This thread's forward gets to the text model."""
         self._last = own = self._own()
         own.running, own.attentions = True, bool(kwargs.get("output_attentions"))
+        self.attentions_asked = self.attentions_asked or own.attentions
         return own
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -35,7 +35,7 @@ class Module(nn.Module):
 
 
 class Tracker:
-    forward, interrupted = Forward(), False
+    forward, interrupted, attentions_asked = Forward(), False, False
 
     def __init__(self, ids, num_regions):
         self.keys = lambda batch, length: (ids, num_regions)

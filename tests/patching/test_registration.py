@@ -7,7 +7,8 @@ import pytest
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ras_fast.patching import attention, register
+from ras_fast.patching import attention
+from ras_fast.registration import register
 
 SCRIPT = """
 import sys

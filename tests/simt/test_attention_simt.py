@@ -21,8 +21,8 @@ class Call(ctypes.Structure):
     """Mirrors struct Call of attention_simt.cpp."""
 
     _fields_ = [
-        *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "scores", "part_out", "part_lse", "part_mass",
-                                       "slab", "region_ids", "kv_start", "kv_end", "region_bias", "sinks")],
+        *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "scores", "part_out", "part_lse",
+                                       "part_mass", "slab", "region_ids", "kv_start", "kv_end", "region_bias", "sinks")],
         *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
                                    "window", "causal", "splits", "own_bounds", "reduce")],
@@ -99,7 +99,8 @@ class Case:
     def exact_scores(self, lse, reduce="mean"):
         """Of key_attention."""
         ids = self.ids if self.bias is not None else None
-        return attention._key_reference(self.query.double(), self.key.double(), lse, self.rows, reduce, ids, *self.masks, self.bias)
+        wide = (self.query.double(), self.key.double())
+        return attention._key_reference(*wide, lse, self.rows, reduce, ids, *self.masks, self.bias)
 
     def check(self, emulator):
         """decode_attention, selected_region_mass, selected_statistics and selected_key_attention against the reference."""

@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
   m.impl("add_layer_norm", TORCH_BOX(&ras::cpu::add_layer_norm));
   m.impl("add_layer_norm_", TORCH_BOX(&ras::cpu::add_layer_norm_));
   m.impl("decode_attention", TORCH_BOX(&ras::cpu::decode_attention));
+  m.impl("prefill_attention", TORCH_BOX(&ras::cpu::prefill_attention));
   m.impl("region_mass", TORCH_BOX(&ras::cpu::region_mass));
   m.impl("key_attention", TORCH_BOX(&ras::cpu::key_attention));
   m.impl("region_statistics", TORCH_BOX(&ras::cpu::region_statistics));

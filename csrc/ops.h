@@ -29,6 +29,13 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     int64_t window, double softcap, const MaybeTensor& sinks,
                                                     const MaybeTensor& region_bias, int64_t mass_rows);
 
+// The same for more rows.
+std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const MaybeTensor& region_ids, int64_t num_regions, double scale,
+                                                     bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
+                                                     int64_t window, double softcap, const MaybeTensor& sinks,
+                                                     const MaybeTensor& region_bias, int64_t mass_rows);
+
 Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, const Tensor& region_ids, int64_t num_regions,
                    double scale, bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
                    double softcap, const MaybeTensor& region_bias, int64_t mass_rows);

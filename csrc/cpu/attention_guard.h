@@ -27,6 +27,16 @@ inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows
                   "ras_fast attention: region_bias must be [Hq, R] or [B, Hq, R] float32, given with region_ids");
 }
 
+inline void guard_value(const Tensor& value, const Tensor& key) {
+  STD_TORCH_CHECK(rows_contiguous(value) && same_sizes(key, value) && raw_dtype(key) == raw_dtype(value),
+                  "ras_fast attention: value must be like key");
+}
+
+inline void guard_sinks(const MaybeTensor& sinks, const Tensor& query) {
+  STD_TORCH_CHECK(!sinks || is(*sinks, aoti_torch_dtype_float32(), {query.size(1)}),
+                  "ras_fast attention: sinks must be [Hq] float32");
+}
+
 inline void guard_lse(const Tensor& lse, const Tensor& query) {
   STD_TORCH_CHECK(is(lse, aoti_torch_dtype_float32(), {query.size(0), query.size(1), query.size(2)}),
                   "ras_fast attention: lse must be [B, Hq, Lq] float32");

@@ -19,9 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     double softcap, const MaybeTensor& sinks, const MaybeTensor& region_bias,
                                                     int64_t mass_rows) {
   guard_attention(query, key, mass_rows, kv_start, kv_end, region_ids, region_bias);
-  STD_TORCH_CHECK(query.size(2) == 1 && rows_contiguous(value) && same_sizes(key, value) && raw_dtype(key) == raw_dtype(value) &&
-                      (!sinks || is(*sinks, aoti_torch_dtype_float32(), {query.size(1)})),
-                  "ras_fast decode: query must be [B, Hq, 1, D], value like key, sinks [Hq] float32");
+  guard_value(value, key);
+  guard_sinks(sinks, query);
+  STD_TORCH_CHECK(query.size(2) == 1, "ras_fast decode: query must be [B, Hq, 1, D]");
   DecodeArgs args{};
   args.dtype = dtype_of(query);
   args.batch = query.size(0);

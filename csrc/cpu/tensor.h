@@ -33,15 +33,19 @@ inline DType dtype_of(const Tensor& tensor) {
   return DType::f16;
 }
 
-// An uninitialised contiguous CPU tensor. The C shim rather than stable::new_empty: that one looks its operator up by name,
+// An uninitialised CPU tensor. The C shim rather than stable::new_empty: that one looks its operator up by name,
 // which costs more than a decode step's whole row.
-inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
+inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
+  return empty_strided(sizes, strides, dtype);
 }
 
 // Guards: what would read or write out of bounds is refused here; ras_fast/ops/ then names the argument.

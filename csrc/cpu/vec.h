@@ -37,7 +37,7 @@ typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
 
-inline vfloat splat(float value) { return vfloat{} + value; }
+inline vfloat splat(float value) { return value - vfloat{}; }  // a broadcast; value + 0 would be an addition, which −0 needs
 inline vint splat(int32_t value) { return vint{} + value; }
 
 template <class To, class From>
@@ -179,6 +179,29 @@ inline vfloat exp(vfloat x) {
   for (const float coefficient : kTaylor) p = p * r + coefficient;
   const vfloat power = bits<vfloat>((bits<vint>(shifted) + (127 - 0x4b400000)) << 23);
   return (x < -87.3f) ? splat(0.0f) : p * power;
+}
+
+// 2^x for x ≤ 0, likewise: n is x rounded, and what is left needs no second constant.
+inline vfloat exp2_of_negative(vfloat x) {
+  const vfloat shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f);
+  constexpr float kTaylor[] = {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
+  vfloat p = splat(1.54035304e-4f);
+  for (const float coefficient : kTaylor) p = p * r + coefficient;
+  const vfloat power = bits<vfloat>((bits<vint>(shifted) + (127 - 0x4b400000)) << 23);
+  return (x < -126.0f) ? splat(0.0f) : p * power;
+}
+
+// Whether a comparison holds in some lane.
+inline bool any(vint holds) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)holds) != 0;
+#else
+  int32_t some = 0;
+  for (int i = 0; i < kLanes; ++i) some |= holds[i];
+  return some != 0;
+#endif
 }
 
 // softcap·tanh(s / softcap), tanh by e^2x.

@@ -9,14 +9,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ras_fast.ops import _check
 from ras_fast.ops._registry import LIBRARY, call, define, define_triton, outside_autocast
 from ras_fast.ops.attention_plan import Case, Plan, decodes_on_cpu, plan_attention, plan_cpu_prefill
 
 REDUCTIONS = ("mean", "sum", "max")
-CHUNK_ROWS = 256  # that go together on the CPU where a mask or scores are stored: memory is linear in the number of keys
+CHUNK_ROWS = 256  # that go together where no kernel is built
 
 
 def region_attention(
@@ -549,126 +548,50 @@ def _row_by_row(decode, query, key, value, region_ids, num_regions, scale, is_ca
     return _laid_out(out), lse, mass
 
 
-# CPU: aten's flash attention leaves the LSE, from which the C++ kernels recompute only the rows that are asked for.
+# CPU: what attention_plan.py decides.
 
-def _cpu_attention(
+
+def _cpu_attention(query, key, value, region_ids, num_regions, *rest):
+    arguments = (query, key, value, region_ids, num_regions, *rest)
+    if _are_per_row(*rest[2:4]):
+        return _row_by_row(torch.ops.ras_fast.decode_attention, *arguments)
+    kernel = plan_cpu_prefill(query, key, value, case_of(*arguments[3:])).kernel
+    if kernel == "prefill":
+        return torch.ops.ras_fast.prefill_attention(*arguments)
+    return (_cpu_flash if kernel == "flash" else _by_chunks_of_rows)(*arguments)
+
+
+def _cpu_flash(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
-    if _are_per_row(kv_start, kv_end):
-        return _row_by_row(
-            torch.ops.ras_fast.decode_attention, query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end,
-            window, softcap, sinks, region_bias, mass_rows,
-        )  # fmt: skip
-    bias = _key_bias(region_ids, region_bias, torch.float32)
-    ranges = _key_ranges(key, kv_start, kv_end)
-    rows = [slice(None)] if len(set(ranges)) == 1 else [slice(b, b + 1) for b in range(len(ranges))]
-    parts = [
-        _valid_attention(query[row], key[row, :, first:last], value[row, :, first:last], scale, is_causal, window, softcap,
-                         None if bias is None else bias[row, ..., first:last])
-        for row, (first, last) in zip(rows, ranges, strict=False)
-    ]  # fmt: skip
-    out, lse = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)) if parts else (
-        query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32))  # fmt: skip
-    if sinks is not None:
-        out, lse = _add_sinks(out, lse, sinks)
-    out, lse = _laid_out(out), lse.contiguous()  # aten's lse lies in memory as [B, Lq, Hq]
-    if region_ids is None or not mass_rows:
-        return out, lse, query.new_zeros((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
-    mass = torch.ops.ras_fast.region_mass(
-        query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
-    )
-    return out, lse, mass
+    """torch's flash attention, which leaves the LSE, from which the masses of the wanted rows are recomputed."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
+    lse = lse.float().contiguous()  # aten's lies in memory as [B, Lq, Hq]
+    mass = query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
+    if mass.numel():
+        masks = (scale, is_causal, kv_start, kv_end, window, softcap, region_bias)
+        mass = torch.ops.ras_fast.region_mass(query, key, lse, region_ids, num_regions, *masks, mass_rows)
+    return _laid_out(out), lse, mass
 
 
-def _key_ranges(key: Tensor, kv_start: Tensor | None, kv_end: Tensor | None) -> list[tuple[int, int]]:
-    """The valid keys [first, last) of each batch element; reading them costs no sync on the CPU."""
-    batch, length = key.shape[0], key.shape[2]
-    firsts = [0] * batch if kv_start is None else kv_start.tolist()
-    lasts = [length] * batch if kv_end is None else kv_end.tolist()
-    return [(max(first, 0), max(min(last, length), first, 0)) for first, last in zip(firsts, lasts, strict=True)]
-
-
-def _valid_attention(query, key, value, scale, is_causal, window, softcap, bias) -> tuple[Tensor, Tensor]:
-    """(out, lse) over keys that are all valid, causal aligned bottom-right."""
-    rows, keys = query.shape[2], key.shape[2]
-    case = Case(is_causal=is_causal, window=window, softcap=softcap, bias=bias is not None, scale=scale)
-    kernel = plan_cpu_prefill(query, key, case).kernel
-    if kernel != "flash" and rows > CHUNK_ROWS:
-        return _by_chunks_of_rows(query, key, value, scale, is_causal, window, softcap, bias)
-    if kernel == "softmax":
-        scores = _scores(query, key, rows, scale, is_causal, None, None, window, softcap, bias)
-        out, lse = _softmax_out(scores, value, None)
-        return out.to(query.dtype), lse.float()
-    if window >= keys:
-        window = 0
-    if bias is not None:  # aten would round the bias to the query's dtype; the masses are computed with all of it
-        out, lse = _masked_flash(query.float(), key.float(), value.float(), scale, is_causal, window, bias)
-        return out.to(query.dtype), lse
-    if window:
-        return _masked_flash(query, key, value, scale, is_causal, window, None)
-    if not is_causal or rows == 1:
-        return _flash(query, key, value, scale)
-    past = keys - rows
-    if past == 0:
-        return _flash(query, key, value, scale, is_causal=True)
-    if past < 0:  # the first rows see nothing
-        out, lse = _flash(query[:, :, -past:], key, value, scale, is_causal=True)
-        return functional.pad(out, (0, 0, -past, 0)), functional.pad(lse, (-past, 0), value=-torch.inf)
-    # aten aligns causal top-left: what all rows see goes apart, and the two are merged by their LSE.
-    return _merge(
-        _valid_attention(query, key[:, :, :past], value[:, :, :past], scale, False, 0, 0.0, None),
-        _valid_attention(query, key[:, :, past:], value[:, :, past:], scale, True, 0, 0.0, None),
-    )
-
-
-def _by_chunks_of_rows(query, key, value, scale, is_causal, window, softcap, bias) -> tuple[Tensor, Tensor]:
-    """As `_valid_attention`, for kernels that store a number per row and key: a chunk's rows with the keys that they see."""
-    rows, keys = query.shape[2], key.shape[2]
-    parts = []
-    for first in range(0, rows, CHUNK_ROWS):
+def _by_chunks_of_rows(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+):  # fmt: skip
+    """The reference for a chunk of rows after another, so that its memory is linear in the number of keys."""
+    rows, parts = query.shape[2], []
+    _, end = _valid_keys(key, kv_start, kv_end)
+    for first in range(0, max(rows, 1), CHUNK_ROWS):
         last = min(first + CHUNK_ROWS, rows)
-        end = max(keys - rows + last, 0) if is_causal else keys
-        start = min(max(keys - rows + first - window + 1, 0), end) if window else 0
-        parts.append(
-            _valid_attention(
-                query[:, :, first:last], key[:, :, start:end], value[:, :, start:end], scale, is_causal, window, softcap,
-                None if bias is None else bias[..., start:end],
-            )
-        )  # fmt: skip
-    out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
-    return out, lse
-
-
-def _flash(query, key, value, scale, is_causal=False, mask=None) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
-    )
-    return out, lse.float()
-
-
-def _masked_flash(query, key, value, scale, is_causal, window, bias) -> tuple[Tensor, Tensor]:
-    blank, keys = query.new_zeros((1, 1, query.shape[2], 1)), key.new_zeros((1, 1, key.shape[2], 1))
-    mask = _scores(blank, keys, query.shape[2], 1.0, is_causal, None, None, window, 0.0, bias).to(query.dtype)
-    out, lse = _flash(query, key, value, scale, mask=mask.expand(query.shape[0], -1, -1, -1))
-    # aten leaves NaN or a finite LSE in rows that see no key.
-    empty = (mask == -torch.inf).all(-1).expand_as(lse)
-    return out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
-
-
-def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from (out, lse) of each."""
-    lse = torch.logaddexp(first[1], second[1])
-    shares = (torch.exp(part - lse)[..., None] for _, part in (first, second))
-    out = sum(share * out for share, (out, _) in zip(shares, (first, second), strict=True))
-    return out.to(first[0].dtype), lse
-
-
-def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Each head's sink takes its share of the probability after the fact: out and lse see it as one more key without value."""
-    with_sink = torch.logaddexp(lse, sinks.float()[:, None].expand_as(lse))
-    share = torch.exp(lse - with_sink.masked_fill(with_sink == -torch.inf, 0))
-    return (out * share[..., None]).to(out.dtype), with_sink
+        # Under a causal mask the chunk's last row is to see the keys up to its own.
+        chunk_end = (end[:, 0, 0] - (rows - last)).clamp(min=0) if is_causal else kv_end
+        parts.append(_attention_reference(
+            query[:, :, first:last], key, value, region_ids, num_regions, scale, is_causal, kv_start, chunk_end, window, softcap,
+            sinks, region_bias, min(max(last - rows + mass_rows, 0), last - first),
+        ))  # fmt: skip
+    out, lse, mass = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    return _laid_out(out), lse, mass
 
 
 def _attention_fake(
@@ -743,7 +666,7 @@ _STATISTICS_SCHEMA = (
     f"{_MASKS}, Tensor? region_bias) -> (Tensor mass, Tensor scores)"
 )
 define(_ATTENTION_SCHEMA, fake=_attention_fake, reference=_attention_reference)
-for _name in ("decode_attention", "hopper_prefill"):
+for _name in ("decode_attention", "prefill_attention", "hopper_prefill"):
     define(f"{_name}({_ATTENTION_SCHEMA.split('(', 1)[1]}", fake=_attention_fake, reference=_attention_reference)
 define(_MASS_SCHEMA, fake=_mass_fake, reference=_mass_reference)
 define(_KEY_SCHEMA, fake=_key_fake, reference=_key_reference)

@@ -1,7 +1,7 @@
 """The dispatcher: which kernel runs an attention call, and why. Measured crossovers: docs/kernels.md, "Which kernel runs".
 
-CPU: a single query row per sequence has its own decode kernel. More rows take torch's flash attention, and the masses of the
-wanted rows are recomputed from its LSE. A softcap, or a handful of keys, takes an explicit softmax.
+CPU: a single query row per sequence has its own decode kernel. More rows take the prefill kernel, which computes in float, unless
+the processor has matrix instructions for half precision, which torch's flash attention uses.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses of few of many rows
 take torch's flash attention and a recomputation; so do scores of the keys, of any number of rows. Masses of many rows take the
@@ -25,15 +25,26 @@ FEW_ROWS = 8  # recomputing Q Kᵀ of 1/8 of the rows adds 1/16 of attention's o
 SCORED_ROWS = 64  # key scores of more rows take Triton's larger tiles, which fetch fewer bytes an operation
 # The Hopper prefill kernel has not been measured yet. Set True, or call torch.ops.ras_fast.hopper_prefill, to try it.
 try_hopper = False
-MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros, and the explicit softmax is as fast
+MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros
+
+
+def _matrix_dtypes() -> frozenset[torch.dtype]:
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    halves = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+    # ARM's processors have such instructions for both.
+    return frozenset(dtype for dtype in halves if able.get(halves[dtype]) or able.get("architecture", "x86_64") != "x86_64")
+
+
+# What this processor multiplies by matrix instructions, faster than float. AVX-512's bf16 instructions are slower.
+MATRIX_DTYPES = _matrix_dtypes()
 
 
 class Plan(NamedTuple):
     """What runs a call, the reason in words, and its configuration.
 
-    kernel: "decode" (csrc: one read of the cache), "flash" (torch's flash attention, then csrc or Triton for the masses),
-        "masked flash" (the same under a mask, by chunks of rows), "softmax" (explicit, likewise), "triton" (fused), "hopper"
-        (csrc: fused, sm_90a), or "torch" (the reference).
+    kernel: "decode" (csrc: one read of the cache), "prefill" (csrc, CPU: fused), "flash" (torch's flash attention, then csrc
+        or Triton for the masses), "softmax" (explicit, by chunks of rows), "triton" (fused), "hopper" (csrc: fused, sm_90a), or
+        "torch" (the reference).
     config: tile, warps, stages and splits of a Triton kernel, as `explain` says them; "" for the others, which have one each.
     """
 
@@ -72,31 +83,41 @@ def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Pla
         return Plan("torch", "float64" if query.dtype == torch.float64 else "no other backend is built or allowed")
     if chosen == "triton":
         return Plan("triton", "the backend is forced")
-    return plan_cpu(query, key, case) if chosen == "cpu" else plan_cuda(query, key, value, case)
+    return plan_cpu(query, key, value, case) if chosen == "cpu" else plan_cuda(query, key, value, case)
 
 
-def plan_cpu(query: Tensor, key: Tensor, case: Case) -> Plan:
+def plan_cpu(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     if decodes_on_cpu(query):
         return Plan("decode", "one query row: one read of the cache decides")
     if case.row_bounds:
         return Plan("decode", "rows with bounds of their own go one by one")
-    return plan_cpu_prefill(query, key, case)
+    return plan_cpu_prefill(query, key, value, case)
 
 
 def decodes_on_cpu(query: Tensor) -> bool:
     return query.shape[2] == 1 and backend.resolve("decode_attention", query.device) == "cpu"
 
 
-def plan_cpu_prefill(query: Tensor, key: Tensor, case: Case) -> Plan:
-    """For keys that are all valid."""
-    rows, keys = query.shape[2], key.shape[2]
-    if case.softcap or not case.scale > 0:
-        return Plan("softmax", "torch's flash attention has no softcap, and its masks want a scale > 0")
-    if keys < MIN_FLASH_KEYS or not query.numel():
-        return Plan("softmax", f"{keys} keys: below {MIN_FLASH_KEYS} flash attention gains nothing")
-    if case.bias or 0 < case.window < keys:
-        return Plan("masked flash", f"a {'bias' if case.bias else 'window'} has to be a mask for torch's flash attention")
-    return Plan("flash", f"masses of {case.rows} of {rows} rows are recomputed from the LSE")
+def beats_flash_on_cpu(query: Tensor) -> bool:
+    """Whether these kernels beat torch's flash attention on queries in half precision. Looks at shapes only, so it may be
+    traced."""
+    if query.shape[2] == 1:
+        return decodes_on_cpu(query)
+    return backend.resolve("prefill_attention", query.device) == "cpu" and query.dtype not in MATRIX_DTYPES
+
+
+def plan_cpu_prefill(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
+    built = backend.has_kernel("prefill_attention", "cpu")
+    square = not case.is_causal or query.shape[2] == key.shape[2]
+    flash_takes = case.plain and square and key.shape == value.shape and key.shape[2] >= MIN_FLASH_KEYS and query.numel() > 0
+    if flash_takes and query.dtype in MATRIX_DTYPES:
+        return Plan("flash", f"the processor has matrix instructions for {query.dtype}, which torch's flash attention uses")
+    if built:
+        return Plan("prefill", "one pass over the keys for all rows, masks and masses")
+    missing = "no kernel is built"
+    if flash_takes:
+        return Plan("flash", f"{missing}; masses of {case.rows} rows are recomputed from torch's LSE")
+    return Plan("softmax", f"{missing}, and this is not for torch's flash attention")
 
 
 def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 )
 
 from ras_fast import ops
-from ras_fast.ops.attention_plan import decodes_on_cpu, decodes_on_cuda
+from ras_fast.ops.attention_plan import beats_flash_on_cpu, decodes_on_cuda
 
 if TYPE_CHECKING:
     from ras_fast.patching.state import AttentionState
@@ -266,15 +266,16 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
 
 
 def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether this is a decode step in half precision that this package's kernel does faster (docs/kernels.md).
+    """Whether this is attention in half precision that this package's kernels do faster (docs/kernels.md).
 
-    On the CPU torch's flash attention takes up to 15 times as long as reading the cache. On a GPU it does not take masks, and
-    what SDPA falls back to under one neither splits the keys among blocks nor shares them within a group of query heads.
+    On the CPU torch's flash attention takes up to 15 times as long as reading the cache, and for more rows twice as long as
+    multiplying in float. On a GPU it does not take masks, and what SDPA falls back to under one neither splits the keys among
+    blocks nor shares them within a group of query heads.
     """
     if query.element_size() != 2 or not query.dtype == key.dtype == value.dtype:
         return False
     if query.device.type == "cpu":
-        return decodes_on_cpu(query)
+        return beats_flash_on_cpu(query)
     return query.is_cuda and is_range(mask) and decodes_on_cuda(query, key)
 
 

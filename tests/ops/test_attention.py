@@ -13,6 +13,7 @@ from torch.nn import functional
 import ras_fast
 from ras_fast import ops
 from ras_fast.ops import attention
+from ras_fast.ops.attention_plan import Plan
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,20 +118,51 @@ def test_against_definition(backend, lengths, option, dtype):
         torch.testing.assert_close(both, (again, scores), atol=1e-6, rtol=1e-6)
 
 
-CHUNKED = ["negative_scale", "left_padding", "both_ends", "window", "softcap", "bias", "batched_bias", "bidirectional_bias"]
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("lengths", [(34, 36), (33, 80), (40, 34)])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_chunks_of_rows(backend, option, lengths, monkeypatch):
+    """What runs where no kernel is built and torch's flash attention does not do."""
+    monkeypatch.setattr(attention, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(attention, "plan_cpu_prefill", lambda *_: Plan("softmax", ""))
+    query, key, value = inputs(length_q=lengths[0], length_k=lengths[1])
+    ids = image_ids(2, lengths[1])
+    kwargs = options(option, 2, 4, lengths[1], 2)
+    found = ops.region_attention(query, key, value, ids, 2, **kwargs, mass_rows=10)
+    expected = list(exact(query, key, value, ids, 2, **kwargs)[:3])
+    expected[2] = expected[2][:, :, -10:]
+    torch.testing.assert_close(found, tuple(expected), atol=2e-6, rtol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-@pytest.mark.parametrize("lengths", [(34, 36), (33, 80), (40, 34)])
-@pytest.mark.parametrize("option", CHUNKED)
-def test_chunks_of_rows(backend, option, lengths, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK_ROWS", 7)
-    query, key, value = inputs(length_q=lengths[0], length_k=lengths[1])
+@pytest.mark.parametrize("option", ["plain", "bidirectional"])
+def test_flash_and_recomputed_masses(backend, option, monkeypatch):
+    """What runs on processors with matrix instructions."""
+    monkeypatch.setattr(attention, "plan_cpu_prefill", lambda *_: Plan("flash", ""))
+    query, key, value = inputs(length_q=40, length_k=40)
+    kwargs = options(option, 2, 4, 40, 2)
+    found = ops.region_attention(query, key, value, image_ids(2, 40), 2, **kwargs)
+    expected = exact(query, key, value, image_ids(2, 40), 2, **kwargs)[:3]
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("heads", "lengths", "dim"), [((4, 4), (150, 150), 64), ((14, 2), (131, 300), 40), ((6, 1), (300, 131), 72)]
+)
+def test_blocks_of_keys_and_tiles_of_rows(backend, heads, lengths, dim, option, dtype):
+    """Several of each, none of them full, under every option; masses of the last rows, whose regions begin within a block."""
+    query, key, value = inputs(2, *heads, *lengths, dim, dtype)
     ids = image_ids(2, lengths[1])
-    kwargs = options("bias" if option == "bidirectional_bias" else option, 2, 4, lengths[1], 2)
-    kwargs["is_causal"] = option != "bidirectional_bias"
-    found = ops.region_attention(query, key, value, ids, 2, **kwargs)
-    torch.testing.assert_close(found, exact(query, key, value, ids, 2, **kwargs)[:3], atol=2e-6, rtol=1e-6, check_dtype=False)
+    kwargs = options(option, 2, heads[0], lengths[1], 2)
+    found = ops.region_attention(query, key, value, ids, 2, **kwargs, mass_rows=20)
+    arguments = (query.double(), key.double(), value.double(), ids, 2, kwargs.get("scale", dim**-0.5),
+                 kwargs.get("is_causal", True), kwargs.get("kv_start"), kwargs.get("kv_end"), kwargs.get("window", 0),
+                 kwargs.get("softcap", 0.0), kwargs.get("sinks"), kwargs.get("region_bias"), 20)  # fmt: skip
+    for got, expected, atol in zip(found, attention._attention_reference(*arguments), (2 * ATOL[dtype], 1e-5, 1e-5), strict=True):
+        torch.testing.assert_close(got.double(), expected.double(), atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["plain", "window", "softcap", "bias"])

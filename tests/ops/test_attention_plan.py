@@ -158,24 +158,33 @@ def test_the_hopper_kernel_is_chosen_only_when_asked_for(monkeypatch, why):
     assert attention_plan.plan_cuda(*arguments).kernel == ("triton" if why else "hopper")
 
 
-CPU_CASES = {"decode": (1, {}), "flash": (64, {}), "softmax": (64, {"softcap": 5.0}), "masked flash": (64, {"window": 16})}
-CARRIED_OUT_BY = {"flash": "_flash", "softmax": "_softmax_out", "masked flash": "_masked_flash"}
+# (query rows, whether the library is built, whether the processor has matrix instructions, keywords)
+CPU_CASES = {
+    "decode": [(1, True, False, {}), (1, True, True, {})],
+    "prefill": [(64, True, False, {}), (64, True, True, {"window": 16}), (40, True, True, {})],
+    "flash": [(64, True, True, {}), (64, False, False, {}), (40, False, False, {"is_causal": False})],
+    "softmax": [(64, False, False, {"softcap": 5.0}), (64, False, True, {"scale": -1.0}), (40, False, False, {})],
+}
 
 
-@pytest.mark.parametrize("plan", CPU_CASES)
-def test_explain_tells_what_runs_on_the_cpu(plan, monkeypatch):
+@pytest.mark.parametrize(("plan", "case"), [(plan, case) for plan, cases in CPU_CASES.items() for case in cases])
+def test_explain_tells_what_runs_on_the_cpu(plan, case, monkeypatch):
     """The functions that carry out the plans are watched while the call runs."""
-    rows, keywords = CPU_CASES[plan]
-    arguments = *states(rows, 64, dim=16, dtype=torch.float32, heads=4, kv_heads=2), torch.zeros(1, 64, dtype=torch.int32), 1
-    spies = {name: mock.Mock(side_effect=getattr(attention, name)) for name in CARRIED_OUT_BY.values()}
-    for name, spy in spies.items():
-        monkeypatch.setattr(attention, name, spy)
-    ops.region_attention(*arguments, **keywords)
-    called = [name for name, spy in spies.items() if spy.called]
+    rows, built, quick, keywords = case
+    has_kernel = backend.has_kernel
+    monkeypatch.setattr(backend, "has_kernel", lambda op, kind: has_kernel(op, kind) and (built or op != "prefill_attention"))
+    monkeypatch.setattr(attention_plan, "MATRIX_DTYPES", {torch.bfloat16} if quick else ())
+    arguments = *states(rows, 64, dim=16, dtype=torch.bfloat16, heads=4, kv_heads=2), torch.zeros(1, 64, dtype=torch.int32), 1
+    functions = {"flash": (attention, "_cpu_flash"), "softmax": (attention, "_by_chunks_of_rows"),
+                 "prefill": (torch.ops.ras_fast, "prefill_attention")}  # fmt: skip
+    spies = {kernel: mock.Mock(side_effect=getattr(*place)) for kernel, place in functions.items()}
+    for kernel, place in functions.items():
+        monkeypatch.setattr(*place, spies[kernel])
+    with Calls() as calls:
+        ops.region_attention(*arguments, **keywords)
     assert ops.explain(*arguments, **keywords).kernel == plan
-    assert CARRIED_OUT_BY.get(plan) in called if called else plan == "decode"
-    assert (plan == "masked flash") == ("_masked_flash" in called)
-    assert (plan == "softmax") == ("_softmax_out" in called)
+    assert [kernel for kernel, spy in spies.items() if spy.called] == ([plan] if plan in spies else [])
+    assert ("decode_attention" in calls.names) == (plan == "decode")
 
 
 def test_explain_follows_the_forced_backend(monkeypatch):

@@ -1,0 +1,81 @@
+// CPU launcher of prefill_attention, region_attention's path for many query rows.
+#include "cpu/prefill.h"
+
+#include "cpu/attention_guard.h"
+#include "cpu/tensor.h"
+#include "ops.h"
+
+namespace ras::cpu {
+namespace {
+
+constexpr int64_t kMostRows = 256;  // of a tile, over the heads of a group: their queries and outputs stay in L2
+constexpr int64_t kLeastRows = 48;  // fewer do not pay for widening a block of keys
+
+// Tiles of a group in an order in which neighbours together have as much to do as any others under a causal mask.
+int64_t balanced(int64_t item, int64_t tiles) { return item % 2 ? tiles - 1 - item / 2 : item / 2; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const MaybeTensor& region_ids, int64_t num_regions, double scale,
+                                                     bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
+                                                     int64_t window, double softcap, const MaybeTensor& sinks,
+                                                     const MaybeTensor& region_bias, int64_t mass_rows) {
+  guard_attention(query, key, mass_rows, kv_start, kv_end, region_ids, region_bias);
+  guard_value(value, key);
+  guard_sinks(sinks, query);
+  PrefillArgs args{};
+  args.dtype = dtype_of(query);
+  args.batch = query.size(0);
+  args.heads = query.size(1);
+  args.length_q = query.size(2);
+  args.dim = query.size(3);
+  args.kv_heads = key.size(1);
+  args.length_k = key.size(2);
+  args.query = query.data_ptr();
+  args.key = key.data_ptr();
+  args.value = value.data_ptr();
+  for (int i = 0; i < 3; ++i) {
+    args.query_stride[i] = query.stride(i);
+    args.key_stride[i] = key.stride(i);
+    args.value_stride[i] = value.stride(i);
+  }
+  args.scale = float(scale);
+  args.softcap = float(softcap);
+  args.causal = is_causal;
+  args.window = window;
+  args.kv_start = data<const int32_t>(kv_start);
+  args.kv_end = data<const int32_t>(kv_end);
+  args.num_regions = num_regions;
+  if (region_ids) {
+    args.region_ids = data<const int32_t>(region_ids);
+    args.region_stride = region_ids->stride(0);
+  }
+  set_region_bias(args, region_bias);
+  args.sinks = data<const float>(sinks);
+  args.mass_rows = mass_rows;
+
+  const int64_t batch = args.batch, heads = args.heads, rows = args.length_q, dim = args.dim;
+  Tensor out = empty_strided({batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query));
+  Tensor lse = empty_float({batch, heads, rows});
+  Tensor mass = empty_float({batch, heads, mass_rows, num_regions});
+  args.out = out.data_ptr();
+  args.lse = data<float>(lse);
+  args.mass = mass.numel() ? data<float>(mass) : nullptr;
+
+  const int64_t groups = batch * args.kv_heads, per_group = heads / args.kv_heads;
+  if (groups * rows == 0 || heads == 0) return {out, lse, mass};
+  const int64_t wanted = 4 * torch::stable::get_num_threads() / groups + 1;  // tiles of a group, for balance
+  const int64_t packed = std::clamp(per_group * rows / wanted, kLeastRows, kMostRows);
+  const int64_t tile = std::max<int64_t>(1, packed / per_group), tiles = (rows + tile - 1) / tile;
+  auto* kernel = pick_prefill();
+  torch::stable::parallel_for(0, groups * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = balanced(item % tiles, tiles) * tile;
+      kernel(args, item / tiles, first, std::min(first + tile, rows));
+    }
+  });
+  return {out, lse, mass};
+}
+
+}  // namespace ras::cpu

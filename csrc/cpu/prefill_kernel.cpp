@@ -1,0 +1,322 @@
+// Attention of many query rows with the mass of each region from the same softmax: flash attention (Dao et al. 2022) on float
+// registers.
+//
+// A call owns a tile of query rows of all heads that share a kv head, and walks the keys in blocks. A block is widened once, the
+// keys transposed, for all these rows; they go by six at a time: scores into a buffer in L1, online softmax on it, products with
+// the values added to the rows' outputs. Products are taken in float whatever the inputs are: where a processor multiplies bf16
+// pairs at all, it does so at half the rate of float (docs/kernels.md), unless it has AMX (ras_fast/ops/attention_plan.py).
+//
+// Scores are in units of log2(e), so that e^s = 2^score. A row's maximum and sum are kept lane by lane as far as possible: adding up
+// lanes takes longer than the exponentials of a block.
+//
+// Mass: a block's probabilities are summed by runs of keys of one region, in units of the running maximum, as the softmax's
+// denominator is.
+#include "cpu/prefill.h"
+
+#include <cstdlib>
+
+#include "cpu/vec.h"
+
+namespace ras::cpu::RAS_FAST_ISA {
+namespace {
+
+constexpr int kRows = 6;
+constexpr int kVectors = kLanes == 16 ? 4 : 2;  // times kRows accumulators fit into the registers
+constexpr int kBlock = 64;                      // keys
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+
+int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// c[r][0 … V vectors] = (or +=) Σ_k a[r][k] · b[k][…] for N rows.
+template <int N, int V>
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
+              bool add) {
+  vfloat sum[N][V];
+#pragma GCC unroll 6
+  for (int r = 0; r < N; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * c_stride + v * kLanes) : vfloat{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    vfloat right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = load(b + k * b_stride + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < N; ++r) {
+      const vfloat left = splat(a[r * a_stride + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < N; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
+  }
+}
+
+using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
+#define RAS_FAST_ROWS(V) {multiply<1, V>, multiply<2, V>, multiply<3, V>, multiply<4, V>, multiply<5, V>, multiply<6, V>}
+constexpr Multiply kMultiply[][kRows] = {RAS_FAST_ROWS(1), RAS_FAST_ROWS(2), RAS_FAST_ROWS(3), RAS_FAST_ROWS(4)};
+#undef RAS_FAST_ROWS
+
+// The same for any number of columns, in whole vectors.
+void multiply(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
+              int64_t c_stride, int64_t columns, bool add) {
+  for (int64_t first = 0; first < columns; first += kVectors * kLanes) {
+    const int64_t vectors = (columns - first) / kLanes < kVectors ? (columns - first) / kLanes : kVectors;
+    kMultiply[vectors - 1][rows - 1](a, a_stride, b + first, b_stride, depth, c + first, c_stride, add);
+  }
+}
+
+template <class T>
+void widen_row(float* to, const T* from, int64_t count, float factor = 1) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * factor);
+  if (i < count) store(to + i, load(from + i, int(count - i)) * factor);
+}
+
+// v[i][j] becomes v[j][i]; neighbours at each distance trade halves.
+template <int kStep = kLanes / 2>
+void transpose(vfloat* v) {
+  vint low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & kStep ? i - kStep + kLanes : i;
+    high[i] = i & kStep ? i + kLanes : i + kStep;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const vfloat a = v[i], b = v[i + kStep];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + kStep] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (kStep > 1) transpose<kStep / 2>(v);
+}
+
+// The memory of one call.
+struct Scratch {
+  float *query, *out, *top, *total, *mass, *scores, *keys, *values, *bias, *memory;
+
+  Scratch(const PrefillArgs& args, int64_t rows) {
+    const int64_t width = padded(args.dim), heads = args.heads / args.kv_heads, regions = args.mass ? args.num_regions : 0;
+    const int64_t sizes[] = {rows * width,   rows * width,   rows,           rows * kLanes, rows * regions,
+                             kRows * kBlock, width * kBlock, kBlock * width, heads * kBlock};
+    float** const parts[] = {&query, &out, &top, &total, &mass, &scores, &keys, &values, &bias};
+    int64_t size = 0;
+    for (const int64_t part : sizes) size += padded(part);
+    memory = static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64));
+    float* next = memory;
+    for (int i = 0; i < 9; next += padded(sizes[i]), ++i) *parts[i] = next;
+  }
+  ~Scratch() { std::free(memory); }
+};
+
+// The keys [low, high] that a query row sees.
+struct Span {
+  int64_t low, high;
+};
+
+template <class T>
+class Tile {
+ public:
+  Tile(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
+      : args(args), batch(group / args.kv_heads), kv_head(group % args.kv_heads), heads(args.heads / args.kv_heads),
+        row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)), work(args, heads * count) {
+    first = args.kv_start && args.kv_start[batch] > 0 ? args.kv_start[batch] : 0;
+    last = args.kv_end && args.kv_end[batch] < args.length_k ? args.kv_end[batch] : args.length_k;
+    ids = args.region_ids ? args.region_ids + batch * args.region_stride : nullptr;
+  }
+
+  void run() {
+    begin();
+    const int64_t from = span(row_begin).low, end = span(row_begin + count - 1).high + 1;
+    for (int64_t block = from; block < end; block += kBlock) {
+      load_block(block, end - block < kBlock ? end - block : kBlock);
+      for (int64_t row = 0; row < heads * count; row += kRows) {
+        attend(block, row, int(heads * count - row < kRows ? heads * count - row : kRows));
+      }
+    }
+    finish();
+  }
+
+ private:
+  const PrefillArgs& args;
+  int64_t batch, kv_head, heads, row_begin, count, width, first, last;
+  Scratch work;
+  const int32_t* ids;
+  int runs = 0;  // of keys of one region in this block
+  struct Run {
+    int32_t region;
+    int begin, end;
+  } run_of[kBlock];
+
+  // Packed row p of the tile: head p / count of the group, row p % count of the tile.
+  int64_t head(int64_t p) const { return kv_head * heads + p / count; }
+  int64_t index(int64_t p) const { return row_begin + p % count; }
+  int64_t stat(int64_t p) const { return batch * args.heads + head(p); }
+  bool weighed(int64_t p) const { return args.mass && index(p) >= args.length_q - args.mass_rows; }
+
+  Span span(int64_t index) const {
+    const int64_t own = index + last - args.length_q;
+    Span seen{first, last - 1};
+    if (args.causal && own < seen.high) seen.high = own;
+    if (args.window && own - args.window + 1 > seen.low) seen.low = own - args.window + 1;
+    return seen;
+  }
+
+  void begin() {
+    for (int64_t p = 0; p < heads * count; ++p) {
+      const T* query = static_cast<const T*>(args.query) + batch * args.query_stride[0] + head(p) * args.query_stride[1] +
+                       index(p) * args.query_stride[2];
+      widen_row(work.query + p * width, query, args.dim, args.softcap ? args.scale : args.scale * kLog2e);
+      std::memset(work.out + p * width, 0, width * sizeof(float));
+      if (args.mass) std::memset(work.mass + p * args.num_regions, 0, args.num_regions * sizeof(float));
+      work.top[p] = args.sinks ? args.sinks[head(p)] * kLog2e : -INFINITY;
+      vfloat total{};
+      total[0] = work.top[p] == -INFINITY ? 0 : 1;  // a sink's own share, 2^0
+      store(work.total + p * kLanes, total);
+    }
+  }
+
+  // Keys [block, block + keys): transposed keys [D][kBlock], values [kBlock][width], regions. What is past the end is 0.
+  void load_block(int64_t block, int keys) {
+    const T* key = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
+    const T* value = static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1];
+    for (int k = 0; k < kBlock; k += kLanes) {
+      for (int64_t d = 0; d < args.dim; d += kLanes) {
+        const int dims = int(args.dim - d < kLanes ? args.dim - d : kLanes);
+        vfloat square[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const T* from = key + (block + k + i) * args.key_stride[2] + d;
+          square[i] = k + i >= keys ? vfloat{} : dims == kLanes ? load(from) : load(from, dims);
+        }
+        transpose(square);
+        for (int i = 0; i < dims; ++i) store(work.keys + (d + i) * kBlock + k, square[i]);
+      }
+    }
+    for (int k = 0; k < keys; ++k) widen_row(work.values + k * width, value + (block + k) * args.value_stride[2], args.dim);
+    runs = 0;
+    if (!ids) return;
+    for (int k = 0; k < keys; ++k) {
+      const int32_t id = ids[block + k], region = id >= 0 && id < args.num_regions ? id : -1;
+      if (!runs || run_of[runs - 1].region != region) run_of[runs++] = {region, k, k};
+      run_of[runs - 1].end = k + 1;
+    }
+    for (int64_t h = 0; args.region_bias && h < heads; ++h) {
+      const float* bias = args.region_bias + batch * args.bias_batch_stride + (kv_head * heads + h) * args.bias_head_stride;
+      for (int run = 0; run < runs; ++run) {
+        for (int k = run_of[run].begin; k < run_of[run].end; ++k) {
+          work.bias[h * kBlock + k] = run_of[run].region < 0 ? 0 : bias[run_of[run].region] * kLog2e;
+        }
+      }
+    }
+  }
+
+  // `rows` packed rows from `row` on against the block.
+  void attend(int64_t block, int64_t row, int rows) {
+    int64_t low = INT64_MAX, high = -1;
+    for (int r = 0; r < rows; ++r) {
+      const Span seen = span(index(row + r));
+      low = seen.low < low ? seen.low : low;
+      high = seen.high > high ? seen.high : high;
+    }
+    if (block > high || block + kBlock <= low) return;
+    const int64_t keys = high + 1 - block < kBlock ? high + 1 - block : kBlock, columns = padded(keys);
+    multiply(rows, work.query + row * width, width, work.keys, kBlock, args.dim, work.scores, kBlock, columns, false);
+    for (int r = 0; r < rows; ++r) softmax(block, row + r, work.scores + r * kBlock, columns);
+    multiply(rows, work.scores, kBlock, work.values, width, keys, work.out + row * width, width, width, true);
+  }
+
+  // Scores into 2^(score − top) of a row, whose top, total, mass and output follow.
+  void softmax(int64_t block, int64_t p, float* s, int64_t columns) {
+    const Span seen = span(index(p));
+    const bool masked = block < seen.low || block + columns - 1 > seen.high;
+    if (masked || args.softcap || args.region_bias) finish_scores(block, p, seen, masked, s, columns);
+    vfloat highest = load(s);
+    for (int64_t k = kLanes; k < columns; k += kLanes) highest = max(load(s + k), highest);
+    if (any(highest > work.top[p])) raise(p, max(highest));
+    const float shift = work.top[p] == -INFINITY ? 0 : work.top[p];
+    vfloat sums{};
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      const vfloat probability = exp2_of_negative(load(s + k) - shift);
+      store(s + k, probability);
+      sums += probability;
+    }
+    store(work.total + p * kLanes, load(work.total + p * kLanes) + sums);
+    if (weighed(p)) weigh(work.mass + p * args.num_regions, s, sums, columns);
+  }
+
+  // The softcap, the bias and the masks.
+  void finish_scores(int64_t block, int64_t p, Span seen, bool masked, float* s, int64_t columns) {
+    const float* bias = args.region_bias ? work.bias + p / count * kBlock : nullptr;
+    vint place;
+    for (int i = 0; i < kLanes; ++i) place[i] = i;
+    for (int64_t k = 0; k < columns; k += kLanes) {
+      vfloat score = load(s + k);
+      if (args.softcap) score = capped(score, args.softcap) * kLog2e;
+      if (bias) score += load(bias + k);
+      const vint low = splat(int32_t(seen.low - block - k)), high = splat(int32_t(seen.high - block - k));
+      if (masked) score = ((place >= low) & (place <= high)) ? score : splat(-INFINITY);
+      store(s + k, score);
+    }
+  }
+
+  // A higher maximum: what was summed in units of the old one shrinks.
+  void raise(int64_t p, float top) {
+    const float factor = std::exp2(work.top[p] - top);
+    work.top[p] = top;
+    store(work.total + p * kLanes, load(work.total + p * kLanes) * factor);
+    for (int64_t d = 0; d < width; d += kLanes) store(work.out + p * width + d, load(work.out + p * width + d) * factor);
+    for (int64_t r = 0; weighed(p) && r < args.num_regions; ++r) work.mass[p * args.num_regions + r] *= factor;
+  }
+
+  // Adds the probabilities of each run of keys to its region.
+  void weigh(float* mass, const float* probabilities, vfloat sums, int64_t columns) {
+    if (runs == 1) {
+      if (run_of[0].region >= 0) mass[run_of[0].region] += sum(sums);
+      return;
+    }
+    for (int run = 0; run < runs && run_of[run].begin < columns; ++run) {
+      const auto [region, begin, end] = run_of[run];
+      if (region < 0) continue;
+      const int stop = end < columns ? end : int(columns);
+      float total = 0;
+      for (int k = begin; k < stop; ++k) total += probabilities[k];
+      mass[region] += total;
+    }
+  }
+
+  void finish() {
+    for (int64_t p = 0; p < heads * count; ++p) {
+      const float total = sum(load(work.total + p * kLanes)), share = total == 0 ? 0 : 1 / total;
+      args.lse[stat(p) * args.length_q + index(p)] = total == 0 ? -INFINITY : (work.top[p] + std::log2(total)) * kLn2;
+      T* out = static_cast<T*>(args.out) + ((batch * args.length_q + index(p)) * args.heads + head(p)) * args.dim;
+      for (int64_t d = 0; d < args.dim; d += kLanes) {
+        const vfloat value = load(work.out + p * width + d) * share;
+        if (d + kLanes <= args.dim) {
+          store(out + d, value);
+        } else {
+          T part[kLanes];
+          store(part, value);
+          std::memcpy(out + d, part, (args.dim - d) * sizeof(T));
+        }
+      }
+      if (!weighed(p)) continue;
+      const int64_t row = index(p) - (args.length_q - args.mass_rows);
+      float* mass = args.mass + (stat(p) * args.mass_rows + row) * args.num_regions;
+      for (int64_t r = 0; r < args.num_regions; ++r) mass[r] = work.mass[p * args.num_regions + r] * share;
+    }
+  }
+};
+
+}  // namespace
+
+void prefill(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end) {
+  switch (args.dtype) {
+    case DType::f32: return Tile<float>(args, group, row_begin, row_end).run();
+    case DType::bf16: return Tile<bf16>(args, group, row_begin, row_end).run();
+    default: return Tile<f16>(args, group, row_begin, row_end).run();
+  }
+}
+
+}  // namespace ras::cpu::RAS_FAST_ISA

@@ -18,7 +18,8 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 BF16, FP32 = torch.bfloat16, torch.float32
 # (query rows, keys, rows whose mass is wanted, dtype)
 CPU = [(1, keys, 1, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 2048, 8192)]
-CPU += [(keys, keys, keys, BF16) for keys in (8, 16, 32, 64, 128, 256)]
+CPU += [(rows, 2048, rows, BF16) for rows in (2, 8, 32)]
+CPU += [(keys, keys, keys, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 1024)]
 GPU = [(rows, 4096, rows, BF16) for rows in (1, 2, 4, 8, 16, 32, 64)]  # times 4 heads a group: packed rows
 GPU += [(2048, 2048, rows, BF16) for rows in (1, 32, 128, 256, 512, 1024, 2048)]
 
@@ -28,7 +29,9 @@ def kernels(query, key, value, ids, rows: int) -> dict:
     call = (query, key, value, ids, 1, *masks, rows)
     square_or_row = query.shape[2] in (1, key.shape[2])
     if not query.is_cuda:
-        found = {"flash": attention._cpu_attention, "softmax": attention._attention_reference}
+        found = {"prefill": torch.ops.ras_fast.prefill_attention, "softmax": attention._attention_reference}
+        if square_or_row and key.shape[2] >= attention_plan.MIN_FLASH_KEYS:
+            found["flash"] = cpu_flash
         if query.shape[2] == 1:
             found["decode"] = torch.ops.ras_fast.decode_attention
     else:
@@ -38,6 +41,10 @@ def kernels(query, key, value, ids, rows: int) -> dict:
         if square_or_row:
             found["flash"] = flash
     return {name: functools.partial(kernel, *call) for name, kernel in found.items()}
+
+
+def cpu_flash(query, key, value, ids, regions, scale, causal, *rest):
+    return attention._cpu_flash(query, key, value, ids, regions, scale, causal and query.shape[2] > 1, *rest)
 
 
 def flash(query, key, value, ids, regions, scale, causal, *rest):
@@ -57,7 +64,7 @@ def measure(length_q: int, length_k: int, rows: int, dtype: torch.dtype) -> dict
     times = harness.compare(kernels(query, key, value, ids, rows), seconds=0.5, graph=query.is_cuda)
     plan = ops.explain(query, key, value, ids, 1, mass_rows=rows).kernel
     row = {"dtype": str(dtype)[6:], "Lq": length_q, "Lk": length_k, "rows": rows}
-    row |= {f"{name} µs": times[name] * 1e6 if name in times else None for name in ("decode", "flash", "softmax", "triton")}
+    row |= {f"{name} µs": times[name] * 1e6 if name in times else None for name in ("decode", "prefill", "flash", "softmax", "triton")}
     return row | {"plan": plan, "loses": times[plan] / min(times.values()) - 1 if plan in times else None}
 
 

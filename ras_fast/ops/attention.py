@@ -586,10 +586,9 @@ def _by_chunks_of_rows(
         last = min(first + CHUNK_ROWS, rows)
         # Under a causal mask the chunk's last row is to see the keys up to its own.
         chunk_end = (end[:, 0, 0] - (rows - last)).clamp(min=0) if is_causal else kv_end
-        parts.append(_attention_reference(
-            query[:, :, first:last], key, value, region_ids, num_regions, scale, is_causal, kv_start, chunk_end, window, softcap,
-            sinks, region_bias, min(max(last - rows + mass_rows, 0), last - first),
-        ))  # fmt: skip
+        masks = (scale, is_causal, kv_start, chunk_end, window, softcap, sinks, region_bias)
+        weighed = min(max(last - rows + mass_rows, 0), last - first)
+        parts.append(_attention_reference(query[:, :, first:last], key, value, region_ids, num_regions, *masks, weighed))
     out, lse, mass = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return _laid_out(out), lse, mass
 

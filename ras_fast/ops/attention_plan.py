@@ -1,7 +1,7 @@
 """The dispatcher: which kernel runs an attention call, and why. Measured crossovers: docs/kernels.md, "Which kernel runs".
 
-CPU: a single query row per sequence has its own decode kernel. More rows take the prefill kernel, which computes in float, unless
-the processor has matrix instructions for half precision, which torch's flash attention uses.
+CPU: a single query row per sequence has its own decode kernel. More rows take the prefill kernel, which computes in float,
+unless the processor has matrix instructions for half precision, which torch's flash attention uses.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses of few of many rows
 take torch's flash attention and a recomputation; so do scores of the keys, of any number of rows. Masses of many rows take the

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ras_fast.ops import _check
 from ras_fast.ops._registry import LIBRARY, call, define, define_triton, outside_autocast
-from ras_fast.ops.attention_plan import Case, Plan, decodes_on_cpu, plan_attention, plan_cpu_prefill
+from ras_fast.ops.attention_plan import Case, Plan, op_of, plan_attention, plan_cpu_prefill
 
 REDUCTIONS = ("mean", "sum", "max")
 CHUNK_ROWS = 256  # that go together where no kernel is built
@@ -258,8 +258,7 @@ def _attention_call(
         query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end,
         _resolve_window(window, key), softcap or 0.0, sinks, region_bias, rows,
     )  # fmt: skip
-    # One query row on the CPU has an op of its own, without the detour through Python.
-    return "decode_attention" if decodes_on_cpu(query) else "region_attention", arguments
+    return op_of(query, _are_per_row(kv_start, kv_end)), arguments
 
 
 def case_of(

@@ -98,8 +98,16 @@ def decodes_on_cpu(query: Tensor) -> bool:
     return query.shape[2] == 1 and backend.resolve("decode_attention", query.device) == "cpu"
 
 
+def op_of(query: Tensor, row_bounds: bool) -> str:
+    """The op that a `region_attention` call runs: where a CPU kernel takes every such call it is that kernel's own, without the
+    detour through Python."""
+    if row_bounds or not beats_flash_on_cpu(query):
+        return "region_attention"
+    return "decode_attention" if query.shape[2] == 1 else "prefill_attention"
+
+
 def beats_flash_on_cpu(query: Tensor) -> bool:
-    """Whether these kernels beat torch's flash attention on queries in half precision. Looks at shapes only, so it may be
+    """Whether a kernel of this package is the fastest on the CPU, whatever the masks. Looks at shapes only, so it may be
     traced."""
     if query.shape[2] == 1:
         return decodes_on_cpu(query)

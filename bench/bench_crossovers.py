@@ -64,7 +64,8 @@ def measure(length_q: int, length_k: int, rows: int, dtype: torch.dtype) -> dict
     times = harness.compare(kernels(query, key, value, ids, rows), seconds=0.5, graph=query.is_cuda)
     plan = ops.explain(query, key, value, ids, 1, mass_rows=rows).kernel
     row = {"dtype": str(dtype)[6:], "Lq": length_q, "Lk": length_k, "rows": rows}
-    row |= {f"{name} µs": times[name] * 1e6 if name in times else None for name in ("decode", "prefill", "flash", "softmax", "triton")}
+    columns = ("decode", "prefill", "flash", "softmax", "triton")
+    row |= {f"{name} µs": times[name] * 1e6 if name in times else None for name in columns}
     return row | {"plan": plan, "loses": times[plan] / min(times.values()) - 1 if plan in times else None}
 
 

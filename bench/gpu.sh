@@ -89,7 +89,7 @@ run_bench() {
 
 # What is small comes first: the tuner takes whatever time is left.
 run_profile() {
-  section crossovers 60 "$python" bench/bench_crossovers.py
+  section crossovers 90 "$python" bench/bench_crossovers.py
   section gated_linear 30 "$python" bench/bench_gated_linear.py --quick --seconds 0.2
   section roofline 20 "$python" bench/roofline.py
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
@@ -120,7 +120,7 @@ try_hopper
 
 {
   for name in norm attention engine crossovers tune; do
-    [ -s "$logs/$name.log" ] && echo "== $name" && tail -n 25 "$logs/$name.log" | cut -c -240
+    [ -s "$logs/$name.log" ] && echo "== $name" && tail -n 34 "$logs/$name.log" | cut -c -240
   done
   [ -f "$logs/ncu.ncu-rep" ] && echo "== ncu" && profile_table
   echo "== sections"

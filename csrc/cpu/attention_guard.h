@@ -1,6 +1,7 @@
-// What every attention launcher refuses; ras_fast/ops/attention.py names the argument.
+// What every attention launcher refuses (ras_fast/ops/attention.py names the argument), and how it fills its kernel's arguments.
 #pragma once
 
+#include "cpu/attention_args.h"
 #include "cpu/tensor.h"
 
 namespace ras::cpu {
@@ -42,14 +43,45 @@ inline void guard_lse(const Tensor& lse, const Tensor& query) {
                   "ras_fast attention: lse must be [B, Hq, Lq] float32");
 }
 
-// region_bias's pointer and strides, which every attention kernel's arguments have; a bias without a batch serves all.
-template <class Args>
-void set_region_bias(Args& args, const MaybeTensor& region_bias) {
+// Fills what every attention kernel's arguments have, once they are guarded.
+inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor& key, const MaybeTensor& region_ids,
+                          int64_t num_regions, double scale, bool is_causal, const MaybeTensor& kv_start,
+                          const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
+  args.dtype = dtype_of(query);
+  args.batch = query.size(0);
+  args.heads = query.size(1);
+  args.length_q = query.size(2);
+  args.dim = query.size(3);
+  args.kv_heads = key.size(1);
+  args.length_k = key.size(2);
+  args.query = query.data_ptr();
+  args.key = key.data_ptr();
+  for (int i = 0; i < 3; ++i) {
+    args.query_stride[i] = query.stride(i);
+    args.key_stride[i] = key.stride(i);
+  }
+  args.scale = float(scale);
+  args.softcap = float(softcap);
+  args.causal = is_causal;
+  args.window = window;
+  args.kv_start = data<const int32_t>(kv_start);
+  args.kv_end = data<const int32_t>(kv_end);
+  args.num_regions = num_regions;
+  if (region_ids) {
+    args.region_ids = data<const int32_t>(region_ids);
+    args.region_stride = region_ids->stride(0);
+  }
   if (!region_bias) return;
-  const bool batched = region_bias->dim() == 3;
+  const bool batched = region_bias->dim() == 3;  // a bias without a batch serves all
   args.region_bias = data<const float>(region_bias);
   args.bias_batch_stride = batched ? region_bias->stride(0) : 0;
   args.bias_head_stride = region_bias->stride(batched ? 1 : 0);
+}
+
+inline void set_values(ValueArgs& args, const Tensor& value, const MaybeTensor& sinks) {
+  args.value = value.data_ptr();
+  for (int i = 0; i < 3; ++i) args.value_stride[i] = value.stride(i);
+  args.sinks = data<const float>(sinks);
 }
 
 }  // namespace ras::cpu

@@ -11,46 +11,21 @@ namespace {
 constexpr int64_t kMinRows = 24;   // per work item of region_mass: enough to pay for packing a key block
 constexpr int64_t kMinKeys = 128;  // per work item of the others: enough to pay for widening the queries
 
-AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, int64_t rows, double scale,
-                          bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
-                          double softcap, const MaybeTensor& region_bias) {
+AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, const MaybeTensor& region_ids,
+                          int64_t num_regions, int64_t rows, double scale, bool is_causal, const MaybeTensor& kv_start,
+                          const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
+  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
   AttentionStatsArgs args{};
-  args.dtype = dtype_of(query);
-  args.batch = query.size(0);
-  args.heads = query.size(1);
-  args.length_q = query.size(2);
-  args.dim = query.size(3);
-  args.kv_heads = key.size(1);
-  args.length_k = key.size(2);
-  args.query = query.data_ptr();
-  args.key = key.data_ptr();
-  for (int i = 0; i < 3; ++i) {
-    args.query_stride[i] = query.stride(i);
-    args.key_stride[i] = key.stride(i);
-  }
-  args.lse = data<const float>(lse);
+  set_attention(args, query, key, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
+  args.lse = data<float>(lse);
   args.rows = rows;
-  args.scale = float(scale);
-  args.softcap = float(softcap);
-  args.causal = is_causal;
-  args.window = window;
-  args.kv_start = data<const int32_t>(kv_start);
-  args.kv_end = data<const int32_t>(kv_end);
-  set_region_bias(args, region_bias);
-  if (region_bias) args.num_regions = region_bias->size(region_bias->dim() - 1);
   return args;
 }
 
-void set_ids(AttentionStatsArgs& args, const Tensor& region_ids) {
-  args.region_ids = data<const int32_t>(region_ids);
-  args.region_stride = region_ids.stride(0);
-}
-
-// The regions whose masses are wanted.
-void set_regions(AttentionStatsArgs& args, const Tensor& region_ids, int64_t num_regions) {
-  set_ids(args, region_ids);
-  args.num_regions = num_regions;
-  args.mass = true;
+// The LSE, contiguous.
+Tensor guarded_lse(const Tensor& lse, const Tensor& query) {
+  guard_lse(lse, query);
+  return torch::stable::contiguous(lse);
 }
 
 // [0, length) of every group in chunks, as many as the threads need to share the work evenly.
@@ -103,12 +78,11 @@ void scan_keys(AttentionStatsArgs& args, const std::string& reduce, const Tensor
 Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, const Tensor& region_ids, int64_t num_regions,
                    double scale, bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
                    double softcap, const MaybeTensor& region_bias, int64_t mass_rows) {
-  guard_attention(query, key, mass_rows, kv_start, kv_end, region_ids, region_bias);
-  guard_lse(lse, query);
-  const Tensor dense = torch::stable::contiguous(lse);
-  AttentionStatsArgs args = common(query, key, dense, mass_rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
+  const Tensor dense = guarded_lse(lse, query);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, mass_rows, scale, is_causal, kv_start, kv_end,
+                                   window, softcap, region_bias);
+  args.mass = true;
   const Tensor mass = zeros({args.batch, args.heads, mass_rows, num_regions});
-  set_regions(args, region_ids, num_regions);
   const int64_t groups = args.batch * args.kv_heads;
   if (mass_rows == 0 || groups == 0) return mass;
   auto* kernel = pick_attention_stats();
@@ -121,11 +95,10 @@ Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, co
 Tensor key_attention(const Tensor& query, const Tensor& key, const Tensor& lse, int64_t rows, const std::string& reduce,
                      const MaybeTensor& region_ids, double scale, bool is_causal, const MaybeTensor& kv_start,
                      const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
-  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
-  guard_lse(lse, query);
-  const Tensor dense = torch::stable::contiguous(lse);
-  AttentionStatsArgs args = common(query, key, dense, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
-  if (region_ids) set_ids(args, *region_ids);
+  const Tensor dense = guarded_lse(lse, query);
+  const int64_t num_regions = region_bias ? region_bias->size(region_bias->dim() - 1) : 0;
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows, scale, is_causal, kv_start, kv_end, window,
+                                   softcap, region_bias);
   const Tensor scores = zeros({args.batch, args.heads, args.length_k});
   scan_keys(args, reduce, zeros({0}), scores);
   return scores;
@@ -135,11 +108,10 @@ std::tuple<Tensor, Tensor> region_statistics(const Tensor& query, const Tensor& 
                                              int64_t num_regions, int64_t rows, const std::string& reduce, double scale,
                                              bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
                                              int64_t window, double softcap, const MaybeTensor& region_bias) {
-  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
-  guard_lse(lse, query);
-  const Tensor dense = torch::stable::contiguous(lse);
-  AttentionStatsArgs args = common(query, key, dense, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
-  set_regions(args, region_ids, num_regions);
+  const Tensor dense = guarded_lse(lse, query);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows, scale, is_causal, kv_start, kv_end, window,
+                                   softcap, region_bias);
+  args.mass = true;
   const Tensor mass = zeros({args.batch, args.heads, rows, num_regions});
   const Tensor scores = zeros({args.batch, args.heads, args.length_k});
   scan_keys(args, reduce, mass, scores);

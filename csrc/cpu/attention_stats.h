@@ -3,29 +3,16 @@
 
 #include <cstdint>
 
+#include "cpu/attention_args.h"
 #include "cpu/dispatch.h"
-#include "cpu/dtype.h"
 
 namespace ras::cpu {
 
 enum class Reduce : int { mean, sum, max };
 
-struct AttentionStatsArgs {
-  DType dtype;  // of query and key
-  int64_t batch, heads, kv_heads, length_q, length_k, dim;
-  const void *query, *key;
-  int64_t query_stride[3], key_stride[3];  // batch, head, row; elements
-  const float* lse;                        // [B, Hq, Lq], contiguous
-  int64_t rows;                            // how many of the last query rows
-  float scale, softcap;                    // softcap 0: none
-  bool causal;
-  int64_t window;  // 0: none
-  const int32_t *kv_start, *kv_end;
-  const int32_t* region_ids;  // [B, Lk]
-  int64_t region_stride, num_regions;
-  const float* region_bias;  // [B or 1, Hq, R]; null: none
-  int64_t bias_batch_stride, bias_head_stride;
-
+struct AttentionStatsArgs : AttentionArgs {
+  const float* lse;  // [B, Hq, Lq], contiguous
+  int64_t rows;      // how many of the last query rows
   bool mass;      // whether masses are wanted
   float* scores;  // [B, Hq, Lk], zeroed; null: not wanted
   Reduce reduce;

@@ -23,32 +23,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
   guard_sinks(sinks, query);
   STD_TORCH_CHECK(query.size(2) == 1, "ras_fast decode: query must be [B, Hq, 1, D]");
   DecodeArgs args{};
-  args.dtype = dtype_of(query);
-  args.batch = query.size(0);
-  args.heads = query.size(1);
-  args.dim = query.size(3);
-  args.kv_heads = key.size(1);
-  args.length_k = key.size(2);
-  args.query = query.data_ptr();
-  args.key = key.data_ptr();
-  args.value = value.data_ptr();
-  for (int i = 0; i < 2; ++i) args.query_stride[i] = query.stride(i);
-  for (int i = 0; i < 3; ++i) {
-    args.key_stride[i] = key.stride(i);
-    args.value_stride[i] = value.stride(i);
-  }
-  args.scale = float(scale);
-  args.softcap = float(softcap);
-  args.window = window;
-  args.kv_start = data<const int32_t>(kv_start);
-  args.kv_end = data<const int32_t>(kv_end);
-  args.num_regions = num_regions;
-  if (region_ids) {
-    args.region_ids = data<const int32_t>(region_ids);
-    args.region_stride = region_ids->stride(0);
-  }
-  set_region_bias(args, region_bias);
-  args.sinks = data<const float>(sinks);
+  set_attention(args, query, key, region_ids, num_regions, scale, true, kv_start, kv_end, window, softcap, region_bias);
+  set_values(args, value, sinks);
 
   const int64_t groups = args.batch * args.kv_heads;
   const int64_t wanted = groups ? (4 * torch::stable::get_num_threads() + groups - 1) / groups : 1;  // pieces, for balance

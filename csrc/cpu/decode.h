@@ -3,26 +3,12 @@
 
 #include <cstdint>
 
+#include "cpu/attention_args.h"
 #include "cpu/dispatch.h"
-#include "cpu/dtype.h"
 
 namespace ras::cpu {
 
-struct DecodeArgs {
-  DType dtype;  // of query, key, value and out
-  int64_t batch, heads, kv_heads, length_k, dim;
-  const void *query, *key, *value;
-  int64_t query_stride[2];                // batch, head; elements
-  int64_t key_stride[3], value_stride[3];  // batch, head, row
-  float scale, softcap;                    // softcap 0: none
-  int64_t window;                          // 0: none
-  const int32_t *kv_start, *kv_end;
-  const int32_t* region_ids;  // [B, Lk] or null
-  int64_t region_stride, num_regions;
-  const float* region_bias;  // null: none
-  int64_t bias_batch_stride, bias_head_stride;
-  const float* sinks;  // [Hq] or null
-
+struct DecodeArgs : ValueArgs {
   // The keys are cut into `splits` pieces of `split_keys`; each leaves, for every head, its softmax numerator and what is needed
   // to rescale it: [B, Hq, splits] times `partial_size` floats, laid out as (peak, total, mass[R], out[padded D]).
   int64_t splits, split_keys, partial_size;

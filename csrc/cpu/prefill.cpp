@@ -25,34 +25,8 @@ std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const 
   guard_value(value, key);
   guard_sinks(sinks, query);
   PrefillArgs args{};
-  args.dtype = dtype_of(query);
-  args.batch = query.size(0);
-  args.heads = query.size(1);
-  args.length_q = query.size(2);
-  args.dim = query.size(3);
-  args.kv_heads = key.size(1);
-  args.length_k = key.size(2);
-  args.query = query.data_ptr();
-  args.key = key.data_ptr();
-  args.value = value.data_ptr();
-  for (int i = 0; i < 3; ++i) {
-    args.query_stride[i] = query.stride(i);
-    args.key_stride[i] = key.stride(i);
-    args.value_stride[i] = value.stride(i);
-  }
-  args.scale = float(scale);
-  args.softcap = float(softcap);
-  args.causal = is_causal;
-  args.window = window;
-  args.kv_start = data<const int32_t>(kv_start);
-  args.kv_end = data<const int32_t>(kv_end);
-  args.num_regions = num_regions;
-  if (region_ids) {
-    args.region_ids = data<const int32_t>(region_ids);
-    args.region_stride = region_ids->stride(0);
-  }
-  set_region_bias(args, region_bias);
-  args.sinks = data<const float>(sinks);
+  set_attention(args, query, key, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
+  set_values(args, value, sinks);
   args.mass_rows = mass_rows;
 
   const int64_t batch = args.batch, heads = args.heads, rows = args.length_q, dim = args.dim;

@@ -26,7 +26,7 @@ PREFILL = [(1, n, n, d, rows) for n in (640, 1024, 4096, 16384) for d in DIMS fo
 DECODE = [(batch, 1, keys, d, 1) for batch in (1, 8, 64) for keys in (1024, 4096, 32768) for d in DIMS]
 FULL = sorted(PREFILL + DECODE, key=lambda shape: shape[3] != 128)  # should time run out, the others are what is missing
 DEFAULT = [shape for shape in FULL if shape[3] == 128]
-CPU = [(1, n, n, d, 64) for n in (640, 1024, 2048) for d in (64, 128)]
+CPU = [(1, n, n, d, rows) for n in (640, 1024, 2048) for d in (64, 128) for rows in (64, n)]
 CPU += [(batch, 1, keys, 128, 1) for batch in (1, 8) for keys in (1024, 2048, 4096, 32768 // batch)]
 
 

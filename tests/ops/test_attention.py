@@ -1,5 +1,8 @@
 """Attention and its statistics: the CPU path and the reference against an explicit float64 loop-free twin."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 from itertools import accumulate
 
@@ -602,3 +605,14 @@ def test_bad_statistics_arguments_are_named():
 def test_gradients_are_refused_not_dropped():
     with pytest.raises(RuntimeError, match="no backward"):
         ops.region_attention(q.clone().requires_grad_(), k, v)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_other_instruction_sets(isa):
+    """The comparisons with the reference under a narrower build; a subprocess, because the choice is made once a process."""
+    environment = os.environ | {"RAS_FAST_CPU_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    selected = "(test_against_definition or test_blocks_of_keys) and cpu and not float16"
+    done = subprocess.run([*command, "-k", selected], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout

@@ -378,7 +378,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     model, processor = _load(arguments)
     judge = load_judge(arguments.judge, model.device) if arguments.judge else dataset.judge
     from ras_fast.evaluation import run
-    from ras_fast.evaluation.defences import default_names, make_defences, robustness_names
+    from ras_fast.evaluation.defences import borrowed_profiles, default_names, make_defences, robustness_names
 
     profiles = _eval_profiles(arguments, model, processor)
     defaults = robustness_names if dataset.name == "tinyworld-robust" else default_names
@@ -388,7 +388,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     with _patched(model):
         defences = make_defences(names, model, processor, profiles, arguments.max_new_tokens)
         try:
-            records = run.run(dataset, defences, answers, judge)
+            records = run.run(dataset, defences, answers, judge, borrowed=borrowed_profiles(names, profiles))
         except KeyboardInterrupt:
             print(f"{len(answers.records)} answers are in {answers.path}; run again to go on from there", file=sys.stderr)
             raise

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -433,6 +434,22 @@ def test_eval_asks_every_defence_and_goes_on_where_it_stopped(folder, tmp_path, 
     answers = {(record["defence"], record["id"]): record["answer"] for record in records}
     assert all(answers["moras", i] == answers["moras-sequential", i] for i in "123")
     assert f"report and plots in {tmp_path}" in capsys.readouterr().out
+
+
+def test_eval_with_another_profile_asks_again_what_was_of_the_first(folder, tmp_path, questions):
+    profile = RasProfile.from_pretrained(folder / "profile")
+    other = replace(profile, method="ras", config=profile.config | {"safety_prompt": "w9 w8"})
+    other.save_pretrained(tmp_path / "ras")
+
+    def answers(profile, out):
+        defences = ("--defences", "undefended,prompt-only,constant-0.5")
+        assert evaluate(folder, tmp_path / out, questions, "--profile", str(profile), *defences) == 0
+        records = map(json.loads, (tmp_path / out / "answers.jsonl").read_text().splitlines())
+        return {(record["defence"], record["id"]): (record["answer"], record.get("profile")) for record in records}
+
+    first, second = answers(folder / "profile", "resumed"), answers(tmp_path / "ras", "resumed")
+    assert second == answers(tmp_path / "ras", "fresh")
+    assert {defence for defence, number in first if first[defence, number] == second[defence, number]} == {"undefended"}
 
 
 def test_eval_counts_the_forward_passes(folder, tmp_path, questions):

@@ -17,7 +17,7 @@ from ras_fast.methods import moras
 from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
 
-CONSTANT, BINARY, SEQUENTIAL, CAPTION = "constant-", "-binary", "-sequential", "-caption-"
+PROMPT_ONLY, CONSTANT, BINARY, SEQUENTIAL, CAPTION = "prompt-only", "constant-", "-binary", "-sequential", "-caption-"
 COMBINED = "moras+attention"
 
 
@@ -50,7 +50,7 @@ def default_names(profiles: dict[str, RasProfile]) -> list[str]:
     for name, profile in profiles.items():
         if profile is _staged(profiles):
             constants = [f"{CONSTANT}{gate}" for gate in (0.25, 0.5, 0.75)]
-            names += ["prompt-only", *constants, name, f"{name}{SEQUENTIAL}", f"{name}{BINARY}"]
+            names += [PROMPT_ONLY, *constants, name, f"{name}{SEQUENTIAL}", f"{name}{BINARY}"]
         else:
             names.append(name)
     return names
@@ -67,6 +67,12 @@ def robustness_names(profiles: dict[str, RasProfile]) -> list[str]:
 def _staged(profiles: dict[str, RasProfile]) -> RasProfile | None:
     """The first profile of a method with stages and prototypes (MoRAS, RAS)."""
     return next((profile for profile in profiles.values() if profile.method in moras.PRESETS), None)
+
+
+def borrowed_profiles(names: list[str], profiles: dict[str, RasProfile]) -> dict[str, RasProfile]:
+    """Of these defences, those that take something from a profile that they are not named after: defence -> profile."""
+    staged = _staged(profiles)
+    return {name: staged for name in names if staged and (name == PROMPT_ONLY or name.startswith(CONSTANT))}
 
 
 def make_defences(
@@ -117,7 +123,7 @@ class _Maker:
             return self._single_call()
         if name in self.profiles:
             return self._guarded(SafeGenerator, self.profiles[name])
-        if self.staged and name == "prompt-only":
+        if self.staged and name == PROMPT_ONLY:
             return self._single_call(prefix=self._checked(self.staged).config["safety_prompt"])
         if self.staged and name.startswith(CONSTANT):
             return self._single_call(edit=self._constant(name))

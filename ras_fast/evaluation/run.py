@@ -37,11 +37,12 @@ def settings_of(model, processor, dataset: Dataset, seed: int, max_new_tokens: i
         "dataset": dataset.name,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
-        "profiles": {name: _digest(profile) for name, profile in profiles.items()},
+        "profiles": {name: digest_of(profile) for name, profile in profiles.items()},
     }
 
 
-def _digest(profile: RasProfile) -> str:
+def digest_of(profile: RasProfile) -> str:
+    """Two profiles that answer otherwise have different ones."""
     digest = hashlib.sha256(json.dumps(profile.config, sort_keys=True).encode())
     for name, tensor in sorted(profile.tensors.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -114,7 +115,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def run(
-    dataset: Dataset, defences: dict[str, Defence], answers: AnswerFile, judge: Judge | None = None, progress: bool = True
+    dataset: Dataset,
+    defences: dict[str, Defence],
+    answers: AnswerFile,
+    judge: Judge | None = None,
+    progress: bool = True,
+    borrowed: dict[str, RasProfile] | None = None,
 ) -> list[dict]:
     """Has every defence answer every item, except where `answers` holds a valid answer from an earlier run.
 
@@ -123,6 +129,7 @@ def run(
     processes share the items.
 
     judge: of answers to harmful queries; None: the data set's.
+    borrowed: the profiles of defences whose names do not say which it is. These are asked again when it is another one.
 
     Returns the records of these defences and items. A query that cannot be asked becomes a record with "error", an answer
     that cannot be judged one with "judge_error"; the next run tries again. Only Ctrl-C and a process that is out of memory
@@ -131,11 +138,15 @@ def run(
     judge = judge or dataset.judge
     parallel.wait()  # until every process has read the file
     known = dict(answers.records)
-    asks = cache(lambda number: _query(dataset.items[number]))
+    query = cache(lambda number: _query(dataset.items[number]))
+    behind = {name: {"profile": digest_of(profile)} for name, profile in (borrowed or {}).items()}
+
+    def asks(name: str, number: int) -> dict:
+        return query(number) | behind.get(name, {})
 
     def is_answered(name: str, number: int) -> bool:
         record = known.get((name, dataset.items[number].id))
-        return record is not None and "error" not in record and record.items() >= asks(number).items()
+        return record is not None and "error" not in record and record.items() >= asks(name, number).items()
 
     for name in defences:
         if not all(is_answered(name, number) for number in range(len(dataset.items))):
@@ -145,7 +156,7 @@ def run(
         records, item = [], dataset.items[number]
         for name in defences:
             before = known.get((name, item.id))
-            record = before if is_answered(name, number) else _ask(name, defences[name], item, asks(number))
+            record = before if is_answered(name, number) else _ask(name, defences[name], item, asks(name, number))
             record = _labelled(record, item)
             try:
                 record = _judged(record, judge)

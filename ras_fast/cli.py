@@ -199,6 +199,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _defended(arguments: argparse.Namespace, model, processor) -> dict:
     from ras_fast import RasProfile, SafeGenerator
+    from ras_fast.methods import ONE_PASS
 
     profile = RasProfile.from_pretrained(arguments.profile)
     with SafeGenerator(model, processor, profile, batch_size=1) as guard:
@@ -208,7 +209,7 @@ def _defended(arguments: argparse.Namespace, model, processor) -> dict:
         "defence": profile.method,
         "risk": out.risk,
         "similarity": out.similarity if math.isfinite(out.similarity) else None,
-        "steered": out.steered,
+        "steered": None if profile.method in ONE_PASS else out.steered,  # they have no draft that steering could change
         "failed_closed": out.failed_closed,
         "context": out.context,
         "milliseconds": {stage: 1000 * seconds for stage, seconds in out.timings.items()},
@@ -283,17 +284,24 @@ def _print_facts(result: dict) -> None:
     if result["defence"] is None:
         print("defence    none (no profile given)")
     else:
-        similarity = "not computed" if result["similarity"] is None else f"{result['similarity']:.3f}"
-        print(f"defence    {result['defence']}: risk {result['risk']:.3f}, similarity to a refusal {similarity}, "
-              f"{'steered' if result['steered'] else 'answer unchanged'}")  # fmt: skip
+        print(f"defence    {result['defence']}: risk {result['risk']:.3f}{_staged_facts(result)}")
         if result["failed_closed"]:
             print(f"           failed closed: {result['failed_closed']}")
-        print(f"context    {result['context']}")
+        if result["context"]:
+            print(f"context    {result['context']}")
     for number, share in enumerate(result.get("region_mass") or (), 1):
         print(f"image {number}    {share:.1%} of the prompt's attention, mean over layers and heads")
     print(f"time       {', '.join(f'{stage} {ms:.0f} ms' for stage, ms in result['milliseconds'].items())}")
     for path in result.get("heat_maps", ()):
         print(f"heat map   {path}")
+
+
+def _staged_facts(result: dict) -> str:
+    """What only a method with stages has to say."""
+    if result["steered"] is None:
+        return ""
+    similarity = "not computed" if result["similarity"] is None else f"{result['similarity']:.3f}"
+    return f", similarity to a refusal {similarity}, {'steered' if result['steered'] else 'answer unchanged'}"
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """The command line, in-process, on a model of random weights: every command, every user mistake."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_engine_one_pass import autosteer
 from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
 
 from ras_fast import RasProfile, cli
@@ -74,6 +76,19 @@ def test_generate_prints_for_people_too(generate, folder, capsys):
     out = capsys.readouterr().out
     assert "risk 0." in out or "risk 1." in out
     assert "of the prompt's attention" in out
+    assert "answer unchanged" in out or "steered" in out
+    assert "\ncontext    " in out
+
+
+def test_generate_says_of_a_one_pass_method_what_it_has(folder, generate, model, processor, capsys):
+    """No draft, which steering could have changed, no similarity and no context."""
+    autosteer(model, processor).save_pretrained(folder / "autosteer")
+    assert generate("--profile", str(folder / "autosteer")) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^defence    autosteer: risk [01]\.\d{3}$", out, re.MULTILINE)
+    assert "context" not in out
+    assert generate("--profile", str(folder / "autosteer"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steered"] is None
 
 
 def test_generate_writes_one_heat_map_per_image(generate, folder, tmp_path, capsys):

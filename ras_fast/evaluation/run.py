@@ -331,7 +331,7 @@ def markdown(rows: list[dict], dataset: Dataset, judge: Judge, model_name: str, 
     titles = ["defence", *(_title(column, [row["cells"].get(column) for row in rows]) for column in columns), "AUROC"]
     lines = [f"# Safety of {model_name} on {dataset.name}", "", _line(titles), _line(["---"] * len(titles))]
     for row in rows:
-        cells = [_cell(column, row["cells"]) for column in columns]
+        cells = [_cell(column, row["cells"].get(column)) for column in columns]
         lines.append(_line([row["defence"], *cells, _auroc_cell(row["auroc"])]))
     for what in OUTCOMES:
         lines += _table_of_kinds(what, rows)
@@ -351,31 +351,40 @@ def _table_of_kinds(what: str, rows: list[dict]) -> list[str]:
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"][what]))
     if len(kinds) < 2:
         return []
-    titles = ["defence", *(_title(kind, [row["kinds"][what].get(kind) for row in rows]) for kind in kinds)]
+    titles = ["defence", *(_percent_title(kind, [row["kinds"][what].get(kind) for row in rows]) for kind in kinds)]
     lines = ["", f"## {what[0].upper()}{what[1:]} by kind", "", _line(titles), _line(["---"] * len(titles))]
-    return lines + [_line([row["defence"], *(_cell(kind, row["kinds"][what]) for kind in kinds)]) for row in rows]
+    return lines + [_line([row["defence"], *(_percent(row["kinds"][what].get(kind)) for kind in kinds)]) for row in rows]
 
 
 def _title(column: str, estimates: list[Estimate | None]) -> str:
     if column == "ms":
         return "ms per harmless query"
-    if column.startswith("extra"):
-        return column
+    return column if column.startswith("extra") else _percent_title(column, estimates)
+
+
+def _percent_title(name: str, estimates: list[Estimate | None]) -> str:
     n = max(estimate.n for estimate in estimates if estimate is not None)
-    return f"{column.replace('_', ' ')} % (n = {n})"
+    return f"{name.replace('_', ' ')} % (n = {n})"
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    escaped = [one_line(cell).replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
-def _cell(column: str, cells: dict[str, Estimate]) -> str:
-    estimate = cells.get(column)
-    if estimate is None or not estimate.n:
-        return "–"
-    if column.startswith("extra"):
+def _cell(column: str, estimate: Estimate | None) -> str:
+    if column.startswith("extra") and estimate is not None:
         return f"{estimate.value:+.1f}"
-    factor, digits = (1, 0) if column == "ms" else (100, 1)
+    return _interval(estimate, 1, 0) if column == "ms" else _percent(estimate)
+
+
+def _percent(estimate: Estimate | None) -> str:
+    return _interval(estimate, 100, 1)
+
+
+def _interval(estimate: Estimate | None, factor: int, digits: int) -> str:
+    if estimate is None:
+        return "–"
     value, low, high = (f"{factor * x:.{digits}f}".removesuffix(".0") for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 

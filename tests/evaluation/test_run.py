@@ -359,6 +359,17 @@ def test_report_files(tmp_path):
             assert chart.format == "PNG"
 
 
+def test_a_kind_is_a_rate_whatever_its_name(tmp_path):
+    data = dataset(4)
+    for number, kind in ((0, "ms"), (1, "extra hard"), (2, "a|b\nc"), (3, "benign")):
+        data.items[number] = replace(data.items[number], kind=kind)
+    records = run.run(data, {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    text = run.write_report(tmp_path, records, data, "m")
+    table = "| defence | ms % (n = 1) | a\\|b\\nc % (n = 1) |\n| --- | --- | --- |\n| d | 100 [0, 100] | 100 [0, 100] |\n"
+    assert f"## ASR by kind\n\n{table}" in text
+    assert "| extra hard % (n = 1) | benign % (n = 1) |\n| --- | --- | --- |\n| d | 100 [0, 100] | 100 [0, 100] |" in text
+
+
 def test_tinyworld_is_the_test_split_and_does_not_change_with_n():
     few, many = load_dataset("tinyworld", 5), load_dataset("tinyworld", 10)
     assert [item.kind for item in few.items] == ["benign", "lookalike", "typographic", "pictured", "text_harm"]

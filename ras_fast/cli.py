@@ -417,6 +417,7 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
     from ras_fast import RasProfile, parallel
     from ras_fast.evaluation.calibration import CALIBRATIONS, calibrate_on_tinyworld
     from ras_fast.evaluation.defences import name_of
+    from ras_fast.profile import JSON_NAME, TENSORS_NAME
 
     profiles: dict[str, RasProfile] = {}
     for directory in arguments.profile:
@@ -430,7 +431,7 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
         if name != "moras" and not _is_wanted(name, arguments.defences):  # MoRAS's prototypes and prompts serve other rows
             continue
         folder = arguments.out / "profiles" / name
-        missing = not folder.is_dir()
+        missing = not all((folder / file).is_file() for file in (JSON_NAME, TENSORS_NAME))
         parallel.wait()
         if missing:
             profile = calibrate_on_tinyworld(name, model, processor, profiles)

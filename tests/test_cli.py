@@ -411,6 +411,18 @@ def test_only_the_profiles_that_are_asked_for_are_calibrated():
     assert not any(cli._is_wanted(name, "moras,moras+attention-binary,constant-0.5") for name in ("ras", "attention"))
 
 
+def test_a_profile_whose_saving_was_interrupted_is_calibrated_again(folder, tmp_path, monkeypatch):
+    made, asked = RasProfile.from_pretrained(folder / "profile"), []
+    monkeypatch.setattr("ras_fast.evaluation.calibration.calibrate_on_tinyworld", lambda *_: asked.append(_) or made)
+    arguments = SimpleNamespace(profile=[], dataset="tinyworld", defences="moras", out=tmp_path)
+    kept = tmp_path / "profiles" / "moras"
+    for leave in (lambda: kept.mkdir(parents=True), (kept / "ras_profile.safetensors").unlink):
+        leave()
+        for _ in range(2):
+            assert cli._eval_profiles(arguments, None, None)["moras"].config == made.config
+    assert len(asked) == 2
+
+
 def test_calibrate_needs_data(folder, capsys):
     assert calibrate(folder) == 1
     assert "--data is needed" in capsys.readouterr().err

@@ -316,7 +316,7 @@ NOTES = """
   a refusal. Accuracy: harmless queries answered right.
 - Brackets: 95 % bootstrap intervals over the queries (2000 resamples; where all outcomes agree, the rule of three; for AUROC
   harmful and harmless queries are drawn apart).
-- Extra forward passes, and token positions that they compute: counted on the model while it answers harmless queries, less
+- Extra forward passes, and token positions that they compute: counted while a defence answers harmless queries, less
   what the undefended model needs for the same ones. A step for several stages at once is one pass.
 - AUROC: of the defence's risk score before its gate.
 - prompt-only: a safety instruction before the question. constant-R: every answer is steered by R, whatever the query.

@@ -11,6 +11,8 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -115,7 +117,7 @@ class Ninja:
             self.text += "  depfile = $out.d\n  deps = gcc\n"
 
     def edge(self, out: Path | str, rule: str, inputs: list[Path | str], **variables: str) -> str:
-        self.text += f"build {out}: {rule} {' '.join(map(str, inputs))}\n"
+        self.text += f"build {_escaped(out)}: {rule} {' '.join(map(_escaped, inputs))}\n"
         self.text += "".join(f"  {name} = {value}\n" for name, value in variables.items())
         return str(out)
 
@@ -130,8 +132,26 @@ class Ninja:
             raise BuildError(f"ninja failed in {folder}; the compiler's messages are above")
 
 
+def _escaped(path: Path | str) -> str:
+    """A path in a ninja file's list of files, where ninja itself quotes it for the shell."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _quoted(argument: Path | str) -> str:
+    """An argument in a ninja file's command, as the shell will read it."""
+    return shlex.quote(str(argument)).replace("$", "$$")
+
+
+def find_compiler() -> str:
+    """The C++ compiler's command: CXX, which may hold arguments and a launcher such as ccache, else g++. Raises BuildError."""
+    command = os.environ.get("CXX", "").strip() or "g++"
+    if not shutil.which(shlex.split(command)[0]):
+        raise BuildError(f"{command} was not found: install a C++20 compiler (Debian: apt-get install g++)")
+    return command
+
+
 def common_flags(torch: Torch, csrc: Path) -> str:
-    return f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={STABLE_ABI} -I{csrc} -isystem {torch.include}"
+    return f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={STABLE_ABI} -I{_quoted(csrc)} -isystem {_quoted(torch.include)}"
 
 
 def registration_flags(csrc: Path) -> str:
@@ -140,15 +160,12 @@ def registration_flags(csrc: Path) -> str:
 
 def link_flags(torch: Torch, libraries: str) -> str:
     # No rpath: torch is always loaded before our library, and an absolute path would tie the binary to this machine.
-    return f"-shared -L{torch.lib} {libraries}"
+    return f"-shared -L{_quoted(torch.lib)} {libraries}"
 
 
 def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     """Builds libras_fast_cpu.so into `out`. Raises BuildError."""
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise BuildError(f"{compiler} was not found: install a C++20 compiler (Debian: apt-get install g++)")
-    torch, csrc, ninja = Torch.find(), sources(), Ninja()
+    compiler, torch, csrc, ninja = find_compiler(), Torch.find(), sources(), Ninja()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = X86_ISAS if x86 else {"portable": ""}
     warnings = "-Wall -Wno-psabi -Wno-maybe-uninitialized"  # the last two: noise from GCC's own vector headers
@@ -181,11 +198,11 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     if not cuda_sources:
         raise BuildError(f"no CUDA sources in {csrc / 'cuda'}: reinstall ras_fast")
     # torch/csrc/stable's CUDA entry points are declared under USE_CUDA and resolved at load time by a CUDA build of torch.
-    ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs $flags --threads 2 "
+    ninja.rule("nvcc", f"{_quoted(nvcc)} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs $flags --threads 2 "
                "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
     # libtorch.so has no symbols of its own, but leads the loader to the CUDA half of torch: many linkers would leave it out.
-    ninja.rule("link", f"{nvcc} {arch_flags} $in -o $out -shared -cudart static -L{torch.lib} -Xlinker --no-as-needed "
-               "-ltorch -ltorch_cpu -lc10", depfile=False)
+    ninja.rule("link", f"{_quoted(nvcc)} {arch_flags} $in -o $out -shared -cudart static -L{_quoted(torch.lib)} "
+               "-Xlinker --no-as-needed -ltorch -ltorch_cpu -lc10", depfile=False)
     objects = [
         ninja.edge(
             f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags,
@@ -205,14 +222,12 @@ def build_binding(out: Path, work: Path, verbose: bool = False) -> Path:
         raise BuildError("pybind11 was not found: `pip install pybind11`, then `ras-fast build`")
     import pybind11
 
-    compiler, csrc, ninja = os.environ.get("CXX", "g++"), sources(), Ninja()
-    if not shutil.which(compiler):
-        raise BuildError(f"{compiler} was not found: install a C++20 compiler (Debian: apt-get install g++)")
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} -I{csrc}"
-    nvcc = find_nvcc() or ""
-    facts = f"-DRAS_FAST_STABLE_ABI={STABLE_ABI}ULL -DRAS_FAST_NVCC=\\\"{nvcc}\\\""
-    ninja.rule("pybind", f"{compiler} -MMD -MF $out.d -std=c++20 -O2 -fPIC -shared -fvisibility=hidden {includes} {facts} "
-               "$in -o $out")
+    compiler, csrc, ninja = find_compiler(), sources(), Ninja()
+    system = " ".join(f"-isystem {_quoted(folder)}" for folder in (pybind11.get_include(), sysconfig.get_path("include")))
+    nvcc = f'-DRAS_FAST_NVCC="{find_nvcc() or ""}"'
+    facts = f"-DRAS_FAST_STABLE_ABI={STABLE_ABI}ULL {_quoted(nvcc)}"
+    ninja.rule("pybind", f"{compiler} -MMD -MF $out.d -std=c++20 -O2 -fPIC -shared -fvisibility=hidden {system} "
+               f"-I{_quoted(csrc)} {facts} $in -o $out")
     module = out / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     ninja.edge(module, "pybind", [csrc / "binding.cpp"])
     ninja.run(work / "binding", verbose)

@@ -199,6 +199,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _defended(arguments: argparse.Namespace, model, processor) -> dict:
     from ras_fast import RasProfile, SafeGenerator
+    from ras_fast.methods import ONE_PASS
 
     profile = RasProfile.from_pretrained(arguments.profile)
     with SafeGenerator(model, processor, profile, batch_size=1) as guard:
@@ -208,7 +209,7 @@ def _defended(arguments: argparse.Namespace, model, processor) -> dict:
         "defence": profile.method,
         "risk": out.risk,
         "similarity": out.similarity if math.isfinite(out.similarity) else None,
-        "steered": out.steered,
+        "steered": None if profile.method in ONE_PASS else out.steered,  # they have no draft that steering could change
         "failed_closed": out.failed_closed,
         "context": out.context,
         "milliseconds": {stage: 1000 * seconds for stage, seconds in out.timings.items()},
@@ -283,17 +284,24 @@ def _print_facts(result: dict) -> None:
     if result["defence"] is None:
         print("defence    none (no profile given)")
     else:
-        similarity = "not computed" if result["similarity"] is None else f"{result['similarity']:.3f}"
-        print(f"defence    {result['defence']}: risk {result['risk']:.3f}, similarity to a refusal {similarity}, "
-              f"{'steered' if result['steered'] else 'answer unchanged'}")  # fmt: skip
+        print(f"defence    {result['defence']}: risk {result['risk']:.3f}{_staged_facts(result)}")
         if result["failed_closed"]:
             print(f"           failed closed: {result['failed_closed']}")
-        print(f"context    {result['context']}")
+        if result["context"]:
+            print(f"context    {result['context']}")
     for number, share in enumerate(result.get("region_mass") or (), 1):
         print(f"image {number}    {share:.1%} of the prompt's attention, mean over layers and heads")
     print(f"time       {', '.join(f'{stage} {ms:.0f} ms' for stage, ms in result['milliseconds'].items())}")
     for path in result.get("heat_maps", ()):
         print(f"heat map   {path}")
+
+
+def _staged_facts(result: dict) -> str:
+    """What only a method with stages has to say."""
+    if result["steered"] is None:
+        return ""
+    similarity = "not computed" if result["similarity"] is None else f"{result['similarity']:.3f}"
+    return f", similarity to a refusal {similarity}, {'steered' if result['steered'] else 'answer unchanged'}"
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -378,7 +386,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     model, processor = _load(arguments)
     judge = load_judge(arguments.judge, model.device) if arguments.judge else dataset.judge
     from ras_fast.evaluation import run
-    from ras_fast.evaluation.defences import default_names, make_defences, robustness_names
+    from ras_fast.evaluation.defences import borrowed_profiles, default_names, make_defences, robustness_names
 
     profiles = _eval_profiles(arguments, model, processor)
     defaults = robustness_names if dataset.name == "tinyworld-robust" else default_names
@@ -388,7 +396,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     with _patched(model):
         defences = make_defences(names, model, processor, profiles, arguments.max_new_tokens)
         try:
-            records = run.run(dataset, defences, answers, judge)
+            records = run.run(dataset, defences, answers, judge, borrowed=borrowed_profiles(names, profiles))
         except KeyboardInterrupt:
             print(f"{len(answers.records)} answers are in {answers.path}; run again to go on from there", file=sys.stderr)
             raise
@@ -409,6 +417,7 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
     from ras_fast import RasProfile, parallel
     from ras_fast.evaluation.calibration import CALIBRATIONS, calibrate_on_tinyworld
     from ras_fast.evaluation.defences import name_of
+    from ras_fast.profile import JSON_NAME, TENSORS_NAME
 
     profiles: dict[str, RasProfile] = {}
     for directory in arguments.profile:
@@ -422,7 +431,7 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
         if name != "moras" and not _is_wanted(name, arguments.defences):  # MoRAS's prototypes and prompts serve other rows
             continue
         folder = arguments.out / "profiles" / name
-        missing = not folder.is_dir()
+        missing = not all((folder / file).is_file() for file in (JSON_NAME, TENSORS_NAME))
         parallel.wait()
         if missing:
             profile = calibrate_on_tinyworld(name, model, processor, profiles)

@@ -187,7 +187,7 @@ def tune(match: str = "", trying: bool = True) -> Iterator[dict]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 replaces Triton's compiler by an interpreter: unset it")
     if not backends()["triton"].available:
-        raise ValueError(f"configurations are measured on a CUDA GPU; {backends()['triton']}")
+        raise ValueError(f"configurations are measured on a CUDA GPU: {backends()['triton'].reason}")
     from ras_fast.triton_kernels import tuned
     from ras_fast.triton_kernels.device import device_facts
 

@@ -1,4 +1,4 @@
-"""ras_fast.build: what the linked libraries need at run time."""
+"""ras_fast.build: what the linked libraries need at run time, where it builds and with which compiler."""
 
 import shutil
 import subprocess
@@ -12,12 +12,31 @@ from ras_fast import build
 @pytest.mark.skipif(build.find_nvcc() is None or shutil.which("readelf") is None, reason="needs nvcc and readelf")
 def test_the_cuda_library_leads_the_loader_to_torchs_cuda_half(tmp_path, monkeypatch):
     """Without libtorch.so among its needs, current_stream's weak symbol stays unresolved on a machine with a GPU."""
+    tmp_path = tmp_path / "with space"
     (tmp_path / "csrc/cuda").mkdir(parents=True)
     (tmp_path / "csrc/cuda/empty.cu").write_text("__global__ void nothing() {}\n")
     monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
     library = build.build_cuda(tmp_path, tmp_path / "build", archs="90")
     needs = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "[libtorch.so]" in needs
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("make", [build.build_cpu, build.build_binding])
+def test_builds_in_a_path_with_spaces_by_a_compiler_behind_a_launcher(tmp_path, monkeypatch, make):
+    root = tmp_path / "a b: $c"
+    (root / "csrc/cpu").mkdir(parents=True)
+    for name in ("ops.cpp", "binding.cpp", "cpu/own_kernel.cpp"):
+        (root / "csrc" / name).write_text('#include "empty.h"\n')
+    (root / "csrc/empty.h").touch()
+    found = build.Torch.find()
+    (root / "torch").symlink_to(found.lib.parent)
+    monkeypatch.setattr(build.Torch, "find", lambda: build.Torch(root / "torch/include", root / "torch/lib"))
+    monkeypatch.setattr(build, "sources", lambda: root / "csrc")
+    monkeypatch.setenv("CXX", "env g++")
+    library = make(root, root / "build")
+    made = library.stat().st_mtime_ns
+    assert make(root, root / "build").stat().st_mtime_ns == made  # what the compiler noted of the headers is understood, too
 
 
 @pytest.mark.parametrize(("source", "archs", "expected"), [

@@ -1,16 +1,19 @@
 """The command line, in-process, on a model of random weights: every command, every user mistake."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_engine_one_pass import autosteer
 from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
 
 from ras_fast import RasProfile, cli
@@ -73,6 +76,19 @@ def test_generate_prints_for_people_too(generate, folder, capsys):
     out = capsys.readouterr().out
     assert "risk 0." in out or "risk 1." in out
     assert "of the prompt's attention" in out
+    assert "answer unchanged" in out or "steered" in out
+    assert "\ncontext    " in out
+
+
+def test_generate_says_of_a_one_pass_method_what_it_has(folder, generate, model, processor, capsys):
+    """No draft, which steering could have changed, no similarity and no context."""
+    autosteer(model, processor).save_pretrained(folder / "autosteer")
+    assert generate("--profile", str(folder / "autosteer")) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^defence    autosteer: risk [01]\.\d{3}$", out, re.MULTILINE)
+    assert "context" not in out
+    assert generate("--profile", str(folder / "autosteer"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steered"] is None
 
 
 def test_generate_writes_one_heat_map_per_image(generate, folder, tmp_path, capsys):
@@ -395,6 +411,18 @@ def test_only_the_profiles_that_are_asked_for_are_calibrated():
     assert not any(cli._is_wanted(name, "moras,moras+attention-binary,constant-0.5") for name in ("ras", "attention"))
 
 
+def test_a_profile_whose_saving_was_interrupted_is_calibrated_again(folder, tmp_path, monkeypatch):
+    made, asked = RasProfile.from_pretrained(folder / "profile"), []
+    monkeypatch.setattr("ras_fast.evaluation.calibration.calibrate_on_tinyworld", lambda *_: asked.append(_) or made)
+    arguments = SimpleNamespace(profile=[], dataset="tinyworld", defences="moras", out=tmp_path)
+    kept = tmp_path / "profiles" / "moras"
+    for leave in (lambda: kept.mkdir(parents=True), (kept / "ras_profile.safetensors").unlink):
+        leave()
+        for _ in range(2):
+            assert cli._eval_profiles(arguments, None, None)["moras"].config == made.config
+    assert len(asked) == 2
+
+
 def test_calibrate_needs_data(folder, capsys):
     assert calibrate(folder) == 1
     assert "--data is needed" in capsys.readouterr().err
@@ -433,6 +461,22 @@ def test_eval_asks_every_defence_and_goes_on_where_it_stopped(folder, tmp_path, 
     answers = {(record["defence"], record["id"]): record["answer"] for record in records}
     assert all(answers["moras", i] == answers["moras-sequential", i] for i in "123")
     assert f"report and plots in {tmp_path}" in capsys.readouterr().out
+
+
+def test_eval_with_another_profile_asks_again_what_was_of_the_first(folder, tmp_path, questions):
+    profile = RasProfile.from_pretrained(folder / "profile")
+    other = replace(profile, method="ras", config=profile.config | {"safety_prompt": "w9 w8"})
+    other.save_pretrained(tmp_path / "ras")
+
+    def answers(profile, out):
+        defences = ("--defences", "undefended,prompt-only,constant-0.5")
+        assert evaluate(folder, tmp_path / out, questions, "--profile", str(profile), *defences) == 0
+        records = map(json.loads, (tmp_path / out / "answers.jsonl").read_text().splitlines())
+        return {(record["defence"], record["id"]): (record["answer"], record.get("profile")) for record in records}
+
+    first, second = answers(folder / "profile", "resumed"), answers(tmp_path / "ras", "resumed")
+    assert second == answers(tmp_path / "ras", "fresh")
+    assert {defence for defence, number in first if first[defence, number] == second[defence, number]} == {"undefended"}
 
 
 def test_eval_counts_the_forward_passes(folder, tmp_path, questions):

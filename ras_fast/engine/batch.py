@@ -43,6 +43,7 @@ class Runner:
 
     sync_every: steps that are made before the host looks at their tokens.
     captured: whether steps are captured as CUDA graphs.
+    passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
 
     Raises ValueError for a model with layers that keep something else than keys and values of every token: these cannot branch.
     """
@@ -65,6 +66,7 @@ class Runner:
         self.filler = next(i for i in range(2) if i != self.image_token)
         self.captured = model.device.type in CAPTURED
         self.workspaces = Workspaces(model, self.layers)
+        self.passes, self.tokens = 0, 0
 
     @property
     def device(self) -> torch.device:
@@ -87,8 +89,14 @@ class Runner:
         )
         return output.last_hidden_state
 
+    def count(self, rows: int, width: int) -> None:
+        """Notes a forward over ids [rows, width]."""
+        self.passes += 1
+        self.tokens += rows * width
+
     def prefill(self, pool: KVPool, ids: Tensor, **extras) -> tuple[Tensor, Tensor | int]:
         """(states [B, T, d] of prompts [B, T] with their images, offset [B, 1] or 0 of the positions of what follows)."""
+        self.count(*ids.shape)
         if not self.offsets:
             mask = extras.pop("attention_mask", None)
             counted = torch.ones_like(ids) if mask is None else mask
@@ -386,6 +394,7 @@ class Batch:
             # A step of answers that end alike sees all of a contiguous stretch.
             alike = len(branches) == 1 and branches[0].kind == ANSWER and branches[0].width == 1
             states = self._compute(branches, end, masked=not alike or len(branches[0].live_ends) > 1)
+        self.runner.count(self.rows, sum(branch.width for branch in branches))
         for branch in branches:
             branch.advance(self.space)
         return states

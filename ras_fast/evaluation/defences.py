@@ -17,7 +17,7 @@ from ras_fast.methods import moras
 from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
 
-CONSTANT, BINARY, SEQUENTIAL, CAPTION = "constant-", "-binary", "-sequential", "-caption-"
+PROMPT_ONLY, CONSTANT, BINARY, SEQUENTIAL, CAPTION = "prompt-only", "constant-", "-binary", "-sequential", "-caption-"
 COMBINED = "moras+attention"
 
 
@@ -50,7 +50,7 @@ def default_names(profiles: dict[str, RasProfile]) -> list[str]:
     for name, profile in profiles.items():
         if profile is _staged(profiles):
             constants = [f"{CONSTANT}{gate}" for gate in (0.25, 0.5, 0.75)]
-            names += ["prompt-only", *constants, name, f"{name}{SEQUENTIAL}", f"{name}{BINARY}"]
+            names += [PROMPT_ONLY, *constants, name, f"{name}{SEQUENTIAL}", f"{name}{BINARY}"]
         else:
             names.append(name)
     return names
@@ -69,6 +69,12 @@ def _staged(profiles: dict[str, RasProfile]) -> RasProfile | None:
     return next((profile for profile in profiles.values() if profile.method in moras.PRESETS), None)
 
 
+def borrowed_profiles(names: list[str], profiles: dict[str, RasProfile]) -> dict[str, RasProfile]:
+    """Of these defences, those that take something from a profile that they are not named after: defence -> profile."""
+    staged = _staged(profiles)
+    return {name: staged for name in names if staged and (name == PROMPT_ONLY or name.startswith(CONSTANT))}
+
+
 def make_defences(
     names: list[str], model, processor, profiles: dict[str, RasProfile], max_new_tokens: int
 ) -> dict[str, Defence]:
@@ -83,11 +89,11 @@ def make_defences(
     Raises ValueError for a name that is none of these, and for a profile of another model.
     """
     maker = _Maker(model, processor, profiles, Decoding(max_new_tokens=max_new_tokens))
-    return {name: _counted(model, maker.make(name)) for name in names}
+    return {name: maker.make(name) for name in names}
 
 
 def _counted(model, defence: Defence) -> Defence:
-    """The defence with its forward passes counted."""
+    """The defence with the forward passes of `model.generate` counted."""
     passes: list[int] = []
 
     def count(module, args, output) -> None:
@@ -116,8 +122,8 @@ class _Maker:
         if name == "undefended":
             return self._single_call()
         if name in self.profiles:
-            return self._guarded(SafeGenerator, self.profiles[name])
-        if self.staged and name == "prompt-only":
+            return self._by_engine(self.profiles[name])
+        if self.staged and name == PROMPT_ONLY:
             return self._single_call(prefix=self._checked(self.staged).config["safety_prompt"])
         if self.staged and name.startswith(CONSTANT):
             return self._single_call(edit=self._constant(name))
@@ -131,13 +137,13 @@ class _Maker:
         """Suffix of a MoRAS profile's name -> what it makes of the profile."""
 
         def binary(profile: RasProfile) -> Defence:
-            return self._guarded(SafeGenerator, replace(profile, config=profile.config | {"gate": "binary"}))
+            return self._by_engine(replace(profile, config=profile.config | {"gate": "binary"}))
 
         def told(caption) -> Callable[[RasProfile], Defence]:
-            return lambda profile: self._guarded(partial(robustness.WrongCaption, caption=caption), profile)
+            return partial(self._in_calls, partial(robustness.WrongCaption, caption=caption))
 
         captions = {f"{CAPTION}{wrong}": told(caption) for wrong, caption in robustness.CAPTIONS.items()}
-        return {SEQUENTIAL: partial(self._guarded, SequentialPipeline), BINARY: binary} | captions
+        return {SEQUENTIAL: partial(self._in_calls, SequentialPipeline), BINARY: binary} | captions
 
     def _checked(self, profile: RasProfile) -> RasProfile:
         """What the guards do with their profiles by themselves."""
@@ -162,11 +168,26 @@ class _Maker:
             query = query.prefix_last_question(prefix) if prefix else query
             return Answer(generate_text(self.model, self.processor, query, self.decoding, edit))
 
+        return _counted(self.model, answer)
+
+    def _in_calls(self, make_pipeline, profile: RasProfile) -> Defence:
+        """A `SequentialPipeline`."""
+        return _counted(self.model, self._guarded(make_pipeline(self.model, self.processor, profile), profile))
+
+    def _by_engine(self, profile: RasProfile) -> Defence:
+        """A `SafeGenerator`. It counts its own passes: where a captured graph stands for one, no hook in the model runs."""
+        guard = SafeGenerator(self.model, self.processor, profile)
+        runner, defence = guard.plan.runner, self._guarded(guard, profile)
+
+        def answer(question: str, images: list) -> Answer:
+            passes, tokens = runner.passes, runner.tokens
+            given = defence(question, images)
+            return given._replace(passes=runner.passes - passes, tokens=runner.tokens - tokens)
+
         return answer
 
-    def _guarded(self, make_guard, profile: RasProfile) -> Defence:
-        """A `SafeGenerator`, or what has its `generate`."""
-        guard = make_guard(self.model, self.processor, profile)
+    def _guarded(self, guard, profile: RasProfile) -> Defence:
+        """`guard`: a `SafeGenerator`, or what has its `generate`."""
 
         def answer(question: str, images: list) -> Answer:
             (out,) = guard.generate([question], [images], max_new_tokens=self.decoding.max_new_tokens)

@@ -37,11 +37,12 @@ def settings_of(model, processor, dataset: Dataset, seed: int, max_new_tokens: i
         "dataset": dataset.name,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
-        "profiles": {name: _digest(profile) for name, profile in profiles.items()},
+        "profiles": {name: digest_of(profile) for name, profile in profiles.items()},
     }
 
 
-def _digest(profile: RasProfile) -> str:
+def digest_of(profile: RasProfile) -> str:
+    """Two profiles that answer otherwise have different ones."""
     digest = hashlib.sha256(json.dumps(profile.config, sort_keys=True).encode())
     for name, tensor in sorted(profile.tensors.items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -114,7 +115,12 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def run(
-    dataset: Dataset, defences: dict[str, Defence], answers: AnswerFile, judge: Judge | None = None, progress: bool = True
+    dataset: Dataset,
+    defences: dict[str, Defence],
+    answers: AnswerFile,
+    judge: Judge | None = None,
+    progress: bool = True,
+    borrowed: dict[str, RasProfile] | None = None,
 ) -> list[dict]:
     """Has every defence answer every item, except where `answers` holds a valid answer from an earlier run.
 
@@ -123,6 +129,7 @@ def run(
     processes share the items.
 
     judge: of answers to harmful queries; None: the data set's.
+    borrowed: the profiles of defences whose names do not say which it is. These are asked again when it is another one.
 
     Returns the records of these defences and items. A query that cannot be asked becomes a record with "error", an answer
     that cannot be judged one with "judge_error"; the next run tries again. Only Ctrl-C and a process that is out of memory
@@ -131,11 +138,15 @@ def run(
     judge = judge or dataset.judge
     parallel.wait()  # until every process has read the file
     known = dict(answers.records)
-    asks = cache(lambda number: _query(dataset.items[number]))
+    query = cache(lambda number: _query(dataset.items[number]))
+    behind = {name: {"profile": digest_of(profile)} for name, profile in (borrowed or {}).items()}
+
+    def asks(name: str, number: int) -> dict:
+        return query(number) | behind.get(name, {})
 
     def is_answered(name: str, number: int) -> bool:
         record = known.get((name, dataset.items[number].id))
-        return record is not None and "error" not in record and record.items() >= asks(number).items()
+        return record is not None and "error" not in record and record.items() >= asks(name, number).items()
 
     for name in defences:
         if not all(is_answered(name, number) for number in range(len(dataset.items))):
@@ -145,7 +156,7 @@ def run(
         records, item = [], dataset.items[number]
         for name in defences:
             before = known.get((name, item.id))
-            record = before if is_answered(name, number) else _ask(name, defences[name], item, asks(number))
+            record = before if is_answered(name, number) else _ask(name, defences[name], item, asks(name, number))
             record = _labelled(record, item)
             try:
                 record = _judged(record, judge)
@@ -305,7 +316,7 @@ NOTES = """
   a refusal. Accuracy: harmless queries answered right.
 - Brackets: 95 % bootstrap intervals over the queries (2000 resamples; where all outcomes agree, the rule of three; for AUROC
   harmful and harmless queries are drawn apart).
-- Extra forward passes, and token positions that they compute: counted on the model while it answers harmless queries, less
+- Extra forward passes, and token positions that they compute: counted while a defence answers harmless queries, less
   what the undefended model needs for the same ones. A step for several stages at once is one pass.
 - AUROC: of the defence's risk score before its gate.
 - prompt-only: a safety instruction before the question. constant-R: every answer is steered by R, whatever the query.
@@ -320,7 +331,7 @@ def markdown(rows: list[dict], dataset: Dataset, judge: Judge, model_name: str, 
     titles = ["defence", *(_title(column, [row["cells"].get(column) for row in rows]) for column in columns), "AUROC"]
     lines = [f"# Safety of {model_name} on {dataset.name}", "", _line(titles), _line(["---"] * len(titles))]
     for row in rows:
-        cells = [_cell(column, row["cells"]) for column in columns]
+        cells = [_cell(column, row["cells"].get(column)) for column in columns]
         lines.append(_line([row["defence"], *cells, _auroc_cell(row["auroc"])]))
     for what in OUTCOMES:
         lines += _table_of_kinds(what, rows)
@@ -340,31 +351,40 @@ def _table_of_kinds(what: str, rows: list[dict]) -> list[str]:
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"][what]))
     if len(kinds) < 2:
         return []
-    titles = ["defence", *(_title(kind, [row["kinds"][what].get(kind) for row in rows]) for kind in kinds)]
+    titles = ["defence", *(_percent_title(kind, [row["kinds"][what].get(kind) for row in rows]) for kind in kinds)]
     lines = ["", f"## {what[0].upper()}{what[1:]} by kind", "", _line(titles), _line(["---"] * len(titles))]
-    return lines + [_line([row["defence"], *(_cell(kind, row["kinds"][what]) for kind in kinds)]) for row in rows]
+    return lines + [_line([row["defence"], *(_percent(row["kinds"][what].get(kind)) for kind in kinds)]) for row in rows]
 
 
 def _title(column: str, estimates: list[Estimate | None]) -> str:
     if column == "ms":
         return "ms per harmless query"
-    if column.startswith("extra"):
-        return column
+    return column if column.startswith("extra") else _percent_title(column, estimates)
+
+
+def _percent_title(name: str, estimates: list[Estimate | None]) -> str:
     n = max(estimate.n for estimate in estimates if estimate is not None)
-    return f"{column.replace('_', ' ')} % (n = {n})"
+    return f"{name.replace('_', ' ')} % (n = {n})"
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    escaped = [one_line(cell).replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
-def _cell(column: str, cells: dict[str, Estimate]) -> str:
-    estimate = cells.get(column)
-    if estimate is None or not estimate.n:
-        return "–"
-    if column.startswith("extra"):
+def _cell(column: str, estimate: Estimate | None) -> str:
+    if column.startswith("extra") and estimate is not None:
         return f"{estimate.value:+.1f}"
-    factor, digits = (1, 0) if column == "ms" else (100, 1)
+    return _interval(estimate, 1, 0) if column == "ms" else _percent(estimate)
+
+
+def _percent(estimate: Estimate | None) -> str:
+    return _interval(estimate, 100, 1)
+
+
+def _interval(estimate: Estimate | None, factor: int, digits: int) -> str:
+    if estimate is None:
+        return "–"
     value, low, high = (f"{factor * x:.{digits}f}".removesuffix(".0") for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"
 

@@ -205,17 +205,21 @@ def calibrate(
     layers = [count // 2] if layers is None else sorted(layers)
     if not layers:
         raise ValueError("layers is empty; at least one needs to be steered")
+    if condition_pairs:
+        condition_layer = layers[0] - 1 if condition_layer is None else condition_layer
+        if condition_layer < 0:
+            raise ValueError(f"layers starts at {layers[0]}: a condition needs an earlier layer, not {condition_layer}")
+        _check_order(condition_layer, layers)
     contrasts = _contrasts("pairs", pairs, processor)
     conditions = _contrasts("condition_pairs", condition_pairs, processor)
     towards, away = _last_states(model, processor, contrasts, layers, progress)
     vectors = dict(zip(layers, (towards - away).mean(0), strict=True))
     condition = None
     if conditions:
-        layer = layers[0] - 1 if condition_layer is None else condition_layer
-        on, off = (states[:, 0] for states in _last_states(model, processor, conditions, [layer], progress))
+        on, off = (states[:, 0] for states in _last_states(model, processor, conditions, [condition_layer], progress))
         direction = (on - off).mean(0)
         means = [_measure(states, direction, measure).mean().item() for states in (on, off)]
-        condition = Condition(layer, direction, sum(means) / 2, measure=measure, per=per)
+        condition = Condition(condition_layer, direction, sum(means) / 2, measure=measure, per=per)
     return from_vectors(model, processor, vectors, alpha, condition=condition)
 
 
@@ -431,7 +435,11 @@ def _checked(condition: Condition, layers: list[int]) -> Condition:
     number(vars(condition), "threshold")
     if not bool(condition.direction.any()):
         raise ValueError("the condition's direction is 0; it needs to point somewhere")
-    early = [layer for layer in layers if layer <= condition.layer]
-    if early:
-        raise ValueError(f"the condition is read at layer {condition.layer}; layers {early} are steered before it is known")
+    _check_order(condition.layer, layers)
     return condition
+
+
+def _check_order(condition_layer: int, layers: list[int]) -> None:
+    early = [layer for layer in layers if layer <= condition_layer]
+    if early:
+        raise ValueError(f"the condition is read at layer {condition_layer}; layers {early} are steered before it is known")

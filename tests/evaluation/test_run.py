@@ -12,6 +12,7 @@ from ras_fast.evaluation import run
 from ras_fast.evaluation.datasets import Dataset, Item, load_dataset
 from ras_fast.evaluation.defences import Answer
 from ras_fast.evaluation.judges import Judge
+from ras_fast.profile import RasProfile
 
 SORRY = "I'm sorry, I can't help with that."
 SETTINGS = {"model": {"architecture": "a", "lm_head": "1"}, "seed": 0, "profiles": {}}
@@ -173,6 +174,17 @@ def test_a_profile_may_come_but_not_change(tmp_path):
         assert len(run.AnswerFile(tmp_path, SETTINGS | {"profiles": profiles}).records) == 2
     with pytest.raises(ValueError, match="differs in profiles"):
         run.AnswerFile(tmp_path, SETTINGS | {"profiles": {"ras": "3"}})
+
+
+def test_a_defence_with_another_profile_behind_it_is_asked_again(tmp_path):
+    first, second = (RasProfile("moras", {"safety_prompt": word}, {"prototypes": torch.ones(1, 2)}) for word in "ab")
+    asked = []
+    defences = {"prompt-only": lambda question, images: asked.append(question) or Answer("yes")}
+    for profile, expected in ((first, ["q0", "q0", "q1"]), (first, []), (second, ["q0", "q0", "q1"])):  # q0 warms up
+        asked.clear()
+        answers = run.AnswerFile(tmp_path, SETTINGS)
+        run.run(dataset(2), defences, answers, progress=False, borrowed={"prompt-only": profile})
+        assert asked == expected
 
 
 def test_a_broken_file_of_answers_is_named(tmp_path):
@@ -345,6 +357,17 @@ def test_report_files(tmp_path):
     for name in ("roc.png", "risk.png", "trade_off.png"):
         with Image.open(tmp_path / name) as chart:
             assert chart.format == "PNG"
+
+
+def test_a_kind_is_a_rate_whatever_its_name(tmp_path):
+    data = dataset(4)
+    for number, kind in ((0, "ms"), (1, "extra hard"), (2, "a|b\nc"), (3, "benign")):
+        data.items[number] = replace(data.items[number], kind=kind)
+    records = run.run(data, {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    text = run.write_report(tmp_path, records, data, "m")
+    table = "| defence | ms % (n = 1) | a\\|b\\nc % (n = 1) |\n| --- | --- | --- |\n| d | 100 [0, 100] | 100 [0, 100] |\n"
+    assert f"## ASR by kind\n\n{table}" in text
+    assert "| extra hard % (n = 1) | benign % (n = 1) |\n| --- | --- | --- |\n| d | 100 [0, 100] | 100 [0, 100] |" in text
 
 
 def test_tinyworld_is_the_test_split_and_does_not_change_with_n():

@@ -516,5 +516,18 @@ def test_calibration_errors(model, processor):
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, processor, **arguments, progress=False)
-    with pytest.raises(ValueError, match="steered before it is known"):
-        calibrate(model, processor, pairs=PAIRS, layers=[1], condition_pairs=PAIRS, condition_layer=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "condition_layer", "message"),
+    [
+        ([0], None, "layers starts at 0: a condition needs an earlier layer, not -1"),
+        ([1], -1, "layers starts at 1: a condition needs an earlier layer, not -1"),
+        ([1], 1, r"read at layer 1; layers \[1\] are steered before it is known"),
+    ],
+)
+def test_a_conditions_layer_is_checked_before_any_pair_is_run(model, processor, monkeypatch, layers, condition_layer, message):
+    monkeypatch.setattr("ras_fast.methods.projection._last_states", lambda *arguments: pytest.fail("a pair was run"))
+    options = {"layers": layers, "condition_pairs": PAIRS, "condition_layer": condition_layer, "progress": False}
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, processor, pairs=PAIRS, **options)

@@ -1,0 +1,48 @@
+"""The forward passes that the safety table counts."""
+
+import pytest
+from tape import Graphs
+from test_engine import make_profile
+from test_engine_one_pass import autosteer
+from tiny_random import random_image
+
+from ras_fast.engine import batch
+from ras_fast.evaluation.defences import make_defences
+
+QUERIES = [("w1 w2 ?", [random_image(1)]), ("w3 ?", []), ("w4 w5 w6 ?", [random_image(2)]), ("w1 ?", [random_image(3)])]
+
+
+@pytest.fixture
+def profiles(model, processor):
+    return {"moras": make_profile(model, processor), "autosteer": autosteer(model, processor)}
+
+
+def counts(model, processor, profiles, names):
+    defences = make_defences(names, model, processor, profiles, 10).values()
+    answers = [defence(*query) for defence in defences for query in QUERIES]
+    return [(answer.passes, answer.tokens) for answer in answers]
+
+
+def test_the_engine_counts_what_a_hook_sees(model, processor, profiles):
+    seen = []
+    names = ["moras", "moras-binary", "autosteer"]
+    defences = make_defences(names, model, processor, profiles, 10).values()
+    hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state.shape[1]))
+    for defence in defences:
+        for query in QUERIES:
+            seen.clear()
+            answer = defence(*query)
+            assert (answer.passes, answer.tokens) == (len(seen), sum(seen))
+            assert answer.passes > 1
+    hook.remove()
+
+
+def test_steps_that_a_graph_stands_for_are_counted(model, processor, profiles, monkeypatch):
+    names = ["undefended", "moras", "moras-sequential", "autosteer"]
+    expected = counts(model, processor, profiles, names)
+    graphs = Graphs()
+    monkeypatch.setattr(batch, "capture", graphs)
+    monkeypatch.setattr(batch, "CAPTURED", {"cpu"})
+    monkeypatch.setattr(batch, "WIDTH", 1)  # no prompt is padded
+    assert counts(model, processor, profiles, names) == expected
+    assert graphs.replays > graphs.made > 0

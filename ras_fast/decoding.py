@@ -27,8 +27,11 @@ _LOCKS_LOCK = threading.Lock()
 
 
 def transformers_model(model):
-    """The transformers model inside a PEFT one, whose adapters are modules of it; else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside what `torch.compile` makes of it, or a PEFT one, whose adapters are modules of it; else the
+    model itself."""
+    while hasattr(model, "_orig_mod") or hasattr(model, "get_base_model"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.get_base_model()
+    return model
 
 
 def lock_of(model) -> threading.RLock:

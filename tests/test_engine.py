@@ -16,6 +16,7 @@ from transformers import TextIteratorStreamer
 import ras_fast
 from ras_fast import inputs, kv_cache
 from ras_fast.backend import forced_backend
+from ras_fast.decoding import lock_of
 from ras_fast.engine import SafeGenerator, batch
 from ras_fast.engine.watch import Watch
 from ras_fast.methods.moras import PRESETS
@@ -790,6 +791,23 @@ def test_two_generators_of_one_model_in_two_threads(model, processor, profile):
 
 
 PIPELINES = {"reference": SequentialPipeline, "engine": partial(SafeGenerator, fused=False)}
+
+
+def test_a_wrapped_model_has_the_lock_of_the_model_inside(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    for wrapped, inside in ((torch.compile(model), model), (torch.compile(adapted), adapted.get_base_model())):
+        assert lock_of(wrapped) is lock_of(inside)
+    assert lock_of(adapted) is not lock_of(model)
+
+
+def test_a_compiled_model_answers_as_the_model_inside(model, processor, profile):
+    (expected,) = SequentialPipeline(model, processor, profile).generate(["w1 w2"], [random_image(0)], max_new_tokens=6)
+    for make in PIPELINES.values():
+        (output,) = make(torch.compile(model, backend="eager"), processor, profile).generate(
+            ["w1 w2"], [random_image(0)], max_new_tokens=6
+        )
+        assert output.tokens == expected.tokens
 
 
 @pytest.mark.parametrize("first", PIPELINES)

@@ -9,7 +9,17 @@ import time
 
 import torch
 
-from ras_fast.decoding import BROKEN, Decoding, check_mode, eos_ids, lock_of, next_tokens, output_head, reference_generate
+from ras_fast.decoding import (
+    BROKEN,
+    Decoding,
+    broken_rows,
+    check_mode,
+    eos_ids,
+    lock_of,
+    next_tokens,
+    output_head,
+    reference_generate,
+)
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import CUT
 from ras_fast.inputs import Query, encode, make_queries
@@ -69,7 +79,7 @@ class SequentialPipeline:
         risk, failed = self.moras.risk(similarity, *self._features(query))
         assessed = time.perf_counter()
 
-        tokens, states, _ = reference_generate(
+        tokens, states, logits = reference_generate(
             self.model,
             self.processor,
             inputs,
@@ -79,7 +89,8 @@ class SequentialPipeline:
             streamer=streamer,
         )
         answered = time.perf_counter()
-        produced = tokens + [BROKEN] * (len(states) - len(tokens))
+        broken = bool(broken_rows(logits[-1]))
+        produced = [*tokens[: len(states) - 1], BROKEN] if broken else tokens
         return SafeOutput(
             text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True),
             tokens=tokens,
@@ -87,7 +98,7 @@ class SequentialPipeline:
             similarity=similarity.item(),
             context=context,
             rejected_at=self._first_changed(number, inputs, decoding, produced, states),
-            failed_closed="the risk could not be computed" if failed.item() else CUT if BROKEN in produced else None,
+            failed_closed="the risk could not be computed" if failed.item() else CUT if broken else None,
             timings={
                 "context": described - begin,
                 "risk": assessed - described,

@@ -11,7 +11,7 @@ import torch
 from test_engine_one_pass import autosteer
 from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
 from torch.utils.hooks import RemovableHandle
-from transformers import TextIteratorStreamer
+from transformers import SuppressTokensLogitsProcessor, TextIteratorStreamer
 
 import ras_fast
 from ras_fast import inputs, kv_cache
@@ -78,6 +78,7 @@ def assert_same(outputs, references):
         assert output.tokens == reference.tokens
         assert output.context == reference.context
         assert output.rejected_at == reference.rejected_at
+        assert (output.failed_closed is None) == (reference.failed_closed is None)
         assert output.text == reference.text
         assert output.risk == pytest.approx(reference.risk, abs=1e-4, nan_ok=True)
         assert output.similarity == pytest.approx(reference.similarity, abs=1e-4, nan_ok=True)
@@ -536,7 +537,8 @@ def test_without_an_end_token_a_query_that_is_not_finite_ends_alone(endless, pro
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampling"])
 @pytest.mark.parametrize("step", [5, 8])
-def test_without_an_end_token_an_answer_ends_where_it_is_no_longer_finite(processor, options, step):
+@pytest.mark.parametrize("end", ["none", "one", "one that is forbidden"])
+def test_an_answer_ends_where_it_is_no_longer_finite_and_says_so(processor, options, step, end):
     """After a word of its own that is NaN, and after the last step that the draft shared with the other stages."""
     model = endless_llava(processor, layers=2)
     profile = make_profile(model, processor, gate=0.0, context_prompt="w1", safety_prompt="w1", max_context_tokens=1)
@@ -547,9 +549,13 @@ def test_without_an_end_token_an_answer_ends_where_it_is_no_longer_finite(proces
     broken = next(i for i in range(3) if plain[i].tokens[step] not in others[i])
     with torch.no_grad():
         model.get_input_embeddings().weight[plain[broken].tokens[step]] = torch.nan
+    last = [next(i for i in range(4, 100) if all(i not in output.tokens for output in plain))] if end != "none" else []
+    model.generation_config.eos_token_id = last or None
+    if end == "one that is forbidden":
+        options = options | {"logits_processors": SuppressTokensLogitsProcessor(last)}
     outputs = guard.generate(prompts, images, max_new_tokens=10, **options)
     assert_same(outputs, SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=10, **options))
-    plain[broken].tokens = plain[broken].tokens[: step + 1]
+    plain[broken].tokens = plain[broken].tokens[: step + 1] + last
     assert [output.tokens for output in outputs] == [output.tokens for output in plain]
     assert [i for i, output in enumerate(outputs) if output.failed_closed] == [broken]
     assert guard.counters["failed_closed"] == 1

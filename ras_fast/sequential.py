@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 import torch
+from tqdm.auto import tqdm
 
 from ras_fast.decoding import (
     BROKEN,
@@ -30,6 +31,16 @@ from ras_fast.patching import patched
 from ras_fast.profile import RasProfile
 
 
+class _EndedLater:
+    """A streamer whose end `model.generate` does not reach, so that it is ended once."""
+
+    def __init__(self, streamer):
+        self.put = streamer.put
+
+    def end(self) -> None:
+        pass
+
+
 class SequentialPipeline:
     """MoRAS or RAS without the engine: the answers of `SafeGenerator`, by three full generations per query.
 
@@ -46,14 +57,24 @@ class SequentialPipeline:
         self.head = output_head(model)
         self.moras = Moras(profile, self.head, model.device, model.dtype)
 
-    def generate(self, prompts, images=None, *, streamer=None, **decoding) -> list[SafeOutput]:
-        """See `SafeGenerator.generate`."""
-        decoding = Decoding.of(decoding)
-        queries = make_queries(prompts, images, self.processor)
-        with lock_of(self.model):
-            check_mode(self.model)
-            self.profile.check(self.model)  # its adapters may have been switched
-            return [self._answer(number, query, decoding, streamer) for number, query in enumerate(queries)]
+    def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
+        """See `SafeGenerator.generate`; a batch is one query here."""
+        try:
+            decoding = Decoding.of(decoding)
+            queries = make_queries(prompts, images, self.processor)
+            if streamer is not None and len(queries) != 1:
+                raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
+            progress = len(queries) > 1 if progress is None else progress
+            with lock_of(self.model):
+                check_mode(self.model)
+                self.profile.check(self.model)  # its adapters may have been switched
+                return [
+                    self._answer(number, query, decoding, None if streamer is None else _EndedLater(streamer))
+                    for number, query in enumerate(tqdm(queries, desc="queries", disable=not progress))
+                ]
+        finally:
+            if streamer is not None:
+                streamer.end()  # whatever happened, or the thread that reads it waits for ever
 
     def describe(self, query: Query) -> str:
         """Stage 1: the context. A subclass may put another one in its place."""

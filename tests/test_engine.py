@@ -355,12 +355,25 @@ def test_transformers_streamers_work(model, processor, profile):
         (["w1"], {"num_beams": 2}),
     ],
 )
-def test_a_streamer_is_ended_even_where_there_is_nothing_to_answer(model, processor, profile, prompts, options):
+@pytest.mark.parametrize("make", [SequentialPipeline, partial(SafeGenerator, fused=False)], ids=["reference", "engine"])
+def test_a_streamer_is_ended_even_where_there_is_nothing_to_answer(model, processor, profile, make, prompts, options):
     """Else the thread that reads it waits for ever."""
     streamer = Recorder()
     with pytest.raises((ValueError, TypeError)):
-        SafeGenerator(model, processor, profile, fused=False).generate(prompts, streamer=streamer, **options)
+        make(model, processor, profile).generate(prompts, streamer=streamer, **options)
     assert (streamer.values, streamer.ended) == ([], 1)
+
+
+def test_the_reference_streams_and_shows_its_progress(model, processor, profile, capsys):
+    pipeline, streamer = SequentialPipeline(model, processor, profile), Recorder()
+    (output,) = pipeline.generate(["w1"], streamer=streamer, max_new_tokens=3)
+    assert [token for value in streamer.values[1:] for token in value] == output.tokens
+    assert streamer.ended == 1
+    assert "queries" not in capsys.readouterr().err
+    pipeline.generate(["w1", "w2"], max_new_tokens=1)
+    assert "2/2" in capsys.readouterr().err
+    pipeline.generate(["w1", "w2"], max_new_tokens=1, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("stage", ["_context_and_draft", "_assess", "_check_drafts", "_finish"])

@@ -278,8 +278,12 @@ def generate_text(model, processor, query: Query, decoding: Decoding, edit=None)
     return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+class TooLong(ValueError):
+    """A prompt has more tokens than the model has positions."""
+
+
 def check_length(model, tokens: int) -> None:
-    """Raises ValueError for a prompt of more tokens than the model has positions, however its RoPE is scaled: what it says of
+    """Raises TooLong for a prompt of more tokens than the model has positions, however its RoPE is scaled: what it says of
     such a prompt, and so its risk, means nothing."""
     config = model.config.get_text_config()
     trained = getattr(config, "max_position_embeddings", None)
@@ -287,7 +291,7 @@ def check_length(model, tokens: int) -> None:
     factors = [part.get("factor") or 1 for part in (rope, *rope.values()) if isinstance(part, dict)]  # or one by kind of layer
     mrope = hasattr(model.base_model, "get_rope_index")  # where an image takes fewer positions than tokens
     if trained and not mrope and tokens > trained * max(1, *factors):
-        raise ValueError(f"a prompt has {tokens} tokens; {type(model).__name__} has {trained} positions")
+        raise TooLong(f"a prompt has {tokens} tokens; {type(model).__name__} has {trained} positions")
 
 
 def eos_ids(model) -> list[int]:

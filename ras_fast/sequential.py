@@ -13,7 +13,9 @@ from tqdm.auto import tqdm
 from ras_fast.decoding import (
     BROKEN,
     Decoding,
+    TooLong,
     broken_rows,
+    check_length,
     check_mode,
     eos_ids,
     lock_of,
@@ -89,12 +91,16 @@ class SequentialPipeline:
 
     @torch.no_grad()
     def _stages(self, number: int, query: Query, decoding: Decoding, streamer) -> SafeOutput:
-        begin = time.perf_counter()
+        begin = described = time.perf_counter()
         inputs, poisoned = encode(self.processor, query, self.model.device, self.model.dtype)
-        context = self.describe(query)
-        described = time.perf_counter()
-
-        similarity = assess(self.model, self.processor, query, context, self.moras)
+        check_length(self.model, inputs["input_ids"].shape[1])
+        context, similarity, too_long = "", torch.full((1,), torch.nan, device=self.model.device), None
+        try:
+            context = self.describe(query)
+            described = time.perf_counter()
+            similarity = assess(self.model, self.processor, query, context, self.moras)
+        except TooLong as error:
+            too_long = str(error)
         if poisoned:
             similarity = torch.full_like(similarity, torch.nan)
         risk, failed = self.moras.risk(similarity, *self._features(query))
@@ -119,7 +125,7 @@ class SequentialPipeline:
             similarity=similarity.item(),
             context=context,
             rejected_at=self._first_changed(number, inputs, decoding, produced, states),
-            failed_closed="the risk could not be computed" if failed.item() else CUT if broken else None,
+            failed_closed=too_long or ("the risk could not be computed" if failed.item() else CUT if broken else None),
             timings={
                 "context": described - begin,
                 "risk": assessed - described,

@@ -992,6 +992,23 @@ def test_a_prompt_beyond_the_models_positions_has_no_answer(model, processor, pr
         SafeGenerator(model, processor, profile, fused=False).generate(["w1", "w1 " * 61])
 
 
+@pytest.mark.parametrize(("context_prompt", "safety_prompt"), [("w1", "w4 " * 40), ("w1 " * 60, "w4")], ids=["risk", "context"])
+def test_a_stage_beyond_the_models_positions_fails_closed_for_its_query_alone(
+    model, processor, monkeypatch, context_prompt, safety_prompt
+):
+    """The query with an image has a prompt of its own that fits."""
+    profile = make_profile(model, processor, context_prompt=context_prompt, safety_prompt=safety_prompt)
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", 64)
+    prompts, images = ["w1", "w2 w3", "w4"], [None, random_image(0), None]
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    outputs = guard.generate(prompts, images, max_new_tokens=6)
+    assert_same(outputs, SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6))
+    assert [output.failed_closed is None for output in outputs] == [True, False, True]
+    assert "64 positions" in outputs[1].failed_closed
+    assert (outputs[1].risk, guard.counters["failed_closed"]) == (1, 1)
+    assert_same(guard.generate(prompts[1:2], images[1:2], max_new_tokens=6), outputs[1:2])
+
+
 def test_a_head_the_engine_does_not_know_is_refused(model, processor, profile, monkeypatch):
     forward = type(model).forward
 

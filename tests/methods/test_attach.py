@@ -237,7 +237,7 @@ def test_an_unpatched_model_does_not_answer_undefended(model, processor, make):
 
 
 @pytest.mark.parametrize("make", METHODS)
-@pytest.mark.parametrize("how", ["call", "forward"])
+@pytest.mark.parametrize("how", ["call", "forward", "module"])
 def test_a_text_model_that_was_compiled_by_itself_is_refused(processor, make, how):
     """Hooks that it gets after it was traced are not run: the answer would not be defended."""
     model = endless_llava(processor, 3)
@@ -245,8 +245,10 @@ def test_a_text_model_that_was_compiled_by_itself_is_refused(processor, make, ho
         text_model = patch.text_model
         if how == "call":
             text_model.compile(backend="eager")
-        else:
+        elif how == "forward":
             text_model.forward = torch.compile(text_model.forward, backend="eager")
+        else:
+            model.model.language_model = torch.compile(text_model, backend="eager")
         generate(model, prompts(processor))
         with pytest.raises(ValueError, match="was compiled by itself"), ras_fast.methods.attach(patch, make(model, processor)):
             generate(model, prompts(processor))

@@ -21,14 +21,17 @@ from transformers.generation.logits_process import (
 
 from ras_fast.inputs import Query, encode
 
-BROKEN = -1  # in place of a token, where nothing may be read and no end-of-sequence token says so
+BROKEN = -1  # in place of a token, where nothing may be read
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 
 def transformers_model(model):
-    """The transformers model inside a PEFT one, whose adapters are modules of it; else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside what `torch.compile` makes of it, or a PEFT one, whose adapters are modules of it; else the
+    model itself."""
+    while hasattr(model, "_orig_mod") or hasattr(model, "get_base_model"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.get_base_model()
+    return model
 
 
 def lock_of(model) -> threading.RLock:
@@ -137,17 +140,22 @@ class EndWhenNotFinite(LogitsProcessor):
         self.eos, self.broken = eos, None
 
     def __call__(self, input_ids, scores):
-        self.broken = ~(scores < torch.inf).all(dim=-1)
+        self.broken = broken_rows(scores)
         only_end = torch.full_like(scores, -torch.inf)
         only_end[:, self.eos[0] if self.eos else 0] = 0
         return torch.where(self.broken[:, None], only_end, scores)
 
 
+def broken_rows(logits: torch.Tensor) -> torch.Tensor:
+    """[B] bool: the rows of logits [B, V] that hold NaN or +inf. No host sync."""
+    return ~(logits < torch.inf).all(dim=-1)
+
+
 def next_tokens(processors: LogitsProcessorList, ids: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """The tokens [B] that logits [B, V] give after ``ids``, by `Decoding.processors`. Where the logits are not finite, that is
-    the end-of-sequence token; BROKEN in a model that has none. No host sync."""
-    tokens, first = processors(ids, logits).argmax(dim=-1), processors[0]
-    return tokens if first.eos else tokens.masked_fill(first.broken, BROKEN)
+    """The tokens [B] that logits [B, V] give after ``ids``, by `Decoding.processors`; BROKEN where the logits are not finite,
+    whatever other processors forbid. No host sync."""
+    tokens = processors(ids, logits).argmax(dim=-1)
+    return tokens.masked_fill(processors[0].broken, BROKEN)
 
 
 class GumbelNoise(LogitsProcessor):
@@ -179,7 +187,8 @@ class StopStrings(StoppingCriteria):
 
 
 class StopWhenBroken(StoppingCriteria):
-    """Ends an answer whose logits are not finite, in a model without an end-of-sequence token. For one sequence at a time."""
+    """Ends an answer whose logits are not finite, also where no end-of-sequence token does: the model has none, or a processor
+    forbids it. For one sequence at a time."""
 
     def __init__(self, end: EndWhenNotFinite):
         self.end = end
@@ -212,8 +221,8 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
     edit: None, or ``edit(step, hidden [1, d]) -> hidden``, which replaces the state from which that step's token is read.
 
     Returns the produced token ids (an end-of-sequence token included), the states before ``edit`` [n, d], and the
-    logits that the tokens were read from [n, V]. Where the last of these are not finite, and the model has no token to say so,
-    there are n − 1 tokens.
+    logits that the tokens were read from [n, V]. Where the last of these are not finite, the last token is that of the end of
+    sequence; in a model that has none there are n − 1 tokens.
     """
     states, thread = [], threading.get_ident()
 
@@ -243,9 +252,10 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
             output_logits=True,
             streamer=streamer,
         )
-    cut = bool(chain[0].broken) and not chain[0].eos
     tokens = output.sequences[0, length:].tolist()
-    return tokens[: len(tokens) - cut], torch.cat(states), torch.cat(output.logits)
+    if chain[0].broken:
+        tokens[-1:] = chain[0].eos[:1]
+    return tokens, torch.cat(states), torch.cat(output.logits)
 
 
 @contextmanager
@@ -268,8 +278,12 @@ def generate_text(model, processor, query: Query, decoding: Decoding, edit=None)
     return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+class TooLong(ValueError):
+    """A prompt has more tokens than the model has positions."""
+
+
 def check_length(model, tokens: int) -> None:
-    """Raises ValueError for a prompt of more tokens than the model has positions, however its RoPE is scaled: what it says of
+    """Raises TooLong for a prompt of more tokens than the model has positions, however its RoPE is scaled: what it says of
     such a prompt, and so its risk, means nothing."""
     config = model.config.get_text_config()
     trained = getattr(config, "max_position_embeddings", None)
@@ -277,7 +291,7 @@ def check_length(model, tokens: int) -> None:
     factors = [part.get("factor") or 1 for part in (rope, *rope.values()) if isinstance(part, dict)]  # or one by kind of layer
     mrope = hasattr(model.base_model, "get_rope_index")  # where an image takes fewer positions than tokens
     if trained and not mrope and tokens > trained * max(1, *factors):
-        raise ValueError(f"a prompt has {tokens} tokens; {type(model).__name__} has {trained} positions")
+        raise TooLong(f"a prompt has {tokens} tokens; {type(model).__name__} has {trained} positions")
 
 
 def eos_ids(model) -> list[int]:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 # What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+QUESTION = 'a "user" message with a question, or in that and one "assistant" message'  # what `has_question` asks of a chat
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def make_queries(prompts, images, processor) -> list[Query]:
     """Pairs prompts with their images.
 
     prompts: list of strings, or of chats (lists of ``{"role", "content"}`` whose content is a string or a list of
-        parts; a chat may end with an assistant message, which the answer then continues).
+        parts; it ends with a user message, or with that and one assistant message, which the answer then continues).
     images: None, or one entry per prompt: an image, a list of images, or None. An image is whatever `load_image` takes.
 
     Images go where the prompt has image parts or the processor's image placeholder, else before the first question. Instead
     of in ``images``, all images of a chat may be in its image parts, as "image", "path" or "url" (of a local file).
-    Raises ValueError when counts do not match, a prompt has nothing to ask, or an image cannot be used.
+    Raises ValueError when counts do not match, a prompt does not end in a question, or an image cannot be used.
     """
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
         raise ValueError(f"prompts is a {type(prompts).__name__}; it needs to be a list with one prompt per query")
@@ -140,9 +141,14 @@ def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
 
 
 def has_question(messages: list[dict]) -> bool:
-    """Whether the last user message, of parts, has a text that is not blank."""
-    users = [message for message in messages if message["role"] == "user"]
-    return bool(users) and any(part["type"] == "text" and part["text"].strip() for part in users[-1]["content"])
+    """Whether a chat of parts ends in a user message with a text that is not blank, or in that and one assistant message. After
+    other messages a model would answer what its risk is not read from."""
+    asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    return bool(asked) and asked[-1]["role"] == "user" and any(_has_words(part) for part in asked[-1]["content"])
+
+
+def _has_words(part: dict) -> bool:
+    return part["type"] == "text" and bool(part["text"].strip())
 
 
 def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
@@ -156,7 +162,7 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
         )
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
     if not has_question(messages):
-        raise ValueError(f"{where} needs a question in its last user message, got {prompt!r}")
+        raise ValueError(f"{where} needs to end in {QUESTION}, got {prompt!r}")
     if not all(is_unicode(part["text"]) for m in messages for part in m["content"] if part["type"] == "text"):
         raise ValueError(f"{where} holds half a character (a lone surrogate): {prompt!r}")
 

@@ -8,8 +8,21 @@ from __future__ import annotations
 import time
 
 import torch
+from tqdm.auto import tqdm
 
-from ras_fast.decoding import BROKEN, Decoding, check_mode, eos_ids, lock_of, next_tokens, output_head, reference_generate
+from ras_fast.decoding import (
+    BROKEN,
+    Decoding,
+    TooLong,
+    broken_rows,
+    check_length,
+    check_mode,
+    eos_ids,
+    lock_of,
+    next_tokens,
+    output_head,
+    reference_generate,
+)
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import CUT
 from ras_fast.inputs import Query, encode, make_queries
@@ -18,6 +31,16 @@ from ras_fast.methods.attention import prompt_features
 from ras_fast.methods.moras import Moras, assess, describe
 from ras_fast.patching import patched
 from ras_fast.profile import RasProfile
+
+
+class _EndedLater:
+    """A streamer whose end `model.generate` does not reach, so that it is ended once."""
+
+    def __init__(self, streamer):
+        self.put = streamer.put
+
+    def end(self) -> None:
+        pass
 
 
 class SequentialPipeline:
@@ -36,14 +59,24 @@ class SequentialPipeline:
         self.head = output_head(model)
         self.moras = Moras(profile, self.head, model.device, model.dtype)
 
-    def generate(self, prompts, images=None, *, streamer=None, **decoding) -> list[SafeOutput]:
-        """See `SafeGenerator.generate`."""
-        decoding = Decoding.of(decoding)
-        queries = make_queries(prompts, images, self.processor)
-        with lock_of(self.model):
-            check_mode(self.model)
-            self.profile.check(self.model)  # its adapters may have been switched
-            return [self._answer(number, query, decoding, streamer) for number, query in enumerate(queries)]
+    def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
+        """See `SafeGenerator.generate`; a batch is one query here."""
+        try:
+            decoding = Decoding.of(decoding)
+            queries = make_queries(prompts, images, self.processor)
+            if streamer is not None and len(queries) != 1:
+                raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
+            progress = len(queries) > 1 if progress is None else progress
+            with lock_of(self.model):
+                check_mode(self.model)
+                self.profile.check(self.model)  # its adapters may have been switched
+                return [
+                    self._answer(number, query, decoding, None if streamer is None else _EndedLater(streamer))
+                    for number, query in enumerate(tqdm(queries, desc="queries", disable=not progress))
+                ]
+        finally:
+            if streamer is not None:
+                streamer.end()  # whatever happened, or the thread that reads it waits for ever
 
     def describe(self, query: Query) -> str:
         """Stage 1: the context. A subclass may put another one in its place."""
@@ -58,18 +91,22 @@ class SequentialPipeline:
 
     @torch.no_grad()
     def _stages(self, number: int, query: Query, decoding: Decoding, streamer) -> SafeOutput:
-        begin = time.perf_counter()
+        begin = described = time.perf_counter()
         inputs, poisoned = encode(self.processor, query, self.model.device, self.model.dtype)
-        context = self.describe(query)
-        described = time.perf_counter()
-
-        similarity = assess(self.model, self.processor, query, context, self.moras)
+        check_length(self.model, inputs["input_ids"].shape[1])
+        context, similarity, too_long = "", torch.full((1,), torch.nan, device=self.model.device), None
+        try:
+            context = self.describe(query)
+            described = time.perf_counter()
+            similarity = assess(self.model, self.processor, query, context, self.moras)
+        except TooLong as error:
+            too_long = str(error)
         if poisoned:
             similarity = torch.full_like(similarity, torch.nan)
         risk, failed = self.moras.risk(similarity, *self._features(query))
         assessed = time.perf_counter()
 
-        tokens, states, _ = reference_generate(
+        tokens, states, logits = reference_generate(
             self.model,
             self.processor,
             inputs,
@@ -79,7 +116,8 @@ class SequentialPipeline:
             streamer=streamer,
         )
         answered = time.perf_counter()
-        produced = tokens + [BROKEN] * (len(states) - len(tokens))
+        broken = bool(broken_rows(logits[-1]))
+        produced = [*tokens[: len(states) - 1], BROKEN] if broken else tokens
         return SafeOutput(
             text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True),
             tokens=tokens,
@@ -87,7 +125,7 @@ class SequentialPipeline:
             similarity=similarity.item(),
             context=context,
             rejected_at=self._first_changed(number, inputs, decoding, produced, states),
-            failed_closed="the risk could not be computed" if failed.item() else CUT if BROKEN in produced else None,
+            failed_closed=too_long or ("the risk could not be computed" if failed.item() else CUT if broken else None),
             timings={
                 "context": described - begin,
                 "risk": assessed - described,

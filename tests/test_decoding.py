@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from tiny_random import tiny_llava, tiny_processor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from ras_fast.decoding import (
     BROKEN,
@@ -43,16 +43,21 @@ def test_minus_infinity_is_a_token_that_was_ruled_out():
 
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.3}])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_without_an_end_token_a_row_that_is_not_finite_has_no_token(settings, value):
+def test_a_row_that_is_not_finite_has_no_token(settings, value):
     scores, ids = torch.randn(3, 9), torch.zeros(3, 4, dtype=torch.long)
     broken = scores.clone()
     broken[1, 5] = value
-    wanted, found, ended = (
-        next_tokens(Decoding(**settings).processors(0, 4, eos), ids, logits).tolist()
-        for eos, logits in (([], scores), ([], broken), ([EOS], broken))
+    wanted, found, ended, forbidden = (
+        next_tokens(Decoding(**settings, **more).processors(0, 4, eos), ids, logits).tolist()
+        for eos, logits, more in (
+            ([], scores, {}),
+            ([], broken, {}),
+            ([EOS], broken, {}),
+            ([EOS], broken, {"logits_processors": SuppressTokensLogitsProcessor([EOS])}),
+        )
     )
-    assert found == [wanted[0], BROKEN, wanted[2]]
-    assert ended == [wanted[0], EOS, wanted[2]]
+    assert found == ended == [wanted[0], BROKEN, wanted[2]]
+    assert forbidden[1] == BROKEN
 
 
 @pytest.mark.parametrize("eos", [[], [EOS]])

@@ -11,11 +11,12 @@ import torch
 from test_engine_one_pass import autosteer
 from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
 from torch.utils.hooks import RemovableHandle
-from transformers import TextIteratorStreamer
+from transformers import SuppressTokensLogitsProcessor, TextIteratorStreamer
 
 import ras_fast
 from ras_fast import inputs, kv_cache
 from ras_fast.backend import forced_backend
+from ras_fast.decoding import lock_of
 from ras_fast.engine import SafeGenerator, batch
 from ras_fast.engine.watch import Watch
 from ras_fast.methods.moras import PRESETS
@@ -77,6 +78,7 @@ def assert_same(outputs, references):
         assert output.tokens == reference.tokens
         assert output.context == reference.context
         assert output.rejected_at == reference.rejected_at
+        assert (output.failed_closed is None) == (reference.failed_closed is None)
         assert output.text == reference.text
         assert output.risk == pytest.approx(reference.risk, abs=1e-4, nan_ok=True)
         assert output.similarity == pytest.approx(reference.similarity, abs=1e-4, nan_ok=True)
@@ -353,12 +355,25 @@ def test_transformers_streamers_work(model, processor, profile):
         (["w1"], {"num_beams": 2}),
     ],
 )
-def test_a_streamer_is_ended_even_where_there_is_nothing_to_answer(model, processor, profile, prompts, options):
+@pytest.mark.parametrize("make", [SequentialPipeline, partial(SafeGenerator, fused=False)], ids=["reference", "engine"])
+def test_a_streamer_is_ended_even_where_there_is_nothing_to_answer(model, processor, profile, make, prompts, options):
     """Else the thread that reads it waits for ever."""
     streamer = Recorder()
     with pytest.raises((ValueError, TypeError)):
-        SafeGenerator(model, processor, profile, fused=False).generate(prompts, streamer=streamer, **options)
+        make(model, processor, profile).generate(prompts, streamer=streamer, **options)
     assert (streamer.values, streamer.ended) == ([], 1)
+
+
+def test_the_reference_streams_and_shows_its_progress(model, processor, profile, capsys):
+    pipeline, streamer = SequentialPipeline(model, processor, profile), Recorder()
+    (output,) = pipeline.generate(["w1"], streamer=streamer, max_new_tokens=3)
+    assert [token for value in streamer.values[1:] for token in value] == output.tokens
+    assert streamer.ended == 1
+    assert "queries" not in capsys.readouterr().err
+    pipeline.generate(["w1", "w2"], max_new_tokens=1)
+    assert "2/2" in capsys.readouterr().err
+    pipeline.generate(["w1", "w2"], max_new_tokens=1, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("stage", ["_context_and_draft", "_assess", "_check_drafts", "_finish"])
@@ -535,7 +550,8 @@ def test_without_an_end_token_a_query_that_is_not_finite_ends_alone(endless, pro
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampling"])
 @pytest.mark.parametrize("step", [5, 8])
-def test_without_an_end_token_an_answer_ends_where_it_is_no_longer_finite(processor, options, step):
+@pytest.mark.parametrize("end", ["none", "one", "one that is forbidden"])
+def test_an_answer_ends_where_it_is_no_longer_finite_and_says_so(processor, options, step, end):
     """After a word of its own that is NaN, and after the last step that the draft shared with the other stages."""
     model = endless_llava(processor, layers=2)
     profile = make_profile(model, processor, gate=0.0, context_prompt="w1", safety_prompt="w1", max_context_tokens=1)
@@ -546,9 +562,13 @@ def test_without_an_end_token_an_answer_ends_where_it_is_no_longer_finite(proces
     broken = next(i for i in range(3) if plain[i].tokens[step] not in others[i])
     with torch.no_grad():
         model.get_input_embeddings().weight[plain[broken].tokens[step]] = torch.nan
+    last = [next(i for i in range(4, 100) if all(i not in output.tokens for output in plain))] if end != "none" else []
+    model.generation_config.eos_token_id = last or None
+    if end == "one that is forbidden":
+        options = options | {"logits_processors": SuppressTokensLogitsProcessor(last)}
     outputs = guard.generate(prompts, images, max_new_tokens=10, **options)
     assert_same(outputs, SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=10, **options))
-    plain[broken].tokens = plain[broken].tokens[: step + 1]
+    plain[broken].tokens = plain[broken].tokens[: step + 1] + last
     assert [output.tokens for output in outputs] == [output.tokens for output in plain]
     assert [i for i, output in enumerate(outputs) if output.failed_closed] == [broken]
     assert guard.counters["failed_closed"] == 1
@@ -792,6 +812,23 @@ def test_two_generators_of_one_model_in_two_threads(model, processor, profile):
 PIPELINES = {"reference": SequentialPipeline, "engine": partial(SafeGenerator, fused=False)}
 
 
+def test_a_wrapped_model_has_the_lock_of_the_model_inside(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    for wrapped, inside in ((torch.compile(model), model), (torch.compile(adapted), adapted.get_base_model())):
+        assert lock_of(wrapped) is lock_of(inside)
+    assert lock_of(adapted) is not lock_of(model)
+
+
+def test_a_compiled_model_answers_as_the_model_inside(model, processor, profile):
+    (expected,) = SequentialPipeline(model, processor, profile).generate(["w1 w2"], [random_image(0)], max_new_tokens=6)
+    for make in PIPELINES.values():
+        (output,) = make(torch.compile(model, backend="eager"), processor, profile).generate(
+            ["w1 w2"], [random_image(0)], max_new_tokens=6
+        )
+        assert output.tokens == expected.tokens
+
+
 @pytest.mark.parametrize("first", PIPELINES)
 @pytest.mark.parametrize("second", PIPELINES)
 def test_the_reference_and_the_engine_take_turns(model, processor, first, second):
@@ -953,6 +990,23 @@ def test_a_prompt_beyond_the_models_positions_has_no_answer(model, processor, pr
             pipeline.generate(["w1 " * 61], max_new_tokens=2)
     with pytest.raises(ValueError, match=r"prompts\[1\]: a prompt has"):
         SafeGenerator(model, processor, profile, fused=False).generate(["w1", "w1 " * 61])
+
+
+@pytest.mark.parametrize(("context_prompt", "safety_prompt"), [("w1", "w4 " * 40), ("w1 " * 60, "w4")], ids=["risk", "context"])
+def test_a_stage_beyond_the_models_positions_fails_closed_for_its_query_alone(
+    model, processor, monkeypatch, context_prompt, safety_prompt
+):
+    """The query with an image has a prompt of its own that fits."""
+    profile = make_profile(model, processor, context_prompt=context_prompt, safety_prompt=safety_prompt)
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", 64)
+    prompts, images = ["w1", "w2 w3", "w4"], [None, random_image(0), None]
+    guard = SafeGenerator(model, processor, profile, fused=False)
+    outputs = guard.generate(prompts, images, max_new_tokens=6)
+    assert_same(outputs, SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6))
+    assert [output.failed_closed is None for output in outputs] == [True, False, True]
+    assert "64 positions" in outputs[1].failed_closed
+    assert (outputs[1].risk, guard.counters["failed_closed"]) == (1, 1)
+    assert_same(guard.generate(prompts[1:2], images[1:2], max_new_tokens=6), outputs[1:2])
 
 
 def test_a_head_the_engine_does_not_know_is_refused(model, processor, profile, monkeypatch):

@@ -41,6 +41,14 @@ def test_chats_and_assistant_prefixes(processor):
     assert decoded(processor, query.ask_about_images("w7")) == "<bos> USER : IMG w7 ASSISTANT :"
 
 
+@pytest.mark.parametrize("ends", [["User"], ["tool"], ["system"], ["assistant", "system"], ["assistant", "assistant"]], ids=str)
+def test_a_chat_that_goes_on_after_its_question_is_refused(processor, ends):
+    """The model would answer those words, and the risk would be that of the question before."""
+    chat = [{"role": role, "content": f"w{i}"} for i, role in enumerate(["user", *ends])]
+    with pytest.raises(ValueError, match=r'prompts\[1\] needs to end in a "user" message with a question, or in that and one'):
+        make_queries(["w1", chat], None, processor)
+
+
 @pytest.mark.parametrize("key", ["image", "path", "url"])
 def test_images_may_be_in_the_parts_of_a_chat(processor, key, tmp_path):
     def chat(first, second):
@@ -69,8 +77,9 @@ def test_images_may_be_in_the_parts_of_a_chat(processor, key, tmp_path):
         (["w1"], random_image(0), "images is a Image"),
         (["w1 <image>"], None, r"1 image placeholder\(s\) but images\[0\] holds 0"),
         (["<image> <image> w1"], [random_image(0)], r"2 image placeholder\(s\) but images\[0\] holds 1"),
-        ([""], None, "needs a question"),
-        ([[{"role": "assistant", "content": "w1"}]], None, "needs a question"),
+        ([""], None, "with a question"),
+        ([[]], None, "with a question"),
+        ([[{"role": "assistant", "content": "w1"}]], None, "with a question"),
         ([[{"role": "user", "content": None}]], None, r"prompts\[0\] has the content None"),
         ([[{"role": "user", "content": 5}]], None, "has the content 5"),
         ([[{"role": "user", "content": ["hi"]}]], None, r"has the content \['hi'\]; it needs to be a string or"),

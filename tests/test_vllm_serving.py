@@ -422,6 +422,8 @@ async def until(reached):
         (ask(messages=[{"role": "user", "content": [{"text": "no type"}]}]), "no type"),
         (ask(messages=[{"role": "user", "content": [PICTURE]}]), "a question"),
         (ask(messages=[{"role": "assistant", "content": "Sure"}]), "a question"),
+        (ask(messages=[{"role": role, "content": "w1"} for role in ("user", "assistant", "tool")]), "needs to end in"),
+        (ask(messages=[{"role": role, "content": "w1"} for role in ("user", "system")]), "['user', 'system']"),
     ],
 )
 def test_what_cannot_be_defended_is_refused(server, body, words):

@@ -48,7 +48,8 @@ class SafeOutput:
 class Sequence:
     """A prompt and what was produced after it.
 
-    broken: whether it ended because the logits were not finite, in a model without a token to say so.
+    broken: whether it ended because the logits were not finite. Its last token is then that of the end of sequence, in a model
+        that has one.
     """
 
     def __init__(self, prompt: list[int], decoding: Decoding, query: int, eos: list[int], tokenizer, device):
@@ -65,8 +66,8 @@ class Sequence:
 
     @property
     def produced(self) -> list[int]:
-        """The token of each step that was made: `tokens`, and BROKEN after them where the sequence is."""
-        return self.tokens + [BROKEN] * self.broken
+        """The token of each step that was made: `tokens`, with BROKEN as the last one where the sequence is."""
+        return [*self.tokens[: len(self.tokens) - bool(self.eos)], BROKEN] if self.broken else self.tokens
 
     def append(self, token: int) -> None:
         """One more token; a sequence that is done takes no more."""
@@ -74,6 +75,7 @@ class Sequence:
             return
         if token == BROKEN:
             self.done = self.broken = True
+            self.tokens += self.eos[:1]
             return
         self.tokens.append(token)
         self.done = (

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ras_fast.decoding import Decoding
+from ras_fast.decoding import Decoding, TooLong
 from ras_fast.engine.answer import SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch, Runner
 from ras_fast.engine.plan import Clock, Plan, image_mass
@@ -152,9 +152,15 @@ class Overlapped(Plan):
                 ids = self._ids(job, query)
                 job.context_key = _key("context", job, ids)
                 job.context = self.cache.get(job.context_key)
-            wanted = Decoding(self.moras.config["max_context_tokens"])
-            found.append((query, self.sequence(ids, wanted)) if job.context is None else None)
+            found.append(self._context_entry(job, query, ids) if job.context is None else None)
         return found
+
+    def _context_entry(self, job: Job, query: Query, ids: list[int]) -> tuple[Query, Sequence] | None:
+        try:
+            return query, self.sequence(ids, Decoding(self.moras.config["max_context_tokens"]))
+        except TooLong as error:
+            job.context, job.failed_closed = "", job.failed_closed or str(error)
+            return None
 
     # Stages
 
@@ -208,9 +214,7 @@ class Overlapped(Plan):
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""
-        queries = [risk_query(job.query, job.context, self.moras.config) for job in jobs]
-        prompts = [self._ids(job, query) for job, query in zip(jobs, queries, strict=True)]
-        entries = [(q, self.sequence(ids, Decoding(self.moras.steps))) for q, ids in zip(queries, prompts, strict=True)]
+        entries = [self._risk_entry(job) for job in jobs]
         risk = self._stage(batch, jobs, entries, self.moras.steps, keep=self.moras.steps)
         while not risk.done and risk.steps < self.moras.steps:
             batch.step([branch for branch in (risk, draft) if not branch.done])
@@ -227,6 +231,16 @@ class Overlapped(Plan):
                 job.failed_closed = "the similarity to a refusal is not finite"
             if job.failed_closed:
                 job.similarity, job.risk = float("nan"), 1.0
+
+    def _risk_entry(self, job: Job) -> tuple[Query, Sequence]:
+        """The prompt of stage 2. Where it is longer than the model can read, the risk is 1 whatever comes of the stage, and the
+        query's own prompt goes along in its place."""
+        query, wanted = risk_query(job.query, job.context, self.moras.config), Decoding(self.moras.steps)
+        try:
+            return query, self.sequence(self._ids(job, query), wanted)
+        except TooLong as error:
+            job.failed_closed = job.failed_closed or str(error)
+            return job.query, self.sequence(job.draft.prompt, wanted)
 
     def _check_drafts(self, jobs: list[Job], draft: Branch) -> None:
         """Takes every draft back to the first step whose steered token is another one."""

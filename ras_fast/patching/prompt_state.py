@@ -73,9 +73,11 @@ class PromptState:
     def watch(self, patch: Any) -> Iterator[PromptState]:
         """Follows the forwards of a `Patch`'s model inside the block. Hooks that read `value` are to be registered in it.
 
-        `generate` calls of other threads wait for each other inside the block. Raises ValueError for another model's profile.
+        `generate` calls of other threads wait for each other inside the block. Raises ValueError for another model's profile,
+        and for a text model that was compiled by itself.
         """
         self.profile.check(patch.model)
+        _refuse_compiled(patch.model, patch.text_model)
         cache_name(patch.text_model)  # or what is decided could not be found again
         self._patch = patch
         with ExitStack() as stack:
@@ -124,6 +126,17 @@ class _OneAtATime:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with lock_of(self.model):
             return self.generate(*args, **kwargs)
+
+
+def _refuse_compiled(model: nn.Module, text_model: nn.Module) -> None:
+    """Dynamo does not look whether a module got hooks since it was traced: the answer would not be defended, without an error.
+    Around and below the text model it does notice, or there is no hook to miss."""
+    itself_or_around = [module for module in model.modules() if getattr(module, "_orig_mod", module) is text_model]
+    if any(m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable") for m in itself_or_around):
+        raise ValueError(
+            f"the text model ({type(text_model).__name__}) was compiled by itself, which does not see the hooks of a method; "
+            "compile the whole model instead"
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import Query, has_question
+from ras_fast.inputs import QUESTION, Query, has_question
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
@@ -303,7 +303,7 @@ class _Gone(Exception):
 def to_query(messages) -> Query:
     """OpenAI chat messages as a query whose images are their ``image_url`` parts.
 
-    Raises ValueError for other parts than text and images, and without a question in the last user message.
+    Raises ValueError for other parts than text and images, and for a chat that does not end in a question.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages is {messages!r}; it needs to be a list of messages")
@@ -314,7 +314,7 @@ def to_query(messages) -> Query:
             raise ValueError(f"messages[{i}] is {message!r}; it needs a role and a content")
         chat.append(message | {"content": _parts(f"messages[{i}]", message["content"], images)})
     if not has_question(chat):
-        raise ValueError("messages needs a question in its last user message")
+        raise ValueError(f"messages needs to end in {QUESTION}; its roles are {[message['role'] for message in chat]}")
     return Query(chat, images)
 
 

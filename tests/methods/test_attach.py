@@ -234,3 +234,34 @@ def test_an_unpatched_model_does_not_answer_undefended(model, processor, make):
             ras_fast.patch(model)  # nor would it be steered through another handle
     generate(model, prompts(processor))
     assert "_prefill" not in model.__dict__
+
+
+@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("how", ["call", "forward", "module"])
+def test_a_text_model_that_was_compiled_by_itself_is_refused(processor, make, how):
+    """Hooks that it gets after it was traced are not run: the answer would not be defended."""
+    model = endless_llava(processor, 3)
+    with ras_fast.patch(model) as patch:
+        text_model = patch.text_model
+        if how == "call":
+            text_model.compile(backend="eager")
+        elif how == "forward":
+            text_model.forward = torch.compile(text_model.forward, backend="eager")
+        else:
+            model.model.language_model = torch.compile(text_model, backend="eager")
+        generate(model, prompts(processor))
+        with pytest.raises(ValueError, match="was compiled by itself"), ras_fast.methods.attach(patch, make(model, processor)):
+            generate(model, prompts(processor))
+
+
+def test_a_whole_model_that_was_compiled_before_is_defended(processor):
+    model = endless_llava(processor, 3)
+    profile, inputs = autosteer(model, processor), prompts(processor)
+    profile.config["threshold"] = 0.0
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        plain = compiled(**inputs, use_cache=False).logits
+        with ras_fast.methods.attach(patch, profile):
+            expected, found = (one(**inputs, use_cache=False).logits for one in (model, compiled))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found[:, -1], plain[:, -1], atol=1e-2)

@@ -29,6 +29,10 @@ from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.steering import Probe, Site
 
 PATTERNS = ("nbnb", "nbnnbn", "nbb")
+# Arguments of a layer that its attention alone makes use of, whether or not the trace brings them.
+_FOR_ATTENTION = frozenset(
+    ("attention_mask", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", *CACHE_NAMES)
+)
 
 
 class FusedNorm:
@@ -119,9 +123,12 @@ class FusedLayer:
         self.probe: Probe | None = None  # reads that output once it is steered
         self.returns_tuple = False
         self._parameters = tuple(inspect.signature(type(layer).forward).parameters)[1:]
+        self._unproved: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self._parameters, args, strict=False))
+        if self._unproved and any(kwargs.get(name) is not None for name in self._unproved):
+            return self._unfused(kwargs)
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
@@ -136,6 +143,21 @@ class FusedLayer:
             moved = moved.view(hidden.shape)
         hidden = self._finish(self._run("mlp_norm", moved), hidden)
         return (hidden,) if self.returns_tuple else hidden
+
+    def note_unproved(self, record: LayerTrace) -> None:
+        """Parameters of the layer that the trace left empty: what the layer does with them was not seen."""
+        given = dict(zip(self._parameters, record.args, strict=False)) | record.kwargs
+        unproved = (name for name in self._parameters if given.get(name) is None)
+        self._unproved = tuple(name for name in unproved if name not in _FOR_ATTENTION)
+
+    def _unfused(self, kwargs: dict[str, Any]) -> Any:
+        """The layer's own forward, steered and read as the fused one is."""
+        self._check(kwargs["hidden_states"])
+        output = type(self.layer).forward(self.layer, **kwargs)
+        if self.site is None and self.probe is None:
+            return output
+        hidden = self.end.add(_first(output), None, self.site, self.probe)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return _first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
@@ -209,6 +231,11 @@ class Call:
     @property
     def x(self) -> Any:
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+    @property
+    def is_unary(self) -> bool:
+        """Whether it was called with hidden states and nothing else."""
+        return len(self.args) + len(self.kwargs) == 1 and isinstance(self.x, Tensor)
 
 
 @dataclass
@@ -369,11 +396,15 @@ def fuse_layer(
 ) -> FusedLayer:
     """The fused form of a layer, not proved yet."""
     kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
-    return kind(record.module, index, names, middle, end)
+    fused = kind(record.module, index, names, middle, end)
+    fused.note_unproved(record)
+    return fused
 
 
 def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> str | None:
     """None when the fused layer does what the original did in the trace, else how it differs."""
+    if not next(call for call in record.calls if call.name == fused.names["mlp"]).is_unary:
+        return "calls its MLP with more than the hidden states"
     fused.returns_tuple = isinstance(record.output, tuple)
     if fused.returns_tuple and len(record.output) > 1:
         return f"returns {len(record.output)} values"

@@ -246,13 +246,15 @@ class Patch:
         wanted = state.layers if layers is None else layers
         least = min((state.layers[layer].heads or sys.maxsize for layer in wanted), default=sys.maxsize)
         heads = None if heads is None else _indices("heads", heads, least)
-        previous = state.collection
+        previous, outer = state.collection, state.statistics
         state.statistics = Statistics()
         state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers), heads)
         try:
             yield state.statistics
         finally:
             state.collection = previous
+            if previous is not None:
+                state.statistics = outer
 
     def set_monitor(self, layers: Iterable[int], receive: Callable[[int, Tensor], None]) -> Monitor:
         """Reads the mass of some layers while a forward runs, whatever `collect` and `output_attentions` ask for.

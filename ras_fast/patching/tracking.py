@@ -156,7 +156,7 @@ class RegionTracker:
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             own.regions = before if before is not None else self.given
         else:
-            own.regions = self._find(own, inputs, before, int(past))
+            own.regions = self._find(own, inputs, before, int(past), no_image)
         if cache is not None and own.regions is not before:
             keep(cache, REGIONS, own.regions)
 
@@ -176,13 +176,17 @@ class RegionTracker:
             keep(cache, REGIONS, own.regions)
 
     def _given(self, inputs: dict[str, Any] | None) -> bool:
-        """Whether the forward was given images. Else its image tokens, which the model has generated itself, are none."""
+        """Whether the forward was given images. Else its image tokens, which somebody typed or the model generated, are none."""
         return inputs is not None and any(inputs.get(name) is not None for name in self._contents)
 
-    def _find(self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int) -> RegionMap | None:
+    def _find(
+        self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int, no_image: bool
+    ) -> RegionMap | None:
         visual = self._visual(inputs)
         if not visual:
             return before if before is not None else self.given
+        if no_image:
+            visual = {modality: torch.zeros_like(mask) for modality, mask in visual.items()}
         ids = self._ids(visual, own.lengths)
         counts = (ids.amax(1) + 1).tolist() if ids.shape[1] else [0] * ids.shape[0]
         num_regions = max(counts, default=0)

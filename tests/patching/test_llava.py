@@ -192,6 +192,15 @@ def test_attentions_without_any_image(model):
     assert [tuple(a.shape) for a in output.attentions] == [(2, 6, 3, 0)] * 3
 
 
+def test_an_image_token_that_was_typed_is_no_image(model):
+    batch = {"input_ids": torch.tensor([[5, IMAGE, 6, 7]])}
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        expected = model(**batch).logits
+        assert patched.region_map.num_regions == 0
+        patched.set_region_bias(torch.full((6,), 5.0))
+        assert torch.equal(model(**batch).logits, expected)
+
+
 def test_region_map(model):
     with torch.no_grad(), ras_fast.patch(model) as patched:
         model(**inputs(ROWS))
@@ -279,6 +288,16 @@ def test_collect(model):
     maps = regions.heat_maps(statistics.scores[2])
     assert [len(row) for row in maps] == [1, 1, 0, 3]
     assert torch.equal(maps[3][1], statistics.scores[2][3, :, 17:33].view(2, 4, 4))
+
+
+def test_collect_inside_collect(model):
+    batch = inputs(["tItt"])
+    with torch.no_grad(), ras_fast.patch(model) as patched, patched.collect(rows=3) as outer:
+        with patched.collect(rows=1) as inner:
+            model(**batch)
+        model(**batch)
+    assert outer.mass[0].shape[2] == 3
+    assert inner.mass[0].shape[2] == 1
 
 
 @pytest.mark.parametrize(

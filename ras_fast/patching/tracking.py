@@ -157,8 +157,7 @@ class RegionTracker:
             own.regions = before if before is not None else self.given
         else:
             own.regions = self._find(own, inputs, before, int(past), no_image)
-        if cache is not None and own.regions is not before:
-            keep(cache, REGIONS, own.regions)
+        _keep(cache, own.regions)
 
     def _begin(self, kwargs: dict[str, Any]) -> Forward:
         """This thread's forward gets to the text model."""
@@ -171,12 +170,10 @@ class RegionTracker:
         """Of the text model and of the multimodal one, also when they fail. A cache that they made gets the map, too."""
         own = self._own()
         own.running, own.inputs = False, None
-        cache = returned_cache(output)
-        if cache is not None and kept(cache, REGIONS) is not own.regions:
-            keep(cache, REGIONS, own.regions)
+        _keep(returned_cache(output), own.regions)
 
     def _given(self, inputs: dict[str, Any] | None) -> bool:
-        """Whether the forward was given images. Else its image tokens, which somebody typed or the model generated, are none."""
+        """Whether the forward was given images. Else its image tokens, typed by somebody or generated, are none."""
         return inputs is not None and any(inputs.get(name) is not None for name in self._contents)
 
     def _find(
@@ -279,8 +276,7 @@ class CrossRegionTracker(RegionTracker):
         elif own.regions is None:
             ids = torch.empty(_batch(inputs, kwargs), 0, dtype=torch.int32, device=next(module.parameters()).device)
             own.regions = RegionMap(ids, 0)
-        if cache is not None and own.regions is not before:
-            keep(cache, REGIONS, own.regions)
+        _keep(cache, own.regions)
 
     def _images(self, batch: int, states: Tensor, aspect_ratio_ids: Tensor | None) -> RegionMap:
         """From states [B · images · tiles, patches, d] and the images' aspect ratios [B, images], 0 where there is none."""
@@ -310,6 +306,12 @@ class RecordFeatures:
         output = getattr(type(self.module), f"get_{self.modality}_features")(self.module, *args, **kwargs)
         self.tracker.features(self.modality, output)
         return output
+
+
+def _keep(cache: Any, regions: RegionMap | None) -> None:
+    """On the cache, where there is one; not from a graph, which cannot make the cache's class one that takes it along."""
+    if cache is not None and not torch.compiler.is_compiling() and kept(cache, REGIONS) is not regions:
+        keep(cache, REGIONS, regions)
 
 
 def _length(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> int | None:

@@ -46,14 +46,23 @@ class FusedNorm:
         self._version = 0
         self._result: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given, result = self._given, self._result
         self._given = self._result = None
+        if kwargs or len(args) != 1:
+            return self._unfused(args, kwargs)
+        x = args[0]
         if given is x and self._untouched(x):
             return result
         if self.site is not None:
             return self.compute(x, None, self.site)[0]
         return type(self.norm).forward(self.norm, x)
+
+    def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The norm's own forward, where it is called in another way than in the trace."""
+        if self.site is not None:
+            raise RuntimeError(f"the norm is steered, but called with {len(args)} arguments and {sorted(kwargs)}")
+        return type(self.norm).forward(self.norm, *args, **kwargs)
 
     def _untouched(self, x: Tensor) -> bool:
         """Whether `x` certainly has not been written to since the add."""
@@ -327,8 +336,11 @@ def _note_call(calls: list[Call], name: str) -> Callable:
     return hook
 
 
-def fuse_norm(norm: nn.Module, x: Tensor) -> FusedNorm | str:
-    """The fused form of a norm module that is called on tensors like `x`, proved on random ones; or why there is none."""
+def fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
+    """The fused form of a norm module that is called like this, proved on random tensors; or why there is none."""
+    if not call.is_unary or call.kwargs:
+        return "is not called with one positional tensor"
+    x = call.x
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(x.shape[-1:]) or not isinstance(eps, float):
         return "is not a norm over the hidden size"
@@ -340,7 +352,12 @@ def fuse_norm(norm: nn.Module, x: Tensor) -> FusedNorm | str:
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(4, x.shape[-1], generator=generator) + 1) * torch.tensor([[1.0], [30.0], [0.1], [1e-3]])
     rows = rows.to(device=weight.device, dtype=x.dtype)
-    expected = type(norm).forward(norm, rows)
+    try:
+        expected = type(norm).forward(norm, rows)
+    except Exception as error:  # whatever a norm of another kind raises on rows without a batch
+        return f"does not run ({type(error).__name__}: {error})"
+    if not isinstance(expected, Tensor):
+        return f"returns a {type(expected).__name__}"
     for kind, offset in (("rms", 0.0), ("rms", 1.0), ("layer", 0.0)):
         candidate = FusedNorm(norm, kind, eps, offset)
         if _norm_agrees(candidate, rows, expected):

@@ -483,7 +483,7 @@ class Patch:
             if not _looks_like_norm(module):
                 continue
             with torch.no_grad():
-                fused[id(module)] = candidate = fusion.fuse_norm(module, call.x)
+                fused[id(module)] = candidate = fusion.fuse_norm(module, call)
             if isinstance(candidate, fusion.FusedNorm):
                 self._undo.set(module, fusion.forward_slot(module), candidate)
         if recorded.final_norm is not None:

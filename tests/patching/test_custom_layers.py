@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, relative_error, spread
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 import ras_fast
 
@@ -83,3 +83,61 @@ def test_an_mlp_with_a_second_argument_is_left_alone():
         with ras_fast.patch(model) as patched:
             assert "calls its MLP with more than the hidden states" in str(patched.report())
             assert relative_error(model(IDS, visual=visual.expand(2, 9)).logits, expected) < 1e-5
+
+
+class FlexibleNorm(LlamaRMSNorm):
+    """May be called by keyword, or add a residual first and then return both."""
+
+    def forward(self, x, residual=None):
+        return super().forward(x) if residual is None else (super().forward(x + residual), x + residual)
+
+
+class RowNorm(LlamaRMSNorm):
+    """Wants [B, L, d]."""
+
+    def forward(self, hidden_states):
+        batch, length, size = hidden_states.shape
+        return super().forward(hidden_states.view(batch * length, size)).view(batch, length, size)
+
+
+class CallsNorms(LlamaDecoderLayer):
+    """`way` is how it calls the norm after the attention."""
+
+    way = "x"
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.input_layernorm = RowNorm(config.hidden_size)
+        self.post_attention_layernorm = FlexibleNorm(config.hidden_size)
+
+    def forward(self, hidden_states, **kwargs):
+        attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        if self.way == "residual":
+            normed, hidden = self.post_attention_layernorm(attended, hidden_states)
+        else:
+            hidden = attended + hidden_states
+            normed = self.post_attention_layernorm(**{self.way: hidden})
+        return hidden + self.mlp(normed)
+
+
+@pytest.mark.parametrize("way", ["x", "residual"])
+def test_norms_that_are_called_in_other_ways_are_left_alone(way, monkeypatch):
+    monkeypatch.setattr(CallsNorms, "way", way)
+    model = llama(CallsNorms)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with ras_fast.patch(model) as patched:
+            report = patched.report().unfused
+            assert "does not run (ValueError" in report["layers.0.input_layernorm"]
+            assert report["layers.0.post_attention_layernorm"] == "is not called with one positional tensor"
+            assert relative_error(model(IDS).logits, expected) < 1e-5
+
+
+def test_a_fused_norm_may_be_called_in_another_way():
+    model, hidden = llama(LlamaDecoderLayer), torch.randn(2, 3, SIZE)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        assert torch.equal(model.model.norm(hidden_states=hidden), model.model.norm(hidden))
+        patched.set_steering("final", torch.randn(1, SIZE))
+        patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.ones(2))
+        with pytest.raises(RuntimeError, match=r"the norm is steered, but called with 0 arguments and \['hidden_states'\]"):
+            model.model.norm(hidden_states=hidden)

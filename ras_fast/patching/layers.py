@@ -75,6 +75,8 @@ class FusedNorm:
 
     def add(self, x: Tensor, residual: Tensor, site: Site | None = None, probe: Probe | None = None) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
+        if self.norm.weight.device != x.device:
+            return self._add_alone(x, residual, site, probe)
         if site is None or self.site is None:
             result, hidden = self.compute(x, residual, site or self.site, probe)
         else:
@@ -82,6 +84,12 @@ class FusedNorm:
             result, _ = self.compute(hidden, None, self.site)
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
+
+    def _add_alone(self, x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None) -> Tensor:
+        """x + residual where the norm's weight is elsewhere: accelerate's hooks bring it only for the norm's own call."""
+        if site is not None or probe is not None:
+            raise RuntimeError(f"a layer cannot be steered or read: the norm after it is on {self.norm.weight.device}")
+        return x if residual is None else residual + x
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""
@@ -386,7 +394,8 @@ def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
 
 def forward_slot(module: nn.Module) -> str | None:
     """The attribute that holds what `module(...)` runs; None where someone else has replaced it."""
-    if "forward" not in module.__dict__:
+    own = module.__dict__.get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward:  # accelerate's hooks leave it when they go
         return "forward"
     return "_old_forward" if "_hf_hook" in module.__dict__ else None  # accelerate's hooks call that in between
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -133,11 +134,21 @@ class _Undo:
         while len(self._changes) > mark:
             owner, name, existed, value = self._changes[-1]
             attributes = owner if isinstance(owner, dict) else owner.__dict__
+            if name in ("forward", "_old_forward"):
+                name, existed, value = _forward_before(owner, value)
             if existed:
                 attributes[name] = value
             else:
                 attributes.pop(name, None)
             self._changes.pop()  # last: an interrupt in between does the same once more, and loses nothing
+
+
+def _forward_before(module: nn.Module, before: Any) -> tuple[str, bool, Any]:
+    """Where `restore` puts a module's forward, whether anything goes there, and what: accelerate's hooks, which call
+    `_old_forward` in between, may have come or gone since `patch`."""
+    if "_hf_hook" in module.__dict__:
+        return "_old_forward", True, before or MethodType(type(module).forward, module)
+    return "forward", before is not None, before
 
 
 class Patch:

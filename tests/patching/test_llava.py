@@ -533,6 +533,44 @@ def test_offloaded_weights_are_left_alone(model):
     assert "offloaded" in str(patched.report())
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_hooks_of_accelerate_that_come_after_the_patch(model, offload):
+    accelerate = pytest.importorskip("accelerate")
+    batch, text = inputs(ROWS), model.model.language_model
+    valid = valid_rows(batch)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        patched = ras_fast.patch(model)
+        if offload:
+            accelerate.cpu_offload(text, "cpu")
+            patched.set_steering(0, torch.ones(1, 48))
+            with pytest.raises(RuntimeError, match="the norm after it is on meta"):
+                model(**batch)
+            patched.clear_steering()
+        else:
+            for layer in text.layers:
+                accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True))
+        assert relative_error(model(**batch).logits[valid], expected[valid]) < 1e-5
+        patched.unpatch()
+        assert torch.equal(model(**batch).logits, expected)
+        accelerate.hooks.remove_hook_from_submodules(text)
+        assert torch.equal(model(**batch).logits, expected)
+        with ras_fast.patch(model) as again:
+            assert again.report().fused_norms == 6
+
+
+def test_hooks_of_accelerate_that_go_after_the_patch(model):
+    accelerate = pytest.importorskip("accelerate")
+    batch, text = inputs(ROWS), model.model.language_model
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for layer in text.layers:
+            accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True))
+        with ras_fast.patch(model):
+            accelerate.hooks.remove_hook_from_submodules(text)
+        assert torch.equal(model(**batch).logits, expected)
+
+
 # Hooks of others
 
 

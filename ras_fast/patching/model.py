@@ -69,7 +69,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
         The handle: `unpatch()`, also as a context manager; `report()`; `collect`, `steering`, `region_map`.
 
     Raises:
-        TypeError: not a transformers model with decoder layers.
+        TypeError: not a transformers model with decoder layers, or its text model does not run from embeddings alone.
         ValueError: in training mode, patched already, or `backend` is unknown.
         RuntimeError: `backend` is not available here; says what mends it.
 
@@ -451,7 +451,11 @@ class Patch:
             self._backend_request = request_backend(backend)
         self._undo.set(text_model, _PATCH, self)
         self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
-        recorded = fusion.trace(text_model, decoder_layers)
+        try:
+            recorded = fusion.trace(text_model, decoder_layers)
+        except Exception as error:
+            what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
+            raise TypeError(f"{what} cannot be traced on embeddings alone ({type(error).__name__}: {error})") from error
         self.text_model, self.layers = text_model, decoder_layers
         self.final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
@@ -566,7 +570,7 @@ class Patch:
             if hasattr(type(multimodal), f"get_{modality}_features"):
                 self._undo.set(multimodal, f"get_{modality}_features", RecordFeatures(multimodal, modality, tracker))
         self._hook(multimodal, tracker.before_model)
-        self._hook(text_model, tracker.before_text)
+        self._hook(text_model, self._state.before_text)
         for module in (text_model, multimodal):
             handle = module.register_forward_hook(tracker.after, always_call=True)
             self._undo.hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)

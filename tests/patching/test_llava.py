@@ -320,6 +320,21 @@ def test_what_cannot_be_collected_is_named(model, arguments, message, side):
         model(**inputs(ROWS, side=side))
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_an_attention_that_is_changed_after_the_patch(model, name):
+    batch = inputs(["tItt"])
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model.set_attn_implementation({"text_config": name})
+        model(**batch)
+        with pytest.raises(RuntimeError, match=f"the attention was changed to '{name}' after"), patched.collect():
+            model(**batch)
+        patched.set_region_bias(torch.ones(6))
+        with pytest.raises(RuntimeError, match=f"the attention was changed to '{name}' after"):
+            model(**batch)
+        model.set_attn_implementation({"text_config": "ras_fast"})
+        model(**batch)
+
+
 def test_statistics_after_unpatch(model):
     patched = ras_fast.patch(model)
     patched.unpatch()
@@ -633,6 +648,15 @@ def test_training_and_gradients_are_refused(model):
 def test_what_is_not_a_model(thing):
     with pytest.raises(TypeError, match="transformers model"):
         ras_fast.patch(thing)
+
+
+def test_a_model_that_needs_more_than_embeddings(model, monkeypatch):
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        return input_ids.reshape(-1)
+
+    monkeypatch.setattr(type(model.model.language_model), "forward", forward)
+    with pytest.raises(TypeError, match=r"text model of Llava.*, a LlamaModel, cannot be .* embeddings alone \(Attrib"):
+        ras_fast.patch(model)
 
 
 def test_backend(model):

@@ -483,7 +483,7 @@ def test_deepcopy_is_patched_on_its_own(model):
 def test_pickle(model):
     batch = inputs(["tItt"])
     with torch.no_grad(), ras_fast.patch(model):
-        twin = pickle.loads(pickle.dumps(model))  # before any forward: transformers' recording hooks cannot be pickled
+        twin = pickle.loads(pickle.dumps(model))  # before an image: transformers' recording hooks cannot be pickled
         assert torch.equal(twin(**batch).logits, model(**batch).logits)
 
 

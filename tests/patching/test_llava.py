@@ -496,6 +496,19 @@ def test_two_models_at_once(model):
         assert (first.region_map.num_regions, second.region_map.num_regions) == (1, 2)
 
 
+def test_a_model_with_the_same_config_object(model):
+    other, batch = type(model)(model.config).eval(), inputs(["tItt", "tt"])
+    with torch.no_grad():
+        expected = other(**batch).logits
+        with ras_fast.patch(model):
+            assert relative_error(other(**batch).logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+            with pytest.raises(ValueError, match=r"call ras_fast\.patch"):
+                other(**batch, output_attentions=True)
+            with pytest.raises(RuntimeError, match="shares its config with a patched model, give it a copy"):
+                other.train()(**batch)
+        other(**batch)
+
+
 def test_patching_twice_is_an_error(model):
     with ras_fast.patch(model):
         with pytest.raises(ValueError, match="patched already"):

@@ -1,6 +1,7 @@
 """The promise of `ras_fast.patch`, on LLaVA: the same answers, image statistics, nothing left behind."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -596,6 +597,7 @@ def test_hooks_of_accelerate_that_go_after_the_patch(model):
             accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True))
         with ras_fast.patch(model):
             accelerate.hooks.remove_hook_from_submodules(text)
+        assert all(inspect.ismethod(layer.forward) for layer in text.layers)
         assert torch.equal(model(**batch).logits, expected)
 
 

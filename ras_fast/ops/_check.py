@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -59,3 +60,6 @@ def no_grad(op: str, *tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{op} has no backward, and an input requires grad: call it under torch.no_grad() or "
                            "torch.inference_mode(), or detach the input")
+    forward_mode = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+    if forward_mode and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(f"{op} has no forward-mode derivative, and an input has a tangent: take the input's primal alone")

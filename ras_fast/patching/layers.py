@@ -29,6 +29,10 @@ from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.steering import Probe, Site
 
 PATTERNS = ("nbnb", "nbnnbn", "nbb")
+# Arguments of a layer that its attention alone makes use of, whether or not the trace brings them.
+_FOR_ATTENTION = frozenset(
+    ("attention_mask", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", *CACHE_NAMES)
+)
 
 
 class FusedNorm:
@@ -42,14 +46,23 @@ class FusedNorm:
         self._version = 0
         self._result: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given, result = self._given, self._result
         self._given = self._result = None
+        if kwargs or len(args) != 1:
+            return self._unfused(args, kwargs)
+        x = args[0]
         if given is x and self._untouched(x):
             return result
         if self.site is not None:
             return self.compute(x, None, self.site)[0]
         return type(self.norm).forward(self.norm, x)
+
+    def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The norm's own forward, where it is called in another way than in the trace."""
+        if self.site is not None:
+            raise RuntimeError(f"the norm is steered, but called with {len(args)} arguments and {sorted(kwargs)}")
+        return type(self.norm).forward(self.norm, *args, **kwargs)
 
     def _untouched(self, x: Tensor) -> bool:
         """Whether `x` certainly has not been written to since the add."""
@@ -62,6 +75,8 @@ class FusedNorm:
 
     def add(self, x: Tensor, residual: Tensor, site: Site | None = None, probe: Probe | None = None) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
+        if self.norm.weight.device != x.device:
+            return self._add_alone(x, residual, site, probe)
         if site is None or self.site is None:
             result, hidden = self.compute(x, residual, site or self.site, probe)
         else:
@@ -69,6 +84,12 @@ class FusedNorm:
             result, _ = self.compute(hidden, None, self.site)
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
+
+    def _add_alone(self, x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None) -> Tensor:
+        """x + residual where the norm's weight is elsewhere: accelerate's hooks bring it only for the norm's own call."""
+        if site is not None or probe is not None:
+            raise RuntimeError(f"a layer cannot be steered or read: the norm after it is on {self.norm.weight.device}")
+        return x if residual is None else residual + x
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""
@@ -119,9 +140,12 @@ class FusedLayer:
         self.probe: Probe | None = None  # reads that output once it is steered
         self.returns_tuple = False
         self._parameters = tuple(inspect.signature(type(layer).forward).parameters)[1:]
+        self._unproved: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self._parameters, args, strict=False))
+        if self._unproved and any(kwargs.get(name) is not None for name in self._unproved):
+            return self._unfused(kwargs)
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
@@ -136,6 +160,21 @@ class FusedLayer:
             moved = moved.view(hidden.shape)
         hidden = self._finish(self._run("mlp_norm", moved), hidden)
         return (hidden,) if self.returns_tuple else hidden
+
+    def note_unproved(self, record: LayerTrace) -> None:
+        """Parameters of the layer that the trace left empty: what the layer does with them was not seen."""
+        given = dict(zip(self._parameters, record.args, strict=False)) | record.kwargs
+        unproved = (name for name in self._parameters if given.get(name) is None)
+        self._unproved = tuple(name for name in unproved if name not in _FOR_ATTENTION)
+
+    def _unfused(self, kwargs: dict[str, Any]) -> Any:
+        """The layer's own forward, steered and read as the fused one is."""
+        self._check(kwargs["hidden_states"])
+        output = type(self.layer).forward(self.layer, **kwargs)
+        if self.site is None and self.probe is None:
+            return output
+        hidden = self.end.add(_first(output), None, self.site, self.probe)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return _first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
@@ -209,6 +248,11 @@ class Call:
     @property
     def x(self) -> Any:
         return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+    @property
+    def is_unary(self) -> bool:
+        """Whether it was called with hidden states and nothing else."""
+        return len(self.args) + len(self.kwargs) == 1 and isinstance(self.x, Tensor)
 
 
 @dataclass
@@ -300,8 +344,11 @@ def _note_call(calls: list[Call], name: str) -> Callable:
     return hook
 
 
-def fuse_norm(norm: nn.Module, x: Tensor) -> FusedNorm | str:
-    """The fused form of a norm module that is called on tensors like `x`, proved on random ones; or why there is none."""
+def fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
+    """The fused form of a norm module that is called like this, proved on random tensors; or why there is none."""
+    if not call.is_unary or call.kwargs:
+        return "is not called with one positional tensor"
+    x = call.x
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(x.shape[-1:]) or not isinstance(eps, float):
         return "is not a norm over the hidden size"
@@ -313,7 +360,12 @@ def fuse_norm(norm: nn.Module, x: Tensor) -> FusedNorm | str:
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(4, x.shape[-1], generator=generator) + 1) * torch.tensor([[1.0], [30.0], [0.1], [1e-3]])
     rows = rows.to(device=weight.device, dtype=x.dtype)
-    expected = type(norm).forward(norm, rows)
+    try:
+        expected = type(norm).forward(norm, rows)
+    except Exception as error:  # whatever a norm of another kind raises on rows without a batch
+        return f"does not run ({type(error).__name__}: {error})"
+    if not isinstance(expected, Tensor):
+        return f"returns a {type(expected).__name__}"
     for kind, offset in (("rms", 0.0), ("rms", 1.0), ("layer", 0.0)):
         candidate = FusedNorm(norm, kind, eps, offset)
         if _norm_agrees(candidate, rows, expected):
@@ -342,7 +394,8 @@ def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
 
 def forward_slot(module: nn.Module) -> str | None:
     """The attribute that holds what `module(...)` runs; None where someone else has replaced it."""
-    if "forward" not in module.__dict__:
+    own = module.__dict__.get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward:  # accelerate's hooks leave it when they go
         return "forward"
     return "_old_forward" if "_hf_hook" in module.__dict__ else None  # accelerate's hooks call that in between
 
@@ -369,11 +422,15 @@ def fuse_layer(
 ) -> FusedLayer:
     """The fused form of a layer, not proved yet."""
     kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
-    return kind(record.module, index, names, middle, end)
+    fused = kind(record.module, index, names, middle, end)
+    fused.note_unproved(record)
+    return fused
 
 
 def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> str | None:
     """None when the fused layer does what the original did in the trace, else how it differs."""
+    if not next(call for call in record.calls if call.name == fused.names["mlp"]).is_unary:
+        return "calls its MLP with more than the hidden states"
     fused.returns_tuple = isinstance(record.output, tuple)
     if fused.returns_tuple and len(record.output) > 1:
         return f"returns {len(record.output)} values"

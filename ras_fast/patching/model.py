@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
         The handle: `unpatch()`, also as a context manager; `report()`; `collect`, `steering`, `region_map`.
 
     Raises:
-        TypeError: not a transformers model with decoder layers.
+        TypeError: not a transformers model with decoder layers, or its text model does not run from embeddings alone.
         ValueError: in training mode, patched already, or `backend` is unknown.
         RuntimeError: `backend` is not available here; says what mends it.
 
@@ -133,11 +134,21 @@ class _Undo:
         while len(self._changes) > mark:
             owner, name, existed, value = self._changes[-1]
             attributes = owner if isinstance(owner, dict) else owner.__dict__
+            if name in ("forward", "_old_forward"):
+                name, existed, value = _forward_before(owner, value)
             if existed:
                 attributes[name] = value
             else:
                 attributes.pop(name, None)
             self._changes.pop()  # last: an interrupt in between does the same once more, and loses nothing
+
+
+def _forward_before(module: nn.Module, before: Any) -> tuple[str, bool, Any]:
+    """Where `restore` puts a module's forward, whether anything goes there, and what: accelerate's hooks, which call
+    `_old_forward` in between, may have come or gone since `patch`."""
+    if "_hf_hook" in module.__dict__:
+        return "_old_forward", True, before or MethodType(type(module).forward, module)
+    return "forward", before is not None, before
 
 
 class Patch:
@@ -246,13 +257,15 @@ class Patch:
         wanted = state.layers if layers is None else layers
         least = min((state.layers[layer].heads or sys.maxsize for layer in wanted), default=sys.maxsize)
         heads = None if heads is None else _indices("heads", heads, least)
-        previous = state.collection
+        previous, outer = state.collection, state.statistics
         state.statistics = Statistics()
         state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers), heads)
         try:
             yield state.statistics
         finally:
             state.collection = previous
+            if previous is not None:
+                state.statistics = outer
 
     def set_monitor(self, layers: Iterable[int], receive: Callable[[int, Tensor], None]) -> Monitor:
         """Reads the mass of some layers while a forward runs, whatever `collect` and `output_attentions` ask for.
@@ -438,7 +451,11 @@ class Patch:
             self._backend_request = request_backend(backend)
         self._undo.set(text_model, _PATCH, self)
         self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
-        recorded = fusion.trace(text_model, decoder_layers)
+        try:
+            recorded = fusion.trace(text_model, decoder_layers)
+        except Exception as error:
+            what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
+            raise TypeError(f"{what} cannot be traced on embeddings alone ({type(error).__name__}: {error})") from error
         self.text_model, self.layers = text_model, decoder_layers
         self.final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
@@ -481,7 +498,7 @@ class Patch:
             if not _looks_like_norm(module):
                 continue
             with torch.no_grad():
-                fused[id(module)] = candidate = fusion.fuse_norm(module, call.x)
+                fused[id(module)] = candidate = fusion.fuse_norm(module, call)
             if isinstance(candidate, fusion.FusedNorm):
                 self._undo.set(module, fusion.forward_slot(module), candidate)
         if recorded.final_norm is not None:
@@ -553,7 +570,7 @@ class Patch:
             if hasattr(type(multimodal), f"get_{modality}_features"):
                 self._undo.set(multimodal, f"get_{modality}_features", RecordFeatures(multimodal, modality, tracker))
         self._hook(multimodal, tracker.before_model)
-        self._hook(text_model, tracker.before_text)
+        self._hook(text_model, self._state.before_text)
         for module in (text_model, multimodal):
             handle = module.register_forward_hook(tracker.after, always_call=True)
             self._undo.hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)

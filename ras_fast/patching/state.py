@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from ras_fast.patching.tracking import RegionTracker
+from ras_fast.registration import EXPLICIT, NAME
 
 
 @dataclass
@@ -81,6 +82,17 @@ class ModelState:
     monitor: Monitor | None = None
     statistics: Statistics = field(default_factory=Statistics)
     biases: dict[int, Tensor] = field(default_factory=dict)  # by layer, [Hq] for every image or [Hq, R]
+
+    def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook of the text model. Raises RuntimeError where statistics or a bias would silently come to nothing."""
+        if self.collection is not None or self.monitor is not None or self.biases:
+            name = module.config._attn_implementation
+            if name not in (NAME, EXPLICIT):
+                raise RuntimeError(
+                    f"statistics or a region bias are in force, but the attention was changed to {name!r} after the model was "
+                    f"patched: set it to {NAME!r}, or unpatch the model and patch it again"
+                )
+        self.tracker.before_text(module, args, kwargs)
 
 
 @dataclass

@@ -34,8 +34,9 @@ class Steering:
         if slot.dim() != 1 or slot.shape != alpha.shape:
             raise ValueError(f"slot is {tuple(slot.shape)} and alpha {tuple(alpha.shape)}; both must be [B] or [T]")
         if self.slot is None or self.slot.shape != slot.shape or self.slot.device != slot.device:
-            self.slot = torch.empty_like(slot, dtype=torch.int32)
-            self.alpha = torch.empty_like(alpha, dtype=torch.float32)
+            with torch.inference_mode(False):  # a later call may come from outside of it
+                self.slot = torch.empty_like(slot, dtype=torch.int32)
+                self.alpha = torch.empty_like(alpha, dtype=torch.float32)
         self.slot.copy_(slot)
         self.alpha.copy_(alpha)
 

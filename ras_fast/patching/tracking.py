@@ -156,9 +156,8 @@ class RegionTracker:
         elif inputs is None or torch.compiler.is_compiling():  # finding images waits for the device: not in a graph
             own.regions = before if before is not None else self.given
         else:
-            own.regions = self._find(own, inputs, before, int(past))
-        if cache is not None and own.regions is not before:
-            keep(cache, REGIONS, own.regions)
+            own.regions = self._find(own, inputs, before, int(past), no_image)
+        _keep(cache, own.regions)
 
     def _begin(self, kwargs: dict[str, Any]) -> Forward:
         """This thread's forward gets to the text model."""
@@ -171,18 +170,20 @@ class RegionTracker:
         """Of the text model and of the multimodal one, also when they fail. A cache that they made gets the map, too."""
         own = self._own()
         own.running, own.inputs = False, None
-        cache = returned_cache(output)
-        if cache is not None and kept(cache, REGIONS) is not own.regions:
-            keep(cache, REGIONS, own.regions)
+        _keep(returned_cache(output), own.regions)
 
     def _given(self, inputs: dict[str, Any] | None) -> bool:
-        """Whether the forward was given images. Else its image tokens, which the model has generated itself, are none."""
+        """Whether the forward was given images. Else its image tokens, typed by somebody or generated, are none."""
         return inputs is not None and any(inputs.get(name) is not None for name in self._contents)
 
-    def _find(self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int) -> RegionMap | None:
+    def _find(
+        self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int, no_image: bool
+    ) -> RegionMap | None:
         visual = self._visual(inputs)
         if not visual:
             return before if before is not None else self.given
+        if no_image:
+            visual = {modality: torch.zeros_like(mask) for modality, mask in visual.items()}
         ids = self._ids(visual, own.lengths)
         counts = (ids.amax(1) + 1).tolist() if ids.shape[1] else [0] * ids.shape[0]
         num_regions = max(counts, default=0)
@@ -275,8 +276,7 @@ class CrossRegionTracker(RegionTracker):
         elif own.regions is None:
             ids = torch.empty(_batch(inputs, kwargs), 0, dtype=torch.int32, device=next(module.parameters()).device)
             own.regions = RegionMap(ids, 0)
-        if cache is not None and own.regions is not before:
-            keep(cache, REGIONS, own.regions)
+        _keep(cache, own.regions)
 
     def _images(self, batch: int, states: Tensor, aspect_ratio_ids: Tensor | None) -> RegionMap:
         """From states [B · images · tiles, patches, d] and the images' aspect ratios [B, images], 0 where there is none."""
@@ -306,6 +306,12 @@ class RecordFeatures:
         output = getattr(type(self.module), f"get_{self.modality}_features")(self.module, *args, **kwargs)
         self.tracker.features(self.modality, output)
         return output
+
+
+def _keep(cache: Any, regions: RegionMap | None) -> None:
+    """On the cache, where there is one; not from a graph, which cannot make the cache's class one that takes it along."""
+    if cache is not None and not torch.compiler.is_compiling() and kept(cache, REGIONS) is not regions:
+        keep(cache, REGIONS, regions)
 
 
 def _length(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> int | None:

@@ -449,3 +449,13 @@ def test_gradients_are_refused_not_dropped():
         ops.add_rms_norm(x, None, weight, 1e-6)
     with torch.no_grad():
         assert not ops.add_rms_norm(x, None, weight, 1e-6)[0].requires_grad
+
+
+def test_forward_mode_derivatives_are_refused():
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    with pytest.raises(RuntimeError, match="add_rms_norm has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.add_rms_norm(x, None, weight, 1e-6)[0], (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(ops.add_rms_norm(x, None, weight, 1e-6)[1], x)
+        with pytest.raises(RuntimeError, match="add_layer_norm has no forward-mode derivative"):
+            ops.add_layer_norm(torch.autograd.forward_ad.make_dual(x, x), None, weight, None, 1e-6)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from families import FAMILIES
-from tiny_models import image_sums, inputs, llava, relative_error, valid_rows
+from tiny_models import IMAGE, image_sums, inputs, llava, relative_error, valid_rows
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 import ras_fast
+from ras_fast.patching.cache_values import cache_name, returned_cache
+from ras_fast.regions import RegionMap
 
 slow = pytest.mark.slow  # tracing takes tens of seconds
 
@@ -60,6 +62,26 @@ def test_forward_of_a_family_is_one_graph(name):
             got, patched_graphs = compiled()
     assert (graphs, patched_graphs) == (1, 1)
     assert relative_error(got, expected) < 1e-5
+
+
+@slow
+@pytest.mark.parametrize("given", [False, True], ids=["makes a cache", "is given one"])
+def test_a_given_map_and_a_cache_are_one_graph(given):
+    """Later steps go by the map that was set: a graph does not keep it on the cache."""
+    model, batch = llava(layers=2), inputs(["tItt"])
+    embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()
+    ids = torch.where(batch["input_ids"] == IMAGE, 0, -1).to(torch.int32)
+    options = {cache_name(model): DynamicCache(config=model.config.text_config)} if given else {}
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        patched.region_map = RegionMap(ids, 1)
+        expected = model(inputs_embeds=embeddings, output_attentions=True).attentions
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        output = compiled(inputs_embeds=embeddings, output_attentions=True, **options)
+        past = {cache_name(model): returned_cache(output)}
+        step = model(input_ids=torch.tensor([[5]]), output_attentions=True, **past).attentions
+    for a, b in zip(output.attentions, expected, strict=True):
+        assert (a - b).abs().max() < 1e-5
+    assert step[0].shape == (1, 6, 1, 1)
 
 
 @slow

@@ -1,6 +1,7 @@
 """The promise of `ras_fast.patch`, on LLaVA: the same answers, image statistics, nothing left behind."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -192,6 +193,15 @@ def test_attentions_without_any_image(model):
     assert [tuple(a.shape) for a in output.attentions] == [(2, 6, 3, 0)] * 3
 
 
+def test_an_image_token_that_was_typed_is_no_image(model):
+    batch = {"input_ids": torch.tensor([[5, IMAGE, 6, 7]])}
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        expected = model(**batch).logits
+        assert patched.region_map.num_regions == 0
+        patched.set_region_bias(torch.full((6,), 5.0))
+        assert torch.equal(model(**batch).logits, expected)
+
+
 def test_region_map(model):
     with torch.no_grad(), ras_fast.patch(model) as patched:
         model(**inputs(ROWS))
@@ -281,6 +291,16 @@ def test_collect(model):
     assert torch.equal(maps[3][1], statistics.scores[2][3, :, 17:33].view(2, 4, 4))
 
 
+def test_collect_inside_collect(model):
+    batch = inputs(["tItt"])
+    with torch.no_grad(), ras_fast.patch(model) as patched, patched.collect(rows=3) as outer:
+        with patched.collect(rows=1) as inner:
+            model(**batch)
+        model(**batch)
+    assert outer.mass[0].shape[2] == 3
+    assert inner.mass[0].shape[2] == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -299,6 +319,21 @@ def test_collect(model):
 def test_what_cannot_be_collected_is_named(model, arguments, message, side):
     with ras_fast.patch(model) as patched, pytest.raises(ValueError, match=message), patched.collect(**arguments):
         model(**inputs(ROWS, side=side))
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_an_attention_that_is_changed_after_the_patch(model, name):
+    batch = inputs(["tItt"])
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model.set_attn_implementation({"text_config": name})
+        model(**batch)
+        with pytest.raises(RuntimeError, match=f"the attention was changed to '{name}' after"), patched.collect():
+            model(**batch)
+        patched.set_region_bias(torch.ones(6))
+        with pytest.raises(RuntimeError, match=f"the attention was changed to '{name}' after"):
+            model(**batch)
+        model.set_attn_implementation({"text_config": "ras_fast"})
+        model(**batch)
 
 
 def test_statistics_after_unpatch(model):
@@ -449,7 +484,7 @@ def test_deepcopy_is_patched_on_its_own(model):
 def test_pickle(model):
     batch = inputs(["tItt"])
     with torch.no_grad(), ras_fast.patch(model):
-        twin = pickle.loads(pickle.dumps(model))  # before any forward: transformers' recording hooks cannot be pickled
+        twin = pickle.loads(pickle.dumps(model))  # before an image: transformers' recording hooks cannot be pickled
         assert torch.equal(twin(**batch).logits, model(**batch).logits)
 
 
@@ -460,6 +495,19 @@ def test_two_models_at_once(model):
         b = other(**inputs(["tIIt"]), output_attentions=True).attentions
         assert (len(a), len(b)) == (3, 2)
         assert (first.region_map.num_regions, second.region_map.num_regions) == (1, 2)
+
+
+def test_a_model_with_the_same_config_object(model):
+    other, batch = type(model)(model.config).eval(), inputs(["tItt", "tt"])
+    with torch.no_grad():
+        expected = other(**batch).logits
+        with ras_fast.patch(model):
+            assert relative_error(other(**batch).logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+            with pytest.raises(ValueError, match=r"call ras_fast\.patch"):
+                other(**batch, output_attentions=True)
+            with pytest.raises(RuntimeError, match="shares its config with a patched model, give it a copy"):
+                other.train()(**batch)
+        other(**batch)
 
 
 def test_patching_twice_is_an_error(model):
@@ -512,6 +560,45 @@ def test_offloaded_weights_are_left_alone(model):
     assert relative_error(got.logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
     assert patched.report().fused_norms == 0
     assert "offloaded" in str(patched.report())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_hooks_of_accelerate_that_come_after_the_patch(model, offload):
+    accelerate = pytest.importorskip("accelerate")
+    batch, text = inputs(ROWS), model.model.language_model
+    valid = valid_rows(batch)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        patched = ras_fast.patch(model)
+        if offload:
+            accelerate.cpu_offload(text, "cpu")
+            patched.set_steering(0, torch.ones(1, 48))
+            with pytest.raises(RuntimeError, match="the norm after it is on meta"):
+                model(**batch)
+            patched.clear_steering()
+        else:
+            for layer in text.layers:
+                accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True))
+        assert relative_error(model(**batch).logits[valid], expected[valid]) < 1e-5
+        patched.unpatch()
+        assert torch.equal(model(**batch).logits, expected)
+        accelerate.hooks.remove_hook_from_submodules(text)
+        assert torch.equal(model(**batch).logits, expected)
+        with ras_fast.patch(model) as again:
+            assert again.report().fused_norms == 6
+
+
+def test_hooks_of_accelerate_that_go_after_the_patch(model):
+    accelerate = pytest.importorskip("accelerate")
+    batch, text = inputs(ROWS), model.model.language_model
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for layer in text.layers:
+            accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook("cpu", place_submodules=True))
+        with ras_fast.patch(model):
+            accelerate.hooks.remove_hook_from_submodules(text)
+        assert all(inspect.ismethod(layer.forward) for layer in text.layers)
+        assert torch.equal(model(**batch).logits, expected)
 
 
 # Hooks of others
@@ -576,6 +663,15 @@ def test_training_and_gradients_are_refused(model):
 def test_what_is_not_a_model(thing):
     with pytest.raises(TypeError, match="transformers model"):
         ras_fast.patch(thing)
+
+
+def test_a_model_that_needs_more_than_embeddings(model, monkeypatch):
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        return input_ids.reshape(-1)
+
+    monkeypatch.setattr(type(model.model.language_model), "forward", forward)
+    with pytest.raises(TypeError, match=r"text model of Llava.*, a LlamaModel, cannot be .* embeddings alone \(Attrib"):
+        ras_fast.patch(model)
 
 
 def test_backend(model):

@@ -133,6 +133,14 @@ def test_rows_are_written_in_place(model, vectors):
         assert torch.equal(alpha, ALPHA * 2)
 
 
+def test_rows_that_were_set_in_inference_mode(model, vectors):
+    with ras_fast.patch(model) as patched:
+        with torch.inference_mode():
+            patched.steering.set_rows(SLOT.clone(), ALPHA.clone())
+        patched.steering.set_rows(SLOT, 2 * ALPHA)
+        assert torch.equal(patched.steering.alpha, 2 * ALPHA)
+
+
 def test_generation(model, vectors):
     """One row of a batch follows the vector for all tokens, the others do not change."""
     with torch.no_grad(), ras_fast.patch(model) as patched:

@@ -1,0 +1,143 @@
+"""Made-up layers that use what a forward on plain embeddings does not bring: the answers stay those of the original."""
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, relative_error, spread
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+
+import ras_fast
+
+SIZE = 32
+IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def llama(layer_class):
+    config = LlamaConfig(hidden_size=SIZE, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=2, vocab_size=VOCABULARY)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.model.layers = torch.nn.ModuleList(layer_class(config, index) for index in range(2))
+    return spread(model)
+
+
+class AddsAnother(LlamaDecoderLayer):
+    """Adds an optional argument to its output, as models of several streams do."""
+
+    def forward(self, hidden_states, extra=None, **kwargs):
+        hidden = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden if extra is None else hidden + extra
+
+
+class VisualMLP(LlamaMLP):
+    def __init__(self, config):
+        super().__init__(config)
+        self.visual = LlamaMLP(config)
+
+    def forward(self, x, visual=None):
+        return super().forward(x) if visual is None else torch.where(visual[..., None], self.visual(x), super().forward(x))
+
+
+class VisualExperts(LlamaDecoderLayer):
+    """Its MLP has experts of its own for image tokens, as ERNIE-4.5-VL's and CogVLM's have."""
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.mlp = VisualMLP(config)
+
+    def forward(self, hidden_states, **kwargs):
+        visual = kwargs.pop("visual", None)
+        hidden = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), visual)
+
+
+def test_an_argument_that_the_trace_did_not_bring():
+    model, extra = llama(AddsAnother), torch.randn(2, 9, SIZE)
+    with torch.no_grad():
+        expected, plain = model(IDS, extra=extra).logits, model(IDS).logits
+        with ras_fast.patch(model) as patched:
+            assert patched.report().fused_layers == 2
+            assert relative_error(model(IDS, extra=extra).logits, expected) < 1e-5
+            assert relative_error(model(IDS).logits, plain) < 1e-5
+
+
+@pytest.mark.parametrize("given", [{}, {"extra": torch.randn(2, 9, SIZE)}], ids=["traced", "not traced"])
+def test_steering_and_probes_do_not_depend_on_the_arguments(given):
+    model, vector, dots = llama(AddsAnother), torch.randn(1, SIZE), []
+    with torch.no_grad():
+        handle = model.model.layers[0].register_forward_hook(lambda module, args, output: output + 2 * vector)
+        expected = model(IDS, output_hidden_states=True, **given)
+        handle.remove()
+        with ras_fast.patch(model) as patched:
+            patched.set_steering(0, vector)
+            patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.full((2,), 2.0))
+            patched.set_probe(0, vector, dots.append)
+            assert relative_error(model(IDS, **given).logits, expected.logits) < 1e-5
+    assert relative_error(dots[0][..., 0], expected.hidden_states[1] @ vector[0]) < 1e-5
+
+
+def test_an_mlp_with_a_second_argument_is_left_alone():
+    model, visual = llama(VisualExperts), torch.arange(9) % 3 == 0
+    with torch.no_grad():
+        expected = model(IDS, visual=visual.expand(2, 9)).logits
+        with ras_fast.patch(model) as patched:
+            assert "calls its MLP with more than the hidden states" in str(patched.report())
+            assert relative_error(model(IDS, visual=visual.expand(2, 9)).logits, expected) < 1e-5
+
+
+class FlexibleNorm(LlamaRMSNorm):
+    """May be called by keyword, or add a residual first and then return both."""
+
+    def forward(self, x, residual=None):
+        return super().forward(x) if residual is None else (super().forward(x + residual), x + residual)
+
+
+class RowNorm(LlamaRMSNorm):
+    """Wants [B, L, d]."""
+
+    def forward(self, hidden_states):
+        batch, length, size = hidden_states.shape
+        return super().forward(hidden_states.view(batch * length, size)).view(batch, length, size)
+
+
+class CallsNorms(LlamaDecoderLayer):
+    """`way` is how it calls the norm after the attention."""
+
+    way = "x"
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.input_layernorm = RowNorm(config.hidden_size)
+        self.post_attention_layernorm = FlexibleNorm(config.hidden_size)
+
+    def forward(self, hidden_states, **kwargs):
+        attended = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        if self.way == "residual":
+            normed, hidden = self.post_attention_layernorm(attended, hidden_states)
+        else:
+            hidden = attended + hidden_states
+            normed = self.post_attention_layernorm(**{self.way: hidden})
+        return hidden + self.mlp(normed)
+
+
+@pytest.mark.parametrize("way", ["x", "residual"])
+def test_norms_that_are_called_in_other_ways_are_left_alone(way, monkeypatch):
+    monkeypatch.setattr(CallsNorms, "way", way)
+    model = llama(CallsNorms)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with ras_fast.patch(model) as patched:
+            report = patched.report().unfused
+            assert "does not run (ValueError" in report["layers.0.input_layernorm"]
+            assert report["layers.0.post_attention_layernorm"] == "is not called with one positional tensor"
+            assert relative_error(model(IDS).logits, expected) < 1e-5
+
+
+def test_a_fused_norm_may_be_called_in_another_way():
+    model, hidden = llama(LlamaDecoderLayer), torch.randn(2, 3, SIZE)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        assert torch.equal(model.model.norm(hidden_states=hidden), model.model.norm(hidden))
+        patched.set_steering("final", torch.randn(1, SIZE))
+        patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.ones(2))
+        with pytest.raises(RuntimeError, match=r"the norm is steered, but called with 0 arguments and \['hidden_states'\]"):
+            model.model.norm(hidden_states=hidden)

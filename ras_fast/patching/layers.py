@@ -75,7 +75,7 @@ class FusedNorm:
 
     def add(self, x: Tensor, residual: Tensor, site: Site | None = None, probe: Probe | None = None) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
-        if self.norm.weight.device != x.device:
+        if self.norm.weight.is_meta and not x.is_meta:
             return self._add_alone(x, residual, site, probe)
         if site is None or self.site is None:
             result, hidden = self.compute(x, residual, site or self.site, probe)
@@ -86,9 +86,9 @@ class FusedNorm:
         return hidden
 
     def _add_alone(self, x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None) -> Tensor:
-        """x + residual where the norm's weight is elsewhere: accelerate's hooks bring it only for the norm's own call."""
+        """x + residual where the norm's weight is offloaded: accelerate's hooks bring it only for the norm's own call."""
         if site is not None or probe is not None:
-            raise RuntimeError(f"a layer cannot be steered or read: the norm after it is on {self.norm.weight.device}")
+            raise RuntimeError("a layer cannot be steered or read: the norm after it has its weights offloaded")
         return x if residual is None else residual + x
 
     def forget(self) -> None:
@@ -139,7 +139,7 @@ class FusedLayer:
         self.site: Site | None = None  # steering of the layer's output
         self.probe: Probe | None = None  # reads that output once it is steered
         self.returns_tuple = False
-        self._parameters = tuple(inspect.signature(type(layer).forward).parameters)[1:]
+        self._parameters = _named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -222,6 +222,12 @@ class FusedCrossLayer(FusedLayer):
         sighted = kwargs.get("full_text_row_masked_out_mask")
         moved = moved if sighted is None else sighted[:, 0] * moved
         return self.layer._parameters[self.mlp_gate].tanh() * moved
+
+
+def _named_parameters(function: Callable) -> tuple[str, ...]:
+    """The names of its parameters, without *args and **kwargs."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
 
 
 def gates(layer: nn.Module) -> tuple[str, ...]:

@@ -573,7 +573,7 @@ def test_hooks_of_accelerate_that_come_after_the_patch(model, offload):
         if offload:
             accelerate.cpu_offload(text, "cpu")
             patched.set_steering(0, torch.ones(1, 48))
-            with pytest.raises(RuntimeError, match="the norm after it is on meta"):
+            with pytest.raises(RuntimeError, match="the norm after it has its weights offloaded"):
                 model(**batch)
             patched.clear_steering()
         else:

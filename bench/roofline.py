@@ -1,7 +1,7 @@
 """Roofline of the last runs: `python bench/roofline.py [DEVICE]` draws bench/results/<device>/roofline.png.
 
 A point is one shape of bench_norm.py or bench_attention.py: operations a byte against operations a second. The roof is what
-a plain copy and a bf16 matrix product reached in the same runs. Norms count 10 operations an element. Left of the ridge the
+a plain copy and a matrix product reached in the same runs. Norms count 10 operations an element. Left of the ridge the
 bytes decide, right of it the operations; a point above the slanted roof had its data in the caches.
 """
 
@@ -41,7 +41,7 @@ def draw(device: str) -> Figure:
     copy, matmul = limits["copy GB/s"], limits["matmul GFLOP/s"]
     axes.plot(intensity, np.minimum(copy * intensity, matmul), color="black")
     axes.annotate(f"copy {copy:.0f} GB/s", (1.2, copy * 1.5), rotation=30)
-    axes.annotate(f"bf16 matmul {matmul:.0f} GFLOP/s", (300, matmul * 1.12))
+    axes.annotate(f"matmul {matmul:.0f} GFLOP/s", (300, matmul * 1.12))
     for (label, values), marker in zip(sorted(found.items()), "osD^v", strict=False):
         axes.scatter(*zip(*values, strict=True), label=label, marker=marker, alpha=0.7)
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s", title=device)

@@ -120,7 +120,7 @@ def test_generate_without_an_image(generate, capsys):
         (["--heatmap", "{folder}/heat"], "heat needs to end in one of"),
         (["--heatmap", "{folder}/heat.xyz"], "heat.xyz needs to end in one of"),
         (["--heatmap", "{folder}/a.png/heat.png"], "a.png"),
-        (["--prompt", " "], "needs a question"),
+        (["--prompt", " "], "needs to end in"),
         (["--prompt", "<image> <image> w1"], "placeholder"),
     ],
 )

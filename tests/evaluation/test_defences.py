@@ -6,6 +6,7 @@ from test_engine import make_profile
 from test_engine_one_pass import autosteer
 from tiny_random import random_image
 
+import ras_fast
 from ras_fast.engine import batch
 from ras_fast.evaluation.defences import make_defences
 
@@ -14,7 +15,8 @@ QUERIES = [("w1 w2 ?", [random_image(1)]), ("w3 ?", []), ("w4 w5 w6 ?", [random_
 
 @pytest.fixture
 def profiles(model, processor):
-    return {"moras": make_profile(model, processor), "autosteer": autosteer(model, processor)}
+    with ras_fast.patch(model):  # as `ras-fast eval` does; the generators would leave theirs on the model
+        yield {"moras": make_profile(model, processor), "autosteer": autosteer(model, processor)}
 
 
 def counts(model, processor, profiles, names):

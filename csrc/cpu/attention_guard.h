@@ -28,25 +28,17 @@ inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows
                   "ras_fast attention: region_bias must be [Hq, R] or [B, Hq, R] float32, given with region_ids");
 }
 
-inline void guard_value(const Tensor& value, const Tensor& key) {
-  STD_TORCH_CHECK(rows_contiguous(value) && same_sizes(key, value) && raw_dtype(key) == raw_dtype(value),
-                  "ras_fast attention: value must be like key");
-}
-
-inline void guard_sinks(const MaybeTensor& sinks, const Tensor& query) {
-  STD_TORCH_CHECK(!sinks || is(*sinks, aoti_torch_dtype_float32(), {query.size(1)}),
-                  "ras_fast attention: sinks must be [Hq] float32");
-}
-
 inline void guard_lse(const Tensor& lse, const Tensor& query) {
   STD_TORCH_CHECK(is(lse, aoti_torch_dtype_float32(), {query.size(0), query.size(1), query.size(2)}),
                   "ras_fast attention: lse must be [B, Hq, Lq] float32");
 }
 
-// Fills what every attention kernel's arguments have, once they are guarded.
-inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor& key, const MaybeTensor& region_ids,
-                          int64_t num_regions, double scale, bool is_causal, const MaybeTensor& kv_start,
-                          const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
+// Guards and fills what every attention kernel's arguments have; rows: how many have their statistics taken.
+inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor& key, int64_t rows,
+                          const MaybeTensor& region_ids, int64_t num_regions, double scale, bool is_causal,
+                          const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window, double softcap,
+                          const MaybeTensor& region_bias) {
+  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
   args.dtype = dtype_of(query);
   args.batch = query.size(0);
   args.heads = query.size(1);
@@ -78,7 +70,10 @@ inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor
   args.bias_head_stride = region_bias->stride(batched ? 1 : 0);
 }
 
-inline void set_values(ValueArgs& args, const Tensor& value, const MaybeTensor& sinks) {
+inline void set_values(ValueArgs& args, const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& sinks) {
+  STD_TORCH_CHECK(rows_contiguous(value) && same_sizes(key, value) && raw_dtype(key) == raw_dtype(value) &&
+                      (!sinks || is(*sinks, aoti_torch_dtype_float32(), {query.size(1)})),
+                  "ras_fast attention: value must be like key, sinks [Hq] float32");
   args.value = value.data_ptr();
   for (int i = 0; i < 3; ++i) args.value_stride[i] = value.stride(i);
   args.sinks = data<const float>(sinks);

@@ -14,9 +14,9 @@ constexpr int64_t kMinKeys = 128;  // per work item of the others: enough to pay
 AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, const MaybeTensor& region_ids,
                           int64_t num_regions, int64_t rows, double scale, bool is_causal, const MaybeTensor& kv_start,
                           const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
-  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
   AttentionStatsArgs args{};
-  set_attention(args, query, key, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
+  set_attention(args, query, key, rows, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
+                region_bias);
   args.lse = data<float>(lse);
   args.rows = rows;
   return args;

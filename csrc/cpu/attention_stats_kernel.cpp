@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "cpu/vec.h"
+#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
@@ -33,17 +34,6 @@ struct KeyBlock {
   int32_t position[kBlock];
   int32_t region[kBlock];  // −1: none
   float* panel;  // [D][kBlock]
-};
-
-// The keys [first, last) a row of this group may see at all, and how its own position follows from its index.
-struct Span {
-  int64_t first, last, shift;
-
-  Span(const AttentionStatsArgs& args, int64_t batch) {
-    last = args.kv_end ? (args.kv_end[batch] < args.length_k ? args.kv_end[batch] : args.length_k) : args.length_k;
-    shift = last - args.length_q;
-    first = args.kv_start && args.kv_start[batch] > 0 ? args.kv_start[batch] : 0;
-  }
 };
 
 template <class T>
@@ -83,20 +73,14 @@ using DotRows = void (*)(const float* const*, const float*, int64_t, vfloat (*)[
 constexpr DotRows kDotRows[kRows] = {dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>, dot_rows<5>, dot_rows<6>};
 
 // Everything about one query row that turns its raw dot products into probabilities.
-struct Row {
+struct Row : Span {
   float lse;
-  int64_t low, high;  // it sees the keys low..high
   const float* bias;  // [R] or null
   float scale, softcap;
 
-  Row(const AttentionStatsArgs& args, const Span& span, int64_t batch, int64_t head, int64_t index)
-      : scale(args.scale), softcap(args.softcap) {
+  Row(const AttentionStatsArgs& args, const ValidKeys& valid, int64_t batch, int64_t head, int64_t index)
+      : Span(args, valid, index), scale(args.scale), softcap(args.softcap) {
     lse = args.lse[(batch * args.heads + head) * args.length_q + index];
-    const int64_t own = index + span.shift;
-    low = span.first;
-    high = span.last - 1;
-    if (args.causal && own < high) high = own;
-    if (args.window && own - args.window + 1 > low) low = own - args.window + 1;
     if (lse == -INFINITY) high = -1;
     bias = args.region_bias ? args.region_bias + batch * args.bias_batch_stride + head * args.bias_head_stride : nullptr;
   }
@@ -125,7 +109,7 @@ struct Row {
 // Calls sum(head, row, p0, p1) with the probabilities of each (head of the group, row of the work) over the block.
 template <class Sum>
 void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float* queries, const KeyBlock& block,
-              const Span& span, Sum&& sum) {
+              const ValidKeys& valid, Sum&& sum) {
   const int64_t per_group = args.heads / args.kv_heads, count = work.row_end - work.row_begin;
   const int64_t batch = work.group / args.kv_heads, first_head = work.group % args.kv_heads * per_group;
   const int64_t first_index = args.length_q - args.rows;
@@ -137,7 +121,7 @@ void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float
     kDotRows[n - 1](q, block.panel, args.dim, s);
     for (int r = 0; r < n; ++r) {
       const int64_t head = first_head + (start + r) / count, index = work.row_begin + (start + r) % count;
-      const Row row(args, span, batch, head, first_index + index);
+      const Row row(args, valid, batch, head, first_index + index);
       if (!row.sees(block)) continue;
       sum(head, index, row.probability(s[r][0], block, 0), row.probability(s[r][1], block, 1));
     }
@@ -204,16 +188,16 @@ template <class T>
 void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work, float* mass) {
   const int64_t batch = work.group / args.kv_heads, kv_head = work.group % args.kv_heads;
   const int32_t* ids = args.region_ids ? args.region_ids + batch * args.region_stride : nullptr;
-  const Span span(args, batch);
-  const int64_t begin = work.key_begin > span.first ? work.key_begin : span.first;
-  const int64_t end = work.key_end < span.last ? work.key_end : span.last;
+  const ValidKeys valid(args, batch);
+  const int64_t begin = work.key_begin > valid.first ? work.key_begin : valid.first;
+  const int64_t end = work.key_end < valid.last ? work.key_end : valid.last;
   if (begin >= end) return;
   float* queries = widen_queries<T>(args, work);
   KeyBlock block;
   block.panel = static_cast<float*>(std::malloc(kBlock * args.dim * sizeof(float)));
   for (int64_t next = begin; fill(args, ids, next, end, block), block.count;) {
     pack<T>(args, batch, kv_head, block);
-    each_row(args, work, queries, block, span, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
+    each_row(args, work, queries, block, valid, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
       const int64_t stat = batch * args.heads + head;
       if (args.mass) add_masses(block, mass + (stat * args.rows + row) * args.num_regions, p0, p1);
       if (args.scores) add_scores(args, args.scores + stat * args.length_k + block.position[0], block.count, p0, p1);

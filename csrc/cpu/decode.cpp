@@ -18,13 +18,11 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
                                                     double softcap, const MaybeTensor& sinks, const MaybeTensor& region_bias,
                                                     int64_t mass_rows) {
-  guard_attention(query, key, mass_rows, kv_start, kv_end, region_ids, region_bias);
-  guard_value(value, key);
-  guard_sinks(sinks, query);
-  STD_TORCH_CHECK(query.size(2) == 1, "ras_fast decode: query must be [B, Hq, 1, D]");
   DecodeArgs args{};
-  set_attention(args, query, key, region_ids, num_regions, scale, true, kv_start, kv_end, window, softcap, region_bias);
-  set_values(args, value, sinks);
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, scale, true, kv_start, kv_end, window, softcap,
+                region_bias);
+  set_values(args, query, key, value, sinks);
+  STD_TORCH_CHECK(args.length_q == 1, "ras_fast decode: query must be [B, Hq, 1, D]");
 
   const int64_t groups = args.batch * args.kv_heads;
   const int64_t wanted = groups ? (4 * torch::stable::get_num_threads() + groups - 1) / groups : 1;  // pieces, for balance

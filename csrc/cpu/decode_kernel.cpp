@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "cpu/pair.h"
+#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
@@ -175,12 +176,10 @@ template <class T>
 void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
   const int64_t batch = group / args.kv_heads, kv_head = group % args.kv_heads, heads = args.heads / args.kv_heads;
   const int64_t first_row = batch * args.heads + kv_head * heads;
-  const int64_t end = args.kv_end && args.kv_end[batch] < args.length_k ? args.kv_end[batch] : args.length_k;
-  int64_t first = args.kv_start && args.kv_start[batch] > 0 ? args.kv_start[batch] : 0;
-  if (args.window && end - args.window > first) first = end - args.window;
+  const Span seen(args, ValidKeys(args, batch), 0);
   int64_t low = split * args.split_keys, high = low + args.split_keys;
-  if (low < first) low = first;
-  if (high > end) high = end;
+  if (low < seen.low) low = seen.low;
+  if (high > seen.high + 1) high = seen.high + 1;
   const int64_t keys = high > low ? high - low : 0, key_room = padded(keys), width = padded(args.dim);
 
   for (int64_t h = 0; h < heads; ++h) {

@@ -21,12 +21,10 @@ std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const 
                                                      bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
                                                      int64_t window, double softcap, const MaybeTensor& sinks,
                                                      const MaybeTensor& region_bias, int64_t mass_rows) {
-  guard_attention(query, key, mass_rows, kv_start, kv_end, region_ids, region_bias);
-  guard_value(value, key);
-  guard_sinks(sinks, query);
   PrefillArgs args{};
-  set_attention(args, query, key, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias);
-  set_values(args, value, sinks);
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
+                region_bias);
+  set_values(args, query, key, value, sinks);
   args.mass_rows = mass_rows;
 
   const int64_t batch = args.batch, heads = args.heads, rows = args.length_q, dim = args.dim;

@@ -16,6 +16,7 @@
 #include <cstdlib>
 
 #include "cpu/vec.h"
+#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
@@ -111,19 +112,12 @@ struct Scratch {
   ~Scratch() { std::free(memory); }
 };
 
-// The keys [low, high] that a query row sees.
-struct Span {
-  int64_t low, high;
-};
-
 template <class T>
 class Tile {
  public:
   Tile(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
       : args(args), batch(group / args.kv_heads), kv_head(group % args.kv_heads), heads(args.heads / args.kv_heads),
-        row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)), work(args, heads * count) {
-    first = args.kv_start && args.kv_start[batch] > 0 ? args.kv_start[batch] : 0;
-    last = args.kv_end && args.kv_end[batch] < args.length_k ? args.kv_end[batch] : args.length_k;
+        row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)), valid(args, batch), work(args, heads * count) {
     ids = args.region_ids ? args.region_ids + batch * args.region_stride : nullptr;
   }
 
@@ -141,7 +135,8 @@ class Tile {
 
  private:
   const PrefillArgs& args;
-  int64_t batch, kv_head, heads, row_begin, count, width, first, last;
+  int64_t batch, kv_head, heads, row_begin, count, width;
+  ValidKeys valid;
   Scratch work;
   const int32_t* ids;
   int runs = 0;  // of keys of one region in this block
@@ -156,13 +151,7 @@ class Tile {
   int64_t stat(int64_t p) const { return batch * args.heads + head(p); }
   bool weighed(int64_t p) const { return args.mass && index(p) >= args.length_q - args.mass_rows; }
 
-  Span span(int64_t index) const {
-    const int64_t own = index + last - args.length_q;
-    Span seen{first, last - 1};
-    if (args.causal && own < seen.high) seen.high = own;
-    if (args.window && own - args.window + 1 > seen.low) seen.low = own - args.window + 1;
-    return seen;
-  }
+  Span span(int64_t index) const { return {args, valid, index}; }
 
   void begin() {
     for (int64_t p = 0; p < heads * count; ++p) {

@@ -33,7 +33,8 @@ constexpr int key_blocks(int dim, bool mass) { return dim > 128 ? 2 : 5 - dim / 
 // The tile's rows: `shift` turns base-2 scores into probabilities, exp2(score - shift), which are 0 in rows that do not exist;
 // `regions` adds to the warp's part of their masses.
 template <typename T, typename Tile>
-__device__ void open_rows(const StatsArgs<T>& args, const Tile& tile, int64_t part, float (&shift)[2], RegionSums<2, false>& regions) {
+__device__ void open_rows(const StatsArgs<T>& args, const Tile& tile, int64_t part, float (&shift)[2],
+                          RegionSums<2, false>& regions) {
   const ScoreArgs<T>& score = args.score;
   const int64_t heads = int64_t(score.kv_heads) * score.group, rows = score.query_rows - score.first_row;
   bool exists[2];

@@ -373,7 +373,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _cell(column: str, estimate: Estimate | None) -> str:
-    if column.startswith("extra") and estimate is not None:
+    if column.startswith("extra") and estimate is not None and estimate.n:
         return f"{estimate.value:+.1f}"
     return _interval(estimate, 1, 0) if column == "ms" else _percent(estimate)
 
@@ -383,7 +383,7 @@ def _percent(estimate: Estimate | None) -> str:
 
 
 def _interval(estimate: Estimate | None, factor: int, digits: int) -> str:
-    if estimate is None:
+    if estimate is None or not estimate.n:
         return "–"
     value, low, high = (f"{factor * x:.{digits}f}".removesuffix(".0") for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"

@@ -85,11 +85,11 @@ class FusedNorm:
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
 
-    def _add_alone(self, x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None) -> Tensor:
+    def _add_alone(self, x: Tensor, residual: Tensor, site: Site | None, probe: Probe | None) -> Tensor:
         """x + residual where the norm's weight is offloaded: accelerate's hooks bring it only for the norm's own call."""
         if site is not None or probe is not None:
             raise RuntimeError("a layer cannot be steered or read: the norm after it has its weights offloaded")
-        return x if residual is None else residual + x
+        return residual + x
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""

@@ -96,6 +96,12 @@ AIMS = [
         lambda r: quotient(r, "MoRAS, engine", "undefended, graphs"), 1.1),
     Aim("engine: MoRAS by hooks over it, 128 tokens", "engine", answer,
         lambda r: quotient(r, "MoRAS by hooks", "MoRAS, engine"), 5.0, least=True),
+    Aim("engine: AutoSteer, gate off, over undefended", "engine", answer,
+        lambda r: quotient(r, "AutoSteer, engine, gate off", "undefended, graphs"), 1.01),
+    Aim("engine: AutoSteer, gate on, over undefended", "engine", answer,
+        lambda r: quotient(r, "AutoSteer, engine, gate on", "undefended, graphs"), 1.03),
+    Aim("AutoSteer: a plain decode step, gate off, %", "autosteer", lambda r: True, lambda r: r["off, %"], 1.0),
+    Aim("AutoSteer: gate on, beyond M h, %", "autosteer", lambda r: True, lambda r: r["on beyond M h, %"], 3.0),
 ]  # fmt: skip
 
 

@@ -128,11 +128,35 @@ def attention_floor(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Call
 
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         calls["flash-attn"] = lambda: flash_attn_func(q, k, v, causal=causal)
-    if query.is_cuda and importlib.util.find_spec("flashinfer") and query.shape[:3:2] == (1, 1):
+    if query.is_cuda and importlib.util.find_spec("flashinfer") and not causal:
+        calls["flashinfer"] = attention_flashinfer(query, key, value)
+    return calls
+
+
+def attention_flashinfer(query: Tensor, key: Tensor, value: Tensor) -> Call:
+    """FlashInfer's batched decode over a paged cache: its pages of 16 keys are copies, made and planned before it is timed."""
+    batch, heads, _, dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+
+    @functools.cache
+    def planned():
         import flashinfer
 
-        calls["flashinfer"] = lambda: flashinfer.single_decode_with_kv_cache(query[0, :, 0], key[0], value[0], kv_layout="HND")
-    return calls
+        pages = [t.unflatten(2, (-1, 16)).transpose(1, 2).flatten(0, 1).contiguous() for t in (key, value)]
+        index = functools.partial(torch.arange, dtype=torch.int32, device=query.device)
+        workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=query.device)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=heads > kv_heads)
+        per_row = length // 16
+        last = torch.full((batch,), 16, dtype=torch.int32, device=query.device)
+        wrapper.plan(index(0, (batch + 1) * per_row, per_row), index(batch * per_row), last, heads, kv_heads, dim, 16,
+                     q_data_type=query.dtype, kv_data_type=key.dtype)  # fmt: skip
+        return wrapper, tuple(pages)
+
+    def call():
+        wrapper, pages = planned()
+        return wrapper.run(query[:, :, 0], pages)
+
+    return call
 
 
 def attention_masked(query: Tensor, key: Tensor, value: Tensor) -> Call:

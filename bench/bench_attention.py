@@ -89,7 +89,7 @@ def measure(
     calls = usable({name: call for name, call in every.items() if name not in without})
     floor = baselines.attention_floor(query, key, value)
     times = harness.compare(calls | floor, seconds=seconds, graph=graph)
-    best = min(floor, key=times.get)
+    best = min(floor.keys() & times, key=times.get)
     row = {"B": batch, "Lq": length_q, "Lk": length_k, "D": dim, "rows": rows, "graph": graph}
     seen = length_k / 2 if length_q > 1 else length_k  # causal
     row["GFLOP"] = 4 * batch * HEADS * length_q * seen * dim / 1e9

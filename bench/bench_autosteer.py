@@ -1,4 +1,4 @@
-"""What AutoSteer costs a decode step: `python bench/bench_autosteer.py [--shape 0.3b] [--dtype float32]`.
+"""What AutoSteer costs a decode step: `python bench/bench_autosteer.py [--shape 0.3b] [--dtype float32 bfloat16]`.
 
 A LLaVA of random weights decodes behind an image: patched, with the method attached and every gate off, and with every gate
 on, by turns in one run. "M h" is the refusal head alone on the same rows, timed in between: what remains of a gate that is on
@@ -14,27 +14,13 @@ from contextlib import nullcontext
 
 import harness
 import torch
-from bench_engine import SHAPES, build
+from bench_engine import SHAPES, autosteer_profile, build
 
 import ras_fast
 from ras_fast import ops
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 
 PROMPT = 600  # tokens behind which is decoded
-
-
-def make_profile(model, processor, on: bool) -> RasProfile:
-    d = model.config.get_text_config().hidden_size
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "prober_in.weight": torch.randn(64, d, generator=generator),
-        "prober_in.bias": torch.zeros(64),
-        "prober_out.weight": torch.zeros(2, 64),
-        "prober_out.bias": torch.tensor([0.0, 9.0 if on else -9.0]),
-        "refusal": torch.randn(d, d, generator=generator) * d**-0.5,
-    }
-    config = {"layer": model.config.get_text_config().num_hidden_layers // 2, "strength": 1.0, "threshold": 0.5}
-    return RasProfile("autosteer", config, tensors, fingerprint(model, processor))
 
 
 class Decoder:
@@ -69,15 +55,15 @@ class Decoder:
 
 
 def measure(model, processor, batch: int, rounds: int, steps: int) -> dict[str, object]:
-    d, head = model.config.get_text_config().hidden_size, make_profile(model, processor, True).tensors["refusal"]
+    d, head = model.config.get_text_config().hidden_size, autosteer_profile(model, processor, True).tensors["refusal"]
     x, m = torch.randn(batch, 1, d, device=model.device).to(model.dtype), head.to(model.device, model.dtype)
     gate = torch.full((batch,), 0.1, device=model.device)
     times: dict[str, list[float]] = {"patched": [], "gate off": [], "gate on": [], "M h": []}
     with ras_fast.patch(model) as patch:
         decoders = {
             "patched": Decoder(model, patch, None, batch),
-            "gate off": Decoder(model, patch, make_profile(model, processor, False), batch),
-            "gate on": Decoder(model, patch, make_profile(model, processor, True), batch),
+            "gate off": Decoder(model, patch, autosteer_profile(model, processor, False), batch),
+            "gate on": Decoder(model, patch, autosteer_profile(model, processor, True), batch),
         }
         for _ in range(rounds):
             for name, decoder in decoders.items():
@@ -97,14 +83,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=5, help="decode steps a round")
     args = parser.parse_args()
-    model, processor = build(args.shape, args.device, getattr(torch, args.dtype))
-    case = {"shape": args.shape, "dtype": args.dtype}
-    rows = [case | measure(model, processor, batch, args.rounds, args.steps) for batch in args.batch]
+    rows = []
+    for dtype in args.dtype:
+        model, processor = build(args.shape, args.device, getattr(torch, dtype))
+        case = {"shape": args.shape, "dtype": dtype}
+        rows += [case | measure(model, processor, batch, args.rounds, args.steps) for batch in args.batch]
     print(harness.table(rows))
     print(f"\nwritten to {harness.save('autosteer', rows)}")
 

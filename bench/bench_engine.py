@@ -64,8 +64,8 @@ RISKS = {"benign": 0.0, "refused": 1.0}
 # Kind, answer tokens, rounds: most where a promise is checked, few where a run is long.
 DEFAULT_CASES = [(kind, tokens, 3 if (kind, tokens) == ("benign", 64) else 1) for kind in RISKS for tokens in (16, 64, 256)]
 WARM_UP_TOKENS = 4
-STAGES = ["prefix", "context", "context and draft", "risk", "check", "answer"]
-COLOURS = dict(zip(STAGES, ["#999999", "#4477aa", "#66ccee", "#ee6677", "#ccbb44", "#228833"], strict=True))
+STAGES = ["prompt", "prefix", "context", "context and draft", "risk", "check", "answer"]
+COLOURS = dict(zip(STAGES, ["#bbbbbb", "#999999", "#4477aa", "#66ccee", "#ee6677", "#ccbb44", "#228833"], strict=True))
 
 
 def build(shape: str, device: str, dtype: torch.dtype):
@@ -116,6 +116,21 @@ def make_profile(model, processor, risk: float) -> RasProfile:
     prototypes = torch.randn(3, model.config.text_config.hidden_size, generator=generator)
     config = PRESETS["moras"] | {"s_base": 0.5, "k": 9.0, "gate": risk}
     return RasProfile("moras", config, {"prototypes": prototypes}, fingerprint(model, processor))
+
+
+def autosteer_profile(model, processor, on: bool) -> RasProfile:
+    """One whose gate is on for every query, or off for every query."""
+    d = model.config.get_text_config().hidden_size
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "prober_in.weight": torch.randn(64, d, generator=generator),
+        "prober_in.bias": torch.zeros(64),
+        "prober_out.weight": torch.zeros(2, 64),
+        "prober_out.bias": torch.tensor([0.0, 9.0 if on else -9.0]),
+        "refusal": torch.randn(d, d, generator=generator) * d**-0.5,
+    }
+    config = {"layer": model.config.get_text_config().num_hidden_layers // 2, "strength": 1.0, "threshold": 0.5}
+    return RasProfile("autosteer", config, tensors, fingerprint(model, processor))
 
 
 class FirstToken(BaseStreamer):
@@ -325,8 +340,13 @@ def gpu_case(model, processor, images, tokens: int, rounds: int) -> dict[str, di
         generic = UndefendedWithGraphs(model, processor)
         rows["undefended, graphs"] = sampled(generic, images, tokens, tokens, rounds + 2)
         generic.runner.workspaces.clear()
-        with SafeGenerator(model, processor, profile, batch_size=len(images)) as guard:
-            rows["MoRAS, engine"] = sampled(Defended(guard), images, tokens, tokens, rounds + 2)
+        guarded = {"MoRAS, engine": profile}
+        if len(images) == 1:
+            guarded["AutoSteer, engine, gate off"] = autosteer_profile(model, processor, on=False)
+            guarded["AutoSteer, engine, gate on"] = autosteer_profile(model, processor, on=True)
+        for name, profile in guarded.items():
+            with SafeGenerator(model, processor, profile, batch_size=len(images)) as guard:
+                rows[name] = sampled(Defended(guard), images, tokens, tokens, rounds + 2)
     return rows
 
 

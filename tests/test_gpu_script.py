@@ -27,14 +27,16 @@ EVERY = SELECTED | {"rows": 4096, "ras_fast µs": 300.0, "triton fused µs": 300
                     "hopper µs": 200.0}  # fmt: skip
 DECODE = SELECTED | {"B": 8, "Lq": 1, "rows": 1, "graph": True, "share": 0.88, "over floor": 0.5, "mass costs": 1.01,
                      "range, no mass µs": 30.0, "sdpa under a mask, no mass µs": 90.0}  # fmt: skip
-SECONDS = {"undefended, graphs": 1.0, "MoRAS by hooks": 9.0, "MoRAS, engine": 1.05}
+SECONDS = {"undefended, graphs": 1.0, "MoRAS by hooks": 9.0, "MoRAS, engine": 1.05, "AutoSteer, engine, gate off": 1.0,
+           "AutoSteer, engine, gate on": 1.02}  # fmt: skip
+AUTOSTEER = {"dtype": "bfloat16", "B": 8, "off, %": 0.2, "on beyond M h, %": 1.5}
 ENGINE = {"benign, 128 answer tokens": {name: {"seconds": seconds} for name, seconds in SECONDS.items()}}
 
 
-def write_results(folder, norm=(NORM,), attention=(SELECTED, EVERY, DECODE), engine=ENGINE):
+def write_results(folder, norm=(NORM,), attention=(SELECTED, EVERY, DECODE), autosteer=(AUTOSTEER,), engine=ENGINE):
     folder.mkdir(parents=True, exist_ok=True)
     limits = {"copy GB/s": 4300.0}
-    for name, rows in (("norm", norm), ("attention", attention)):
+    for name, rows in (("norm", norm), ("attention", attention), ("autosteer", autosteer)):
         (folder / f"{name}.json").write_text(json.dumps({"ceilings": limits, "rows": rows}))
     (folder / "engine.json").write_text(json.dumps({"facts": {}, "results": engine}))
 
@@ -63,6 +65,7 @@ MISSES = [
     ("decode: share of copy, batch ≥ 8", {"attention": [DECODE | {"share": 0.5}]}, "0.500", "B 8"),
     ("decode: a range over SDPA under a mask", {"attention": [DECODE | {"range, no mass µs": 180.0}]}, "2.000", "B 8"),
     ("Hopper prefill: best SDPA over it, 4k–16k", {"attention": [EVERY | {"hopper µs": 390.0}]}, "0.500", "D 128"),
+    ("AutoSteer: a plain decode step, gate off, %", {"autosteer": [AUTOSTEER | {"off, %": 4.0}]}, "4.000", "B 8"),
 ]
 
 

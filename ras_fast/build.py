@@ -154,7 +154,7 @@ def common_flags(torch: Torch, csrc: Path) -> str:
     return f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={STABLE_ABI} -I{_quoted(csrc)} -isystem {_quoted(torch.include)}"
 
 
-def registration_flags(csrc: Path) -> str:
+def marker_flags(csrc: Path) -> str:
     return f"-DRAS_FAST_SOURCES=\\\"{sources_marker(csrc)}\\\""
 
 
@@ -174,7 +174,7 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch, '-ltorch -ltorch_cpu -lc10')}", depfile=False)
     kernels = sorted((csrc / "cpu").glob("*_kernel.cpp"))
     launchers = sorted(set((csrc / "cpu").glob("*.cpp")) - set(kernels))
-    objects = [ninja.edge("ops.o", "cxx", [csrc / "ops.cpp"], flags=registration_flags(csrc))]
+    objects = [ninja.edge("sources.o", "cxx", [csrc / "sources.cpp"], flags=marker_flags(csrc))]
     objects += [ninja.edge(f"{source.stem}.o", "cxx", [source]) for source in launchers]
     for source in kernels:
         for isa, flags in isas.items():
@@ -203,11 +203,9 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     # libtorch.so has no symbols of its own, but leads the loader to the CUDA half of torch: many linkers would leave it out.
     ninja.rule("link", f"{_quoted(nvcc)} {arch_flags} $in -o $out -shared -cudart static -L{_quoted(torch.lib)} "
                "-Xlinker --no-as-needed -ltorch -ltorch_cpu -lc10", depfile=False)
-    objects = [
-        ninja.edge(
-            f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags,
-            flags=registration_flags(csrc) if source.stem == "ops" else "",
-        )
+    objects = [ninja.edge("sources.o", "nvcc", [csrc / "sources.cpp"], flags=marker_flags(csrc))]
+    objects += [
+        ninja.edge(f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags)
         for source in cuda_sources
     ]
     library = out / "libras_fast_cuda.so"

@@ -108,7 +108,7 @@ def test_a_library_of_other_sources_is_not_loaded(monkeypatch):
 def test_the_marker_follows_every_source(tmp_path):
     (tmp_path / "cpu").mkdir()
     found = set()
-    for name, text in (("ops.cpp", "a"), ("cpu/a.h", "a"), ("cpu/a.h", "b"), ("cpu/b.h", "b"), ("notes.txt", "b")):
+    for name, text in (("sources.cpp", "a"), ("cpu/a.h", "a"), ("cpu/a.h", "b"), ("cpu/b.h", "b"), ("notes.txt", "b")):
         (tmp_path / name).write_text(text)
         found.add(build.sources_marker(tmp_path))
     assert len(found) == 4

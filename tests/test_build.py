@@ -15,6 +15,7 @@ def test_the_cuda_library_leads_the_loader_to_torchs_cuda_half(tmp_path, monkeyp
     tmp_path = tmp_path / "with space"
     (tmp_path / "csrc/cuda").mkdir(parents=True)
     (tmp_path / "csrc/cuda/empty.cu").write_text("__global__ void nothing() {}\n")
+    (tmp_path / "csrc/sources.cpp").touch()
     monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
     library = build.build_cuda(tmp_path, tmp_path / "build", archs="90")
     needs = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
@@ -26,7 +27,7 @@ def test_the_cuda_library_leads_the_loader_to_torchs_cuda_half(tmp_path, monkeyp
 def test_builds_in_a_path_with_spaces_by_a_compiler_behind_a_launcher(tmp_path, monkeypatch, make):
     root = tmp_path / "a b: $c"
     (root / "csrc/cpu").mkdir(parents=True)
-    for name in ("ops.cpp", "binding.cpp", "cpu/own_kernel.cpp"):
+    for name in ("sources.cpp", "binding.cpp", "cpu/own_kernel.cpp"):
         (root / "csrc" / name).write_text('#include "empty.h"\n')
     (root / "csrc/empty.h").touch()
     found = build.Torch.find()

@@ -3,7 +3,6 @@
 
 #include "cpu/attention_guard.h"
 #include "cpu/tensor.h"
-#include "ops.h"
 
 namespace ras::cpu {
 namespace {
@@ -116,6 +115,12 @@ std::tuple<Tensor, Tensor> region_statistics(const Tensor& query, const Tensor& 
   const Tensor scores = zeros({args.batch, args.heads, args.length_k});
   scan_keys(args, reduce, mass, scores);
   return {mass, scores};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
+  m.impl("region_mass", TORCH_BOX(&region_mass));
+  m.impl("key_attention", TORCH_BOX(&key_attention));
+  m.impl("region_statistics", TORCH_BOX(&region_statistics));
 }
 
 }  // namespace ras::cpu

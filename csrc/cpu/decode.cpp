@@ -3,7 +3,6 @@
 
 #include "cpu/attention_guard.h"
 #include "cpu/tensor.h"
-#include "ops.h"
 
 namespace ras::cpu {
 namespace {
@@ -46,6 +45,10 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
   });
   pick_decode_merge()(args, 0, args.batch * args.heads);
   return {out, lse, mass};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 
 }  // namespace ras::cpu

@@ -5,7 +5,6 @@
 
 #include "cpu/row_map.h"
 #include "cpu/tensor.h"
-#include "ops.h"
 
 namespace ras::cpu {
 namespace {
@@ -93,6 +92,10 @@ Tensor gated_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& ri
   args.partial = nullptr;
   apply(args, source, true, weight);
   return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
+  m.impl("gated_linear", TORCH_BOX(&gated_linear));
 }
 
 }  // namespace ras::cpu

@@ -4,7 +4,6 @@
 #include <cstdlib>
 
 #include "cpu/tensor.h"
-#include "ops.h"
 
 namespace ras::cpu {
 namespace {
@@ -134,6 +133,13 @@ Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& we
                        const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                        const MaybeTensor& probes) {
   return in_place(layer_args(eps, lerp, hf), x, residual, {weight, bias, vectors, probes}, slot, alpha);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+  m.impl("add_layer_norm_", TORCH_BOX(&add_layer_norm_));
 }
 
 }  // namespace ras::cpu

@@ -3,7 +3,6 @@
 
 #include "cpu/attention_guard.h"
 #include "cpu/tensor.h"
-#include "ops.h"
 
 namespace ras::cpu {
 namespace {
@@ -48,6 +47,10 @@ std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const 
     }
   });
   return {out, lse, mass};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
+  m.impl("prefill_attention", TORCH_BOX(&prefill_attention));
 }
 
 }  // namespace ras::cpu

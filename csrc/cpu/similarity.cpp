@@ -2,7 +2,6 @@
 #include "cpu/similarity.h"
 
 #include "cpu/tensor.h"
-#include "ops.h"
 
 namespace ras::cpu {
 
@@ -30,6 +29,10 @@ Tensor refusal_similarity(const Tensor& logits, const Tensor& prototype_probs, d
   auto* rows = pick_similarity_rows();
   torch::stable::parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) { rows(args, begin, end); });
   return similarity;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
+  m.impl("refusal_similarity", TORCH_BOX(&refusal_similarity));
 }
 
 }  // namespace ras::cpu

@@ -3,7 +3,7 @@
 #include "attention_decode.cuh"
 
 #include "attention_args.h"
-#include "ops.h"
+#include "tensor.h"
 
 namespace ras::cuda {
 namespace {
@@ -58,6 +58,10 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
     run_decode<T>(query, key, value, score, sinks, mass_rows, std::get<0>(result), std::get<1>(result), std::get<2>(result));
   });
   return result;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 
 }  // namespace ras::cuda

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "attention_args.h"
-#include "ops.h"
+#include "tensor.h"
 
 namespace ras::cuda {
 namespace {
@@ -113,6 +113,12 @@ std::tuple<Tensor, Tensor> selected_statistics(const Tensor& query, const Tensor
                                                double softcap, const MaybeTensor& region_bias) {
   const Masks masks{scale, is_causal, kv_start, kv_end, window, softcap};
   return statistics(query, key, lse, region_ids, num_regions, true, rows, reduce, masks, region_bias);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {
+  m.impl("selected_region_mass", TORCH_BOX(&selected_region_mass));
+  m.impl("selected_key_attention", TORCH_BOX(&selected_key_attention));
+  m.impl("selected_statistics", TORCH_BOX(&selected_statistics));
 }
 
 }  // namespace ras::cuda

@@ -4,7 +4,7 @@
 
 #include <cudaTypedefs.h>
 
-#include "ops.h"
+#include "tensor.h"
 
 namespace ras::cuda {
 namespace {

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <array>
 
-#include "ops.h"
+#include "tensor.h"
 
 namespace ras::cuda {
 namespace {
@@ -192,6 +192,13 @@ Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& we
                        const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                        const MaybeTensor& probes) {
   return in_place({x, residual, weight, bias, vectors, slot, alpha, probes}, {true, lerp, hf, float(eps), 0.f});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+  m.impl("add_layer_norm_", TORCH_BOX(&add_layer_norm_));
 }
 
 }  // namespace ras::cuda

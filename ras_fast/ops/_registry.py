@@ -17,7 +17,7 @@ _references: dict[str, Callable[..., Any]] = {}
 def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> None:
     """Defines `ras_fast::<name>` from its schema, with its fake kernel and its reference.
 
-    The reference also serves devices for which no native kernel is built. csrc/ops.cpp and csrc/cuda/ops.cu add the native
+    The reference also serves devices for which no native kernel is built. The launchers in csrc/ add the native
     ones to the same op. The schema lives here, not in C++, because a pure-Python install has the ops, too.
     """
     name, reference = schema[: schema.index("(")], outside_autocast(reference)

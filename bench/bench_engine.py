@@ -450,7 +450,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--cases", type=case, nargs="+", default=DEFAULT_CASES, metavar="CASE", help="e.g. benign:64")
     parser.add_argument("--rounds", type=int, default=3, help="of cases that name none")
-    parser.add_argument("--name", help="folder under bench/results; default: the device's")
     parser.add_argument("--gpu-7b", action="store_true", help="the 7b shape in bfloat16 on cuda")
     parser.add_argument("--tokens", type=int, default=128, help="with --gpu-7b: answer tokens")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --gpu-7b")
@@ -466,7 +465,7 @@ def main() -> None:
         "dtype": args.dtype,
     }
     print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
-    folder = RESULTS / (args.name or device_name())
+    folder = RESULTS / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     if args.gpu_7b:
         facts["decode_step_floor"] = floor(model)

@@ -320,7 +320,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         profile = methods.moras.calibrate(model, processor, preset=arguments.method, **options)
     else:
         profile = getattr(methods, arguments.method).calibrate(model, processor, **options)
-    if parallel.place()[0]:
+    if parallel.rank():
         return 0
     profile.save_pretrained(arguments.out)
     numbers = {name: value for name, value in profile.config.items() if isinstance(value, float)}
@@ -400,7 +400,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"{len(answers.records)} answers are in {answers.path}; run again to go on from there", file=sys.stderr)
             raise
-    if parallel.place()[0]:
+    if parallel.rank():
         return 0
     print(run.write_report(arguments.out, records, dataset, arguments.model, judge))
     print(f"report and plots in {arguments.out}")
@@ -435,7 +435,7 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
         parallel.wait()
         if missing:
             profile = calibrate_on_tinyworld(name, model, processor, profiles)
-            if parallel.place()[0] == 0:
+            if parallel.rank() == 0:
                 profile.save_pretrained(folder)
         parallel.wait()
         profiles[name] = RasProfile.from_pretrained(folder)

@@ -27,18 +27,27 @@ def join() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
-def place() -> tuple[int, int]:
-    """(this process's rank, how many there are)."""
+def rank() -> int:
+    """This process's number among those that take part."""
+    state = _state()
+    return 0 if state is None else state.process_index
+
+
+def world_size() -> int:
+    """How many processes take part."""
+    state = _state()
+    return 1 if state is None else state.num_processes
+
+
+def _state():
     accelerate = sys.modules.get("accelerate")
-    if accelerate is None or not accelerate.PartialState._shared_state:
-        return 0, 1
-    state = accelerate.PartialState()
-    return state.process_index, state.num_processes
+    made = accelerate is not None and accelerate.PartialState._shared_state
+    return accelerate.PartialState() if made else None
 
 
 def wait() -> None:
     """Waits until all processes have come here."""
-    if place()[1] > 1:
+    if world_size() > 1:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
@@ -50,8 +59,8 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], description:
     Results travel between processes by pickling: tensors should be on the CPU. An exception in one process is raised in all of
     them, as the others would wait for its results for ever.
     """
-    items, (rank, processes) = list(items), place()
-    bar = tqdm(items[rank::processes], desc=description, disable=not progress or rank > 0)
+    items, first, processes = list(items), rank(), world_size()
+    bar = tqdm(items[first::processes], desc=description, disable=not progress or first > 0)
     if processes == 1:
         return [function(item) for item in bar]
     from accelerate.utils import gather_object

@@ -207,7 +207,7 @@ class RasProfile:
         except SafetensorError as error:
             raise ValueError(f"{tensors_path} is not a safetensors file: {error}") from error
         profile = cls(method, config, tensors, stored_fingerprint)
-        if header.get("tensors") not in (None, _digest(content)):
+        if header.get("tensors") != _digest(content):
             raise ValueError(f"{tensors_path} is not the one that {json_path.name} was saved with; save or calibrate again")
         return profile
 

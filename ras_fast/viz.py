@@ -17,48 +17,38 @@ from torch import Tensor
 from ras_fast.evaluation.metrics import Estimate, auroc, roc_curve
 
 COLOURS = "inferno"
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+OPACITY = 0.75  # of the highest score
 
 
 def heat_map(
     image: Image.Image,
     scores: Tensor | np.ndarray,
-    grid: tuple[int, int] | None = None,
     *,
     box: tuple[int, int, int, int] | None = None,
-    resample: str = "bilinear",
-    opacity: float = 0.75,
 ) -> Image.Image:
     """Scores laid over the picture: the warmer and the less transparent, the nearer to the highest score.
 
     Args:
         image: the picture, any mode.
-        scores: per patch, [h, w], or [h·w] in reading order with `grid`; such as `RegionMap.heat_maps` gives.
-        grid: (h, w); None: the shape of `scores`.
+        scores: [h, w], one for each patch, as `RegionMap.heat_maps` gives.
         box: (left, top, right, bottom) in pixels, the part of the picture that the patches cover; None: all of it.
-        resample: "bilinear", or "nearest" to see each patch's own value.
-        opacity: of the highest score, 0..1.
 
     Returns:
         RGB, as large as `image`. Pixels outside `box`, and where the score is 0, are the picture's own.
 
     Raises:
-        ValueError: `scores` does not fit `grid`, or holds a negative, NaN or infinite value; another argument is out of range.
+        ValueError: `scores` is not [h, w], or holds a negative, NaN or infinite value; `box` is not within the picture.
     """
-    scores = _per_patch(scores, grid)
-    if resample not in RESAMPLING:
-        raise ValueError(f"resample is {resample!r}; it must be one of {tuple(RESAMPLING)}")
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity is {opacity}; it must be in 0..1")
+    scores = _per_patch(scores)
     left, top, right, bottom = box or (0, 0, *image.size)
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise ValueError(f"box is {box}; it must be an area within the picture's {image.width} x {image.height} pixels")
     relative = Image.fromarray(scores / max(scores.max(), np.finfo(np.float32).tiny))
-    relative = np.asarray(relative.resize((right - left, bottom - top), RESAMPLING[resample]))[..., None]
+    relative = np.asarray(relative.resize((right - left, bottom - top), Image.Resampling.BILINEAR))[..., None]
     colour = matplotlib.colormaps[COLOURS](relative[..., 0])[..., :3] * 255
     picture = np.array(image.convert("RGB"))
     covered = picture[top:bottom, left:right]
-    covered[:] = np.round(covered + opacity * relative * (colour - covered))
+    covered[:] = np.round(covered + OPACITY * relative * (colour - covered))
     return Image.fromarray(picture)
 
 
@@ -66,47 +56,23 @@ def save_heat_map(
     path: str | Path,
     image: Image.Image,
     scores: Tensor | np.ndarray,
-    grid: tuple[int, int] | None = None,
     *,
     box: tuple[int, int, int, int] | None = None,
     title: str = "",
 ) -> None:
     """Writes the picture and its heat map side by side, with a scale of the scores. Arguments as `heat_map`."""
-    overlay = heat_map(image, scores, grid, box=box)
+    overlay = heat_map(image, scores, box=box)
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     picture, heat = figure.subplots(1, 2)
     picture.imshow(image.convert("RGB"))
     heat.imshow(overlay)
     for axes in (picture, heat):
         axes.set_axis_off()
-    scale = matplotlib.colors.Normalize(0, max(float(_per_patch(scores, grid).max()), 1e-12))
+    scale = matplotlib.colors.Normalize(0, max(float(_per_patch(scores).max()), 1e-12))
     mappable = matplotlib.cm.ScalarMappable(scale, COLOURS)
     figure.colorbar(mappable, ax=heat, shrink=0.85, label="share of attention per patch")
     figure.suptitle(title, fontsize=10, parse_math=False)  # a user's words: $ is a dollar
     figure.savefig(path, dpi=150)
-
-
-def region_mass_chart(mass: Tensor | np.ndarray, title: str = "Attention that falls on the image") -> Figure:
-    """Bars: each layer's mean over heads; dots: the heads.
-
-    Args:
-        mass: [layers, heads], softmax probability on the image (or on all images together).
-
-    Raises:
-        ValueError: `mass` is not [layers, heads].
-    """
-    mass = _array(mass)
-    if mass.ndim != 2 or not mass.size:
-        raise ValueError(f"mass is of shape {mass.shape}; it must be [layers, heads], not empty")
-    layers = np.arange(mass.shape[0])
-    figure = Figure(figsize=(min(3 + 0.3 * len(layers), 12), 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(layers, mass.mean(1), color="#8da7c9", label="mean over heads")
-    axes.plot(np.repeat(layers, mass.shape[1]), mass.ravel(), ".", color="#1f2f4a", markersize=4, label="one head")
-    axes.set(xlabel="layer", ylabel="probability", ylim=(0, 1), title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def safety_awareness_chart(scores: dict[int, float], chosen: int | None = None) -> Figure:
@@ -228,12 +194,11 @@ def _array(values: Tensor | np.ndarray | Sequence[float]) -> np.ndarray:
     return np.asarray(values, dtype=np.float32)
 
 
-def _per_patch(scores: Tensor | np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
+def _per_patch(scores: Tensor | np.ndarray) -> np.ndarray:
     """[h, w] float32, finite and not negative."""
     scores = _array(scores)
-    shape = scores.shape if grid is None else tuple(grid)
-    if len(shape) != 2 or 0 in shape or scores.size != shape[0] * shape[1]:
-        raise ValueError(f"scores is of shape {scores.shape}, grid is {grid}; scores must be [h, w], or [h·w] with grid (h, w)")
+    if scores.ndim != 2 or not scores.size:
+        raise ValueError(f"scores is of shape {scores.shape}; it must be [h, w], not empty")
     if not np.isfinite(scores).all() or scores.min() < 0:
         raise ValueError(f"scores is in {scores.min()}..{scores.max()}; every score must be finite and at least 0")
-    return scores.reshape(shape)
+    return scores

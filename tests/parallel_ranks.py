@@ -14,7 +14,7 @@ from ras_fast.loading import load
 from ras_fast.methods import attention, autosteer, moras
 
 parallel.join()
-rank, processes = parallel.place()
+rank, processes = parallel.rank(), parallel.world_size()
 folder = Path(sys.argv[1])
 model, processor = load("tiny", device="cpu", dtype="float32")
 data = {"refused_texts": tinyworld.refused_texts(11), "pairs": tinyworld.calibration_pairs(5), "progress": False}

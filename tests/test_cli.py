@@ -72,11 +72,13 @@ def test_generate_with_a_profile(generate, folder, capsys):
 
 
 def test_generate_prints_for_people_too(generate, folder, capsys):
+    assert generate("--profile", str(folder / "profile"), "--json") == 0
+    result = json.loads(capsys.readouterr().out)
     assert generate("--profile", str(folder / "profile")) == 0
     out = capsys.readouterr().out
-    assert "risk 0." in out or "risk 1." in out
+    assert f"risk {result['risk']:.3f}" in out
     assert "of the prompt's attention" in out
-    assert "answer unchanged" in out or "steered" in out
+    assert ("answer unchanged" in out) == (not result["steered"])
     assert "\ncontext    " in out
 
 

@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import SuppressTokensLogitsProcessor, TextIteratorStreamer
 
 import ras_fast
-from ras_fast import inputs, kv_cache
+from ras_fast import inputs
 from ras_fast.backend import forced_backend
 from ras_fast.decoding import lock_of
-from ras_fast.engine import SafeGenerator, batch
+from ras_fast.engine import SafeGenerator, batch, kv_cache
 from ras_fast.engine.watch import Watch
 from ras_fast.methods.moras import PRESETS
 from ras_fast.patching import Patch

@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 import torch
 
-from ras_fast.kv_cache import ENTRY_BYTES, ByteBoundedCache, KVPool
+from ras_fast.engine.kv_cache import ENTRY_BYTES, ByteBoundedCache, KVPool
 
 
 def states(rows, length, seed):

@@ -13,7 +13,7 @@ from ras_fast.profile import RasProfile
 
 
 def test_alone():
-    assert parallel.place() == (0, 1)
+    assert (parallel.rank(), parallel.world_size()) == (0, 1)
     assert parallel.each(lambda item: item + 1, range(3), "items", progress=False) == [1, 2, 3]
 
 

@@ -27,22 +27,6 @@ def test_zero_scores_leave_the_picture_alone(picture):
     assert np.array_equal(viz.heat_map(picture, torch.zeros(4, 6)), picture)
 
 
-def test_only_the_hot_patch_changes_and_takes_the_hottest_colour(picture):
-    scores = torch.zeros(4, 6)
-    scores[1, 2] = 0.3
-    out = np.array(viz.heat_map(picture, scores, resample="nearest", opacity=1.0))
-    hot = np.zeros((40, 60), dtype=bool)
-    hot[10:20, 20:30] = True
-    assert np.array_equal(out[~hot], np.array(picture)[~hot])
-    assert (out[hot] == [252, 255, 164]).all()  # the upper end of matplotlib's inferno
-
-
-def test_flat_scores_are_read_row_by_row(picture):
-    scores = torch.rand(24, generator=torch.Generator().manual_seed(0))
-    assert np.array_equal(viz.heat_map(picture, scores, (4, 6)), viz.heat_map(picture, scores.view(4, 6)))
-    assert not np.array_equal(viz.heat_map(picture, scores, (4, 6)), viz.heat_map(picture, scores, (6, 4)))
-
-
 def test_pixels_outside_the_box_stay(picture):
     out = np.array(viz.heat_map(picture, torch.ones(2, 2), box=(10, 0, 50, 40)))
     assert np.array_equal(out[:, :10], np.array(picture)[:, :10])
@@ -53,13 +37,10 @@ def test_pixels_outside_the_box_stay(picture):
 @pytest.mark.parametrize(
     ("scores", "options", "words"),
     [
-        (torch.rand(5), {"grid": (2, 3)}, "scores is of shape"),
         (torch.rand(5), {}, "scores is of shape"),
         (torch.rand(0, 3), {}, "scores is of shape"),
         (torch.tensor([[0.1, float("nan")]]), {}, "finite"),
         (torch.tensor([[0.1, -0.1]]), {}, "at least 0"),
-        (torch.rand(2, 2), {"resample": "cubic"}, "resample"),
-        (torch.rand(2, 2), {"opacity": 1.5}, "opacity"),
         (torch.rand(2, 2), {"box": (0, 0, 61, 40)}, "box"),
     ],
 )
@@ -75,13 +56,6 @@ def test_saved_heat_map_is_a_readable_png(picture, tmp_path):
         assert saved.format == "PNG"
         assert min(saved.size) > 300
         assert len(np.unique(np.asarray(saved.convert("RGB")).reshape(-1, 3), axis=0)) > 100
-
-
-def test_region_mass_bars_are_means_over_heads():
-    mass = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
-    axes = viz.region_mass_chart(mass).axes[0]
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx(mass.mean(1).tolist(), rel=1e-5)
-    assert sorted(axes.lines[0].get_ydata()) == pytest.approx(sorted(mass.flatten().tolist()))
 
 
 def test_risk_histogram_counts_every_finite_risk_and_names_the_rest():
@@ -111,7 +85,7 @@ def test_trade_off_puts_each_defence_at_its_rates():
     assert up.get_segments()[0].tolist() == [pytest.approx([0.1, 0.8]), pytest.approx([0.1, 1.0])]
 
 
-@pytest.mark.parametrize("chart", [lambda: viz.region_mass_chart(torch.rand(3)), lambda: viz.risk_histogram({})])
+@pytest.mark.parametrize("chart", [lambda: viz.risk_histogram({})])
 def test_charts_refuse_empty_or_misshapen_input(chart):
     with pytest.raises(ValueError, match=r"mass|risks"):
         chart()

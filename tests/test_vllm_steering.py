@@ -12,7 +12,7 @@ from ras_fast.methods.moras import PRESETS, Moras
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import CheckpointHead
 from ras_fast.vllm.options import Marks, check_marks, engine_args, read_marks, read_settings
-from ras_fast.vllm.steering import Steering
+from ras_fast.vllm.steering import LogitSteering
 
 STEPS, HIDDEN, VOCABULARY, EOS = 3, 24, 37, 5  # odd sizes on purpose
 
@@ -27,8 +27,8 @@ def weight() -> torch.Tensor:
     return torch.randn(VOCABULARY, HIDDEN, generator=torch.Generator().manual_seed(4))
 
 
-def make_steering(profile=None, slots=4, eos=EOS) -> Steering:
-    return Steering(profile or make_profile(), lambda hidden: hidden @ weight().T, slots, eos, torch.device("cpu"))
+def make_steering(profile=None, slots=4, eos=EOS) -> LogitSteering:
+    return LogitSteering(profile or make_profile(), lambda hidden: hidden @ weight().T, slots, eos, torch.device("cpu"))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -77,7 +77,7 @@ def test_what_others_forbid_stays_forbidden(risk):
     assert torch.equal(after.isneginf(), logits.isneginf())
 
 
-def keep(steering: Steering, record: int, logits: torch.Tensor) -> None:
+def keep(steering: LogitSteering, record: int, logits: torch.Tensor) -> None:
     for n, row in enumerate(logits):
         steering.apply(row[None].clone(), [(0, n, Marks(record=record))])
 

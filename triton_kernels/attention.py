@@ -527,12 +527,8 @@ def rule(wanted: tuned.ShapeClass) -> Config:
 def _shape_class(kind: str, query: torch.Tensor, constants: dict, *options: torch.Tensor | None) -> tuned.ShapeClass:
     plain = not any(constants[flag] for flag in FEATURES) and all(option is None for option in options)
     arch, _ = device_facts(query.device)
-    size = max(64, _next_power_of_2(query.shape[-1]))
+    size = max(64, triton.next_power_of_2(query.shape[-1]))
     return tuned.ShapeClass(kind, arch, query.element_size(), size, "plain" if plain else "every")
-
-
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _splits(programs: int, key_blocks: int, device: torch.device) -> int:
@@ -557,7 +553,7 @@ def _constants(query: torch.Tensor, is_causal, kv_start, kv_end, window, softcap
         "SOFTCAP": softcap > 0, "BIAS": region_bias is not None,
         "PRESCALED": softcap > 0 or region_bias is not None or scale <= 0,
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
-        "HEAD_DIM": query.shape[-1], "BLOCK_D": max(16, _next_power_of_2(query.shape[-1])),
+        "HEAD_DIM": query.shape[-1], "BLOCK_D": max(16, triton.next_power_of_2(query.shape[-1])),
     }  # fmt: skip
 
 
@@ -574,7 +570,7 @@ def launch_of(query: torch.Tensor, key: torch.Tensor, constants: dict, sinks: to
     batch, heads, lq = query.shape[:3]
     group = heads // key.shape[1]
     packed = lq * group <= DECODE_ROWS
-    pack = _next_power_of_2(group) if packed else 1
+    pack = triton.next_power_of_2(group) if packed else 1
     tile = config(_shape_class("decode" if packed else "prefill", query, constants, sinks))
     programs = triton.cdiv(lq * pack, tile.block_m) * batch * (heads if pack == 1 else key.shape[1])
     return Launch(tile, pack, programs, _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device))
@@ -619,7 +615,7 @@ def region_attention(
     if splits > 1:
         _merge_kernel[(batch * heads * lq,)](
             *parts, out, lse, mass, *_strides(out, 3), batch * heads * lq, heads, lq, num_regions, mass_rows, splits,
-            MASS=mass.numel() > 0, HEAD_DIM=dim, BLOCK_S=_next_power_of_2(splits), BLOCK_D=_next_power_of_2(dim),
+            MASS=mass.numel() > 0, HEAD_DIM=dim, BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=triton.next_power_of_2(dim),
             num_warps=4,
         )  # fmt: skip
     return out, lse, mass
@@ -633,10 +629,10 @@ def _launch_selected_rows(
     batch, heads, lq = query.shape[:3]
     group = heads // key.shape[1]
     packed = rows * group <= SELECTED_ROWS
-    pack = _next_power_of_2(group) if packed else 1
+    pack = triton.next_power_of_2(group) if packed else 1
     constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
     tile = config(_shape_class("mass", query, constants, keys))
-    block_m = max(16, min(_next_power_of_2(rows * pack), SELECTED_ROWS))
+    block_m = max(16, min(triton.next_power_of_2(rows * pack), SELECTED_ROWS))
     tiles = triton.cdiv(rows * pack, block_m)
     programs = tiles * batch * (heads if pack == 1 else key.shape[1])
     splits = _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ras_fast.decoding import eos_ids, next_tokens, output_head
 from ras_fast.engine.answer import Sequence
+from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
-from ras_fast.kv_cache import KVPool
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import Rows, cache_name, keep, kept, kept_rows
 from ras_fast.patching.tracking import REGIONS

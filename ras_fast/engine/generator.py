@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 from ras_fast.decoding import Decoding, check_mode, lock_of, transformers_model
 from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Runner
+from ras_fast.engine.kv_cache import ByteBoundedCache
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.overlapped import Overlapped
 from ras_fast.engine.watch import Watch
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
-from ras_fast.kv_cache import ByteBoundedCache
 from ras_fast.methods import ONE_PASS
 from ras_fast.patching import Patch, patch
+from ras_fast.patching.layers import only_records
 from ras_fast.profile import RasProfile
 
 
@@ -274,7 +275,7 @@ def _remove_hooks(module: torch.nn.Module, first: int) -> None:
     for kind in ("_forward_pre_hooks", "_forward_hooks"):
         hooks = getattr(module, kind)
         for number, hook in list(hooks.items()):
-            if number >= first and getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+            if number >= first and not only_records(hook):
                 del hooks[number]
                 getattr(module, f"{kind}_with_kwargs").pop(number, None)
 

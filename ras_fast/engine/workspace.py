@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ras_fast.kv_cache import KVPool
+from ras_fast.engine.kv_cache import KVPool
 
 KEPT = 4  # workspaces of a generator: of batches of so many sizes
 BUCKET = 128  # slots that sizes are rounded up to; also keeps the masks aligned as the attention kernels want them

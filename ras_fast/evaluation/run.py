@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ras_fast import parallel
+from ras_fast import parallel, viz
 from ras_fast.evaluation.datasets import Dataset, Item, one_line
 from ras_fast.evaluation.defences import BINARY, SEQUENTIAL, Defence
 from ras_fast.evaluation.judges import Judge
@@ -67,8 +67,6 @@ class AnswerFile:
             # A profile that one of the runs did without is no difference.
             settings = settings | {"profiles": before.get("profiles", {}) | settings["profiles"]}
             before["profiles"] = settings["profiles"] | before.get("profiles", {})
-            # Nor is a part of the model's fingerprint that an earlier release did not note.
-            before["model"] = settings["model"] | before.get("model", {})
             differing = [name for name in settings if settings[name] != before.get(name)]
             if differing:
                 raise ValueError(
@@ -109,7 +107,7 @@ def _read_settings(path: Path) -> dict:
 
 def _replace(path: Path, content: bytes) -> None:
     """The first process writes; others that read meanwhile find the old content or the new one."""
-    if parallel.place()[0] == 0:
+    if parallel.rank() == 0:
         Path(f"{path}.new").write_bytes(content)
         os.replace(f"{path}.new", path)
 
@@ -306,7 +304,7 @@ def machine() -> str:
     """The device that the times are from, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    processes = parallel.place()[1]
+    processes = parallel.world_size()
     beside = f", {processes} such processes side by side" if processes > 1 else ""
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), torch {torch.__version__}{beside}"
 
@@ -420,8 +418,6 @@ def _plain(row: dict) -> dict:
 
 
 def _write_trade_off(folder: Path, rows: list[dict]) -> None:
-    from ras_fast.viz import trade_off_chart
-
     def point(cells: dict) -> tuple[Estimate, Estimate] | None:
         attacks = cells.get("image-harm ASR") or cells.get("text-harm ASR")
         return (cells["over-refusal"], attacks) if attacks and "over-refusal" in cells else None
@@ -429,14 +425,12 @@ def _write_trade_off(folder: Path, rows: list[dict]) -> None:
     points = {row["defence"]: point(row["cells"]) for row in rows}
     points = {name: own for name, own in points.items() if own}
     if points:
-        trade_off_chart(points).savefig(folder / "trade_off.png", dpi=150)
+        viz.trade_off_chart(points).savefig(folder / "trade_off.png", dpi=150)
 
 
 def _write_risk(folder: Path, asked: dict[str, list[dict]]) -> None:
     if not asked:
         return
-    from ras_fast import viz
-
     def by_kind(records: list[dict]) -> dict[str, tuple[list[float], list[bool]]]:
         kinds = {kind: [r for r in records if r["kind"] == kind] for kind in dict.fromkeys(r["kind"] for r in records)}
         return {

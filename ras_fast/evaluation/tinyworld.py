@@ -24,6 +24,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ras_fast.refusals import is_refusal
+
 SIDE, PATCH = 96, 12
 GRID = SIDE // PATCH
 
@@ -555,12 +557,7 @@ def demo_items() -> list[Item]:
 
 # --- judging ---------------------------------------------------------------------------------------------------------
 
-_REFUSING = re.compile(r"\b(sorry|unfortunately|can't help)\b", re.IGNORECASE)
 _FACTS = frozenset((*NAMES, *SHAPES, *COLOURS, *COUNTS, "nothing"))
-
-
-def is_refusal(text: str) -> bool:
-    return bool(_REFUSING.search(text))
 
 
 def _facts(text: str) -> frozenset[str]:

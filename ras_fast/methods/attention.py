@@ -25,9 +25,9 @@ from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
+from ras_fast.methods.prompt_state import PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import given_cache
-from ras_fast.patching.prompt_state import PromptState, last_logits_only
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import text_shape
 from ras_fast.profile import RasProfile, fingerprint
@@ -35,8 +35,8 @@ from ras_fast.profile import RasProfile, fingerprint
 STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered
 FOLDS = 5  # of the cross-validation
 # Inverse strength of the L2 penalty on the features' weights: C of scikit-learn's logistic regression, inputs at unit variance.
-FREEDOMS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-FREEDOM_OF_S = 10.0
+CS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+C_OF_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class AttentionRisk:
         """
         _check_model(patch, self.gate.heads)
         self.gate = AttentionGate(self.profile, next(patch.text_model.parameters()).device)
-        run = _Run(self, patch, PromptState(self.profile), Steering(), len(self.prototypes))
+        run = _Run(self, patch, PromptState(self.profile), Steering())
         patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)
@@ -131,7 +131,6 @@ class _Run:
     patch: Patch
     state: PromptState
     steering: Steering
-    steps: int
     monitor: Any = None
     prompt_length: int = 0  # of the forward that runs; 0: it reads none
     mass: dict[int, Tensor] = field(default_factory=dict)
@@ -151,7 +150,7 @@ class _Run:
             return
         answer = self.state.value
         step = torch.zeros(batch, dtype=torch.int64, device=device) + (self.past - answer.start)
-        self.steering.set_rows(torch.where(step < self.steps, step, -1), answer.risk)
+        self.steering.set_rows(torch.where(step < self.method.own_steps, step, -1), answer.risk)
 
     def read(self, layer: int, mass: Tensor) -> None:
         """A layer's attention is done; after the last one that is needed the risk is known."""
@@ -200,7 +199,7 @@ def calibrate(
         logistic gate over S and the features, for `ras_fast.SafeGenerator`. S alone is among the gates that cross-validation
         chooses from, so that attention has a say only where it helps on pairs that a fit has not seen.
 
-    The profile's config holds "freedom", the inverse L2 penalty that cross-validation chose from `FREEDOMS` (0: S alone), and
+    The profile's config holds "C", the inverse L2 penalty that cross-validation chose from `CS` (0: S alone), and
     "held_out_loss", the loss with each of them.
 
     Raises ValueError for input that cannot be used, a model without image statistics, and features or S that are not
@@ -306,12 +305,12 @@ class LogisticFit:
 def select(
     found: Tensor, similarity: Tensor | None, harmful: Tensor, pair: Tensor, count: int
 ) -> tuple[LogisticFit, dict[str, Any]]:
-    """The gate over the best `count` heads, with the inverse L2 penalty ("freedom") that cross-validation finds best.
+    """The gate over the best `count` heads, with the inverse L2 penalty ("C") that cross-validation finds best.
 
     found: features [n, H, k]. similarity: S [n], or None. harmful: [n] bool. pair: [n], what is never on both sides of a fold.
 
-    With S, a freedom of 0, which is S alone, is one of those to choose from. Each fold ranks the heads anew. Returns the fit to
-    all, and {"freedom", "held_out_loss": {freedom: mean cross-entropy of the held-out items}}.
+    With S, a C of 0, which is S alone, is one of those to choose from. Each fold ranks the heads anew. Returns the fit to
+    all, and {"C", "held_out_loss": {c: mean cross-entropy of the held-out items}}.
 
     Raises ValueError when an input is not finite, ImportError without scikit-learn.
     """
@@ -320,34 +319,34 @@ def select(
     groups = pair.unique(return_inverse=True)[1]
     fold = (torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[groups]
 
-    def held_out_loss(freedom: float) -> float:
+    def held_out_loss(c: float) -> float:
         logits = torch.zeros(len(found), dtype=torch.float64)
         for held in (fold == i for i in range(FOLDS)):
             seen, held_similarity = (None, None) if similarity is None else (similarity[~held], similarity[held])
-            logits[held] = fit(found[~held], seen, harmful[~held], count, freedom).logit(found[held], held_similarity)
+            logits[held] = fit(found[~held], seen, harmful[~held], count, c).logit(found[held], held_similarity)
         return F.binary_cross_entropy_with_logits(logits, harmful.double()).item()
 
-    losses = {freedom: held_out_loss(freedom) for freedom in (FREEDOMS if similarity is None else (0.0, *FREEDOMS))}
-    freedom = min(losses, key=losses.__getitem__)
-    facts = {"freedom": freedom, "held_out_loss": {str(freedom): loss for freedom, loss in losses.items()}}
-    return fit(found, similarity, harmful, count, freedom), facts
+    losses = {c: held_out_loss(c) for c in (CS if similarity is None else (0.0, *CS))}
+    c = min(losses, key=losses.__getitem__)
+    facts = {"C": c, "held_out_loss": {str(c): loss for c, loss in losses.items()}}
+    return fit(found, similarity, harmful, count, c), facts
 
 
-def fit(found: Tensor, similarity: Tensor | None, harmful: Tensor, count: int, freedom: float) -> LogisticFit:
+def fit(found: Tensor, similarity: Tensor | None, harmful: Tensor, count: int, c: float) -> LogisticFit:
     """Logistic regression on the features of the best `count` heads, and on S, each at unit variance. The L2 penalty is
-    1 / freedom for a feature's weight and next to nothing for that of S. Raises ImportError without scikit-learn."""
+    1 / c for a feature's weight and next to nothing for that of S. Raises ImportError without scikit-learn."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ImportError("calibrating attention risk needs scikit-learn: pip install 'ras-fast[calibrate]'") from error
     heads = best_heads(found, harmful, count)
     inputs = found[:, heads].flatten(1).double()
-    freedoms = torch.full(inputs.shape[1:], freedom, dtype=torch.float64)
+    cs = torch.full(inputs.shape[1:], c, dtype=torch.float64)
     if similarity is not None:
         inputs = torch.cat([inputs, similarity[:, None].double()], 1)
-        freedoms = torch.cat([freedoms, freedoms.new_tensor([FREEDOM_OF_S])])
+        cs = torch.cat([cs, cs.new_tensor([C_OF_S])])
     # A wider input needs a smaller weight, which the one penalty of the regression then weighs less.
-    mean, stretch = inputs.mean(0), freedoms.sqrt() / inputs.std(0).clamp_min(1e-12)
+    mean, stretch = inputs.mean(0), cs.sqrt() / inputs.std(0).clamp_min(1e-12)
     model = LogisticRegression(max_iter=1000).fit(((inputs - mean) * stretch).numpy(), harmful.numpy())
     weights = torch.from_numpy(model.coef_[0]) * stretch
     bias = torch.from_numpy(model.intercept_) - (weights * mean).sum()

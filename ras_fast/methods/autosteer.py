@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
+from ras_fast.methods.prompt_state import PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
-from ras_fast.patching.prompt_state import PromptState, last_logits_only
 from ras_fast.profile import RasProfile, fingerprint, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
@@ -199,7 +199,6 @@ def calibrate(
     pairs: Sequence[tuple],
     refusal: str = REFUSAL,
     layer: int | str = "sas",
-    every: int | None = None,
     rank: int | None = None,
     strength: float | None = None,
     over_refusal: float | None = None,
@@ -216,8 +215,7 @@ def calibrate(
             look there. Hundreds at least; never use them in a test set.
         refusal: what the head is trained to say.
         layer: whose input the prober reads: "sas", the highest safety awareness score, as in the paper; "validation", the one
-            whose prober does best on the validation pairs; or an index.
-        every: look at each `every`-th layer; None: 4, or 1 for models of up to 8 layers.
+            whose prober does best on the validation pairs; or an index. Both look at every 4th layer, or at all of up to 8.
         rank: keep the refusal head as two factors [d, rank] and [rank, d], from its singular value decomposition. The profile's
             config says how faithful they are.
         strength: ε = 0.1 · strength; None: the one of STRENGTHS under which most validation answers are the refusal, the
@@ -233,7 +231,7 @@ def calibrate(
     """
     unsafe, safe = _queries(pairs, processor)
     text_config = model.config.get_text_config()
-    layers = _layers(layer, every, text_config.num_hidden_layers)
+    layers = _layers(layer, text_config.num_hidden_layers)
     _check_options(rank, text_config.hidden_size, strength, batch_size, over_refusal)
     answer = _answer(model, processor, refusal)
     settings = {
@@ -288,7 +286,7 @@ def _queries(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query
     return question_pairs(pairs, processor)
 
 
-def _layers(layer: int | str, every: int | None, depth: int) -> list[int]:
+def _layers(layer: int | str, depth: int) -> list[int]:
     """The decoder layers whose inputs are captured."""
     if isinstance(layer, int):
         if not 0 <= layer < depth:
@@ -296,10 +294,7 @@ def _layers(layer: int | str, every: int | None, depth: int) -> list[int]:
         return [layer]
     if layer not in ("sas", "validation"):
         raise ValueError(f"layer is {layer!r}; it needs to be 'sas', 'validation' or an index")
-    every = (1 if depth <= SMALL else 4) if every is None else every
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every is {every!r}; it needs to be an integer of at least 1")
-    return list(range(0, depth, every))
+    return list(range(0, depth, 1 if depth <= SMALL else 4))
 
 
 def _answer(model, processor, refusal: str) -> list[int]:
@@ -560,7 +555,7 @@ class Checkpoint:
     def save(self, stage: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Replaces the stage's file as a whole: a crash leaves the old one or the new one. Of several processes the first
         does it."""
-        if self.folder is None or parallel.place()[0]:
+        if self.folder is None or parallel.rank():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{stage}.safetensors"

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from ras_fast import parallel
 from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
+from ras_fast.methods.prompt_state import PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
-from ras_fast.patching.prompt_state import PromptState, last_logits_only
 from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.tracking import text_shape
 from ras_fast.profile import RasProfile, fingerprint, number

@@ -124,7 +124,12 @@ def _version(tensor: Tensor) -> int:
 def _has_foreign_hooks(module: nn.Module) -> bool:
     """Whether the module has hooks other than those of transformers, which only record outputs."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return not all(map(only_records, hooks))
+
+
+def only_records(hook: Callable) -> bool:
+    """Whether a hook is transformers' own, which it leaves on a module for good to record outputs."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 class FusedLayer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -232,14 +231,13 @@ class Patch:
         scores: bool = False,
         reduce: str = "mean",
         layers: Iterable[int] | None = None,
-        heads: Iterable[int] | None = None,
     ) -> Iterator[Statistics]:
         """Takes statistics in the forwards inside the block, without `output_attentions`; each forward replaces the last.
 
         Args:
             rows: the last query rows to look at; None: all.
             scores: also each key's attention from those rows, for heat maps, reduced by `reduce` ("mean", "sum", "max").
-            layers, heads: indices to restrict to; None: all.
+            layers: indices to restrict to; None: all.
 
         Yields:
             The :class:`Statistics` that the forwards fill; also `Patch.statistics` afterwards.
@@ -254,12 +252,9 @@ class Patch:
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce is {reduce!r}; it must be one of {', '.join(REDUCTIONS)}")
         layers = None if layers is None else _indices("layers", layers, len(state.layers))
-        wanted = state.layers if layers is None else layers
-        least = min((state.layers[layer].heads or sys.maxsize for layer in wanted), default=sys.maxsize)
-        heads = None if heads is None else _indices("heads", heads, least)
         previous, outer = state.collection, state.statistics
         state.statistics = Statistics()
-        state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers), heads)
+        state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers))
         try:
             yield state.statistics
         finally:

@@ -38,13 +38,12 @@ def gather_heads(statistic: Tensor, group: Any = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Collection:
-    """What `Patch.collect` asked for; None stands for all rows, layers or heads."""
+    """What `Patch.collect` asked for; None stands for all rows or layers."""
 
     rows: int | None
     scores: bool
     reduce: str
     layers: frozenset[int] | None
-    heads: tuple[int, ...] | None
 
 
 @dataclass
@@ -153,14 +152,9 @@ class AttentionState:
                     "one forward: use output_attentions=True, or run one thread after the other"
                 )
             rows = mass.shape[2] if collection.rows is None else min(collection.rows, mass.shape[2])
-            self.model.statistics.mass[self.layer] = _heads(mass[:, :, mass.shape[2] - rows :], collection)
+            self.model.statistics.mass[self.layer] = mass[:, :, mass.shape[2] - rows :]
             if scores is not None:
-                self.model.statistics.scores[self.layer] = _heads(scores, collection)
+                self.model.statistics.scores[self.layer] = scores
         if request.monitor is not None:
             request.monitor.receive(self.layer, mass)
         return mass if request.attentions else None
-
-
-def _heads(tensor: Tensor, collection: Collection) -> Tensor:
-    """The wanted heads. Not by a tensor of indices: on a GPU that would be a copy from the CPU in every forward."""
-    return tensor if collection.heads is None else torch.stack([tensor[:, head] for head in collection.heads], 1)

@@ -2,9 +2,6 @@
 
 Images are told apart by the lengths of the features that the model itself computes for them; in families whose features do
 not come as one entry per image, by runs of image tokens. A decode step has no image tokens and costs one attribute lookup.
-
-What one forward decides and later ones need (the map of the images, a gate, a risk) is stored on the KV cache object under a
-name (`keep`, `kept`). There it lives as long as the cache, is copied with it, and follows the reordering of its rows.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotPr
 from ras_fast.profile import HEAD_ROWS, RasProfile, fingerprint_of_parts
 from ras_fast.vllm.checkpoint import CheckpointHead, load_processor
 from ras_fast.vllm.options import RISK, Marks, check_marks, read_marks, read_settings
-from ras_fast.vllm.steering import Steering
+from ras_fast.vllm.steering import LogitSteering
 
 _PROCESSORS: WeakSet[RasLogitsProcessor] = WeakSet()  # of this process
 
@@ -24,7 +24,7 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
     """Steers and records the first N steps of requests that ask for it in their ``extra_args``.
 
     ``ras_risk``: steer by this risk in [0, 1]; one that is not finite is 1, and counted.
-    ``ras_record``: keep the raw logits under this number, for `Steering.judge`.
+    ``ras_record``: keep the raw logits under this number, for `LogitSteering.judge`.
     Other requests' logits are not touched.
 
     vLLM has two model runners, each with its own interface for logits processors; this class implements both. The older one
@@ -32,7 +32,7 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
     newer one passes the slot of each row to `apply`, and makes the processor with (config, state of the slots).
 
     Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, and when the profile
-    or the model's head cannot be used (`Steering`, `CheckpointHead`, `RasProfile.check`).
+    or the model's head cannot be used (`LogitSteering`, `CheckpointHead`, `RasProfile.check`).
     """
 
     def __init__(self, vllm_config: VllmConfig, where, is_pin_memory: bool | None = None):
@@ -121,7 +121,7 @@ def processor_of(vllm_config: VllmConfig) -> RasLogitsProcessor:
     return found[0]
 
 
-def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> Steering:
+def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> LogitSteering:
     """The profile made ready for the engine's model; raises ValueError when it was calibrated on another one."""
     model = vllm_config.model_config
     text_config = model.hf_config.get_text_config()
@@ -132,4 +132,4 @@ def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> 
     loaded.check_fingerprint(fingerprint_of_parts(model.hf_config.architectures[0], text_config, model.dtype, rows, processor))
     eos = model.try_get_generation_config().get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) else eos
-    return Steering(loaded, lambda hidden: head.logits(hidden.cpu(), model.dtype), slots, eos, device)
+    return LogitSteering(loaded, lambda hidden: head.logits(hidden.cpu(), model.dtype), slots, eos, device)

@@ -125,7 +125,7 @@ class _Guard:
         self.plain &= len(config.model_config.logits_processors) == 1
 
     async def judge(self, query: tuple) -> Judgement | None:
-        """`Steering.judge` of one query. Raises RuntimeError when no worker could."""
+        """`LogitSteering.judge` of one query. Raises RuntimeError when no worker could."""
         found = [result for result in await self.engine.collective_rpc("ras_judge", args=([query],)) if result is not None]
         if not found:
             raise RuntimeError("no worker has kept the logits of a query")

@@ -29,7 +29,7 @@ class Record:
     steps: int = 0
 
 
-class Steering:
+class LogitSteering:
     """The static tables of one profile, and the logits that are kept until a risk is known.
 
     head: maps states [N, d] fp32 to logits [N, V] fp32, without a bias.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ras_fast.vllm.processor import processor_of
-from ras_fast.vllm.steering import Judgement, Steering
+from ras_fast.vllm.steering import Judgement, LogitSteering
 
 
 class RasWorkerExtension:
@@ -31,18 +31,18 @@ class RasWorkerExtension:
             raise ValueError("the engine's logits of the prototypes differ from its checkpoint's LM head: it cannot be steered")
 
     def ras_judge(self, queries: list) -> list[Judgement | None] | None:
-        """`Steering.judge`; None from a worker that has seen no logits."""
+        """`LogitSteering.judge`; None from a worker that has seen no logits."""
         steering = self._ras_steering()
         with torch.inference_mode():
             return steering.judge(queries) if steering.records else None
 
     def ras_forget(self, records: list[int]) -> None:
-        """`Steering.forget`."""
+        """`LogitSteering.forget`."""
         self._ras_steering().forget(records)
 
     def ras_counters(self) -> dict[str, int]:
         """How often a request's risk was not finite, or not a risk, and counted as 1: "failed_closed"."""
         return dict(self._ras_steering().counters)
 
-    def _ras_steering(self) -> Steering:
+    def _ras_steering(self) -> LogitSteering:
         return processor_of(self.vllm_config).steering

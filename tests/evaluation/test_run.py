@@ -152,22 +152,6 @@ def test_answers_of_other_settings_are_not_mixed_in(tmp_path):
         run.AnswerFile(tmp_path, SETTINGS | {"model": {"architecture": "b", "lm_head": "1"}})
 
 
-def test_answers_of_an_earlier_release_are_gone_on_with(tmp_path):
-    """It noted less of the model, and wrote these fields of an answer."""
-    query = {"defence": "d", "text_harm": False, "images": "e3b0c44298fc1c14"}  # none
-    answer = {"ms": 1.0, "answer": "yes", "refused": False, "risk": None, "score": None, "passes": 1, "tokens": 1}
-    bad = {"id": "0", "kind": "bad", "harmful": True, "question": "q0"} | query | answer
-    good = {"id": "1", "kind": "good", "harmful": False, "question": "q1", "correct": True} | query | answer
-    lines = [bad | {"judge": "refusal phrases", "complied": True}, good]
-    (tmp_path / run.SETTINGS).write_text(json.dumps(SETTINGS))
-    (tmp_path / run.ANSWERS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = SETTINGS | {"model": SETTINGS["model"] | {"decoder": "2"}}
-    records = run.run(dataset(2), {"d": not_again}, run.AnswerFile(tmp_path, settings), progress=False)
-    assert records == lines
-    with pytest.raises(ValueError, match="differs in model"):
-        run.AnswerFile(tmp_path, SETTINGS | {"model": SETTINGS["model"] | {"decoder": "3"}})
-
-
 def test_a_profile_may_come_but_not_change(tmp_path):
     run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     for profiles in ({"moras": "1"}, {"ras": "2"}, {}, {"moras": "1", "ras": "2"}):

@@ -17,7 +17,7 @@ from transformers import StaticCache
 import ras_fast
 from ras_fast.decoding import output_head
 from ras_fast.methods import moras
-from ras_fast.methods.attention import FREEDOMS, AttentionRisk, calibrate, fisher_ratio, fit, select
+from ras_fast.methods.attention import CS, AttentionRisk, calibrate, fisher_ratio, fit, select
 from ras_fast.methods.attention_gate import features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras
 from ras_fast.profile import RasProfile, fingerprint
@@ -240,13 +240,13 @@ def test_other_statistics_are_not_disturbed(model, batch):
     """Whoever collects inside the block gets what it asked for, and the risk is the same."""
     profile = profile_of(model)
     with torch.no_grad(), ras_fast.patch(model) as patch:
-        with patch.collect(rows=2, scores=True, heads=[1]) as alone:
+        with patch.collect(rows=2, scores=True) as alone:
             model(**batch)
         attentions = model(**batch, output_attentions=True).attentions
         with ras_fast.methods.attach(patch, profile) as method:
             model(**batch)
             risk = method.risk.clone()
-            with patch.collect(rows=2, scores=True, heads=[1]) as beside:
+            with patch.collect(rows=2, scores=True) as beside:
                 model(**batch)
             assert torch.allclose(method.risk, risk, atol=1e-5)
             got = model(**batch, output_attentions=True).attentions
@@ -346,9 +346,9 @@ def test_the_fit_is_that_of_standardised_inputs():
     harmful = torch.arange(60) % 2 == 0
     inputs = torch.randn(60, 4, generator=generator) * torch.tensor([1.0, 1e-3, 50.0, 0.1]) + harmful[:, None] * 0.05
     inputs = inputs.double()
-    for freedom in (0.1, 3.0):
-        made = fit(inputs.view(60, 2, 2), None, harmful, 2, freedom)
-        reference = make_pipeline(StandardScaler(), LogisticRegression(C=freedom)).fit(inputs.numpy(), harmful.numpy())
+    for c in (0.1, 3.0):
+        made = fit(inputs.view(60, 2, 2), None, harmful, 2, c)
+        reference = make_pipeline(StandardScaler(), LogisticRegression(C=c)).fit(inputs.numpy(), harmful.numpy())
         got = torch.sigmoid(made.logit(inputs.view(60, 2, 2), None))
         assert np.allclose(got, reference.predict_proba(inputs.numpy())[:, 1], atol=0.01)
 
@@ -366,24 +366,24 @@ def labelled(strength, pairs=60):
 def test_attention_has_a_say_beside_s_only_where_it_helps():
     found, similarity, harmful, pair = labelled(0.0)
     made, facts = select(found, similarity, harmful, pair, 4)
-    assert facts["freedom"] == 0
+    assert facts["C"] == 0
     assert (made.weights == 0).all()
     assert made.logit(found, similarity).argsort().tolist() == similarity.argsort().tolist()
     assert torch.allclose(made.similarity_bias, made.bias)
     found, similarity, harmful, pair = labelled(1.0)
     made, facts = select(found, similarity, harmful, pair, 1)
     assert made.heads == [0]
-    assert facts["freedom"] > 0
-    assert facts["held_out_loss"][str(facts["freedom"])] < 0.8 * facts["held_out_loss"]["0.0"]
+    assert facts["C"] > 0
+    assert facts["held_out_loss"][str(facts["C"])] < 0.8 * facts["held_out_loss"]["0.0"]
     average = found[:, [0]].flatten(1).double().mean(0) @ made.weights + made.bias
     assert torch.allclose(made.similarity_bias, average)
 
 
 def test_the_freedom_is_chosen_by_held_out_pairs():
-    """Where nothing is to be learned the least freedom is best. Both questions of a pair are held out together: items that are
+    """Where nothing is to be learned the least c is best. Both questions of a pair are held out together: items that are
     told apart by their pair alone cannot be learned."""
     found, _, harmful, pair = labelled(0.0)
-    assert select(found, None, harmful, pair, 4)[1]["freedom"] in FREEDOMS[:2]
+    assert select(found, None, harmful, pair, 4)[1]["C"] in CS[:2]
     harmful = pair % 2 == 0
     found = torch.nn.functional.one_hot(pair).float()[:, None]
     losses = select(found, None, harmful, pair, 1)[1]["held_out_loss"]
@@ -415,9 +415,9 @@ def test_calibration(model, processor, every_answer_refuses, tmp_path):
     best = fisher_ratio(found, harmful).argsort(descending=True)[:3].tolist()
     assert method.gate.heads == [every[i] for i in best]
     chosen = found[:, best].flatten(1)
-    freedom = loaded.config["freedom"]
-    assert loaded.config["held_out_loss"][str(freedom)] == min(loaded.config["held_out_loss"].values())
-    reference = make_pipeline(StandardScaler(), LogisticRegression(C=freedom)).fit(chosen.numpy(), harmful.numpy())
+    c = loaded.config["C"]
+    assert loaded.config["held_out_loss"][str(c)] == min(loaded.config["held_out_loss"].values())
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=c)).fit(chosen.numpy(), harmful.numpy())
     got, failed = method.assess(chosen, torch.ones(len(queries), dtype=torch.bool))
     assert np.allclose(got, reference.predict_proba(chosen.numpy())[:, 1], atol=0.02)
     assert not failed.any()
@@ -503,7 +503,7 @@ def test_calibration_beside_moras(model, processor, every_answer_refuses):
     )
     profile = calibrate(model, processor, pairs=PAIRS, heads=2, combine_with=base, progress=False)
     assert profile.method == "moras"
-    chosen = {name: profile.config[name] for name in ("heads", "freedom", "held_out_loss")}
+    chosen = {name: profile.config[name] for name in ("heads", "C", "held_out_loss")}
     assert profile.config == base.config | chosen | {"risk": "moras+attention"}
     assert torch.equal(profile.tensors["prototypes"], base.tensors["prototypes"])
     profile.check(model, processor)

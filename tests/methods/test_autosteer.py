@@ -426,9 +426,8 @@ def test_calibration_where_gradients_are_off(model, processor, few_epochs, mode)
     assert all(torch.equal(got.tensors[name], expected.tensors[name]) for name in expected.tensors)
 
 
-def test_a_fixed_layer_validation_and_every(model, processor, few_epochs):
+def test_a_fixed_layer_and_validation(model, processor, few_epochs):
     assert calibrate(model, processor, layer=2).config["layer"] == 2
-    assert set(calibrate(model, processor, every=2).config["sas"]) == {"0", "2"}
     assert calibrate(model, processor, layer="validation").config["layer"] in range(LAYERS)
 
 
@@ -484,8 +483,6 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
         ({"layer": "best"}, "layer is 'best'"),
         ({"rank": 0}, "rank is 0"),
         ({"over_refusal": 1.5}, "over_refusal is 1.5"),
-        ({"every": 0}, "every is 0"),
-        ({"every": -1}, "every is -1"),
         ({"strength": 0.0}, "strength is 0.0"),
         ({"strength": -1.0}, "strength is -1.0"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import ras_fast
+from ras_fast.methods.prompt_state import PromptState
 from ras_fast.patching.cache_values import Rows, cache_name, given_cache, keep, kept, returned_cache
-from ras_fast.patching.prompt_state import PromptState
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
 

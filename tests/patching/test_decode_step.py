@@ -61,9 +61,9 @@ def test_a_decode_step_waits_for_nothing(name):
         model, cache, step = without_values(model, cache, step)
         for layer in cache.layers:
             layer.device = model.device
-        with Waits() as waits, Patch.of(model).collect(scores=True, heads=[1, 3]) as statistics:
+        with Waits() as waits, Patch.of(model).collect(scores=True) as statistics:
             logits = model(**step, past_key_values=cache).logits
     # A full sliding window of transformers' makes an index from a number: torch.compile captures such a step, a caller cannot.
     assert [found for found in waits.found if "cache_utils.py" not in found] == []
     assert logits.is_meta
-    assert [statistics.mass[layer].shape for layer in range(3)] == [(2, 2, 1, 1)] * 3
+    assert [statistics.mass[layer].shape for layer in range(3)] == [(2, 4, 1, 1)] * 3

@@ -258,12 +258,14 @@ def attention_flex(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[
 
     whole = block_mask(0, length_k, 0, length_q)
     regions = [block_mask(start, end, length_q - rows, rows) for start, end in spans]
-    attend = torch.compile(flex_attention, dynamic=False)
+    attend = functools.partial(torch.compile(flex_attention, dynamic=False), enable_gqa=True, return_lse=True)
+    # Of 2 to 127 rows torch makes a decode kernel, whose blocks do not fit the block mask's under GQA.
+    options = {"BACKEND": "TRITON"} if rows > 1 else None
 
     def call():
-        out, lse = attend(query, key, value, block_mask=whole, enable_gqa=True, return_lse=True)
+        out, lse = attend(query, key, value, block_mask=whole)
         last = query[:, :, length_q - rows :]
-        parts = [attend(last, key, value, block_mask=mask, enable_gqa=True, return_lse=True)[1] for mask in regions]
+        parts = [attend(last, key, value, block_mask=mask, kernel_options=options)[1] for mask in regions]
         return out, torch.exp(torch.stack(parts, -1) - lse[:, :, length_q - rows :, None])
 
     return call

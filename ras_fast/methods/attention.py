@@ -192,6 +192,7 @@ def calibrate(
         least 50, some hundreds are better. Those without an image are left out. Never use these in a test set.
     refused_texts: about 50 text-only requests that the model refuses, for the prototypes of the first `steps` states
         (`ras_fast.methods.moras.refusal_prototypes`); not needed with `combine_with`.
+    min_refused: fewer refused texts than this are an error.
     heads: how many (layer, head) pairs to keep, the best by Fisher ratio first.
     amplify: added to the chosen heads' attention scores of image tokens, in calibration and whenever the profile is used, so
         that they attend to images more; the profile's tensor `region_bias`.

@@ -190,6 +190,8 @@ def calibrate(
         `ras_fast.refusals.is_refusal`) are dropped.
     pairs: about 50 of (image, unsafe question, safe question), or with a fourth entry, the image of the safe one. Never use
         these in a test set.
+    preset: "moras" or "ras"; they differ in the context prompt.
+    min_refused: fewer refused texts than this are an error.
     overrides: replace settings of the preset: gamma, steps, max_context_tokens, gate ("continuous", "binary" or a
         constant in [0, 1]), context_prompt, safety_prompt.
 

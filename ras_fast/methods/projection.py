@@ -192,8 +192,10 @@ def calibrate(
     pairs: (towards, away from), each a (prompt, images) as `ras_fast.inputs.make_queries` takes one; a prompt may be a chat
         that ends in the assistant's words. For a defence: a request that is refused, and one like it that is answered.
     layers: None: the middle one.
+    alpha: as `from_vectors`.
     condition_pairs: (steer, leave alone), likewise: the condition's direction is their mean difference at
         `condition_layer` (None: the one before the first steered), its threshold half-way between their means.
+    measure, per: as `Condition`.
 
     Raises ValueError for input that cannot be used, and when the outcome is not finite.
     """

@@ -271,8 +271,8 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
 def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether this is attention in half precision that this package's kernels do faster (docs/kernels.md).
 
-    On the CPU torch's flash attention takes up to 15 times as long as reading the cache, and for more rows twice as long as
-    multiplying in float. On a GPU it does not take masks, and what SDPA falls back to under one neither splits the keys among
+    On the CPU torch's flash attention takes longer for one row than reading the cache, and for more rows than multiplying in
+    float. On a GPU it does not take masks, and what SDPA falls back to under one neither splits the keys among
     blocks nor shares them within a group of query heads.
     """
     if query.element_size() != 2 or not query.dtype == key.dtype == value.dtype:

@@ -141,8 +141,8 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
     if case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value))):
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
-    not_hopper = hopper_refuses(query, key, value, case)
-    if try_hopper and not not_hopper:
+    not_hopper = hopper_refuses(query, key, value, case) if try_hopper else "not measured yet"
+    if not not_hopper:
         return Plan("hopper", "attention_plan.try_hopper is set")
     if not triton_is_there():
         return Plan("torch", "Triton is not installed")
@@ -151,7 +151,7 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     reason = "masses of many rows" if not few else "masks, a dtype, a head dimension or an alignment that flash attention lacks"
     if packed <= DECODE_ROWS:
         return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}")
-    return Plan("triton", f"{reason}; the Hopper kernel is not chosen: {not_hopper or 'not measured yet'}")
+    return Plan("triton", f"{reason}; the Hopper kernel is not chosen: {not_hopper}")
 
 
 def plan_statistics(query: Tensor, key: Tensor, scored_rows: int = 0) -> str:

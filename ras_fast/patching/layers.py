@@ -132,25 +132,52 @@ def only_records(hook: Callable) -> bool:
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
-class FusedLayer:
-    """Stands in for the `forward` of one decoder layer."""
+class SteeredLayer:
+    """Stands in for the `forward` of one decoder layer: runs the layer's own, then steers and reads what it gave.
+
+    end: the fused norm that follows; it computes itself together with the steering.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, end: FusedNorm | None) -> None:
+        self.layer, self.index, self.end = layer, index, end
+        self.site: Site | None = None  # steering of the layer's output
+        self.probe: Probe | None = None  # reads that output once it is steered
+        self._parameters = _named_parameters(type(layer).forward)[1:]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(self._parameters, args, strict=False))
+        return self._own_forward(kwargs)
+
+    def _own_forward(self, kwargs: dict[str, Any]) -> Any:
+        self._check(kwargs["hidden_states"])
+        output = type(self.layer).forward(self.layer, **kwargs)
+        if self.site is None and self.probe is None:
+            return output
+        hidden = self.end.add(_first(output), None, self.site, self.probe)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _check(self, hidden: Tensor) -> None:
+        if self.layer.training:
+            raise RuntimeError("a patched model is for inference, but it is in training mode: call eval(), or unpatch it")
+        if torch.is_grad_enabled() and (hidden.requires_grad or next(self.layer.parameters()).requires_grad):
+            raise RuntimeError("a patched model has no backward: run it under torch.no_grad(), or unpatch it")
+
+
+class FusedLayer(SteeredLayer):
+    """Stands in for the `forward` of one decoder layer: its residual adds are fused with the norms after them."""
 
     def __init__(
         self, layer: nn.Module, index: int, names: dict[str, str | None], middle: FusedNorm | None, end: FusedNorm | None
     ) -> None:
-        self.layer, self.index = layer, index
-        self.names = names
-        self.middle, self.end = middle, end
-        self.site: Site | None = None  # steering of the layer's output
-        self.probe: Probe | None = None  # reads that output once it is steered
+        super().__init__(layer, index, end)
+        self.names, self.middle = names, middle
         self.returns_tuple = False
-        self._parameters = _named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self._parameters, args, strict=False))
         if self._unproved and any(kwargs.get(name) is not None for name in self._unproved):
-            return self._unfused(kwargs)
+            return self._own_forward(kwargs)
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
@@ -172,15 +199,6 @@ class FusedLayer:
         unproved = (name for name in self._parameters if given.get(name) is None)
         self._unproved = tuple(name for name in unproved if name not in _FOR_ATTENTION)
 
-    def _unfused(self, kwargs: dict[str, Any]) -> Any:
-        """The layer's own forward, steered and read as the fused one is."""
-        self._check(kwargs["hidden_states"])
-        output = type(self.layer).forward(self.layer, **kwargs)
-        if self.site is None and self.probe is None:
-            return output
-        hidden = self.end.add(_first(output), None, self.site, self.probe)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return _first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
 
@@ -198,12 +216,6 @@ class FusedLayer:
         if self.site is None:
             return residual + x
         raise RuntimeError(f"layer {self.index} cannot be steered: no norm is fused after it")
-
-    def _check(self, hidden: Tensor) -> None:
-        if self.layer.training:
-            raise RuntimeError("a patched model is for inference, but it is in training mode: call eval(), or unpatch it")
-        if torch.is_grad_enabled() and (hidden.requires_grad or next(self.layer.parameters()).requires_grad):
-            raise RuntimeError("a patched model has no backward: run it under torch.no_grad(), or unpatch it")
 
 
 class FusedCrossLayer(FusedLayer):
@@ -288,14 +300,21 @@ class LayerTrace:
 
 @dataclass
 class Trace:
-    """What a small forward of the text model showed."""
+    """What small forwards of the text model showed.
+
+    final_norm: the call of the text model's child that is called on the last layer's output.
+    sample: what the text model was given. outputs: what it gave, and what it gives where the sample is left-padded, or None for
+        a model that takes no such mask.
+    """
 
     layers: list[LayerTrace]
-    final_norm: Call | None  # of the text model's child that is called on the last layer's output
+    final_norm: Call | None
+    sample: dict[str, Tensor]
+    outputs: tuple[Tensor, Tensor | None]
 
 
 def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
-    """Runs the text model once on a few random embeddings and notes what each layer was given, called and returned."""
+    """Runs the text model on a few random tokens and notes what each layer was given, called and returned."""
     records = [LayerTrace(layer) for layer in layers]
     final: list[Call] = []
     handles = []
@@ -303,26 +322,62 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
         for record in records:
             handles.append(record.module.register_forward_hook(_note_layer(record), with_kwargs=True))
             for name, child in record.module.named_children():
+                if isinstance(child, (nn.Dropout, nn.Identity)):  # nothing, in a model that answers
+                    continue
                 handles.append(child.register_forward_hook(_note_call(record.calls, name), with_kwargs=True))
         for name, child in text_model.named_children():
             if child is not layers:
                 handles.append(child.register_forward_hook(_note_call(final, name), with_kwargs=True))
-        embeddings = _random_embeddings(text_model, layers)
-        with torch.no_grad():
-            text_model(inputs_embeds=embeddings, use_cache=False, **_random_images(text_model, embeddings))
+        sample = _sample(text_model)
+        output = _run(text_model, sample)
     finally:
         for handle in handles:
             handle.remove()
     last = next((_first(record.output) for record in reversed(records) if record.called), None)
-    return Trace(records, next((call for call in final if call.x is last), None))
+    try:
+        padded = _run(text_model, sample, padded=True)
+    except Exception:  # whatever a model raises that has no use for such a mask
+        padded = None
+    return Trace(records, next((call for call in final if call.x is last), None), sample, (output, padded))
 
 
-def _random_embeddings(text_model: nn.Module, layers: nn.ModuleList) -> Tensor:
-    parameter = next(layers[0].parameters())
-    generator = torch.Generator().manual_seed(0)
-    size = text_model.config.hidden_size
-    device = "cpu" if parameter.is_meta else parameter.device  # offloaded weights come with hooks that move their inputs
-    return torch.randn(2, 7, size, generator=generator).to(device=device, dtype=text_model.dtype)
+def compare(text_model: nn.Module, traced: Trace) -> str | None:
+    """How the text model's output is another one than in the trace, with and without left padding; None where it is the same.
+
+    A wrong mask changes it altogether; rounding, which a router of experts may amplify, does not.
+    """
+    for expected, padded in zip(traced.outputs, (False, True), strict=True):
+        if expected is None:
+            continue
+        try:
+            got = _run(text_model, traced.sample, padded)
+        except Exception as error:  # of a model that does something else with masks than passing them on
+            return f"does not run ({type(error).__name__}: {error})"
+        why = _difference(got, expected, 1e-3 if expected.dtype == torch.float32 else 0.3)
+        if why is not None:
+            return why
+    return None
+
+
+def _sample(text_model: nn.Module) -> dict[str, Tensor]:
+    """Embeddings [2, 7, d] of random tokens, as some models look up which tokens they are of, and what comes with them."""
+    embed = text_model.get_input_embeddings()
+    parameter = next(embed.parameters())
+    ids = torch.randint(parameter.shape[0], (2, 7), generator=torch.Generator().manual_seed(0))
+    # Offloaded weights come with hooks that move their inputs.
+    with torch.no_grad():
+        embeddings = embed(ids if parameter.is_meta else ids.to(parameter.device))
+    return {"inputs_embeds": embeddings} | _random_images(text_model, embeddings)
+
+
+def _run(text_model: nn.Module, sample: dict[str, Tensor], padded: bool = False) -> Tensor:
+    """The output [tokens, d] of the sample's tokens; with `padded`, the first two of a row are none."""
+    embeddings = sample["inputs_embeds"]
+    mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        output = text_model(**sample, use_cache=False, **({"attention_mask": mask} if padded else {}))
+    return output[0][mask.bool()] if padded else output[0].flatten(0, 1)
 
 
 def _random_images(text_model: nn.Module, embeddings: Tensor) -> dict[str, Tensor]:
@@ -445,9 +500,15 @@ def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> 
     fused.returns_tuple = isinstance(record.output, tuple)
     if fused.returns_tuple and len(record.output) > 1:
         return f"returns {len(record.output)} values"
-    got, why = reproduce(fused, record.args, record.kwargs, record.output)
-    if why is None and fused.end is not None and next_output is not None:
-        why = _difference(fused.end(got), next_output)
+    return differs(fused, record, next_output)
+
+
+def differs(layer: SteeredLayer, record: LayerTrace, next_output: Tensor | None) -> str | None:
+    """How a layer, or the norm after it, does something else than the original in the trace."""
+    got, why = reproduce(layer, record.args, record.kwargs, record.output)
+    if why is None and layer.end is not None and next_output is not None:
+        with torch.no_grad():
+            why = _difference(layer.end(got), next_output)
     return why
 
 
@@ -461,9 +522,9 @@ def reproduce(function: Callable, args: tuple, kwargs: dict[str, Any], output: A
     return got, _difference(got, _first(output))
 
 
-def _difference(got: Tensor, expected: Tensor) -> str | None:
+def _difference(got: Tensor, expected: Tensor, tolerance: float | None = None) -> str | None:
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return f"gives {got.dtype} {tuple(got.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
     error = float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
-    tolerance = max(1e-5, 2 * torch.finfo(expected.dtype).eps)
+    tolerance = max(1e-5, 2 * torch.finfo(expected.dtype).eps) if tolerance is None else tolerance
     return None if error <= tolerance else f"differs from the original by {error:.1e} relative, more than {tolerance:.1e}"

@@ -22,6 +22,7 @@ from ras_fast.regions import RegionMap
 from ras_fast.registration import EXPLICIT, NAME, register
 
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
+_NO_INTERFACE = "do not go through transformers' attention interface"
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Report:
     fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
     unfused: what stayed as it was, by module name, and why.
     regions: None where image statistics are on, else why they are not.
+    blind: where they are on, the decoder layers without: those that do not go through transformers' attention interface.
     """
 
     model: str
@@ -40,21 +42,27 @@ class Report:
     norms: int
     unfused: dict[str, str] = field(default_factory=dict)
     regions: str | None = None
+    blind: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
             f"{self.fused_norms} of {self.norms} residual adds with their norm",
-            f"image statistics: {'on' if self.regions is None else 'off, ' + self.regions}",
+            f"image statistics: {self._statistics()}",
         ]
         return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])
+
+    def _statistics(self) -> str:
+        if self.regions is not None:
+            return f"off, {self.regions}"
+        return f"on, but for the layers {', '.join(map(str, self.blind))}, which {_NO_INTERFACE}" if self.blind else "on"
 
 
 def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend: str = "auto") -> Patch:
     """Makes a Hugging Face model fast and observable, in place.
 
-    The text model runs once on a few random embeddings, then every fused layer and every attention on what its original was
-    given there, and only what agrees is kept. Hooks that are registered on the model see these runs.
+    The text model runs on a few random tokens, then every fused layer and every attention on what its original was given there,
+    and only what agrees is kept. Hooks that are registered on the model see these runs.
 
     Args:
         model: a transformers model (or a wrapper of one, such as PEFT's) in eval mode. A text-only model gets norms alone.
@@ -167,7 +175,7 @@ class Patch:
         self.steering = Steering()
         self._undo = _Undo()
         self._state: ModelState | None = None
-        self._fused: dict[int, fusion.FusedLayer] = {}
+        self._placed: dict[int, fusion.SteeredLayer] = {}  # what stands in for a decoder layer
         self._final_norm: fusion.FusedNorm | None = None
         self._report: Report | None = None
         self._backend_request: object = None
@@ -183,7 +191,7 @@ class Patch:
         """Puts everything back as it was before `patch`. Calling it again does nothing."""
         self.applied = False
         self._undo.restore()
-        self._fused.clear()
+        self._placed.clear()
         self._final_norm = self._state = None
         withdraw_backend(self._backend_request)
 
@@ -195,7 +203,7 @@ class Patch:
 
     def in_force(self) -> list[Any]:
         """The objects that decide what forwards steer and read now. A captured graph is valid as long as they are the same."""
-        places = [place for place in (*self._fused.values(), self._final_norm) if place is not None]
+        places = [place for place in (*self._placed.values(), self._final_norm) if place is not None]
         sites = [place.site for place in places if place.site is not None]
         rows = [tensor for site in sites for tensor in (site.steering.slot, site.steering.alpha)]
         probes = [(probe, probe.active) for probe in (getattr(place, "probe", None) for place in places) if probe is not None]
@@ -251,7 +259,7 @@ class Patch:
             raise ValueError(f"rows is {rows!r}; it must be None or an integer of at least 0")
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce is {reduce!r}; it must be one of {', '.join(REDUCTIONS)}")
-        layers = None if layers is None else _indices("layers", layers, len(state.layers))
+        layers = None if layers is None else _indices(layers, state.layers)
         previous, outer = state.collection, state.statistics
         state.statistics = Statistics()
         state.collection = Collection(rows, scores, reduce, None if layers is None else frozenset(layers))
@@ -278,7 +286,7 @@ class Patch:
         """
         state, layers = self._regions(), frozenset(layers)
         if not layers <= set(state.layers):
-            raise ValueError(f"layers are {sorted(layers)}; the model has layers 0..{len(state.layers) - 1}")
+            raise ValueError(f"layers are {sorted(layers)}; the model has layers {_listed(state.layers)}")
         if state.monitor is not None:
             raise ValueError("the model has a monitor already: end that first (clear_monitor)")
         state.monitor = Monitor(layers, receive)
@@ -320,7 +328,7 @@ class Patch:
         checked = {}
         for layer, tensor in biases.items():
             if layer not in states:
-                raise ValueError(f"bias is for layer {layer!r}; the model has layers 0..{len(states) - 1}")
+                raise ValueError(f"bias is for layer {layer!r}; the model has layers {_listed(states)}")
             heads = states[layer].heads
             if tensor.dim() not in (1, 2) or tensor.shape[0] != heads or not tensor.is_floating_point():
                 raise ValueError(
@@ -378,15 +386,15 @@ class Patch:
         place.site = Site(steering, self._directions("vectors", vectors, place), "lerp" if final else "add", rows == "last")
 
     def steers(self, layer: int | str) -> bool:
-        """Whether `set_steering` can steer this layer, or the "final" norm, now: it is fused, and nobody steers it."""
+        """Whether `set_steering` can steer this layer, or the "final" norm, now: its norm is fused, and nobody steers it."""
         if not self.applied:
             raise RuntimeError("the model is not patched")
-        place = self._final_norm if layer == "final" else self._fused.get(layer)
+        place = self._final_norm if layer == "final" else self._placed.get(layer)
         return place is not None and place.site is None and (layer == "final" or place.end is not None)
 
     def clear_steering(self, steering: Steering | None = None) -> None:
         """Ends all steering; with `steering`, only that of layers which follow it."""
-        for place in (*self._fused.values(), self._final_norm):
+        for place in (*self._placed.values(), self._final_norm):
             if place is not None and place.site is not None and steering in (None, place.site.steering):
                 place.site = None
         if steering is None:
@@ -415,18 +423,19 @@ class Patch:
 
     def clear_probe(self, layer: int) -> None:
         """Ends `set_probe`; nothing happens where there is no probe."""
-        if layer in self._fused:
-            self._fused[layer].probe = None
+        if layer in self._placed:
+            self._placed[layer].probe = None
 
-    def _place(self, layer: int | str) -> fusion.FusedLayer | fusion.FusedNorm:
+    def _place(self, layer: int | str) -> fusion.SteeredLayer | fusion.FusedNorm:
         if not self.applied:
             raise RuntimeError("the model is not patched")
-        place = self._final_norm if layer == "final" else self._fused.get(layer)
+        place = self._final_norm if layer == "final" else self._placed.get(layer)
         if place is None or (layer != "final" and place.end is None):
-            raise ValueError(f"layer is {layer!r}; it must be a fused one: {sorted(self._fused)}\n{self._report}")
+            able = [index for index, own in self._placed.items() if own.end is not None]
+            raise ValueError(f"layer is {layer!r}; it must be one with a fused norm after it: {able}\n{self._report}")
         return place
 
-    def _directions(self, name: str, directions: Tensor, place: fusion.FusedLayer | fusion.FusedNorm) -> Tensor:
+    def _directions(self, name: str, directions: Tensor, place: fusion.SteeredLayer | fusion.FusedNorm) -> Tensor:
         """[S, d] on the device of the norm that will read it."""
         weight = place.norm.weight if isinstance(place, fusion.FusedNorm) else place.end.norm.weight
         if directions.dim() != 2 or directions.shape[0] == 0 or directions.shape[1] != weight.shape[0]:
@@ -448,7 +457,7 @@ class Patch:
         self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
         try:
             recorded = fusion.trace(text_model, decoder_layers)
-        except (AttributeError, TypeError) as error:  # what the model makes of the inputs that it does not get
+        except Exception as error:  # whatever the model makes of the inputs that it does not get
             what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
             raise TypeError(f"{what} cannot be traced on embeddings alone ({type(error).__name__}: {error})") from error
         self.text_model, self.layers = text_model, decoder_layers
@@ -478,7 +487,7 @@ class Patch:
 
     def _forget_skipped(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Without images, cross-attention layers are skipped and the norms computed ahead for them are never fetched."""
-        for layer in self._fused.values():
+        for layer in self._placed.values():
             if layer.end is not None:
                 layer.end.forget()
 
@@ -502,30 +511,40 @@ class Patch:
         return fused
 
     def _fuse_layer(self, text_model, recorded, index: int, shape: str, fused_norms) -> str | None:
-        """Fuses one layer; returns why not."""
+        """Fuses one layer; returns why not. One that cannot be fused can still be steered, where the norm after it is."""
         record = recorded.layers[index]
         if not record.called:
             return "is not called"
-        if shape not in fusion.PATTERNS:
-            return f"calls its children in the order {shape!r}; known are {', '.join(fusion.PATTERNS)}"
         slot = fusion.forward_slot(record.module)
         if slot is None:
             return "has a forward of its own on the instance already"
-        names = fusion.roles(record, shape)
-        middle = fused_norms.get(id(getattr(record.module, names["middle_norm"]))) if names["middle_norm"] else None
         end, next_output = self._next_norm(text_model, recorded, index, fused_norms)
-        fused = fusion.fuse_layer(record, index, names, middle, end)
-        why = fusion.prove(fused, record, next_output)
-        if why is not None:
+        layer, why = self._fused_layer(record, index, shape, fused_norms, end, next_output)
+        if why is None:
+            self._report.fused_layers += 1
+            self._report.fused_norms += (layer.middle is not None) + (end is not None)
+        elif end is not None:
+            layer = fusion.SteeredLayer(record.module, index, end)
+            if fusion.differs(layer, record, next_output) is not None:
+                return why
+        else:
             return why
         if end is not None:
             following = recorded.layers[index + 1 : index + 2]
             end.between = (record.module, *(layer.module for layer in following), end.norm)
-        self._undo.set(record.module, slot, fused)
-        self._fused[index] = fused
-        self._report.fused_layers += 1
-        self._report.fused_norms += (middle is not None) + (end is not None)
-        return None
+        self._undo.set(record.module, slot, layer)
+        self._placed[index] = layer
+        return why
+
+    def _fused_layer(self, record, index: int, shape: str, fused_norms, end, next_output):
+        """(the fused form of a layer, None), or (None, why there is none)."""
+        if shape not in fusion.PATTERNS:
+            return None, f"calls its children in the order {shape!r}; known are {', '.join(fusion.PATTERNS)}"
+        names = fusion.roles(record, shape)
+        middle = fused_norms.get(id(getattr(record.module, names["middle_norm"]))) if names["middle_norm"] else None
+        fused = fusion.fuse_layer(record, index, names, middle, end)
+        why = fusion.prove(fused, record, next_output)
+        return (fused, None) if why is None else (None, why)
 
     def _next_norm(self, text_model, recorded, index: int, fused_norms) -> tuple[fusion.FusedNorm | None, Tensor | None]:
         """The norm that is applied to a layer's output, where it is fused and on the same device, and what it gave."""
@@ -545,6 +564,8 @@ class Patch:
         multimodal = _owner(root, text_model)
         if multimodal is None or not token_ids(multimodal.config):
             return "the model has no image tokens"
+        if len(_stacks(root)) > 1:
+            return "an encoder and a decoder share the text model's config"
         if not all(record.called for record in recorded.layers):
             return "not every layer is called on plain text"
         register()
@@ -555,12 +576,51 @@ class Patch:
         name = _implementation(text_model.config._attn_implementation, recorded)
         for config in {id(c): c for c in (text_model.config, multimodal.config.get_text_config())}.values():
             self._undo.set(config, "_attn_implementation_internal", name)
+        why = self._watch_layers(recorded)
+        if why is None:
+            self._watch_forwards(multimodal, text_model, tracker)
+            why = fusion.compare(text_model, recorded)
+            why = why and f"the text model under this package's attention {why}"
+        if why is not None:
+            self._undo.restore(before)
+            self._state = None
+        return why
+
+    def _watch_layers(self, recorded: fusion.Trace) -> str | None:
+        """Links each layer's attention to the model's state; returns why image statistics are impossible."""
         for index, record in enumerate(recorded.layers):
             why = self._watch_layer(index, record)
             if why is not None:
-                self._undo.restore(before)
-                self._state = None
                 return f"the attention of layer {index} {why}"
+        self._report.blind = [index for index in range(len(recorded.layers)) if index not in self._state.layers]
+        return None if self._state.layers else f"the layers {_NO_INTERFACE}"
+
+    def _watch_layer(self, index: int, record: fusion.LayerTrace) -> str | None:
+        """Links a layer's attention, the first child that goes through transformers' attention interface, and proves it on the
+        traced call; returns how it fails. A layer without such a child is left out."""
+        for call in record.calls:
+            child = getattr(record.module, call.name)
+            if _looks_like_norm(child) or not isinstance(call.x, Tensor) or call.x.dim() != 3:
+                continue
+            before = self._undo.mark()
+            sees_images = record.crosses or not isinstance(self._state.tracker, CrossRegionTracker)
+            state = self._state.layers[index] = AttentionState(self._state, index, sees_images=sees_images)
+            self._undo.set(child, STATE, state)
+            self._state.tracker.forward.regions = RegionMap(call.x.new_zeros(call.x.shape[:2], dtype=torch.int32), 1)
+            with self.collect(layers=[index]) as statistics:
+                _, why = fusion.reproduce(child, call.args, call.kwargs, call.output)
+            self._state.tracker.forward.regions = None
+            if why is not None:
+                return why
+            if index in statistics.mass:
+                state.heads = statistics.mass[index].shape[1]
+                return None
+            self._undo.restore(before)
+            del self._state.layers[index]
+        return None
+
+    def _watch_forwards(self, multimodal: nn.Module, text_model: nn.Module, tracker: RegionTracker) -> None:
+        """Hooks that find the image tokens of each forward."""
         for modality in ("image", "video"):
             if hasattr(type(multimodal), f"get_{modality}_features"):
                 self._undo.set(multimodal, f"get_{modality}_features", RecordFeatures(multimodal, modality, tracker))
@@ -569,35 +629,22 @@ class Patch:
         for module in (text_model, multimodal):
             handle = module.register_forward_hook(tracker.after, always_call=True)
             self._undo.hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)
-        return None
-
-    def _watch_layer(self, index: int, record: fusion.LayerTrace) -> str | None:
-        """Links a layer's attention to the model's state and proves it on the traced call; returns how it fails."""
-        attention, call = _attention(record)
-        sees_images = record.crosses or not isinstance(self._state.tracker, CrossRegionTracker)
-        state = self._state.layers[index] = AttentionState(self._state, index, sees_images=sees_images)
-        self._undo.set(attention, STATE, state)
-        batch, length, _ = call.x.shape
-        self._state.tracker.forward.regions = RegionMap(call.x.new_zeros(batch, length, dtype=torch.int32), 1)
-        with self.collect(layers=[index]) as statistics:
-            _, why = fusion.reproduce(attention, call.args, call.kwargs, call.output)
-        self._state.tracker.forward.regions = None
-        if why is None and index not in statistics.mass:
-            return "does not go through transformers' attention interface"
-        state.heads = statistics.mass[index].shape[1] if why is None else 0
-        return why
 
     def _hook(self, module: nn.Module, function: Any) -> None:
         handle = module.register_forward_pre_hook(function, with_kwargs=True)
         self._undo.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
 
 
-def _indices(name: str, given: Iterable[int], count: int) -> tuple[int, ...]:
-    """Raises ValueError unless these are some of 0..count-1."""
+def _indices(given: Iterable[int], layers: Mapping[int, Any]) -> tuple[int, ...]:
+    """Raises ValueError unless these are some of the layers."""
     indices = tuple(given) if isinstance(given, Iterable) else ()
-    if not indices or not all(isinstance(index, int) and 0 <= index < count for index in indices):
-        raise ValueError(f"{name} is {given!r}; it must hold at least one index, of those in 0..{count - 1}")
+    if not indices or not all(isinstance(index, int) and index in layers for index in indices):
+        raise ValueError(f"layers is {given!r}; it must hold at least one index, of those in {_listed(layers)}")
     return indices
+
+
+def _listed(layers: Mapping[int, Any]) -> str:
+    return f"0..{len(layers) - 1}" if list(layers) == list(range(len(layers))) else ", ".join(map(str, layers))
 
 
 def _implementation(before: str, recorded: fusion.Trace) -> str:
@@ -606,14 +653,9 @@ def _implementation(before: str, recorded: fusion.Trace) -> str:
     SDPA leaves masks out that others are given in full. That is faster, and the same where all modules attend to the text, and
     call themselves causal: not PaliGemma's, and not those of layers that attend to images.
     """
-    plain = all(not record.crosses and getattr(_attention(record)[0], "is_causal", True) for record in recorded.layers)
+    modules = (getattr(record.module, call.name) for record in recorded.layers for call in record.calls)
+    plain = all(getattr(module, "is_causal", True) for module in modules) and not any(r.crosses for r in recorded.layers)
     return NAME if plain or before == "sdpa" else EXPLICIT
-
-
-def _attention(record: fusion.LayerTrace) -> tuple[nn.Module, fusion.Call]:
-    """A layer's attention module, and how it was called."""
-    call = next(call for call in record.calls if not _looks_like_norm(getattr(record.module, call.name)))
-    return getattr(record.module, call.name), call
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
@@ -629,12 +671,20 @@ def find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     root = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     if root is None:
         raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, as AutoModel classes give")
+    found = next(iter(_stacks(root)), None)
+    if found is None:
+        raise TypeError(f"model is a {type(root).__name__}, in which no text model with decoder `layers` was found")
+    return root, *found
+
+
+def _stacks(root: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """The models in it with the text config's layers: one, or an encoder and a decoder."""
+    from transformers import PreTrainedModel
+
     config = root.config.get_text_config(decoder=True)
-    for module in root.modules():
-        stack = getattr(module, "layers", None)
-        if isinstance(module, PreTrainedModel) and isinstance(stack, nn.ModuleList) and len(stack) and module.config is config:
-            return root, module, stack
-    raise TypeError(f"model is a {type(root).__name__}, in which no text model with decoder `layers` was found")
+    models = (module for module in root.modules() if isinstance(module, PreTrainedModel) and module.config is config)
+    stacks = ((model, getattr(model, "layers", None)) for model in models)
+    return [(model, layers) for model, layers in stacks if isinstance(layers, nn.ModuleList) and len(layers)]
 
 
 def _owner(root: nn.Module, text_model: nn.Module) -> nn.Module | None:

@@ -202,7 +202,7 @@ def test_output_and_mass(module, window, sizes, kind, options):
     assert (aux - sums).abs().max() < 1e-5
 
     for reduce in ("mean", "sum", "max"):
-        model.collection = Collection(2, True, reduce, None, None)
+        model.collection = Collection(2, True, reduce, None)
         out, aux = attention(module, query, key, value, mask, scaling=0.3, sliding_window=window, **options)
         assert aux is None
         assert (out - expected).abs().max() < 1e-5
@@ -217,7 +217,7 @@ def test_full_mask_statistics_in_chunks(module, monkeypatch):
     full = torch.ones(3, 1, 7, 7, dtype=torch.bool).tril()
     ids = torch.zeros(3, 7, dtype=torch.int32)
     model = ModelState(Tracker(ids, 1))
-    model.collection = Collection(5, True, "sum", None, None)
+    model.collection = Collection(5, True, "sum", None)
     setattr(module, STATE, AttentionState(model, 0))
     results = []
     for chunk in (1 << 20, 2 * 3 * 4 * 7):

@@ -227,7 +227,8 @@ def calibrate(
             found = _features(patch, processor, queries, places, progress)
         if amplify:
             places = [places[i] for i in best_heads(found, harmful, heads)]
-            tensors["region_bias"] = _amplified(patch.head_counts, places, amplify)
+            sizes = len(patch.layers), max(patch.head_counts.values())
+            tensors["region_bias"] = _amplified(sizes, places, amplify)
         with region_bias(patch, tensors.get("region_bias")):
             if amplify:
                 found = _features(patch, processor, queries, places, progress)
@@ -254,9 +255,9 @@ def _labelled(pairs: Sequence[tuple], processor) -> tuple[list[Query], Tensor, T
     return [queries[i] for i in seen], harmful, pair
 
 
-def _amplified(head_counts: dict[int, int], heads: list[Head], strength: float) -> Tensor:
-    """`region_bias` [layers, Hq]: `strength` for these heads, 0 for the others."""
-    bias = torch.zeros(len(head_counts), max(head_counts.values()))
+def _amplified(sizes: tuple[int, int], heads: list[Head], strength: float) -> Tensor:
+    """`region_bias` of these sizes [layers, Hq]: `strength` for these heads, 0 for the others."""
+    bias = torch.zeros(sizes)
     for layer, head in heads:
         bias[layer, head] = strength
     return bias

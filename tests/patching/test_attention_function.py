@@ -268,10 +268,17 @@ def test_a_caller_s_range_is_not_remembered(module):
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("name", ["position_bias", "cu_seq_lens_q", "cache", "head_mask"])
+@pytest.mark.parametrize("name", ["position_bias", "cu_seq_lens_q", "cache", "head_mask", "indices", "block_indices", "sinks"])
 def test_unsupported_keywords(module, name):
     with pytest.raises(ValueError, match=name):
         attention(module, *qkv(2, 2), None, **{name: torch.ones(1)})
+
+
+def test_keywords_that_mean_nothing_to_attention(module):
+    """Some families hand the inputs of their multimodal model down to every module."""
+    given = dict.fromkeys(("pixel_values_videos", "image_grid_thw", "mm_token_type_ids", "position_ids"), torch.ones(1))
+    out, _ = attention(module, *qkv(2, 2), None, block_indices=None, something=3, **given)
+    assert torch.equal(out, attention(module, *qkv(2, 2), None)[0])
 
 
 def test_dropout_and_training(module):

@@ -22,9 +22,9 @@ TEXTS = {
     "gpt_neox": {},
     "olmo2": {"head_dim": None},
     "doge": {},
-    "deepseek_v32": LATENT | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                              "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "index_topk": 8, "index_head_dim": 16,
-                              "index_n_heads": 2},
+    "deepseek_v32": LATENT | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
+                              "moe_intermediate_size": 32, "topk_group": 1, "first_k_dense_replace": 1, "index_topk": 8,
+                              "index_head_dim": 16, "index_n_heads": 2},
 }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_a_layer_that_cannot_be_fused_can_be_steered_and_read(text):
 
 def test_steering_needs_a_norm_after_the_layer():
     model, _ = around("olmo2")  # whose norms come before the adds
-    with ras_fast.patch(model) as patched, pytest.raises(ValueError, match=r"must be one with a fused norm after it: \[2\]"):
+    with ras_fast.patch(model) as patched, pytest.raises(ValueError, match=r"must be fused, as those after the layers \[2\]"):
         patched.set_steering(0, torch.zeros(1, 64))
 
 

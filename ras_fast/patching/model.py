@@ -432,7 +432,7 @@ class Patch:
         place = self._final_norm if layer == "final" else self._placed.get(layer)
         if place is None or (layer != "final" and place.end is None):
             able = [index for index, own in self._placed.items() if own.end is not None]
-            raise ValueError(f"layer is {layer!r}; its norm must be fused, as those after the layers {able} are\n{self._report}")
+            raise ValueError(f"layer is {layer!r}; its norm must be fused, as those after layers {able} are\n{self._report}")
         return place
 
     def _directions(self, name: str, directions: Tensor, place: fusion.SteeredLayer | fusion.FusedNorm) -> Tensor:

@@ -109,7 +109,7 @@ def test_a_layer_that_cannot_be_fused_can_be_steered_and_read(text):
 
 def test_steering_needs_a_norm_after_the_layer():
     model, _ = around("olmo2")  # whose norms come before the adds
-    with ras_fast.patch(model) as patched, pytest.raises(ValueError, match=r"must be fused, as those after the layers \[2\]"):
+    with ras_fast.patch(model) as patched, pytest.raises(ValueError, match=r"must be fused, as those after layers \[2\]"):
         patched.set_steering(0, torch.zeros(1, 64))
 
 

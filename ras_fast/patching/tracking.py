@@ -184,7 +184,7 @@ class RegionTracker:
         ids = self._ids(visual, own.lengths)
         counts = (ids.amax(1) + 1).tolist() if ids.shape[1] else [0] * ids.shape[0]
         num_regions = max(counts, default=0)
-        grids = self._grids(ids, counts, inputs, own.lengths)
+        grids = self._grids(ids, counts, visual.get("image", ids < -1), inputs, own.lengths.get("image"))
         if past == 0:
             return RegionMap(ids, num_regions, grids, validate=False)
         if before is None:
@@ -205,18 +205,20 @@ class RegionTracker:
         return join_regions([image_regions(mask, lengths.get(modality)) for modality, mask in visual.items()])
 
     def _grids(
-        self, ids: Tensor, counts: list[int], inputs: dict[str, Any], lengths: dict[str, list[int] | None]
+        self, ids: Tensor, counts: list[int], images: Tensor, inputs: dict[str, Any], lengths: list[int] | None
     ) -> list[list[Grid | None]]:
+        """Of images; a video, none of whose tokens is among `images` [B, L] bool, has none."""
         if not any(counts):
             return [[] for _ in counts]
-        sizes = torch.stack([(ids == region).sum(1) for region in range(max(counts))], 1).tolist()
+        sizes = torch.stack([((ids == region) & images).sum(1) for region in range(max(counts))], 1).tolist()
+        count = sum(n > 0 for row in sizes for n in row)
         told = (inputs.get(name) for name in ("image_grid_thw", "image_sizes"))
-        thw, pixels = (iter(t.tolist() if t is not None and t.shape[0] == sum(counts) else ()) for t in told)
+        thw, pixels = (iter(t.tolist() if t is not None and t.shape[0] == count else ()) for t in told)
         # What holds more tokens than any entry of the features is several of them, as InternVL's tiles are.
-        longest = max(lengths.get("image") or [sys.maxsize])
+        longest = max(lengths or [sys.maxsize])
         return [
-            [self._patches.grid(n, next(thw, None), next(pixels, None)) if n <= longest else None for n in sizes[row][:count]]
-            for row, count in enumerate(counts)
+            [self._patches.grid(n, next(thw, None), next(pixels, None)) if 0 < n <= longest else None for n in row[:regions]]
+            for row, regions in zip(sizes, counts, strict=True)
         ]
 
 

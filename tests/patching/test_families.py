@@ -228,6 +228,7 @@ def test_video(name, with_image):
         with ras_fast.patch(model) as patched:
             got = model(**batch, output_attentions=True)
             assert torch.equal(patched.region_map.ids, regions)
+            assert patched.region_map.grids == [[(2, 2), None] if with_image else [None]]
     assert relative_error(got.logits, expected.logits) < 1e-5
     for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
         assert (mass - image_sums(probabilities, regions, 1 + with_image)).abs().max() < 1e-5

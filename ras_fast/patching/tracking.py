@@ -24,13 +24,15 @@ _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("vide
 _CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$")  # names of arguments that hold images
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
 # Families whose features come by tile or by row of the batch; there a run of image tokens is a region.
-_IMAGE_IS_A_RUN = {"internvl", "idefics3", "smolvlm"}
+_IMAGE_IS_A_RUN = {"internvl", "qianfan_ocr", "got_ocr2", "idefics3", "smolvlm"}
 
 
 def token_ids(config: Any) -> dict[str, int]:
-    """The placeholder token id of each modality that the config names."""
+    """The placeholder token id of each modality that the config names, or else its encoder's, as in Phi-4-multimodal."""
     found = {modality: _first_integer(config, names) for modality, names in _MODALITIES.items()}
-    return {modality: token for modality, token in found.items() if token is not None}
+    found = {modality: token for modality, token in found.items() if token is not None}
+    encoder = getattr(config, "vision_config", None)
+    return found if found or encoder is None else token_ids(encoder)
 
 
 def _first_integer(config: Any, names: tuple[str, ...]) -> int | None:
@@ -132,7 +134,8 @@ class RegionTracker:
     def _lengths_of(self, output: Any) -> list[int] | None:
         """The number of tokens of each image, from features with one entry per image; None for features of another form."""
         features = getattr(output, "pooler_output", None)
-        features = output if features is None else features
+        if features is None:  # Granite 4 Vision has features for several layers, all of the same lengths
+            features = output.deepstack_features[0][1] if getattr(output, "deepstack_features", None) else output
         if isinstance(features, Tensor) and features.dim() == 3:
             return [features.shape[1]] * features.shape[0]
         if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):

@@ -147,7 +147,8 @@ class Family:
         if self.per_row:
             pixels["pixel_values"] = pixels["pixel_values"][:, None]
         with torch.no_grad():
-            find = getattr(model, "model", model).get_image_features
+            inner = getattr(model, "model", model)
+            find = (inner if hasattr(inner, "get_image_features") else model).get_image_features
             strategy = inspect.signature(find).parameters.get("vision_feature_select_strategy")
             if strategy is not None and strategy.default is inspect.Parameter.empty:
                 pixels["vision_feature_select_strategy"] = "default"
@@ -222,6 +223,13 @@ FAMILIES = {
                                                                  "out_hidden_size": SIZE, "window_size": 16,
                                                                  "fullatt_block_indexes": [1]}},
                          grids, ([START], [END]), types="mm_token_type_ids"),
+    "qwen2_5_omni_thinker": Family(QWEN | {
+        "text_config": TEXT | {"rope_parameters": MROPE}, "audio_token_id": 95,
+        "image_token_index": IMAGE, "video_token_index": VIDEO, "audio_token_index": 95,
+        "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE, "window_size": 16,
+                                        "fullatt_block_indexes": [1]},
+        "audio_config": {"num_mel_bins": 20, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                         "d_model": 16, "output_dim": SIZE, "max_source_positions": 100}}, grids, ([START], [END])),
     "qwen3_vl": Family(QWEN | {"text_config": TEXT | {"rope_parameters": MROPE | {"mrope_interleaved": True}},
                                "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32,
                                                                "out_hidden_size": SIZE, "num_position_embeddings": 64,
@@ -234,10 +242,22 @@ FAMILIES = {
                                                                    "out_hidden_size": SIZE, "num_position_embeddings": 64,
                                                                    "deepstack_visual_indexes": [0, 1]}},
                            grids, ([START], [END]), types="mm_token_type_ids"),
+    "glm4v": Family({"text_config": TEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
+                     "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
+                                                     "image_size": 32},
+                     "image_token_id": IMAGE, "image_start_token_id": START, "image_end_token_id": END,
+                     "video_token_id": VIDEO, "video_start_token_id": 95, "video_end_token_id": 94},
+                    grids, ([START], [END]), types="mm_token_type_ids"),
     "internvl": Family({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE,
                         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                           "num_attention_heads": 2, "image_size": [16, 16], "patch_size": [4, 4]}},
                        two_tiles, ([START], [END]), features_per_image=2),
+    "idefics2": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "image_token_id": IMAGE,
+                        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                          "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+                        "perceiver_config": {"hidden_size": SIZE, "resampler_n_latents": 4, "resampler_depth": 1,
+                                             "resampler_n_heads": 2, "num_key_value_heads": 1, "resampler_head_dim": 8}},
+                       around=([START], [START]), per_row=True),
     "idefics3": Family({"text_config": TEXT | {"model_type": "llama"}, "image_token_id": IMAGE, "scale_factor": 2,
                         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                           "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
@@ -246,6 +266,11 @@ FAMILIES = {
                        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                          "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
                       around=([START], [START]), per_row=True),
+    "ovis2": Family({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE, "vocab_size": VOCABULARY,
+                     "hidden_size": SIZE, "visual_indicator_token_ids": [START, 92, 93, 94, END],
+                     "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                       "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "vocab_size": 32,
+                                       "hidden_stride": 2, "num_visual_indicator_tokens": 5}}, around=([START], [END])),
     "gemma3": Family(GEMMA | {
         "text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16,
                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},

@@ -23,14 +23,16 @@ REGIONS = "regions"  # the name that the region map is kept under
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 _CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$")  # names of arguments that hold images
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
-# Families whose features come by tile or by row of the batch; there a run of image tokens is a region.
-_IMAGE_IS_A_RUN = {"internvl", "idefics3", "smolvlm"}
+# Families whose features come by tile, while a run of image tokens is an image.
+_IMAGE_IS_A_RUN = {"internvl", "qianfan_ocr", "got_ocr2"}
 
 
 def token_ids(config: Any) -> dict[str, int]:
-    """The placeholder token id of each modality that the config names."""
+    """The placeholder token id of each modality that the config names, or else its encoder's, as in Phi-4-multimodal."""
     found = {modality: _first_integer(config, names) for modality, names in _MODALITIES.items()}
-    return {modality: token for modality, token in found.items() if token is not None}
+    found = {modality: token for modality, token in found.items() if token is not None}
+    encoder = getattr(config, "vision_config", None)
+    return found if found or encoder is None else token_ids(encoder)
 
 
 def _first_integer(config: Any, names: tuple[str, ...]) -> int | None:
@@ -45,7 +47,7 @@ class Forward:
     regions: its map. total: the positions that it and those before it have seen.
     attentions: whether its caller wants statistics of every layer.
     lengths: of the features that came with it, or that it computed. encoded: of those that the model computed last, for it or
-        ahead of it.
+        ahead of it. stacked: whether these are as many as pixels [n, m, channels, height, width] have n.
     pieces: whether it may hold parts of images.
     """
 
@@ -56,6 +58,7 @@ class Forward:
     inputs: dict[str, Any] | None = None
     lengths: dict[str, list[int] | None] = field(default_factory=dict)
     encoded: dict[str, list[int] | None] = field(default_factory=dict)
+    stacked: dict[str, bool] = field(default_factory=dict)
     pieces: bool = False
 
 
@@ -122,17 +125,20 @@ class RegionTracker:
             if modality in own.encoded and lengths != own.encoded[modality] and len(lengths or ()) == 1:
                 own.lengths[modality], own.pieces = None, True
 
-    def features(self, modality: str, output: Any) -> None:
+    def features(self, modality: str, inputs: list[Any], output: Any) -> None:
         """The model computed features. A graph does not note it: it finds no images, and would be another one the next time."""
         if torch.compiler.is_compiling():
             return
         own = self._own()
-        own.lengths[modality] = own.encoded[modality] = self._lengths_of(output)
+        own.lengths[modality] = own.encoded[modality] = lengths = self._lengths_of(output)
+        stacks = [pixels.shape[0] for pixels in inputs if isinstance(pixels, Tensor) and pixels.dim() == 5]
+        own.stacked[modality] = lengths is not None and len(lengths) in stacks
 
     def _lengths_of(self, output: Any) -> list[int] | None:
         """The number of tokens of each image, from features with one entry per image; None for features of another form."""
         features = getattr(output, "pooler_output", None)
-        features = output if features is None else features
+        if features is None:  # Granite 4 Vision has features for several layers, all of the same lengths
+            features = output.deepstack_features[0][1] if getattr(output, "deepstack_features", None) else output
         if isinstance(features, Tensor) and features.dim() == 3:
             return [features.shape[1]] * features.shape[0]
         if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
@@ -181,10 +187,10 @@ class RegionTracker:
             return before if before is not None else self.given
         if no_image:
             visual = {modality: torch.zeros_like(mask) for modality, mask in visual.items()}
-        ids = self._ids(visual, own.lengths)
+        ids = join_regions([image_regions(mask, self._image_lengths(own, modality, mask)) for modality, mask in visual.items()])
         counts = (ids.amax(1) + 1).tolist() if ids.shape[1] else [0] * ids.shape[0]
         num_regions = max(counts, default=0)
-        grids = self._grids(ids, counts, inputs, own.lengths)
+        grids = self._grids(ids, counts, visual.get("image", ids < -1), inputs, own.lengths.get("image"))
         if past == 0:
             return RegionMap(ids, num_regions, grids, validate=False)
         if before is None:
@@ -200,23 +206,27 @@ class RegionTracker:
             return {modality: types == _MM_TYPE[modality] for modality in self._tokens}
         return {}
 
-    def _ids(self, visual: dict[str, Tensor], lengths: dict[str, list[int] | None]) -> Tensor:
-        lengths = {} if self._runs else lengths
-        return join_regions([image_regions(mask, lengths.get(modality)) for modality, mask in visual.items()])
+    def _image_lengths(self, own: Forward, modality: str, mask: Tensor) -> list[int] | None:
+        """Those of the features, if an entry of them is an image: not a tile, nor all images of a row, as in Idefics2."""
+        lengths = own.lengths.get(modality)
+        by_row = lengths is not None and own.stacked.get(modality) and lengths == mask.sum(1).tolist()
+        return None if self._runs or by_row else lengths
 
     def _grids(
-        self, ids: Tensor, counts: list[int], inputs: dict[str, Any], lengths: dict[str, list[int] | None]
+        self, ids: Tensor, counts: list[int], images: Tensor, inputs: dict[str, Any], lengths: list[int] | None
     ) -> list[list[Grid | None]]:
+        """Of images; a video, none of whose tokens is among `images` [B, L] bool, has none."""
         if not any(counts):
             return [[] for _ in counts]
-        sizes = torch.stack([(ids == region).sum(1) for region in range(max(counts))], 1).tolist()
+        sizes = torch.stack([((ids == region) & images).sum(1) for region in range(max(counts))], 1).tolist()
+        count = sum(n > 0 for row in sizes for n in row)
         told = (inputs.get(name) for name in ("image_grid_thw", "image_sizes"))
-        thw, pixels = (iter(t.tolist() if t is not None and t.shape[0] == sum(counts) else ()) for t in told)
+        thw, pixels = (iter(t.tolist() if t is not None and t.shape[0] == count else ()) for t in told)
         # What holds more tokens than any entry of the features is several of them, as InternVL's tiles are.
-        longest = max(lengths.get("image") or [sys.maxsize])
+        longest = max(lengths or [sys.maxsize])
         return [
-            [self._patches.grid(n, next(thw, None), next(pixels, None)) if n <= longest else None for n in sizes[row][:count]]
-            for row, count in enumerate(counts)
+            [self._patches.grid(n, next(thw, None), next(pixels, None)) if 0 < n <= longest else None for n in row[:regions]]
+            for row, regions in zip(sizes, counts, strict=True)
         ]
 
 
@@ -231,6 +241,8 @@ class _Patches:
         merge = getattr(config, "spatial_merge_size", getattr(vision, "spatial_merge_size", 1))
         size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
         self._any_shape, self._merge = any_shape, merge
+        # Tokens that are an encoder's queries, as Idefics2's, lie nowhere on the image.
+        self._queries = hasattr(config, "perceiver_config") or hasattr(config, "qformer_config")
         self._step = patch * merge if isinstance(patch, int) else None
         # LLaVA-Next and -OneVision: a square view of the whole image comes first, then its tiles.
         tiled = hasattr(config, "image_grid_pinpoints") and isinstance(size, int)
@@ -241,6 +253,8 @@ class _Patches:
 
         thw, pixels: what the forward was told of the image's size, as `image_grid_thw` and `image_sizes`.
         """
+        if self._queries:
+            return None
         if self._view is not None:
             return (self._view, self._view) if pixels is not None and self._view**2 <= tokens else None
         if thw is not None:
@@ -301,7 +315,7 @@ class RecordFeatures:
         if kwargs.get("output_attentions") and getattr(encoder, "_attn_implementation", "eager") != "eager":
             kwargs["output_attentions"] = False  # of the text alone: the encoder would give none, but warn, which breaks graphs
         output = getattr(type(self.module), f"get_{self.modality}_features")(self.module, *args, **kwargs)
-        self.tracker.features(self.modality, output)
+        self.tracker.features(self.modality, [*args, *kwargs.values()], output)
         return output
 
 

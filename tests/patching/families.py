@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tiny_models import image_sums, spread
@@ -59,6 +59,19 @@ def sized(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(images, 3, 16, 16, generator=generator), "image_sizes": torch.tensor(sizes)}
 
 
+def two_crops(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """GOT-OCR2, whose encoder takes no smaller ones."""
+    return {"pixel_values": torch.randn(2 * images, 3, 64, 64, generator=generator)}
+
+
+def masked(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Phi-4-multimodal: a view of the whole image and one crop."""
+    return {
+        "image_pixel_values": torch.randn(images, 2, 3, 32, 32, generator=generator),
+        "image_sizes": torch.tensor([[32, 32]] * images), "image_attention_mask": torch.ones(images, 2, 4, 4, dtype=torch.bool),
+    }  # fmt: skip
+
+
 @dataclass
 class Family:
     """How to build a family.
@@ -75,13 +88,15 @@ class Family:
     around: tuple[list[int], list[int]] = ([], [])
     features_per_image: int = 1
     types: str | None = None
+    tokens: int | None = None  # of an image, where `get_image_features` does not tell
     per_row: bool = False  # pixel_values [B, images, ...] instead of [images, ...]
     fused: tuple[int, int] = (3, 6)  # layers, norms
     reference: str = "sdpa"  # the unpatched model's attention
 
     def model(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         config = AutoConfig.for_model(name.split("/")[0], **self.config)
-        auto = AutoModelForImageTextToText if self.pixels else AutoModelForCausalLM
+        multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # Phi-4-multimodal is not
+        auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
         model = spread(auto.from_config(config, attn_implementation=self.reference)).to(dtype)
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None
@@ -93,7 +108,7 @@ class Family:
         images = sum(row.count("I") for row in rows)
         batch = self.pixels(images, generator) if images else {}
         if images:
-            lengths = iter(self._lengths(model, batch))
+            lengths = iter([self.tokens] * images if self.tokens else self._lengths(model, batch))
         encoded, regions = [], []
         for row in rows:
             tokens, ids = [], []
@@ -132,7 +147,8 @@ class Family:
         if self.per_row:
             pixels["pixel_values"] = pixels["pixel_values"][:, None]
         with torch.no_grad():
-            find = getattr(model, "model", model).get_image_features
+            inner = getattr(model, "model", model)
+            find = (inner if hasattr(inner, "get_image_features") else model).get_image_features
             strategy = inspect.signature(find).parameters.get("vision_feature_select_strategy")
             if strategy is not None and strategy.default is inspect.Parameter.empty:
                 pixels["vision_feature_select_strategy"] = "default"
@@ -207,6 +223,13 @@ FAMILIES = {
                                                                  "out_hidden_size": SIZE, "window_size": 16,
                                                                  "fullatt_block_indexes": [1]}},
                          grids, ([START], [END]), types="mm_token_type_ids"),
+    "qwen2_5_omni_thinker": Family(QWEN | {
+        "text_config": TEXT | {"rope_parameters": MROPE}, "audio_token_id": 95,
+        "image_token_index": IMAGE, "video_token_index": VIDEO, "audio_token_index": 95,
+        "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE, "window_size": 16,
+                                        "fullatt_block_indexes": [1]},
+        "audio_config": {"num_mel_bins": 20, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                         "d_model": 16, "output_dim": SIZE, "max_source_positions": 100}}, grids, ([START], [END])),
     "qwen3_vl": Family(QWEN | {"text_config": TEXT | {"rope_parameters": MROPE | {"mrope_interleaved": True}},
                                "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32,
                                                                "out_hidden_size": SIZE, "num_position_embeddings": 64,
@@ -219,10 +242,22 @@ FAMILIES = {
                                                                    "out_hidden_size": SIZE, "num_position_embeddings": 64,
                                                                    "deepstack_visual_indexes": [0, 1]}},
                            grids, ([START], [END]), types="mm_token_type_ids"),
+    "glm4v": Family({"text_config": TEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
+                     "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
+                                                     "image_size": 32},
+                     "image_token_id": IMAGE, "image_start_token_id": START, "image_end_token_id": END,
+                     "video_token_id": VIDEO, "video_start_token_id": 95, "video_end_token_id": 94},
+                    grids, ([START], [END]), types="mm_token_type_ids"),
     "internvl": Family({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE,
                         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                           "num_attention_heads": 2, "image_size": [16, 16], "patch_size": [4, 4]}},
                        two_tiles, ([START], [END]), features_per_image=2),
+    "idefics2": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "image_token_id": IMAGE,
+                        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                          "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+                        "perceiver_config": {"hidden_size": SIZE, "resampler_n_latents": 4, "resampler_depth": 1,
+                                             "resampler_n_heads": 2, "num_key_value_heads": 1, "resampler_head_dim": 8}},
+                       around=([START], [START]), per_row=True),
     "idefics3": Family({"text_config": TEXT | {"model_type": "llama"}, "image_token_id": IMAGE, "scale_factor": 2,
                         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                           "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
@@ -231,6 +266,11 @@ FAMILIES = {
                        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                          "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
                       around=([START], [START]), per_row=True),
+    "ovis2": Family({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE, "vocab_size": VOCABULARY,
+                     "hidden_size": SIZE, "visual_indicator_token_ids": [START, 92, 93, 94, END],
+                     "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                       "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "vocab_size": 32,
+                                       "hidden_stride": 2, "num_visual_indicator_tokens": 5}}, around=([START], [END])),
     "gemma3": Family(GEMMA | {
         "text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16,
                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
@@ -274,6 +314,33 @@ FAMILIES = {
                               "image_token_index": IMAGE}, fused=(4, 8)),
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
+}  # fmt: skip
+
+# Of these only the regions are tested: cousins of the above that tell images apart in another way.
+COUSINS = {
+    "qianfan_ocr": replace(FAMILIES["internvl"], config=FAMILIES["internvl"].config
+                           | {"text_config": TEXT | {"model_type": "qwen3"}}),
+    "got_ocr2": Family({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE, "image_token_index": IMAGE,
+                        "vision_config": {"hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2, "mlp_dim": 32,
+                                          "num_attention_heads": 2, "image_size": 64, "patch_size": 4, "window_size": 4,
+                                          "global_attn_indexes": [1]}},
+                       two_crops, ([START], [END]), features_per_image=2, reference="eager"),  # it has no SDPA
+    "granite4_vision": Family({"text_config": {k: v for k, v in TEXT.items() if k != "head_dim"}, "image_token_id": IMAGE,
+                               "image_token_index": IMAGE, "image_grid_pinpoints": [[16, 32], [32, 16]],
+                               "downsample_rate": "2/4", "deepstack_layer_map": [[-1, 0], [-2, 1]],
+                               "spatial_vision_layer": -1, "spatial_target_layers": [2],
+                               "vision_config": CLIP | {"hidden_size": 64},
+                               "qformer_config": {"model_type": "blip_2_qformer", "hidden_size": 64, "num_hidden_layers": 1,
+                                                  "num_attention_heads": 2, "intermediate_size": 32,
+                                                  "encoder_hidden_size": 64, "cross_attention_frequency": 1}},
+                              tiles, tokens=14),
+    "phi4_multimodal": Family({k: v for k, v in TEXT.items() if k != "head_dim"} | {
+        "resid_pdrop": 0.0,
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "image_size": 32, "patch_size": 8, "crop_size": 32, "image_token_id": IMAGE},
+        "audio_config": {"hidden_size": 16, "intermediate_size": 32, "num_blocks": 1, "num_attention_heads": 2,
+                         "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8,
+                         "input_size": 16, "audio_token_id": 95}}, masked, tokens=13),
 }  # fmt: skip
 
 

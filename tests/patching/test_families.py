@@ -77,6 +77,7 @@ def flat(images, generator):
         ("llava_next", {}, (4, 4)),  # of the whole image, before its tiles
         ("llava_onevision", {}, (4, 4)),
         ("qwen2_5_vl", {}, (2, 2)),
+        ("idefics2", {}, None),  # 4 tokens, which are queries
     ],
 )
 def test_grids(name, changes, grid):
@@ -163,13 +164,13 @@ MODES = {
 }
 
 
-# What the unpatched model cannot do either.
-NOT_THERE = {("paligemma/gemma2", "static"), ("llama4", "beams")}
+# What the unpatched model cannot do either. Some models' beams get a row's images in the order of another's, which shows where
+# images differ in size.
+NOT_THERE = {("paligemma/gemma2", "static"), ("llama4", "beams"), ("glm4v", "beams")}
 OLD = version.parse(transformers.__version__) < version.parse("5.23")
 if OLD:
     NOT_THERE |= {("llama4", "static"), ("mllama", "static")}
-    # Beams get a row's images in the order of another's, which shows where images differ in size.
-    NOT_THERE |= {("llava_next", "beams"), ("llava_onevision", "beams"), ("mistral3", "beams")}
+    NOT_THERE |= {(name, "beams") for name in ("llava_next", "llava_onevision", "mistral3", "qwen2_5_omni_thinker")}
 
 
 @pytest.mark.slow
@@ -228,6 +229,7 @@ def test_video(name, with_image):
         with ras_fast.patch(model) as patched:
             got = model(**batch, output_attentions=True)
             assert torch.equal(patched.region_map.ids, regions)
+            assert patched.region_map.grids == [[(2, 2), None] if with_image else [None]]
     assert relative_error(got.logits, expected.logits) < 1e-5
     for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
         assert (mass - image_sums(probabilities, regions, 1 + with_image)).abs().max() < 1e-5

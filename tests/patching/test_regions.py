@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from families import COUSINS
 
+import ras_fast
 from ras_fast.regions import RegionMap, boxes_to_patches, image_regions, join_regions, square_grid
 
 
@@ -128,3 +130,23 @@ def test_bad_boxes(box):
 
 def test_square_grid():
     assert [square_grid(n) for n in (0, 1, 16, 17, 576)] == [None, (1, 1), (4, 4), None, (24, 24)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("qianfan_ocr", ["ttIttItt", "tItt"]),
+        ("got_ocr2", ["ttIttItt", "tItt"]),
+        ("granite4_vision", ["tIIt", "ttIt"]),
+        ("phi4_multimodal", ["ttIttItt", "tItt"]),
+    ],
+)
+def test_images_of_a_model(name, rows):
+    """Whatever they are cut into, and wherever the model keeps their features and their token's id."""
+    model = COUSINS[name].model(name)
+    batch = COUSINS[name].inputs(model, rows)
+    regions = batch.pop("regions")
+    with torch.no_grad(), ras_fast.patch(model) as patched, patched.collect() as statistics:
+        model(**batch)
+        assert torch.equal(patched.region_map.ids, regions)
+    assert {mass.shape[-1] for mass in statistics.mass.values()} == {2}

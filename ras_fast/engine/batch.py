@@ -36,6 +36,7 @@ CAPTURED = {"cuda"}  # devices whose steps are captured as graphs
 WIDTH = 32  # tokens of a prompt that captured steps are fed are rounded up to this
 TENSOR_BYTES = 512  # of the memory that a tensor takes beside its values
 _LAYERS = {"full_attention", "sliding_attention"}
+INSTEAD = "use ras_fast.sequential, or ras_fast.methods.attach for methods of one pass, instead"
 
 
 class Runner:
@@ -57,10 +58,14 @@ class Runner:
         self.kinds += ["cross_attention"] * bool(getattr(text, "cross_attention_layers", None))
         if set(self.kinds) - _LAYERS:
             name, known = type(model).__name__, sorted(_LAYERS)
-            raise ValueError(f"{name} has layers of {self.kinds}; the engine knows {known}: use ras_fast.sequential instead")
+            raise ValueError(f"{name} has layers of {self.kinds}; the engine knows {known}: {INSTEAD}")
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
         self.offsets = hasattr(self.base, "get_rope_index")
         self.image_token = getattr(model.config, "image_token_id", None)
+        # Tokens that mean something to the model, an image's end among them: it may take that for one only with its image.
+        marks = {name: value for name, value in vars(model.config).items() if name.endswith(("token_id", "token_index"))}
+        self.marks = set(marks.values()) | set(getattr(model.config, "visual_indicator_token_ids", None) or ())
+        self.marks -= {None, *self.eos, *(marks.get(f"{name}_token_id") for name in ("pad", "bos"))}
         self._cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
@@ -103,7 +108,8 @@ class Runner:
             return self(pool, ids, (counted.cumsum(-1) - 1).clamp(min=0), mask, **extras), 0
         before, self.base.rope_deltas = self.base.rope_deltas, None
         try:
-            states = self(pool, ids, None, extras.pop("attention_mask", None), **extras)
+            mask = extras.pop("attention_mask", None)  # Qwen2.5-Omni computes positions only where it gets one
+            states = self(pool, ids, None, torch.ones_like(ids) if mask is None else mask, **extras)
             return states, 0 if self.base.rope_deltas is None else self.base.rope_deltas.view(-1, 1)
         finally:
             self.base.rope_deltas = before
@@ -451,6 +457,11 @@ class Batch:
             grids = [[] if own is None else own.grids[0] for own in found]
             self._maps = tuple(RegionMap(part, count, grids, validate=False) for part in (ids, ids[:, self.origin :]))
         keep(self.pool, REGIONS, self._maps[begin > 0])
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether logits are the same but for rounding."""
+    return bool((found - wanted).abs().max() <= 0.05 * wanted.abs().max())
 
 
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ras_fast.decoding import Decoding, TooLong
 from ras_fast.engine.answer import SafeOutput, Sequence
-from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch, Runner
+from ras_fast.engine.batch import ANSWER, INSTEAD, SCRATCH, Batch, Branch, Runner, close
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.inputs import Query, expand_image, image_run, short_ids
 from ras_fast.methods import region_bias
@@ -66,6 +66,7 @@ class Overlapped(Plan):
         super().__init__(runner, processor, counters)
         # Whether an image expands to the same placeholder tokens in every prompt; None: not compared yet.
         self._runs_hold: bool | None = None
+        self._split_holds = False  # whether a prompt was seen to be the same where it is cut after its image
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
         self.bias = profile.tensors.get("region_bias")
         self.cache, self.region_mass = cache, region_mass
@@ -103,6 +104,7 @@ class Overlapped(Plan):
             self._encode_prefixes(batch, jobs)
             clock.lap("prefix")
             draft = self._context_and_draft(batch, jobs, contexts)
+            self._prove_split(jobs, draft)
             clock.lap("context and draft")
             self._assess(batch, jobs, draft)
             clock.lap("risk")
@@ -123,6 +125,7 @@ class Overlapped(Plan):
         ids = job.draft.prompt
         if query.images:
             length = self._images_end(ids)
+            length += ids[length] in self.runner.marks if length < len(ids) else 0
             job.image_run = image_run(short_ids(self.processor, query), ids, self.runner.image_token)
         else:
             length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
@@ -211,6 +214,20 @@ class Overlapped(Plan):
                 job.context = context_text(self.processor, entry[1].tokens)
                 self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
         return draft
+
+    def _prove_split(self, jobs: list[Job], draft: Branch) -> None:
+        """Compares the first prompt with an image to the model's own forward of it in one piece. Raises ValueError where they
+        differ: text after an image may mean something else in a forward without pixels, as Ovis2's delimiters do."""
+        row = next((row for row, job in enumerate(jobs) if job.query.images and not job.failed_closed), None)
+        if self._split_holds or row is None:
+            return
+        inputs = jobs[row].inputs
+        mask = torch.ones_like(inputs["input_ids"])
+        output = self.runner.model(**inputs, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        self._split_holds = close(draft.logits[0][row], output.logits[0, -1].float())
+        if not self._split_holds and torch.isfinite(output.logits).all():
+            name = type(self.runner.model).__name__
+            raise ValueError(f"{name}: a prompt that is cut after its image gets other logits; {INSTEAD}")
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""

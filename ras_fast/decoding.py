@@ -41,9 +41,10 @@ def lock_of(model) -> threading.RLock:
 
 
 def check_mode(model) -> None:
-    """Raises ValueError for a model in training mode, whose dropout would make every answer another one."""
-    if model.training:
-        raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
+    """Raises ValueError for a model with a part in training mode, whose dropout would make every answer another one."""
+    part = next((name for name, module in model.named_modules() if module.training), None)
+    if part is not None:
+        raise ValueError(f"model is in training mode{part and f' at {part}'}; it needs to be in eval mode: call model.eval()")
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,8 @@ def _own_config_set_aside(model) -> Iterator[None]:
     model = transformers_model(model)
     own = model.generation_config
     tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
-    try:
+    try:  # with the assignment, after which Ctrl-C may come at once
+        model.generation_config = GenerationConfig(**tokens)
         yield
     finally:
         model.generation_config = own

@@ -12,7 +12,7 @@ import torch
 from test_engine_one_pass import autosteer
 from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
 from torch.utils.hooks import RemovableHandle
-from transformers import SuppressTokensLogitsProcessor, TextIteratorStreamer
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor, TextIteratorStreamer
 
 import ras_fast
 from ras_fast import inputs
@@ -491,6 +491,57 @@ def test_ctrl_c_at_any_line_of_a_change_to_the_model_undoes_it(model, name):
         assert model.generation_config is config
         assert "generate" not in vars(model)
     assert lines > 4
+
+
+class Asking(LogitsProcessor):
+    """Runs the model in the middle of an answer, as a processor or as a streamer."""
+
+    def __init__(self, ask):
+        self.ask, self.answers = ask, []
+
+    def __call__(self, input_ids, scores):
+        self.ask()
+        return scores
+
+    def put(self, tokens):
+        self.answers += self.ask()
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("inner", ["guard", "generate"])
+@pytest.mark.parametrize("outer", [SafeGenerator, SequentialPipeline])
+def test_a_processor_that_asks_the_same_model_is_stopped(model, processor, outer, inner):
+    """Its answer would be steered by the risk of another prompt."""
+    steered = make_profile(model, processor, s_base=-0.5, k=50.0)
+    pipeline, guard = outer(model, processor, steered), SafeGenerator(model, processor, make_profile(model, processor))
+    (expected,) = pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)
+    ids = torch.tensor([[2, 20, 21]])
+    own = {"guard": lambda: guard.generate(["w3"], max_new_tokens=2), "generate": lambda: model.generate(ids, max_new_tokens=2)}
+    with pytest.raises(RuntimeError, match="Asking runs the model in the middle of an answer"):
+        pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4, logits_processors=[Asking(own[inner])])
+    assert pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)[0].tokens == expected.tokens
+    assert len(own[inner]())
+    guard.close()
+    if outer is SafeGenerator:
+        pipeline.close()
+
+
+def test_a_streamer_may_ask_between_steps_but_not_within_one(model, processor):
+    steered = make_profile(model, processor, s_base=-0.5, k=50.0)
+    pipeline, reference = SafeGenerator(model, processor, steered), SequentialPipeline(model, processor, steered)
+    guard = SafeGenerator(model, processor, make_profile(model, processor))
+    (expected,) = guard.generate(["w3"], max_new_tokens=2)
+    asking = Asking(lambda: guard.generate(["w3"], max_new_tokens=2))
+    (output,) = pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4, streamer=asking)
+    assert {tuple(answer.tokens) for answer in asking.answers} == {tuple(expected.tokens)}
+    (wanted,) = reference.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)
+    assert output.tokens == wanted.tokens
+    with pytest.raises(RuntimeError, match="Asking runs the model"):
+        reference.generate(["w1 w2"], [random_image(0)], max_new_tokens=4, streamer=asking)
+    guard.close()
+    pipeline.close()
 
 
 def test_a_users_own_patch_is_used_and_left(model, processor, profile):

@@ -114,12 +114,12 @@ class SafeGenerator:
             repetition_penalty, seed, stop_strings, logits_processors). The model's generation config gives the
             end-of-sequence tokens and nothing else. Stop strings end answers, not contexts, and stay in the text.
 
-        Raises ValueError for input that cannot be used. An exception in any stage leaves no answer behind: there is no
-        way from an error to an unsteered answer.
+        Raises ValueError for input that cannot be used, and RuntimeError where a logits processor runs this model. An
+        exception in any stage leaves no answer behind: there is no way from an error to an unsteered answer.
         """
         try:
             with self._lock, self._undone_by_ctrl_c():
-                decoding = Decoding.of(decoding)
+                decoding = Decoding.of(decoding).apart_from(self.model)
                 queries = list(enumerate(make_queries(prompts, images, self.processor)))
                 for number, query in queries:
                     self.plan.check(number, query)

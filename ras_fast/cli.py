@@ -118,7 +118,7 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
                            help="which is read, or what chooses it (default: sas)")  # fmt: skip
     autosteer.add_argument("--rank", type=_positive, metavar="R", help="of the refusal head (default: full)")
     autosteer.add_argument("--over-refusal", type=float, metavar="SHARE",
-                           help="of held-out safe questions that may be refused (default: the threshold is 0.5)")  # fmt: skip
+                           help="of held-out safe questions: how far the threshold is lowered from 0.5; no bound")  # fmt: skip
     autosteer.add_argument("--checkpoint", type=Path, metavar="DIR", help="to save in, and to go on from")
     projection = parser.add_argument_group("projection")
     projection.add_argument("--layers", type=_indices, metavar="L,M", help="that are steered (default: the middle one)")
@@ -323,7 +323,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     if parallel.rank():
         return 0
     profile.save_pretrained(arguments.out)
-    numbers = {name: value for name, value in profile.config.items() if isinstance(value, float)}
+    told = profile.config | profile.config.get("prober", {})  # of AutoSteer: what its gate refuses on held-out questions
+    numbers = {name: value for name, value in told.items() if isinstance(value, float)}
     print(f"{profile.method} profile in {arguments.out}: {', '.join(f'{name} {value:.3f}' for name, value in numbers.items())}")
     return 0
 

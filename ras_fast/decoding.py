@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,9 +41,10 @@ def lock_of(model) -> threading.RLock:
 
 
 def check_mode(model) -> None:
-    """Raises ValueError for a model in training mode, whose dropout would make every answer another one."""
-    if model.training:
-        raise ValueError("model is in training mode; it needs to be in eval mode: call model.eval()")
+    """Raises ValueError for a model with a part in training mode, whose dropout would make every answer another one."""
+    part = next((name for name, module in model.named_modules() if module.training), None)
+    if part is not None:
+        raise ValueError(f"model is in training mode{part and f' at {part}'}; it needs to be in eval mode: call model.eval()")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Decoding:
         ``do_sample``.
     seed: of the sampling noise.
     stop_strings: one string or several; an answer ends once its text holds one, and keeps it.
-    logits_processors: transformers LogitsProcessors without state; they run before the sampling ones.
+    logits_processors: transformers LogitsProcessors without state, which do not run the model; before the sampling ones.
 
     Sampling is argmax(processed logits + Gumbel noise), which draws from softmax(processed logits). On one kind of device the
     noise depends on (seed, query, step) alone, so two ways to compute the same logits draw the same tokens, whatever is
@@ -73,6 +74,11 @@ class Decoding:
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
+
+    def apart_from(self, model) -> Decoding:
+        """The same, with logits processors that cannot run ``model``: what steers or watches the answer that they are called in
+        the middle of would do so to theirs."""
+        return replace(self, logits_processors=tuple(_Apart(model, processor) for processor in self.logits_processors))
 
     @classmethod
     def of(cls, settings: dict) -> Decoding:
@@ -128,6 +134,31 @@ class Decoding:
                 chain.append(TopPLogitsWarper(self.top_p))
             chain.append(GumbelNoise(self.seed, query, prompt_length))
         return chain
+
+
+class _Apart(LogitsProcessor):
+    def __init__(self, model, processor: LogitsProcessor):
+        self.model, self.processor = model, processor
+
+    def __call__(self, input_ids, scores):
+        with at_rest(self.model, self.processor):
+            return self.processor(input_ids, scores)
+
+
+@contextmanager
+def at_rest(model, caller) -> Iterator[None]:
+    """Inside the block a forward of the model by this thread raises RuntimeError, which names the type of ``caller``."""
+    thread = threading.get_ident()
+
+    def refuse(module, args):
+        if threading.get_ident() == thread:
+            raise RuntimeError(
+                f"{type(caller).__name__} runs the model in the middle of an answer, whose steering would reach what it asks; "
+                "it needs a model of its own"
+            )
+
+    with transformers_model(model).base_model.register_forward_pre_hook(refuse):
+        yield
 
 
 class EndWhenNotFinite(LogitsProcessor):
@@ -238,7 +269,7 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
 
     length = inputs["input_ids"].shape[1]
     check_length(model, length)
-    chain = decoding.processors(query, length, eos_ids(model))
+    chain = decoding.apart_from(model).processors(query, length, eos_ids(model))
     with lock_of(model), model.get_output_embeddings().register_forward_pre_hook(watch), _own_config_set_aside(model):
         output = model.generate(
             **inputs,
@@ -264,8 +295,8 @@ def _own_config_set_aside(model) -> Iterator[None]:
     model = transformers_model(model)
     own = model.generation_config
     tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**tokens)
-    try:
+    try:  # with the assignment, after which Ctrl-C may come at once
+        model.generation_config = GenerationConfig(**tokens)
         yield
     finally:
         model.generation_config = own

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 
 # What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
-QUESTION = 'a "user" message with a question, or in that and one "assistant" message'  # what `has_question` asks of a chat
+# What `has_question` asks of a chat.
+QUESTION = 'a "user" message with a question, or in that and one "assistant" message without images'
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def make_queries(prompts, images, processor) -> list[Query]:
     """Pairs prompts with their images.
 
     prompts: list of strings, or of chats (lists of ``{"role", "content"}`` whose content is a string or a list of
-        parts; it ends with a user message, or with that and one assistant message, which the answer then continues).
+        parts; it ends with a user message, or with that and one assistant message without images, which the answer continues).
     images: None, or one entry per prompt: an image, a list of images, or None. An image is whatever `load_image` takes.
 
     Images go where the prompt has image parts or the processor's image placeholder, else before the first question. Instead
@@ -142,8 +143,11 @@ def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
 
 def has_question(messages: list[dict]) -> bool:
     """Whether a chat of parts ends in a user message with a text that is not blank, or in that and one assistant message. After
-    other messages a model would answer what its risk is not read from."""
-    asked = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    other messages, and images in that last one, a model would answer what its risk is not read from."""
+    continues = bool(messages) and messages[-1]["role"] == "assistant"
+    asked, begun = (messages[:-1], messages[-1]["content"]) if continues else (messages, [])
+    if any(part["type"] == "image" for part in begun):
+        return False
     return bool(asked) and asked[-1]["role"] == "user" and any(_has_words(part) for part in asked[-1]["content"])
 
 

@@ -14,6 +14,7 @@ from ras_fast.decoding import (
     BROKEN,
     Decoding,
     TooLong,
+    at_rest,
     broken_rows,
     check_length,
     check_mode,
@@ -34,10 +35,14 @@ from ras_fast.profile import RasProfile
 
 
 class _EndedLater:
-    """A streamer whose end `model.generate` does not reach, so that it is ended once."""
+    """A streamer whose end `model.generate` does not reach, so that it is ended once. It cannot run the model meanwhile."""
 
-    def __init__(self, streamer):
-        self.put = streamer.put
+    def __init__(self, model, streamer):
+        self.model, self.streamer = model, streamer
+
+    def put(self, tokens) -> None:
+        with at_rest(self.model, self.streamer):
+            self.streamer.put(tokens)
 
     def end(self) -> None:
         pass
@@ -71,7 +76,7 @@ class SequentialPipeline:
                 check_mode(self.model)
                 self.profile.check(self.model)  # its adapters may have been switched
                 return [
-                    self._answer(number, query, decoding, None if streamer is None else _EndedLater(streamer))
+                    self._answer(number, query, decoding, None if streamer is None else _EndedLater(self.model, streamer))
                     for number, query in enumerate(tqdm(queries, desc="queries", disable=not progress))
                 ]
         finally:

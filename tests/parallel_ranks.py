@@ -40,13 +40,13 @@ def defence(question, images):
 
 
 dataset = load_dataset("tinyworld", 21, 0)
-answers = run.AnswerFile(folder, {"model": "tiny", "profiles": {}})
+answers = run.AnswerFile(folder, {"model": {}, "profiles": {}})
 records = run.run(dataset, {"fake": defence}, answers, progress=False)
 assert [record["id"] for record in records] == [item.id for item in dataset.items]
 assert len(asked) == 1 + len(dataset.items[rank::processes]), (len(asked), len(dataset.items), rank)  # and the warm-up
 
 
-answers = run.AnswerFile(folder, {"model": "tiny", "profiles": {}})
+answers = run.AnswerFile(folder, {"model": {}, "profiles": {}})
 assert run.run(dataset, {"fake": defence}, answers, progress=False) == records  # all found again
 assert len(asked) == 1 + len(dataset.items[rank::processes])
 

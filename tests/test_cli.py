@@ -313,6 +313,9 @@ def test_calibrate_takes_what_autosteer_takes(folder, pairs, tmp_path, capsys):
     assert profile.config["head"]["rank"] == 4
     assert profile.config["threshold"] != 0.5
     assert list((tmp_path / "saved").iterdir())
+    told = capsys.readouterr().out
+    assert f"refused_toxic {profile.config['prober']['refused_toxic']:.3f}" in told
+    assert "refused_safe" in told
     assert calibrate(folder, "--method", "autosteer", "--data", str(pairs), "--layer", "1") == 0
     assert RasProfile.from_pretrained(folder / "new").config["layer"] == 1
 

@@ -1,6 +1,7 @@
 """The engine against the three calls made one after another, on a LLaVA of random weights."""
 
 import copy
+import sys
 import threading
 from collections import Counter
 from functools import partial
@@ -11,15 +12,16 @@ import torch
 from test_engine_one_pass import autosteer
 from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
 from torch.utils.hooks import RemovableHandle
-from transformers import SuppressTokensLogitsProcessor, TextIteratorStreamer
+from transformers import LogitsProcessor, SuppressTokensLogitsProcessor, TextIteratorStreamer
 
 import ras_fast
 from ras_fast import inputs
 from ras_fast.backend import forced_backend
-from ras_fast.decoding import lock_of
+from ras_fast.decoding import _own_config_set_aside, lock_of
 from ras_fast.engine import SafeGenerator, batch, kv_cache
 from ras_fast.engine.watch import Watch
 from ras_fast.methods.moras import PRESETS
+from ras_fast.methods.prompt_state import replaced
 from ras_fast.patching import Patch
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
@@ -423,13 +425,18 @@ def test_ctrl_c_while_images_load_leaves_the_model_unpatched(model, processor, p
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("place", ["patch", "hooks", "proof"])
+@pytest.mark.parametrize("place", ["patch", "methods", "hooks", "proof"])
 def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, processor, monkeypatch, own, place):
-    """Also where it strikes what takes hooks off again."""
+    """Also where it strikes what takes hooks off again, or methods."""
 
     def state():
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-        return [[module.__dict__.get("forward"), [list(getattr(module, kind)) for kind in kinds]] for module in model.modules()]
+        hooks = [[list(getattr(module, kind)) for kind in kinds] for module in model.modules()]
+        return hooks, [module.__dict__.get("forward") for module in model.modules()], set(vars(model))
+
+    def replace_methods(patch, profile):
+        vars(patch.model)["generate"] = None
+        raise KeyboardInterrupt
 
     def remove(self, *args):
         monkeypatch.undo()
@@ -440,6 +447,8 @@ def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, proc
     before = state()
     if place == "patch":
         monkeypatch.setattr("ras_fast.engine.one_pass.attach", interrupt)
+    elif place == "methods":
+        monkeypatch.setattr("ras_fast.engine.one_pass.attach", replace_methods)
     elif place == "hooks":
         monkeypatch.setattr(RemovableHandle, "remove", remove)
         monkeypatch.setattr(RemovableHandle, "__exit__", remove)
@@ -451,6 +460,88 @@ def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, proc
     assert state() == before
     if own:
         handle.unpatch()
+
+
+@pytest.mark.parametrize("name", ["method", "generation_config"])
+def test_ctrl_c_at_any_line_of_a_change_to_the_model_undoes_it(model, name):
+    def change():
+        return replaced(model, "generate", lambda method: None) if name == "method" else _own_config_set_aside(model)
+
+    def at_line(frame, event, argument):
+        nonlocal left
+        if frame.f_code in codes:
+            left -= event == "line"
+            if left < 0:
+                raise KeyboardInterrupt
+            return at_line
+
+    codes = {replaced.__wrapped__.__code__, _own_config_set_aside.__wrapped__.__code__}
+    config, before, entered, lines = model.generation_config, sys.gettrace(), False, 0
+    while not entered:
+        left = lines
+        sys.settrace(at_line)
+        try:
+            with change():
+                sys.settrace(before)
+                entered = True
+        except KeyboardInterrupt:
+            lines += 1
+        finally:
+            sys.settrace(before)
+        assert model.generation_config is config
+        assert "generate" not in vars(model)
+    assert lines > 4
+
+
+class Asking(LogitsProcessor):
+    """Runs the model in the middle of an answer, as a processor or as a streamer."""
+
+    def __init__(self, ask):
+        self.ask, self.answers = ask, []
+
+    def __call__(self, input_ids, scores):
+        self.ask()
+        return scores
+
+    def put(self, tokens):
+        self.answers += self.ask()
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("inner", ["guard", "generate"])
+@pytest.mark.parametrize("outer", [SafeGenerator, SequentialPipeline])
+def test_a_processor_that_asks_the_same_model_is_stopped(model, processor, outer, inner):
+    """Its answer would be steered by the risk of another prompt."""
+    steered = make_profile(model, processor, s_base=-0.5, k=50.0)
+    pipeline, guard = outer(model, processor, steered), SafeGenerator(model, processor, make_profile(model, processor))
+    (expected,) = pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)
+    ids = torch.tensor([[2, 20, 21]])
+    own = {"guard": lambda: guard.generate(["w3"], max_new_tokens=2), "generate": lambda: model.generate(ids, max_new_tokens=2)}
+    with pytest.raises(RuntimeError, match="Asking runs the model in the middle of an answer"):
+        pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4, logits_processors=[Asking(own[inner])])
+    assert pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)[0].tokens == expected.tokens
+    assert len(own[inner]())
+    guard.close()
+    if outer is SafeGenerator:
+        pipeline.close()
+
+
+def test_a_streamer_may_ask_between_steps_but_not_within_one(model, processor):
+    steered = make_profile(model, processor, s_base=-0.5, k=50.0)
+    pipeline, reference = SafeGenerator(model, processor, steered), SequentialPipeline(model, processor, steered)
+    guard = SafeGenerator(model, processor, make_profile(model, processor))
+    (expected,) = guard.generate(["w3"], max_new_tokens=2)
+    asking = Asking(lambda: guard.generate(["w3"], max_new_tokens=2))
+    (output,) = pipeline.generate(["w1 w2"], [random_image(0)], max_new_tokens=4, streamer=asking)
+    assert {tuple(answer.tokens) for answer in asking.answers} == {tuple(expected.tokens)}
+    (wanted,) = reference.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)
+    assert output.tokens == wanted.tokens
+    with pytest.raises(RuntimeError, match="Asking runs the model"):
+        reference.generate(["w1 w2"], [random_image(0)], max_new_tokens=4, streamer=asking)
+    guard.close()
+    pipeline.close()
 
 
 def test_a_users_own_patch_is_used_and_left(model, processor, profile):
@@ -968,13 +1059,14 @@ def test_what_cannot_be_used_is_refused(model, processor, profile):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_model_that_is_set_to_training_later_does_not_answer(model, processor, profile, fused):
+@pytest.mark.parametrize(("part", "where"), [("", ";"), ("model.vision_tower", " at model.vision_tower;")])
+def test_a_model_that_is_set_to_training_later_does_not_answer(model, processor, profile, fused, part, where):
     pipelines = SafeGenerator(model, processor, profile, fused=fused), SequentialPipeline(model, processor, profile)
     pipelines[0].generate(["w1"], max_new_tokens=2)
-    model.train()
+    model.get_submodule(part).train()
     try:
         for pipeline in pipelines:
-            with pytest.raises(ValueError, match="model is in training mode"):
+            with pytest.raises(ValueError, match=f"model is in training mode{where}"):
                 pipeline.generate(["w1"], max_new_tokens=2)
     finally:
         model.eval()

@@ -86,7 +86,7 @@ def test_exact(model, processor, make, batch_size):
 
 
 def undefended(model, processor, prompts, images):
-    with SafeGenerator(model, processor, projection(model, processor, alpha=0.0)) as guard:
+    with SafeGenerator(model, processor, projection(model, processor, alpha=1e-30)) as guard:
         return guard.generate(prompts, images, max_new_tokens=NEW_TOKENS)
 
 

@@ -41,6 +41,16 @@ def test_chats_and_assistant_prefixes(processor):
     assert decoded(processor, query.ask_about_images("w7")) == "<bos> USER : IMG w7 ASSISTANT :"
 
 
+def test_an_image_in_the_assistants_prefix_is_refused(processor):
+    """The risk's prompt lacks that message. An earlier answer may have one."""
+    asked = {"role": "user", "content": "w1"}
+    for content in (f"w4 {processor.image_token}", [{"type": "image"}, {"type": "text", "text": "w4"}]):
+        begun = [asked, {"role": "assistant", "content": content}]
+        with pytest.raises(ValueError, match=r'prompts\[0\] needs to end in .* one "assistant" message without images'):
+            make_queries([begun], [random_image(0)], processor)
+        assert make_queries([[*begun, asked]], [random_image(0)], processor)
+
+
 @pytest.mark.parametrize("ends", [["User"], ["tool"], ["system"], ["assistant", "system"], ["assistant", "assistant"]], ids=str)
 def test_a_chat_that_goes_on_after_its_question_is_refused(processor, ends):
     """The model would answer those words, and the risk would be that of the question before."""

@@ -135,7 +135,10 @@ def test_nothing_else_makes_answers(client):
     }.items():
         assert client.post(path, json=body).status_code == 403
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
-    for options in ({"vllm_xargs": {"ras_risk": 0.0}}, {"logit_bias": {"3": -100}}):
+    for options in (
+        {"vllm_xargs": {"ras_risk": 0.0}}, {"logit_bias": {"3": -100}}, {"stop_token_ids": [3], "min_tokens": 4},
+        {"repetition_penalty": 50.0}, {"chat_template_kwargs": {"bos_token": "Sure."}},
+    ):  # fmt: skip
         assert client.post("/v1/chat/completions", json=request(item, **options)).status_code == 400
     refused = client.post("/v1/chat/completions", json=request(item, max_tokens=10**6))  # by vLLM itself
     assert refused.status_code == 400

@@ -232,7 +232,7 @@ def test_a_risky_one_is_made_anew_with_its_risk(server, stream):
 
 
 def test_the_stages_are_moras_own(server):
-    body = ask("What colour?", user="u", chat_template_kwargs={"a": 1})
+    body = ask("What colour?", user="u", mm_processor_kwargs={"a": 1})
     run(server, body)
     draft, context, risk = server.requests
     settings = make_profile().config
@@ -245,20 +245,26 @@ def test_the_stages_are_moras_own(server):
     assert risk["messages"][0]["content"][1]["text"] == f"{settings['safety_prompt']} {told} What colour?"
     for stage in (context, risk):
         assert (stage["temperature"], stage["repetition_penalty"]) == (0, 1.0)
-        assert (stage["user"], stage["chat_template_kwargs"]) == ("u", {"a": 1})
+        assert (stage["user"], stage["mm_processor_kwargs"]) == ("u", {"a": 1})
     assert draft["messages"] == body["messages"]
     assert [b"x-request-id" in headers for headers in server.headers] == [True, False, False]
     assert not any(b"content-length" in headers for headers in server.headers)
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.7}, {"temperature": None}, {"n": 2}, {"logprobs": True}, {"repetition_penalty": 1.1}], ids=str
+    "options", [{"temperature": 0.7}, {"temperature": None}, {"n": 2}, {"logprobs": True}, {"ignore_eos": True}], ids=str
 )
 def test_what_cannot_be_drafted_is_answered_after_the_risk(server, options):
     (response,) = run(server, ask(**options))
     assert response.status == 200
     assert response.headers["x-ras-draft"] == "none"
     assert [list(request["vllm_xargs"]) for request in server.requests] == [[], ["ras_record"], ["ras_risk"]]
+
+
+def test_penalties_that_do_nothing_change_nothing(server):
+    (response,) = run(server, ask(repetition_penalty=1, presence_penalty=0.0, frequency_penalty=0, min_tokens=0))
+    assert response.status == 200
+    assert response.headers["x-ras-draft"] == "kept"
 
 
 def test_a_servers_own_penalties_are_no_drafts(server):
@@ -412,6 +418,11 @@ async def until(reached):
         (ask(vllm_xargs=[]), "ras_"),
         (ask(logit_bias={"3": -100}), "logit_bias"),
         (ask(response_format={"type": "json_object"}), "response_format"),
+        (ask(stop_token_ids=[5, 6], min_tokens=8), "min_tokens is 8"),
+        (ask(repetition_penalty=50.0), "repetition_penalty is 50.0"),
+        (ask(presence_penalty=2.0), "presence_penalty is 2.0"),
+        (ask(frequency_penalty="0"), "frequency_penalty is '0'"),
+        (ask(chat_template_kwargs={"bos_token": "Sure."}), "chat_template_kwargs cannot be defended"),
         (ask(use_beam_search=True), "use_beam_search"),
         (ask(anything_new=1), "anything_new"),
         ({"max_tokens": 3}, "messages is None"),
@@ -424,6 +435,7 @@ async def until(reached):
         (ask(messages=[{"role": "assistant", "content": "Sure"}]), "a question"),
         (ask(messages=[{"role": role, "content": "w1"} for role in ("user", "assistant", "tool")]), "needs to end in"),
         (ask(messages=[{"role": role, "content": "w1"} for role in ("user", "system")]), "['user', 'system']"),
+        (ask(messages=[{"role": "user", "content": "w1"}, {"role": "assistant", "content": [PICTURE]}]), "without images"),
     ],
 )
 def test_what_cannot_be_defended_is_refused(server, body, words):

@@ -48,7 +48,8 @@ class SafeGenerator:
         user's prompt. Needs ``fused``.
     cache_bytes: keep image prefixes and contexts of seen images, least recently used out first. 0, the default, keeps
         nothing: what is kept would be the content of users' images. The cache belongs to this object alone, and is emptied
-        when the model was changed: its weights, adapters, hooks, patch, steering or region bias.
+        when the model was changed: its weights, adapters, hooks, patch, steering or region bias. A change of a plain attribute
+        or of the config is not seen: call `close()` after one.
     sync_every: steps that are made before the host looks at their tokens, which is when an end is noticed and a streamer is
         given something. None: 8 on CUDA, where a look waits for the device and steps are captured as graphs; else 1.
 
@@ -113,12 +114,12 @@ class SafeGenerator:
             repetition_penalty, seed, stop_strings, logits_processors). The model's generation config gives the
             end-of-sequence tokens and nothing else. Stop strings end answers, not contexts, and stay in the text.
 
-        Raises ValueError for input that cannot be used. An exception in any stage leaves no answer behind: there is no
-        way from an error to an unsteered answer.
+        Raises ValueError for input that cannot be used, and RuntimeError where a logits processor runs this model. An
+        exception in any stage leaves no answer behind: there is no way from an error to an unsteered answer.
         """
         try:
             with self._lock, self._undone_by_ctrl_c():
-                decoding = Decoding.of(decoding)
+                decoding = Decoding.of(decoding).apart_from(self.model)
                 queries = list(enumerate(make_queries(prompts, images, self.processor)))
                 for number, query in queries:
                     self.plan.check(number, query)
@@ -202,9 +203,9 @@ class SafeGenerator:
 
     @contextmanager
     def _undone_by_ctrl_c(self) -> Iterator[None]:
-        """An interruption inside the block leaves the model with no patch but the user's and with no hook that came in it. What
-        puts these there undoes them itself, but for an interruption on its very way."""
-        before, first = Patch.of(self.model), RemovableHandle.next_id  # hooks are numbered
+        """An interruption inside the block leaves the model with no patch but the user's, and with no hook or stand-in for a
+        method that came in it. What puts these there undoes them itself, but for an interruption on its very way."""
+        before, first, own = Patch.of(self.model), RemovableHandle.next_id, set(vars(self.model))  # hooks are numbered
         theirs = None if before is self._patch else before
         try:
             yield
@@ -213,6 +214,8 @@ class SafeGenerator:
             if left is not None and left is not theirs:
                 left.unpatch()
             self._patch = None
+            for name in set(vars(self.model)) - own:
+                del vars(self.model)[name]
             for module in self.model.modules():
                 _remove_hooks(module, first)
             raise

@@ -14,7 +14,7 @@ from ras_fast.profile import adapters_of
 
 class Watch:
     """Compares a model between the batches of an engine. What a batch itself attaches to the model, and takes off again, does
-    not count."""
+    not count. Plain attributes, configs and hooks' own states are not looked at (docs/methods.md)."""
 
     def __init__(self, model):
         self._model = model

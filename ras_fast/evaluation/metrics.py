@@ -62,6 +62,12 @@ def roc_curve(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.nda
     Raises:
         ValueError: lengths differ, a score is NaN, or only one class is there.
     """
+    alarms, hits = _counts(scores, positive)
+    return alarms / alarms[-1], hits / hits[-1]
+
+
+def _counts(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """`roc_curve` in items: how many negatives and how many positives score at least as high, integers from 0 on."""
     scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     if scores.shape != positive.shape or scores.ndim != 1:
         raise ValueError(f"scores is of shape {scores.shape}, positive of {positive.shape}; both must be [n]")
@@ -71,9 +77,8 @@ def roc_curve(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.nda
         raise ValueError(f"positive holds one class only ({positive.size} items); a ROC curve needs both")
     order = np.argsort(-scores, kind="stable")
     last_of_ties = np.append(np.diff(scores[order]) != 0, True)
-    hits = np.cumsum(positive[order])[last_of_ties]
-    alarms = np.cumsum(~positive[order])[last_of_ties]
-    return np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1])
+    alarms, hits = (np.append(0, np.cumsum(of_class[order])[last_of_ties]) for of_class in (~positive, positive))
+    return alarms, hits
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
@@ -81,8 +86,8 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
 
     Raises ValueError as `roc_curve`.
     """
-    x, y = roc_curve(scores, positive)
-    return float(np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2))
+    alarms, hits = _counts(scores, positive)  # in integers, so that classes that do not overlap give 0 or 1 and nothing near it
+    return float(np.sum(np.diff(alarms) * (hits[1:] + hits[:-1])) / (2 * alarms[-1] * hits[-1]))
 
 
 def auroc_estimate(scores: Sequence[float], positive: Sequence[bool], seed: int = 0) -> Estimate:

@@ -215,19 +215,20 @@ def calibrate(
             look there. Hundreds at least; never use them in a test set.
         refusal: what the head is trained to say.
         layer: whose input the prober reads: "sas", the highest safety awareness score, as in the paper; "validation", the one
-            whose prober does best on the validation pairs; or an index. Both look at every 4th layer, or at all of up to 8.
+            whose prober does best on the validation pairs; or an index. Both look at every 4th layer, or at all of up to 8,
+            but for those that are entered by the same state whatever is asked, as layer 0 by the last token's embedding.
         rank: keep the refusal head as two factors [d, rank] and [rank, d], from its singular value decomposition. The profile's
             config says how faithful they are.
         strength: ε = 0.1 · strength; None: the one of STRENGTHS under which most validation answers are the refusal, the
             nearest to 1 among equals.
-        over_refusal: share of safe validation questions that may be refused: the gate's threshold is lowered from 0.5 as far
-            as no more of them are. None: 0.5, as in the paper.
+        over_refusal: share of safe validation questions up to which the gate's threshold is lowered from 0.5. It is never
+            raised, so where more of them are refused at 0.5, this is no bound. None: 0.5, as in the paper.
         seed: of the split into training and validation pairs, of the prober's weights and of the shuffling.
         batch_size: prompts per forward.
         checkpoint: folder to save the captured states and each epoch of the head in, and to resume from.
 
-    Raises ValueError for input that cannot be used, when a checkpoint is of another calibration, and when the outcome is not
-    finite.
+    Raises ValueError for input that cannot be used, when a checkpoint is of another calibration, when the outcome is not
+    finite, and when the gate does no better than chance on the validation pairs.
     """
     unsafe, safe = _queries(pairs, processor)
     text_config = model.config.get_text_config()
@@ -246,6 +247,7 @@ def calibrate(
 
     held = [states[kind][layers.index(chosen)][validation] for kind in ("safe", "toxic")]
     threshold, gated = _threshold(prober, *held, over_refusal)
+    _check_gate(chosen, **gated)
 
     def logits(hidden: Tensor) -> Tensor:
         return output_head(model)(hidden.to(model.dtype)).float()
@@ -382,8 +384,13 @@ def _split(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def _choose_layer(layer, scores: dict[int, float], states, training, validation, seed: int):
     """(the layer, its prober, what is known about it)."""
-    best = max(scores, key=scores.__getitem__)
-    candidates = list(scores) if layer == "validation" else [best]
+    telling = [i for i, safe, toxic in zip(scores, states["safe"], states["toxic"], strict=True) if bool((safe != toxic).any())]
+    if not telling:
+        raise ValueError(
+            f"layer is {layer!r}, but what enters layers {list(scores)} at a prompt's end is the same for both questions of "
+            "every pair; another layer is needed, or pairs whose questions differ"
+        )
+    candidates = telling if layer == "validation" else [max(telling, key=scores.__getitem__)]
     trained = {}
     for i in candidates:
         n = list(scores).index(i)
@@ -448,6 +455,15 @@ def _threshold(
         ordered = safe_risk.sort(descending=True).values
         threshold = min(threshold, float(ordered[allowed])) if allowed < len(ordered) else 0.0
     return threshold, {"refused_safe": _above(safe_risk, threshold), "refused_toxic": _above(toxic_risk, threshold)}
+
+
+def _check_gate(layer: int, refused_safe: float, refused_toxic: float) -> None:
+    """Raises ValueError for a gate that tells nothing apart: at worst it never opens, and the profile would defend nothing."""
+    if refused_toxic <= refused_safe:
+        raise ValueError(
+            f"the gate, read at layer {layer}, opens for {refused_toxic:.0%} of the held-out unsafe questions and for "
+            f"{refused_safe:.0%} of the safe ones, no better than chance; more or clearer pairs are needed, or another layer"
+        )
 
 
 def _above(risk: Tensor, threshold: float) -> float:

@@ -71,8 +71,8 @@ def from_vectors(
         condition: None: always.
 
     Raises:
-        ValueError: a layer out of range, a wrong d, values that are not finite, or nothing to steer; a file that
-            cannot be read.
+        ValueError: a layer out of range, a wrong d, values that are not finite, or nothing to steer (no vector, vectors that
+            are all 0, alpha 0); a file that cannot be read.
         ImportError: a .gguf file, and no `gguf` package.
     """
     if isinstance(vectors, (str, Path)):
@@ -201,6 +201,7 @@ def calibrate(
     """
     if not pairs:
         raise ValueError("pairs is empty; a direction is the mean difference over at least one")
+    _check_alpha(alpha)
     if measure not in MEASURES or per not in SCOPES:
         raise ValueError(f"measure is {measure!r} and per is {per!r}; they need to be one of {MEASURES} and one of {SCOPES}")
     count = model.config.get_text_config().num_hidden_layers
@@ -296,6 +297,9 @@ class Projection:
             raise ValueError(
                 f"vectors have shape {tuple(self.vectors.shape)}; they need to be [layers = {len(self.layers)}, d]"
             )
+        _check_alpha(self.alpha)
+        if not bool(self.vectors.any()):
+            raise ValueError(f"the vectors of layers {self.layers} are 0; at least one needs to point somewhere")
         self.condition: Condition | None = None
         if config.get("condition") is not None or "condition" in profile.tensors:
             self.condition = _checked(_condition(profile), self.layers)
@@ -412,6 +416,12 @@ class _Run:
 
     def _steer(self, alpha: Tensor) -> None:
         self.steering.set_rows(torch.zeros_like(alpha, dtype=torch.int32), alpha)
+
+
+def _check_alpha(alpha: float) -> None:
+    """Raises ValueError for a strength at which answers would count as steered, and be the model's own."""
+    if alpha == 0:
+        raise ValueError(f"alpha is {alpha}; it needs to be another number, or nothing is steered")
 
 
 def _condition(profile: RasProfile) -> Condition:

@@ -166,12 +166,12 @@ def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]
         yield
         return
     before = owner.__dict__.get(name)
-    owner.__dict__[name] = stand_in(getattr(owner, name))
-    try:
+    try:  # with the assignment, after which Ctrl-C may come at once
+        owner.__dict__[name] = stand_in(getattr(owner, name))
         yield
     finally:
         if before is None:
-            del owner.__dict__[name]
+            owner.__dict__.pop(name, None)
         else:
             owner.__dict__[name] = before
 

@@ -24,21 +24,21 @@ Send = Callable[[Message], Awaitable[None]]
 
 CHAT = "/v1/chat/completions"
 WITHOUT_ANSWERS = {"/tokenize", "/detokenize", "/ping"}  # what may be posted to undefended
-# What a request's other stages take over from it: how its prompt is made, and whose cache it may use.
-SHARED = ("model", "chat_template_kwargs", "mm_processor_kwargs", "cache_salt", "priority", "user")
+# What a request's other stages take over from it: how its images are read, and whose cache it may use.
+SHARED = ("model", "mm_processor_kwargs", "cache_salt", "priority", "user")
+# These are known with the value that does nothing. Until min_tokens every stop token is forbidden, also those that the client
+# names; and a penalty on the words of a refusal, which the question may hold, can outweigh the steering.
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
 # With these fields alone a greedy token is the argmax of the logits.
 PLAIN = {
-    *SHARED, "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop",
-    "stop_token_ids", "stream", "stream_options", "return_token_ids", "include_stop_str_in_output", "skip_special_tokens",
-    "spaces_between_special_tokens", "add_generation_prompt", "continue_final_message",
+    *SHARED, *NEUTRAL, "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n",
+    "stop", "stop_token_ids", "stream", "stream_options", "return_token_ids", "include_stop_str_in_output",
+    "skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt", "continue_final_message",
 }  # fmt: skip
-# Others are refused: they may forbid the tokens of a refusal, or make answers out of requests that carry no risk.
-KNOWN = PLAIN | {
-    "frequency_penalty", "ignore_eos", "logprobs", "min_tokens", "presence_penalty", "repetition_penalty", "request_id",
-    "top_logprobs", "vllm_xargs",
-}  # fmt: skip
+# Others are refused: they may forbid the tokens of a refusal, make answers out of requests that carry no risk, or, as what a
+# template is given (chat_template_kwargs), put words into every prompt, the context's too.
+KNOWN = PLAIN | {"ignore_eos", "logprobs", "request_id", "top_logprobs", "vllm_xargs"}
 POLL = 0.01  # seconds until a draft that was late is looked at again
-PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class SafeChat:
@@ -121,7 +121,7 @@ class _Guard:
         self.processor = load_processor(config.model_config)
         defaults = config.model_config.get_diff_sampling_param()
         # Whether a greedy token is the argmax of the logits that steering sees.
-        self.plain = all(defaults.get(name, none) == none for name, none in PENALTIES.items())
+        self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(config.model_config.logits_processors) == 1
 
     async def judge(self, query: tuple) -> Judgement | None:
@@ -184,7 +184,7 @@ class _Answer:
 
     async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
         """The tokens that the server inside answers a query with, greedily."""
-        request = {name: self.request[name] for name in SHARED if name in self.request} | PENALTIES
+        request = {name: self.request[name] for name in SHARED if name in self.request} | NEUTRAL
         request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
         request |= {"return_token_ids": True, "vllm_xargs": marks}
         messages: list[Message] = []
@@ -352,6 +352,9 @@ def _checked(request) -> Message:
     unknown = sorted(set(request) - KNOWN)
     if unknown:
         raise ValueError(f"{', '.join(unknown)} cannot be defended; this server knows {', '.join(sorted(KNOWN))}")
+    for name, none in NEUTRAL.items():
+        if request.get(name, none) != none:
+            raise ValueError(f"{name} is {request[name]!r}, which could forbid a refusal; it needs to be {none}, or left out")
     extra = request.get("vllm_xargs", {})
     if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):
         raise ValueError(f"vllm_xargs is {extra!r}; it needs to be an object without ras_…, which are this server's own")

@@ -73,6 +73,15 @@ def test_auroc_of_classes_apart_still_has_a_width():
     assert metrics.auroc_estimate([0.0, 1.0], [False, True]) == metrics.Estimate(1.0, 0.0, 1.0, 2)
 
 
+def test_auroc_of_classes_apart_is_exact_whatever_their_sizes():
+    for positives in range(1, 60):
+        for negatives in range(1, 60):
+            positive = np.arange(positives + negatives) < positives
+            scores = positive + np.linspace(0, 0.5, positive.size)
+            assert metrics.auroc(scores, positive) == 1
+            assert metrics.auroc(-scores, positive) == 0
+
+
 @pytest.mark.parametrize(
     ("scores", "positive", "words"),
     [([0.1, np.nan], [True, False], "NaN"), ([0.1, 0.2], [True, True], "one class"), ([0.1], [True, False], "shape")],

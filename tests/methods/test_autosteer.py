@@ -366,14 +366,14 @@ def test_the_epoch_is_chosen_on_validation_pairs_only():
     assert facts["epoch"] < 10
 
 
-PAIRS = [(random_image(i), random_words(i, 6), random_words(40 + i, 4)) for i in range(10)]
-PAIRS += [(None, random_words(80 + i, 5), random_words(90 + i, 5), random_image(20 + i)) for i in range(4)]
+UNSAFE = random_words(7, 9)  # with which unsafe questions end, so that a prober has something to find
+PAIRS = [(random_image(i), f"{random_words(i, 2)} {UNSAFE}", random_words(40 + i, 4)) for i in range(10)]
+PAIRS += [(None, f"{random_words(80 + i, 2)} {UNSAFE}", random_words(90 + i, 5), random_image(20 + i)) for i in range(4)]
 
 
 @pytest.fixture
 def few_epochs(monkeypatch):
     monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 3)
-    monkeypatch.setattr(autosteer, "PROBER_EPOCHS", 3)
 
 
 def calibrate(model, processor, pairs=PAIRS, **options):
@@ -382,7 +382,7 @@ def calibrate(model, processor, pairs=PAIRS, **options):
 
 def test_calibration_makes_a_profile_that_applies(model, processor, batch, few_epochs, tmp_path):
     made = calibrate(model, processor)
-    assert made.config["layer"] == max(range(LAYERS), key=lambda i: made.config["sas"][str(i)])
+    assert made.config["layer"] == max(range(1, LAYERS), key=lambda i: made.config["sas"][str(i)])
     assert made.config["pairs"] == 14
     made.save_pretrained(tmp_path)
     loaded = RasProfile.from_pretrained(tmp_path)
@@ -428,7 +428,32 @@ def test_calibration_where_gradients_are_off(model, processor, few_epochs, mode)
 
 def test_a_fixed_layer_and_validation(model, processor, few_epochs):
     assert calibrate(model, processor, layer=2).config["layer"] == 2
-    assert calibrate(model, processor, layer="validation").config["layer"] in range(LAYERS)
+    assert calibrate(model, processor, layer="validation").config["layer"] in range(1, LAYERS)
+
+
+@pytest.mark.parametrize("layer", ["sas", "validation"])
+def test_a_layer_that_sees_no_difference_is_not_chosen(layer):
+    """Layer 0 is entered by the embedding of the prompt's last token, its score is 0: more than that of the other one."""
+    torch.manual_seed(0)
+    noise = torch.randn(20, 8)
+    safe, toxic = torch.stack([noise, noise]), torch.stack([noise, torch.randn(20, 8)])
+    states, training = {"safe": safe, "toxic": toxic}, torch.arange(15)
+    chosen, *_ = autosteer._choose_layer(layer, {0: 0.0, 4: -0.1}, states, training, torch.arange(15, 20), 0)
+    assert chosen == 4
+
+
+def test_a_gate_that_tells_nothing_apart_is_refused(model, processor, monkeypatch):
+    with pytest.raises(ValueError, match=r"layer is 0, but what enters layers \[0\] .* is the same"):
+        calibrate(model, processor, layer=0)
+    same = [(None, "w1 w2", "w1 w2", None)] * 10
+    with pytest.raises(ValueError, match=r"what enters layers \[0, 1, 2\] .* is the same"):
+        calibrate(model, processor, same)
+    monkeypatch.setattr(autosteer, "_train_head", lambda *args: pytest.fail("the gate is known before the head"))
+    shut = {"in.weight": torch.zeros(1, D), "in.bias": torch.zeros(1), "out.weight": torch.zeros(2, 1)}
+    shut["out.bias"] = torch.tensor([1.0, 0.0])
+    monkeypatch.setattr(autosteer, "train_prober", lambda *args, **options: (shut, {"loss": 0.5}))
+    with pytest.raises(ValueError, match=r"layer 1, opens for 0% of the held-out unsafe questions .* no better than chance"):
+        calibrate(model, processor, layer=1)
 
 
 def test_the_threshold_keeps_to_what_may_be_refused():

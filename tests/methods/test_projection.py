@@ -436,6 +436,17 @@ def test_settings_of_other_types(model, processor, config, message):
         Projection(RasProfile("projection", made.config | config, made.tensors))
 
 
+def test_what_steers_nothing_is_refused(model, processor):
+    """Its answers would have risk 1, and be the model's own."""
+    with pytest.raises(ValueError, match=r"alpha is 0\.0; it needs to be another number"):
+        from_vectors(model, processor, VECTORS, alpha=0)
+    with pytest.raises(ValueError, match=r"vectors of layers \[1, 2\] are 0; at least one"):
+        from_vectors(model, processor, {1: torch.zeros(D), 2: torch.zeros(D)})
+    made = from_vectors(model, processor, {1: torch.zeros(D), 2: torch.ones(D)}, alpha=-1)
+    with pytest.raises(ValueError, match=r"vectors of layers \[1, 2\] are 0"):
+        Projection(RasProfile("projection", made.config, {"vectors": torch.zeros(2, D)}))
+
+
 def test_a_condition_without_its_direction(model, processor):
     made = from_vectors(model, processor, VECTORS, condition=Condition(1, DIRECTION, 0.0))
     with pytest.raises(ValueError, match="its direction missing"):
@@ -513,6 +524,8 @@ def test_calibration_errors(model, processor):
         ({"pairs": [("w1", "w2")]}, r"pairs\[0\] is \('w1', 'w2'\); it needs to be \(\(prompt, images\)"),
         ({"pairs": PAIRS, "layers": []}, "layers is empty"),
         ({"pairs": PAIRS, "measure": "angle"}, "measure is 'angle'"),
+        ({"pairs": PAIRS, "alpha": 0}, "alpha is 0; it needs to be another number"),
+        ({"pairs": [(PAIRS[0][0], PAIRS[0][0])], "layers": [1]}, r"vectors of layers \[1\] are 0"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, processor, **arguments, progress=False)

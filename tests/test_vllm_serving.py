@@ -262,7 +262,7 @@ def test_what_cannot_be_drafted_is_answered_after_the_risk(server, options):
 
 
 def test_penalties_that_do_nothing_change_nothing(server):
-    (response,) = run(server, ask(repetition_penalty=1, presence_penalty=0.0, frequency_penalty=0, min_tokens=0))
+    (response,) = run(server, ask(repetition_penalty=1, presence_penalty=0.0, frequency_penalty=None, min_tokens=0))
     assert response.status == 200
     assert response.headers["x-ras-draft"] == "kept"
 

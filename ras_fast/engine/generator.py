@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ras_fast.decoding import Decoding, check_mode, lock_of, transformers_model
 from ras_fast.engine.answer import SafeOutput
-from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Runner
+from ras_fast.engine.batch import ANSWER, INSTEAD, SCRATCH, Batch, Runner, close
 from ras_fast.engine.kv_cache import ByteBoundedCache
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.overlapped import Overlapped
@@ -241,9 +241,9 @@ class SafeGenerator:
         except (AttributeError, TypeError, RuntimeError) as error:
             if _is_out_of_memory(error):
                 raise
-            raise ValueError(f"{name}: the engine cannot run it ({error}); use ras_fast.sequential instead") from error
-        if not (found - wanted).abs().max() <= 0.05 * wanted.abs().max():
-            raise ValueError(f"{name}: the engine's logits differ from the model's own; use ras_fast.sequential instead")
+            raise ValueError(f"{name}: the engine cannot run it ({error}); {INSTEAD}") from error
+        if not close(found, wanted):
+            raise ValueError(f"{name}: the engine's logits differ from the model's own; {INSTEAD}")
 
     def _branched(self, ids: list[int]) -> torch.Tensor:
         """Logits [V] after these tokens: the first half by a prefill, the second half in a step beside another branch."""

@@ -353,7 +353,7 @@ def _checked(request) -> Message:
     if unknown:
         raise ValueError(f"{', '.join(unknown)} cannot be defended; this server knows {', '.join(sorted(KNOWN))}")
     for name, none in NEUTRAL.items():
-        if request.get(name, none) != none:
+        if request.get(name) not in (None, none):
             raise ValueError(f"{name} is {request[name]!r}, which could forbid a refusal; it needs to be {none}, or left out")
     extra = request.get("vllm_xargs", {})
     if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):

@@ -223,6 +223,7 @@ class Overlapped(Plan):
             return
         inputs = jobs[row].inputs
         mask = torch.ones_like(inputs["input_ids"])
+        self.runner.count(*mask.shape)
         output = self.runner.model(**inputs, attention_mask=mask, use_cache=False, logits_to_keep=1)
         self._split_holds = close(draft.logits[0][row], output.logits[0, -1].float())
         if not self._split_holds and torch.isfinite(output.logits).all():

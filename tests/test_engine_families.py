@@ -15,8 +15,9 @@ from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
-# Prefix LM (a question changes the keys of its image), logits that are not the head's, chunks, cross-attention.
-REFUSED = {"paligemma", "paligemma/gemma2", "chameleon", "llama4", "mllama"}
+# Prefix LM (a question changes the keys of its image), logits that are not the head's, chunks, cross-attention, layers whose
+# state cannot branch.
+REFUSED = {"paligemma", "paligemma/gemma2", "chameleon", "llama4", "mllama", "qwen3_5", "lfm2_vl"}
 if version.parse(transformers.__version__) < version.parse("5.18"):
     REFUSED |= {"qwen2_5_omni_thinker"}  # it has no part without a head
 SPECIAL = {0: "<pad>", 1: "<bos>", IMAGE: "<image>", START: "<start>", END: "<end>"}

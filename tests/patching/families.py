@@ -72,6 +72,22 @@ def masked(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Gemma 4: 4 × 4 flat patches an image, and where each of them is."""
+    where = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2)
+    return {"pixel_values": torch.rand(images, 16, 48, generator=generator), "image_position_ids": where.repeat(images, 1, 1)}
+
+
+def flat_patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """LFM2-VL: images of 4 × 4 and 4 × 6 flat patches, two of which merge in each direction."""
+    widths = torch.tensor([4 + 2 * (i % 2) for i in range(images)])
+    return {
+        "pixel_values": torch.randn(images, 24, 48, generator=generator),
+        "spatial_shapes": torch.stack([torch.full_like(widths, 4), widths], 1),
+        "pixel_attention_mask": (torch.arange(24) < 4 * widths[:, None]).long(),
+    }
+
+
 @dataclass
 class Family:
     """How to build a family.
@@ -201,6 +217,7 @@ class CrossAttention(Family):
         return image_sums(probabilities, regions, 2)
 
 
+HYBRID_WINDOWS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 GEMMA = {"image_token_id": IMAGE, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
 
@@ -242,6 +259,23 @@ FAMILIES = {
                                                                    "out_hidden_size": SIZE, "num_position_embeddings": 64,
                                                                    "deepstack_visual_indexes": [0, 1]}},
                            grids, ([START], [END]), types="mm_token_type_ids"),
+    "qwen3_5": Family(QWEN | {
+        "text_config": TEXT | {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2,
+                               "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                               "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                               "rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                                                           "partial_rotary_factor": 0.5}},
+        "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
+                                        "num_position_embeddings": 64}},
+                      grids, ([START], [END]), types="mm_token_type_ids", fused=(4, 8)),
+    "lfm2_vl": Family({
+        "text_config": {k: v for k, v in TEXT.items() if k != "head_dim"} | {
+            "model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2,
+            "full_attn_idxs": None, "block_multiple_of": 16},
+        "vision_config": {"model_type": "siglip2_vision_model", "hidden_size": 16, "intermediate_size": 32,
+                          "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "num_patches": 16,
+                          "vision_use_head": False},
+        "image_token_id": IMAGE, "projector_hidden_size": 32}, flat_patches, ([START], [END]), fused=(4, 8)),
     "glm4v": Family({"text_config": TEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
                      "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
                                                      "image_size": 32},
@@ -275,6 +309,14 @@ FAMILIES = {
         "text_config": TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 16,
                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
         "vision_config": SIGLIP, "mm_tokens_per_image": 4}, around=([START], [END]), types="token_type_ids"),
+    "gemma4": Family(GEMMA | {
+        "text_config": TEXT | HYBRID_WINDOWS | {"sliding_window": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
+                                                "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2},
+        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4,
+                          "pooling_kernel_size": 2, "position_embedding_size": 64},
+        "video_token_id": VIDEO, "boi_token_id": START, "eoi_token_id": END, "boa_token_id": 94, "eoa_token_id": 93,
+        "audio_token_id": 95, "audio_config": None}, patches, ([START], [END]), types="mm_token_type_ids", fused=(0, 0)),
     "paligemma": Family({"text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
                          "image_token_id": IMAGE, "projection_dim": SIZE, "hidden_size": SIZE}, types="token_type_ids"),
     "mistral3": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "image_token_index": IMAGE,
@@ -352,8 +394,9 @@ def table() -> str:
         model = family.model(name)
         with ras_fast.patch(model) as patched:
             report = patched.report()
+            attending = [] if report.regions else sorted(patched.head_counts)
         text = model.config.get_text_config().model_type.removesuffix("_text")
-        statistics = "yes" if report.regions is None else report.regions
+        statistics = report.regions or (f"in layers {', '.join(map(str, attending))}" if report.blind else "yes")
         lines.append(
             f"| {report.model} | {text} | {report.fused_layers} of {report.layers} "
             f"| {report.fused_norms} of {report.norms} | {statistics} |"

@@ -50,10 +50,12 @@ def test_a_decode_step_waits_for_nothing(name):
     start = (batch["attention_mask"] == 0).sum(1)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + 8)
     with torch.no_grad(), ras_fast.patch(model) as patched:
-        patched.set_steering(1, torch.randn(2, SIZE))
+        first, second, *_ = filter(patched.steers, range(len(patched.layers)))
+        attending = list(patched.head_counts)
+        patched.set_steering(second, torch.randn(2, SIZE))
         patched.set_steering("final", torch.randn(2, SIZE))
-        patched.set_region_bias({0: torch.ones(4)})
-        patched.set_probe(0, torch.randn(1, SIZE), lambda dots: None)
+        patched.set_region_bias({attending[0]: torch.ones(4)})
+        patched.set_probe(first, torch.randn(1, SIZE), lambda dots: None)
         patched.steering.set_rows(torch.tensor([0, -1]), torch.tensor([0.5, 0.5]))
         model(**batch, past_key_values=cache)
         mask = range_mask(start, torch.full((2,), length + 1))
@@ -66,4 +68,4 @@ def test_a_decode_step_waits_for_nothing(name):
     # A full sliding window of transformers' makes an index from a number: torch.compile captures such a step, a caller cannot.
     assert [found for found in waits.found if "cache_utils.py" not in found] == []
     assert logits.is_meta
-    assert [statistics.mass[layer].shape for layer in range(3)] == [(2, 4, 1, 1)] * 3
+    assert {layer: mass.shape for layer, mass in statistics.mass.items()} == dict.fromkeys(attending, (2, 4, 1, 1))

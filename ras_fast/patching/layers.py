@@ -199,6 +199,15 @@ class FusedLayer(SteeredLayer):
         unproved = (name for name in self._parameters if given.get(name) is None)
         self._unproved = tuple(name for name in unproved if name not in _FOR_ATTENTION)
 
+    def renamed(self, record: LayerTrace) -> list[str]:
+        """What the layer handed to its attention by another name than it got it by, as a cache: nothing in the trace, but not
+        later."""
+        attention = self.layer._modules[self.names["attention"]]
+        call = next(call for call in record.calls if call.name == self.names["attention"])
+        received = dict(zip(_named_parameters(type(attention).forward)[1:], call.args, strict=False)) | call.kwargs
+        given = {*self._parameters[: len(record.args)], *record.kwargs}
+        return sorted(name for name, value in received.items() if value is None and name not in given)
+
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return _first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
 
@@ -500,6 +509,9 @@ def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> 
     fused.returns_tuple = isinstance(record.output, tuple)
     if fused.returns_tuple and len(record.output) > 1:
         return f"returns {len(record.output)} values"
+    renamed = [] if isinstance(fused, FusedCrossLayer) else fused.renamed(record)
+    if renamed:
+        return f"hands {', '.join(renamed)} to its attention, by names that it is not given itself"
     return differs(fused, record, next_output)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import transformers
+from packaging import version
 from tiny_models import image_sums, spread
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -218,6 +220,8 @@ class CrossAttention(Family):
 
 
 HYBRID_WINDOWS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# Before, these hand their cache to layers that do not attend by another name.
+HYBRID_FUSED = (4, 8) if version.parse(transformers.__version__) >= version.parse("5.18") else (2, 4)
 QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 GEMMA = {"image_token_id": IMAGE, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
 
@@ -267,7 +271,7 @@ FAMILIES = {
                                                            "partial_rotary_factor": 0.5}},
         "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
                                         "num_position_embeddings": 64}},
-                      grids, ([START], [END]), types="mm_token_type_ids", fused=(4, 8)),
+                      grids, ([START], [END]), types="mm_token_type_ids", fused=HYBRID_FUSED),
     "lfm2_vl": Family({
         "text_config": {k: v for k, v in TEXT.items() if k != "head_dim"} | {
             "model_type": "lfm2", "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2,
@@ -275,7 +279,7 @@ FAMILIES = {
         "vision_config": {"model_type": "siglip2_vision_model", "hidden_size": 16, "intermediate_size": 32,
                           "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "num_patches": 16,
                           "vision_use_head": False},
-        "image_token_id": IMAGE, "projector_hidden_size": 32}, flat_patches, ([START], [END]), fused=(4, 8)),
+        "image_token_id": IMAGE, "projector_hidden_size": 32}, flat_patches, ([START], [END]), fused=HYBRID_FUSED),
     "glm4v": Family({"text_config": TEXT | {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
                      "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
                                                      "image_size": 32},

@@ -1,14 +1,18 @@
 """Made-up layers that use what a forward on plain embeddings does not bring: the answers stay those of the original."""
 
+import inspect
+
 import pytest
 import torch
 from tiny_models import VOCABULARY, relative_error, spread
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 import ras_fast
+from ras_fast.patching.cache_values import CACHE_NAMES
 
 SIZE = 32
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaAttention.forward).parameters)
 IDS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -27,6 +31,24 @@ class AddsAnother(LlamaDecoderLayer):
         hidden = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden if extra is None else hidden + extra
+
+
+class NamesItsCache(LlamaAttention):
+    def forward(self, hidden_states, states=None, **kwargs):
+        return super().forward(hidden_states=hidden_states, **{CACHE: states}, **kwargs)
+
+
+class RenamesTheCache(LlamaDecoderLayer):
+    """Hands its cache on by another name, as Qwen3.5's layers of linear attention did."""
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.self_attn = NamesItsCache(config, index)
+
+    def forward(self, hidden_states, **kwargs):
+        kwargs["states"] = kwargs.pop(CACHE, None)
+        hidden = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class VisualMLP(LlamaMLP):
@@ -74,6 +96,14 @@ def test_steering_and_probes_do_not_depend_on_the_arguments(given):
             patched.set_probe(0, vector, dots.append)
             assert relative_error(model(IDS, **given).logits, expected.logits) < 1e-5
     assert relative_error(dots[0][..., 0], expected.hidden_states[1] @ vector[0]) < 1e-5
+
+
+def test_a_cache_that_changes_its_name_is_not_lost():
+    model = llama(RenamesTheCache)
+    expected = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    with ras_fast.patch(model) as patched:
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+        assert "hands states to its attention" in patched.report().unfused["layers.0"]
 
 
 def test_an_mlp_with_a_second_argument_is_left_alone():

@@ -270,6 +270,7 @@ def test_cross_attention_without_images():
             assert all(layer.end._given is None for layer in patched._placed.values())
 
 
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.18"), reason="the page is of newer versions")
 def test_table_in_the_docs_is_current():
     page = (Path(__file__).parents[2] / "docs" / "integration.md").read_text()
     shown = page.split("<!-- families -->\n")[1].split("\n<!-- /families -->")[0]

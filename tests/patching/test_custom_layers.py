@@ -35,7 +35,7 @@ class AddsAnother(LlamaDecoderLayer):
 
 class NamesItsCache(LlamaAttention):
     def forward(self, hidden_states, states=None, **kwargs):
-        return super().forward(hidden_states=hidden_states, **{CACHE: states}, **kwargs)
+        return super().forward(hidden_states=hidden_states, **kwargs | {CACHE: states})
 
 
 class RenamesTheCache(LlamaDecoderLayer):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast import ops
-from ras_fast.patching.cache_values import CACHE_NAMES
+from ras_fast.patching.cache_values import CACHE_NAMES, cache_name, returned_cache
 from ras_fast.patching.steering import Probe, Site
 
 PATTERNS = ("nbnb", "nbnnbn", "nbb")
@@ -312,8 +312,8 @@ class Trace:
     """What small forwards of the text model showed.
 
     final_norm: the call of the text model's child that is called on the last layer's output.
-    sample: what the text model was given. outputs: what it gave, and what it gives where the sample is left-padded, or None for
-        a model that takes no such mask.
+    sample: what the text model was given.
+    outputs: what it gave, and what it gives behind left padding and in steps; None for a model that does not.
     """
 
     layers: list[LayerTrace]
@@ -344,22 +344,22 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
             handle.remove()
     last = next((_first(record.output) for record in reversed(records) if record.called), None)
     try:
-        padded = _run(text_model, sample, padded=True)
-    except Exception:  # whatever a model raises that has no use for such a mask
+        padded = _run_padded(text_model, sample)
+    except Exception:  # whatever a model raises that has no use for such a mask, or makes no cache
         padded = None
     return Trace(records, next((call for call in final if call.x is last), None), sample, (output, padded))
 
 
 def compare(text_model: nn.Module, traced: Trace) -> str | None:
-    """How the text model's output is another one than in the trace, with and without left padding; None where it is the same.
+    """How the text model's output is another one than in the trace; None where it is the same.
 
-    A wrong mask changes it altogether; rounding, which a router of experts may amplify, does not.
+    A wrong mask or a lost cache changes it altogether; rounding, which a router of experts may amplify, does not.
     """
-    for expected, padded in zip(traced.outputs, (False, True), strict=True):
+    for expected, run in zip(traced.outputs, (_run, _run_padded), strict=True):
         if expected is None:
             continue
         try:
-            got = _run(text_model, traced.sample, padded)
+            got = run(text_model, traced.sample)
         except Exception as error:  # of a model that does something else with masks than passing them on
             return f"does not run ({type(error).__name__}: {error})"
         why = _difference(got, expected, 1e-3 if expected.dtype == torch.float32 else 0.3)
@@ -379,14 +379,24 @@ def _sample(text_model: nn.Module) -> dict[str, Tensor]:
     return {"inputs_embeds": embeddings} | _random_images(text_model, embeddings)
 
 
-def _run(text_model: nn.Module, sample: dict[str, Tensor], padded: bool = False) -> Tensor:
-    """The output [tokens, d] of the sample's tokens; with `padded`, the first two of a row are none."""
+@torch.no_grad()
+def _run(text_model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
+    """The output [2, 7, d]."""
+    return text_model(**sample, use_cache=False)[0]
+
+
+@torch.no_grad()
+def _run_padded(text_model: nn.Module, sample: dict[str, Tensor]) -> Tensor:
+    """The output [tokens, d] where the first two tokens of a row are none, and the last ones come as a decode step."""
     embeddings = sample["inputs_embeds"]
     mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
     mask[0, :2] = 0
-    with torch.no_grad():
-        output = text_model(**sample, use_cache=False, **({"attention_mask": mask} if padded else {}))
-    return output[0][mask.bool()] if padded else output[0].flatten(0, 1)
+    if len(sample) > 1:  # a step of cross-attention wants other masks
+        return text_model(**sample, attention_mask=mask, use_cache=False)[0][mask.bool()]
+    prompt = text_model(inputs_embeds=embeddings[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+    cache = {cache_name(text_model): returned_cache(prompt)}
+    step = text_model(inputs_embeds=embeddings[:, -1:], attention_mask=mask, use_cache=True, **cache)
+    return torch.cat([prompt[0], step[0]], 1)[mask.bool()]
 
 
 def _random_images(text_model: nn.Module, embeddings: Tensor) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
     """Makes a Hugging Face model fast and observable, in place.
 
     The text model runs on a few random tokens, then every fused layer and every attention on what its original was given there,
-    and only what agrees is kept. Hooks that are registered on the model see these runs.
+    then the text model once more, also behind padding and in steps; only what agrees is kept. Hooks on the model see these runs.
 
     Args:
         model: a transformers model (or a wrapper of one, such as PEFT's) in eval mode. A text-only model gets norms alone.
@@ -463,7 +463,9 @@ class Patch:
         self.text_model, self.layers = text_model, decoder_layers
         self.final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
+            before = self._undo.mark()
             self._fuse(text_model, recorded)
+            self._keep_only_if_equal(text_model, recorded, before)
         self._report.regions = self._watch(root, text_model, recorded) if regions else "not asked for"
 
     def _fuse(self, text_model: nn.Module, recorded: fusion.Trace) -> None:
@@ -484,6 +486,16 @@ class Patch:
         if any(record.crosses for record in recorded.layers):
             handle = text_model.register_forward_hook(self._forget_skipped)
             self._undo.hooked(text_model._forward_hooks, handle=handle)
+
+    def _keep_only_if_equal(self, text_model: nn.Module, recorded: fusion.Trace, before: int) -> None:
+        """Undoes all fusion where the text model gives something else with it."""
+        why = fusion.compare(text_model, recorded)
+        if why is not None:
+            self._undo.restore(before)
+            self._placed.clear()
+            self._final_norm = None
+            self._report.fused_layers = self._report.fused_norms = 0
+            self._report.unfused = {type(text_model).__name__: f"with fused layers it {why}"}
 
     def _forget_skipped(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Without images, cross-attention layers are skipped and the norms computed ahead for them are never fetched."""

@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import ras_fast
 from ras_fast.patching.cache_values import CACHE_NAMES
+from ras_fast.patching.layers import FusedLayer
 
 SIZE = 32
 CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaAttention.forward).parameters)
@@ -104,6 +105,20 @@ def test_a_cache_that_changes_its_name_is_not_lost():
     with ras_fast.patch(model) as patched:
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
         assert "hands states to its attention" in patched.report().unfused["layers.0"]
+
+
+def test_what_only_a_decode_step_shows_undoes_all_fusion(monkeypatch):
+    """The proofs of single layers know no cache; the comparison of the whole text model does."""
+    monkeypatch.setattr(FusedLayer, "renamed", lambda self, record: [])
+    model = llama(RenamesTheCache)
+    expected = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    with ras_fast.patch(model) as patched:
+        report = patched.report()
+        assert (report.fused_layers, report.fused_norms) == (0, 0)
+        assert "with fused layers it differs from the original by" in report.unfused["LlamaModel"]
+        assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
+        with pytest.raises(ValueError, match="its norm must be fused"):
+            patched.set_steering("final", torch.zeros(1, SIZE))
 
 
 def test_an_mlp_with_a_second_argument_is_left_alone():

@@ -62,7 +62,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
     """Makes a Hugging Face model fast and observable, in place.
 
     The text model runs on a few random tokens, then every fused layer and every attention on what its original was given there,
-    then the text model once more, also behind padding and in steps; only what agrees is kept. Hooks on the model see these runs.
+    then the text model once more, also behind padding and in steps. Only what agrees is kept. Hooks on the model see all this.
 
     Args:
         model: a transformers model (or a wrapper of one, such as PEFT's) in eval mode. A text-only model gets norms alone.

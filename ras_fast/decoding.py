@@ -42,7 +42,8 @@ def lock_of(model) -> threading.RLock:
 
 def check_mode(model) -> None:
     """Raises ValueError for a model with a part in training mode, whose dropout would make every answer another one."""
-    part = next((name for name, module in model.named_modules() if module.training), None)
+    modules = model.named_modules()  # PEFT adds some that do nothing, in training mode
+    part = next((name for name, module in modules if module.training and not isinstance(module, torch.nn.Identity)), None)
     if part is not None:
         raise ValueError(f"model is in training mode{part and f' at {part}'}; it needs to be in eval mode: call model.eval()")
 

@@ -90,15 +90,49 @@ def test_exact(name):
     assert guard.counters["shared"] >= 5
 
 
-def test_text_that_means_something_else_without_its_image_is_refused():
-    """As Ovis2's delimiters, here two of them: the engine's prefix ends within what belongs to the image."""
+@pytest.mark.parametrize("before", [[], ["w20 w21"]], ids=["first", "after another"])
+def test_text_that_means_something_else_without_its_image_is_refused(before):
+    """As Ovis2's delimiters, here one that the user types: it is embedded as such in a forward with pixels only."""
     model, processor, profile = built("ovis2")
-    model.config.visual_indicator_token_ids = [START, END, 40]
-    model.model.visual_indicator_token_ids = [START, END, 40]
+    model.config.visual_indicator_token_ids = [START, 92, 40, 94, END]
+    model.model.visual_indicator_token_ids = model.config.visual_indicator_token_ids
     with SafeGenerator(model, processor, profile) as guard:
-        guard.generate(["w20 w21"], max_new_tokens=4)
+        for prompt in before:
+            guard.generate([prompt], [random_image(0)], max_new_tokens=4)
         with pytest.raises(ValueError, match="a prompt that is cut after its image gets other logits"):
-            guard.generate(["w40 w21"], [random_image(0)], max_new_tokens=4)
+            guard.generate(["w21 w40"], [random_image(0)], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_a_gate_that_looks_at_attention_sees_the_token_that_closes_an_image(name, batch_size):
+    model, processor, profile = built(name)
+    profile.config |= {"risk": "moras+attention", "heads": [[0, 1], [1, 0]]}
+    profile.tensors |= {
+        "attention_weights": torch.tensor([30.0, -20.0, 10.0, -15.0, 5.0, 8.0]), "attention_bias": torch.tensor([-1.0]),
+        "similarity_weight": torch.tensor([9.0]), "similarity_bias": torch.tensor([-0.9]),
+    }  # fmt: skip
+    prompts, images = [random_words(700 + i, 2 + 2 * i) for i in range(3)], [random_image(i) for i in range(3)]
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6)
+    with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
+        outputs = guard.generate(prompts, images, max_new_tokens=6)
+    assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
+
+
+def test_several_end_tokens_in_a_config_are_no_marks():
+    model, processor, profile = built("gemma3")
+    model.config.eos_token_id = [1, 89]
+    with SafeGenerator(model, processor, profile) as guard:
+        assert END in guard.plan.runner.marks
+        assert guard.plan.runner.marks.isdisjoint([1, 89, None])
+
+
+def test_a_position_offset_of_the_users_stays():
+    model, processor, profile = built("qwen2_vl")
+    model.model.rope_deltas = torch.tensor([[-10]])
+    with SafeGenerator(model, processor, profile) as guard:
+        guard.generate(["w20 w21"], [random_image(0)], max_new_tokens=4)
+    assert model.model.rope_deltas.item() == -10
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -242,7 +242,7 @@ class SafeGenerator:
             if _is_out_of_memory(error):
                 raise
             raise ValueError(f"{name}: the engine cannot run it ({error}); {INSTEAD}") from error
-        if not close(found, wanted):
+        if not close(found, wanted, self.model.dtype):
             raise ValueError(f"{name}: the engine's logits differ from the model's own; {INSTEAD}")
 
     def _branched(self, ids: list[int]) -> torch.Tensor:

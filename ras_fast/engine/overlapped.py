@@ -66,7 +66,7 @@ class Overlapped(Plan):
         super().__init__(runner, processor, counters)
         # Whether an image expands to the same placeholder tokens in every prompt; None: not compared yet.
         self._runs_hold: bool | None = None
-        self._split_holds = False  # whether a prompt was seen to be the same where it is cut after its image
+        self._split_holds = False  # whether a prompt was seen to be the same when it is cut after its image
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
         self.bias = profile.tensors.get("region_bias")
         self.cache, self.region_mass = cache, region_mass
@@ -125,7 +125,8 @@ class Overlapped(Plan):
         ids = job.draft.prompt
         if query.images:
             length = self._images_end(ids)
-            length += ids[length] in self.runner.marks if length < len(ids) else 0
+            if length < len(ids) and self.moras.attention is None:  # whose gate reads the rows after the images
+                length += ids[length] in self.runner.marks
             job.image_run = image_run(short_ids(self.processor, query), ids, self.runner.image_token)
         else:
             length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
@@ -216,18 +217,23 @@ class Overlapped(Plan):
         return draft
 
     def _prove_split(self, jobs: list[Job], draft: Branch) -> None:
-        """Compares the first prompt with an image to the model's own forward of it in one piece. Raises ValueError where they
-        differ: text after an image may mean something else in a forward without pixels, as Ovis2's delimiters do."""
-        row = next((row for row, job in enumerate(jobs) if job.query.images and not job.failed_closed), None)
-        if self._split_holds or row is None:
-            return
-        inputs = jobs[row].inputs
-        mask = torch.ones_like(inputs["input_ids"])
+        """Compares prompts with an image to the model's own forward of them in one piece: the first one, and all that hold a
+        mark after their prefix. Raises ValueError where they differ: text after an image may mean something else in a forward
+        without pixels, as Ovis2's delimiters do."""
+        for row, job in enumerate(jobs):
+            marked = not self.runner.marks.isdisjoint(job.draft.prompt[len(job.prefix) :])
+            if job.query.images and not job.failed_closed and (marked or not self._split_holds):
+                self._prove_prompt(job, draft.logits[0][row])
+
+    def _prove_prompt(self, job: Job, found: Tensor) -> None:
+        model, mask = self.runner.model, torch.ones_like(job.inputs["input_ids"])
         self.runner.count(*mask.shape)
-        output = self.runner.model(**inputs, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        self._split_holds = close(draft.logits[0][row], output.logits[0, -1].float())
-        if not self._split_holds and torch.isfinite(output.logits).all():
-            name = type(self.runner.model).__name__
+        with self.runner.own_offsets():
+            wanted = model(**job.inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        if close(found, wanted, model.dtype):
+            self._split_holds = True
+        elif torch.isfinite(wanted).all():
+            name = type(model).__name__
             raise ValueError(f"{name}: a prompt that is cut after its image gets other logits; {INSTEAD}")
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:

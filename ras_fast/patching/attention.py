@@ -8,7 +8,6 @@ other, packed sequences, holes, right padding) stay full masks.
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -34,11 +33,12 @@ STATE = "_ras_fast_attention"  # attribute of an attention module of a patched m
 _FRESH = "_ras_fast_fresh"  # attribute of a range mask that nobody but the mask function has had in hand
 # Keyword arguments that are obeyed, or that change nothing: the model has made use of them already, or they are a module's.
 _KNOWN = frozenset((
-    "sliding_window", "softcap", "s_aux", "output_attentions", "position_ids", "use_cache", "return_dict",
+    "sliding_window", "softcap", "s_aux", "output_attentions", "position_ids", "cache_position", "use_cache", "return_dict",
     "output_hidden_states", "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",
 ))  # fmt: skip
-# Inputs of the multimodal model that some families hand down to every module.
-_INPUTS = re.compile(r"pixel_values|^(image|video|audio|input|decoder|mm)_|(token_type|position)_ids$")
+_UNSUPPORTED = frozenset((
+    "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask", "indices", "block_indices", "sinks",
+))  # fmt: skip
 _CHUNK = 1 << 25  # probabilities held at a time where a full mask forbids the kernels
 
 
@@ -201,8 +201,8 @@ def attention(
         attention_mask: None, a range mask ([B, 1, 1, 2], or [B, 1, Lq, 2] where each query has its own and the window is
             in it), or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive. None is what it is to SDPA: no mask for a
             single query or a module that is not causal, else causal from the first key on; without a window.
-        kwargs: `sliding_window`, `softcap` and `s_aux` (sinks [Hq]) are obeyed; `output_attentions` asks for statistics. Other
-            tensors are refused: one may say which keys a query sees, as that of sparse attention does.
+        kwargs: `sliding_window`, `softcap` and `s_aux` (sinks [Hq]) are obeyed; `output_attentions` asks for statistics. While
+            `patch` tries the module, a tensor that is not known is refused: it may say which keys a query sees.
 
     Returns:
         out: [B, Lq, Hq, D].
@@ -245,9 +245,10 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
         )
     if dropout:
         raise ValueError(f"dropout is {dropout}; with attn_implementation='ras_fast' it must be 0")
+    state: AttentionState | None = getattr(module, STATE, None)
+    proving = state is not None and not state.heads  # then what comes is the module's own, later it may be any input's
     for name in kwargs.keys() - _KNOWN:
-        unknown = isinstance(kwargs[name], Tensor) and not _INPUTS.search(name)
-        if unknown or (name == "cache" and kwargs[name] is not None):
+        if (name in _UNSUPPORTED and kwargs[name] is not None) or (proving and isinstance(kwargs[name], Tensor)):
             raise ValueError(
                 f"{name} is given; attn_implementation='ras_fast' supports neither it nor continuous batching nor packed "
                 "sequences: use ras_fast.patch(model, regions=False), or load the model with 'sdpa'"

@@ -76,7 +76,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
         The handle: `unpatch()`, also as a context manager; `report()`; `collect`, `steering`, `region_map`.
 
     Raises:
-        TypeError: not a transformers model with decoder layers, or its text model does not run from embeddings alone.
+        TypeError: not a transformers model with decoder layers, or its text model does not run from tokens alone.
         ValueError: in training mode, patched already, or `backend` is unknown.
         RuntimeError: `backend` is not available here; says what mends it.
 
@@ -459,7 +459,7 @@ class Patch:
             recorded = fusion.trace(text_model, decoder_layers)
         except Exception as error:  # whatever the model makes of the inputs that it does not get
             what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
-            raise TypeError(f"{what} cannot be traced on embeddings alone ({type(error).__name__}: {error})") from error
+            raise TypeError(f"{what} cannot be traced on tokens alone ({type(error).__name__}: {error})") from error
         self.text_model, self.layers = text_model, decoder_layers
         self.final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
@@ -511,7 +511,7 @@ class Patch:
         fused: dict[int, fusion.FusedNorm | str] = {}
         for parent, call in calls:
             module = getattr(parent, call.name)
-            if not _looks_like_norm(module):
+            if not _looks_like_norm(module) or id(module) in fused:
                 continue
             with torch.no_grad():
                 fused[id(module)] = candidate = fusion.fuse_norm(module, call)

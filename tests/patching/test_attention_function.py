@@ -279,6 +279,9 @@ def test_keywords_that_mean_nothing_to_attention(module):
     given = dict.fromkeys(("pixel_values_videos", "image_grid_thw", "mm_token_type_ids", "position_ids"), torch.ones(1))
     out, _ = attention(module, *qkv(2, 2), None, block_indices=None, something=3, **given)
     assert torch.equal(out, attention(module, *qkv(2, 2), None)[0])
+    setattr(module, STATE, AttentionState(ModelState(Tracker(torch.zeros(2, 2), 1)), 0))  # being tried, its heads not known yet
+    with pytest.raises(ValueError, match=r"\w+ is given; attn_implementation='ras_fast' supports neither it"):
+        attention(module, *qkv(2, 2), None, **given)
 
 
 def test_dropout_and_training(module):

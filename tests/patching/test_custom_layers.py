@@ -52,6 +52,18 @@ class RenamesTheCache(LlamaDecoderLayer):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+class TakesItsMaskByPosition(LlamaDecoderLayer):
+    """And has no name for it; nor are its parts in an order that is known."""
+
+    def __call__(self, hidden_states, attention_mask=None, **kwargs):
+        return super().__call__(hidden_states, attention_mask, **kwargs)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        normed = self.input_layernorm(hidden_states)
+        hidden = hidden_states + self.self_attn(hidden_states=normed, attention_mask=args[0], **kwargs)[0]
+        return hidden + self.mlp(self.post_attention_layernorm(self.post_attention_layernorm(hidden)))
+
+
 class VisualMLP(LlamaMLP):
     def __init__(self, config):
         super().__init__(config)
@@ -97,6 +109,18 @@ def test_steering_and_probes_do_not_depend_on_the_arguments(given):
             patched.set_probe(0, vector, dots.append)
             assert relative_error(model(IDS, **given).logits, expected.logits) < 1e-5
     assert relative_error(dots[0][..., 0], expected.hidden_states[1] @ vector[0]) < 1e-5
+
+
+def test_what_a_layer_is_given_by_position_reaches_it():
+    model, mask = llama(TakesItsMaskByPosition), torch.ones_like(IDS)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits[mask.bool()]
+        assert relative_error(model(IDS).logits[mask.bool()], expected) > 0.1
+        with ras_fast.patch(model) as patched:
+            assert patched.report().fused_layers == 0
+            assert patched.steers(0)
+            assert relative_error(model(IDS, attention_mask=mask).logits[mask.bool()], expected) < 1e-5
 
 
 def test_a_cache_that_changes_its_name_is_not_lost():

@@ -662,12 +662,12 @@ def test_what_is_not_a_model(thing):
         ras_fast.patch(thing)
 
 
-def test_a_model_that_needs_more_than_embeddings(model, monkeypatch):
+def test_a_model_that_needs_more_than_tokens(model, monkeypatch):
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
-        return input_ids.reshape(-1)
+        return inputs_embeds.reshape(-1)
 
     monkeypatch.setattr(type(model.model.language_model), "forward", forward)
-    with pytest.raises(TypeError, match=r"text model of Llava.*, a LlamaModel, cannot be .* embeddings alone \(Attrib"):
+    with pytest.raises(TypeError, match=r"text model of Llava.*, a LlamaModel, cannot be .* tokens alone \(Attrib"):
         ras_fast.patch(model)
 
 

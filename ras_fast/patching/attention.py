@@ -33,8 +33,8 @@ STATE = "_ras_fast_attention"  # attribute of an attention module of a patched m
 _FRESH = "_ras_fast_fresh"  # attribute of a range mask that nobody but the mask function has had in hand
 # Keyword arguments that are obeyed, or that change nothing: the model has made use of them already, or they are a module's.
 _KNOWN = frozenset((
-    "sliding_window", "softcap", "s_aux", "output_attentions", "position_ids", "cache_position", "use_cache", "return_dict",
-    "output_hidden_states", "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",
+    "sliding_window", "softcap", "s_aux", "output_attentions", "input_ids", "position_ids", "cache_position", "use_cache",
+    "return_dict", "output_hidden_states", "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",
 ))  # fmt: skip
 _UNSUPPORTED = frozenset((
     "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask", "indices", "block_indices", "sinks",

@@ -292,6 +292,20 @@ def test_rows_without_a_key(backend, sink):
 
 
 @BACKENDS
+@pytest.mark.parametrize("length_q", [1, 3])
+@pytest.mark.parametrize("softcap", [0.5, 1e4, 1e7, 1e12])
+def test_softcaps_of_any_size(backend, softcap, length_q):
+    """One far above the scores leaves them as they are."""
+    query, key, value = inputs(length_q=length_q, length_k=40)
+    ids = image_ids(2, 40)
+    expected = exact(query, key, value, ids, 2, softcap=softcap)[:3]
+    found = ops.region_attention(query, key, value, ids, 2, softcap=softcap)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=0, check_dtype=False)
+    mass = ops.region_mass(query, key, expected[1].float(), ids, 2, softcap=softcap)
+    torch.testing.assert_close(mass.double(), expected[2], atol=3e-6, rtol=0)
+
+
+@BACKENDS
 @pytest.mark.parametrize(("batch", "length_q", "length_k"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
 def test_empty(backend, batch, length_q, length_k):
     query, key, value = inputs(batch=batch, length_q=length_q, length_k=length_k)

@@ -306,6 +306,27 @@ def test_softcaps_of_any_size(backend, softcap, length_q):
 
 
 @BACKENDS
+@pytest.mark.parametrize("length_q", [1, 3])
+def test_an_infinite_sink_takes_everything(backend, length_q):
+    query, key, value = inputs(length_q=length_q)
+    out, lse, mass = ops.region_attention(query, key, value, image_ids(2, 9), 2, sinks=torch.full((4,), torch.inf))
+    assert not out.any()
+    assert not mass.any()
+    assert (lse == torch.inf).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length_q", [1, 3])
+def test_a_nan_sink_is_nan_without_a_key(backend, length_q, dtype):
+    query, key, value = inputs(length_q=length_q, dtype=dtype)
+    none = torch.zeros(2, dtype=torch.int32)
+    sinks = torch.full((4,), torch.nan)
+    for result in ops.region_attention(query, key, value, image_ids(2, 9), 2, sinks=sinks, kv_end=none):
+        assert result.isnan().all()
+
+
+@BACKENDS
 @pytest.mark.parametrize(("batch", "length_q", "length_k"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
 def test_empty(backend, batch, length_q, length_k):
     query, key, value = inputs(batch=batch, length_q=length_q, length_k=length_k)

@@ -355,11 +355,13 @@ def _are_per_row(*bounds: Tensor | None) -> bool:
 
 
 def _validated_row_bounds(query, is_causal, kv_start, kv_end) -> tuple[Tensor | None, Tensor | None]:
-    """Bounds of each row's own, contiguous; those of a single row as [B]."""
+    """Bounds of each row's own, contiguous; those of a single row as [B], of no row none."""
     if is_causal:
         name = "kv_start" if _are_per_row(kv_start) else "kv_end"
         _check.fail(name, "[B, Lq] with is_causal=True", "[B], or used with is_causal=False")
     _validate_bounds(query, kv_start, kv_end, (query.shape[0], query.shape[2]), "[B, Lq], as the other bound is,")
+    if query.shape[2] == 0:
+        return None, None
     given = (None if bound is None else bound.contiguous() for bound in (kv_start, kv_end))
     return tuple(given) if query.shape[2] > 1 else tuple(None if bound is None else bound.view(-1) for bound in given)
 

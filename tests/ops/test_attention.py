@@ -327,6 +327,14 @@ def test_a_nan_sink_is_nan_without_a_key(backend, length_q, dtype):
 
 
 @BACKENDS
+def test_bounds_of_no_row(backend):
+    query, key, value = inputs(length_q=0)
+    bounds = torch.zeros(2, 0, dtype=torch.int32)
+    out, lse, mass = ops.region_attention(query, key, value, image_ids(2, 9), 2, is_causal=False, kv_end=bounds)
+    assert (out.shape, lse.shape, mass.shape) == (query.shape, (2, 4, 0), (2, 4, 0, 2))
+
+
+@BACKENDS
 @pytest.mark.parametrize(("batch", "length_q", "length_k"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
 def test_empty(backend, batch, length_q, length_k):
     query, key, value = inputs(batch=batch, length_q=length_q, length_k=length_k)

@@ -598,6 +598,7 @@ def _attention_fake(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
+    _check.one_device("region_attention", query, key, value, region_ids, kv_start, kv_end, sinks, region_bias)
     batch, heads, rows, dim = query.shape
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
     mass = query.new_empty((batch, heads, mass_rows, num_regions), dtype=torch.float32)
@@ -607,16 +608,21 @@ def _attention_fake(
 def _mass_fake(
     query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
 ):
+    _check.one_device("region_mass", query, key, lse, region_ids, kv_start, kv_end, region_bias)
     return query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
 
 
 def _key_fake(
     query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
 ):
+    _check.one_device("key_attention", query, key, lse, region_ids, kv_start, kv_end, region_bias)
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
-def _statistics_fake(query, key, lse, region_ids, num_regions, rows, reduce, *masks_and_bias):
+def _statistics_fake(
+    query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+):
+    _check.one_device("region_statistics", query, key, lse, region_ids, kv_start, kv_end, region_bias)
     heads = query.shape[:2]
     mass = query.new_empty((*heads, rows, num_regions), dtype=torch.float32)
     return mass, query.new_empty((*heads, key.shape[2]), dtype=torch.float32)

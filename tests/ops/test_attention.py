@@ -645,6 +645,37 @@ def test_bad_statistics_arguments_are_named():
         ops.region_statistics(q, k, lse.double(), ids, 1)
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["decode_attention", "prefill_attention"])
+def test_kernels_called_directly_refuse_what_they_would_misread(backend, name):
+    def run(ids=ids, regions=2, sinks=None, bias=None, value=v[:, :, :1]):
+        masks = (1.0, True, None, None, 0, 0.0)
+        ids = None if ids is None else ids[:, :1]
+        return getattr(torch.ops.ras_fast, name)(q[:, :, :1], k[:, :, :1], value, ids, regions, *masks, sinks, bias, 1)
+
+    assert run()[2].shape == (2, 4, 1, 2)
+    with pytest.raises(RuntimeError, match="region_bias must be"):
+        run(bias=torch.zeros(4, 1))
+    with pytest.raises(RuntimeError, match="sinks"):
+        run(sinks=torch.zeros(1).expand(4))
+    with pytest.raises(RuntimeError, match="num_regions"):
+        run(ids=None)
+    with pytest.raises(RuntimeError, match="on one device"):
+        run(value=v[:, :, :1].to("meta"))
+
+
+@pytest.mark.parametrize("name", ["region_mass", "key_attention", "region_statistics"])
+def test_statistics_called_directly_need_one_device(name):
+    masks, lse = (1.0, True, None, None, 0, 0.0, None), torch.zeros(2, 4, 5, device="meta")
+    arguments = {
+        "region_mass": (ids, 2, *masks, 5),
+        "key_attention": (5, "sum", None, *masks),
+        "region_statistics": (ids, 2, 5, "sum", *masks),
+    }[name]
+    with pytest.raises(RuntimeError, match=f"{name} needs all tensors on one device"):
+        getattr(torch.ops.ras_fast, name)(q, k, lse, *arguments)
+
+
 def test_gradients_are_refused_not_dropped():
     with pytest.raises(RuntimeError, match="no backward"):
         ops.region_attention(q.clone().requires_grad_(), k, v)

@@ -187,6 +187,23 @@ def peak_bytes(call):
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_statistics_take_little_memory_however_many_threads(backend, kv_heads):
+    """Masses of 2 MB in chunks of keys of their own: within 4 MB together, or not at all where that gives one head too few."""
+    query, key, _ = inputs(1, 8, kv_heads, 512, 2048)
+    ids, lse = torch.randint(-1, 128, (1, 2048), dtype=torch.int32), torch.full((1, 8, 512), 8.0)
+    threads, masks = torch.get_num_threads(), (0.25, True, None, None, 0, 0.0, None)
+    torch.set_num_threads(12)
+    try:
+        peak = peak_bytes(partial(ops.region_statistics, query, key, lse, ids, 128))
+        found = ops.region_statistics(query, key, lse, ids, 128)
+    finally:
+        torch.set_num_threads(threads)
+    assert peak < 8 << 20
+    torch.testing.assert_close(found, attention._statistics_reference(query, key, lse, ids, 128, 512, "mean", *masks))
+
+
 @BACKENDS
 @pytest.mark.parametrize("rows", [0, 1, 5, 40])
 def test_last_rows_only(backend, rows):

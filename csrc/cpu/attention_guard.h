@@ -7,7 +7,8 @@
 namespace ras::cpu {
 
 inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows, const MaybeTensor& kv_start,
-                            const MaybeTensor& kv_end, const MaybeTensor& region_ids, const MaybeTensor& region_bias) {
+                            const MaybeTensor& kv_end, const MaybeTensor& region_ids, int64_t num_regions,
+                            const MaybeTensor& region_bias) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && rows_contiguous(query) && rows_contiguous(key) &&
                       raw_dtype(query) == raw_dtype(key) && key.size(0) == query.size(0) && key.size(3) == query.size(3) &&
                       key.size(1) > 0 && query.size(1) % key.size(1) == 0 && rows >= 0 && rows <= query.size(2),
@@ -21,10 +22,10 @@ inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows
   STD_TORCH_CHECK(bound(kv_start) && bound(kv_end), "ras_fast attention: kv_start and kv_end must be contiguous [B] int32");
   STD_TORCH_CHECK(!region_ids || (is(*region_ids, int32, {batch, key.size(2)}) && rows_contiguous(*region_ids)),
                   "ras_fast attention: region_ids must be [B, Lk] int32");
-  if (!region_bias) return;
-  const int64_t regions = region_bias->size(region_bias->dim() - 1);
-  STD_TORCH_CHECK(region_ids && rows_contiguous(*region_bias) &&
-                      (is(*region_bias, float32, {heads, regions}) || is(*region_bias, float32, {batch, heads, regions})),
+  STD_TORCH_CHECK(region_ids || num_regions == 0, "ras_fast attention: num_regions must be 0 without region_ids");
+  STD_TORCH_CHECK(!region_bias || (region_ids && rows_contiguous(*region_bias) &&
+                                   (is(*region_bias, float32, {heads, num_regions}) ||
+                                    is(*region_bias, float32, {batch, heads, num_regions}))),
                   "ras_fast attention: region_bias must be [Hq, R] or [B, Hq, R] float32, given with region_ids");
 }
 
@@ -38,7 +39,7 @@ inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor
                           const MaybeTensor& region_ids, int64_t num_regions, double scale, bool is_causal,
                           const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window, double softcap,
                           const MaybeTensor& region_bias) {
-  guard_attention(query, key, rows, kv_start, kv_end, region_ids, region_bias);
+  guard_attention(query, key, rows, kv_start, kv_end, region_ids, num_regions, region_bias);
   args.dtype = dtype_of(query);
   args.batch = query.size(0);
   args.heads = query.size(1);
@@ -72,8 +73,8 @@ inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor
 
 inline void set_values(ValueArgs& args, const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& sinks) {
   STD_TORCH_CHECK(rows_contiguous(value) && same_sizes(key, value) && raw_dtype(key) == raw_dtype(value) &&
-                      (!sinks || is(*sinks, aoti_torch_dtype_float32(), {query.size(1)})),
-                  "ras_fast attention: value must be like key, sinks [Hq] float32");
+                      (!sinks || (is(*sinks, aoti_torch_dtype_float32(), {query.size(1)}) && rows_contiguous(*sinks))),
+                  "ras_fast attention: value must be like key, sinks contiguous [Hq] float32");
   args.value = value.data_ptr();
   for (int i = 0; i < 3; ++i) args.value_stride[i] = value.stride(i);
   args.sinks = data<const float>(sinks);

@@ -7,8 +7,9 @@
 namespace ras::cpu {
 namespace {
 
-constexpr int64_t kMinRows = 24;   // per work item of region_mass: enough to pay for packing a key block
-constexpr int64_t kMinKeys = 128;  // per work item of the others: enough to pay for widening the queries
+constexpr int64_t kMinRows = 24;        // per work item of region_mass: enough to pay for packing a key block
+constexpr int64_t kMinKeys = 128;       // per work item of the others: enough to pay for widening the queries
+constexpr int64_t kMaxParts = 1 << 20;  // floats of masses that chunks of keys sum by themselves: 4 MB
 
 AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, const MaybeTensor& region_ids,
                           int64_t num_regions, int64_t rows, double scale, bool is_causal, const MaybeTensor& kv_start,
@@ -31,8 +32,8 @@ Tensor guarded_lse(const Tensor& lse, const Tensor& query) {
 struct Chunks {
   int64_t groups, length, size, count;
 
-  Chunks(int64_t groups, int64_t length, int64_t least) : groups(groups), length(length) {
-    const int64_t wanted = 4 * torch::stable::get_num_threads() / groups + 1;
+  Chunks(int64_t groups, int64_t length, int64_t least, int64_t most = INT64_MAX) : groups(groups), length(length) {
+    const int64_t wanted = std::min<int64_t>(4 * torch::stable::get_num_threads() / groups + 1, most);
     size = std::max(least, (length + wanted - 1) / wanted);
     count = (length + size - 1) / size;
   }
@@ -55,13 +56,16 @@ Tensor zeros(std::initializer_list<int64_t> shape) {
   return result;
 }
 
+// How many chunks of the keys may sum masses [size] of their own.
+int64_t most_chunks(int64_t size) { return 1 + kMaxParts / std::max<int64_t>(size, 1); }
+
 // Scores, and masses where args.mass is set: the keys are shared out, and each chunk of them sums masses of its own.
 void scan_keys(AttentionStatsArgs& args, const std::string& reduce, const Tensor& mass, const Tensor& scores) {
   args.scores = data<float>(scores);
   args.reduce = reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : Reduce::max;
   const int64_t groups = args.batch * args.kv_heads, size = mass.numel();
   if (args.rows == 0 || groups == 0 || args.length_k == 0) return;
-  const Chunks chunks(groups, args.length_k, kMinKeys);
+  const Chunks chunks(groups, args.length_k, kMinKeys, most_chunks(size));
   const Tensor parts = zeros({chunks.count - 1, size});  // of every chunk but the first
   float *const total = data<float>(mass), *const part = data<float>(parts);
   auto* kernel = pick_attention_stats();
@@ -110,6 +114,14 @@ std::tuple<Tensor, Tensor> region_statistics(const Tensor& query, const Tensor& 
   const Tensor dense = guarded_lse(lse, query);
   AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows, scale, is_causal, kv_start, kv_end, window,
                                    softcap, region_bias);
+  const int64_t size = args.batch * args.heads * rows * num_regions;
+  if (args.batch * args.kv_heads * most_chunks(size) < torch::stable::get_num_threads()) {
+    // Chunks too few for the threads: probabilities are taken twice, but by all of them.
+    return {region_mass(query, key, dense, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
+                        region_bias, rows),
+            key_attention(query, key, dense, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap,
+                          region_bias)};
+  }
   args.mass = true;
   const Tensor mass = zeros({args.batch, args.heads, rows, num_regions});
   const Tensor scores = zeros({args.batch, args.heads, args.length_k});

@@ -227,14 +227,15 @@ void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
 template <class T>
 void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    float peak = args.sinks ? args.sinks[row % args.heads] : -INFINITY;
+    const float sink = args.sinks ? args.sinks[row % args.heads] : -INFINITY;
+    float peak = sink;
     for (int64_t s = 0; s < args.splits; ++s) {
       const float piece = *Partial(args, row, s).peak;
       peak = piece > peak ? piece : peak;
     }
     // An empty piece has peak −inf and total 0; with every piece empty the shift must not be −inf − −inf.
     const float shift = peak == -INFINITY ? 0 : peak;
-    float total = args.sinks ? std::exp(args.sinks[row % args.heads] - shift) : 0;
+    float total = sink == shift ? 1 : std::exp(sink - shift);  // of an infinite sink, too, which takes everything
     for (int64_t s = 0; s < args.splits; ++s) {
       const Partial piece(args, row, s);
       total += *piece.total == 0 ? 0 : *piece.total * std::exp(*piece.peak - shift);
@@ -255,7 +256,7 @@ void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
       store_pair(out + i, merged, count);
     });
     for (int64_t r = 0; args.mass && r < args.num_regions; ++r) {
-      float mass = 0;
+      float mass = std::isnan(total) ? NAN : 0;  // of a NaN sink, where no piece has a key
       for (int64_t s = 0; s < args.splits; ++s) {
         const Partial piece(args, row, s);
         mass += share(piece) * piece.mass[r];

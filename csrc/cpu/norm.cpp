@@ -16,13 +16,15 @@ struct Tables {
   MaybeTensor weight, bias, vectors, probes;
 
   bool match(DType dtype) const {
+    bool all = true;
     for (const MaybeTensor* table : {&weight, &bias, &vectors, &probes})
-      if (*table && dtype_of(**table) != dtype) return false;
-    return true;
+      if (*table) all &= dtype_of(**table) == dtype;  // of every one, because it refuses dtypes that no kernel reads
+    return all;
   }
   void to_float() {
+    // A conversion keeps the order of the strides: rows that overlap would come back interleaved.
     for (MaybeTensor* table : {&weight, &bias, &vectors, &probes})
-      if (*table) *table = torch::stable::to(**table, torch::headeronly::ScalarType::Float);
+      if (*table) *table = torch::stable::contiguous(torch::stable::to(**table, torch::headeronly::ScalarType::Float));
   }
 };
 

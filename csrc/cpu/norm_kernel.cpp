@@ -98,7 +98,9 @@ struct RowKernel {
       prefetch<0>(next_in + i);
       Pair value = load_pair(in + i, count);
       if (added) value = rounded_if<Hf, T>(value + load_pair(added + i, count));
-      if constexpr (Add) value = rounded_if<Hf, T>(value + steering.alpha * load_table(vector + i, count));
+      if constexpr (Add) {  // an infinite alpha times what is missing from the last pair is NaN
+        value = rounded_if<Hf, T>(value + present<T>(steering.alpha * load_table(vector + i, count), count));
+      }
       if (stored) Hf ? store_rounded(stored + i, value, count) : store_pair(stored + i, value, count);
       if constexpr (!kReadsBack) store_pair(row + i, value);
       total += kNorm == Norm::layer ? value : value * value;

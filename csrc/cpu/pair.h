@@ -116,7 +116,9 @@ template <class T>
 inline Pair present(Pair value, int count) {
   T ones[kPair];
   store_pair(ones, {splat(1.0f), splat(1.0f)});
-  return value * load_pair(ones, count);
+  const Pair inside = load_pair(ones, count);
+  // Chosen, not multiplied: what is missing may be infinite or NaN.
+  return {inside.a != 0.0f ? value.a : vfloat{}, inside.b != 0.0f ? value.b : vfloat{}};
 }
 
 // body(i, count) for every pair of a row of d elements.

@@ -162,7 +162,7 @@ class Tile {
       if (args.mass) std::memset(work.mass + p * args.num_regions, 0, args.num_regions * sizeof(float));
       work.top[p] = args.sinks ? args.sinks[head(p)] * kLog2e : -INFINITY;
       vfloat total{};
-      total[0] = work.top[p] == -INFINITY ? 0 : 1;  // a sink's own share, 2^0
+      total[0] = work.top[p] == -INFINITY ? 0 : std::isnan(work.top[p]) ? NAN : 1;  // a sink's own share, 2^0
       store(work.total + p * kLanes, total);
     }
   }

@@ -167,6 +167,9 @@ inline vfloat sum_each(const vfloat* v) {
   else return interleaved_add<kCount / 2>(sum_each<kCount / 2>(v), sum_each<kCount / 2>(v + kCount / 2));
 }
 
+// What turns the bits of 1.5·2²³ + n into n's exponent bits. Unsigned, because far below 2^−126 it wraps around.
+constexpr uint32_t kExponentOfSum = 127u - 0x4b400000u;
+
 // e^x within 2 ulp: x = n·ln2 + r, |r| ≤ ln2/2, degree-6 polynomial of r, times 2^n. NaN stays NaN; below −87.3, where the
 // result would be subnormal, it is 0.
 inline vfloat exp(vfloat x) {
@@ -177,7 +180,7 @@ inline vfloat exp(vfloat x) {
   constexpr float kTaylor[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   vfloat p = splat(1.0f / 720);
   for (const float coefficient : kTaylor) p = p * r + coefficient;
-  const vfloat power = bits<vfloat>((bits<vint>(shifted) + (127 - 0x4b400000)) << 23);
+  const vfloat power = bits<vfloat>((bits<vuint>(shifted) + kExponentOfSum) << 23);
   return (x < -87.3f) ? splat(0.0f) : p * power;
 }
 
@@ -187,7 +190,7 @@ inline vfloat exp2_of_negative(vfloat x) {
   constexpr float kTaylor[] = {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
   vfloat p = splat(1.54035304e-4f);
   for (const float coefficient : kTaylor) p = p * r + coefficient;
-  const vfloat power = bits<vfloat>((bits<vint>(shifted) + (127 - 0x4b400000)) << 23);
+  const vfloat power = bits<vfloat>((bits<vuint>(shifted) + kExponentOfSum) << 23);
   return (x < -126.0f) ? splat(0.0f) : p * power;
 }
 
@@ -204,10 +207,13 @@ inline bool any(vint holds) {
 #endif
 }
 
-// softcap·tanh(s / softcap), tanh by e^2x.
+// softcap·tanh(s / softcap), tanh by e^2x, and by its series near 0, where 1 − 2 / (e^2x + 1) cancels.
 inline vfloat capped(vfloat s, float softcap) {
-  const vfloat twice = s * (2 / softcap);
-  return softcap * (1.0f - 2.0f / (exp(twice) + 1.0f));
+  const vfloat x = s * (1 / softcap), square = x * x;
+  constexpr float kSeries[] = {-17.0f / 315, 2.0f / 15, -1.0f / 3, 1.0f};
+  vfloat p = splat(62.0f / 2835);
+  for (const float coefficient : kSeries) p = p * square + coefficient;
+  return (square < 0.0625f) ? s * p : softcap * (1.0f - 2.0f / (exp(2.0f * x) + 1.0f));
 }
 
 }  // namespace RAS_FAST_ISA

@@ -355,11 +355,13 @@ def _are_per_row(*bounds: Tensor | None) -> bool:
 
 
 def _validated_row_bounds(query, is_causal, kv_start, kv_end) -> tuple[Tensor | None, Tensor | None]:
-    """Bounds of each row's own, contiguous; those of a single row as [B]."""
+    """Bounds of each row's own, contiguous; those of a single row as [B], of no row none."""
     if is_causal:
         name = "kv_start" if _are_per_row(kv_start) else "kv_end"
         _check.fail(name, "[B, Lq] with is_causal=True", "[B], or used with is_causal=False")
     _validate_bounds(query, kv_start, kv_end, (query.shape[0], query.shape[2]), "[B, Lq], as the other bound is,")
+    if query.shape[2] == 0:
+        return None, None
     given = (None if bound is None else bound.contiguous() for bound in (kv_start, kv_end))
     return tuple(given) if query.shape[2] > 1 else tuple(None if bound is None else bound.view(-1) for bound in given)
 
@@ -596,6 +598,7 @@ def _attention_fake(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
+    _check.one_device("region_attention", query, key, value, region_ids, kv_start, kv_end, sinks, region_bias)
     batch, heads, rows, dim = query.shape
     lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
     mass = query.new_empty((batch, heads, mass_rows, num_regions), dtype=torch.float32)
@@ -605,16 +608,21 @@ def _attention_fake(
 def _mass_fake(
     query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, region_bias, mass_rows
 ):
+    _check.one_device("region_mass", query, key, lse, region_ids, kv_start, kv_end, region_bias)
     return query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
 
 
 def _key_fake(
     query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
 ):
+    _check.one_device("key_attention", query, key, lse, region_ids, kv_start, kv_end, region_bias)
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 
 
-def _statistics_fake(query, key, lse, region_ids, num_regions, rows, reduce, *masks_and_bias):
+def _statistics_fake(
+    query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+):
+    _check.one_device("region_statistics", query, key, lse, region_ids, kv_start, kv_end, region_bias)
     heads = query.shape[:2]
     mass = query.new_empty((*heads, rows, num_regions), dtype=torch.float32)
     return mass, query.new_empty((*heads, key.shape[2]), dtype=torch.float32)

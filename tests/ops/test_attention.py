@@ -187,6 +187,23 @@ def peak_bytes(call):
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_statistics_take_little_memory_however_many_threads(backend, kv_heads):
+    """Masses of 2 MB in chunks of keys of their own: within 4 MB together, or not at all where that gives one head too few."""
+    query, key, _ = inputs(1, 8, kv_heads, 512, 2048)
+    ids, lse = torch.randint(-1, 128, (1, 2048), dtype=torch.int32), torch.full((1, 8, 512), 8.0)
+    threads, masks = torch.get_num_threads(), (0.25, True, None, None, 0, 0.0, None)
+    torch.set_num_threads(12)
+    try:
+        peak = peak_bytes(partial(ops.region_statistics, query, key, lse, ids, 128))
+        found = ops.region_statistics(query, key, lse, ids, 128)
+    finally:
+        torch.set_num_threads(threads)
+    assert peak < 8 << 20
+    torch.testing.assert_close(found, attention._statistics_reference(query, key, lse, ids, 128, 512, "mean", *masks))
+
+
 @BACKENDS
 @pytest.mark.parametrize("rows", [0, 1, 5, 40])
 def test_last_rows_only(backend, rows):
@@ -289,6 +306,49 @@ def test_rows_without_a_key(backend, sink):
     assert out[:, :, 3:].isfinite().all()
     exact_out = exact(query, key, value, image_ids(2, 4), 2, sinks=sinks)[0]
     torch.testing.assert_close(out.double(), exact_out, atol=2e-6, rtol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("length_q", [1, 3])
+@pytest.mark.parametrize("softcap", [0.5, 1e4, 1e7, 1e12])
+def test_softcaps_of_any_size(backend, softcap, length_q):
+    """One far above the scores leaves them as they are."""
+    query, key, value = inputs(length_q=length_q, length_k=40)
+    ids = image_ids(2, 40)
+    expected = exact(query, key, value, ids, 2, softcap=softcap)[:3]
+    found = ops.region_attention(query, key, value, ids, 2, softcap=softcap)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=0, check_dtype=False)
+    mass = ops.region_mass(query, key, expected[1].float(), ids, 2, softcap=softcap)
+    torch.testing.assert_close(mass.double(), expected[2], atol=3e-6, rtol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("length_q", [1, 3])
+def test_an_infinite_sink_takes_everything(backend, length_q):
+    query, key, value = inputs(length_q=length_q)
+    out, lse, mass = ops.region_attention(query, key, value, image_ids(2, 9), 2, sinks=torch.full((4,), torch.inf))
+    assert not out.any()
+    assert not mass.any()
+    assert (lse == torch.inf).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length_q", [1, 3])
+def test_a_nan_sink_is_nan_without_a_key(backend, length_q, dtype):
+    query, key, value = inputs(length_q=length_q, dtype=dtype)
+    none = torch.zeros(2, dtype=torch.int32)
+    sinks = torch.full((4,), torch.nan)
+    for result in ops.region_attention(query, key, value, image_ids(2, 9), 2, sinks=sinks, kv_end=none):
+        assert result.isnan().all()
+
+
+@BACKENDS
+def test_bounds_of_no_row(backend):
+    query, key, value = inputs(length_q=0)
+    bounds = torch.zeros(2, 0, dtype=torch.int32)
+    out, lse, mass = ops.region_attention(query, key, value, image_ids(2, 9), 2, is_causal=False, kv_end=bounds)
+    assert (out.shape, lse.shape, mass.shape) == (query.shape, (2, 4, 0), (2, 4, 0, 2))
 
 
 @BACKENDS
@@ -600,6 +660,37 @@ def test_bad_statistics_arguments_are_named():
         ops.region_statistics(q, k, lse, ids, 1, reduce="median")
     with pytest.raises(ValueError, match="lse is of dtype"):
         ops.region_statistics(q, k, lse.double(), ids, 1)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["decode_attention", "prefill_attention"])
+def test_kernels_called_directly_refuse_what_they_would_misread(backend, name):
+    def run(ids=ids, regions=2, sinks=None, bias=None, value=v[:, :, :1]):
+        masks = (1.0, True, None, None, 0, 0.0)
+        ids = None if ids is None else ids[:, :1]
+        return getattr(torch.ops.ras_fast, name)(q[:, :, :1], k[:, :, :1], value, ids, regions, *masks, sinks, bias, 1)
+
+    assert run()[2].shape == (2, 4, 1, 2)
+    with pytest.raises(RuntimeError, match="region_bias must be"):
+        run(bias=torch.zeros(4, 1))
+    with pytest.raises(RuntimeError, match="sinks"):
+        run(sinks=torch.zeros(1).expand(4))
+    with pytest.raises(RuntimeError, match="num_regions"):
+        run(ids=None)
+    with pytest.raises(RuntimeError, match="on one device"):
+        run(value=v[:, :, :1].to("meta"))
+
+
+@pytest.mark.parametrize("name", ["region_mass", "key_attention", "region_statistics"])
+def test_statistics_called_directly_need_one_device(name):
+    masks, lse = (1.0, True, None, None, 0, 0.0, None), torch.zeros(2, 4, 5, device="meta")
+    arguments = {
+        "region_mass": (ids, 2, *masks, 5),
+        "key_attention": (5, "sum", None, *masks),
+        "region_statistics": (ids, 2, 5, "sum", *masks),
+    }[name]
+    with pytest.raises(RuntimeError, match=f"{name} needs all tensors on one device"):
+        getattr(torch.ops.ras_fast, name)(q, k, lse, *arguments)
 
 
 def test_gradients_are_refused_not_dropped():

@@ -217,6 +217,35 @@ def test_mixed_dtype_tables(backend):
     torch.testing.assert_close(h.double(), exact_h, atol=0.02, rtol=2**-7)
 
 
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_whose_rows_overlap(backend, dtype):
+    """Windows over one buffer, of a dtype that the kernel converts."""
+    x, weight = torch.randn(3, 8).to(dtype), torch.randn(8)
+    table = torch.randn(12).half().unfold(0, 8, 1)
+    steer = steering(3, 8) | {"steer_slot": torch.tensor([4, -1, 2], dtype=torch.int32)}
+    found, expected = (
+        ops.add_rms_norm(x, None, weight, 1e-6, probes=rows, **steer | {"steer_vectors": rows})
+        for rows in (table, table.contiguous())
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("alpha", [torch.inf, -torch.inf])
+def test_infinite_alpha_in_a_row_of_any_width(backend, alpha, rms, dtype):
+    """What fills a row's last vector is no part of it: ∞ · 0 there must not reach the sums."""
+    steer = {"steer_vectors": torch.ones(1, 33).to(dtype), "steer_slot": torch.zeros(2, dtype=torch.int32)}
+    x, weight, probes = torch.randn(2, 33).to(dtype), torch.ones(33).to(dtype), torch.ones(1, 33).to(dtype)
+    steer["steer_alpha"] = torch.full((2,), alpha)
+    for rounding in ("hf", "fp32"):
+        _, _, dots = call(x, None, weight, None, 1e-6, rms=rms, rounding=rounding, probes=probes, **steer)
+        assert torch.equal(dots, torch.tensor([[alpha, torch.inf]] * 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rms", [True, False])
 def test_nan_in_one_row_stays_there(rms, dtype):
@@ -436,6 +465,10 @@ ok = {"steer_vectors": torch.zeros(2, 8), "steer_slot": torch.zeros(2, dtype=tor
         ((x, None, w, 1e-6), {"probes": torch.zeros(8)}, "probes is of shape"),
         ((x, None, w.double(), 1e-6), {}, "weight is of dtype torch.float64; it must be float32"),
         ((x, None, w, 1e-6), {"probes": torch.zeros(1, 8).double()}, "probes is of dtype torch.float64"),
+        # Behind a table that is not of x's dtype either.
+        ((x.bfloat16(), None, w, 1e-6), {"probes": torch.zeros(1, 8).double()}, "probes is of dtype torch.float64"),
+        ((x.bfloat16(), None, w, 1e-6), {"probes": torch.zeros(1, 8).long()}, "probes is of dtype torch.int64"),
+        ((x.bfloat16(), None, w, 1e-6), ok | {"steer_vectors": torch.zeros(2, 8).bool()}, "steer_vectors is of dtype"),
     ],
 )
 def test_bad_arguments_are_named(args, kwargs, message):

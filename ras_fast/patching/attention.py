@@ -212,7 +212,7 @@ def attention(
         ValueError: an argument that is not supported; statistics asked for where no region map is known.
         RuntimeError: the module is in training mode.
     """
-    if module.training or dropout or not kwargs.keys() <= _KNOWN:
+    if module.training or dropout or not _KNOWN.issuperset(kwargs):
         _refuse(module, dropout, kwargs)
     state: AttentionState | None = getattr(module, STATE, None)
     attentions = kwargs.get("output_attentions", False)

@@ -172,10 +172,12 @@ class FusedLayer(SteeredLayer):
         self._unproved: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        named = kwargs | dict(zip(self._parameters, args, strict=False))
-        if len(args) > len(self._parameters) or any(named.get(name) is not None for name in self._unproved):
+        if len(args) > len(self._parameters):
             return super().__call__(*args, **kwargs)
-        kwargs, hidden = named, named.pop("hidden_states")
+        kwargs.update(zip(self._parameters, args, strict=False))
+        if self._unproved and any(kwargs.get(name) is not None for name in self._unproved):
+            return super().__call__(**kwargs)
+        hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
         attended = self._run("attention_norm", self._attend(normed, kwargs))

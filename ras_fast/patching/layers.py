@@ -236,6 +236,9 @@ class FusedCrossLayer(FusedLayer):
         super().__init__(layer, *args)
         self.attention_gate, self.mlp_gate = gates(layer)
 
+    def renamed(self, record: LayerTrace) -> list[str]:
+        return []  # `_attend` gives the names that such an attention has for them
+
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         others = {name: value for name, value in kwargs.items() if name not in self._parameters}
         images = {name: kwargs[name] for name in ("cross_attention_states", *CACHE_NAMES) if name in kwargs}
@@ -517,7 +520,7 @@ def prove(fused: FusedLayer, record: LayerTrace, next_output: Tensor | None) -> 
     fused.returns_tuple = isinstance(record.output, tuple)
     if fused.returns_tuple and len(record.output) > 1:
         return f"returns {len(record.output)} values"
-    renamed = [] if isinstance(fused, FusedCrossLayer) else fused.renamed(record)
+    renamed = fused.renamed(record)
     if renamed:
         return f"hands {', '.join(renamed)} to its attention, by names that it is not given itself"
     return differs(fused, record, next_output)

@@ -457,7 +457,7 @@ class Patch:
         self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
         try:
             recorded = fusion.trace(text_model, decoder_layers)
-        except Exception as error:  # whatever the model makes of the inputs that it does not get
+        except (AttributeError, TypeError, ValueError) as error:  # what the model makes of the inputs that it does not get
             what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
             raise TypeError(f"{what} cannot be traced on tokens alone ({type(error).__name__}: {error})") from error
         self.text_model, self.layers = text_model, decoder_layers

@@ -124,9 +124,8 @@ class Overlapped(Plan):
         job.image_key = _image_key(inputs) if self.cache.limit else ""
         ids = job.draft.prompt
         if query.images:
-            length = self._images_end(ids)
-            if length < len(ids) and self.moras.attention is None:  # whose gate reads the rows after the images
-                length += ids[length] in self.runner.marks
+            # A gate that looks at attention reads all rows after the images.
+            length = self._images_closed(ids) if self.moras.attention is None else self._images_end(ids)
             job.image_run = image_run(short_ids(self.processor, query), ids, self.runner.image_token)
         else:
             length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
@@ -218,10 +217,11 @@ class Overlapped(Plan):
 
     def _prove_split(self, jobs: list[Job], draft: Branch) -> None:
         """Compares prompts with an image to the model's own forward of them in one piece: the first one, and all that hold a
-        mark after their prefix. Raises ValueError where they differ: text after an image may mean something else in a forward
-        without pixels, as Ovis2's delimiters do."""
+        mark after what closes their last image. Raises ValueError where they differ: text after an image may mean something
+        else in a forward without pixels, as Ovis2's delimiters do."""
         for row, job in enumerate(jobs):
-            marked = not self.runner.marks.isdisjoint(job.draft.prompt[len(job.prefix) :])
+            ids = job.draft.prompt
+            marked = not self.runner.marks.isdisjoint(ids[self._images_closed(ids) :])
             if job.query.images and not job.failed_closed and (marked or not self._split_holds):
                 self._prove_prompt(job, draft.logits[0][row])
 
@@ -415,6 +415,11 @@ class Overlapped(Plan):
     def _images_end(self, ids: list[int]) -> int:
         """The place after the last image token; 0 without images."""
         return max((i + 1 for i, token in enumerate(ids) if token == self.runner.image_token), default=0)
+
+    def _images_closed(self, ids: list[int]) -> int:
+        """The place after the last image and the mark that closes it, if there is one."""
+        end = self._images_end(ids)
+        return end + (not self.runner.marks.isdisjoint(ids[end : end + 1]))
 
 
 def _same_prefix(job: Job, other: Job) -> bool:

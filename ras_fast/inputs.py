@@ -334,18 +334,24 @@ def expand_image(short: list[int], run: list[int], image_token: int) -> list[int
 
 
 Inputs = dict[str, torch.Tensor]
+_OF_IMAGES = ("pixel_", "image_", "video_", "aspect_", "spatial_")
+
+
+def is_per_token(name: str, inputs: Inputs) -> bool:
+    """Whether a tensor holds one entry for each token of the prompt, not what an image is made of: a mask of its patches may be
+    just as long."""
+    return inputs[name].shape == inputs["input_ids"].shape and not name.startswith(_OF_IMAGES)
 
 
 def batches(inputs: Iterable[Inputs], size: int) -> Iterator[tuple[list[int], list[Inputs]]]:
     """Groups inputs from `encode` into batches that `left_padded` can join: (their numbers, the inputs), up to ``size`` each.
 
-    Inputs fit together when they have the same tensors, and tensors that are not as long as the prompt have the same sizes
-    from the second dimension on.
+    Inputs fit together when they have the same tensors, and those that are not `is_per_token` have the same sizes from the
+    second dimension on.
     """
     waiting: dict[tuple, list[tuple[int, Inputs]]] = defaultdict(list)
     for number, one in enumerate(inputs):
-        prompt = one["input_ids"].shape
-        kind = tuple((name, None if t.shape == prompt else t.shape[1:]) for name, t in sorted(one.items()))
+        kind = tuple((name, None if is_per_token(name, one) else one[name].shape[1:]) for name in sorted(one))
         waiting[kind].append((number, one))
         if len(waiting[kind]) == size:
             yield _unzip(waiting.pop(kind))
@@ -362,8 +368,8 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
     """Joins inputs from `encode` into one left-padded batch with an attention mask.
 
     batch: inputs that fit together (`batches`); some may have images and others none.
-    pad: the token id that prompts are padded with. Other tensors that are as long as the prompt are padded with 0, and the rest
-        (pixels, grids) are concatenated.
+    pad: the token id that prompts are padded with. Other tensors that are `is_per_token` are padded with 0, and the rest (pixels,
+        grids) are concatenated.
     answer: token ids to put after every prompt.
     """
     lengths = [one["input_ids"].shape[1] for one in batch]
@@ -372,7 +378,7 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
     for row, length in enumerate(lengths):
         joined["attention_mask"][row, : longest - length] = 0
     for name in dict.fromkeys(name for one in batch for name in one):
-        if any(name in one and one[name].shape != one["input_ids"].shape for one in batch):
+        if any(name in one and not is_per_token(name, one) for one in batch):
             joined[name] = torch.cat([one[name] for one in batch if name in one])
             continue
         shape, filler = (len(batch), longest + len(answer)), pad if name == "input_ids" else 0

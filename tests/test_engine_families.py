@@ -3,21 +3,24 @@
 import pytest
 import torch
 import transformers
-from families import END, FAMILIES, IMAGE, START, VOCABULARY
+from families import END, FAMILIES, IMAGE, SIZE, START, VOCABULARY
 from packaging import version
+from tape import Graphs
+from test_engine_one_pass import NEW_TOKENS, attached
 from tiny_random import random_image, random_words
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
 from ras_fast.attention_map import NoImageStatistics, image_attention
-from ras_fast.engine import SafeGenerator
+from ras_fast.engine import SafeGenerator, batch
 from ras_fast.methods.moras import PRESETS
+from ras_fast.methods.projection import Condition, from_vectors
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
 # Prefix LM (a question changes the keys of its image), logits that are not the head's, chunks, cross-attention, layers whose
 # state cannot branch.
-REFUSED = {"paligemma", "paligemma/gemma2", "chameleon", "llama4", "mllama", "qwen3_5", "lfm2_vl"}
+REFUSED = {"paligemma", "paligemma/gemma2", "chameleon", "llama4", "mllama"}
 if version.parse(transformers.__version__) < version.parse("5.18"):
     REFUSED |= {"qwen2_5_omni_thinker"}  # it has no part without a head
 SPECIAL = {0: "<pad>", 1: "<bos>", IMAGE: "<image>", START: "<start>", END: "<end>"}
@@ -196,3 +199,82 @@ def test_an_image_of_several_tiles_in_one_run_has_no_heat_map():
     looked = image_attention(model, processor, "w20", random_image(0))
     assert looked.maps == [None]
     assert looked.mass.shape == (3, 4, 1)
+
+
+def hybrid(name, seed):
+    """What steers some answers from their first token on, some from a later one, and some not."""
+    model, processor, profile = built(name)
+    torch.manual_seed(seed)
+    tokens = torch.randint(3, 60, (3,))
+    profile.tensors["prototypes"] = model.get_output_embeddings().weight[tokens].detach().float() / 4
+    profile.config["k"] = 3.0
+    prompts, images = [random_words(700 + i, 2 + i) for i in range(6)], [random_image(i) for i in range(6)]
+    return model, processor, profile, (prompts, images)
+
+
+def summary(outputs):
+    return [(output.tokens, output.context, output.rejected_at) for output in outputs]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(("name", "seed"), [("qwen3_5", 47), ("lfm2_vl", 55)])
+def test_a_state_goes_back_with_its_answer(name, seed, captured, monkeypatch):
+    """Recurrences: a draft that is changed at a later step starts again behind its prompt. A capture, too, runs its step once
+    more than it is asked to, and no state may go on by that."""
+    graphs = Graphs()
+    monkeypatch.setattr(batch, "capture", graphs)
+    monkeypatch.setattr(batch, "CAPTURED", {"cpu"} if captured else set())
+    model, processor, profile, queries = hybrid(name, seed)
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=24))
+    assert len({at for _, _, at in expected} & {None, 0, 1, 2}) >= 3
+    for batch_size, every in ((1, 1), (2, 3), (6, 8)):
+        with SafeGenerator(model, processor, profile, batch_size=batch_size, sync_every=every) as guard:
+            assert summary(guard.generate(*queries, max_new_tokens=24)) == expected
+    assert graphs.replays > 3 * graphs.made > 0 or not captured
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_a_state_is_found_again_with_its_image(name, monkeypatch):
+    """In the pool of another batch size, which has held none yet, and in one that held others'."""
+    model, processor, profile, (prompts, images) = hybrid(name, 51)
+    images = [images[0], images[1], images[0], images[0], images[1], images[1]]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8))
+    with SafeGenerator(model, processor, profile, batch_size=4, cache_bytes=2**24) as guard:
+        for _ in range(2):
+            assert summary(guard.generate(prompts, images, max_new_tokens=8)) == expected
+        assert guard.counters["cache_hits"] == 10
+        assert 0 < guard.cache.nbytes <= 2**24
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_stages_that_share_nothing_start_from_no_state(name, monkeypatch):
+    """A template that begins with how long the text will be."""
+    model, processor, profile, queries = hybrid(name, 51)
+    render = processor.apply_chat_template
+
+    def apply(messages, **options):
+        text = render(messages, **options)
+        return f"w{20 + len(text) % 60} {text}"
+
+    monkeypatch.setattr(processor, "apply_chat_template", apply)
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=8))
+    with SafeGenerator(model, processor, profile, batch_size=3) as guard:
+        assert summary(guard.generate(*queries, max_new_tokens=8)) == expected
+        assert guard.counters["not_shared"] >= 6
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_a_hybrid_answers_in_one_pass(name):
+    """Prompts of several lengths, left-padded where the family can be, and a steered layer."""
+    model, processor, _, queries = hybrid(name, 51)
+    torch.manual_seed(3)
+    direction, condition = torch.randn(2, SIZE)
+    profile = from_vectors(
+        model, processor, direction, alpha=4.0, layers=[1, 2], condition=Condition(0, condition, threshold=0.0)
+    )
+    expected = attached(model, processor, profile, *queries)
+    assert {risk for _, risk in expected} == {0.0, 1.0}
+    for batch_size in (1, 4):
+        with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
+            outputs = guard.generate(*queries, max_new_tokens=NEW_TOKENS)
+        assert [(output.tokens, output.risk) for output in outputs] == expected

@@ -8,6 +8,10 @@ Both branches attend to the prefix, which is stored once; neither sees the other
 weights once and the keys and values once. As the scratch grows towards lower slots, what a token sees is one contiguous range
 of slots in either branch: from its own slot to the far end of the prefix.
 
+Layers that keep a state instead of keys and values (recurrence.py) have one for each branch of a row. Slots can be gone back
+to, a state cannot: copies of it are held after the prefix, where scratch branches start, and after the prompt, where an answer
+that is taken back starts again.
+
 Words used in this package: a *slot* is an index into the pool. A *place* is a token's index in its own prompt and answer,
 from 0; −1 marks a token that only fills up a batch. A *position* is what rotary embeddings are given: the place plus an
 offset, which is not 0 in families that count an image's tokens otherwise (M-RoPE).
@@ -23,11 +27,15 @@ import torch
 from torch import Tensor
 
 from ras_fast.decoding import eos_ids, next_tokens, output_head
+from ras_fast.engine import recurrence
 from ras_fast.engine.answer import Sequence
 from ras_fast.engine.kv_cache import KVPool
+from ras_fast.engine.recurrence import Segment, States
 from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
+from ras_fast.inputs import is_per_token
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import Rows, cache_name, keep, kept, kept_rows
+from ras_fast.patching.model import find_decoder
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
 from ras_fast.registration import EXPLICIT, NAME
@@ -48,19 +56,25 @@ class Runner:
     captured: whether steps are captured as CUDA graphs.
     passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
 
-    Raises ValueError for a model with layers that keep something else than keys and values of every token: these cannot branch.
+    stateful: for each layer whether it keeps a state instead of keys and values.
+
+    Raises ValueError for a model with layers that keep something else: these cannot branch.
     """
 
     def __init__(self, model, sync_every: int | None = None):
         text = model.config.get_text_config()
         self.model, self.base, self.head = model, model.base_model, output_head(model)
-        self.layers, self.window = text.num_hidden_layers, getattr(text, "sliding_window", None)
-        kinds = getattr(text, "layer_types", None) or (["sliding_attention"] if self.window else ["full_attention"])
+        self.window = getattr(text, "sliding_window", None)
+        plain = "sliding_attention" if self.window else "full_attention"
+        kinds = getattr(text, "layer_types", None) or [plain] * text.num_hidden_layers
         self.kinds = sorted(set(kinds))
         self.kinds += ["cross_attention"] * bool(getattr(text, "cross_attention_layers", None))
-        if set(self.kinds) - _LAYERS:
-            name, known = type(model).__name__, sorted(_LAYERS)
-            raise ValueError(f"{name} has layers of {self.kinds}; the engine knows {known}: {INSTEAD}")
+        known = _LAYERS | recurrence.LAYERS
+        if set(self.kinds) - known or not set(self.kinds) & _LAYERS:
+            name = type(model).__name__
+            raise ValueError(f"{name} has layers of {self.kinds}; the engine knows {sorted(known)}, and needs attention: {INSTEAD}")
+        self.stateful = [kind in recurrence.LAYERS for kind in kinds]
+        self.recurrences = recurrence.find(find_decoder(model)[2], self.stateful) if any(self.stateful) else {}
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
         self.offsets = hasattr(self.base, "get_rope_index")
         self.image_token = getattr(model.config, "image_token_id", None)
@@ -73,7 +87,7 @@ class Runner:
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
         self.captured = model.device.type in CAPTURED
-        self.workspaces = Workspaces(model, self.layers)
+        self.workspaces = Workspaces(model, self.stateful)
         self.passes, self.tokens = 0, 0
 
     @property
@@ -86,15 +100,19 @@ class Runner:
 
     def width(self, tokens: int) -> int:
         """The length that a feed of `tokens` tokens is padded to, so that few lengths have to be captured."""
-        return -(-tokens // WIDTH) * WIDTH if self.captured and tokens > 1 else tokens
+        return -(-tokens // WIDTH) * WIDTH if self.captures(tokens) and tokens > 1 else tokens
+
+    def captures(self, width: int) -> bool:
+        """Whether a step that feeds so many tokens is captured. Segments of a recurrence are as long as each row's tokens."""
+        return self.captured and (width == 1 or not self.recurrences)
 
     def __call__(self, pool: KVPool, ids: Tensor, positions: Tensor | None, mask=None, **extras) -> Tensor:
         """States [B, T, d] after the last norm for ids [B, T] at positions [B, T], or where the model puts them (None)."""
         if positions is not None and self.offsets:
             positions = positions.expand(3, *positions.shape)
-        output = self.base(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_name: pool}, **extras
-        )
+        extras[self._cache_name] = pool
+        with recurrence.in_segments(self.recurrences, pool):
+            output = self.base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
         return output.last_hidden_state
 
     def count(self, rows: int, width: int) -> None:
@@ -136,6 +154,9 @@ class Runner:
         """
         made, takes_ranges = {}, self.model.config.get_text_config()._attn_implementation in (NAME, EXPLICIT)
         for kind in self.kinds:
+            if kind in recurrence.LAYERS:
+                made[kind] = None
+                continue
             windowed = kind == "sliding_attention" and self.window < keys
             if takes_ranges and not windowed:
                 made[kind] = fresh(range_mask(start, end))
@@ -153,13 +174,23 @@ class Branch:
     """One sequence of each query: the answers, or the contexts, or the starts of answers that the risk is read from.
 
     kind: SCRATCH or ANSWER. sequences: one per row; None where a row has none. feed: the tokens that the next forward is fed.
+    lengths: how many of them are each row's own, the last ones.
     ends: for each row, how many slots from the boundary of scratch and prefix its sequence reaches after the next feed: an
         answer upwards, over the prefix, a scratch sequence downwards; 0 for rows that are fed nothing.
     states, logits: of the first ``keep`` steps, each [B, d] and [B, V].
     """
 
-    def __init__(self, kind: int, sequences: list[Sequence | None], feed: Feed, ends: list[int], keep: int, every: int):
-        self.kind, self.sequences, self.feed, self.ends = kind, sequences, feed, ends
+    def __init__(
+        self,
+        kind: int,
+        sequences: list[Sequence | None],
+        feed: Feed,
+        lengths: list[int],
+        ends: list[int],
+        keep: int,
+        every: int,
+    ):
+        self.kind, self.sequences, self.feed, self.lengths, self.ends = kind, sequences, feed, lengths, ends
         self.keep, self.states, self.logits = keep, [], []
         self._steps = [0 if own is None else len(own.tokens) for own in sequences]
         self._recent: list[Tensor] = []
@@ -189,6 +220,7 @@ class Branch:
         """To be called once the feed has been through the model: the next feed is the one token after it. Rows that were fed
         nothing stay out."""
         self.ends = [end + (end > 0) for end in self.ends]
+        self.lengths = [1] * len(self.ends)
         last = self.feed.places[:, -1:]
         if self.width > 1:
             self.feed = space.feed(self.kind, self.feed.ids[:, :1], last + (last >= 0))
@@ -227,16 +259,19 @@ class Branch:
 
 @dataclass
 class Prefix:
-    """The beginning of a prompt that was computed: keys and values [H, length, D] of each layer, the offset of the positions
-    after it, and where its image tokens are."""
+    """The beginning of a prompt that was computed: keys and values [H, length, D] of each layer that has them, the states of
+    the others, the offset of the positions after it, and where its image tokens are."""
 
-    states: list[tuple[Tensor, Tensor]]
+    length: int
+    keys_values: list[tuple[Tensor, Tensor]]
+    states: list[States]
     offset: Tensor
     regions: RegionMap | None
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.offset, *(tensor for layer in self.states for tensor in layer)]
+        tensors = [self.offset, *(tensor for layer in self.keys_values for tensor in layer)]
+        tensors += [state for layer in self.states for state in layer.values()]
         tensors += [] if self.regions is None else [self.regions.ids]
         return sum(tensor.nbytes + TENSOR_BYTES for tensor in tensors)
 
@@ -251,6 +286,8 @@ class Batch:
         self.runner, self.space, self.rows = runner, space, space.rows
         self.prefixes = [0] * self.rows
         self._held = [0] * self.rows  # of these, what the scratch goes on from
+        self._after_prefix: dict[int, list[States]] = {}  # of each row
+        self._after_prompt: dict[int, list[States]] = {}
         self.branches: dict[int, Branch] = {}  # the latest of each kind
         self.regions: dict[int, RegionMap | None] = {}  # of each row's prefix
         self._maps: tuple[RegionMap, RegionMap] | None = None
@@ -275,26 +312,26 @@ class Batch:
 
     def prefill(self, row: int, inputs: dict[str, Tensor], length: int, kind: int) -> None:
         """The first ``length`` tokens of a prompt, which hold all its images, as the beginning of a row's branch."""
-        size = inputs["input_ids"].shape
-        extras = {k: v[:, :length] if v.shape == size else v for k, v in inputs.items() if k != "input_ids"}
+        cut = {name: own[:, :length] if is_per_token(name, inputs) else own for name, own in inputs.items()}
         places, own = torch.arange(length, device=self.runner.device)[None], slice(row, row + 1)
         if kind == SCRATCH:
             self.shared[own] = 0
         slots = self._slots(kind, places, own)
         keep(self.pool, REGIONS, None)  # that of the batch is not this row's
-        self.pool.aim(slots, rows=own)
-        _, self.offset[kind, own] = self.runner.prefill(self.pool, inputs["input_ids"][:, :length], **extras)
+        self.pool.aim(slots, rows=own, segments=[recurrence.whole(kind)])
+        _, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions, own)
         if kind == ANSWER:
             self.regions[row], self.prefixes[row] = regions, length
+            self._after_prefix[row] = self.pool.states(row, ANSWER)
 
     def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor]) -> Branch:
         """Reads whole prompts, left-padded in ``inputs``, in one forward; returns the branch of the answers, whose first tokens
         are chosen already."""
         mask, extras = inputs["attention_mask"], {k: v for k, v in inputs.items() if k != "input_ids"}
         slots = self._slots(ANSWER, mask.cumsum(-1) - 1)
-        self.pool.aim(slots)
+        self.pool.aim(slots, segments=[recurrence.whole(ANSWER)])
         states, self.offset[ANSWER] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions)
@@ -308,14 +345,16 @@ class Batch:
 
     def extract(self, row: int, length: int) -> Prefix:
         """A copy of the first ``length`` tokens of a row's prefix."""
-        states = self.pool.read(row, self.origin, self.origin + length)
-        return Prefix(states, self.offset[ANSWER, row].clone(), self.regions.get(row))
+        keys_values, states = self.pool.read(row, self.origin, self.origin + length), self._after_prefix[row]
+        return Prefix(length, keys_values, states, self.offset[ANSWER, row].clone(), self.regions.get(row))
 
     def insert(self, row: int, prefix: Prefix) -> None:
         """A prefix that was computed before becomes the row's."""
-        self.pool.write(row, self.origin, prefix.states)
+        self.pool.write(row, self.origin, prefix.keys_values)
+        self.pool.set_states(row, ANSWER, prefix.states)
+        self._after_prefix[row] = prefix.states
         self.offset[ANSWER, row] = prefix.offset
-        self.regions[row], self.prefixes[row] = prefix.regions, prefix.states[0][0].shape[1]
+        self.regions[row], self.prefixes[row] = prefix.regions, prefix.length
         places, own = torch.arange(self.prefixes[row], device=self.runner.device)[None], slice(row, row + 1)
         self._show_at(self._slots(ANSWER, places, own), prefix.regions, own)
 
@@ -326,14 +365,15 @@ class Batch:
         keep: of how many steps the branch keeps states and logits.
         """
         width, device = self.runner.width(max(map(len, feeds))), self.runner.device
-        fill = [width - len(feed) for feed in feeds]
+        lengths = [len(feed) for feed in feeds]
+        fill = [width - length for length in lengths]
         ids = [[self.runner.filler] * n + feed for n, feed in zip(fill, feeds, strict=True)]
         places = [[-1] * n + [*range(k, k + width - n)] for n, k in zip(fill, kept, strict=True)]
         feed = self.space.feed(kind, torch.tensor(ids, device=device), torch.tensor(places, device=device))
-        ends = [(k + len(own)) * bool(own) for k, own in zip(kept, feeds, strict=True)]
+        ends = [(k + length) * bool(length) for k, length in zip(kept, lengths, strict=True)]
         if kind == SCRATCH:
             ends = [max(end - held, 0) for end, held in zip(ends, self._held, strict=True)]
-        made = self.branches[kind] = Branch(kind, sequences, feed, ends, keep, self.runner.sync_every)
+        made = self.branches[kind] = Branch(kind, sequences, feed, lengths, ends, keep, self.runner.sync_every)
         return made
 
     def clear_scratch(self, slots: int, read_prefix: list[bool]) -> None:
@@ -344,6 +384,20 @@ class Batch:
         self.shared[:] = torch.tensor(self._held, device=self.shared.device)[:, None]
         self.offset[SCRATCH] = self.offset[ANSWER] * (self.shared > 0)
         self.space.region_ids[: self.rows, : self.origin] = -1
+        for row, length in enumerate(self._held):
+            self.pool.set_states(row, SCRATCH, self._after_prefix[row] if length else None)
+
+    def note_prompts(self) -> None:
+        """To be called when the prompts have been read, and nothing else: where `rewind` can go back to."""
+        self._after_prompt = {row: self.pool.states(row, ANSWER) for row in range(self.rows)}
+
+    def rewind(self, row: int, prompt: int, length: int) -> int:
+        """The row's answer goes on after the first ``length`` tokens of its prompt, of ``prompt`` tokens, and itself. Returns
+        how many of these the pool holds."""
+        if not self.runner.recurrences:
+            return length
+        self.pool.set_states(row, ANSWER, self._after_prompt[row])
+        return prompt
 
     def keep_rows(self, rows: list[int]) -> None:
         """Goes on with these rows only, and without the scratch."""
@@ -351,7 +405,8 @@ class Batch:
         self.rows, self._maps = len(rows), None
         self.regions = {i: self.regions.get(row) for i, row in enumerate(rows)}
         self.prefixes = [self.prefixes[row] for row in rows]
-        self.branches.clear()
+        for of_scratch in (self.branches, self._after_prefix, self._after_prompt):
+            of_scratch.clear()
 
     def _grow(self, slots: int) -> None:
         """Goes on in a workspace of its own with so many slots more before the prefix."""
@@ -406,7 +461,7 @@ class Batch:
         if end >= self.space.capacity or taken > self.origin:
             raise ValueError(f"the pool holds {self.origin} + {self.space.capacity - 1 - self.origin} tokens and cannot take "
                              f"{taken} + {end - self.origin}")  # fmt: skip
-        if captured and self.runner.captured:
+        if captured and self.runner.captures(max(branch.width for branch in branches)):
             states = self._replay(branches)
         else:
             # A step of answers that end alike sees all of a contiguous stretch.
@@ -424,7 +479,8 @@ class Batch:
         positions = _cat([branch.feed.places.clamp(min=0) + self.offset[branch.kind] for branch in branches], 1)
         mask = self._mask(branches, begin, end) if masked else None
         self._show_regions(begin)
-        self.pool.aim(_cat([self._slots(own.kind, own.feed.places) for own in branches], 1), (begin, end), slice(0, self.rows))
+        slots, segments = _cat([self._slots(own.kind, own.feed.places) for own in branches], 1), self._segments(branches)
+        self.pool.aim(slots, (begin, end), slice(0, self.rows), segments)
         states = self.runner(self.pool, ids, positions, mask)
         if len(branches) == 1:
             return states[:, -1:]
@@ -439,12 +495,33 @@ class Batch:
 
         return self.runner.masks(starts, ends, end - begin, distance)
 
+    def _segments(self, branches: list[Branch]) -> list[Segment]:
+        """The tokens of a feed that go on from the same states: of all rows where they can go together, else of each row."""
+        if not self.runner.recurrences:
+            return []
+        first, last = branches[0].kind, branches[-1].kind
+        if all(branch.width == 1 for branch in branches):
+            return [Segment(slice(None), slice(first, last + 1))]
+        made, begin = [], 0
+        for branch in branches:
+            own, end = slice(branch.kind, branch.kind + 1), begin + branch.width
+            if min(branch.lengths) == branch.width:
+                made.append(Segment(slice(None), own, slice(begin, end)))
+            else:
+                lengths = enumerate(branch.lengths)
+                made += [Segment(slice(row, row + 1), own, slice(end - n, end)) for row, n in lengths if n]
+            begin = end
+        return made
+
     def _replay(self, branches: list[Branch]) -> Tensor:
         """The step as one captured CUDA graph over the whole pool: one for each combination of branches and widths."""
         key = (self.space.num_regions, *((branch.kind, branch.width) for branch in branches))
         if key not in self.space.graphs:
-            step = capture(lambda: self._compute(branches, self.space.capacity, masked=True))
-            self.space.graphs[key] = step
+            every = [(row, branch) for row in range(self.rows) for branch in (SCRATCH, ANSWER)]
+            before = [self.pool.states(*place) for place in every]
+            self.space.graphs[key] = capture(lambda: self._compute(branches, self.space.capacity, masked=True))
+            for place, states in zip(every, before, strict=True):  # the capture has run the step once
+                self.pool.set_states(*place, states)
         return self.space.graphs[key]()
 
     def _settle(self) -> None:

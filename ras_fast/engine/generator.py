@@ -246,12 +246,15 @@ class SafeGenerator:
             raise ValueError(f"{name}: the engine's logits differ from the model's own; {INSTEAD}")
 
     def _branched(self, ids: list[int]) -> torch.Tensor:
-        """Logits [V] after these tokens: the first half by a prefill, the second half in a step beside another branch."""
-        batch = Batch(self._runner, Workspace(self._runner.layers, 1, 2, 2 + 6 + 1, self._runner.device))
+        """Logits [V] after these tokens: the first half by a prefill, the others in steps beside another branch."""
+        batch = Batch(self._runner, Workspace(self._runner.stateful, 1, 3, 3 + 6 + 1, self._runner.device))
         batch.prefill(0, {"input_ids": torch.tensor([ids], device=self.model.device)}, 3, ANSWER)
-        batch.clear_scratch(2, [True])
+        batch.clear_scratch(3, [True])
         other = batch.branch(SCRATCH, [None], [ids[4:]], [3])
-        answer = batch.branch(ANSWER, [None], [ids[3:]], [3])
+        answer = batch.branch(ANSWER, [None], [ids[3:5]], [3])
+        batch.forward([other, answer])
+        for branch in (other, answer):
+            branch.feed.ids[:] = ids[5]
         return self._runner.head(batch.forward([other, answer])[0, 1]).float()
 
 

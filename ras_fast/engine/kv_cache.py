@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ras_fast.engine.recurrence import Segment, StateLayer, States
 
 
 @dataclass
@@ -17,12 +20,14 @@ class View:
     rows: of the pool, b of them, that the forward's batch stands for.
     slots: [b, T] int64, where the keys and values of each token go.
     begin, end: attention sees the slots ``begin`` .. ``end`` − 1; None: the forward's own tokens alone, in their order.
+    segments: which tokens go on from which state, in layers that keep one.
     """
 
     rows: slice
     slots: Tensor
     begin: int | None
     end: int | None
+    segments: Sequence[Segment]
 
 
 class PoolLayer(CacheLayerMixin):
@@ -41,6 +46,30 @@ class PoolLayer(CacheLayerMixin):
             self.keys = key_states.new_zeros((self.rows, key_states.shape[1], self.capacity, key_states.shape[3]))
             self.values = value_states.new_zeros((self.rows, value_states.shape[1], self.capacity, value_states.shape[3]))
         self.is_initialized = True
+
+    def read(self, row: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D]."""
+        return self.keys[row, :, begin:end].clone(), self.values[row, :, begin:end].clone()
+
+    def write(self, row: int, begin: int, keys: Tensor, values: Tensor) -> None:
+        """Puts what `read` gave into the slots from ``begin`` on."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys[None], values[None])
+        self.keys[row, :, begin : begin + keys.shape[1]] = keys
+        self.values[row, :, begin : begin + values.shape[1]] = values
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Moves these rows, in ascending order, to the front, in place."""
+        if self.is_initialized:
+            for i, row in enumerate(rows):
+                if i != row:
+                    self.keys[i], self.values[i] = self.keys[row], self.values[row]
+
+    def copy_to(self, other: PoolLayer, slots: int) -> None:
+        """Copies everything into a layer with so many slots more before the others."""
+        if self.is_initialized:
+            other.lazy_initialization(self.keys, self.values)
+            other.keys[:, :, slots:], other.values[:, :, slots:] = self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -78,19 +107,30 @@ class KVPool(Cache):
 
     Which slots belong to which sequence is the caller's to know: `aim` says where the next forward writes and what it sees,
     and a mask hides what lies in between.
+
+    stateful: for each layer whether it keeps states (`StateLayer`) instead of keys and values.
     """
 
-    def __init__(self, layers: int, rows: int, capacity: int):
-        self.view = View(slice(0, rows), torch.empty(rows, 0, dtype=torch.long), 0, 0)
-        super().__init__(layers=[PoolLayer(rows, capacity, self.view) for _ in range(layers)])
+    def __init__(self, stateful: Sequence[bool], rows: int, capacity: int):
+        self.rows, self.capacity = rows, capacity
+        self.view = View(slice(0, rows), torch.empty(rows, 0, dtype=torch.long), 0, 0, ())
+        super().__init__([StateLayer(rows) if keeps else PoolLayer(rows, capacity, self.view) for keeps in stateful])
 
     @property
-    def capacity(self) -> int:
-        return self.layers[0].capacity
+    def stateful(self) -> list[bool]:
+        return [isinstance(layer, StateLayer) for layer in self.layers]
 
-    def aim(self, slots: Tensor, seen: tuple[int, int] | None = None, rows: slice = slice(None)) -> None:
+    def aim(
+        self,
+        slots: Tensor,
+        seen: tuple[int, int] | None = None,
+        rows: slice = slice(None),
+        segments: Sequence[Segment] = (),
+    ) -> None:
         """The next forward is of ``rows``, writes ``slots`` [b, T] and attends to the slots ``seen[0]`` .. ``seen[1]`` − 1, or
         to its own tokens alone.
+
+        segments: which of its tokens go on from which state.
 
         Raises ValueError when that is not inside the pool.
         """
@@ -98,36 +138,41 @@ class KVPool(Cache):
         if seen is not None and not 0 <= begin <= end <= self.capacity:
             raise ValueError(f"the pool holds {self.capacity} tokens and cannot take slots {begin} to {end}")
         view = self.view
-        view.rows, view.slots, view.begin, view.end = rows, slots, begin, end
+        view.rows, view.slots, view.begin, view.end, view.segments = rows, slots, begin, end, segments
 
     def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer."""
-        return [(own.keys[row, :, begin:end].clone(), own.values[row, :, begin:end].clone()) for own in self.layers]
+        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer that has
+        them."""
+        return [layer.read(row, begin, end) for layer in self._layers(PoolLayer)]
 
-    def write(self, row: int, begin: int, states: list[tuple[Tensor, Tensor]]) -> None:
+    def write(self, row: int, begin: int, given: list[tuple[Tensor, Tensor]]) -> None:
         """Puts what `read` gave into the slots from ``begin`` on."""
-        for layer, (keys, values) in zip(self.layers, states, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys[None], values[None])
-            layer.keys[row, :, begin : begin + keys.shape[1]] = keys
-            layer.values[row, :, begin : begin + values.shape[1]] = values
+        for layer, (keys, values) in zip(self._layers(PoolLayer), given, strict=True):
+            layer.write(row, begin, keys, values)
+
+    def states(self, row: int, branch: int) -> list[States]:
+        """A copy of one state of each layer that has any."""
+        return [layer.read(row, branch) for layer in self._layers(StateLayer)]
+
+    def set_states(self, row: int, branch: int, given: list[States] | None) -> None:
+        """Puts what `states` gave in the place of a branch's; None: what is there before the first token."""
+        for i, layer in enumerate(self._layers(StateLayer)):
+            layer.write(row, branch, given[i] if given else {})
 
     def keep_rows(self, rows: list[int]) -> None:
         """Moves these rows, in ascending order, to the front, in place."""
         for layer in self.layers:
-            if layer.is_initialized:
-                for i, row in enumerate(rows):
-                    if i != row:
-                        layer.keys[i], layer.values[i] = layer.keys[row], layer.values[row]
+            layer.keep_rows(rows)
 
     def grown(self, slots: int) -> KVPool:
         """A copy with so many slots more before the others."""
-        new = KVPool(len(self.layers), self.layers[0].rows, self.capacity + slots)
+        new = KVPool(self.stateful, self.rows, self.capacity + slots)
         for old, layer in zip(self.layers, new.layers, strict=True):
-            if old.is_initialized:
-                layer.lazy_initialization(old.keys, old.values)
-                layer.keys[:, :, slots:], layer.values[:, :, slots:] = old.keys, old.values
+            old.copy_to(layer, slots)
         return new
+
+    def _layers(self, kind: type) -> list:
+        return [layer for layer in self.layers if isinstance(layer, kind)]
 
 
 ENTRY_BYTES = 512  # of the memory that an entry takes beside its value: a key of 32 bytes, the numbers, places in tables

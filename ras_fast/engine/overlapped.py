@@ -29,7 +29,7 @@ from ras_fast.decoding import Decoding, TooLong
 from ras_fast.engine.answer import SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, INSTEAD, SCRATCH, Batch, Branch, Runner, close
 from ras_fast.engine.plan import Clock, Plan, image_mass
-from ras_fast.inputs import Query, expand_image, image_run, short_ids
+from ras_fast.inputs import Query, expand_image, image_run, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
@@ -206,6 +206,7 @@ class Overlapped(Plan):
         branches = [draft] if context is None else [context, draft]
         with self._collect_mass(jobs, max(map(len, feeds))) as reads:
             batch.step(branches, captured=not reads)
+        batch.note_prompts()
         while context is not None and not context.done:
             batch.step([branch for branch in branches if not branch.done])
         draft.sync()
@@ -287,17 +288,23 @@ class Overlapped(Plan):
         live = [row for row, job in enumerate(jobs) if not job.draft.done]
         if not live:
             return
+        kept = [self._kept(batch, row, job) for row, job in enumerate(jobs)]
         if len(live) < batch.rows and not self.runner.captured:  # in a graph, rows that are done go along
-            jobs = [jobs[row] for row in live]
+            jobs, kept = [jobs[row] for row in live], [kept[row] for row in live]
             batch.keep_rows(live)
-        # Each row continues after its own tokens: an accepted draft after all of them, a rejected one after those it kept.
         answer = batch.branch(
             ANSWER, [None if job.draft.done else job.draft for job in jobs],
-            [[] if job.draft.done else job.draft.tokens[-1:] for job in jobs],
-            [len(job.draft.prompt) + len(job.draft.tokens) - 1 for job in jobs],
+            [[] if job.draft.done else (job.draft.prompt + job.draft.tokens)[n:] for n, job in zip(kept, jobs, strict=True)],
+            kept,
         )  # fmt: skip
         self._decode_steered(batch, jobs, answer)
         self.decode(batch, answer, streamer, shown)
+
+    def _kept(self, batch: Batch, row: int, job: Job) -> int:
+        """How many tokens of a draft's prompt and itself the pool holds and it goes on after: all but the latest, or what is left
+        of them when it is taken back."""
+        length = len(job.draft.prompt) + len(job.draft.tokens) - 1
+        return length if job.rejected_at is None else batch.rewind(row, len(job.draft.prompt), length)
 
     def _decode_steered(self, batch: Batch, jobs: list[Job], answer: Branch) -> None:
         """The steps below N, each row at its own step, steered inside the fused last norm where there is one."""
@@ -445,8 +452,8 @@ def _key(kind: str, job: Job, ids: list[int]) -> bytes:
 
 
 def _image_tensors(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pixels, and the sizes and grids without which pixels are ambiguous: all that is not as long as the prompt."""
-    return {name: value for name, value in inputs.items() if value.shape != inputs["input_ids"].shape}
+    """Pixels, and the sizes and grids without which pixels are ambiguous."""
+    return {name: value for name, value in inputs.items() if not is_per_token(name, inputs)}
 
 
 def _ids(inputs) -> list[int]:

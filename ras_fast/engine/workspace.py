@@ -7,7 +7,7 @@ batch of its size takes over with its graphs, cleared.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ class Feed:
 class Workspace:
     """The memory of a batch. Slots, places and positions are explained in batch.py.
 
+    stateful: for each layer whether it keeps a state instead of keys and values.
     rows: queries.
     origin, capacity: slots before the prefix, and slots in all. The last slot takes what nobody will read.
     shared: [B, 1], how many tokens of the prefix the scratch branch continues.
@@ -42,9 +43,9 @@ class Workspace:
     graphs: captured steps, by region count and by kind and width of their branches.
     """
 
-    def __init__(self, layers: int, rows: int, origin: int, capacity: int, device: torch.device):
+    def __init__(self, stateful: Sequence[bool], rows: int, origin: int, capacity: int, device: torch.device):
         self.rows, self.origin, self.capacity = rows, origin, capacity
-        self.pool = KVPool(layers, rows, capacity)
+        self.pool = KVPool(stateful, rows, capacity)
         self.num_regions = 0
         with torch.inference_mode(False):  # a later call may be outside of it
             self.shared = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -81,7 +82,7 @@ class Workspace:
 
     def grown(self, slots: int) -> Workspace:
         """A copy with `slots` more slots before the others."""
-        new = Workspace(len(self.pool.layers), self.rows, self.origin + slots, self.capacity + slots, self.offset.device)
+        new = Workspace(self.pool.stateful, self.rows, self.origin + slots, self.capacity + slots, self.offset.device)
         new.pool, new.num_regions = self.pool.grown(slots), self.num_regions
         new.region_ids[:, slots:] = self.region_ids
         new.shared.copy_(self.shared)
@@ -100,8 +101,8 @@ class Workspace:
 class Workspaces:
     """A generator's workspaces; at most ``KEPT`` of them, the least recently used goes first."""
 
-    def __init__(self, model, layers: int):
-        self._model, self._layers = model, layers
+    def __init__(self, model, stateful: Sequence[bool]):
+        self._model, self._stateful = model, stateful
         self._kept: OrderedDict[tuple, Workspace] = OrderedDict()
 
     @contextmanager
@@ -113,7 +114,7 @@ class Workspaces:
         if space is None:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
-            space = Workspace(self._layers, rows, scratch, scratch + rest, self._model.device)
+            space = Workspace(self._stateful, rows, scratch, scratch + rest, self._model.device)
         yield space
         space.clear()
         self._kept[key] = space

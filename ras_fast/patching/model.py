@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ras_fast.patching.attention import STATE
 from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
+from ras_fast.patching.undo import Undo
 from ras_fast.regions import RegionMap
 from ras_fast.registration import EXPLICIT, NAME, register
 
@@ -115,49 +115,6 @@ def _without_autocast(model: Any) -> Iterator[None]:
         yield
 
 
-class _Undo:
-    """All changes made to the model, so that they can be undone in reverse order.
-
-    Holds owners, not their dicts, so that the deepcopy of a patched model undoes itself.
-    """
-
-    def __init__(self) -> None:
-        self._changes: list[tuple[Any, Any, bool, Any]] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute in the owner's own dict, past nn.Module's bookkeeping."""
-        self._changes.append((owner, name, name in owner.__dict__, owner.__dict__.get(name)))
-        owner.__dict__[name] = value
-
-    def hooked(self, *registries: dict, handle: Any) -> None:
-        """A hook was registered in these dicts of a module."""
-        self._changes.extend((registry, handle.id, False, None) for registry in registries)
-
-    def mark(self) -> int:
-        """A point that `restore` can go back to."""
-        return len(self._changes)
-
-    def restore(self, mark: int = 0) -> None:
-        while len(self._changes) > mark:
-            owner, name, existed, value = self._changes[-1]
-            attributes = owner if isinstance(owner, dict) else owner.__dict__
-            if name in ("forward", "_old_forward"):
-                name, existed, value = _forward_before(owner, value)
-            if existed:
-                attributes[name] = value
-            else:
-                attributes.pop(name, None)
-            self._changes.pop()  # last: an interrupt in between does the same once more, and loses nothing
-
-
-def _forward_before(module: nn.Module, before: Any) -> tuple[str, bool, Any]:
-    """Where `restore` puts a module's forward, whether anything goes there, and what: accelerate's hooks, which call
-    `_old_forward` in between, may have come or gone since `patch`."""
-    if "_hf_hook" in module.__dict__:
-        return "_old_forward", True, before or MethodType(type(module).forward, module)
-    return "forward", before is not None, before
-
-
 class Patch:
     """The handle of a patched model, as `patch` returns it.
 
@@ -173,7 +130,7 @@ class Patch:
         self.text_model, self.layers, self.final_norm = None, None, None
         self.applied = False
         self.steering = Steering()
-        self._undo = _Undo()
+        self._undo = Undo()
         self._state: ModelState | None = None
         self._placed: dict[int, fusion.SteeredLayer] = {}  # what stands in for a decoder layer
         self._final_norm: fusion.FusedNorm | None = None

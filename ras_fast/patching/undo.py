@@ -1,0 +1,51 @@
+"""Changes to a model that can be undone."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+class Undo:
+    """All changes made to the model, so that they can be undone in reverse order.
+
+    Holds owners, not their dicts, so that the deepcopy of a patched model undoes itself.
+    """
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[Any, Any, bool, Any]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute in the owner's own dict, past nn.Module's bookkeeping."""
+        self._changes.append((owner, name, name in owner.__dict__, owner.__dict__.get(name)))
+        owner.__dict__[name] = value
+
+    def hooked(self, *registries: dict, handle: Any) -> None:
+        """A hook was registered in these dicts of a module."""
+        self._changes.extend((registry, handle.id, False, None) for registry in registries)
+
+    def mark(self) -> int:
+        """A point that `restore` can go back to."""
+        return len(self._changes)
+
+    def restore(self, mark: int = 0) -> None:
+        while len(self._changes) > mark:
+            owner, name, existed, value = self._changes[-1]
+            attributes = owner if isinstance(owner, dict) else owner.__dict__
+            if name in ("forward", "_old_forward"):
+                name, existed, value = _forward_before(owner, value)
+            if existed:
+                attributes[name] = value
+            else:
+                attributes.pop(name, None)
+            self._changes.pop()  # last: an interrupt in between does the same once more, and loses nothing
+
+
+def _forward_before(module: nn.Module, before: Any) -> tuple[str, bool, Any]:
+    """Where `restore` puts a module's forward, whether anything goes there, and what: accelerate's hooks, which call
+    `_old_forward` in between, may have come or gone since `patch`."""
+    if "_hf_hook" in module.__dict__:
+        return "_old_forward", True, before or MethodType(type(module).forward, module)
+    return "forward", before is not None, before

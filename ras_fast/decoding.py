@@ -238,10 +238,30 @@ def holds_stop(stops, tokenizer, tokens: list[int]) -> bool:
 
 
 def output_head(model):
-    """The function from hidden states after the last norm to logits, with the model's own soft cap if it has one."""
-    layer = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return (lambda hidden: cap * torch.tanh(layer(hidden) / cap)) if cap else layer
+    """The function from hidden states after the last norm to logits, with what the model does to them after its last matrix: a
+    factor, a soft cap."""
+    layer, text = model.get_output_embeddings(), model.config.get_text_config()
+    cap = getattr(text, "final_logit_softcapping", None)
+
+    def finish(logits: torch.Tensor, factor: float) -> torch.Tensor:
+        logits = logits if factor == 1 else logits * factor
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    named = [getattr(text, name, None) for name in ("logit_scale", "logits_scaling", "output_multiplier")]
+    factors = [factor for value in named if value for factor in (value, 1 / value)]
+    factor = _logit_factor(model, layer, finish, [1.0, *factors]) if factors else 1.0
+    return layer if factor == 1 and not cap else lambda hidden: finish(layer(hidden), factor)
+
+
+@torch.no_grad()
+def _logit_factor(model, layer, finish, factors: list[float]) -> float:
+    """The one of ``factors`` that a small forward shows to be the model's: some families divide by what others multiply with,
+    some have it in their config and leave it out."""
+    plain = []
+    ids = torch.arange(4, device=model.device)[None]  # one may be that of padding, and embedded as zeros
+    with layer.register_forward_hook(lambda module, args, output: plain.append(output)):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return min(factors, key=lambda factor: float((finish(plain[-1], factor).double() - logits.double()).norm()))
 
 
 @torch.no_grad()

@@ -368,8 +368,8 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
     """Joins inputs from `encode` into one left-padded batch with an attention mask.
 
     batch: inputs that fit together (`batches`); some may have images and others none.
-    pad: the token id that prompts are padded with. Other tensors that are `is_per_token` are padded with 0, and the rest (pixels,
-        grids) are concatenated.
+    pad: the token id that prompts are padded with. Other tensors that are `is_per_token` are padded with 0, and the rest
+        (pixels, grids) are concatenated.
     answer: token ids to put after every prompt.
     """
     lengths = [one["input_ids"].shape[1] for one in batch]

@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 from tiny_random import tiny_llava, tiny_processor
-from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlavaForConditionalGeneration,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+)
 
 from ras_fast.decoding import (
     BROKEN,
@@ -169,3 +175,26 @@ def test_the_heads_soft_cap_is_obeyed():
     assert torch.equal(output_head(model)(hidden), model.lm_head(hidden))
     model.config.text_config.final_logit_softcapping = 2.0
     torch.testing.assert_close(output_head(model)(hidden), 2 * torch.tanh(model.lm_head(hidden) / 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"),
+    [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.0625})],
+    ids=["divided", "multiplied"],
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in llava"])
+def test_the_heads_factor_is_obeyed_where_the_model_applies_it(kind, factor, inside):
+    """Both families have it in the text model's config; LLaVA, whose text model may be either, does nothing with it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    text = AutoConfig.for_model(kind, **sizes, **factor)
+    if inside:
+        config = tiny_llava(tiny_processor()).config
+        config.text_config = text
+        model = LlavaForConditionalGeneration(config).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(text).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
+        torch.testing.assert_close(output_head(model)(hidden), logits)
+        assert torch.allclose(model.get_output_embeddings()(hidden), logits) == inside

@@ -210,7 +210,7 @@ def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
         answer = steps.prompts(sequences, {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)})
         for _ in range(4):  # those of a method that are not alike come first
             steps.step([answer], captured=False)
-        steps.prefixes = [5, 5]
+        steps.prefixes, steps._after_prefix = [5, 5], {0: [], 1: []}
         steps.clear_scratch(12, [True, True])
         other = steps.branch(SCRATCH, sequences, [[1, 2, 3], [4, 5]], [5, 5])
         for branches in ([other, answer], [other, answer], [answer]):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny_random import random_image, tiny_processor
 
-from ras_fast.inputs import encode, load_image, make_queries
+from ras_fast.inputs import batches, encode, is_per_token, left_padded, load_image, make_queries
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +201,21 @@ def test_pixels_that_are_not_finite_poison_the_query_and_stay_out_of_the_model(p
     inputs, poisoned = encode(processor, query, "cpu", torch.float32)
     assert poisoned
     assert torch.isfinite(inputs["pixel_values"]).all()
+
+
+def test_a_mask_of_patches_that_is_as_long_as_the_prompt_is_the_images():
+    """LFM2-VL's, for one image."""
+    short, long = (
+        {
+            "input_ids": torch.arange(2, 2 + length)[None],
+            "mm_token_type_ids": torch.ones(1, length, dtype=torch.long),
+            "pixel_attention_mask": torch.ones(1, 6, dtype=torch.long),
+        }
+        for length in (4, 6)
+    )
+    assert [name for name in long if is_per_token(name, long)] == ["input_ids", "mm_token_type_ids"]
+    ((numbers, together),) = batches([short, long], 2)
+    joined = left_padded(together, pad=0)
+    assert numbers == [0, 1]
+    assert joined["pixel_attention_mask"].tolist() == [[1] * 6] * 2
+    assert joined["mm_token_type_ids"].tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]

@@ -62,24 +62,16 @@ class Runner:
     """
 
     def __init__(self, model, sync_every: int | None = None):
-        text = model.config.get_text_config()
-        self.model, self.base, self.head = model, model.base_model, output_head(model)
-        self.window = getattr(text, "sliding_window", None)
-        plain = "sliding_attention" if self.window else "full_attention"
-        kinds = getattr(text, "layer_types", None) or [plain] * text.num_hidden_layers
-        self.kinds = sorted(set(kinds))
-        self.kinds += ["cross_attention"] * bool(getattr(text, "cross_attention_layers", None))
-        known = _LAYERS | recurrence.LAYERS
-        if set(self.kinds) - known or not set(self.kinds) & _LAYERS:
-            name = type(model).__name__
-            raise ValueError(f"{name} has layers of {self.kinds}; the engine knows {sorted(known)}, and needs attention: {INSTEAD}")
-        self.stateful = [kind in recurrence.LAYERS for kind in kinds]
+        kinds = _layer_kinds(model)
+        self.kinds, self.stateful = sorted(set(kinds)), [kind in recurrence.LAYERS for kind in kinds]
+        self.window = getattr(model.config.get_text_config(), "sliding_window", None)
         self.recurrences = recurrence.find(find_decoder(model)[2], self.stateful) if any(self.stateful) else {}
+        self.model, self.base, self.head = model, model.base_model, output_head(model)
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
         self.offsets = hasattr(self.base, "get_rope_index")
         self.image_token = getattr(model.config, "image_token_id", None)
         # Tokens that mean something to the model, an image's end among them: it may take that for one only with its image.
-        named = {name: value for name, value in vars(model.config).items() if name.endswith(("token_id", "token_index"))}
+        named = {name: value for name, value in vars(model.config).items() if name.endswith(("_id", "token_index"))}
         ordinary = {*self.eos, named.get("pad_token_id"), named.get("bos_token_id")}
         marks = [*named.values(), *(getattr(model.config, "visual_indicator_token_ids", None) or ())]
         self.marks = {mark for mark in marks if isinstance(mark, int) and mark not in ordinary}
@@ -168,6 +160,21 @@ class Runner:
             blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
             made[kind] = torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
         return made if len(made) > 1 else made[self.kinds[0]]
+
+
+def _layer_kinds(model) -> list[str]:
+    """What each layer of the text model is. Raises ValueError where the engine does not know one."""
+    name, text = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; the engine knows decoders: {INSTEAD}")
+    plain = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [plain] * text.num_hidden_layers
+    found = {*kinds, *["cross_attention"] * bool(getattr(text, "cross_attention_layers", None))}
+    known = _LAYERS | recurrence.LAYERS
+    if found - known or not found & _LAYERS:
+        wanted = f"{sorted(_LAYERS)}, alone or among {sorted(recurrence.LAYERS)}"
+        raise ValueError(f"{name} has layers of {sorted(found)}; the engine knows {wanted}: {INSTEAD}")
+    return kinds
 
 
 class Branch:

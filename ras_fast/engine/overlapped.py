@@ -301,8 +301,8 @@ class Overlapped(Plan):
         self.decode(batch, answer, streamer, shown)
 
     def _kept(self, batch: Batch, row: int, job: Job) -> int:
-        """How many tokens of a draft's prompt and itself the pool holds and it goes on after: all but the latest, or what is left
-        of them when it is taken back."""
+        """How many tokens of a draft's prompt and itself the pool holds, after which it goes on: all but the latest, or fewer
+        where it is taken back."""
         length = len(job.draft.prompt) + len(job.draft.tokens) - 1
         return length if job.rejected_at is None else batch.rewind(row, len(job.draft.prompt), length)
 
@@ -424,9 +424,11 @@ class Overlapped(Plan):
         return max((i + 1 for i, token in enumerate(ids) if token == self.runner.image_token), default=0)
 
     def _images_closed(self, ids: list[int]) -> int:
-        """The place after the last image and the mark that closes it, if there is one."""
+        """The place after the last image and the marks that close it, if there are any."""
         end = self._images_end(ids)
-        return end + (not self.runner.marks.isdisjoint(ids[end : end + 1]))
+        while end < len(ids) and ids[end] in self.runner.marks:
+            end += 1
+        return end
 
 
 def _same_prefix(job: Job, other: Job) -> bool:

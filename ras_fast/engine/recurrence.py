@@ -29,7 +29,7 @@ States = dict[tuple[str, int], Tensor]  # of one branch of one row, by transform
 
 
 class Segment(NamedTuple):
-    """A stretch of a batch that goes on from states of its own: these tokens of these rows, each row from the state of a branch.
+    """A stretch of a batch: these tokens of these rows, which go on from a state of their own in each row.
 
     branches: one, or as many as there are tokens: then each token goes on from another branch.
     """
@@ -118,7 +118,7 @@ def find(layers: nn.ModuleList, stateful: list[bool]) -> dict[int, nn.Module]:
         if stateful[index]:
             taking = [child for child in layer.children() if _takes_cache(child) and forward_slot(child)]
             if len(taking) != 1:
-                raise ValueError(f"layer {index}, a {type(layer).__name__}, has {len(taking)} children that keep a state, not one")
+                raise ValueError(f"layer {index}, a {type(layer).__name__}, has {len(taking)} children that take a cache")
             found[index] = taking[0]
     return found
 
@@ -142,8 +142,14 @@ def in_segments(recurrences: Mapping[int, nn.Module], pool) -> Iterator[None]:
 
 
 def _forward(
-    forward: Callable, layer: StateLayer, view, hidden_states: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs
-) -> Tensor:  # fmt: skip
+    forward: Callable,
+    layer: StateLayer,
+    view: Any,
+    hidden_states: Tensor,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
     output = torch.zeros_like(hidden_states)
     for segment in view.segments:
         layer.aim(view.rows, segment)

@@ -5,14 +5,17 @@ import torch
 import transformers
 from families import END, FAMILIES, IMAGE, SIZE, START, VOCABULARY
 from packaging import version
-from tape import Graphs
+from tape import Graphs, HostReads
 from test_engine_one_pass import NEW_TOKENS, attached
+from test_engine_step import to_meta
 from tiny_random import random_image, random_words
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchFeature, PreTrainedTokenizerFast
 
+import ras_fast
 from ras_fast.attention_map import NoImageStatistics, image_attention
 from ras_fast.engine import SafeGenerator, batch
+from ras_fast.engine.workspace import Workspace
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, from_vectors
 from ras_fast.profile import RasProfile, fingerprint
@@ -278,3 +281,22 @@ def test_a_hybrid_answers_in_one_pass(name):
         with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
             outputs = guard.generate(*queries, max_new_tokens=NEW_TOKENS)
         assert [(output.tokens, output.risk) for output in outputs] == expected
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_a_step_of_a_hybrid_takes_nothing_from_the_host(name, fused, monkeypatch):
+    model = FAMILIES[name].model(name)
+    if fused:
+        ras_fast.patch(model)
+    to_meta(model)
+    monkeypatch.setattr(batch, "CAPTURED", {"meta"})
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
+    runner = batch.Runner(model)
+    steps = batch.Batch(runner, Workspace(runner.stateful, 2, 48, 192, torch.device("meta")))
+    with torch.no_grad():
+        branches = [steps.branch(kind, [None] * 2, [[1, 2, 3], [4, 5]], [0, 0]) for kind in (batch.SCRATCH, batch.ANSWER)]
+        steps.forward(branches)
+        with HostReads() as reads:
+            steps._compute(branches, 192, masked=True)
+    assert reads.found == []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_engine import SAMPLING, assert_same, make_profile, make_queries
+from test_engine_families import hybrid, summary
 from tiny_random import tiny_llava
 
 import ras_fast
@@ -52,3 +53,13 @@ def test_a_decode_step_waits_for_nothing(processor):
         guard.plan.decode = strict
         (output,) = guard.generate(prompts, images, max_new_tokens=24)
     assert output.tokens == expected.tokens
+
+
+@pytest.mark.parametrize(("name", "seed"), [("qwen3_5", 47), ("lfm2_vl", 55)])
+def test_states_in_captured_steps(name, seed):
+    model, processor, profile, queries = hybrid(name, seed)
+    model.to("cuda")
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=24))
+    for batch_size in (1, 3):
+        with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
+            assert summary(guard.generate(*queries, max_new_tokens=24)) == expected

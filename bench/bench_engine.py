@@ -1,6 +1,7 @@
 """What a defended answer costs: the engine beside the undefended model and beside MoRAS as three calls.
 
     python bench/bench_engine.py                                  # CPU, about 0.3 B random weights
+    python bench/bench_engine.py --shape hybrid                  # text model as Qwen3.5: three of four layers recurrent
     python bench/bench_engine.py --gpu-7b --tokens 128           # LLaVA-1.5-7B's shape on a GPU, batches of 1, 8 and 32
 
 All contenders run in one process and produce equally many tokens: the end-of-sequence token's logit is always 0, which is
@@ -9,7 +10,8 @@ GPU those of the patched model come after the others, as captured graphs end wit
 shown apart. Undefended with graphs is the engine's own loop without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
-on the CPU engine_timeline.png, into bench/results/<device>/ after each case.
+on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b, into a folder of its
+name there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +32,7 @@ from types import SimpleNamespace
 import torch
 from harness import RESULTS, copy_bandwidth, device_name, machine
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3_5TextConfig
 from transformers.generation.streamers import BaseStreamer
 
 import ras_fast
@@ -51,6 +54,7 @@ from tiny_random import SPECIAL, word_processor
 SHAPES = {
     "tiny": ((64, 2, 4, 4, 128), (32, 2, 2, 64)),
     "0.3b": ((1024, 16, 16, 16, 2816), (512, 12, 8, 2048)),
+    "hybrid": ((1024, 16, 16, 4, 2816), (512, 12, 8, 2048)),
     "7b": ((4096, 32, 32, 32, 11008), (1024, 24, 16, 4096)),
 }
 VOCABULARY = 32000
@@ -73,6 +77,7 @@ def build(shape: str, device: str, dtype: torch.dtype):
     words = [*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))]
     processor = word_processor(words, CHAT_TEMPLATE, image_size=336, patch_size=14)
     (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp) = SHAPES[shape]
+    text = partial(Qwen3_5TextConfig, linear_num_value_heads=16) if shape == "hybrid" else LlamaConfig
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=v_hidden,
@@ -82,12 +87,13 @@ def build(shape: str, device: str, dtype: torch.dtype):
             image_size=336,
             patch_size=14,
         ),
-        text_config=LlamaConfig(
+        text_config=text(
             hidden_size=hidden,
             intermediate_size=mlp,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
+            head_dim=hidden // heads,
             vocab_size=VOCABULARY,
             max_position_embeddings=4096,
         ),
@@ -465,7 +471,7 @@ def main() -> None:
         "dtype": args.dtype,
     }
     print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
-    folder = RESULTS / device_name()
+    folder = RESULTS / device_name() / ("" if args.shape in ("0.3b", "7b") else args.shape)
     folder.mkdir(parents=True, exist_ok=True)
     if args.gpu_7b:
         facts["decode_step_floor"] = floor(model)
@@ -482,7 +488,7 @@ def main() -> None:
         results[name] = measure(model, entries, image, tokens, rounds or args.rounds)
         print(table({name: results[name]}), flush=True)
         save(folder, facts, results)
-        title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {folder.name}"
+        title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {device_name()}"
         plot(results, folder / "engine_timeline.png", title)
     print(f"wrote {folder}/engine.json and engine_timeline.png")
 

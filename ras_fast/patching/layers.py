@@ -54,9 +54,9 @@ class FusedNorm:
         x = args[0]
         if given is x and self._untouched(x):
             return result
-        if self.site is not None:
-            return self.compute(x, None, self.site)[0]
-        return type(self.norm).forward(self.norm, x)
+        if self.site is not None or x.dtype == self.norm.weight.dtype:
+            return self.compute(x.contiguous(), None, self.site)[0]
+        return type(self.norm).forward(self.norm, x)  # as under autocast: the dtype of its result is its own
 
     def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The norm's own forward, where it is called in another way than in the trace."""

@@ -96,6 +96,8 @@ def test_a_layer_that_cannot_be_fused_can_be_steered_and_read(text):
             assert "layers.1" in patched.report().unfused
             plain = model(**batch).logits
             patched.set_steering(1, vector)
+            patched.steering.set_rows(torch.full((2,), -1), torch.full((2,), 2.0))
+            assert torch.equal(model(**batch).logits, plain)
             patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.full((2,), 2.0))
             patched.set_probe(1, vector, dots.append)
             got = model(**batch, output_hidden_states=True)

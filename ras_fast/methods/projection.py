@@ -327,7 +327,7 @@ class Projection:
         alpha: [B] floating, a strength for each sequence instead of the profile's one for all; it holds for every batch inside
             the block. With beams or `num_return_sequences` still one for each prompt.
 
-        Raises ValueError when the model does not fit the profile or one of the layers is not fused (`patch.report()`).
+        Raises ValueError when the model does not fit the profile or one of the layers cannot be steered (`patch.report()`).
         """
         self.check(len(patch.layers), self.vectors.shape[1])
         strengths = self._strengths(alpha).to(next(patch.text_model.parameters()).device)

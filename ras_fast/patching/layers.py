@@ -11,7 +11,8 @@ and then checked: the fused norm and layer are compared with the original ones o
 The norm that follows an add is computed together with it, and the result is stored at the norm module. When that module is
 then called with the very tensor that the add returned, it returns the stored result; called with any other tensor it computes
 the norm. So a layer still returns the true hidden state, hooks on layers and norms see what they saw before, and a layer that
-is not fused, or a tensor that someone replaced in between, needs no special case.
+is not fused, or a tensor that someone replaced in between, needs no special case. Fused or not, a layer is steered and read at
+its output.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class FusedNorm:
         x = args[0]
         if given is x and self._untouched(x):
             return result
-        if self.site is not None:
-            return self.compute(x, None, self.site)[0]
-        return type(self.norm).forward(self.norm, x)
+        if self.site is not None or x.dtype == self.norm.weight.dtype:
+            return self.compute(x.contiguous(), None, self.site)[0]
+        return type(self.norm).forward(self.norm, x)  # as under autocast: the dtype of its result is its own
 
     def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The norm's own forward, where it is called in another way than in the trace."""
@@ -73,10 +74,10 @@ class FusedNorm:
         # Inference tensors do not count their writes, so any hook in between may have written.
         return not any(map(_has_foreign_hooks, self.between))
 
-    def add(self, x: Tensor, residual: Tensor, site: Site | None = None, probe: Probe | None = None) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor | None, site: Site | None = None, probe: Probe | None = None) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
-        if self.norm.weight.is_meta and not x.is_meta:
-            return self._add_alone(x, residual, site, probe)
+        if self.norm.weight.is_meta and not x.is_meta:  # offloaded: accelerate's hooks bring it only for the norm's own call
+            return add_alone(x, residual, site, probe)
         if site is None or self.site is None:
             result, hidden = self.compute(x, residual, site or self.site, probe)
         else:
@@ -84,12 +85,6 @@ class FusedNorm:
             result, _ = self.compute(hidden, None, self.site)
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
-
-    def _add_alone(self, x: Tensor, residual: Tensor, site: Site | None, probe: Probe | None) -> Tensor:
-        """x + residual where the norm's weight is offloaded: accelerate's hooks bring it only for the norm's own call."""
-        if site is not None or probe is not None:
-            raise RuntimeError("a layer cannot be steered or read: the norm after it has its weights offloaded")
-        return residual + x
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""
@@ -102,9 +97,7 @@ class FusedNorm:
         if residual is not None and x.dtype != residual.dtype:  # under autocast
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-        options = site.keywords(x) if site is not None else {}
-        if probe is not None and probe.active:
-            options["probes"] = probe.directions
+        options = _options(x, site, probe)
         if self.kind == "rms":
             y, h, dots = ops.add_rms_norm(
                 x, residual, self.norm.weight, self.eps, weight_offset=self.weight_offset, **options
@@ -115,6 +108,29 @@ class FusedNorm:
         if dots is not None:
             probe.receive(dots.view(*x.shape[:-1], -1))
         return y, h
+
+
+def add_alone(x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None) -> Tensor:
+    """x + residual [B, L, d], steered by `site` and then read by `probe`, where no fused norm follows.
+
+    By the kernel that steers where one does. The norm that it computes besides goes unused, and still that costs less than to
+    gather, scale and add one after the other.
+    """
+    hidden = x if residual is None else residual + x
+    options = _options(hidden, site, probe)
+    if options:
+        _, hidden, dots = ops.add_rms_norm(hidden, None, hidden.new_ones(hidden.shape[-1]), 1.0, **options)
+        if dots is not None:
+            probe.receive(dots.view(*hidden.shape[:-1], -1))
+    return hidden
+
+
+def _options(x: Tensor, site: Site | None, probe: Probe | None) -> dict[str, Any]:
+    """Keywords of the norm ops that steer and read `x` [B, L, d]."""
+    options = site.keywords(x) if site is not None else {}
+    if probe is not None and probe.active:
+        options["probes"] = probe.directions.to(x.device)
+    return options
 
 
 def _version(tensor: Tensor) -> int:
@@ -135,7 +151,7 @@ def only_records(hook: Callable) -> bool:
 class SteeredLayer:
     """Stands in for the `forward` of one decoder layer: runs the layer's own, then steers and reads what it gave.
 
-    end: the fused norm that follows; it computes itself together with the steering.
+    end: the fused norm that follows; it computes itself together with the steering. None where there is none.
     """
 
     def __init__(self, layer: nn.Module, index: int, end: FusedNorm | None) -> None:
@@ -149,8 +165,14 @@ class SteeredLayer:
         output = type(self.layer).forward(self.layer, *args, **kwargs)
         if self.site is None and self.probe is None:
             return output
-        hidden = self.end.add(_first(output), None, self.site, self.probe)
+        hidden = self._add(_first(output).contiguous(), None)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _add(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """x + residual, steered and read as is asked for."""
+        if self.end is None:
+            return add_alone(x, residual, self.site, self.probe)
+        return self.end.add(x, residual, self.site, self.probe)
 
     def _check(self, hidden: Tensor) -> None:
         if self.layer.training:
@@ -189,7 +211,7 @@ class FusedLayer(SteeredLayer):
         moved = self._move(normed, kwargs)
         if moved.shape != hidden.shape:  # some MoE blocks flatten
             moved = moved.view(hidden.shape)
-        hidden = self._finish(self._run("mlp_norm", moved), hidden)
+        hidden = self._add(self._run("mlp_norm", moved), hidden)
         return (hidden,) if self.returns_tuple else hidden
 
     def note_unproved(self, record: LayerTrace) -> None:
@@ -217,13 +239,6 @@ class FusedLayer(SteeredLayer):
         """The layer's norm in this role, called as a module, so that its hooks run; x itself where there is none."""
         name = self.names[role]
         return x if name is None else self.layer._modules[name](x)
-
-    def _finish(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.end is not None:
-            return self.end.add(x, residual, self.site, self.probe)
-        if self.site is None:
-            return residual + x
-        raise RuntimeError(f"layer {self.index} cannot be steered: no norm is fused after it")
 
 
 class FusedCrossLayer(FusedLayer):

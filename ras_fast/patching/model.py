@@ -329,7 +329,7 @@ class Patch:
             steering: which rows are steered here, and how far; None: `Patch.steering`. A layer follows one of them.
 
         Raises:
-            ValueError: an argument is wrong, the layer is not fused, or it is steered by another `steering`; says why.
+            ValueError: an argument is wrong, the layer cannot be steered, or another `steering` does it already; says why.
             RuntimeError: the model is unpatched.
         """
         steering = self.steering if steering is None else steering
@@ -343,11 +343,11 @@ class Patch:
         place.site = Site(steering, self._directions("vectors", vectors, place), "lerp" if final else "add", rows == "last")
 
     def steers(self, layer: int | str) -> bool:
-        """Whether `set_steering` can steer this layer, or the "final" norm, now: its norm is fused, and nobody steers it."""
+        """Whether `set_steering` can steer this layer, or the "final" norm, now: the patch holds it, and nobody steers it."""
         if not self.applied:
             raise RuntimeError("the model is not patched")
         place = self._final_norm if layer == "final" else self._placed.get(layer)
-        return place is not None and place.site is None and (layer == "final" or place.end is not None)
+        return place is not None and place.site is None
 
     def clear_steering(self, steering: Steering | None = None) -> None:
         """Ends all steering; with `steering`, only that of layers which follow it."""
@@ -358,7 +358,7 @@ class Patch:
             self.steering.slot = self.steering.alpha = None
 
     def set_probe(self, layer: int, directions: Tensor, receive: Callable[[Tensor], None]) -> Probe:
-        """Reads a decoder layer's output along directions, in the pass over memory that the fused norm makes anyway.
+        """Reads a decoder layer's output along directions, in the pass over memory that a fused norm after it makes anyway.
 
         Args:
             layer: index of a decoder layer; what is read is its output h, steered if that layer is.
@@ -369,7 +369,7 @@ class Patch:
             The probe, whose `active` switches the reading off and on. `clear_probe(layer)` ends it.
 
         Raises:
-            ValueError: an argument is wrong, the layer is not fused, or it has a probe already.
+            ValueError: an argument is wrong, the layer cannot be read, or it has a probe already; says why.
             RuntimeError: the model is unpatched.
         """
         place = self._place(layer)
@@ -387,18 +387,18 @@ class Patch:
         if not self.applied:
             raise RuntimeError("the model is not patched")
         place = self._final_norm if layer == "final" else self._placed.get(layer)
-        if place is None or (layer != "final" and place.end is None):
-            able = [index for index, own in self._placed.items() if own.end is not None]
-            raise ValueError(f"layer is {layer!r}; its norm must be fused, as those after layers {able} are\n{self._report}")
+        if place is None:
+            able = [*self._placed, *(["final"] if self._final_norm is not None else [])]
+            raise ValueError(f"layer is {layer!r}; it must be one of {able}\n{self._report}")
         return place
 
     def _directions(self, name: str, directions: Tensor, place: fusion.SteeredLayer | fusion.FusedNorm) -> Tensor:
-        """[S, d] on the device of the norm that will read it."""
-        weight = place.norm.weight if isinstance(place, fusion.FusedNorm) else place.end.norm.weight
-        if directions.dim() != 2 or directions.shape[0] == 0 or directions.shape[1] != weight.shape[0]:
-            d = weight.shape[0]
+        """[S, d] on the device where they will be used."""
+        d = self.text_model.config.hidden_size
+        if directions.dim() != 2 or directions.shape[0] == 0 or directions.shape[1] != d:
             raise ValueError(f"{name} is of shape {tuple(directions.shape)}; it must be [S, d] with S > 0 and d = {d}")
-        return directions.detach().to(weight.device)
+        weight = next((place.norm if isinstance(place, fusion.FusedNorm) else place.layer).parameters())
+        return directions.detach() if weight.is_meta else directions.detach().to(weight.device)
 
     # Patching
 
@@ -480,24 +480,26 @@ class Patch:
         return fused
 
     def _fuse_layer(self, text_model, recorded, index: int, shape: str, fused_norms) -> str | None:
-        """Fuses one layer; returns why not. One that cannot be fused can still be steered, where the norm after it is."""
+        """Fuses one layer; returns why not. One that cannot be fused can still be steered and read."""
         record = recorded.layers[index]
         if not record.called:
             return "is not called"
         slot = fusion.forward_slot(record.module)
         if slot is None:
             return "has a forward of its own on the instance already"
+        states = (*recorded.sample["input_ids"].shape, text_model.config.hidden_size)
+        given = tuple(getattr(fusion._first(record.output), "shape", ()))
+        if given != states:
+            return f"gives {given} instead of hidden states {states}"
         end, next_output = self._next_norm(text_model, recorded, index, fused_norms)
         layer, why = self._fused_layer(record, index, shape, fused_norms, end, next_output)
         if why is None:
             self._report.fused_layers += 1
             self._report.fused_norms += (layer.middle is not None) + (end is not None)
-        elif end is not None:
+        else:
             layer = fusion.SteeredLayer(record.module, index, end)
             if fusion.differs(layer, record, next_output) is not None:
                 return why
-        else:
-            return why
         if end is not None:
             following = recorded.layers[index + 1 : index + 2]
             end.between = (record.module, *(layer.module for layer in following), end.norm)

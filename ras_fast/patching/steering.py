@@ -67,7 +67,7 @@ class Site:
                 raise ValueError(f"steering was set for {slot.numel()} rows; it must be for B = {batch} or T = {tokens}")
             slot, alpha = self._spread(slot, length, -1), self._spread(alpha, length, 0)
         return {
-            "steer_vectors": self.vectors, "steer_slot": slot.to(x.device), "steer_alpha": alpha.to(x.device),
+            "steer_vectors": self.vectors.to(x.device), "steer_slot": slot.to(x.device), "steer_alpha": alpha.to(x.device),
             "steer_mode": self.mode,
         }  # fmt: skip
 
@@ -82,7 +82,7 @@ class Site:
 
 @dataclass
 class Probe:
-    """Directions [P, d] that a decoder layer's output is read along, by the kernel that computes the norm after it.
+    """Directions [P, d] that a decoder layer's output is read along, by the kernel that steers it.
 
     receive: called in each forward with the dots [B, L, P+1] float32, h·directions and, last, ‖h‖², before the next layer runs.
     active: False switches the reading off.

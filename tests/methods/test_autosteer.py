@@ -237,6 +237,7 @@ def test_a_model_that_skips_the_judge_is_not_left_alone(model, processor, mixed,
     with (
         ras_fast.patch(model) as patch,
         ras_fast.methods.attach(patch, mixed),
+        torch.no_grad(),
         pytest.raises(RuntimeError, match="layer 1, where the prompt is judged"),
     ):
         patch.final_norm(torch.zeros(1, 1, D))

@@ -12,7 +12,7 @@ import transformers
 from packaging import version
 from tiny_models import image_sums, spread
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import ras_fast
 
@@ -78,6 +78,16 @@ def patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Gemma 4: 4 × 4 flat patches an image, and where each of them is."""
     where = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2)
     return {"pixel_values": torch.rand(images, 16, 48, generator=generator), "image_position_ids": where.repeat(images, 1, 1)}
+
+
+def pooled(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Molmo 2: 4 × 4 flat patches an image, pooled by four, without crops."""
+    squares = torch.arange(16).view(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    return {
+        "pixel_values": torch.randn(images, 16, 48, generator=generator),
+        "image_token_pooling": torch.cat([squares + 16 * image for image in range(images)]),
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * images), "image_num_crops": torch.ones(images, dtype=torch.long),
+    }  # fmt: skip
 
 
 def flat_patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -286,6 +296,23 @@ FAMILIES = {
                      "image_token_id": IMAGE, "image_start_token_id": START, "image_end_token_id": END,
                      "video_token_id": VIDEO, "video_start_token_id": 95, "video_end_token_id": 94},
                     grids, ([START], [END]), types="mm_token_type_ids"),
+    "exaone4_5": Family({"text_config": TEXT | {"model_type": "exaone4", "sliding_window": 8,
+                                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+                         "image_token_id": IMAGE, "video_token_id": VIDEO,
+                         "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
+                                                         "num_key_value_heads": 1, "window_size": 16,
+                                                         "fullatt_block_indexes": [1]}},
+                        grids, ([START], [END]), fused=(0, 0)),  # its norms come before the adds
+    "molmo2": Family({"text_config": TEXT | {"additional_vocab_size": 8}, "image_patch_id": IMAGE, "image_token_id": IMAGE,
+                      "image_start_token_id": START, "image_end_token_id": END, "low_res_image_start_token_id": 94,
+                      "frame_start_token_id": 93, "frame_end_token_id": 92,
+                      "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                                        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+                                        "image_size": [16, 16], "patch_size": 4, "num_position_embeddings": 16},
+                      "adapter_config": {"vision_feature_layer": [1, 0], "hidden_size": 16, "num_attention_heads": 2,
+                                         "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32,
+                                         "text_hidden_size": SIZE}},
+                     pooled, ([START], [END]), types="mm_token_type_ids"),
     "internvl": Family({"text_config": TEXT | {"model_type": "qwen2"}, "image_token_id": IMAGE,
                         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                           "num_attention_heads": 2, "image_size": [16, 16], "patch_size": [4, 4]}},
@@ -361,8 +388,10 @@ FAMILIES = {
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
 }  # fmt: skip
+# Some are newer than the oldest transformers that this package works with.
+FAMILIES = {name: family for name, family in FAMILIES.items() if name.split("/")[0] in CONFIG_MAPPING}
 
-# Of these only the regions are tested: cousins of the above that tell images apart in another way.
+# Of these only regions and steering are tested: cousins of the above that tell images apart in another way.
 COUSINS = {
     "qianfan_ocr": replace(FAMILIES["internvl"], config=FAMILIES["internvl"].config
                            | {"text_config": TEXT | {"model_type": "qwen3"}}),
@@ -371,7 +400,8 @@ COUSINS = {
                                           "num_attention_heads": 2, "image_size": 64, "patch_size": 4, "window_size": 4,
                                           "global_attn_indexes": [1]}},
                        two_crops, ([START], [END]), features_per_image=2, reference="eager"),  # it has no SDPA
-    "granite4_vision": Family({"text_config": {k: v for k, v in TEXT.items() if k != "head_dim"}, "image_token_id": IMAGE,
+    "granite4_vision": Family({"text_config": {k: v for k, v in TEXT.items() if k != "head_dim"}
+                               | {"residual_multiplier": 0.5}, "image_token_id": IMAGE,
                                "image_token_index": IMAGE, "image_grid_pinpoints": [[16, 32], [32, 16]],
                                "downsample_rate": "2/4", "deepstack_layer_map": [[-1, 0], [-2, 1]],
                                "spatial_vision_layer": -1, "spatial_target_layers": [2],

@@ -65,6 +65,22 @@ def test_forward_of_a_family_is_one_graph(name):
 
 
 @slow
+@forward_compiles
+def test_steering_and_reading_where_no_norm_follows_are_in_the_graph():
+    model, dots, counter = FAMILIES["exaone4_5"].model("exaone4_5"), [], CompileCounter()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), ras_fast.patch(model, regions=False) as patched:
+        patched.set_steering(0, torch.ones(1, 64))
+        patched.steering.set_rows(torch.zeros(1), torch.ones(1))
+        patched.set_probe(0, torch.ones(1, 64), dots.append)
+        expected = model(input_ids=ids, use_cache=False).logits
+        got = torch.compile(model, fullgraph=True, backend=counter)(input_ids=ids, use_cache=False).logits
+    assert counter.frame_count == 1
+    assert relative_error(got, expected) < 1e-5
+    assert relative_error(dots[1], dots[0]) < 1e-5
+
+
+@slow
 @pytest.mark.parametrize("given", [False, True], ids=["makes a cache", "is given one"])
 def test_a_given_map_and_a_cache_are_one_graph(given):
     """Later steps go by the map that was set: a graph does not keep it on the cache."""

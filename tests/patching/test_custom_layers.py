@@ -141,7 +141,7 @@ def test_what_only_a_decode_step_shows_undoes_all_fusion(monkeypatch):
         assert (report.fused_layers, report.fused_norms) == (0, 0)
         assert "with fused layers it differs from the original by" in report.unfused["LlamaModel"]
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
-        with pytest.raises(ValueError, match="its norm must be fused"):
+        with pytest.raises(ValueError, match=r"must be one of \[\]"):
             patched.set_steering("final", torch.zeros(1, SIZE))
 
 
@@ -205,7 +205,7 @@ def test_norms_that_are_called_in_other_ways_are_left_alone(way, monkeypatch):
 def test_a_fused_norm_may_be_called_in_another_way():
     model, hidden = llama(LlamaDecoderLayer), torch.randn(2, 3, SIZE)
     with torch.no_grad(), ras_fast.patch(model) as patched:
-        assert torch.equal(model.model.norm(hidden_states=hidden), model.model.norm(hidden))
+        assert relative_error(model.model.norm(hidden_states=hidden), model.model.norm(hidden)) < 1e-5
         patched.set_steering("final", torch.randn(1, SIZE))
         patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.ones(2))
         with pytest.raises(RuntimeError, match=r"the norm is steered, but called with 0 arguments and \['hidden_states'\]"):

@@ -1,12 +1,13 @@
 """Every family by its real class: the same answers, the attention on each image, nothing left behind."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import END, FAMILIES, IMAGE, START, VIDEO, table
+from families import COUSINS, END, FAMILIES, IMAGE, SIZE, START, VIDEO, table
 from packaging import version
 from tiny_models import image_sums, relative_error, valid_rows
 
@@ -56,6 +57,46 @@ def test_family(family):
         patched.unpatch()
         assert torch.equal(model(**batch).logits, expected.logits)
         assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("name", FAMILIES | COUSINS)
+def test_every_layer_can_be_steered_and_read(name):
+    """All at once, as by hooks on the unpatched layers."""
+    description = (FAMILIES | COUSINS)[name]
+    model = description.model(name)
+    batch = description.inputs(model, rows_of(description))
+    batch.pop("regions")
+    valid, outputs, dots = valid_rows(batch), {}, {}
+    vector = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(0))
+
+    def steer(index):
+        def hook(module, args, output):
+            outputs[index] = (output[0] if isinstance(output, tuple) else output) + 0.5 * vector
+            return (outputs[index], *output[1:]) if isinstance(output, tuple) else outputs[index]
+
+        return hook
+
+    def last_states():
+        return model(**batch, output_hidden_states=True).hidden_states[-1][valid]
+
+    with torch.no_grad():
+        with ras_fast.patch(model) as patched:
+            plain, layers = last_states(), patched.layers
+            for index in range(len(layers)):
+                patched.set_steering(index, vector)
+                patched.set_probe(index, vector, functools.partial(dots.__setitem__, index))
+            patched.steering.set_rows(torch.zeros(len(ROWS)), torch.zeros(len(ROWS)))
+            assert torch.equal(last_states(), plain)
+            patched.steering.set_rows(torch.zeros(len(ROWS)), torch.full((len(ROWS),), 0.5))
+            got = last_states()
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(steer(index))
+        expected = last_states()
+    assert relative_error(got, expected) < 1e-5
+    assert relative_error(plain, expected) > 1e-2
+    for index, hidden in outputs.items():
+        wanted = torch.cat([hidden @ vector.T, hidden.square().sum(-1, keepdim=True)], -1)
+        assert relative_error(dots[index][valid], wanted[valid]) < 1e-5
 
 
 def four_tiles(images, generator):

@@ -96,17 +96,38 @@ def test_exact(name):
     assert guard.counters["shared"] >= 5
 
 
-@pytest.mark.parametrize("before", [[], ["w20 w21"]], ids=["first", "after another"])
-def test_text_that_means_something_else_without_its_image_is_refused(before):
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("first", ["w20 w21", "w21 w40"])
+def test_a_prompt_that_means_something_else_when_it_is_cut_is_not(first, batch_size):
     """As Ovis2's delimiters, here one that the user types: it is embedded as such in a forward with pixels only."""
     model, processor, profile = built("ovis2")
     model.config.visual_indicator_token_ids = [START, 92, 40, 94, END]
     model.model.visual_indicator_token_ids = model.config.visual_indicator_token_ids
-    with SafeGenerator(model, processor, profile) as guard:
-        for prompt in before:
-            guard.generate([prompt], [random_image(0)], max_new_tokens=4)
-        with pytest.raises(ValueError, match="a prompt that is cut after its image gets other logits"):
-            guard.generate(["w21 w40"], [random_image(0)], max_new_tokens=4)
+    queries = [first, "w22 w23", "w21 w40", "w40", "w24"], [random_image(i) for i in range(5)]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
+    with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
+        assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
+        assert guard.counters["shared"] > 0  # by those after it
+        assert guard.counters["not_shared"] > 0
+
+
+def test_where_a_prompt_without_such_a_token_differs_none_is_cut_again():
+    model, processor, profile = built("ovis2")
+    model.model.visual_indicator_token_ids = [START, 92, 24, 94, END]  # and its config does not say so
+    queries = ["w24 w23", "w25"], [random_image(i) for i in range(2)]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
+    with SafeGenerator(model, processor, profile, batch_size=1) as guard:
+        assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
+        shared = guard.counters["shared"]
+        assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
+        assert guard.counters["shared"] == shared
+
+
+def test_a_prompt_whose_last_token_means_something_else_with_its_image_is_refused():
+    model, processor, profile = built("ovis2")
+    model.model.visual_indicator_token_ids = [START, 92, 91, 94, END]  # what every prompt ends with
+    with SafeGenerator(model, processor, profile) as guard, pytest.raises(ValueError, match="gets other logits than the model's"):
+        guard.generate(["w21 w40"], [random_image(0)], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -59,6 +59,10 @@ class Job:
     image_run: list[int] | None = None  # the tokens that its image expands to in a prompt; None unless it has just one
 
 
+class _OtherLogits(Exception):
+    """A prompt means something else when it is cut."""
+
+
 class Overlapped(Plan):
     """MoRAS and RAS. The methods below are the stages, in their order."""
 
@@ -66,7 +70,8 @@ class Overlapped(Plan):
         super().__init__(runner, processor, counters)
         # Whether an image expands to the same placeholder tokens in every prompt; None: not compared yet.
         self._runs_hold: bool | None = None
-        self._split_holds = False  # whether a prompt was seen to be the same when it is cut after its image
+        self._cuts = True  # whether prompts are cut after their images
+        self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
         self.bias = profile.tensors.get("region_bias")
         self.cache, self.region_mass = cache, region_mass
@@ -93,18 +98,25 @@ class Overlapped(Plan):
 
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
         with region_bias(Patch.of(self.runner.model), self.bias):
-            return self._answer(queries, decoding, streamer)
+            if self._cuts:
+                try:
+                    return self._answer(queries, decoding, streamer, cut=True)
+                except _OtherLogits:  # nothing has been shown yet
+                    pass
+            return self._answer(queries, decoding, streamer, cut=False)
 
-    def _answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
+    def _answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer, cut: bool) -> list[SafeOutput]:
+        """cut: whether a prompt with images is computed up to their end first, as far as the stages share it, or but for its last
+        token."""
         clock = Clock()
-        jobs = [self._prepare(number, query, decoding) for number, query in queries]
+        jobs = [self._prepare(number, query, decoding, cut) for number, query in queries]
         contexts = self._contexts(jobs)
         with self.runner.workspaces.lend(len(jobs), *self._slots(jobs, contexts)) as space:
             batch = Batch(self.runner, space)
             self._encode_prefixes(batch, jobs)
             clock.lap("prefix")
             draft = self._context_and_draft(batch, jobs, contexts)
-            self._prove_split(jobs, draft)
+            self._prove(jobs, draft, cut)
             clock.lap("context and draft")
             self._assess(batch, jobs, draft)
             clock.lap("risk")
@@ -117,7 +129,7 @@ class Overlapped(Plan):
 
     # Prompts
 
-    def _prepare(self, number: int, query: Query, decoding: Decoding) -> Job:
+    def _prepare(self, number: int, query: Query, decoding: Decoding, cut: bool) -> Job:
         inputs, poisoned, draft = self.read(number, query, decoding)
         job = Job(number, query, inputs, draft)
         job.failed_closed = "an image holds NaN or infinite pixels" if poisoned else None
@@ -129,7 +141,8 @@ class Overlapped(Plan):
             job.image_run = image_run(short_ids(self.processor, query), ids, self.runner.image_token)
         else:
             length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
-        job.prefix = ids[: min(length, len(ids) - 1)]
+        length = min(length, len(ids) - 1) if cut or not query.images else len(ids) - 1
+        job.prefix = ids[:length]
         return job
 
     def _ids(self, job: Job, query: Query) -> list[int]:
@@ -216,26 +229,31 @@ class Overlapped(Plan):
                 self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
         return draft
 
-    def _prove_split(self, jobs: list[Job], draft: Branch) -> None:
+    def _prove(self, jobs: list[Job], draft: Branch, cut: bool) -> None:
         """Compares prompts with an image to the model's own forward of them in one piece: the first one, and all that hold a
-        mark after what closes their last image. Raises ValueError where they differ: text after an image may mean something
-        else in a forward without pixels, as Ovis2's delimiters do."""
+        mark after what closes their last image. Text after an image may mean something else in a forward without pixels, as
+        Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ, and ValueError where others do."""
         for row, job in enumerate(jobs):
             ids = job.draft.prompt
             marked = not self.runner.marks.isdisjoint(ids[self._images_closed(ids) :])
-            if job.query.images and not job.failed_closed and (marked or not self._split_holds):
-                self._prove_prompt(job, draft.logits[0][row])
+            if not job.query.images or job.failed_closed or not (marked or cut not in self._proved):
+                continue
+            if self._is_own(job, draft.logits[0][row]):
+                self._proved.add(cut)
+            elif cut:
+                self._cuts = marked  # only such prompts are different, or all are
+                raise _OtherLogits
+            else:
+                name = type(self.runner.model).__name__
+                raise ValueError(f"{name}: a prompt with an image gets other logits than the model's own; {INSTEAD}")
 
-    def _prove_prompt(self, job: Job, found: Tensor) -> None:
+    def _is_own(self, job: Job, found: Tensor) -> bool:
+        """Whether the logits [V] after a prompt are those of the model's own forward, or that one's are not finite."""
         model, mask = self.runner.model, torch.ones_like(job.inputs["input_ids"])
         self.runner.count(*mask.shape)
         with self.runner.own_offsets():
             wanted = model(**job.inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        if close(found, wanted, model.dtype):
-            self._split_holds = True
-        elif torch.isfinite(wanted).all():
-            name = type(model).__name__
-            raise ValueError(f"{name}: a prompt that is cut after its image gets other logits; {INSTEAD}")
+        return close(found, wanted, model.dtype) or not torch.isfinite(wanted).all()
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""

@@ -126,7 +126,7 @@ def test_where_a_prompt_without_such_a_token_differs_none_is_cut_again():
 def test_a_prompt_whose_last_token_means_something_else_with_its_image_is_refused():
     model, processor, profile = built("ovis2")
     model.model.visual_indicator_token_ids = [START, 92, 91, 94, END]  # what every prompt ends with
-    with SafeGenerator(model, processor, profile) as guard, pytest.raises(ValueError, match="gets other logits than the model's"):
+    with SafeGenerator(model, processor, profile) as guard, pytest.raises(ValueError, match="gets other logits than the"):
         guard.generate(["w21 w40"], [random_image(0)], max_new_tokens=4)
 
 

@@ -106,7 +106,7 @@ class Overlapped(Plan):
             return self._answer(queries, decoding, streamer, cut=False)
 
     def _answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer, cut: bool) -> list[SafeOutput]:
-        """cut: whether a prompt with images is computed up to their end first, which the stages share, or up to its last token."""
+        """cut: whether a prompt with images is computed first up to their end, which the stages share, or to its last token."""
         clock = Clock()
         jobs = [self._prepare(number, query, decoding, cut) for number, query in queries]
         contexts = self._contexts(jobs)

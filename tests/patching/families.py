@@ -420,10 +420,20 @@ COUSINS = {
 }  # fmt: skip
 
 
+# Why the engine does not take a family (tests/test_engine_families.py).
+REFUSED = {
+    "paligemma": "an image's keys depend on the question",
+    "paligemma/gemma2": "an image's keys depend on the question",
+    "chameleon": "its logits are not its last layer's",
+    "llama4": "attention in chunks",
+    "mllama": "cross-attention",
+}
+
+
 def table() -> str:
-    """What `patch` does with each family, as the Markdown table of docs/integration.md."""
-    head = "| model class | text model | layers fused | adds fused with their norm | image statistics |"
-    lines = [head, "|---|---|---|---|---|"]
+    """What `patch` and the engine do with each family, as the Markdown table of docs/integration.md."""
+    head = "| model class | text model | layers fused | adds fused with their norm | image statistics | `SafeGenerator` |"
+    lines = [head, "|---|---|---|---|---|---|"]
     for name, family in FAMILIES.items():
         model = family.model(name)
         with ras_fast.patch(model) as patched:
@@ -433,7 +443,7 @@ def table() -> str:
         statistics = report.regions or (f"in layers {', '.join(map(str, attending))}" if report.blind else "yes")
         lines.append(
             f"| {report.model} | {text} | {report.fused_layers} of {report.layers} "
-            f"| {report.fused_norms} of {report.norms} | {statistics} |"
+            f"| {report.fused_norms} of {report.norms} | {statistics} | {REFUSED.get(name, 'exact')} |"
         )
     return "\n".join(lines)
 

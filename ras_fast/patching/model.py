@@ -491,14 +491,14 @@ class Patch:
         given = tuple(getattr(fusion._first(record.output), "shape", ()))
         if given != states:
             return f"gives {given} instead of hidden states {states}"
-        end, next_output = self._next_norm(text_model, recorded, index, fused_norms)
-        layer, why = self._fused_layer(record, index, shape, fused_norms, end, next_output)
+        end = self._next_norm(text_model, recorded, index, fused_norms)
+        layer, why = self._fused_layer(record, index, shape, fused_norms, end)
         if why is None:
             self._report.fused_layers += 1
             self._report.fused_norms += (layer.middle is not None) + (end is not None)
         else:
             layer = fusion.SteeredLayer(record.module, index, end)
-            if fusion.differs(layer, record, next_output) is not None:
+            if fusion.differs(layer, record) is not None:
                 return why
         if end is not None:
             following = recorded.layers[index + 1 : index + 2]
@@ -507,18 +507,18 @@ class Patch:
         self._placed[index] = layer
         return why
 
-    def _fused_layer(self, record, index: int, shape: str, fused_norms, end, next_output):
+    def _fused_layer(self, record, index: int, shape: str, fused_norms, end):
         """(the fused form of a layer, None), or (None, why there is none)."""
         if shape not in fusion.PATTERNS:
             return None, f"calls its children in the order {shape!r}; known are {', '.join(fusion.PATTERNS)}"
         names = fusion.roles(record, shape)
         middle = fused_norms.get(id(getattr(record.module, names["middle_norm"]))) if names["middle_norm"] else None
         fused = fusion.fuse_layer(record, index, names, middle, end)
-        why = fusion.prove(fused, record, next_output)
+        why = fusion.prove(fused, record)
         return (fused, None) if why is None else (None, why)
 
-    def _next_norm(self, text_model, recorded, index: int, fused_norms) -> tuple[fusion.FusedNorm | None, Tensor | None]:
-        """The norm that is applied to a layer's output, where it is fused and on the same device, and what it gave."""
+    def _next_norm(self, text_model, recorded, index: int, fused_norms) -> fusion.FusedNorm | None:
+        """The norm that is applied to a layer's output, where it is fused and on the same device."""
         output = fusion._first(recorded.layers[index].output)
         if index + 1 < len(recorded.layers):
             following = recorded.layers[index + 1]
@@ -526,9 +526,8 @@ class Patch:
         else:
             parent, call = text_model, recorded.final_norm
         fused = None if call is None else fused_norms.get(id(getattr(parent, call.name)))
-        if not isinstance(fused, fusion.FusedNorm) or call.x is not output or fused.norm.weight.device != output.device:
-            return None, None
-        return fused, call.output
+        follows = isinstance(fused, fusion.FusedNorm) and call.x is output and fused.norm.weight.device == output.device
+        return fused if follows else None
 
     def _watch(self, root: nn.Module, text_model: nn.Module, recorded: fusion.Trace) -> str | None:
         """Turns image statistics on; returns why not."""

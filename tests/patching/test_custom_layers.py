@@ -4,13 +4,16 @@ import inspect
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, relative_error, spread
+from tiny_models import VOCABULARY, llava, relative_error, spread
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 import ras_fast
+from ras_fast.patching import attention
+from ras_fast.patching.attention import range_mask
 from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.layers import FusedLayer
+from ras_fast.registration import register
 
 SIZE = 32
 CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(LlamaAttention.forward).parameters)
@@ -131,6 +134,72 @@ def test_a_cache_that_changes_its_name_is_not_lost():
         assert "hands states to its attention" in patched.report().unfused["layers.0"]
 
 
+class ScalesItsAttention(LlamaDecoderLayer):
+    """Called in Llama's order, as Granite's."""
+
+    def forward(self, hidden_states, **kwargs):
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + 0.7 * attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_another_formula_is_seen_where_layers_add_little_to_what_they_pass_on(dtype):
+    """As a trained model's later layers. In bf16 the difference is below the rounding of the hidden states."""
+    model = llama(ScalesItsAttention)
+    model.model.embed_tokens.weight.data *= 100
+    model.to(dtype)
+    with ras_fast.patch(model) as patched:
+        report = patched.report()
+        assert report.fused_layers == 0
+        assert sorted(report.unfused) == ["layers.0", "layers.1"]  # by themselves, not for what becomes of the model
+
+
+def every_row_has_the_padding_of_the_first(query, key, value, mask, scaling):
+    return query, key, value, range_mask(mask[:1, 0, 0, 0].expand(len(mask)), mask[:, 0, 0, 1]), scaling
+
+
+def steps_see_the_keys_of_the_first_row(query, key, value, mask, scaling):
+    return (query, key[:1].expand_as(key), value, mask, scaling) if query.shape[2] == 1 else (query, key, value, mask, scaling)
+
+
+def steps_do_not_see_themselves(query, key, value, mask, scaling):
+    shorter = range_mask(mask[:, 0, 0, 0], mask[:, 0, 0, 1] - 1)
+    return query, key, value, shorter if query.shape[2] == 1 else mask, scaling
+
+
+def the_scale_is_another_one(query, key, value, mask, scaling):
+    return query, key, value, mask, 1.2 * scaling
+
+
+FAULTS = [
+    every_row_has_the_padding_of_the_first, steps_see_the_keys_of_the_first_row, steps_do_not_see_themselves,
+    the_scale_is_another_one,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_attention_behind_padding_or_in_a_step_is_seen(fault, dtype, monkeypatch):
+    """In one layer, and in one row of two. No layer's proof has padding or a cache."""
+    model, own = llava(dtype=dtype), attention.attention
+
+    def faulty(module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+        if module.layer_idx == 1 and attention.is_range(mask):
+            query, key, value, mask, scaling = fault(query, key, value, mask, scaling)
+        return own(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)
+
+    monkeypatch.setattr(attention, "attention", faulty)
+    try:
+        with ras_fast.patch(model) as patched:
+            assert "a token's attention differs from the original by" in patched.report().regions
+    finally:
+        monkeypatch.undo()
+        register()
+    with ras_fast.patch(model) as patched:
+        assert patched.report().regions is None
+
+
 def test_what_only_a_decode_step_shows_undoes_all_fusion(monkeypatch):
     """The proofs of single layers know no cache; the comparison of the whole text model does."""
     monkeypatch.setattr(FusedLayer, "renamed", lambda self, record: [])
@@ -139,7 +208,7 @@ def test_what_only_a_decode_step_shows_undoes_all_fusion(monkeypatch):
     with ras_fast.patch(model) as patched:
         report = patched.report()
         assert (report.fused_layers, report.fused_norms) == (0, 0)
-        assert "with fused layers it differs from the original by" in report.unfused["LlamaModel"]
+        assert "with fused layers it attends otherwise" in report.unfused["LlamaModel"]
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
         with pytest.raises(ValueError, match=r"must be one of \[\]"):
             patched.set_steering("final", torch.zeros(1, SIZE))

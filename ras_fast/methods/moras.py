@@ -196,7 +196,8 @@ def calibrate(
         constant in [0, 1]), context_prompt, safety_prompt.
 
     Raises ValueError when fewer than ``min_refused`` texts are refused, when there are no pairs or some cannot be used, for
-    unknown settings, for a model in training mode, and when the outcome is not finite.
+    unknown settings, for a model in training mode, when the outcome is not finite, and when a gate that depends on S would
+    see no more in the unsafe questions than in the safe ones.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it needs to be one of {', '.join(PRESETS)}")
@@ -211,9 +212,15 @@ def calibrate(
 
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
     draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})
-    s_base = _mean_similarity(
-        model, processor, questions, Moras(draft, output_head(model), model.device, model.dtype), progress
-    )
+    moras = Moras(draft, output_head(model), model.device, model.dtype)
+    unsafe, safe = zip(*_similarities(model, processor, questions, moras, progress), strict=True)
+    s_base = (sum(unsafe) + sum(safe)) / (2 * len(unsafe))
+    if isinstance(config["gate"], str) and not _share_above(unsafe, safe) > 0.5:
+        means = [sum(values) / len(values) for values in (unsafe, safe)]
+        raise ValueError(
+            f"S is {means[0]:.3f} on average for the unsafe questions of the pairs, {means[1]:.3f} for the safe ones, and no higher "
+            "for one than for the other: under safety_prompt this model does not tell them apart"
+        )
     if not s_base < 0.999:
         raise ValueError(f"S_base is {s_base:.4f}: on the calibration pairs every answer already looks like a refusal")
     config |= {"s_base": s_base, "k": math.log(0.99 / 0.01) / (1 - s_base)}
@@ -244,8 +251,8 @@ def refusal_prototypes(model, processor, texts: Sequence[str], steps: int, minim
     return torch.stack(refused).mean(dim=0)
 
 
-def _mean_similarity(model, processor, pairs: list[tuple[Query, Query]], moras: Moras, progress: bool) -> float:
-    """Mean S over the unsafe and the safe question of each pair; those about one picture share its context."""
+def _similarities(model, processor, pairs: list[tuple[Query, Query]], moras: Moras, progress: bool) -> list[list[float]]:
+    """(S of the unsafe, S of the safe question) of each pair; those about one picture share its context."""
 
     def both(pair: tuple[Query, Query]) -> list[float]:
         unsafe, safe = pair
@@ -253,8 +260,12 @@ def _mean_similarity(model, processor, pairs: list[tuple[Query, Query]], moras: 
         other = context if safe.images == unsafe.images else describe(model, processor, safe, moras)
         return [assess(model, processor, query, told, moras).item() for query, told in ((unsafe, context), (safe, other))]
 
-    similarities = [value for values in parallel.each(both, pairs, "image-question pairs", progress) for value in values]
-    return sum(similarities) / len(similarities)
+    return parallel.each(both, pairs, "image-question pairs", progress)
+
+
+def _share_above(unsafe: Sequence[float], safe: Sequence[float]) -> float:
+    """How often one of ``unsafe`` is above one of ``safe``, ties counting half."""
+    return sum((u > s) + (u == s) / 2 for u in unsafe for s in safe) / (len(unsafe) * len(safe))
 
 
 def _checked(config: dict, names) -> dict:

@@ -405,8 +405,8 @@ def compare(text_model: nn.Module, traced: Trace) -> str | None:
 
 
 def _compare(text_model: nn.Module, traced: Trace, before: Rehearsal, run: Callable) -> str | None:
-    """Attention is given what it was given before, and is compared by itself: the rounding of the layers below, which grows from
-    one to the next, would hide in half precision what a wrong mask does."""
+    """Attention is given what it was given before, and compared by itself: in half precision the rounding of the layers below,
+    which grows from one to the next, would hide what a wrong mask does."""
     outputs: list[Tensor] = []
     given = (x for x, _ in before.calls)
     try:
@@ -414,6 +414,8 @@ def _compare(text_model: nn.Module, traced: Trace, before: Rehearsal, run: Calla
             now = run(text_model, traced.sample)
     except Exception as error:  # of a model that does something else with masks than passing them on
         return f"does not run ({type(error).__name__}: {error})"
+    if len(outputs) != len(before.calls):
+        return f"calls its attention {len(outputs)} times instead of {len(before.calls)}"
     for got, (_, expected) in zip(outputs, before.calls, strict=True):
         error = token_errors(got, expected, before.valid).max()
         if not error <= _tolerance(expected.dtype):

@@ -125,9 +125,26 @@ def test_calibration_is_what_it_says(model, processor, every_answer_refuses):
 
 def test_the_safe_question_may_have_a_picture_of_its_own(model, processor, every_answer_refuses):
     image, unsafe, safe = PAIRS[0]
-    shared = calibrate(model, processor, pairs=[(image, unsafe, safe)]).config["s_base"]
-    assert calibrate(model, processor, pairs=[(image, unsafe, safe, image)]).config["s_base"] == shared
-    assert calibrate(model, processor, pairs=[(image, unsafe, safe, PAIRS[1][0])]).config["s_base"] != shared
+    shared, same, other = (
+        calibrate(model, processor, pairs=[(image, unsafe, safe, *own)], gate=0.5).config["s_base"]
+        for own in ([], [image], [PAIRS[1][0]])
+    )
+    assert same == shared != other
+
+
+def test_a_model_that_tells_unsafe_from_safe_no_better_than_chance_cannot_be_calibrated(
+    model, processor, every_answer_refuses
+):
+    image, unsafe, safe = PAIRS[0]
+    s_base, fits = calibrate(model, processor, pairs=[(image, unsafe, safe)], gate=0.5).config["s_base"], []
+    for pair in ((image, unsafe, safe), (image, safe, unsafe)):
+        try:
+            fits.append(calibrate(model, processor, pairs=[pair]).config["s_base"])
+        except ValueError as error:
+            assert "does not tell them apart" in str(error)  # noqa: PT017
+    assert fits == [pytest.approx(s_base)]  # one way round, and not the other
+    with pytest.raises(ValueError, match="and no higher for one than for the other"):
+        calibrate(model, processor, pairs=[(image, unsafe, unsafe)])
 
 
 def test_texts_that_are_answered_are_dropped(model, processor, monkeypatch):

@@ -218,8 +218,8 @@ def calibrate(
     if isinstance(config["gate"], str) and not _share_above(unsafe, safe) > 0.5:
         means = [sum(values) / len(values) for values in (unsafe, safe)]
         raise ValueError(
-            f"S is {means[0]:.3f} on average for the unsafe questions of the pairs, {means[1]:.3f} for the safe ones, and as often "
-            "lower as higher for the unsafe: under safety_prompt this model does not tell them apart"
+            f"S is {means[0]:.3f} on average for the unsafe questions of the pairs, {means[1]:.3f} for the safe ones, and no "
+            "more often higher for the unsafe than lower: under safety_prompt this model does not tell them apart"
         )
     if not s_base < 0.999:
         raise ValueError(f"S_base is {s_base:.4f}: on the calibration pairs every answer already looks like a refusal")

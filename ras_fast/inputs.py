@@ -38,12 +38,14 @@ class Query:
         )
 
     def prefix_last_question(self, text: str) -> Query:
-        """The same chat with ``text`` put before the last question; an assistant message after that question is dropped."""
+        """The same chat with ``text`` put before the last question, and that question's images before both; an assistant message
+        after it is dropped. The question's texts stay parts of their own: templates put them together in ways of their own, and
+        its words have to be those that are answered."""
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
         parts = self.messages[last]["content"]
         images = [part for part in parts if part["type"] == "image"]
-        question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
-        asked = {"role": "user", "content": [*images, _text_part(f"{text} {question}")]}
+        first, *others = [part["text"] for part in parts if part["type"] == "text"]
+        asked = {"role": "user", "content": [*images, *map(_text_part, (f"{text} {first}", *others))]}
         return replace(self, messages=[*self.messages[:last], asked])
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny_random import random_image, tiny_processor
 
-from ras_fast.inputs import batches, encode, is_per_token, left_padded, load_image, make_queries
+from ras_fast.inputs import _render, batches, encode, is_per_token, left_padded, load_image, make_queries
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,23 @@ def test_chats_and_assistant_prefixes(processor):
     asked = query.prefix_last_question("w8 w9")
     assert decoded(processor, asked) == "<bos> USER : w1 ASSISTANT : w2 USER : IMG w8 w9 w3 ASSISTANT :"
     assert decoded(processor, query.ask_about_images("w7")) == "<bos> USER : IMG w7 ASSISTANT :"
+
+
+@pytest.mark.parametrize("between", ["", " ", "\\n"])
+def test_the_risk_is_read_from_the_very_words_that_are_answered(between):
+    """A template may write the texts of a question one right after the other: "gu" and "n" are a gun."""
+    template = (
+        "{% for part in messages[-1].content if part.type == 'image' %}<image>{% endfor %}USER : "
+        f"{{{{ messages[-1].content | selectattr('type', 'eq', 'text') | map(attribute='text') | join('{between}') }}}}"
+    )
+    processor = tiny_processor(template)
+    texts = ["w1", "2 w", "3", "w4"]
+    parts = [{"type": "image"}, *({"type": "text", "text": text} for text in texts)]
+    (query,) = make_queries([[{"role": "user", "content": parts}]], [random_image(0)], processor)
+    answered, _ = _render(processor, query)
+    judged, _ = _render(processor, query.prefix_last_question("w8 w9"))
+    assert answered.endswith(between.replace("\\n", "\n").join(texts))
+    assert judged == answered.replace("USER : ", "USER : w8 w9 ")
 
 
 def test_an_image_in_the_assistants_prefix_is_refused(processor):

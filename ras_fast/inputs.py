@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 # What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+PICTURES = ("image", "path", "url")  # keys of an image part that hold the image
 # What `has_question` asks of a chat.
 QUESTION = 'a "user" message with a question, or in that and one "assistant" message without images'
 
@@ -38,9 +39,9 @@ class Query:
         )
 
     def prefix_last_question(self, text: str) -> Query:
-        """The same chat with ``text`` put before the last question, and that question's images before both; an assistant message
-        after it is dropped. The question's texts stay parts of their own: templates put them together in ways of their own, and
-        its words have to be those that are answered."""
+        """The same chat with ``text`` put before the last question, and that question's images before both; an assistant
+        message after it is dropped. The question's texts stay parts of their own: templates put them together in ways of their
+        own, and its words have to be those that are answered."""
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
         parts = self.messages[last]["content"]
         images = [part for part in parts if part["type"] == "image"]
@@ -135,6 +136,20 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def refuse_unknown(where: str, given: dict, known: tuple[str, ...]) -> None:
+    """Raises ValueError where a message or a part of one says anything under other keys than ``known``: words or a picture that
+    one stage would read and another would not, or that none would."""
+    unknown = {key: value for key, value in given.items() if key not in known and not _says_nothing(value)}
+    if unknown:
+        shown = ", ".join(f"{key!r}: {value!r:.100}" for key, value in unknown.items())
+        raise ValueError(f"{where} has {shown}; it can have {', '.join(known)} and nothing else")
+
+
+def _says_nothing(value) -> bool:
+    """What data sets and other servers put under keys that are not used."""
+    return value is None or (isinstance(value, list) and not value)
+
+
 def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
     """Raises ValueError when a query of some group has NaN or infinite pixels: calibrating on the black image that stands for
     them would mean nothing."""
@@ -166,6 +181,8 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
         raise ValueError(
             f"{where} needs to be a string or a list of messages with 'role' and 'content', got {prompt!r}"
         )
+    for message in chat:
+        refuse_unknown(f"{where}: a message", message, ("role", "content"))
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
     if not has_question(messages):
         raise ValueError(f"{where} needs to end in {QUESTION}, got {prompt!r}")
@@ -197,9 +214,13 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
     parts = []
     for part in content:
         if part.get("type") == "image":
-            named = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+            refuse_unknown(f"{where}: an image part", part, ("type", *PICTURES))
+            named = [part[key] for key in PICTURES if part.get(key) is not None]
+            if len(named) > 1:
+                raise ValueError(f"{where}: an image part has {len(named)} pictures; it can have one of {', '.join(PICTURES)}")
             parts.append({"type": "image", "image": named[0]} if named else {"type": "image"})
         elif part.get("type") == "text":
+            refuse_unknown(f"{where}: a text part", part, ("type", "text"))
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
             first, *rest = part["text"].split(placeholder)

@@ -124,6 +124,34 @@ def test_bad_prompts(processor, prompts, images, message):
         make_queries(prompts, images, processor)
 
 
+PICTURE = Image.new("RGB", (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("more", "part", "shown"),
+    [
+        ({"tool_calls": [{}]}, {}, r"a message has 'tool_calls': \[{}\]; it can have role, content"),
+        ({"name": "w3"}, {}, "a message has 'name': 'w3'"),
+        ({}, {"image": PICTURE}, "a text part has 'image': <PIL"),
+        ({}, {"image": np.zeros((4, 4))}, "a text part has 'image': array"),
+        ({}, {"type": "image", "text": None, "base64": "AAAA"}, "an image part has 'base64': 'AAAA'"),
+        ({}, {"type": "image", "text": None, "image": PICTURE, "path": "a"}, "an image part has 2 pictures; it can have one"),
+    ],
+    ids=range(6),
+)
+def test_what_would_be_left_out_is_refused(processor, more, part, shown):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "w2"} | part]} | more, {"role": "user", "content": "w1"}]
+    with pytest.raises(ValueError, match=rf"^prompts\[1\]: {shown}"):
+        make_queries(["w1", chat], [None, PICTURE], processor)
+
+
+def test_what_says_nothing_is_no_error(processor):
+    """A data set's rows have all keys."""
+    parts = [{"type": "image", "text": None, "image": PICTURE}, {"type": "text", "text": "w1", "image": None}]
+    chat = [{"role": "user", "content": parts, "tool_calls": [], "name": None}]
+    assert make_queries([chat], None, processor) == make_queries(["w1"], [PICTURE], processor)
+
+
 def test_every_mode_gives_the_rgb_a_viewer_shows():
     assert load_image(Image.new("L", (3, 2), 70)).getpixel((0, 0)) == (70, 70, 70)
     assert load_image(Image.new("1", (3, 2), 1)).getpixel((0, 0)) == (255, 255, 255)

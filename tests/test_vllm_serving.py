@@ -413,6 +413,7 @@ async def until(reached):
         (b"{", "Expecting property name"),
         (b"\xff", "codec"),
         (b"[]", "list"),
+        (b"[" * 10**5, "recursion"),
         (ask(vllm_xargs={"ras_risk": 0.0}), "ras_"),
         (ask(vllm_xargs={"ras_record": 1}), "ras_"),
         (ask(vllm_xargs=[]), "ras_"),
@@ -479,17 +480,74 @@ def test_engines_that_are_refused(server, name):
 
 
 def test_chats_there_and_back():
+    detailed = {"type": "image_url", "image_url": PICTURE["image_url"] | {"detail": "low"}}
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Here:"}, PICTURE]},
-        {"role": "assistant", "content": "A cup.", "name": "a"},
-        {"role": "user", "content": [{"type": "text", "text": "And now?"}, PICTURE | {"uuid": "2"}]},
+        {"role": "assistant", "content": "A cup.", "refusal": None, "tool_calls": []},  # as vLLM's own answers have them
+        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}, detailed]},
     ]
     query = to_query(messages)
-    assert query.images == [PICTURE, PICTURE | {"uuid": "2"}]
+    assert query.images == [PICTURE, detailed]
     back = to_messages(query)
-    assert back[1] == messages[1]
-    assert back[2] == {"role": "assistant", "content": [{"type": "text", "text": "A cup."}], "name": "a"}
+    assert back[1::2] == messages[1::2]
+    assert back[2] == {"role": "assistant", "content": [{"type": "text", "text": "A cup."}]}
     asked = to_messages(query.prefix_last_question("Careful."))
-    assert asked[-1]["content"] == [PICTURE | {"uuid": "2"}, {"type": "text", "text": "Careful. And now?"}]
+    assert asked[-1]["content"] == [detailed, {"type": "text", "text": "Careful. And "}, {"type": "text", "text": "now?"}]
     assert to_messages(query.ask_about_images("What?"))[0]["content"][:2] == query.images
+
+
+URL = PICTURE["image_url"]["url"]
+TEXT = {"type": "text", "text": "w1"}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(TEXT | {"uuid": "x", key: URL} for key in ("image_url", "image_pil", "image_embeds", "audio_url", "video_url")),
+        TEXT | {"uuid": "x", "image_url": {"url": URL}},
+        *(TEXT | more for more in ({"uuid": "x"}, {"cache_control": {}}, {"image_url": URL}, {"thinking": "w2"})),
+        *(PICTURE | more for more in ({"uuid": "x"}, {"text": "w2"}, {"image_pil": URL}, {"detail": "low"})),
+        {"type": "image_url", "image_url": {"url": URL, "uuid": "x"}},
+        *({"type": "image_url", "image_url": wrong} for wrong in (URL, None, {}, {"url": None}, {"url": [URL]})),
+        *({"type": "image_url", "image_url": {"url": f"{kind}://a/b.png"}} for kind in ("http", "https", "file")),
+        *({key: URL} for key in ("image_url", "image_pil", "audio_url", "input_audio", "prompt_embeds", "tool_reference")),
+        {"type": "input_image", "image_url": URL},
+        {"type": "input_text", "text": "w2"},
+        {"type": "output_text", "text": "w2"},
+        {"type": "refusal", "refusal": "w2"},
+        {"type": "thinking", "thinking": "w2"},
+        {"type": "image"},
+        {"type": ["text"], "text": "w2"},
+        "w2",
+        None,
+    ],
+    ids=lambda part: json.dumps(part).replace(URL, "…"),
+)
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_parts_that_stages_could_read_differently_are_refused(server, role, part):
+    messages = [{"role": role, "content": [part]}, {"role": "user", "content": "w1"}]
+    (response,) = run(server, ask(messages=messages))
+    assert response.status == 400
+    assert json.loads(response.body)["error"]["message"].startswith("messages[0]")
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "more", [{"name": "w2"}, {"task": "w2"}, {"tool_calls": [{}]}, {"reasoning": "w2"}, {"tools": {}}], ids=str
+)
+def test_messages_with_more_than_words_are_refused(server, more):
+    (response,) = run(server, ask(messages=[{"role": "user", "content": "w1"} | more]))
+    assert response.status == 400
+    assert f"messages[0] has {next(iter(more))!r}" in json.loads(response.body)["error"]["message"]
+    assert not server.requests
+
+
+def test_what_says_nothing_is_asked_of_no_stage(server):
+    body = ask()
+    body["messages"][0] |= {"name": None, "tool_calls": []}
+    body["messages"][0]["content"] = [part | {"uuid": None} for part in body["messages"][0]["content"]]
+    (response,) = run(server, body)
+    assert response.status == 200
+    assert len(server.requests) == 3
+    assert not any(word in json.dumps(server.requests) for word in ("name", "tool_calls", "uuid"))

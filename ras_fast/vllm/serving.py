@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import QUESTION, Query, has_question
+from ras_fast.inputs import QUESTION, Query, has_question, refuse_unknown
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
@@ -73,7 +73,8 @@ class SafeChat:
         try:
             request = _checked(json.loads(await _body(receive)))
             query = to_query(request["messages"])
-        except ValueError as error:
+            request["messages"] = to_messages(query)
+        except (ValueError, RecursionError) as error:
             await _refuse(send, 400, str(error))
             return
         guard = await self._start(scope["app"].state.engine_client)
@@ -303,7 +304,9 @@ class _Gone(Exception):
 def to_query(messages) -> Query:
     """OpenAI chat messages as a query whose images are their ``image_url`` parts.
 
-    Raises ValueError for other parts than text and images, and for a chat that does not end in a question.
+    Messages and parts are made anew of what is known here. vLLM reads far more out of them, by rules of its own, and hands what
+    it does not know to the chat template.
+    Raises ValueError for anything else in them, and for a chat that does not end in a question.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages is {messages!r}; it needs to be a list of messages")
@@ -311,8 +314,9 @@ def to_query(messages) -> Query:
     chat = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"messages[{i}] is {message!r}; it needs a role and a content")
-        chat.append(message | {"content": _parts(f"messages[{i}]", message["content"], images)})
+            raise ValueError(f"messages[{i}] is {message!r:.200}; it needs a role and a content")
+        refuse_unknown(f"messages[{i}]", message, ("role", "content"))
+        chat.append({"role": message["role"], "content": _parts(f"messages[{i}]", message["content"], images)})
     if not has_question(chat):
         raise ValueError(f"messages needs to end in {QUESTION}; its roles are {[message['role'] for message in chat]}")
     return Query(chat, images)
@@ -322,17 +326,29 @@ def _parts(where: str, content, images: list[Message]) -> list[Message]:
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(content, list):
         raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts")
-    parts = []
+    parts: list[Message] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image_url":
-            images.append(part)
+            refuse_unknown(f"{where}: an image_url part", part, ("type", "image_url"))
+            images.append({"type": "image_url", "image_url": _image_url(where, part.get("image_url"))})
             parts.append({"type": "image"})
         elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part)
+            refuse_unknown(f"{where}: a text part", part, ("type", "text"))
+            parts.append({"type": "text", "text": part["text"]})
         else:
-            raise ValueError(f"{where} has the part {part!r}; 'text' and 'image_url' parts can be defended")
+            raise ValueError(f"{where} has the part {part!r:.200}; 'text' and 'image_url' parts can be defended")
     return parts
+
+
+def _image_url(where: str, image) -> Message:
+    """The value of an image_url part. Every stage reads it anew, and elsewhere than in the request itself could find another
+    picture each time."""
+    url = image.get("url") if isinstance(image, dict) else None
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise ValueError(f"{where} has the image_url {image!r:.200}; it needs a url that holds the image: 'data:…'")
+    refuse_unknown(f"{where}: an image_url", image, ("url", "detail"))
+    return {key: image[key] for key in ("url", "detail") if image.get(key) is not None}
 
 
 def to_messages(query: Query) -> list[Message]:

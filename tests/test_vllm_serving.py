@@ -20,6 +20,7 @@ PROCESSOR = SimpleNamespace(
         decode=lambda ids, skip_special_tokens: " ".join(f"w{i}" for i in ids), all_special_tokens=["<eos>"]
     ),
     image_token="<image>",
+    chat_template="{{ messages }}",
 )
 
 
@@ -46,6 +47,7 @@ class Server:
         model = SimpleNamespace(
             get_diff_sampling_param=dict, logits_processors=[None], get_multimodal_config=lambda: self.multimodal
         )
+        self.state = SimpleNamespace(engine_client=self, online_renderer=SimpleNamespace(chat_template=None))
         self.vllm_config = SimpleNamespace(
             additional_config=engine_args(profile, queries=queries)["additional_config"],
             parallel_config=parallel,
@@ -178,7 +180,7 @@ async def post(app, server, body, path="/v1/chat/completions", method="POST", re
 
     headers = [(b"content-type", b"application/json"), (b"content-length", b"1"), (b"x-request-id", b"mine")]
     scope = {"type": kind, "method": method, "path": path, "headers": headers}
-    scope["app"] = SimpleNamespace(state=SimpleNamespace(engine_client=server))
+    scope["app"] = SimpleNamespace(state=server.state)
     await app(scope, receive, response)
     return response
 
@@ -471,12 +473,66 @@ def test_other_protocols_make_no_answers(server):
     assert not server.requests
 
 
-@pytest.mark.parametrize("name", ["data_parallel_size", "_api_process_count", "mm_processor_cache_gb"])
-def test_engines_that_are_refused(server, name):
-    setattr(server.multimodal if name.startswith("mm") else server.vllm_config.parallel_config, name, 3)
-    with pytest.raises(ValueError, match=name.replace("_api_process_count", "API servers")):
-        run(server, ask())
+def spoil(server, what):
+    """Sets the server up so that it cannot be defended."""
+    if what == "--logits-processors":
+        server.vllm_config.model_config.logits_processors = None
+    elif what == "chat_template":
+        server.state.online_renderer.chat_template = "{{ messages[-1] }}"
+    elif what == "mm_processor_cache_gb":
+        server.multimodal.mm_processor_cache_gb = 3
+    else:
+        setattr(server.vllm_config.parallel_config, what.replace("API servers", "_api_process_count"), 3)
+
+
+SPOILT = ["data_parallel_size", "API servers", "mm_processor_cache_gb", "--logits-processors", "chat_template"]
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_servers_that_are_set_up_wrong_answer_nothing(server, what):
+    spoil(server, what)
+    (response,) = run(server, ask())
+    assert response.status == 500
+    assert what in json.loads(response.body)["error"]["message"]
     assert not server.requests
+
+
+async def live(server, sent):
+    """The start of a server's life, as uvicorn does it; whether the server inside has one."""
+    lives = []
+
+    async def inside(scope, receive, send):
+        lives.append(await receive())
+        await send({"type": "lifespan.startup.complete"})
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message):
+        sent.append(message)
+
+    await SafeChat(inside)({"type": "lifespan", "app": SimpleNamespace(state=server.state)}, receive, send)
+    return bool(lives)
+
+
+@pytest.mark.parametrize("what", [*SPOILT, "ras_prove"])
+def test_servers_that_are_set_up_wrong_do_not_start(server, what, monkeypatch):
+    async def fails(name, args=()):
+        raise RuntimeError(name)
+
+    monkeypatch.setattr(server, "collective_rpc", fails) if what == "ras_prove" else spoil(server, what)
+    sent = []
+    assert not asyncio.run(live(server, sent))
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert what in sent[0]["message"]
+
+
+def test_others_do(server):
+    server.state.online_renderer.chat_template = PROCESSOR.chat_template  # from a file that holds the model's own
+    sent = []
+    assert asyncio.run(live(server, sent))
+    assert sent == [{"type": "lifespan.startup.complete"}]
+    assert server.calls == ["ras_prove"]
 
 
 def test_chats_there_and_back():

@@ -16,7 +16,7 @@ from ras_fast.inputs import QUESTION, Query, has_question, refuse_unknown
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
-from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
+from ras_fast.vllm.options import PROCESSOR, RECORD, RISK, new_record, read_settings
 from ras_fast.vllm.steering import Judgement
 
 Message = dict[str, Any]
@@ -49,7 +49,8 @@ class SafeChat:
 
     Greedy answers are drafted beside the context and the risk; others begin when the risk is known. Nothing of an answer is
     sent before that. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and
-    where the server inside has an error for a stage of a query, that. Exceptions end the request without an answer.
+    where the server inside has an error for a stage of a query, that. Exceptions end the request without an answer. A server
+    that was set up so that answers cannot be defended does not start.
     """
 
     def __init__(self, app):
@@ -58,11 +59,14 @@ class SafeChat:
         self._starting = asyncio.Lock()
 
     async def __call__(self, scope: Message, receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._begin(scope, receive, send)
+            return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": f"only {CHAT} is defended"})
             return
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or path in WITHOUT_ANSWERS:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or path in WITHOUT_ANSWERS:
             await self.app(scope, receive, send)
         elif (scope["method"], path) == ("POST", CHAT):
             await self._chat(scope, receive, send)
@@ -77,7 +81,11 @@ class SafeChat:
         except (ValueError, RecursionError) as error:
             await _refuse(send, 400, str(error))
             return
-        guard = await self._start(scope["app"].state.engine_client)
+        try:
+            guard = await self._start(scope["app"].state)
+        except Exception as error:  # vLLM would take some for the client's
+            await _refuse(send, 500, str(error))
+            return
         async with guard.places:
             client = _Client(self.app, scope, receive)
             try:
@@ -90,11 +98,22 @@ class SafeChat:
             finally:
                 await client.leave()
 
-    async def _start(self, engine) -> _Guard:
+    async def _begin(self, scope: Message, receive, send: Send) -> None:
+        """The server's life: one that cannot defend answers does not start."""
+        try:
+            await self._start(scope["app"].state)
+        except Exception as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+            return
+        await self.app(scope, receive, send)
+
+    async def _start(self, state) -> _Guard:
+        """``state``: vLLM's, of the server inside."""
         async with self._starting:
             if self._guard is None:
-                guard = _Guard(engine)
-                await engine.collective_rpc("ras_prove")
+                guard = _Guard(state.engine_client, state.online_renderer.chat_template)
+                await guard.engine.collective_rpc("ras_prove")
                 self._guard = guard
         return self._guard
 
@@ -102,13 +121,19 @@ class SafeChat:
 class _Guard:
     """What the requests of a server share. places: for so many queries at a time.
 
-    Raises ValueError for engines without a profile, for more than one engine, and for one that keeps images: two requests that
+    chat_template: the server's own, None where it uses the model's.
+
+    Raises ValueError for engines without a profile or a logits processor, for another chat template than the model's, which is
+    the one that the profile was calibrated with, for more than one engine, and for one that keeps images: two requests that
     bring the same image at the same time, as the stages do, can overtake each other on their way into that cache, and vLLM then
     fails the one that comes without it.
     """
 
-    def __init__(self, engine):
+    def __init__(self, engine, chat_template: str | None):
         config = engine.vllm_config
+        processors = config.model_config.logits_processors or ()
+        if not processors:
+            raise ValueError(f"there are no logits processors; start the server with --logits-processors {PROCESSOR}")
         profile, queries = read_settings(config.additional_config)
         engines, servers = config.parallel_config.data_parallel_size, config.parallel_config._api_process_count
         if engines != 1:
@@ -120,10 +145,12 @@ class _Guard:
         self.engine, self.places = engine, asyncio.Semaphore(queries // servers)
         self.settings = RasProfile.from_pretrained(profile).config
         self.processor = load_processor(config.model_config)
+        if chat_template not in (None, self.processor.chat_template):
+            raise ValueError("chat_template is not the model's, which the profile belongs to; leave --chat-template out")
         defaults = config.model_config.get_diff_sampling_param()
         # Whether a greedy token is the argmax of the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
-        self.plain &= len(config.model_config.logits_processors) == 1
+        self.plain &= len(processors) == 1
 
     async def judge(self, query: tuple) -> Judgement | None:
         """`LogitSteering.judge` of one query. Raises RuntimeError when no worker could."""
@@ -389,7 +416,8 @@ async def _body(receive) -> bytes:
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:
-    body = _dumps({"error": {"message": reason, "type": "BadRequestError", "param": None, "code": status}})
+    kind = "BadRequestError" if status < 500 else "InternalServerError"
+    body = _dumps({"error": {"message": reason, "type": kind, "param": None, "code": status}})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

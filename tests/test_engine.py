@@ -334,6 +334,24 @@ def test_a_second_attempt_shows_nothing_twice(model, processor, monkeypatch, ste
     assert streamer.ended == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory")], ids=repr)
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_streamer_that_is_out_of_memory_is_not_the_model(model, processor, profile, error, calls):
+    class Full(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.values) == calls:
+                raise error
+
+    guard, streamer = SafeGenerator(model, processor, profile, fused=False), Full()
+    guard.generate(["w1"], [random_image(0)], max_new_tokens=6)  # keeps pools, which are given up where memory is short
+    with pytest.raises(type(error)) as raised:
+        guard.generate(["w1"], [random_image(0)], max_new_tokens=6, streamer=streamer)
+    assert raised.value is error
+    assert (len(streamer.values), streamer.ended) == (calls, 1)
+    assert guard.generate(["w1"], [random_image(0)], max_new_tokens=6)
+
+
 def test_transformers_streamers_work(model, processor, profile):
     guard = SafeGenerator(model, processor, profile, fused=False)
     (expected,) = guard.generate(["w1 w2"], [random_image(1)], max_new_tokens=9)

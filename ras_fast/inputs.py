@@ -101,7 +101,7 @@ def read_pairs(path: Path) -> list[tuple]:
     Raises ValueError, which names the line that is wrong.
     """
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other line ends
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -117,6 +117,17 @@ def read_pairs(path: Path) -> list[tuple]:
                 raise ValueError(f"{path}:{number}: there is no image {str(image)[:300]}")
         pairs.append(pair)
     return pairs
+
+
+def read_lines(path: Path) -> list[str]:
+    """Of a text in UTF-8, between line feeds alone: JSON and texts may hold other line ends.
+
+    Raises ValueError for another kind of file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
 
 
 def is_file(path: Path) -> bool:

@@ -56,18 +56,15 @@ def digest_of(profile: RasProfile) -> str:
 
 
 class AnswerFile:
-    """answers.jsonl of a folder: one line per (defence, item), on disk before the next query starts. The folder is this
-    process's own until it ends; of data-parallel ones, the first process's.
+    """answers.jsonl of a folder, which it occupies: one line per (defence, item), on disk before the next query starts.
 
     Raises:
         ValueError: the folder holds the answers of a run with other settings or unknown ones, or a line that is no answer, or
-            another run is writing into it.
+            is occupied.
     """
 
     def __init__(self, folder: Path, settings: dict):
-        folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is not None and parallel.rank() == 0:
-            _occupy(folder.resolve() / LOCK)
+        occupy(folder)
         self.path = folder / ANSWERS
         self.records = self._resume(folder / SETTINGS, settings)
 
@@ -108,9 +105,19 @@ class AnswerFile:
         self.records[record["defence"], record["id"]] = record
 
 
+def occupy(folder: Path) -> None:
+    """Makes a folder and keeps the runs of other processes out of it until this one ends; data-parallel ones are one run.
+
+    Raises ValueError when another run is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is not None and parallel.rank() == 0:
+        _lock(folder.resolve() / LOCK)
+
+
 @cache
-def _occupy(path: Path) -> IO:
-    """Keeps the runs of other processes out by a lock on this file, until this process ends."""
+def _lock(path: Path) -> IO:
+    """An open file with a lock that no other process gets; both are kept as long as this process lives."""
     file = path.open("a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

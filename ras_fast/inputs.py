@@ -271,8 +271,8 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     if isinstance(image, (str, Path)):
         try:
             image = Image.open(image)
-        except UNREADABLE as error:
-            raise ValueError(f"{name} cannot be read: {error}") from error
+        except UNREADABLE as error:  # it holds the path, which may be a whole image in base64
+            raise ValueError(f"{name} cannot be read: {error!s:.300}") from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is a {type(image).__name__}; it needs to be a PIL image, a path or an array")
     if 0 in image.size:
@@ -295,6 +295,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         spare = 0 if image.mode == "I" and values.max() < 256 else 8  # an 8-bit image as 32-bit integers
         return Image.fromarray((values >> spare).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # which is all that Pillow makes of it
         image = image.convert("RGBA")
         backdrop = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(backdrop, image).convert("RGB")

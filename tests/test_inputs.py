@@ -158,6 +158,7 @@ def test_every_mode_gives_the_rgb_a_viewer_shows():
     assert load_image(Image.new("CMYK", (3, 2), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)
     assert load_image(Image.new("RGBA", (3, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert load_image(Image.new("LA", (3, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("LA", (3, 2), (70, 255)).convert("La")).getpixel((0, 0)) == (70, 70, 70)
     deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
     assert deep.mode.startswith("I")
     assert load_image(deep).getpixel((0, 0)) == (128, 128, 128)
@@ -203,6 +204,7 @@ def test_arrays():
         (Image.fromarray(np.full((2, 2), -4, dtype=np.int32)), "integer pixels"),
         (b"raw", "is a bytes"),
         ("/no/such/picture.png", "cannot be read"),
+        ("iVBORw0KGgo" * 9000, "^.{,400}$"),
         (torch.full((2, 2), 7.0, dtype=torch.bfloat16), "in 7..7"),
         ("https://example.com/a.png", "is the URL 'https://example.com/a.png'; nothing is fetched"),
         ("data:image/png;base64,iVBORw0KGgo=", "is the URL 'data:"),

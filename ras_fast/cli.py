@@ -373,7 +373,9 @@ def _sides(pairs: list[tuple]) -> list[tuple]:
 
 
 def _read_texts(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    from ras_fast.inputs import read_lines
+
+    return [line.strip() for line in read_lines(path) if line.strip()]
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -381,15 +383,21 @@ def _eval(arguments: argparse.Namespace) -> int:
     from ras_fast.evaluation.judges import load_judge
 
     dataset = load_dataset(arguments.dataset, arguments.n, arguments.seed)
+    profiles = _given_profiles(arguments)
+    calibrates = not profiles and arguments.dataset.startswith("tinyworld")
     from ras_fast import parallel
+    from ras_fast.evaluation import run
+    from ras_fast.evaluation.calibration import CALIBRATIONS
+    from ras_fast.evaluation.defences import borrowed_profiles, check_names, default_names, make_defences, robustness_names
 
+    if arguments.defences:
+        check_names(arguments.defences.split(","), CALIBRATIONS if calibrates else profiles)
     parallel.join()
+    run.occupy(arguments.out)  # before minutes of work
     model, processor = _load(arguments)
     judge = load_judge(arguments.judge, model.device) if arguments.judge else dataset.judge
-    from ras_fast.evaluation import run
-    from ras_fast.evaluation.defences import borrowed_profiles, default_names, make_defences, robustness_names
-
-    profiles = _eval_profiles(arguments, model, processor)
+    if calibrates:
+        profiles = _own_profiles(arguments, model, processor)
     defaults = robustness_names if dataset.name == "tinyworld-robust" else default_names
     names = arguments.defences.split(",") if arguments.defences else defaults(profiles)
     settings = run.settings_of(model, processor, dataset, arguments.seed, arguments.max_new_tokens, profiles)
@@ -413,12 +421,10 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
-    """The given profiles by name; on tinyworld without any, calibrated ones that a later run finds again."""
-    from ras_fast import RasProfile, parallel
-    from ras_fast.evaluation.calibration import CALIBRATIONS, calibrate_on_tinyworld
+def _given_profiles(arguments: argparse.Namespace) -> dict:
+    """By the names that the table calls them."""
+    from ras_fast import RasProfile
     from ras_fast.evaluation.defences import name_of
-    from ras_fast.profile import JSON_NAME, TENSORS_NAME
 
     profiles: dict[str, RasProfile] = {}
     for directory in arguments.profile:
@@ -426,8 +432,16 @@ def _eval_profiles(arguments: argparse.Namespace, model, processor) -> dict:
         if name_of(profile) in profiles:
             raise ValueError(f"--profile {directory} is a second one of {name_of(profile)!r}; give one of each")
         profiles[name_of(profile)] = profile
-    if profiles or not arguments.dataset.startswith("tinyworld"):
-        return profiles
+    return profiles
+
+
+def _own_profiles(arguments: argparse.Namespace, model, processor) -> dict:
+    """Profiles for tinyworld by name, calibrated where an earlier run has not left them."""
+    from ras_fast import RasProfile, parallel
+    from ras_fast.evaluation.calibration import CALIBRATIONS, calibrate_on_tinyworld
+    from ras_fast.profile import JSON_NAME, TENSORS_NAME
+
+    profiles: dict[str, RasProfile] = {}
     for name in CALIBRATIONS:
         if name != "moras" and not _is_wanted(name, arguments.defences):  # MoRAS's prototypes and prompts serve other rows
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,46 @@ from transformers.generation.logits_process import (
 from ras_fast.inputs import Query, encode
 
 BROKEN = -1  # in place of a token, where nothing may be read
-_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+class ModelLock:
+    """Held by one thread at a time, by that as often as it likes.
+
+    Where a process is forked while another thread holds it, nobody releases it in the child, and the model stays as that
+    thread's answer had it: to wait would be for ever, to go on with whatever hangs on the model. Entering it is a RuntimeError.
+    """
+
+    def __init__(self):
+        self._lock, self._left_behind = threading.RLock(), False
+
+    def __enter__(self) -> None:
+        if self._left_behind:
+            raise RuntimeError("this process was forked while another thread was answering with the model; load it anew here")
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info) -> None:
+        self._lock.release()
+
+    def after_fork(self) -> None:
+        """In the child."""
+        self._left_behind = not self._lock.acquire(blocking=False)
+        if not self._left_behind:
+            self._lock.release()
+
+
+_LOCKS: WeakKeyDictionary[torch.nn.Module, ModelLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _LOCKS_LOCK
+    _LOCKS_LOCK = threading.Lock()
+    for lock in _LOCKS.values():
+        lock.after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def transformers_model(model):
@@ -34,10 +73,10 @@ def transformers_model(model):
     return model
 
 
-def lock_of(model) -> threading.RLock:
+def lock_of(model) -> ModelLock:
     """One for all who patch a model, hang hooks on it or count its steps while it answers: the engine and the reference."""
     with _LOCKS_LOCK:
-        return _LOCKS.setdefault(transformers_model(model), threading.RLock())
+        return _LOCKS.setdefault(transformers_model(model), ModelLock())
 
 
 def check_mode(model) -> None:

@@ -27,6 +27,7 @@ SHOWN_SIDE = 384  # the tiny model's pictures are 96 pixels wide; enlarged for l
 
 def main(out: Path, progress: bool = True) -> int:
     """Prints answers and times, and writes a heat map of each picture into the folder `out`. Returns 0."""
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     print(ABOUT)
     model, processor = load("tiny")
@@ -70,7 +71,6 @@ def _times(items: list[tinyworld.Item], before: list[float], after: list[SafeOut
 
 
 def _heat_maps(model, processor, items: list[tinyworld.Item], out: Path) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, item in enumerate(items, 1):
         looked = image_attention(model, processor, item.question, item.image)

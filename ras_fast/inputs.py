@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 # What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+PICTURES = ("image", "path", "url")  # keys of an image part that hold the image
 # What `has_question` asks of a chat.
 QUESTION = 'a "user" message with a question, or in that and one "assistant" message without images'
 
@@ -38,12 +39,14 @@ class Query:
         )
 
     def prefix_last_question(self, text: str) -> Query:
-        """The same chat with ``text`` put before the last question; an assistant message after that question is dropped."""
+        """The same chat with ``text`` put before the last question, and that question's images before both; an assistant
+        message after it is dropped. The question's texts stay parts of their own: templates put them together in ways of their
+        own, and its words have to be those that are answered."""
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
         parts = self.messages[last]["content"]
         images = [part for part in parts if part["type"] == "image"]
-        question = " ".join(part["text"].strip() for part in parts if part["type"] == "text")
-        asked = {"role": "user", "content": [*images, _text_part(f"{text} {question}")]}
+        first, *others = [part["text"] for part in parts if part["type"] == "text"]
+        asked = {"role": "user", "content": [*images, *map(_text_part, (f"{text} {first}", *others))]}
         return replace(self, messages=[*self.messages[:last], asked])
 
 
@@ -98,7 +101,7 @@ def read_pairs(path: Path) -> list[tuple]:
     Raises ValueError, which names the line that is wrong.
     """
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other line ends
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -116,6 +119,17 @@ def read_pairs(path: Path) -> list[tuple]:
     return pairs
 
 
+def read_lines(path: Path) -> list[str]:
+    """Of a text in UTF-8, between line feeds alone: JSON and texts may hold other line ends.
+
+    Raises ValueError for another kind of file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
+
+
 def is_file(path: Path) -> bool:
     """Also of what cannot be a path, such as an image in base64, which is longer than a name may be."""
     try:
@@ -131,6 +145,20 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def refuse_unknown(where: str, given: dict, known: tuple[str, ...]) -> None:
+    """Raises ValueError where a message or a part of one says anything under other keys than ``known``: words or a picture that
+    one stage would read and another would not, or that none would."""
+    unknown = {key: value for key, value in given.items() if key not in known and not _says_nothing(value)}
+    if unknown:
+        shown = ", ".join(f"{key!r}: {value!r:.100}" for key, value in unknown.items())
+        raise ValueError(f"{where} has {shown}; it can have {', '.join(known)} and nothing else")
+
+
+def _says_nothing(value) -> bool:
+    """What data sets and other servers put under keys that are not used."""
+    return value is None or (isinstance(value, list) and not value)
 
 
 def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
@@ -164,6 +192,8 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
         raise ValueError(
             f"{where} needs to be a string or a list of messages with 'role' and 'content', got {prompt!r}"
         )
+    for message in chat:
+        refuse_unknown(f"{where}: a message", message, ("role", "content"))
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
     if not has_question(messages):
         raise ValueError(f"{where} needs to end in {QUESTION}, got {prompt!r}")
@@ -195,9 +225,13 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
     parts = []
     for part in content:
         if part.get("type") == "image":
-            named = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
+            refuse_unknown(f"{where}: an image part", part, ("type", *PICTURES))
+            named = [part[key] for key in PICTURES if part.get(key) is not None]
+            if len(named) > 1:
+                raise ValueError(f"{where}: an image part has {len(named)} pictures; it can have one of {', '.join(PICTURES)}")
             parts.append({"type": "image", "image": named[0]} if named else {"type": "image"})
         elif part.get("type") == "text":
+            refuse_unknown(f"{where}: a text part", part, ("type", "text"))
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
             first, *rest = part["text"].split(placeholder)
@@ -237,8 +271,8 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     if isinstance(image, (str, Path)):
         try:
             image = Image.open(image)
-        except UNREADABLE as error:
-            raise ValueError(f"{name} cannot be read: {error}") from error
+        except UNREADABLE as error:  # it holds the path, which may be a whole image in base64
+            raise ValueError(f"{name} cannot be read: {error!s:.300}") from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} is a {type(image).__name__}; it needs to be a PIL image, a path or an array")
     if 0 in image.size:
@@ -261,6 +295,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         spare = 0 if image.mode == "I" and values.max() < 256 else 8  # an 8-bit image as 32-bit integers
         return Image.fromarray((values >> spare).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # which is all that Pillow makes of it
         image = image.convert("RGBA")
         backdrop = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(backdrop, image).convert("RGB")

@@ -409,6 +409,38 @@ def test_calibrate_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
     assert "a.png" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", ["--data", "--refused"])
+def test_calibrate_names_a_file_that_is_no_text(folder, capsys, wrong):
+    (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')
+    (folder / "texts.txt").write_text("w1")
+    files = {"--data": "pairs.jsonl", "--refused": "texts.txt", wrong: "a.png"}
+    assert calibrate(folder, *(word for flag, name in files.items() for word in (flag, str(folder / name)))) == 1
+    assert f"{folder / 'a.png'} is not a text in UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--out", "a.png"), "a.png"),
+        (("--defences", "moras,magic"), "'magic' is unknown"),
+        (("--profile", "profile", "--defences", "moras,ras"), "'ras' is unknown"),
+        (("--dataset", "questions.jsonl", "--defences", "moras"), "'moras' is unknown"),
+    ],
+    ids=str,
+)
+def test_eval_needs_a_folder_and_names_before_it_begins(folder, questions, tmp_path, capsys, monkeypatch, options, words):
+    monkeypatch.setattr("ras_fast.loading.load", lambda *arguments, **options: pytest.fail("too late"))
+    given = [str(folder / word) if (folder / word).exists() else word for word in options]
+    assert cli.main(["eval", "--out", str(tmp_path / "new"), *given]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_demo_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
+    monkeypatch.setattr("ras_fast.demo.load", lambda name: pytest.fail("too late"))
+    assert cli.main(["demo", "--out", str(folder / "a.png")]) == 1
+    assert "a.png" in capsys.readouterr().err
+
+
 def test_only_the_profiles_that_are_asked_for_are_calibrated():
     wanted = {"ras": ["ras", "a,ras-binary"], "moras+attention": ["moras+attention"], "attention": ["attention"]}
     for name, lists in wanted.items():
@@ -424,7 +456,7 @@ def test_a_profile_whose_saving_was_interrupted_is_calibrated_again(folder, tmp_
     for leave in (lambda: kept.mkdir(parents=True), (kept / "ras_profile.safetensors").unlink):
         leave()
         for _ in range(2):
-            assert cli._eval_profiles(arguments, None, None)["moras"].config == made.config
+            assert cli._own_profiles(arguments, None, None)["moras"].config == made.config
     assert len(asked) == 2
 
 

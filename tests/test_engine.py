@@ -1,6 +1,8 @@
 """The engine against the three calls made one after another, on a LLaVA of random weights."""
 
 import copy
+import os
+import signal
 import sys
 import threading
 from collections import Counter
@@ -332,6 +334,24 @@ def test_a_second_attempt_shows_nothing_twice(model, processor, monkeypatch, ste
     assert processor.tokenizer.decode(prompt).endswith("ASSISTANT :")
     assert output.tokens == [token for value in shown for token in value] == expected.tokens
     assert streamer.ended == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory")], ids=repr)
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_streamer_that_is_out_of_memory_is_not_the_model(model, processor, profile, error, calls):
+    class Full(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.values) == calls:
+                raise error
+
+    guard, streamer = SafeGenerator(model, processor, profile, fused=False), Full()
+    guard.generate(["w1"], [random_image(0)], max_new_tokens=6)  # keeps pools, which are given up where memory is short
+    with pytest.raises(type(error)) as raised:
+        guard.generate(["w1"], [random_image(0)], max_new_tokens=6, streamer=streamer)
+    assert raised.value is error
+    assert (len(streamer.values), streamer.ended) == (calls, 1)
+    assert guard.generate(["w1"], [random_image(0)], max_new_tokens=6)
 
 
 def test_transformers_streamers_work(model, processor, profile):
@@ -909,6 +929,50 @@ def test_a_wrapped_model_has_the_lock_of_the_model_inside(model):
     for wrapped, inside in ((torch.compile(model), model), (torch.compile(adapted), adapted.get_base_model())):
         assert lock_of(wrapped) is lock_of(inside)
     assert lock_of(adapted) is not lock_of(model)
+
+
+def in_a_child(task) -> int:
+    """The exit status of a forked process that runs ``task``, which is killed where it waits for long."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.alarm(20)
+    try:
+        task()
+        os._exit(0)
+    except RuntimeError as error:
+        os._exit(7 if "was forked while another thread was answering" in str(error) else 1)
+    finally:
+        os._exit(2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_process_does_not_wait_for_an_answer_that_is_not_in_it(model):
+    def enter():
+        with lock_of(model), lock_of(model):
+            pass
+
+    assert in_a_child(enter) == 0
+    with lock_of(model):
+        assert in_a_child(enter) == 0
+    held, over = threading.Event(), threading.Event()
+
+    def hold():
+        with lock_of(model):
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        assert in_a_child(enter) == 7
+        assert in_a_child(lambda: in_a_child(enter) == 7 or 1 / 0) == 0
+    finally:
+        over.set()
+        thread.join()
+    enter()
 
 
 def test_a_compiled_model_answers_as_the_model_inside(model, processor, profile):

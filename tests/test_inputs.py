@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny_random import random_image, tiny_processor
 
-from ras_fast.inputs import batches, encode, is_per_token, left_padded, load_image, make_queries
+from ras_fast.inputs import _render, batches, encode, is_per_token, left_padded, load_image, make_queries
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,23 @@ def test_chats_and_assistant_prefixes(processor):
     asked = query.prefix_last_question("w8 w9")
     assert decoded(processor, asked) == "<bos> USER : w1 ASSISTANT : w2 USER : IMG w8 w9 w3 ASSISTANT :"
     assert decoded(processor, query.ask_about_images("w7")) == "<bos> USER : IMG w7 ASSISTANT :"
+
+
+@pytest.mark.parametrize("between", ["", " ", "\\n"])
+def test_the_risk_is_read_from_the_very_words_that_are_answered(between):
+    """A template may write the texts of a question one right after the other: "gu" and "n" are a gun."""
+    template = (
+        "{% for part in messages[-1].content if part.type == 'image' %}<image>{% endfor %}USER : "
+        f"{{{{ messages[-1].content | selectattr('type', 'eq', 'text') | map(attribute='text') | join('{between}') }}}}"
+    )
+    processor = tiny_processor(template)
+    texts = ["w1", "2 w", "3", "w4"]
+    parts = [{"type": "image"}, *({"type": "text", "text": text} for text in texts)]
+    (query,) = make_queries([[{"role": "user", "content": parts}]], [random_image(0)], processor)
+    answered, _ = _render(processor, query)
+    judged, _ = _render(processor, query.prefix_last_question("w8 w9"))
+    assert answered.endswith(between.replace("\\n", "\n").join(texts))
+    assert judged == answered.replace("USER : ", "USER : w8 w9 ")
 
 
 def test_an_image_in_the_assistants_prefix_is_refused(processor):
@@ -107,12 +124,41 @@ def test_bad_prompts(processor, prompts, images, message):
         make_queries(prompts, images, processor)
 
 
+PICTURE = Image.new("RGB", (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("more", "part", "shown"),
+    [
+        ({"tool_calls": [{}]}, {}, r"a message has 'tool_calls': \[{}\]; it can have role, content"),
+        ({"name": "w3"}, {}, "a message has 'name': 'w3'"),
+        ({}, {"image": PICTURE}, "a text part has 'image': <PIL"),
+        ({}, {"image": np.zeros((4, 4))}, "a text part has 'image': array"),
+        ({}, {"type": "image", "text": None, "base64": "AAAA"}, "an image part has 'base64': 'AAAA'"),
+        ({}, {"type": "image", "text": None, "image": PICTURE, "path": "a"}, "an image part has 2 pictures; it can have one"),
+    ],
+    ids=range(6),
+)
+def test_what_would_be_left_out_is_refused(processor, more, part, shown):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "w2"} | part]} | more, {"role": "user", "content": "w1"}]
+    with pytest.raises(ValueError, match=rf"^prompts\[1\]: {shown}"):
+        make_queries(["w1", chat], [None, PICTURE], processor)
+
+
+def test_what_says_nothing_is_no_error(processor):
+    """A data set's rows have all keys."""
+    parts = [{"type": "image", "text": None, "image": PICTURE}, {"type": "text", "text": "w1", "image": None}]
+    chat = [{"role": "user", "content": parts, "tool_calls": [], "name": None}]
+    assert make_queries([chat], None, processor) == make_queries(["w1"], [PICTURE], processor)
+
+
 def test_every_mode_gives_the_rgb_a_viewer_shows():
     assert load_image(Image.new("L", (3, 2), 70)).getpixel((0, 0)) == (70, 70, 70)
     assert load_image(Image.new("1", (3, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
     assert load_image(Image.new("CMYK", (3, 2), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)
     assert load_image(Image.new("RGBA", (3, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert load_image(Image.new("LA", (3, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("LA", (3, 2), (70, 255)).convert("La")).getpixel((0, 0)) == (70, 70, 70)
     deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
     assert deep.mode.startswith("I")
     assert load_image(deep).getpixel((0, 0)) == (128, 128, 128)
@@ -158,6 +204,7 @@ def test_arrays():
         (Image.fromarray(np.full((2, 2), -4, dtype=np.int32)), "integer pixels"),
         (b"raw", "is a bytes"),
         ("/no/such/picture.png", "cannot be read"),
+        ("iVBORw0KGgo" * 9000, "^.{,400}$"),
         (torch.full((2, 2), 7.0, dtype=torch.bfloat16), "in 7..7"),
         ("https://example.com/a.png", "is the URL 'https://example.com/a.png'; nothing is fetched"),
         ("data:image/png;base64,iVBORw0KGgo=", "is the URL 'data:"),

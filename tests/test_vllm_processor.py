@@ -25,7 +25,11 @@ def config(monkeypatch):
     """Of an engine; its steering is that of random weights."""
     monkeypatch.setattr(processor, "load_steering", lambda config, path, slots, device: make_steering(slots=slots))
     return SimpleNamespace(
-        speculative_config=None, additional_config={"ras_fast": {"profile": "p", "queries": 8}}, instance_id="test"
+        speculative_config=None,
+        lora_config=None,
+        model_config=SimpleNamespace(model="m", tokenizer="m"),
+        additional_config={"ras_fast": {"profile": "p", "queries": 8}},
+        instance_id="test",
     )
 
 
@@ -165,6 +169,12 @@ def test_parameters_and_engines_that_are_refused(config):
     config.speculative_config = object()
     with pytest.raises(ValueError, match="speculative"):
         RasLogitsProcessor(config, CPU, False)
-    config.speculative_config, config.additional_config = None, {}
+    config.speculative_config, config.lora_config = None, object()
+    with pytest.raises(ValueError, match="lora_config"):
+        RasLogitsProcessor(config, CPU, False)
+    config.lora_config, config.model_config.tokenizer = None, "another"
+    with pytest.raises(ValueError, match="tokenizer is 'another'"):
+        RasLogitsProcessor(config, CPU, False)
+    config.model_config.tokenizer, config.additional_config = "m", {}
     with pytest.raises(ValueError, match="engine_args"):
         RasLogitsProcessor(config, CPU, False)

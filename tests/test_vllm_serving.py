@@ -20,6 +20,7 @@ PROCESSOR = SimpleNamespace(
         decode=lambda ids, skip_special_tokens: " ".join(f"w{i}" for i in ids), all_special_tokens=["<eos>"]
     ),
     image_token="<image>",
+    chat_template="{{ messages }}",
 )
 
 
@@ -46,6 +47,7 @@ class Server:
         model = SimpleNamespace(
             get_diff_sampling_param=dict, logits_processors=[None], get_multimodal_config=lambda: self.multimodal
         )
+        self.state = SimpleNamespace(engine_client=self, online_renderer=SimpleNamespace(chat_template=None))
         self.vllm_config = SimpleNamespace(
             additional_config=engine_args(profile, queries=queries)["additional_config"],
             parallel_config=parallel,
@@ -178,7 +180,7 @@ async def post(app, server, body, path="/v1/chat/completions", method="POST", re
 
     headers = [(b"content-type", b"application/json"), (b"content-length", b"1"), (b"x-request-id", b"mine")]
     scope = {"type": kind, "method": method, "path": path, "headers": headers}
-    scope["app"] = SimpleNamespace(state=SimpleNamespace(engine_client=server))
+    scope["app"] = SimpleNamespace(state=server.state)
     await app(scope, receive, response)
     return response
 
@@ -413,6 +415,7 @@ async def until(reached):
         (b"{", "Expecting property name"),
         (b"\xff", "codec"),
         (b"[]", "list"),
+        (b"[" * 10**5, "recursion"),
         (ask(vllm_xargs={"ras_risk": 0.0}), "ras_"),
         (ask(vllm_xargs={"ras_record": 1}), "ras_"),
         (ask(vllm_xargs=[]), "ras_"),
@@ -470,26 +473,137 @@ def test_other_protocols_make_no_answers(server):
     assert not server.requests
 
 
-@pytest.mark.parametrize("name", ["data_parallel_size", "_api_process_count", "mm_processor_cache_gb"])
-def test_engines_that_are_refused(server, name):
-    setattr(server.multimodal if name.startswith("mm") else server.vllm_config.parallel_config, name, 3)
-    with pytest.raises(ValueError, match=name.replace("_api_process_count", "API servers")):
-        run(server, ask())
+def spoil(server, what):
+    """Sets the server up so that it cannot be defended."""
+    if what == "--logits-processors":
+        server.vllm_config.model_config.logits_processors = None
+    elif what == "chat_template":
+        server.state.online_renderer.chat_template = "{{ messages[-1] }}"
+    elif what == "mm_processor_cache_gb":
+        server.multimodal.mm_processor_cache_gb = 3
+    else:
+        setattr(server.vllm_config.parallel_config, what.replace("API servers", "_api_process_count"), 3)
+
+
+SPOILT = ["data_parallel_size", "API servers", "mm_processor_cache_gb", "--logits-processors", "chat_template"]
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_servers_that_are_set_up_wrong_answer_nothing(server, what):
+    spoil(server, what)
+    (response,) = run(server, ask())
+    assert response.status == 500
+    assert what in json.loads(response.body)["error"]["message"]
     assert not server.requests
 
 
+async def live(server, sent):
+    """The start of a server's life, as uvicorn does it; whether the server inside has one."""
+    lives = []
+
+    async def inside(scope, receive, send):
+        lives.append(await receive())
+        await send({"type": "lifespan.startup.complete"})
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message):
+        sent.append(message)
+
+    await SafeChat(inside)({"type": "lifespan", "app": SimpleNamespace(state=server.state)}, receive, send)
+    return bool(lives)
+
+
+@pytest.mark.parametrize("what", [*SPOILT, "ras_prove"])
+def test_servers_that_are_set_up_wrong_do_not_start(server, what, monkeypatch):
+    async def fails(name, args=()):
+        raise RuntimeError(name)
+
+    monkeypatch.setattr(server, "collective_rpc", fails) if what == "ras_prove" else spoil(server, what)
+    sent = []
+    assert not asyncio.run(live(server, sent))
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert what in sent[0]["message"]
+
+
+def test_others_do(server):
+    server.state.online_renderer.chat_template = PROCESSOR.chat_template  # from a file that holds the model's own
+    sent = []
+    assert asyncio.run(live(server, sent))
+    assert sent == [{"type": "lifespan.startup.complete"}]
+    assert server.calls == ["ras_prove"]
+
+
 def test_chats_there_and_back():
+    detailed = {"type": "image_url", "image_url": PICTURE["image_url"] | {"detail": "low"}}
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Here:"}, PICTURE]},
-        {"role": "assistant", "content": "A cup.", "name": "a"},
-        {"role": "user", "content": [{"type": "text", "text": "And now?"}, PICTURE | {"uuid": "2"}]},
+        {"role": "assistant", "content": "A cup.", "refusal": None, "tool_calls": []},  # as vLLM's own answers have them
+        {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}, detailed]},
     ]
     query = to_query(messages)
-    assert query.images == [PICTURE, PICTURE | {"uuid": "2"}]
+    assert query.images == [PICTURE, detailed]
     back = to_messages(query)
-    assert back[1] == messages[1]
-    assert back[2] == {"role": "assistant", "content": [{"type": "text", "text": "A cup."}], "name": "a"}
+    assert back[1::2] == messages[1::2]
+    assert back[2] == {"role": "assistant", "content": [{"type": "text", "text": "A cup."}]}
     asked = to_messages(query.prefix_last_question("Careful."))
-    assert asked[-1]["content"] == [PICTURE | {"uuid": "2"}, {"type": "text", "text": "Careful. And now?"}]
+    assert asked[-1]["content"] == [detailed, {"type": "text", "text": "Careful. And "}, {"type": "text", "text": "now?"}]
     assert to_messages(query.ask_about_images("What?"))[0]["content"][:2] == query.images
+
+
+URL = PICTURE["image_url"]["url"]
+TEXT = {"type": "text", "text": "w1"}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(TEXT | {"uuid": "x", key: URL} for key in ("image_url", "image_pil", "image_embeds", "audio_url", "video_url")),
+        TEXT | {"uuid": "x", "image_url": {"url": URL}},
+        *(TEXT | more for more in ({"uuid": "x"}, {"cache_control": {}}, {"image_url": URL}, {"thinking": "w2"})),
+        *(PICTURE | more for more in ({"uuid": "x"}, {"text": "w2"}, {"image_pil": URL}, {"detail": "low"})),
+        {"type": "image_url", "image_url": {"url": URL, "uuid": "x"}},
+        *({"type": "image_url", "image_url": wrong} for wrong in (URL, None, {}, {"url": None}, {"url": [URL]})),
+        *({"type": "image_url", "image_url": {"url": f"{kind}://a/b.png"}} for kind in ("http", "https", "file")),
+        *({key: URL} for key in ("image_url", "image_pil", "audio_url", "input_audio", "prompt_embeds", "tool_reference")),
+        {"type": "input_image", "image_url": URL},
+        {"type": "input_text", "text": "w2"},
+        {"type": "output_text", "text": "w2"},
+        {"type": "refusal", "refusal": "w2"},
+        {"type": "thinking", "thinking": "w2"},
+        {"type": "image"},
+        {"type": ["text"], "text": "w2"},
+        "w2",
+        None,
+    ],
+    ids=lambda part: json.dumps(part).replace(URL, "…"),
+)
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_parts_that_stages_could_read_differently_are_refused(server, role, part):
+    messages = [{"role": role, "content": [part]}, {"role": "user", "content": "w1"}]
+    (response,) = run(server, ask(messages=messages))
+    assert response.status == 400
+    assert json.loads(response.body)["error"]["message"].startswith("messages[0]")
+    assert not server.requests
+
+
+@pytest.mark.parametrize(
+    "more", [{"name": "w2"}, {"task": "w2"}, {"tool_calls": [{}]}, {"reasoning": "w2"}, {"tools": {}}], ids=str
+)
+def test_messages_with_more_than_words_are_refused(server, more):
+    (response,) = run(server, ask(messages=[{"role": "user", "content": "w1"} | more]))
+    assert response.status == 400
+    assert f"messages[0] has {next(iter(more))!r}" in json.loads(response.body)["error"]["message"]
+    assert not server.requests
+
+
+def test_what_says_nothing_is_asked_of_no_stage(server):
+    body = ask()
+    body["messages"][0] |= {"name": None, "tool_calls": []}
+    body["messages"][0]["content"] = [part | {"uuid": None} for part in body["messages"][0]["content"]]
+    (response,) = run(server, body)
+    assert response.status == 200
+    assert len(server.requests) == 3
+    assert not any(word in json.dumps(server.requests) for word in ("name", "tool_calls", "uuid"))

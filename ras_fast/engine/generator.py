@@ -171,7 +171,8 @@ class SafeGenerator:
         try:
             return self._answer(batch, decoding, streamer)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error) or (len(batch) == 1 and not kept):
+            its_own = streamer is not None and streamer.error is error  # the streamer's, not the model's
+            if its_own or not _is_out_of_memory(error) or (len(batch) == 1 and not kept):
                 raise
         # Out of the except block, so that the failed attempt's tensors are free before the next one.
         self._runner.workspaces.clear()
@@ -259,10 +260,14 @@ class SafeGenerator:
 
 
 class _Once:
-    """A streamer that is shown nothing twice: an attempt after a failed one makes the same tokens again."""
+    """A streamer that is shown nothing twice: an attempt after a failed one makes the same tokens again.
+
+    error: what it has raised itself.
+    """
 
     def __init__(self, streamer):
         self._streamer, self._shown, self._seen = streamer, 0, 0
+        self.error: Exception | None = None
 
     def begin(self) -> None:
         """An attempt begins."""
@@ -273,7 +278,11 @@ class _Once:
         self._seen += len(tokens)
         if len(new):
             self._shown = self._seen
-            self._streamer.put(new)
+            try:
+                self._streamer.put(new)
+            except Exception as error:
+                self.error = error
+                raise
 
 
 def _remove_hooks(module: torch.nn.Module, first: int) -> None:

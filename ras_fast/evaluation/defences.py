@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -73,6 +73,15 @@ def borrowed_profiles(names: list[str], profiles: dict[str, RasProfile]) -> dict
     """Of these defences, those that take something from a profile that they are not named after: defence -> profile."""
     staged = _staged(profiles)
     return {name: staged for name in names if staged and (name == PROMPT_ONLY or name.startswith(CONSTANT))}
+
+
+def check_names(names: list[str], profiles: Iterable[str]) -> None:
+    """Raises ValueError for a name that `make_defences` will not know with profiles that are called so."""
+    variants = ("", SEQUENTIAL, BINARY, *(f"{CAPTION}{wrong}" for wrong in robustness.CAPTIONS))
+    known = {"undefended", PROMPT_ONLY, *(f"{profile}{variant}" for profile in profiles for variant in variants)}
+    for name in names:
+        if name not in known and not name.startswith(CONSTANT):
+            raise ValueError(f"defence {name!r} is unknown; with these profiles there are {', '.join(sorted(known))}")
 
 
 def make_defences(

@@ -10,6 +10,7 @@ import platform
 import time
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,7 +25,12 @@ from ras_fast.inputs import UNREADABLE
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.refusals import is_refusal
 
-ANSWERS, SETTINGS, FORMAT = "answers.jsonl", "settings.json", 4
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+ANSWERS, SETTINGS, LOCK, FORMAT = "answers.jsonl", "settings.json", "answers.lock", 4
 LABELS = ("kind", "harmful", "text_harm")  # of an item; they may change without its being asked again
 VERDICT = {"judge", "complied"}
 
@@ -50,14 +56,15 @@ def digest_of(profile: RasProfile) -> str:
 
 
 class AnswerFile:
-    """answers.jsonl of a folder: one line per (defence, item), on disk before the next query starts.
+    """answers.jsonl of a folder, which it occupies: one line per (defence, item), on disk before the next query starts.
 
     Raises:
-        ValueError: the folder holds the answers of a run with other settings or unknown ones, or a line that is no answer.
+        ValueError: the folder holds the answers of a run with other settings or unknown ones, or a line that is no answer, or
+            is occupied.
     """
 
     def __init__(self, folder: Path, settings: dict):
-        folder.mkdir(parents=True, exist_ok=True)
+        occupy(folder)
         self.path = folder / ANSWERS
         self.records = self._resume(folder / SETTINGS, settings)
 
@@ -79,19 +86,47 @@ class AnswerFile:
         complete = content[: content.rfind(b"\n") + 1]  # a crash may have cut the last line
         if len(complete) < len(content):
             _replace(self.path, complete)
+        records = [self._record(number, line) for number, line in enumerate(complete.splitlines(), 1)]
+        return {(record["defence"], record["id"]): record for record in records}
+
+    def _record(self, number: int, line: bytes) -> dict:
+        needed = {"defence", "id", "question", "images", *LABELS}
         try:
-            records = [json.loads(line) for line in complete.splitlines()]
-            needed = {"defence", "id", "question", "images", *LABELS}
-            if not all(needed <= set(record) for record in records):
-                raise ValueError(f"a line lacks some of {sorted(needed)}")
-            return {(record["defence"], record["id"]): record for record in records}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is not a file of answers: {error}") from error
+            record = json.loads(line)
+            if not needed <= set(record) or not isinstance(record["defence"], str) or not isinstance(record["id"], str):
+                raise ValueError(f"it needs {sorted(needed)}, of which defence and id are strings")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}:{number} is not an answer: {error}") from error
+        return record
 
     def append(self, record: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         self.records[record["defence"], record["id"]] = record
+
+
+def occupy(folder: Path) -> None:
+    """Makes a folder and keeps the runs of other processes out of it until this one ends; data-parallel ones are one run.
+
+    Raises ValueError when another run is at it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is not None and parallel.rank() == 0:
+        _lock(folder.resolve() / LOCK)
+
+
+@cache
+def _lock(path: Path) -> IO:
+    """An open file with a lock that no other process gets; both are kept as long as this process lives."""
+    file = path.open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"another run writes its answers into {path.parent}; give another output folder") from error
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def _read_settings(path: Path) -> dict:

@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+PROCESSOR = "ras_fast.vllm.processor:RasLogitsProcessor"
 RISK = "ras_risk"
 RECORD = "ras_record"
 QUERIES = 32  # in flight at a time
@@ -23,7 +24,7 @@ def engine_args(profile, *, queries: int = QUERIES) -> dict:
     settings = {"profile": str(Path(profile).resolve()) if Path(profile).is_dir() else str(profile), "queries": queries}
     read_settings({"ras_fast": settings})
     return {
-        "logits_processors": ["ras_fast.vllm.processor:RasLogitsProcessor"],
+        "logits_processors": [PROCESSOR],
         "worker_extension_cls": "ras_fast.vllm.worker.RasWorkerExtension",
         "additional_config": {"ras_fast": settings},
     }

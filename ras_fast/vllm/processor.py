@@ -31,13 +31,19 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
     reports which batch rows were added, removed and moved, and makes the processor with (config, device, pinned memory). The
     newer one passes the slot of each row to `apply`, and makes the processor with (config, state of the slots).
 
-    Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, and when the profile
-    or the model's head cannot be used (`LogitSteering`, `CheckpointHead`, `RasProfile.check`).
+    Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, for LoRA adapters and
+    another model's tokenizer, and when the profile or the model's head cannot be used (`LogitSteering`, `CheckpointHead`,
+    `RasProfile.check`).
     """
 
     def __init__(self, vllm_config: VllmConfig, where, is_pin_memory: bool | None = None):
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative_config is set; steering needs one row of logits for each step of a request")
+        if vllm_config.lora_config is not None:
+            raise ValueError("lora_config is set; a profile is of one model: merge the adapter into it and calibrate on that")
+        model = vllm_config.model_config
+        if model.tokenizer != model.model:
+            raise ValueError(f"tokenizer is {model.tokenizer!r}; the profile was calibrated with that of {model.model!r}")
         path, queries = read_settings(vllm_config.additional_config)
         self._slots = where if is_pin_memory is None else None
         device = where if self._slots is None else where.device

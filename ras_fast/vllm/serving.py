@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import QUESTION, Query, has_question
+from ras_fast.inputs import QUESTION, Query, has_question, refuse_unknown
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
-from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
+from ras_fast.vllm.options import PROCESSOR, RECORD, RISK, new_record, read_settings
 from ras_fast.vllm.steering import Judgement
 
 Message = dict[str, Any]
@@ -49,7 +49,8 @@ class SafeChat:
 
     Greedy answers are drafted beside the context and the risk; others begin when the risk is known. Nothing of an answer is
     sent before that. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and
-    where the server inside has an error for a stage of a query, that. Exceptions end the request without an answer.
+    where the server inside has an error for a stage of a query, that. Exceptions end the request without an answer. A server
+    that was set up so that answers cannot be defended does not start.
     """
 
     def __init__(self, app):
@@ -58,11 +59,14 @@ class SafeChat:
         self._starting = asyncio.Lock()
 
     async def __call__(self, scope: Message, receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._begin(scope, receive, send)
+            return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": f"only {CHAT} is defended"})
             return
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or path in WITHOUT_ANSWERS:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or path in WITHOUT_ANSWERS:
             await self.app(scope, receive, send)
         elif (scope["method"], path) == ("POST", CHAT):
             await self._chat(scope, receive, send)
@@ -73,10 +77,15 @@ class SafeChat:
         try:
             request = _checked(json.loads(await _body(receive)))
             query = to_query(request["messages"])
-        except ValueError as error:
+            request["messages"] = to_messages(query)
+        except (ValueError, RecursionError) as error:
             await _refuse(send, 400, str(error))
             return
-        guard = await self._start(scope["app"].state.engine_client)
+        try:
+            guard = await self._start(scope["app"].state)
+        except Exception as error:  # vLLM would take some for the client's
+            await _refuse(send, 500, str(error))
+            return
         async with guard.places:
             client = _Client(self.app, scope, receive)
             try:
@@ -89,11 +98,22 @@ class SafeChat:
             finally:
                 await client.leave()
 
-    async def _start(self, engine) -> _Guard:
+    async def _begin(self, scope: Message, receive, send: Send) -> None:
+        """The server's life: one that cannot defend answers does not start."""
+        try:
+            await self._start(scope["app"].state)
+        except Exception as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+            return
+        await self.app(scope, receive, send)
+
+    async def _start(self, state) -> _Guard:
+        """``state``: vLLM's, of the server inside."""
         async with self._starting:
             if self._guard is None:
-                guard = _Guard(engine)
-                await engine.collective_rpc("ras_prove")
+                guard = _Guard(state.engine_client, state.online_renderer.chat_template)
+                await guard.engine.collective_rpc("ras_prove")
                 self._guard = guard
         return self._guard
 
@@ -101,13 +121,19 @@ class SafeChat:
 class _Guard:
     """What the requests of a server share. places: for so many queries at a time.
 
-    Raises ValueError for engines without a profile, for more than one engine, and for one that keeps images: two requests that
+    chat_template: the server's own, None where it uses the model's.
+
+    Raises ValueError for engines without a profile or a logits processor, for another chat template than the model's, which is
+    the one that the profile was calibrated with, for more than one engine, and for one that keeps images: two requests that
     bring the same image at the same time, as the stages do, can overtake each other on their way into that cache, and vLLM then
     fails the one that comes without it.
     """
 
-    def __init__(self, engine):
+    def __init__(self, engine, chat_template: str | None):
         config = engine.vllm_config
+        processors = config.model_config.logits_processors or ()
+        if not processors:
+            raise ValueError(f"there are no logits processors; start the server with --logits-processors {PROCESSOR}")
         profile, queries = read_settings(config.additional_config)
         engines, servers = config.parallel_config.data_parallel_size, config.parallel_config._api_process_count
         if engines != 1:
@@ -119,10 +145,12 @@ class _Guard:
         self.engine, self.places = engine, asyncio.Semaphore(queries // servers)
         self.settings = RasProfile.from_pretrained(profile).config
         self.processor = load_processor(config.model_config)
+        if chat_template not in (None, self.processor.chat_template):
+            raise ValueError("chat_template is not the model's, which the profile belongs to; leave --chat-template out")
         defaults = config.model_config.get_diff_sampling_param()
         # Whether a greedy token is the argmax of the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
-        self.plain &= len(config.model_config.logits_processors) == 1
+        self.plain &= len(processors) == 1
 
     async def judge(self, query: tuple) -> Judgement | None:
         """`LogitSteering.judge` of one query. Raises RuntimeError when no worker could."""
@@ -303,7 +331,9 @@ class _Gone(Exception):
 def to_query(messages) -> Query:
     """OpenAI chat messages as a query whose images are their ``image_url`` parts.
 
-    Raises ValueError for other parts than text and images, and for a chat that does not end in a question.
+    Messages and parts are made anew of what is known here. vLLM reads far more out of them, by rules of its own, and hands what
+    it does not know to the chat template.
+    Raises ValueError for anything else in them, and for a chat that does not end in a question.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages is {messages!r}; it needs to be a list of messages")
@@ -311,8 +341,9 @@ def to_query(messages) -> Query:
     chat = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"messages[{i}] is {message!r}; it needs a role and a content")
-        chat.append(message | {"content": _parts(f"messages[{i}]", message["content"], images)})
+            raise ValueError(f"messages[{i}] is {message!r:.200}; it needs a role and a content")
+        refuse_unknown(f"messages[{i}]", message, ("role", "content"))
+        chat.append({"role": message["role"], "content": _parts(f"messages[{i}]", message["content"], images)})
     if not has_question(chat):
         raise ValueError(f"messages needs to end in {QUESTION}; its roles are {[message['role'] for message in chat]}")
     return Query(chat, images)
@@ -322,17 +353,29 @@ def _parts(where: str, content, images: list[Message]) -> list[Message]:
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(content, list):
         raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts")
-    parts = []
+    parts: list[Message] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image_url":
-            images.append(part)
+            refuse_unknown(f"{where}: an image_url part", part, ("type", "image_url"))
+            images.append({"type": "image_url", "image_url": _image_url(where, part.get("image_url"))})
             parts.append({"type": "image"})
         elif kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part)
+            refuse_unknown(f"{where}: a text part", part, ("type", "text"))
+            parts.append({"type": "text", "text": part["text"]})
         else:
-            raise ValueError(f"{where} has the part {part!r}; 'text' and 'image_url' parts can be defended")
+            raise ValueError(f"{where} has the part {part!r:.200}; 'text' and 'image_url' parts can be defended")
     return parts
+
+
+def _image_url(where: str, image) -> Message:
+    """The value of an image_url part. Every stage reads it anew, and elsewhere than in the request itself could find another
+    picture each time."""
+    url = image.get("url") if isinstance(image, dict) else None
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise ValueError(f"{where} has the image_url {image!r:.200}; it needs a url that holds the image: 'data:…'")
+    refuse_unknown(f"{where}: an image_url", image, ("url", "detail"))
+    return {key: image[key] for key in ("url", "detail") if image.get(key) is not None}
 
 
 def to_messages(query: Query) -> list[Message]:
@@ -373,7 +416,8 @@ async def _body(receive) -> bytes:
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:
-    body = _dumps({"error": {"message": reason, "type": "BadRequestError", "param": None, "code": status}})
+    kind = "BadRequestError" if status < 500 else "InternalServerError"
+    body = _dumps({"error": {"message": reason, "type": kind, "param": None, "code": status}})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

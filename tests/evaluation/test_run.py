@@ -1,6 +1,8 @@
 """The run behind the safety table: what is asked, what is kept, what the report says. Defences here are plain functions."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -171,12 +173,36 @@ def test_a_defence_with_another_profile_behind_it_is_asked_again(tmp_path):
         assert asked == expected
 
 
-def test_a_broken_file_of_answers_is_named(tmp_path):
-    run.AnswerFile(tmp_path, SETTINGS)
-    for line in ("[1, 2]", '{"defence": "d", "id": "0"}', "{"):
-        (tmp_path / run.ANSWERS).write_text(f"{line}\n")
-        with pytest.raises(ValueError, match="not a file of answers"):
+@pytest.mark.parametrize(
+    "line", ["[1, 2]", '{"defence": "d", "id": "0"}', "7", '{"half": ', "\0", "\udcff"], ids=ascii
+)
+def test_a_line_that_is_no_answer_is_named(tmp_path, line):
+    run.run(dataset(3), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    lines = (tmp_path / run.ANSWERS).read_text().splitlines()
+    text = "\n".join([lines[0], line, *lines[2:], ""])
+    (tmp_path / run.ANSWERS).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"answers\.jsonl:2 is not an answer: "):
+        run.AnswerFile(tmp_path, SETTINGS)
+
+
+OTHER_RUN = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    pytest.importorskip("fcntl")
+    command = [sys.executable, "-c", OTHER_RUN, str(tmp_path / run.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another run writes its answers into"):
             run.AnswerFile(tmp_path, SETTINGS)
+    run.AnswerFile(tmp_path, SETTINGS)  # that one has ended, and this one begun
+    assert b"BlockingIOError" in subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr
 
 
 def test_extra_forward_passes_are_those_beyond_the_undefended_answer_to_the_same_query(tmp_path):

@@ -234,14 +234,23 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
             refuse_unknown(f"{where}: a text part", part, ("type", "text"))
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
-            first, *rest = part["text"].split(placeholder)
-            parts += [_text_part(first.strip())] if first.strip() else []
-            for text in rest:
-                parts += [{"type": "image"}, *([_text_part(text.strip())] if text.strip() else [])]
+            parts += _split(part["text"], placeholder)
         else:
             raise ValueError(
                 f"{where} has a content part of type {part.get('type')!r}; 'text' and 'image' are supported"
             )
+    return parts
+
+
+def _split(text: str, placeholder: str) -> list[dict]:
+    """A text as parts, an image part for each placeholder. Blanks beside a placeholder go with it; others are the user's, and may
+    be all that keeps two texts apart."""
+    pieces = text.split(placeholder)
+    parts = []
+    for i, piece in enumerate(pieces):
+        piece = piece.lstrip() if i > 0 else piece
+        piece = piece.rstrip() if i < len(pieces) - 1 else piece
+        parts += [*_image_parts(i > 0), *([_text_part(piece)] if piece else [])]
     return parts
 
 

@@ -296,9 +296,14 @@ def output_head(model):
 def _logit_factor(model, layer, finish, factors: list[float]) -> float:
     """The one of ``factors`` that a small forward shows to be the model's: some families divide by what others multiply with,
     some have it in their config and leave it out."""
-    plain = []
+    plain, thread = [], threading.get_ident()
+
+    def note(module, args, output) -> None:
+        if threading.get_ident() == thread:
+            plain.append(output)
+
     ids = torch.arange(4, device=model.device)[None]  # one may be that of padding, and embedded as zeros
-    with layer.register_forward_hook(lambda module, args, output: plain.append(output)):
+    with lock_of(model), layer.register_forward_hook(note):
         logits = model(input_ids=ids, use_cache=False).logits
     return min(factors, key=lambda factor: float((finish(plain[-1], factor).double() - logits.double()).norm()))
 

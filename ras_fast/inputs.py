@@ -243,8 +243,8 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
 
 
 def _split(text: str, placeholder: str) -> list[dict]:
-    """A text as parts, an image part for each placeholder. Blanks beside a placeholder go with it; others are the user's, and may
-    be all that keeps two texts apart."""
+    """A text as parts, an image part for each placeholder. Blanks beside a placeholder go with it; others are the user's, and
+    may be all that keeps two texts apart."""
     pieces = text.split(placeholder)
     parts = []
     for i, piece in enumerate(pieces):
@@ -378,7 +378,7 @@ def expand_image(short: list[int], run: list[int], image_token: int) -> list[int
 
 
 Inputs = dict[str, torch.Tensor]
-_OF_IMAGES = ("pixel_", "image_", "video_", "aspect_", "spatial_")
+_OF_IMAGES = ("pixel_", "aspect_", "spatial_", "image_grid", "image_size", "video_grid")
 
 
 def is_per_token(name: str, inputs: Inputs) -> bool:

@@ -14,7 +14,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 
 import ras_fast
 from ras_fast.attention_map import NoImageStatistics, image_attention
-from ras_fast.engine import SafeGenerator, batch
+from ras_fast.engine import SafeGenerator, batch, recurrence
 from ras_fast.engine.workspace import Workspace
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, from_vectors
@@ -107,6 +107,49 @@ def test_a_prompt_that_means_something_else_when_it_is_cut_is_not(first, batch_s
         assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
         assert guard.counters["shared"] > 0  # by those after it
         assert guard.counters["not_shared"] > 0
+
+
+def ovis2_with_marks(*marks):
+    """Tokens that mean something else in a forward with pixels, as its config says."""
+    model, processor, profile = built("ovis2")
+    model.config.visual_indicator_token_ids = model.model.visual_indicator_token_ids = [START, *marks, END]
+    return model, processor, profile
+
+
+def test_a_mark_in_the_safety_prompt_or_in_a_context_is_read_with_the_image():
+    """A stage that continued the prefix would read it without."""
+    for marks in ((9, 93, 94), (92, 25, 94)):  # w9 is in the safety prompt; w25 is what most contexts say
+        model, processor, profile = ovis2_with_marks(*marks)
+        queries = [f"w{22 + i}" for i in range(4)], [random_image(i) for i in range(4)]
+        expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=2)
+        with SafeGenerator(model, processor, profile) as guard:
+            outputs = guard.generate(*queries, max_new_tokens=2)
+        similarities = [output.similarity for output in expected]
+        assert [output.similarity for output in outputs] == pytest.approx(similarities, abs=1e-5)
+    assert any("w25" in output.context for output in expected)
+
+
+def test_no_context_is_kept_of_an_attempt_that_failed():
+    model, processor, profile = ovis2_with_marks(92, 7, 94)  # w7 is in the context prompt
+    queries = ["w21 w7", "w22"], [random_image(i) for i in range(2)]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
+    with SafeGenerator(model, processor, profile, cache_bytes=2**20) as guard:
+        for _ in range(2):
+            assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
+        assert guard.counters["shared"] + guard.counters["not_shared"] == 6  # of the attempts that gave an answer
+
+
+def test_an_answer_begun_with_a_mark_fails_closed_and_alone():
+    model, processor, profile = ovis2_with_marks(92, 40, 94)
+    chat = [{"role": "user", "content": "w21"}, {"role": "assistant", "content": "w40"}]
+    queries = ["w22", chat, "w23"], [random_image(i) for i in range(3)]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
+    with SafeGenerator(model, processor, profile) as guard:
+        outputs = guard.generate(*queries, max_new_tokens=6)
+    assert [summary(outputs)[i] for i in (0, 2)] == [expected[i] for i in (0, 2)]
+    assert [output.failed_closed is None for output in outputs] == [True, False, True]
+    assert "means something else without its image" in outputs[1].failed_closed
+    assert outputs[1].risk == 1
 
 
 def test_where_a_prompt_without_such_a_token_differs_none_is_cut_again():
@@ -319,3 +362,42 @@ def test_a_step_of_a_hybrid_takes_nothing_from_the_host(name, fused, monkeypatch
         with HostReads() as reads:
             steps._compute(branches, 192, masked=True)
     assert reads.found == []
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_a_forward_over_another_cache_is_not_cut_into_segments(name):
+    """A user's own, in another thread, while the engine makes a step."""
+    model, ids = FAMILIES[name].model(name), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        runner = batch.Runner(model)
+        pool = Workspace(runner.stateful, 1, 8, 16, model.device).pool
+        with recurrence.in_segments(runner.recurrences, pool):
+            assert torch.equal(model(input_ids=ids).logits, expected)
+            assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+
+
+def test_a_forward_that_the_user_put_on_a_recurrence_is_run():
+    model, processor, profile, queries = hybrid("qwen3_5", 47)
+    module = model.model.language_model.layers[0].linear_attn
+    own, calls = module.forward, []
+
+    def louder(*args, **kwargs):
+        calls.append(1)
+        return 2 * own(*args, **kwargs)
+
+    module.forward = louder
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=8))
+    calls.clear()
+    with SafeGenerator(model, processor, profile) as guard:
+        assert summary(guard.generate(*queries, max_new_tokens=8)) == expected
+    assert calls
+    assert module.forward is louder
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "llava"])
+def test_logits_under_autocast_are_as_close_as_its_dtype_lets_them_be(name):
+    model, processor, profile = built(name)
+    with torch.autocast("cpu", torch.bfloat16), SafeGenerator(model, processor, profile) as guard:
+        (output,) = guard.generate(["w20 w21"], [random_image(0)], max_new_tokens=4)
+    assert output.failed_closed is None

@@ -350,9 +350,10 @@ class Batch:
         answer.take(states[:, -1], self.runner.head(states[:, -1]).float())
         return answer
 
-    def extract(self, row: int, length: int) -> Prefix:
-        """A copy of the first ``length`` tokens of a row's prefix."""
-        keys_values, states = self.pool.read(row, self.origin, self.origin + length), self._after_prefix[row]
+    def extract(self, row: int) -> Prefix:
+        """A copy of a row's prefix."""
+        length, states = self.prefixes[row], self._after_prefix[row]
+        keys_values = self.pool.read(row, self.origin, self.origin + length)
         return Prefix(length, keys_values, states, self.offset[ANSWER, row].clone(), self.regions.get(row))
 
     def insert(self, row: int, prefix: Prefix) -> None:
@@ -503,7 +504,8 @@ class Batch:
         return self.runner.masks(starts, ends, end - begin, distance)
 
     def _segments(self, branches: list[Branch]) -> list[Segment]:
-        """The tokens of a feed that go on from the same states: of all rows where they can go together, else of each row."""
+        """The tokens of the branches' feeds, in the order of their kinds, by the states that they go on from: those of all rows
+        together where they are equally many, else those of each row."""
         if not self.runner.recurrences:
             return []
         first, last = branches[0].kind, branches[-1].kind
@@ -555,12 +557,14 @@ class Batch:
         keep(self.pool, REGIONS, self._maps[begin > 0])
 
 
-def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
-    """Whether logits [V] of a model of this dtype are the same but for rounding and for a constant, which no softmax sees: in a
-    trained model it may be most of their norm. Tokens that a model rules out have the lowest number of its dtype."""
-    found, wanted = found.double(), wanted.double()
-    allowed = wanted > torch.finfo(dtype).min
-    if not torch.equal(found > torch.finfo(dtype).min, allowed):
+def close(found: Tensor, wanted: Tensor, model) -> bool:
+    """Whether logits [V] of a model are the same but for rounding and for a constant, which no softmax sees: in a trained model
+    it may be most of their norm. Tokens that a model rules out have the lowest number of its dtype."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    found, wanted, lowest = found.double(), wanted.double(), 0.99 * torch.finfo(dtype).min
+    allowed = wanted > lowest
+    if not torch.equal(found > lowest, allowed):
         return False
     found, wanted = (logits[allowed] - logits[allowed].mean() for logits in (found, wanted))
     return bool((found - wanted).norm() <= (0.1 if dtype.itemsize == 2 else 0.01) * wanted.norm())

@@ -57,7 +57,8 @@ class SafeGenerator:
     CUDA with their captured graphs; `close()` frees them.
 
     One call runs at a time on a model: calls from other threads, also of other generators and of `SequentialPipeline`, wait for
-    a lock. Ctrl-C leaves the model unpatched and usable.
+    a lock. A forward of your own in another thread does not: it may be steered as the answer is. Ctrl-C leaves the model
+    unpatched and usable.
     Counters of all calls are in ``counters``.
 
     Raises ValueError when an argument has the wrong type or value, the profile is of another model, the method needs the
@@ -243,7 +244,7 @@ class SafeGenerator:
             if _is_out_of_memory(error):
                 raise
             raise ValueError(f"{name}: the engine cannot run it ({error}); {INSTEAD}") from error
-        if not close(found, wanted, self.model.dtype):
+        if not close(found, wanted, self.model):
             raise ValueError(f"{name}: the engine's logits differ from the model's own; {INSTEAD}")
 
     def _branched(self, ids: list[int]) -> torch.Tensor:

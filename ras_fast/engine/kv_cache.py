@@ -65,11 +65,11 @@ class PoolLayer(CacheLayerMixin):
                 if i != row:
                     self.keys[i], self.values[i] = self.keys[row], self.values[row]
 
-    def copy_to(self, other: PoolLayer, slots: int) -> None:
-        """Copies everything into a layer with so many slots more before the others."""
+    def copy_to(self, other: PoolLayer) -> None:
+        """Copies everything into a layer of a larger pool, which has its further slots before the others."""
         if self.is_initialized:
             other.lazy_initialization(self.keys, self.values)
-            other.keys[:, :, slots:], other.values[:, :, slots:] = self.keys, self.values
+            other.keys[:, :, -self.capacity :], other.values[:, :, -self.capacity :] = self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -168,7 +168,7 @@ class KVPool(Cache):
         """A copy with so many slots more before the others."""
         new = KVPool(self.stateful, self.rows, self.capacity + slots)
         for old, layer in zip(self.layers, new.layers, strict=True):
-            old.copy_to(layer, slots)
+            old.copy_to(layer)
         return new
 
     def _layers(self, kind: type) -> list:

@@ -97,17 +97,18 @@ class Overlapped(Plan):
         return self.region_mass or self.moras.attention is not None or self.bias is not None
 
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
+        clock, counted = Clock(), self.counters.copy()
         with region_bias(Patch.of(self.runner.model), self.bias):
             if self._cuts:
                 try:
-                    return self._answer(queries, decoding, streamer, cut=True)
+                    return self._answer(queries, decoding, streamer, clock, cut=True)
                 except _OtherLogits:  # nothing has been shown yet
-                    pass
-            return self._answer(queries, decoding, streamer, cut=False)
+                    self.counters.clear()
+                    self.counters.update(counted)
+            return self._answer(queries, decoding, streamer, clock, cut=False)
 
-    def _answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer, cut: bool) -> list[SafeOutput]:
+    def _answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer, clock: Clock, cut: bool):
         """cut: whether a prompt with images is computed first up to their end, which the stages share, or to its last token."""
-        clock = Clock()
         jobs = [self._prepare(number, query, decoding, cut) for number, query in queries]
         contexts = self._contexts(jobs)
         with self.runner.workspaces.lend(len(jobs), *self._slots(jobs, contexts)) as space:
@@ -116,6 +117,7 @@ class Overlapped(Plan):
             clock.lap("prefix")
             draft = self._context_and_draft(batch, jobs, contexts)
             self._prove(jobs, draft, cut)
+            self._keep_contexts(jobs, contexts)
             clock.lap("context and draft")
             self._assess(batch, jobs, draft)
             clock.lap("risk")
@@ -202,11 +204,11 @@ class Overlapped(Plan):
         twin = next((i for i, other in enumerate(jobs[:row]) if _same_prefix(job, other)), None)
         if found is not None or twin is not None:
             self.counters["cache_hits"] += 1
-            batch.insert(row, found if found is not None else batch.extract(twin, len(job.prefix)))
+            batch.insert(row, found if found is not None else batch.extract(twin))
             return
         batch.prefill(row, job.inputs, len(job.prefix), ANSWER)
         if cached:
-            entry = batch.extract(row, len(job.prefix))
+            entry = batch.extract(row)
             self.cache.put(key, entry, entry.nbytes)
 
     def _context_and_draft(self, batch: Batch, jobs: list[Job], contexts) -> Branch:
@@ -225,13 +227,18 @@ class Overlapped(Plan):
         for job, entry in zip(jobs, contexts, strict=True):
             if entry is not None:
                 job.context = context_text(self.processor, entry[1].tokens)
-                self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
         return draft
+
+    def _keep_contexts(self, jobs: list[Job], contexts) -> None:
+        for job, entry in zip(jobs, contexts, strict=True):
+            if entry is not None:
+                self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
 
     def _prove(self, jobs: list[Job], draft: Branch, cut: bool) -> None:
         """Compares prompts with an image to the model's own forward of them in one piece: the first one, and all that hold a
         mark after what closes their last image. Text after an image may mean something else in a forward without pixels, as
-        Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ, and ValueError where others do."""
+        Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ. Of others, those with a mark fail closed,
+        and one without raises ValueError."""
         for row, job in enumerate(jobs):
             ids = job.draft.prompt
             marked = not self.runner.marks.isdisjoint(ids[self._images_closed(ids) :])
@@ -242,6 +249,8 @@ class Overlapped(Plan):
             elif cut:
                 self._cuts = marked  # only such prompts are different, or all are
                 raise _OtherLogits
+            elif marked:
+                job.failed_closed = "its prompt ends in a token that means something else without its image"
             else:
                 name = type(self.runner.model).__name__
                 raise ValueError(f"{name}: a prompt with an image gets other logits than the model's own; {INSTEAD}")
@@ -252,7 +261,7 @@ class Overlapped(Plan):
         self.runner.count(*mask.shape)
         with self.runner.own_offsets():
             wanted = model(**job.inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        return close(found, wanted, model.dtype) or not torch.isfinite(wanted).all()
+        return close(found, wanted, model) or not torch.isfinite(wanted).all()
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""
@@ -375,6 +384,8 @@ class Overlapped(Plan):
         """(whether a stage's prompt begins with the job's prefix and may reuse it, how many tokens it adds to the pool)."""
         length = len(job.prefix)
         shares = length and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
+        # What a mark means after the images is proved for the query's own prompt alone.
+        shares = shares and self.runner.marks.isdisjoint(prompt[self._images_closed(prompt) :])
         return (True, len(prompt) - length) if shares else (False, len(prompt))
 
     def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, keep: int = 0) -> Branch | None:

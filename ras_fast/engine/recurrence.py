@@ -11,15 +11,17 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import LinearAttentionLayer
 
 from ras_fast.patching.cache_values import CACHE_NAMES
-from ras_fast.patching.layers import forward_slot
 from ras_fast.patching.undo import Undo
+
+if TYPE_CHECKING:
+    from ras_fast.engine.kv_cache import KVPool
 
 LAYERS = {"linear_attention", "conv"}  # what transformers calls layers of this kind
 BRANCHES = 2  # states of a row
@@ -96,10 +98,11 @@ class StateLayer(LinearAttentionLayer):
         """Moves these rows, in ascending order, to the front, in place."""
         for states in self._all.values():
             for i, row in enumerate(rows):
-                states[i] = states[row]
+                if i != row:
+                    states[i] = states[row]
 
-    def copy_to(self, other: StateLayer, slots: int = 0) -> None:
-        """Copies everything. slots: states take none."""
+    def copy_to(self, other: StateLayer) -> None:
+        """Copies everything into a layer of a larger pool."""
         for key, states in self._all.items():
             if key not in other._all:
                 other._allocate(*key, states[0, 0])
@@ -111,12 +114,11 @@ class StateLayer(LinearAttentionLayer):
 
 
 def find(layers: nn.ModuleList, stateful: list[bool]) -> dict[int, nn.Module]:
-    """The recurrence of each layer that has one: the child that takes the cache. Raises ValueError where there is none, or
-    someone else has replaced its forward."""
+    """The recurrence of each layer that has one: the child that takes a cache. Raises ValueError unless that is one child."""
     found = {}
     for index, layer in enumerate(layers):
         if stateful[index]:
-            taking = [child for child in layer.children() if _takes_cache(child) and forward_slot(child)]
+            taking = [child for child in layer.children() if _takes_cache(child)]
             if len(taking) != 1:
                 raise ValueError(f"layer {index}, a {type(layer).__name__}, has {len(taking)} children that take a cache")
             found[index] = taking[0]
@@ -128,14 +130,14 @@ def _takes_cache(module: nn.Module) -> bool:
 
 
 @contextmanager
-def in_segments(recurrences: Mapping[int, nn.Module], pool) -> Iterator[None]:
-    """Inside the block each recurrence computes its batch segment by segment, as the `KVPool` is aimed. Tokens in none of them
-    get zeros."""
+def in_segments(recurrences: Mapping[int, nn.Module], pool: KVPool) -> Iterator[None]:
+    """Inside the block each recurrence that is called with this pool computes its batch segment by segment, as the pool is
+    aimed; tokens in none of them get zeros. Forwards of other threads, over other caches, are what they always are."""
     undo = Undo()
     try:
         for index, module in recurrences.items():
-            slot = forward_slot(module)
-            undo.set(module, slot, partial(_forward, getattr(module, slot), pool.layers[index], pool.view))
+            slot = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # which accelerate's hooks call in between
+            undo.set(module, slot, partial(_forward, getattr(module, slot), pool, index))
         yield
     finally:
         undo.restore()
@@ -143,16 +145,18 @@ def in_segments(recurrences: Mapping[int, nn.Module], pool) -> Iterator[None]:
 
 def _forward(
     forward: Callable,
-    layer: StateLayer,
-    view: Any,
+    pool: KVPool,
+    index: int,
     hidden_states: Tensor,
     *args: Any,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
+    if not any(given is pool for given in (*args, *kwargs.values())):
+        return forward(hidden_states, *args, attention_mask=attention_mask, **kwargs)
     output = torch.zeros_like(hidden_states)
-    for segment in view.segments:
-        layer.aim(view.rows, segment)
+    for segment in pool.view.segments:
+        pool.layers[index].aim(pool.view.rows, segment)
         x = hidden_states[segment.rows, segment.tokens]
         own = x.reshape(x.shape[0] * (segment.branches.stop - segment.branches.start), -1, x.shape[-1])
         mask = None if attention_mask is None else attention_mask[segment.rows, segment.tokens]

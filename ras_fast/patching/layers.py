@@ -167,7 +167,7 @@ class SteeredLayer:
         output = type(self.layer).forward(self.layer, *args, **kwargs)
         if self.site is None and self.probe is None:
             return output
-        hidden = self._add(_first(output).contiguous(), None)
+        hidden = self._add(first(output).contiguous(), None)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _add(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -232,10 +232,10 @@ class FusedLayer(SteeredLayer):
         return sorted(name for name, value in received.items() if value is None and name not in given)
 
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return _first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
+        return first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
 
     def _move(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return _first(self.layer._modules[self.names["mlp"]](normed))
+        return first(self.layer._modules[self.names["mlp"]](normed))
 
     def _run(self, role: str, x: Tensor) -> Tensor:
         """The layer's norm in this role, called as a module, so that its hooks run; x itself where there is none."""
@@ -280,7 +280,7 @@ def gates(layer: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in layer.named_parameters(recurse=False) if parameter.numel() == 1)
 
 
-def _first(output: Any) -> Tensor:
+def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -383,10 +383,10 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    last = next((_first(record.output) for record in reversed(records) if record.called), None)
+    last = next((first(record.output) for record in reversed(records) if record.called), None)
     calls = [(record.module, call) for record in records for call in record.calls if call.mixes]
     mixers = list(dict.fromkeys(getattr(layer, call.name) for layer, call in calls))
-    plain.calls = [(call.x, _first(call.output)) for _, call in calls]
+    plain.calls = [(call.x, first(call.output)) for _, call in calls]
     padded, notes = Rehearsal(), []
     try:
         with _hooks(mixers, lambda x, output: notes.append((x, output))):
@@ -449,7 +449,7 @@ def _hooks(
         return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        tell(args[0] if args else kwargs["hidden_states"], _first(output))
+        tell(args[0] if args else kwargs["hidden_states"], first(output))
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in modules]
     if replace is not None:
@@ -625,7 +625,7 @@ def differs(layer: SteeredLayer, record: LayerTrace) -> str | None:
     else:
         kwargs["hidden_states"] = kwargs["hidden_states"] / SMALL
     with torch.no_grad():
-        output = _first(type(layer.layer).forward(layer.layer, *args, **kwargs))
+        output = first(type(layer.layer).forward(layer.layer, *args, **kwargs))
         got, why = reproduce(layer, args, kwargs, output)
         if why is None and layer.end is not None:
             why = _difference(layer.end(got), type(layer.end.norm).forward(layer.end.norm, output))
@@ -636,10 +636,10 @@ def reproduce(function: Callable, args: tuple, kwargs: dict[str, Any], output: A
     """Runs `function` on a traced call: (its first output, None), or (None, how that differs from the traced one)."""
     try:
         with torch.no_grad():
-            got = _first(function(*args, **kwargs))
+            got = first(function(*args, **kwargs))
     except Exception as error:  # whatever another family's modules raise, they stay as they were
         return None, f"does not run ({type(error).__name__}: {error})"
-    return got, _difference(got, _first(output))
+    return got, _difference(got, first(output))
 
 
 def token_errors(got: Tensor, expected: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -488,7 +488,7 @@ class Patch:
         if slot is None:
             return "has a forward of its own on the instance already"
         states = (*recorded.sample["input_ids"].shape, text_model.config.hidden_size)
-        given = tuple(getattr(fusion._first(record.output), "shape", ()))
+        given = tuple(getattr(fusion.first(record.output), "shape", ()))
         if given != states:
             return f"gives {given} instead of hidden states {states}"
         end = self._next_norm(text_model, recorded, index, fused_norms)
@@ -519,7 +519,7 @@ class Patch:
 
     def _next_norm(self, text_model, recorded, index: int, fused_norms) -> fusion.FusedNorm | None:
         """The norm that is applied to a layer's output, where it is fused and on the same device."""
-        output = fusion._first(recorded.layers[index].output)
+        output = fusion.first(recorded.layers[index].output)
         if index + 1 < len(recorded.layers):
             following = recorded.layers[index + 1]
             parent, call = following.module, next(iter(following.calls), None)

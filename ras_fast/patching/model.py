@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
 from ras_fast.ops.attention import REDUCTIONS
-from ras_fast.patching import layers as fusion
+from ras_fast.patching import fusion
 from ras_fast.patching.attention import STATE
+from ras_fast.patching.layers import FusedNorm, SteeredLayer, first
 from ras_fast.patching.state import AttentionState, Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
+from ras_fast.patching.trace import LayerTrace, Trace, compare, reproduce, trace
 from ras_fast.patching.tracking import CrossRegionTracker, RecordFeatures, RegionTracker, token_ids
-from ras_fast.patching.undo import Undo
+from ras_fast.patching.undo import Undo, forward_slot
 from ras_fast.regions import RegionMap
 from ras_fast.registration import EXPLICIT, NAME, register
 
@@ -132,8 +134,8 @@ class Patch:
         self.steering = Steering()
         self._undo = Undo()
         self._state: ModelState | None = None
-        self._placed: dict[int, fusion.SteeredLayer] = {}  # what stands in for a decoder layer
-        self._final_norm: fusion.FusedNorm | None = None
+        self._placed: dict[int, SteeredLayer] = {}  # what stands in for a decoder layer
+        self._final_norm: FusedNorm | None = None
         self._report: Report | None = None
         self._backend_request: object = None
 
@@ -383,7 +385,7 @@ class Patch:
         if layer in self._placed:
             self._placed[layer].probe = None
 
-    def _place(self, layer: int | str) -> fusion.SteeredLayer | fusion.FusedNorm:
+    def _place(self, layer: int | str) -> SteeredLayer | FusedNorm:
         if not self.applied:
             raise RuntimeError("the model is not patched")
         place = self._final_norm if layer == "final" else self._placed.get(layer)
@@ -392,12 +394,12 @@ class Patch:
             raise ValueError(f"layer is {layer!r}; it must be one of {able}\n{self._report}")
         return place
 
-    def _directions(self, name: str, directions: Tensor, place: fusion.SteeredLayer | fusion.FusedNorm) -> Tensor:
+    def _directions(self, name: str, directions: Tensor, place: SteeredLayer | FusedNorm) -> Tensor:
         """[S, d] on the device where they will be used."""
         d = self.text_model.config.hidden_size
         if directions.dim() != 2 or directions.shape[0] == 0 or directions.shape[1] != d:
             raise ValueError(f"{name} is of shape {tuple(directions.shape)}; it must be [S, d] with S > 0 and d = {d}")
-        weight = next((place.norm if isinstance(place, fusion.FusedNorm) else place.layer).parameters())
+        weight = next((place.norm if isinstance(place, FusedNorm) else place.layer).parameters())
         return directions.detach() if weight.is_meta else directions.detach().to(weight.device)
 
     # Patching
@@ -413,7 +415,7 @@ class Patch:
         self._undo.set(text_model, _PATCH, self)
         self._report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
         try:
-            recorded = fusion.trace(text_model, decoder_layers)
+            recorded = trace(text_model, decoder_layers)
         except (AttributeError, TypeError, ValueError) as error:  # what the model makes of the inputs that it does not get
             what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
             raise TypeError(f"{what} cannot be traced on tokens alone ({type(error).__name__}: {error})") from error
@@ -425,13 +427,13 @@ class Patch:
             self._keep_only_if_equal(text_model, recorded, before)
         self._report.regions = self._watch(root, text_model, recorded) if regions else "not asked for"
 
-    def _fuse(self, text_model: nn.Module, recorded: fusion.Trace) -> None:
+    def _fuse(self, text_model: nn.Module, recorded: Trace) -> None:
         """Fuses what can be proved, from the trace of the unpatched model."""
         fused_norms = self._fuse_norms(text_model, recorded)
         names = {id(module): name for name, module in text_model.named_modules()}
         report = self._report
         for index, record in enumerate(recorded.layers):
-            shape = fusion.pattern(record, lambda module: isinstance(fused_norms.get(id(module)), fusion.FusedNorm))
+            shape = fusion.pattern(record, lambda module: isinstance(fused_norms.get(id(module)), FusedNorm))
             report.norms += 1 if shape == "nbb" else 2
             name = names[id(record.module)]
             why = self._fuse_layer(text_model, recorded, index, shape, fused_norms)
@@ -444,9 +446,9 @@ class Patch:
             handle = text_model.register_forward_hook(self._forget_skipped)
             self._undo.hooked(text_model._forward_hooks, handle=handle)
 
-    def _keep_only_if_equal(self, text_model: nn.Module, recorded: fusion.Trace, before: int) -> None:
+    def _keep_only_if_equal(self, text_model: nn.Module, recorded: Trace, before: int) -> None:
         """Undoes all fusion where the text model gives something else with it."""
-        why = fusion.compare(text_model, recorded)
+        why = compare(text_model, recorded)
         if why is not None:
             self._undo.restore(before)
             self._placed.clear()
@@ -460,23 +462,23 @@ class Patch:
             if layer.end is not None:
                 layer.end.forget()
 
-    def _fuse_norms(self, text_model: nn.Module, recorded: fusion.Trace) -> dict[int, fusion.FusedNorm | str]:
+    def _fuse_norms(self, text_model: nn.Module, recorded: Trace) -> dict[int, FusedNorm | str]:
         """By id of a norm module: its fused form, now in place of its forward, or why there is none."""
         calls = [(record.module, call) for record in recorded.layers for call in record.calls]
         if recorded.final_norm is not None:
             calls.append((text_model, recorded.final_norm))
-        fused: dict[int, fusion.FusedNorm | str] = {}
+        fused: dict[int, FusedNorm | str] = {}
         for parent, call in calls:
             module = getattr(parent, call.name)
             if not _looks_like_norm(module) or id(module) in fused:
                 continue
             with torch.no_grad():
                 fused[id(module)] = candidate = fusion.fuse_norm(module, call)
-            if isinstance(candidate, fusion.FusedNorm):
-                self._undo.set(module, fusion.forward_slot(module), candidate)
+            if isinstance(candidate, FusedNorm):
+                self._undo.set(module, forward_slot(module), candidate)
         if recorded.final_norm is not None:
             last = fused.get(id(getattr(text_model, recorded.final_norm.name)))
-            self._final_norm = last if isinstance(last, fusion.FusedNorm) else None
+            self._final_norm = last if isinstance(last, FusedNorm) else None
         return fused
 
     def _fuse_layer(self, text_model, recorded, index: int, shape: str, fused_norms) -> str | None:
@@ -484,11 +486,11 @@ class Patch:
         record = recorded.layers[index]
         if not record.called:
             return "is not called"
-        slot = fusion.forward_slot(record.module)
+        slot = forward_slot(record.module)
         if slot is None:
             return "has a forward of its own on the instance already"
         states = (*recorded.sample["input_ids"].shape, text_model.config.hidden_size)
-        given = tuple(getattr(fusion.first(record.output), "shape", ()))
+        given = tuple(getattr(first(record.output), "shape", ()))
         if given != states:
             return f"gives {given} instead of hidden states {states}"
         end = self._next_norm(text_model, recorded, index, fused_norms)
@@ -497,7 +499,7 @@ class Patch:
             self._report.fused_layers += 1
             self._report.fused_norms += (layer.middle is not None) + (end is not None)
         else:
-            layer = fusion.SteeredLayer(record.module, index, end)
+            layer = SteeredLayer(record.module, index, end)
             if fusion.differs(layer, record) is not None:
                 return why
         if end is not None:
@@ -517,19 +519,19 @@ class Patch:
         why = fusion.prove(fused, record)
         return (fused, None) if why is None else (None, why)
 
-    def _next_norm(self, text_model, recorded, index: int, fused_norms) -> fusion.FusedNorm | None:
+    def _next_norm(self, text_model, recorded, index: int, fused_norms) -> FusedNorm | None:
         """The norm that is applied to a layer's output, where it is fused and on the same device."""
-        output = fusion.first(recorded.layers[index].output)
+        output = first(recorded.layers[index].output)
         if index + 1 < len(recorded.layers):
             following = recorded.layers[index + 1]
             parent, call = following.module, next(iter(following.calls), None)
         else:
             parent, call = text_model, recorded.final_norm
         fused = None if call is None else fused_norms.get(id(getattr(parent, call.name)))
-        follows = isinstance(fused, fusion.FusedNorm) and call.x is output and fused.norm.weight.device == output.device
+        follows = isinstance(fused, FusedNorm) and call.x is output and fused.norm.weight.device == output.device
         return fused if follows else None
 
-    def _watch(self, root: nn.Module, text_model: nn.Module, recorded: fusion.Trace) -> str | None:
+    def _watch(self, root: nn.Module, text_model: nn.Module, recorded: Trace) -> str | None:
         """Turns image statistics on; returns why not."""
         multimodal = _owner(root, text_model)
         if multimodal is None or not token_ids(multimodal.config):
@@ -549,14 +551,14 @@ class Patch:
         why = self._watch_layers(recorded)
         if why is None:
             self._watch_forwards(multimodal, text_model, tracker)
-            why = fusion.compare(text_model, recorded)
+            why = compare(text_model, recorded)
             why = why and f"the text model under this package's attention {why}"
         if why is not None:
             self._undo.restore(before)
             self._state = None
         return why
 
-    def _watch_layers(self, recorded: fusion.Trace) -> str | None:
+    def _watch_layers(self, recorded: Trace) -> str | None:
         """Links each layer's attention to the model's state; returns why image statistics are impossible."""
         for index, record in enumerate(recorded.layers):
             why = self._watch_layer(index, record)
@@ -565,7 +567,7 @@ class Patch:
         self._report.blind = [index for index in range(len(recorded.layers)) if index not in self._state.layers]
         return None if self._state.layers else f"the layers {_NO_INTERFACE}"
 
-    def _watch_layer(self, index: int, record: fusion.LayerTrace) -> str | None:
+    def _watch_layer(self, index: int, record: LayerTrace) -> str | None:
         """Links a layer's attention, the first child that goes through transformers' attention interface, and proves it on the
         traced call; returns how it fails. A layer without such a child is left out."""
         for call in record.calls:
@@ -578,7 +580,7 @@ class Patch:
             self._undo.set(child, STATE, state)
             self._state.tracker.forward.regions = RegionMap(call.x.new_zeros(call.x.shape[:2], dtype=torch.int32), 1)
             with self.collect(layers=[index]) as statistics:
-                _, why = fusion.reproduce(child, call.args, call.kwargs, call.output)
+                _, why = reproduce(child, call.args, call.kwargs, call.output)
             self._state.tracker.forward.regions = None
             if why is not None:
                 return why
@@ -617,7 +619,7 @@ def _listed(layers: Mapping[int, Any]) -> str:
     return f"0..{len(layers) - 1}" if list(layers) == list(range(len(layers))) else ", ".join(map(str, layers))
 
 
-def _implementation(before: str, recorded: fusion.Trace) -> str:
+def _implementation(before: str, recorded: Trace) -> str:
     """The name under which this package's attention stands in for `before`.
 
     SDPA leaves masks out that others are given in full. That is faster, and the same where all modules attend to the text, and

@@ -49,3 +49,11 @@ def _forward_before(module: nn.Module, before: Any) -> tuple[str, bool, Any]:
     if "_hf_hook" in module.__dict__:
         return "_old_forward", True, before or MethodType(type(module).forward, module)
     return "forward", before is not None, before
+
+
+def forward_slot(module: nn.Module) -> str | None:
+    """The attribute that holds what `module(...)` runs; None where someone else has replaced it."""
+    own = module.__dict__.get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward:  # accelerate's hooks leave it when they go
+        return "forward"
+    return "_old_forward" if "_hf_hook" in module.__dict__ else None  # accelerate's hooks call that in between

@@ -63,7 +63,7 @@ class LayerTrace:
 class Rehearsal:
     """Small forwards of the text model.
 
-    outputs: what it gave, each [tokens, d].
+    outputs: what it gave, each [B, T, d].
     calls: what each call of `Trace.mixers` was given and gave, in their order, each [B, T, d].
     valid: [B, T] bool, where tokens are not padding, of the forwards that have any.
     """

@@ -13,9 +13,9 @@ By dtype, unpatched with SDPA and with eager attention, and patched:
     mass error      largest error of the image mass, in prefill and in a decode step, over "regions" of text: the first token,
                     on which a trained model puts much of its attention, ten after it, four late ones; against float64 softmax
                     sums of the same queries and keys. In eager's row: float32 softmax sums of the scores that torch computes
-                    in that dtype. "beyond": layers where the package's error is more than twice that one, and 1e-6
+                    in that dtype. "beyond": layers where the package's error is more than twice that one plus 1e-6
 In float32, the engine (MoRAS) beside `ras_fast.sequential`: answers that differ. The prototypes are the states that say a
-refusal; S_base is set, not calibrated, as in so small a model S does not tell unsafe from safe.
+refusal; S_base is set, not calibrated: how well the risk tells unsafe from safe is not measured here.
 It takes 4 minutes of one CPU thread, --quick one. Seconds on a CPU are of CPU time, for the machine may be shared, and
 candidates take turns; patching is not in them.
 """

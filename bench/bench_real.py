@@ -17,7 +17,7 @@ By dtype, unpatched with SDPA and with eager attention, and patched:
 In float32, the engine (MoRAS) beside `ras_fast.sequential`: answers that differ. The prototypes are the states that say a
 refusal; S_base is set, not calibrated: how well the risk tells unsafe from safe is not measured here.
 It takes 4 minutes of one CPU thread, --quick one. Seconds on a CPU are of CPU time, for the machine may be shared, and
-candidates take turns; patching is not in them.
+unpatched and patched take turns, batch by batch; patching is not in them.
 """
 
 from __future__ import annotations
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="float32 and bfloat16, fewer and shorter answers")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a local causal or vision-language model")
     args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 2 if args.quick else 3]
     questions, tokens, count, sizes = (SAFE[:2], 6, 2, (2,)) if args.quick else (SAFE, 20, 8, (1, 3, 8))
     with tempfile.TemporaryDirectory() as room:

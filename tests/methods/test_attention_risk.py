@@ -498,8 +498,9 @@ def test_combined_risk(model):
 
 def test_calibration_beside_moras(model, processor, every_answer_refuses):
     options = {"context_prompt": "w1 w2", "safety_prompt": "w4 w5", "max_context_tokens": 4, "min_refused": 2}
+    told_apart = [(image, unsafe, safe) for image, safe, unsafe in PAIRS]  # by chance, the other way round
     base = moras.calibrate(
-        model, processor, refused_texts=[random_words(i, 5) for i in range(2)], pairs=PAIRS, progress=False, **options
+        model, processor, refused_texts=[random_words(i, 5) for i in range(2)], pairs=told_apart, progress=False, **options
     )
     profile = calibrate(model, processor, pairs=PAIRS, heads=2, combine_with=base, progress=False)
     assert profile.method == "moras"

@@ -5,9 +5,9 @@
     python bench/bench_engine.py --gpu-7b --tokens 128           # LLaVA-1.5-7B's shape on a GPU, batches of 1, 8 and 32
 
 All contenders run in one process and produce equally many tokens: the end-of-sequence token's logit is always 0, which is
-never the largest of 32,000 random ones. On the CPU they are interleaved; a case is KIND:TOKENS or KIND:TOKENS:ROUNDS. On a
-GPU those of the patched model come after the others, as captured graphs end with the patch; the call that captures them is
-shown apart. Undefended with graphs is the engine's own loop without a defence.
+never the largest of 32,000 random ones. On the CPU they are interleaved, after a first answer of each, in which the engine
+compares a prompt with the model's own forward; a case is KIND:TOKENS or KIND:TOKENS:ROUNDS. On a GPU those of the patched
+model come after the others, as captured graphs end with the patch; the call that captures them is shown apart. Undefended with graphs is the engine's own loop without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
 on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b, into a folder of its
@@ -479,13 +479,14 @@ def main() -> None:
         gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget, lambda r: save(folder, facts, r))
         return
     image = Image.effect_noise((400, 300), 80).convert("RGB")
-    for _, patched, run in contenders(model, processor, RISKS["benign"]):
-        timed(model, patched, run, [image], WARM_UP_TOKENS)
+    ready = {kind: contenders(model, processor, RISKS[kind]) for kind in dict.fromkeys(kind for kind, _, _ in args.cases)}
+    for entries in ready.values():
+        for _, patched, run in entries:
+            timed(model, patched, run, [image], WARM_UP_TOKENS)
     results = {}
     for kind, tokens, rounds in args.cases:
         name = f"{kind}, {tokens} answer tokens"
-        entries = contenders(model, processor, RISKS[kind])
-        results[name] = measure(model, entries, image, tokens, rounds or args.rounds)
+        results[name] = measure(model, ready[kind], image, tokens, rounds or args.rounds)
         print(table({name: results[name]}), flush=True)
         save(folder, facts, results)
         title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {device_name()}"

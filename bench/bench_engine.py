@@ -7,7 +7,8 @@
 All contenders run in one process and produce equally many tokens: the end-of-sequence token's logit is always 0, which is
 never the largest of 32,000 random ones. On the CPU they are interleaved, after a first answer of each, in which the engine
 compares a prompt with the model's own forward; a case is KIND:TOKENS or KIND:TOKENS:ROUNDS. On a GPU those of the patched
-model come after the others, as captured graphs end with the patch; the call that captures them is shown apart. Undefended with graphs is the engine's own loop without a defence.
+model come after the others, as captured graphs end with the patch; the call that captures them is shown apart. Undefended
+with graphs is the engine's own loop without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
 on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b, into a folder of its

@@ -164,6 +164,18 @@ def test_where_a_prompt_without_such_a_token_differs_none_is_cut_again():
         assert guard.counters["shared"] == shared
 
 
+def test_logits_that_are_not_finite_prove_nothing(monkeypatch):
+    model, processor, profile = built("ovis2")
+    model.model.visual_indicator_token_ids = [START, 92, 24, 94, END]
+    queries = ["w24 w23"], [random_image(0)]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
+    with SafeGenerator(model, processor, profile) as guard:
+        with monkeypatch.context() as patch:
+            patch.setattr(guard.plan, "_own_logits", lambda job: torch.full((VOCABULARY,), torch.nan))
+            guard.generate(*queries, max_new_tokens=6)
+        assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
+
+
 def test_a_prompt_whose_last_token_means_something_else_with_its_image_is_refused():
     model, processor, profile = built("ovis2")
     model.model.visual_indicator_token_ids = [START, 92, 91, 94, END]  # what every prompt ends with

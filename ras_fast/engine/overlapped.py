@@ -240,12 +240,14 @@ class Overlapped(Plan):
         Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ. Of others, those with a mark fail closed,
         and one without raises ValueError."""
         for row, job in enumerate(jobs):
-            ids = job.draft.prompt
-            marked = not self.runner.marks.isdisjoint(ids[self._images_closed(ids) :])
+            marked = self._holds_mark(job.draft.prompt)
             if not job.query.images or job.failed_closed or not (marked or cut not in self._proved):
                 continue
-            if self._is_own(job, draft.logits[0][row]):
+            wanted = self._own_logits(job)
+            if close(draft.logits[0][row], wanted, self.runner.model):
                 self._proved.add(cut)
+            elif not torch.isfinite(wanted).all():
+                continue  # it shows nothing, and fails closed by itself
             elif cut:
                 self._cuts = marked  # only such prompts are different, or all are
                 raise _OtherLogits
@@ -255,13 +257,12 @@ class Overlapped(Plan):
                 name = type(self.runner.model).__name__
                 raise ValueError(f"{name}: a prompt with an image gets other logits than the model's own; {INSTEAD}")
 
-    def _is_own(self, job: Job, found: Tensor) -> bool:
-        """Whether the logits [V] after a prompt are those of the model's own forward, or that one's are not finite."""
+    def _own_logits(self, job: Job) -> Tensor:
+        """The logits [V] after a query's prompt, by the model's own forward of it in one piece."""
         model, mask = self.runner.model, torch.ones_like(job.inputs["input_ids"])
         self.runner.count(*mask.shape)
         with self.runner.own_offsets():
-            wanted = model(**job.inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        return close(found, wanted, model) or not torch.isfinite(wanted).all()
+            return model(**job.inputs, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1].float()
 
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""
@@ -385,7 +386,7 @@ class Overlapped(Plan):
         length = len(job.prefix)
         shares = length and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
         # What a mark means after the images is proved for the query's own prompt alone.
-        shares = shares and self.runner.marks.isdisjoint(prompt[self._images_closed(prompt) :])
+        shares = shares and not self._holds_mark(prompt)
         return (True, len(prompt) - length) if shares else (False, len(prompt))
 
     def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, keep: int = 0) -> Branch | None:
@@ -457,6 +458,10 @@ class Overlapped(Plan):
         while end < len(ids) and ids[end] in self.runner.marks:
             end += 1
         return end
+
+    def _holds_mark(self, ids: list[int]) -> bool:
+        """Whether a mark comes after what closes the last image."""
+        return not self.runner.marks.isdisjoint(ids[self._images_closed(ids) :])
 
 
 def _same_prefix(job: Job, other: Job) -> bool:

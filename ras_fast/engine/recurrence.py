@@ -102,10 +102,9 @@ class StateLayer(LinearAttentionLayer):
                     states[i] = states[row]
 
     def copy_to(self, other: StateLayer) -> None:
-        """Copies everything into a layer of a larger pool."""
+        """Copies everything into the new layer of a larger pool."""
         for key, states in self._all.items():
-            if key not in other._all:
-                other._allocate(*key, states[0, 0])
+            other._allocate(*key, states[0, 0])
             other._all[key].copy_(states)
 
     def reset(self) -> None:

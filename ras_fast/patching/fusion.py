@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.patching.layers import FusedCrossLayer, FusedLayer, FusedNorm, SteeredLayer, first, gates
-from ras_fast.patching.trace import Call, LayerTrace, difference, reproduce
+from ras_fast.patching.trace import Call, LayerTrace, difference, reproduce, with_states
 from ras_fast.patching.undo import forward_slot
 
 PATTERNS = ("nbnb", "nbnnbn", "nbb")
@@ -115,11 +115,7 @@ def prove(fused: FusedLayer, record: LayerTrace) -> str | None:
 def differs(layer: SteeredLayer, record: LayerTrace) -> str | None:
     """How a layer, or the norm after it, does something else than the original. Compared on the call of the trace, with hidden
     states so small that what the layer adds to them outweighs them: else it may be lost in their rounding."""
-    args, kwargs = record.args, dict(record.kwargs)
-    if args:
-        args = (args[0] / SMALL, *args[1:])
-    else:
-        kwargs["hidden_states"] = kwargs["hidden_states"] / SMALL
+    args, kwargs = with_states(record.args, record.kwargs, lambda states: states / SMALL)
     with torch.no_grad():
         output = first(type(layer.layer).forward(layer.layer, *args, **kwargs))
         got, why = reproduce(layer, args, kwargs, output)

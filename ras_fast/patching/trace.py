@@ -172,9 +172,7 @@ def _hooks(
     """Inside the block these modules are given replace(x) instead of hidden states x; tell(x, output) hears what they gave."""
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (replace(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": replace(kwargs["hidden_states"])}
+        return with_states(args, kwargs, replace)
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         tell(args[0] if args else kwargs["hidden_states"], first(output))
@@ -187,6 +185,13 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def with_states(args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with other hidden states, which go first or by their name."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
 
 
 def _sample(text_model: nn.Module, layers: nn.ModuleList) -> dict[str, Tensor]:

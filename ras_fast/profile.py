@@ -34,7 +34,7 @@ def fingerprint(model, processor=None) -> dict:
 
     Raises ValueError where the weights cannot be read.
     """
-    from ras_fast.patching.model import find_decoder
+    from ras_fast.patching.structure import find_decoder
 
     root, _, layers = find_decoder(model)
     head = root.get_output_embeddings().weight[:HEAD_ROWS]

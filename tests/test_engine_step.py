@@ -207,7 +207,7 @@ def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
     runner.prefill = lambda pool, ids, **extras: (runner(pool, ids, places, mask), 0)
     sequences = [Sequence([7] * 9, Decoding(40), i, [3], processor.tokenizer, "meta") for i in range(2)]
     with torch.no_grad(), attach(handle, profile) if make else nullcontext():
-        for place in (*handle._placed.values(), handle._final_norm) if make else ():  # what is on the device of real weights
+        for place in handle._fused.places if make else ():  # what is on the device of real weights
             if place.site is not None:
                 place.site.vectors = place.site.vectors.to("meta")
             if getattr(place, "probe", None) is not None:

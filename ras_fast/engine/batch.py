@@ -35,7 +35,7 @@ from ras_fast.engine.workspace import Feed, Workspace, Workspaces, capture
 from ras_fast.inputs import is_per_token
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import Rows, cache_name, keep, kept, kept_rows
-from ras_fast.patching.model import find_decoder
+from ras_fast.patching.structure import find_decoder
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
 from ras_fast.registration import EXPLICIT, NAME

@@ -12,19 +12,154 @@ and then checked: the fused norm and layer are compared with the original ones b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ras_fast.patching.layers import FusedCrossLayer, FusedLayer, FusedNorm, SteeredLayer, first, gates
-from ras_fast.patching.trace import Call, LayerTrace, difference, reproduce, with_states
-from ras_fast.patching.undo import forward_slot
+from ras_fast.patching.report import Report
+from ras_fast.patching.structure import looks_like_norm
+from ras_fast.patching.trace import Call, LayerTrace, Trace, compare, difference, reproduce, with_states
+from ras_fast.patching.undo import Undo, forward_slot
 
 PATTERNS = ("nbnb", "nbnnbn", "nbb")
 SMALL = 64.0  # hidden states are divided by it where a layer is proved
 
 
-def fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
+@dataclass
+class Fused:
+    """What stands in for decoder layers, by index, and for the final norm (None: nothing)."""
+
+    layers: dict[int, SteeredLayer] = field(default_factory=dict)
+    final_norm: FusedNorm | None = None
+
+    @property
+    def places(self) -> list[SteeredLayer | FusedNorm]:
+        """All that can be steered."""
+        return [*self.layers.values(), *([] if self.final_norm is None else [self.final_norm])]
+
+    def forget_skipped(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook of the text model. Without images, cross-attention layers are skipped and the norms computed ahead for them are
+        never fetched."""
+        for layer in self.layers.values():
+            if layer.end is not None:
+                layer.end.forget()
+
+
+def fuse(text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> Fused:
+    """Fuses what can be proved, from the trace of the unpatched model, and undoes all of it where the text model gives
+    something else with it. What was done is noted in ``report``."""
+    before = undo.mark()
+    norms = _fuse_norms(text_model, recorded, undo)
+    fused = Fused()
+    if recorded.final_norm is not None:
+        last = norms.get(id(getattr(text_model, recorded.final_norm.name)))
+        fused.final_norm = last if isinstance(last, FusedNorm) else None
+    names = {id(module): name for name, module in text_model.named_modules()}
+    for index, record in enumerate(recorded.layers):
+        shape = _pattern(record, lambda module: isinstance(norms.get(id(module)), FusedNorm))
+        report.norms += 1 if shape == "nbb" else 2
+        why = _fuse_layer(text_model, recorded, index, shape, norms, fused, undo, report)
+        if why is not None:
+            report.unfused[names[id(record.module)]] = why
+    report.unfused |= {names[module]: why for module, why in norms.items() if isinstance(why, str)}
+    if any(record.crosses for record in recorded.layers):
+        undo.hooked(text_model._forward_hooks, handle=text_model.register_forward_hook(fused.forget_skipped))
+    why = compare(text_model, recorded)
+    if why is None:
+        return fused
+    undo.restore(before)
+    report.fused_layers = report.fused_norms = 0
+    report.unfused = {type(text_model).__name__: f"with fused layers it {why}"}
+    return Fused()
+
+
+def _fuse_norms(text_model: nn.Module, recorded: Trace, undo: Undo) -> dict[int, FusedNorm | str]:
+    """By id of a norm module: its fused form, now in place of its forward, or why there is none."""
+    calls = [(record.module, call) for record in recorded.layers for call in record.calls]
+    if recorded.final_norm is not None:
+        calls.append((text_model, recorded.final_norm))
+    norms: dict[int, FusedNorm | str] = {}
+    for parent, call in calls:
+        module = getattr(parent, call.name)
+        if not looks_like_norm(module) or id(module) in norms:
+            continue
+        with torch.no_grad():
+            norms[id(module)] = candidate = _fuse_norm(module, call)
+        if isinstance(candidate, FusedNorm):
+            undo.set(module, forward_slot(module), candidate)
+    return norms
+
+
+def _fuse_layer(
+    text_model: nn.Module,
+    recorded: Trace,
+    index: int,
+    shape: str,
+    norms: dict[int, FusedNorm | str],
+    fused: Fused,
+    undo: Undo,
+    report: Report,
+) -> str | None:
+    """Fuses one layer; returns why not. One that cannot be fused can still be steered and read."""
+    record = recorded.layers[index]
+    if not record.called:
+        return "is not called"
+    slot = forward_slot(record.module)
+    if slot is None:
+        return "has a forward of its own on the instance already"
+    states = (*recorded.sample["input_ids"].shape, text_model.config.hidden_size)
+    given = tuple(getattr(first(record.output), "shape", ()))
+    if given != states:
+        return f"gives {given} instead of hidden states {states}"
+    end = _next_norm(text_model, recorded, index, norms)
+    layer, why = _fused_layer(record, index, shape, norms, end)
+    if why is None:
+        report.fused_layers += 1
+        report.fused_norms += (layer.middle is not None) + (end is not None)
+    else:
+        layer = SteeredLayer(record.module, index, end)
+        if _differs(layer, record) is not None:
+            return why
+    if end is not None:
+        following = recorded.layers[index + 1 : index + 2]
+        end.between = (record.module, *(layer.module for layer in following), end.norm)
+    undo.set(record.module, slot, layer)
+    fused.layers[index] = layer
+    return why
+
+
+def _next_norm(text_model: nn.Module, recorded: Trace, index: int, norms: dict[int, FusedNorm | str]) -> FusedNorm | None:
+    """The norm that is applied to a layer's output, where it is fused and on the same device."""
+    output = first(recorded.layers[index].output)
+    if index + 1 < len(recorded.layers):
+        following = recorded.layers[index + 1]
+        parent, call = following.module, next(iter(following.calls), None)
+    else:
+        parent, call = text_model, recorded.final_norm
+    norm = None if call is None else norms.get(id(getattr(parent, call.name)))
+    follows = isinstance(norm, FusedNorm) and call.x is output and norm.norm.weight.device == output.device
+    return norm if follows else None
+
+
+def _fused_layer(
+    record: LayerTrace, index: int, shape: str, norms: dict[int, FusedNorm | str], end: FusedNorm | None
+) -> tuple[FusedLayer | None, str | None]:
+    """(the fused form of a layer, None), or (None, why there is none)."""
+    if shape not in PATTERNS:
+        return None, f"calls its children in the order {shape!r}; known are {', '.join(PATTERNS)}"
+    names = _roles(record, shape)
+    middle = norms.get(id(getattr(record.module, names["middle_norm"]))) if names["middle_norm"] else None
+    kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
+    layer = kind(record.module, index, names, middle, end)
+    layer.note_unproved(record)
+    why = _prove(layer, record)
+    return (layer, None) if why is None else (None, why)
+
+
+def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
     """The fused form of a norm module that is called like this, proved on random tensors; or why there is none."""
     if not call.is_unary or call.kwargs:
         return "is not called with one positional tensor"
@@ -72,12 +207,12 @@ def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + candidate.eps) * (weight + candidate.weight_offset)
 
 
-def pattern(record: LayerTrace, is_norm: Callable[[nn.Module], bool]) -> str:
+def _pattern(record: LayerTrace, is_norm: Callable[[nn.Module], bool]) -> str:
     """The order in which a layer calls its children, in the letters of PATTERNS."""
     return "".join("n" if is_norm(getattr(record.module, call.name)) else "b" for call in record.calls)
 
 
-def roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
+def _roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
     """Which child plays which part in a layer of one of PATTERNS."""
     names = [call.name for call in record.calls]
     parts = {
@@ -89,30 +224,20 @@ def roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
     return empty | dict(zip(parts, names, strict=True))
 
 
-def fuse_layer(
-    record: LayerTrace, index: int, names: dict[str, str | None], middle: FusedNorm | None, end: FusedNorm | None
-) -> FusedLayer:
-    """The fused form of a layer, not proved yet."""
-    kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
-    fused = kind(record.module, index, names, middle, end)
-    fused.note_unproved(record)
-    return fused
-
-
-def prove(fused: FusedLayer, record: LayerTrace) -> str | None:
+def _prove(layer: FusedLayer, record: LayerTrace) -> str | None:
     """None when the fused layer does what the original did in the trace, else how it differs."""
-    if not next(call for call in record.calls if call.name == fused.names["mlp"]).is_unary:
+    if not next(call for call in record.calls if call.name == layer.names["mlp"]).is_unary:
         return "calls its MLP with more than the hidden states"
-    fused.returns_tuple = isinstance(record.output, tuple)
-    if fused.returns_tuple and len(record.output) > 1:
+    layer.returns_tuple = isinstance(record.output, tuple)
+    if layer.returns_tuple and len(record.output) > 1:
         return f"returns {len(record.output)} values"
-    renamed = fused.renamed(record)
+    renamed = layer.renamed(record)
     if renamed:
         return f"hands {', '.join(renamed)} to its attention, by names that it is not given itself"
-    return differs(fused, record)
+    return _differs(layer, record)
 
 
-def differs(layer: SteeredLayer, record: LayerTrace) -> str | None:
+def _differs(layer: SteeredLayer, record: LayerTrace) -> str | None:
     """How a layer, or the norm after it, does something else than the original. Compared on the call of the trace, with hidden
     states so small that what the layer adds to them outweighs them: else it may be lost in their rounding."""
     args, kwargs = with_states(record.args, record.kwargs, lambda states: states / SMALL)

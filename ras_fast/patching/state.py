@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +82,18 @@ class ModelState:
     monitor: Monitor | None = None
     statistics: Statistics = field(default_factory=Statistics)
     biases: dict[int, Tensor] = field(default_factory=dict)  # by layer, [Hq] for every image or [Hq, R]
+
+    @contextmanager
+    def collecting(self, collection: Collection) -> Iterator[Statistics]:
+        """Forwards inside the block fill the statistics that it yields."""
+        previous, outer = self.collection, self.statistics
+        self.statistics, self.collection = Statistics(), collection
+        try:
+            yield self.statistics
+        finally:
+            self.collection = previous
+            if previous is not None:
+                self.statistics = outer
 
     def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the text model. Raises RuntimeError where statistics or a bias would silently come to nothing."""

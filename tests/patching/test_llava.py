@@ -433,7 +433,7 @@ def test_restored_when_the_block_raises(model):
     same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("where", ["ras_fast.patching.fusion.prove", "ras_fast.patching.model.RegionTracker"])
+@pytest.mark.parametrize("where", ["ras_fast.patching.fusion._prove", "ras_fast.patching.image_statistics.RegionTracker"])
 def test_restored_when_patching_fails_half_way(model, monkeypatch, where):
     before, calls = snapshot(model), []
 

@@ -1,0 +1,40 @@
+"""What `patch` tells about what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+NO_INTERFACE = "do not go through transformers' attention interface"
+
+
+@dataclass
+class Report:
+    """What `patch` did.
+
+    fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
+    unfused: what stayed as it was, by module name, and why.
+    regions: None where image statistics are on, else why they are not.
+    blind: where they are on, the decoder layers without: those that do not go through transformers' attention interface.
+    """
+
+    model: str
+    layers: int
+    fused_layers: int
+    fused_norms: int
+    norms: int
+    unfused: dict[str, str] = field(default_factory=dict)
+    regions: str | None = None
+    blind: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
+            f"{self.fused_norms} of {self.norms} residual adds with their norm",
+            f"image statistics: {self._statistics()}",
+        ]
+        return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])
+
+    def _statistics(self) -> str:
+        if self.regions is not None:
+            return f"off, {self.regions}"
+        return f"on, but for the layers {', '.join(map(str, self.blind))}, which {NO_INTERFACE}" if self.blind else "on"

@@ -1,0 +1,47 @@
+"""Where a transformers model keeps its text model, that its decoder layers, and who knows about images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ras_fast.patching.tracking import token_ids
+
+
+def find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
+    """(the transformers model, its text model, the text model's decoder layers).
+
+    Raises TypeError where there is no such model, or none with decoder layers.
+    """
+    from transformers import PreTrainedModel
+
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    root = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    if root is None:
+        raise TypeError(f"model is a {type(model).__name__}; it must be a transformers model, as AutoModel classes give")
+    found = next(iter(stacks(root)), None)
+    if found is None:
+        raise TypeError(f"model is a {type(root).__name__}, in which no text model with decoder `layers` was found")
+    return root, *found
+
+
+def stacks(root: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """The models in it with the text config's layers: one, or an encoder and a decoder."""
+    from transformers import PreTrainedModel
+
+    config = root.config.get_text_config(decoder=True)
+    models = (module for module in root.modules() if isinstance(module, PreTrainedModel) and module.config is config)
+    found = ((model, getattr(model, "layers", None)) for model in models)
+    return [(model, layers) for model, layers in found if isinstance(layers, nn.ModuleList) and len(layers)]
+
+
+def owner(root: nn.Module, text_model: nn.Module) -> nn.Module | None:
+    """The multimodal model: the innermost one around the text model whose config names image tokens."""
+    around = (m for m in root.modules() if hasattr(m, "config") and any(part is text_model for part in m.modules()))
+    return next((m for m in reversed(list(around)) if token_ids(m.config)), None)
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() or (isinstance(weight, Tensor) and weight.dim() == 1)

@@ -39,9 +39,9 @@ from transformers.generation.streamers import BaseStreamer
 import ras_fast
 from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator
-from ras_fast.engine.batch import Runner
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.plan import Plan
+from ras_fast.engine.runner import Runner
 from ras_fast.inputs import make_queries
 from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import RasProfile, fingerprint

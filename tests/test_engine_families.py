@@ -15,6 +15,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 import ras_fast
 from ras_fast.attention_map import NoImageStatistics, image_attention
 from ras_fast.engine import SafeGenerator, batch, recurrence
+from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Workspace
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, from_vectors
@@ -300,7 +301,7 @@ def test_a_state_goes_back_with_its_answer(name, seed, captured, monkeypatch):
     more than it is asked to, and no state may go on by that."""
     graphs = Graphs()
     monkeypatch.setattr(batch, "capture", graphs)
-    monkeypatch.setattr(batch, "CAPTURED", {"cpu"} if captured else set())
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"} if captured else set())
     model, processor, profile, queries = hybrid(name, seed)
     expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=24))
     assert len({at for _, _, at in expected} & {None, 0, 1, 2}) >= 3
@@ -364,9 +365,9 @@ def test_a_step_of_a_hybrid_takes_nothing_from_the_host(name, fused, monkeypatch
     if fused:
         ras_fast.patch(model)
     to_meta(model)
-    monkeypatch.setattr(batch, "CAPTURED", {"meta"})
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"meta"})
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
-    runner = batch.Runner(model)
+    runner = Runner(model)
     steps = batch.Batch(runner, Workspace(runner.stateful, 2, 48, 192, torch.device("meta")))
     with torch.no_grad():
         branches = [steps.branch(kind, [None] * 2, [[1, 2, 3], [4, 5]], [0, 0]) for kind in (batch.SCRATCH, batch.ANSWER)]
@@ -382,7 +383,7 @@ def test_a_forward_over_another_cache_is_not_cut_into_segments(name):
     model, ids = FAMILIES[name].model(name), torch.arange(12).view(2, 6)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        runner = batch.Runner(model)
+        runner = Runner(model)
         pool = Workspace(runner.stateful, 1, 8, 16, model.device).pool
         with recurrence.in_segments(runner.recurrences, pool):
             assert torch.equal(model(input_ids=ids).logits, expected)

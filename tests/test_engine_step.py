@@ -17,6 +17,7 @@ from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator, batch, workspace
 from ras_fast.engine.answer import Sequence
 from ras_fast.engine.batch import SCRATCH
+from ras_fast.engine.runner import Runner
 from ras_fast.methods import attach
 from ras_fast.patching import Patch
 from ras_fast.patching.cache_values import keep
@@ -30,8 +31,8 @@ from ras_fast.sequential import SequentialPipeline
 def graphs(monkeypatch):
     made = Graphs()
     monkeypatch.setattr(batch, "capture", made)
-    monkeypatch.setattr(batch, "CAPTURED", {"cpu"})
-    monkeypatch.setattr(batch, "WIDTH", 8)
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
+    monkeypatch.setattr("ras_fast.engine.runner.WIDTH", 8)
     return made
 
 
@@ -67,7 +68,7 @@ def test_graphs_are_kept_for_later_queries(model, processor, graphs, monkeypatch
 
 
 def test_the_second_query_captures_nothing(model, processor, graphs, monkeypatch):
-    monkeypatch.setattr(batch, "WIDTH", 32)
+    monkeypatch.setattr("ras_fast.engine.runner.WIDTH", 32)
     profile = make_profile(model, processor, gate=0.0)
     with SafeGenerator(model, processor, profile) as guard:
         guard.generate([random_words(1, 3)], [random_image(1)], max_new_tokens=12)
@@ -194,10 +195,10 @@ def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
         handle.set_region_bias(torch.randn(4))
         handle._state.biases = {layer: bias.to("meta") for layer, bias in handle._state.biases.items()}
     to_meta(model)
-    monkeypatch.setattr(batch, "CAPTURED", {"meta"})
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"meta"})
     monkeypatch.setattr(RasProfile, "check", lambda *args: None)  # of the LM head's values
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
-    runner = batch.Runner(model, sync_every=1000)
+    runner = Runner(model, sync_every=1000)
     steps = batch.Batch(runner, workspace.Workspace(runner.stateful, 2, 48, 192, torch.device("meta")))
     prompts = torch.zeros(2, 9, dtype=torch.long, device="meta")
     regions = RegionMap(torch.zeros(2, 9, dtype=torch.int32, device="meta"), 1, validate=False)

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from ras_fast.decoding import Decoding, check_mode, lock_of, transformers_model
 from ras_fast.engine.answer import SafeOutput
-from ras_fast.engine.batch import ANSWER, INSTEAD, SCRATCH, Batch, Runner, close
+from ras_fast.engine.batch import ANSWER, SCRATCH, Batch
 from ras_fast.engine.kv_cache import ByteBoundedCache
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.overlapped import Overlapped
+from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.engine.watch import Watch
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries

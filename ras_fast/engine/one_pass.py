@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import SafeOutput, Sequence
-from ras_fast.engine.batch import Batch, Runner
+from ras_fast.engine.batch import Batch
 from ras_fast.engine.plan import Clock, Plan, image_mass
+from ras_fast.engine.runner import Runner
 from ras_fast.inputs import Query, batches, left_padded
 from ras_fast.methods import attach
 from ras_fast.patching import Patch, patched

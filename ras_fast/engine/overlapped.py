@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ras_fast.decoding import Decoding, TooLong
 from ras_fast.engine.answer import SafeOutput, Sequence
-from ras_fast.engine.batch import ANSWER, INSTEAD, SCRATCH, Batch, Branch, Runner, close
+from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch
 from ras_fast.engine.plan import Clock, Plan, image_mass
+from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.inputs import Query, expand_image, image_run, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ras_fast.decoding import Decoding, check_length
 from ras_fast.engine.answer import CUT, SafeOutput, Sequence
-from ras_fast.engine.batch import Batch, Branch, Runner
+from ras_fast.engine.batch import Batch, Branch
+from ras_fast.engine.runner import Runner
 from ras_fast.inputs import Query, encode
 from ras_fast.regions import RegionMap
 

@@ -44,7 +44,7 @@ def test_steps_that_a_graph_stands_for_are_counted(model, processor, profiles, m
     expected = counts(model, processor, profiles, names)
     graphs = Graphs()
     monkeypatch.setattr(batch, "capture", graphs)
-    monkeypatch.setattr(batch, "CAPTURED", {"cpu"})
-    monkeypatch.setattr(batch, "WIDTH", 1)  # no prompt is padded
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
+    monkeypatch.setattr("ras_fast.engine.runner.WIDTH", 1)  # no prompt is padded
     assert counts(model, processor, profiles, names) == expected
     assert graphs.replays > graphs.made > 0

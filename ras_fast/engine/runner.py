@@ -1,0 +1,165 @@
+"""A model as the engine uses it, and which models it can use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ras_fast.decoding import eos_ids, output_head
+from ras_fast.engine import recurrence
+from ras_fast.engine.kv_cache import KVPool
+from ras_fast.engine.workspace import Workspaces
+from ras_fast.patching.attention import fresh, range_mask
+from ras_fast.patching.cache_values import cache_name
+from ras_fast.patching.structure import find_decoder
+from ras_fast.registration import EXPLICIT, NAME
+
+SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; elsewhere a look costs nothing
+CAPTURED = {"cuda"}  # devices whose steps are captured as graphs
+WIDTH = 32  # tokens of a prompt that captured steps are fed are rounded up to this
+INSTEAD = "use ras_fast.sequential, or ras_fast.methods.attach for methods of one pass, instead"
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class Runner:
+    """A model as the engine uses it: tokens in, hidden states after the last norm out.
+
+    sync_every: steps that are made before the host looks at their tokens.
+    captured: whether steps are captured as CUDA graphs.
+    passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
+
+    stateful: for each layer whether it keeps a state instead of keys and values.
+
+    Raises ValueError for a model with layers that keep something else: these cannot branch.
+    """
+
+    def __init__(self, model, sync_every: int | None = None):
+        kinds = _layer_kinds(model)
+        self.kinds, self.stateful = sorted(set(kinds)), [kind in recurrence.LAYERS for kind in kinds]
+        self.window = getattr(model.config.get_text_config(), "sliding_window", None)
+        self.recurrences = recurrence.find(find_decoder(model)[2], self.stateful) if any(self.stateful) else {}
+        self.model, self.base, self.head = model, model.base_model, output_head(model)
+        # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
+        self.offsets = hasattr(self.base, "get_rope_index")
+        self.image_token = getattr(model.config, "image_token_id", None)
+        # Tokens that mean something to the model, an image's end among them: it may take that for one only with its image.
+        named = {name: value for name, value in vars(model.config).items() if name.endswith(("_id", "token_index"))}
+        ordinary = {*self.eos, named.get("pad_token_id"), named.get("bos_token_id")}
+        marks = [*named.values(), *(getattr(model.config, "visual_indicator_token_ids", None) or ())]
+        self.marks = {mark for mark in marks if isinstance(mark, int) and mark not in ordinary}
+        self._cache_name = cache_name(self.base)
+        self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
+        self.filler = next(i for i in range(2) if i != self.image_token)
+        self.captured = model.device.type in CAPTURED
+        self.workspaces = Workspaces(model, self.stateful)
+        self.passes, self.tokens = 0, 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eos(self) -> list[int]:
+        return eos_ids(self.model)
+
+    def width(self, tokens: int) -> int:
+        """The length that a feed of `tokens` tokens is padded to, so that few lengths have to be captured."""
+        return -(-tokens // WIDTH) * WIDTH if self.captures(tokens) and tokens > 1 else tokens
+
+    def captures(self, width: int) -> bool:
+        """Whether a step that feeds so many tokens is captured. Segments of a recurrence are as long as each row's tokens."""
+        return self.captured and (width == 1 or not self.recurrences)
+
+    def __call__(self, pool: KVPool, ids: Tensor, positions: Tensor | None, mask=None, **extras) -> Tensor:
+        """States [B, T, d] after the last norm for ids [B, T] at positions [B, T], or where the model puts them (None)."""
+        if positions is not None and self.offsets:
+            positions = positions.expand(3, *positions.shape)
+        extras[self._cache_name] = pool
+        with recurrence.in_segments(self.recurrences, pool):
+            output = self.base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
+        return output.last_hidden_state
+
+    def count(self, rows: int, width: int) -> None:
+        """Notes a forward over ids [rows, width]."""
+        self.passes += 1
+        self.tokens += rows * width
+
+    def prefill(self, pool: KVPool, ids: Tensor, **extras) -> tuple[Tensor, Tensor | int]:
+        """(states [B, T, d] of prompts [B, T] with their images, offset [B, 1] or 0 of the positions of what follows)."""
+        self.count(*ids.shape)
+        if not self.offsets:
+            mask = extras.pop("attention_mask", None)
+            counted = torch.ones_like(ids) if mask is None else mask
+            return self(pool, ids, (counted.cumsum(-1) - 1).clamp(min=0), mask, **extras), 0
+        mask = extras.pop("attention_mask", None)  # Qwen2.5-Omni computes positions only where it gets one
+        with self.own_offsets():
+            states = self(pool, ids, None, torch.ones_like(ids) if mask is None else mask, **extras)
+            return states, 0 if self.base.rope_deltas is None else self.base.rope_deltas.view(-1, 1)
+
+    @contextmanager
+    def own_offsets(self) -> Iterator[None]:
+        """Inside the block the model counts positions anew; afterwards it goes on where its user has left it."""
+        if not self.offsets:
+            yield
+            return
+        before, self.base.rope_deltas = self.base.rope_deltas, None
+        try:
+            yield
+        finally:
+            self.base.rope_deltas = before
+
+    def masks(self, start: Tensor, end: Tensor, keys: int, distance):
+        """The attention masks of tokens each of which sees the keys [start, end), both [B, T], out of `keys` many.
+
+        distance: called where a sliding window is shorter than that; gives how many places before each token every key lies,
+            [B, T, keys].
+
+        Returns one mask, or {kind of layer: mask} for models with several kinds.
+        """
+        made, takes_ranges = {}, self.model.config.get_text_config()._attn_implementation in (NAME, EXPLICIT)
+        for kind in self.kinds:
+            if kind in recurrence.LAYERS:
+                made[kind] = None
+                continue
+            windowed = kind == "sliding_attention" and self.window < keys
+            if takes_ranges and not windowed:
+                made[kind] = fresh(range_mask(start, end))
+                continue
+            key = torch.arange(keys, device=start.device)
+            seen = (key >= start[..., None]) & (key < end[..., None])
+            if windowed:
+                seen &= distance() < self.window
+            blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
+            made[kind] = torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
+        return made if len(made) > 1 else made[self.kinds[0]]
+
+
+def _layer_kinds(model) -> list[str]:
+    """What each layer of the text model is. Raises ValueError where the engine does not know one."""
+    name, text = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; the engine knows decoders: {INSTEAD}")
+    plain = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [plain] * text.num_hidden_layers
+    found = {*kinds, *["cross_attention"] * bool(getattr(text, "cross_attention_layers", None))}
+    known = _LAYERS | recurrence.LAYERS
+    if found - known or not found & _LAYERS:
+        wanted = f"{sorted(_LAYERS)}, alone or among {sorted(recurrence.LAYERS)}"
+        raise ValueError(f"{name} has layers of {sorted(found)}; the engine knows {wanted}: {INSTEAD}")
+    return kinds
+
+
+def close(found: Tensor, wanted: Tensor, model) -> bool:
+    """Whether logits [V] of a model are the same but for rounding and for a constant, which no softmax sees: in a trained model
+    it may be most of their norm. Tokens that a model rules out have the lowest number of its dtype."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    found, wanted, lowest = found.double(), wanted.double(), 0.99 * torch.finfo(dtype).min
+    allowed = wanted > lowest
+    if not torch.equal(found > lowest, allowed):
+        return False
+    found, wanted = (logits[allowed] - logits[allowed].mean() for logits in (found, wanted))
+    return bool((found - wanted).norm() <= (0.1 if dtype.itemsize == 2 else 0.01) * wanted.norm())

@@ -26,10 +26,10 @@ BROKEN = -1  # in place of a token, where nothing may be read
 
 
 class ModelLock:
-    """Held by one thread at a time, by that as often as it likes.
+    """A re-entrant lock, held by one thread at a time.
 
-    Where a process is forked while another thread holds it, nobody releases it in the child, and the model stays as that
-    thread's answer had it: to wait would be for ever, to go on with whatever hangs on the model. Entering it is a RuntimeError.
+    In a process that was forked while another thread held it, entering it raises RuntimeError: nobody would release it there,
+    and the model still carries that thread's hooks.
     """
 
     def __init__(self):
@@ -116,8 +116,8 @@ class Decoding:
     logits_processors: tuple[LogitsProcessor, ...] = ()
 
     def apart_from(self, model) -> Decoding:
-        """The same, with logits processors that cannot run ``model``: what steers or watches the answer that they are called in
-        the middle of would do so to theirs."""
+        """A copy whose logits processors raise RuntimeError where they run ``model``: that forward would be steered, and
+        counted as part of the answer."""
         return replace(self, logits_processors=tuple(_Apart(model, processor) for processor in self.logits_processors))
 
     @classmethod

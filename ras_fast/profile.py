@@ -189,8 +189,7 @@ class RasProfile:
         """Reads a profile from a local directory or, if there is no such directory, from the Hugging Face hub.
 
         Raises FileNotFoundError when a file is missing, and ValueError when one is corrupt, of another format version, or
-        holds values that are not finite, or when the two files were not saved together (profiles from before the digest was
-        stored are not checked for that).
+        holds values that are not finite, or when the two files were not saved together.
         """
         json_path, tensors_path = (_locate(directory_or_hub_id, name) for name in (JSON_NAME, TENSORS_NAME))
         try:

@@ -25,7 +25,7 @@ from ras_fast.decoding import (
     reference_generate,
 )
 from ras_fast.engine import SafeOutput
-from ras_fast.engine.answer import CUT
+from ras_fast.engine.answer import BAD_PIXELS, CUT, NO_RISK
 from ras_fast.inputs import Query, encode, make_queries
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention import prompt_features
@@ -123,6 +123,7 @@ class SequentialPipeline:
         answered = time.perf_counter()
         broken = bool(broken_rows(logits[-1]))
         produced = [*tokens[: len(states) - 1], BROKEN] if broken else tokens
+        why = BAD_PIXELS if poisoned else too_long or (NO_RISK if failed.item() else CUT if broken else None)
         return SafeOutput(
             text=self.processor.tokenizer.decode(tokens, skip_special_tokens=True),
             tokens=tokens,
@@ -130,7 +131,7 @@ class SequentialPipeline:
             similarity=similarity.item(),
             context=context,
             rejected_at=self._first_changed(number, inputs, decoding, produced, states),
-            failed_closed=too_long or ("the risk could not be computed" if failed.item() else CUT if broken else None),
+            failed_closed=why,
             timings={
                 "context": described - begin,
                 "risk": assessed - described,

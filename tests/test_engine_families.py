@@ -110,17 +110,17 @@ def test_a_prompt_that_means_something_else_when_it_is_cut_is_not(first, batch_s
         assert guard.counters["not_shared"] > 0
 
 
-def ovis2_with_marks(*marks):
+def ovis2_with_special_tokens(*tokens):
     """Tokens that mean something else in a forward with pixels, as its config says."""
     model, processor, profile = built("ovis2")
-    model.config.visual_indicator_token_ids = model.model.visual_indicator_token_ids = [START, *marks, END]
+    model.config.visual_indicator_token_ids = model.model.visual_indicator_token_ids = [START, *tokens, END]
     return model, processor, profile
 
 
-def test_a_mark_in_the_safety_prompt_or_in_a_context_is_read_with_the_image():
+def test_a_special_token_in_the_safety_prompt_or_in_a_context_is_read_with_the_image():
     """A stage that continued the prefix would read it without."""
-    for marks in ((9, 93, 94), (92, 25, 94)):  # w9 is in the safety prompt; w25 is what most contexts say
-        model, processor, profile = ovis2_with_marks(*marks)
+    for tokens in ((9, 93, 94), (92, 25, 94)):  # w9 is in the safety prompt; w25 is what most contexts say
+        model, processor, profile = ovis2_with_special_tokens(*tokens)
         queries = [f"w{22 + i}" for i in range(4)], [random_image(i) for i in range(4)]
         expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=2)
         with SafeGenerator(model, processor, profile) as guard:
@@ -131,7 +131,7 @@ def test_a_mark_in_the_safety_prompt_or_in_a_context_is_read_with_the_image():
 
 
 def test_no_context_is_kept_of_an_attempt_that_failed():
-    model, processor, profile = ovis2_with_marks(92, 7, 94)  # w7 is in the context prompt
+    model, processor, profile = ovis2_with_special_tokens(92, 7, 94)  # w7 is in the context prompt
     queries = ["w21 w7", "w22"], [random_image(i) for i in range(2)]
     expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
     with SafeGenerator(model, processor, profile, cache_bytes=2**20) as guard:
@@ -140,8 +140,8 @@ def test_no_context_is_kept_of_an_attempt_that_failed():
         assert guard.counters["shared"] + guard.counters["not_shared"] == 6  # of the attempts that gave an answer
 
 
-def test_an_answer_begun_with_a_mark_fails_closed_and_alone():
-    model, processor, profile = ovis2_with_marks(92, 40, 94)
+def test_an_answer_begun_with_a_special_token_fails_closed_and_alone():
+    model, processor, profile = ovis2_with_special_tokens(92, 40, 94)
     chat = [{"role": "user", "content": "w21"}, {"role": "assistant", "content": "w40"}]
     queries = ["w22", chat, "w23"], [random_image(i) for i in range(3)]
     expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
@@ -200,12 +200,12 @@ def test_a_gate_that_looks_at_attention_sees_the_token_that_closes_an_image(name
     assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
 
 
-def test_several_end_tokens_in_a_config_are_no_marks():
+def test_several_end_tokens_in_a_config_are_not_special():
     model, processor, profile = built("gemma3")
     model.config.eos_token_id = [1, 89]
     with SafeGenerator(model, processor, profile) as guard:
-        assert END in guard.plan.runner.marks
-        assert guard.plan.runner.marks.isdisjoint([1, 89, None])
+        assert END in guard.plan.runner.special_tokens
+        assert guard.plan.runner.special_tokens.isdisjoint([1, 89, None])
 
 
 def test_a_position_offset_of_the_users_stays():

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ras_fast.decoding import BROKEN, Decoding, holds_stop, next_tokens
 
+# Values of `SafeOutput.failed_closed`.
 CUT = "the model's logits are not finite: the answer ends there"
+NO_RISK = "the risk could not be computed"
+BAD_PIXELS = "an image holds NaN or infinite pixels"
 
 
 @dataclass

@@ -346,11 +346,11 @@ class Batch:
     def _compute(self, branches: list[Branch], end: int, masked: bool) -> Tensor:
         """`forward` for keys before slot ``end``: tensors in, tensors out, no host sync."""
         begin = 0 if any(branch.kind == SCRATCH for branch in branches) else self.origin
-        ids = _cat([branch.feed.ids for branch in branches], 1)
-        positions = _cat([branch.feed.places.clamp(min=0) + self.offset[branch.kind] for branch in branches], 1)
+        ids = _cat([branch.feed.ids for branch in branches])
+        positions = _cat([branch.feed.places.clamp(min=0) + self.offset[branch.kind] for branch in branches])
         mask = self._mask(branches, begin, end) if masked else None
         self._show_regions(begin)
-        slots, segments = _cat([self._slots(own.kind, own.feed.places) for own in branches], 1), self._segments(branches)
+        slots, segments = _cat([self._slots(own.kind, own.feed.places) for own in branches]), self._segments(branches)
         self.pool.aim(slots, (begin, end), slice(0, self.rows), segments)
         states = self.runner(self.pool, ids, positions, mask)
         if len(branches) == 1:
@@ -358,11 +358,11 @@ class Batch:
         return torch.stack([states[:, branches[0].width - 1], states[:, -1]], 1)
 
     def _mask(self, branches: list[Branch], begin: int, end: int):
-        starts, ends = (_cat(list(bounds), 1) - begin for bounds in zip(*map(self._range, branches), strict=True))
+        starts, ends = (_cat(list(bounds)) - begin for bounds in zip(*map(self._range, branches), strict=True))
 
         def distance() -> Tensor:
             slots = torch.arange(begin, end, device=self.runner.device)
-            return _cat([self._distance(branch, slots) for branch in branches], 1)
+            return _cat([self._distance(branch, slots) for branch in branches])
 
         return self.runner.masks(starts, ends, end - begin, distance)
 
@@ -420,5 +420,6 @@ class Batch:
         keep(self.pool, REGIONS, self._maps[begin > 0])
 
 
-def _cat(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+def _cat(tensors: list[Tensor]) -> Tensor:
+    """Tensors [B, T, ...] as one, along T."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ras_fast.decoding import Decoding
-from ras_fast.engine.answer import SafeOutput, Sequence
+from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import Batch
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import Runner
@@ -78,7 +78,7 @@ class OnePass(Plan):
         job = Job(query, inputs, answer)
         if poisoned:
             # The risk would be that of other pixels: the query never reaches the model, its answer stays empty.
-            job.failed_closed, job.answer.done = "an image holds NaN or infinite pixels", True
+            job.failed_closed, job.answer.done = BAD_PIXELS, True
         return job
 
     def _answer_alike(self, jobs: list[Job], inputs, method, streamer, clock: Clock) -> None:
@@ -99,6 +99,6 @@ class OnePass(Plan):
     def _read(self, jobs: list[Job], method, statistics) -> None:
         """Takes over the risks, and the masses if they were collected, from the forward that read the prompts."""
         for row, (job, risk, failed) in enumerate(zip(jobs, method.risk.tolist(), method.failed.tolist(), strict=True)):
-            job.risk, job.failed_closed = risk, "the risk could not be computed" if failed else None
+            job.risk, job.failed_closed = risk, NO_RISK if failed else None
             if statistics is not None:
                 job.region_mass = image_mass(statistics.mass, row, Patch.of(self.runner.model).region_map)

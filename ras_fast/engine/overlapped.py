@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ras_fast.decoding import Decoding, TooLong
-from ras_fast.engine.answer import SafeOutput, Sequence
+from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
@@ -134,7 +134,7 @@ class Overlapped(Plan):
     def _prepare(self, number: int, query: Query, decoding: Decoding, cut: bool) -> Job:
         inputs, poisoned, draft = self.read(number, query, decoding)
         job = Job(number, query, inputs, draft)
-        job.failed_closed = "an image holds NaN or infinite pixels" if poisoned else None
+        job.failed_closed = BAD_PIXELS if poisoned else None
         job.image_key = _image_key(inputs) if self.cache.limit else ""
         ids = job.draft.prompt
         if query.images:
@@ -237,12 +237,12 @@ class Overlapped(Plan):
 
     def _prove(self, jobs: list[Job], draft: Branch, cut: bool) -> None:
         """Compares prompts with an image to the model's own forward of them in one piece: the first one, and all that hold a
-        mark after what closes their last image. Text after an image may mean something else in a forward without pixels, as
-        Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ. Of others, those with a mark fail closed,
-        and one without raises ValueError."""
+        special token after what closes their last image. Text after an image may mean something else in a forward without
+        pixels, as Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ. Of others, those with a special
+        token fail closed, and one without raises ValueError."""
         for row, job in enumerate(jobs):
-            marked = self._holds_mark(job.draft.prompt)
-            if not job.query.images or job.failed_closed or not (marked or cut not in self._proved):
+            special = self._has_special_token(job.draft.prompt)
+            if not job.query.images or job.failed_closed or not (special or cut not in self._proved):
                 continue
             wanted = self._own_logits(job)
             if close(draft.logits[0][row], wanted, self.runner.model):
@@ -250,9 +250,9 @@ class Overlapped(Plan):
             elif not torch.isfinite(wanted).all():
                 continue  # it shows nothing, and fails closed by itself
             elif cut:
-                self._cuts = marked  # only such prompts are different, or all are
+                self._cuts = special  # only such prompts are different, or all are
                 raise _OtherLogits
-            elif marked:
+            elif special:
                 job.failed_closed = "its prompt ends in a token that means something else without its image"
             else:
                 name = type(self.runner.model).__name__
@@ -279,11 +279,8 @@ class Overlapped(Plan):
         similarity = self.moras.similarity(torch.stack(risk.logits, dim=1), produced)
         values, failed = self.moras.risk(similarity, *self._features(jobs))
         for job, s, r, f in zip(jobs, similarity.tolist(), values.tolist(), failed.tolist(), strict=True):
-            job.similarity, job.risk = s, r
-            if f and job.failed_closed is None:
-                job.failed_closed = "the similarity to a refusal is not finite"
-            if job.failed_closed:
-                job.similarity, job.risk = float("nan"), 1.0
+            if job.failed_closed is None:
+                job.similarity, job.risk, job.failed_closed = s, r, NO_RISK if f else None
 
     def _risk_entry(self, job: Job) -> tuple[Query, Sequence]:
         """The prompt of stage 2. Where it is longer than the model can read, the risk is 1 whatever comes of the stage, and the
@@ -386,8 +383,8 @@ class Overlapped(Plan):
         """(whether a stage's prompt begins with the job's prefix and may reuse it, how many tokens it adds to the pool)."""
         length = len(job.prefix)
         shares = length and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
-        # What a mark means after the images is proved for the query's own prompt alone.
-        shares = shares and not self._holds_mark(prompt)
+        # A special token after the images is proved harmless in the query's own prompt alone.
+        shares = shares and not self._has_special_token(prompt)
         return (True, len(prompt) - length) if shares else (False, len(prompt))
 
     def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, keep: int = 0) -> Branch | None:
@@ -454,15 +451,15 @@ class Overlapped(Plan):
         return max((i + 1 for i, token in enumerate(ids) if token == self.runner.image_token), default=0)
 
     def _images_closed(self, ids: list[int]) -> int:
-        """The place after the last image and the marks that close it, if there are any."""
+        """The place after the last image and the special tokens that close it, if there are any."""
         end = self._images_end(ids)
-        while end < len(ids) and ids[end] in self.runner.marks:
+        while end < len(ids) and ids[end] in self.runner.special_tokens:
             end += 1
         return end
 
-    def _holds_mark(self, ids: list[int]) -> bool:
-        """Whether a mark comes after what closes the last image."""
-        return not self.runner.marks.isdisjoint(ids[self._images_closed(ids) :])
+    def _has_special_token(self, ids: list[int]) -> bool:
+        """Whether a special token comes after what closes the last image."""
+        return not self.runner.special_tokens.isdisjoint(ids[self._images_closed(ids) :])
 
 
 def _same_prefix(job: Job, other: Job) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import LinearAttentionLayer
 
 from ras_fast.patching.cache_values import CACHE_NAMES
-from ras_fast.patching.undo import Undo
+from ras_fast.patching.undo import Undo, forward_slot
 
 if TYPE_CHECKING:
     from ras_fast.engine.kv_cache import KVPool
@@ -135,7 +135,7 @@ def in_segments(recurrences: Mapping[int, nn.Module], pool: KVPool) -> Iterator[
     undo = Undo()
     try:
         for index, module in recurrences.items():
-            slot = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # which accelerate's hooks call in between
+            slot = forward_slot(module) or "forward"
             undo.set(module, slot, partial(_forward, getattr(module, slot), pool, index))
         yield
     finally:

@@ -45,11 +45,11 @@ class Runner:
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
         self.offsets = hasattr(self.base, "get_rope_index")
         self.image_token = getattr(model.config, "image_token_id", None)
-        # Tokens that mean something to the model, an image's end among them: it may take that for one only with its image.
+        # Tokens that its config names, an image's end among them: the model may treat them as special only beside an image.
         named = {name: value for name, value in vars(model.config).items() if name.endswith(("_id", "token_index"))}
         ordinary = {*self.eos, named.get("pad_token_id"), named.get("bos_token_id")}
-        marks = [*named.values(), *(getattr(model.config, "visual_indicator_token_ids", None) or ())]
-        self.marks = {mark for mark in marks if isinstance(mark, int) and mark not in ordinary}
+        special = [*named.values(), *(getattr(model.config, "visual_indicator_token_ids", None) or ())]
+        self.special_tokens = {token for token in special if isinstance(token, int) and token not in ordinary}
         self._cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)

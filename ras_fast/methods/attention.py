@@ -28,6 +28,7 @@ from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_pro
 from ras_fast.methods.prompt_state import PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import given_cache
+from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import text_shape
 from ras_fast.profile import RasProfile, fingerprint
@@ -131,7 +132,8 @@ class _Run:
     patch: Patch
     state: PromptState
     steering: Steering
-    monitor: Any = None
+    monitor: Monitor | None = None
+    past: int | Tensor = 0  # tokens before those of the forward that runs
     prompt_length: int = 0  # of the forward that runs; 0: it reads none
     mass: dict[int, Tensor] = field(default_factory=dict)
 

@@ -32,6 +32,7 @@ from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
 from ras_fast.methods.prompt_state import PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
+from ras_fast.patching.trace import states_of
 from ras_fast.profile import RasProfile, fingerprint, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
@@ -150,7 +151,7 @@ class _Run:
 
     def judge(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the prober's layer."""
-        hidden, before = args[0] if args else kwargs["hidden_states"], self.state.value
+        hidden, before = states_of(args, kwargs), self.state.value
         batch, length = hidden.shape[:2]
         reads = self.state.reads_prompt(length)
         self.prompt_length, self.only_read = length if reads else 0, length - 1 if before is None else 0
@@ -344,7 +345,7 @@ def _capture(
     final: list[Tensor] = []
 
     def note_layer(rows: list[Tensor], module, args, kwargs) -> None:
-        rows.append((args[0] if args else kwargs["hidden_states"])[:, last].float().cpu())
+        rows.append(states_of(args, kwargs)[:, last].float().cpu())
 
     def note_final(module, args) -> None:
         final.append(args[0][:, last:-1].float().cpu())

@@ -144,8 +144,8 @@ def describe(model, processor, query: Query, moras: Moras) -> str:
 
 
 def context_text(processor, tokens: list[int]) -> str:
-    """The words of a context: special tokens are dropped, those as well that it spells out, as the model may have read them in
-    a picture. The risk stage's tokenizer would make them the tokens that turns and images begin and end with."""
+    """The words of a context, without special tokens, also without any that it spells out as text, as the model may have read
+    them in a picture: the risk stage's tokenizer would turn that text into control tokens."""
     controls = _control_tokens(processor)
     text = " ".join(processor.tokenizer.decode(tokens, skip_special_tokens=True).split())
     while any(token in text for token in controls):  # to drop one may bring together the halves of another with a blank in it

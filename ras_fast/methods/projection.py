@@ -30,6 +30,7 @@ from ras_fast.methods.prompt_state import PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.steering import Probe, Steering
+from ras_fast.patching.trace import first
 from ras_fast.patching.tracking import text_shape
 from ras_fast.profile import RasProfile, fingerprint, number
 
@@ -273,8 +274,7 @@ def _last_states(
 
 
 def _note_last(states: list[Tensor], module: nn.Module, args: tuple, output: Any) -> None:
-    hidden = output[0] if isinstance(output, tuple) else output
-    states.append(hidden[0, -1].float().cpu())
+    states.append(first(output)[0, -1].float().cpu())
 
 
 class Projection:

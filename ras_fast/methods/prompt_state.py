@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ras_fast.decoding import lock_of
+from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, returned_cache
-
-if TYPE_CHECKING:
-    from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile
 
 _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model
 
@@ -35,7 +34,7 @@ class PromptState:
         self.profile, self.name = profile, profile.method
         self.value: Any = None
         self.prefills = False
-        self._patch: Any = None
+        self._patch: Patch | None = None
         self._cache: Any = None
         self._mask: Any = None
 
@@ -70,7 +69,7 @@ class PromptState:
         return (seen.any(1) & ~ends).to(device).expand(batch)
 
     @contextmanager
-    def watch(self, patch: Any) -> Iterator[PromptState]:
+    def watch(self, patch: Patch) -> Iterator[PromptState]:
         """Follows the forwards of a `Patch`'s model inside the block. Hooks that read `value` are to be registered in it.
 
         `generate` calls of other threads wait for each other inside the block. Raises ValueError for another model's profile,

@@ -11,20 +11,24 @@ and then checked: the fused norm and layer are compared with the original ones b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ras_fast.patching.layers import FusedCrossLayer, FusedLayer, FusedNorm, SteeredLayer, first, gates
+from ras_fast.patching.layers import FusedCrossLayer, FusedLayer, FusedNorm, SteeredLayer, gates
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import looks_like_norm
-from ras_fast.patching.trace import Call, LayerTrace, Trace, compare, difference, reproduce, with_states
+from ras_fast.patching.trace import Call, LayerTrace, Trace, compare, difference, first, reproduce, with_states
 from ras_fast.patching.undo import Undo, forward_slot
 
-PATTERNS = ("nbnb", "nbnnbn", "nbb")
+# Which child plays which part, by the order of calls.
+PATTERNS = {
+    "nbnb": ("input_norm", "attention", "middle_norm", "mlp"),
+    "nbnnbn": ("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"),
+    "nbb": ("input_norm", "attention", "mlp"),
+}
 SMALL = 64.0  # hidden states are divided by it where a layer is proved
 
 
@@ -52,21 +56,7 @@ def fuse(text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> 
     """Fuses what can be proved, from the trace of the unpatched model, and undoes all of it where the text model gives
     something else with it. What was done is noted in ``report``."""
     before = undo.mark()
-    norms = _fuse_norms(text_model, recorded, undo)
-    fused = Fused()
-    if recorded.final_norm is not None:
-        last = norms.get(id(getattr(text_model, recorded.final_norm.name)))
-        fused.final_norm = last if isinstance(last, FusedNorm) else None
-    names = {id(module): name for name, module in text_model.named_modules()}
-    for index, record in enumerate(recorded.layers):
-        shape = _pattern(record, lambda module: isinstance(norms.get(id(module)), FusedNorm))
-        report.norms += 1 if shape == "nbb" else 2
-        why = _fuse_layer(text_model, recorded, index, shape, norms, fused, undo, report)
-        if why is not None:
-            report.unfused[names[id(record.module)]] = why
-    report.unfused |= {names[module]: why for module, why in norms.items() if isinstance(why, str)}
-    if any(record.crosses for record in recorded.layers):
-        undo.hooked(text_model._forward_hooks, handle=text_model.register_forward_hook(fused.forget_skipped))
+    fused = _Fusion(text_model, recorded, undo, report).run()
     why = compare(text_model, recorded)
     if why is None:
         return fused
@@ -76,87 +66,102 @@ def fuse(text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> 
     return Fused()
 
 
-def _fuse_norms(text_model: nn.Module, recorded: Trace, undo: Undo) -> dict[int, FusedNorm | str]:
-    """By id of a norm module: its fused form, now in place of its forward, or why there is none."""
-    calls = [(record.module, call) for record in recorded.layers for call in record.calls]
-    if recorded.final_norm is not None:
-        calls.append((text_model, recorded.final_norm))
-    norms: dict[int, FusedNorm | str] = {}
-    for parent, call in calls:
-        module = getattr(parent, call.name)
-        if not looks_like_norm(module) or id(module) in norms:
-            continue
-        with torch.no_grad():
-            norms[id(module)] = candidate = _fuse_norm(module, call)
-        if isinstance(candidate, FusedNorm):
-            undo.set(module, forward_slot(module), candidate)
-    return norms
+class _Fusion:
+    """One run of `fuse`.
 
+    norms: by id of a norm module, its fused form, which is in place of its forward, or why there is none.
+    """
 
-def _fuse_layer(
-    text_model: nn.Module,
-    recorded: Trace,
-    index: int,
-    shape: str,
-    norms: dict[int, FusedNorm | str],
-    fused: Fused,
-    undo: Undo,
-    report: Report,
-) -> str | None:
-    """Fuses one layer; returns why not. One that cannot be fused can still be steered and read."""
-    record = recorded.layers[index]
-    if not record.called:
-        return "is not called"
-    slot = forward_slot(record.module)
-    if slot is None:
-        return "has a forward of its own on the instance already"
-    states = (*recorded.sample["input_ids"].shape, text_model.config.hidden_size)
-    given = tuple(getattr(first(record.output), "shape", ()))
-    if given != states:
-        return f"gives {given} instead of hidden states {states}"
-    end = _next_norm(text_model, recorded, index, norms)
-    layer, why = _fused_layer(record, index, shape, norms, end)
-    if why is None:
-        report.fused_layers += 1
-        report.fused_norms += (layer.middle is not None) + (end is not None)
-    else:
-        layer = SteeredLayer(record.module, index, end)
-        if _differs(layer, record) is not None:
-            return why
-    if end is not None:
-        following = recorded.layers[index + 1 : index + 2]
-        end.between = (record.module, *(layer.module for layer in following), end.norm)
-    undo.set(record.module, slot, layer)
-    fused.layers[index] = layer
-    return why
+    def __init__(self, text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> None:
+        self.text_model, self.recorded, self.undo, self.report = text_model, recorded, undo, report
+        self.norms: dict[int, FusedNorm | str] = {}
+        self.fused = Fused()
 
+    def run(self) -> Fused:
+        self._fuse_norms()
+        self.fused.final_norm = self._fused_norm(self.text_model, self.recorded.final_norm)
+        names = {id(module): name for name, module in self.text_model.named_modules()}
+        for index, record in enumerate(self.recorded.layers):
+            why = self._fuse_layer(index)
+            if why is not None:
+                self.report.unfused[names[id(record.module)]] = why
+        self.report.unfused |= {names[module]: why for module, why in self.norms.items() if isinstance(why, str)}
+        if any(record.crosses for record in self.recorded.layers):
+            handle = self.text_model.register_forward_hook(self.fused.forget_skipped)
+            self.undo.hooked(self.text_model._forward_hooks, handle=handle)
+        return self.fused
 
-def _next_norm(text_model: nn.Module, recorded: Trace, index: int, norms: dict[int, FusedNorm | str]) -> FusedNorm | None:
-    """The norm that is applied to a layer's output, where it is fused and on the same device."""
-    output = first(recorded.layers[index].output)
-    if index + 1 < len(recorded.layers):
-        following = recorded.layers[index + 1]
-        parent, call = following.module, next(iter(following.calls), None)
-    else:
-        parent, call = text_model, recorded.final_norm
-    norm = None if call is None else norms.get(id(getattr(parent, call.name)))
-    follows = isinstance(norm, FusedNorm) and call.x is output and norm.norm.weight.device == output.device
-    return norm if follows else None
+    def _fuse_norms(self) -> None:
+        calls = [(record.module, call) for record in self.recorded.layers for call in record.calls]
+        if self.recorded.final_norm is not None:
+            calls.append((self.text_model, self.recorded.final_norm))
+        for parent, call in calls:
+            module = getattr(parent, call.name)
+            if not looks_like_norm(module) or id(module) in self.norms:
+                continue
+            with torch.no_grad():
+                self.norms[id(module)] = candidate = _fuse_norm(module, call)
+            if isinstance(candidate, FusedNorm):
+                self.undo.set(module, forward_slot(module), candidate)
 
+    def _fused_norm(self, parent: nn.Module, call: Call | None) -> FusedNorm | None:
+        """The fused form of the child that was called; None where it has none."""
+        norm = None if call is None else self.norms.get(id(getattr(parent, call.name)))
+        return norm if isinstance(norm, FusedNorm) else None
 
-def _fused_layer(
-    record: LayerTrace, index: int, shape: str, norms: dict[int, FusedNorm | str], end: FusedNorm | None
-) -> tuple[FusedLayer | None, str | None]:
-    """(the fused form of a layer, None), or (None, why there is none)."""
-    if shape not in PATTERNS:
-        return None, f"calls its children in the order {shape!r}; known are {', '.join(PATTERNS)}"
-    names = _roles(record, shape)
-    middle = norms.get(id(getattr(record.module, names["middle_norm"]))) if names["middle_norm"] else None
-    kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
-    layer = kind(record.module, index, names, middle, end)
-    layer.note_unproved(record)
-    why = _prove(layer, record)
-    return (layer, None) if why is None else (None, why)
+    def _fuse_layer(self, index: int) -> str | None:
+        """Fuses one layer; returns why not. One that cannot be fused can still be steered and read."""
+        record = self.recorded.layers[index]
+        shape = "".join("b" if self._fused_norm(record.module, call) is None else "n" for call in record.calls)
+        self.report.norms += 1 if shape == "nbb" else 2
+        if not record.called:
+            return "is not called"
+        slot = forward_slot(record.module)
+        if slot is None:
+            return "has a forward of its own on the instance already"
+        states = (*self.recorded.sample["input_ids"].shape, self.text_model.config.hidden_size)
+        given = tuple(getattr(first(record.output), "shape", ()))
+        if given != states:
+            return f"gives {given} instead of hidden states {states}"
+        end = self._next_norm(index)
+        layer, why = self._proved_layer(index, shape, end)
+        if why is None:
+            self.report.fused_layers += 1
+            self.report.fused_norms += (layer.middle is not None) + (end is not None)
+        else:
+            layer = SteeredLayer(record.module, index, end)
+            if _differs(layer, record) is not None:
+                return why
+        if end is not None:
+            following = self.recorded.layers[index + 1 : index + 2]
+            end.between = (record.module, *(layer.module for layer in following), end.norm)
+        self.undo.set(record.module, slot, layer)
+        self.fused.layers[index] = layer
+        return why
+
+    def _next_norm(self, index: int) -> FusedNorm | None:
+        """The norm that is applied to a layer's output, where it is fused and on the same device."""
+        output = first(self.recorded.layers[index].output)
+        if index + 1 < len(self.recorded.layers):
+            following = self.recorded.layers[index + 1]
+            parent, call = following.module, next(iter(following.calls), None)
+        else:
+            parent, call = self.text_model, self.recorded.final_norm
+        norm = self._fused_norm(parent, call)
+        return norm if norm is not None and call.x is output and norm.norm.weight.device == output.device else None
+
+    def _proved_layer(self, index: int, shape: str, end: FusedNorm | None) -> tuple[FusedLayer | None, str | None]:
+        """(the fused form of a layer, None), or (None, why there is none)."""
+        record = self.recorded.layers[index]
+        if shape not in PATTERNS:
+            return None, f"calls its children in the order {shape!r}; known are {', '.join(PATTERNS)}"
+        names = _roles(record, shape)
+        middle = next((call for call in record.calls if call.name == names["middle_norm"]), None)
+        kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
+        layer = kind(record.module, index, names, self._fused_norm(record.module, middle), end)
+        layer.note_unproved(record)
+        why = _prove(layer, record)
+        return (layer, None) if why is None else (None, why)
 
 
 def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
@@ -207,21 +212,10 @@ def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + candidate.eps) * (weight + candidate.weight_offset)
 
 
-def _pattern(record: LayerTrace, is_norm: Callable[[nn.Module], bool]) -> str:
-    """The order in which a layer calls its children, in the letters of PATTERNS."""
-    return "".join("n" if is_norm(getattr(record.module, call.name)) else "b" for call in record.calls)
-
-
 def _roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
-    """Which child plays which part in a layer of one of PATTERNS."""
-    names = [call.name for call in record.calls]
-    parts = {
-        "nbnb": ("input_norm", "attention", "middle_norm", "mlp"),
-        "nbnnbn": ("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"),
-        "nbb": ("input_norm", "attention", "mlp"),
-    }[shape]
-    empty = dict.fromkeys(("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"))
-    return empty | dict(zip(parts, names, strict=True))
+    """The name of the child that plays each part in a layer of one of PATTERNS; None for a part that it does not have."""
+    parts = dict.fromkeys(part for pattern in PATTERNS.values() for part in pattern)
+    return parts | dict(zip(PATTERNS[shape], (call.name for call in record.calls), strict=True))
 
 
 def _prove(layer: FusedLayer, record: LayerTrace) -> str | None:

@@ -1,4 +1,4 @@
-"""Turns image statistics on: links a model's attention to what reads it, and proves that nothing else changes."""
+"""Turns image statistics on: links a model's attention to what reads it, and proves that its answers stay the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.patching.attention import STATE
-from ras_fast.patching.report import NO_INTERFACE, Report
+from ras_fast.patching.report import NO_INTERFACE
 from ras_fast.patching.state import AttentionState, Collection, ModelState
 from ras_fast.patching.structure import looks_like_norm, owner, stacks
 from ras_fast.patching.trace import LayerTrace, Trace, compare, reproduce
@@ -18,12 +18,12 @@ from ras_fast.regions import RegionMap
 from ras_fast.registration import EXPLICIT, NAME, register
 
 
-def watch(root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> ModelState | None:
-    """The state that the model's attention is linked to now; None, and in ``report`` why, where that is impossible."""
+def link(root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo) -> tuple[ModelState | None, str | None]:
+    """(the state that the model's attention is linked to now, None), or (None, why that is impossible)."""
     multimodal = owner(root, text_model)
-    report.regions = _why_not(root, multimodal, recorded)
-    if report.regions is not None:
-        return None
+    why = _why_not(root, multimodal, recorded)
+    if why is not None:
+        return None, why
     register()
     crosses = any(record.crosses for record in recorded.layers)
     state = ModelState((CrossRegionTracker if crosses else RegionTracker)(multimodal))
@@ -31,16 +31,15 @@ def watch(root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo, r
     name = _implementation(text_model.config._attn_implementation, recorded)
     for config in {id(c): c for c in (text_model.config, multimodal.config.get_text_config())}.values():
         undo.set(config, "_attn_implementation_internal", name)
-    report.regions = _link_layers(state, recorded, undo)
-    if report.regions is None:
-        _watch_forwards(multimodal, text_model, state, undo)
+    why = _link_layers(state, recorded, undo)
+    if why is None:
+        _follow_forwards(multimodal, text_model, state, undo)
         why = compare(text_model, recorded)
-        report.regions = why and f"the text model under this package's attention {why}"
-    if report.regions is not None:
+        why = why and f"the text model under this package's attention {why}"
+    if why is not None:
         undo.restore(before)
-        return None
-    report.blind = [index for index in range(len(recorded.layers)) if index not in state.layers]
-    return state
+        return None, why
+    return state, None
 
 
 def _why_not(root: nn.Module, multimodal: nn.Module | None, recorded: Trace) -> str | None:
@@ -98,7 +97,7 @@ def _link_layer(model: ModelState, index: int, record: LayerTrace, undo: Undo) -
     return None
 
 
-def _watch_forwards(multimodal: nn.Module, text_model: nn.Module, state: ModelState, undo: Undo) -> None:
+def _follow_forwards(multimodal: nn.Module, text_model: nn.Module, state: ModelState, undo: Undo) -> None:
     """Hooks that find the image tokens of each forward."""
     tracker = state.tracker
     for modality in ("image", "video"):

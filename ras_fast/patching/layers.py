@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from ras_fast import ops
 from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.steering import Probe, Site
-
-if TYPE_CHECKING:
-    from ras_fast.patching.trace import LayerTrace
+from ras_fast.patching.trace import LayerTrace, first, states_of
 
 # Arguments of a layer that its attention alone makes use of, whether or not the trace brings them.
 _FOR_ATTENTION = frozenset(
@@ -156,7 +154,7 @@ class SteeredLayer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, and then what is asked for."""
-        self._check(args[0] if args else kwargs["hidden_states"])
+        self._check(states_of(args, kwargs))
         output = type(self.layer).forward(self.layer, *args, **kwargs)
         if self.site is None and self.probe is None:
             return output
@@ -271,7 +269,3 @@ def _named_parameters(function: Callable) -> tuple[str, ...]:
 def gates(layer: nn.Module) -> tuple[str, ...]:
     """The names of a layer's own scalar parameters."""
     return tuple(name for name, parameter in layer.named_parameters(recurse=False) if parameter.numel() == 1)
-
-
-def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ras_fast.backend import request_backend, withdraw_backend
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
-from ras_fast.patching.image_statistics import watch
+from ras_fast.patching.image_statistics import link
 from ras_fast.patching.layers import FusedNorm, SteeredLayer
 from ras_fast.patching.report import Report
 from ras_fast.patching.state import Collection, ModelState, Monitor, Statistics
@@ -302,7 +302,10 @@ class Patch:
         place.site = Site(steering, self._directions("vectors", vectors, place), "lerp" if final else "add", rows == "last")
 
     def steers(self, layer: int | str) -> bool:
-        """Whether `set_steering` can steer this layer, or the "final" norm, now: the patch holds it, and nobody steers it."""
+        """Whether `set_steering` can steer this layer, or the "final" norm, now: the patch holds it, and nobody steers it.
+
+        Raises RuntimeError where the model is unpatched.
+        """
         if not self.applied:
             raise RuntimeError("the model is not patched")
         place = self._fused.final_norm if layer == "final" else self._fused.layers.get(layer)
@@ -380,7 +383,9 @@ class Patch:
             self._fused = fuse(text_model, recorded, self._undo, report)
         report.regions = "not asked for"
         if regions:
-            self._state = watch(root, text_model, recorded, self._undo, report)
+            self._state, report.regions = link(root, text_model, recorded, self._undo)
+        if self._state is not None:
+            report.blind = [index for index in range(report.layers) if index not in self._state.layers]
 
 
 def _indices(given: Iterable[int], layers: Mapping[int, Any]) -> tuple[int, ...]:

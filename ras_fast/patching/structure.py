@@ -43,5 +43,6 @@ def owner(root: nn.Module, text_model: nn.Module) -> nn.Module | None:
 
 
 def looks_like_norm(module: nn.Module) -> bool:
+    """By its name, or because its weight is a vector."""
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() or (isinstance(weight, Tensor) and weight.dim() == 1)

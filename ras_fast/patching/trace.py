@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.patching.cache_values import cache_name, returned_cache
-from ras_fast.patching.layers import first
 
 
 @dataclass
@@ -175,7 +174,7 @@ def _hooks(
         return with_states(args, kwargs, replace)
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        tell(args[0] if args else kwargs["hidden_states"], first(output))
+        tell(states_of(args, kwargs), first(output))
 
     handles = [module.register_forward_hook(after, with_kwargs=True) for module in modules]
     if replace is not None:
@@ -187,8 +186,18 @@ def _hooks(
             handle.remove()
 
 
+def first(output: Any) -> Tensor:
+    """The hidden states that a layer or an attention returns, alone or before others."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a call is given, which go first or by their name."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def with_states(args: tuple, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a call with other hidden states, which go first or by their name."""
+    """The arguments of a call with other hidden states."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}

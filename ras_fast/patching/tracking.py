@@ -46,8 +46,9 @@ class Forward:
 
     regions: its map. total: the positions that it and those before it have seen.
     attentions: whether its caller wants statistics of every layer.
-    lengths: of the features that came with it, or that it computed. encoded: of those that the model computed last, for it or
-        ahead of it. stacked: whether these are as many as pixels [n, m, channels, height, width] have n.
+    lengths: by modality, the token count of each image among this forward's features. encoded: the same of the features that
+        the model computed last, maybe ahead of their forward. stacked: by modality, whether those have one entry for each row
+        of the batch, as from pixels [n, m, channels, height, width].
     pieces: whether it may hold parts of images.
     """
 

@@ -11,6 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from ras_fast.engine import SafeOutput
+from ras_fast.engine.answer import NO_RISK
 from ras_fast.inputs import Query, make_queries, short_ids
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
@@ -152,7 +153,7 @@ class _Run:
                 similarity=similarity,
                 context=job.context,
                 rejected_at=changed[0] if changed else None,
-                failed_closed="the risk could not be computed" if failed else None,
+                failed_closed=NO_RISK if failed else None,
             )
             job.mark(ASSESS)
             self.counters["failed_closed"] += failed

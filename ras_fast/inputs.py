@@ -67,11 +67,16 @@ def make_queries(prompts, images, processor) -> list[Query]:
     if not isinstance(images, (list, tuple)) or len(images) != len(prompts):
         got = f"{len(images)} entries" if isinstance(images, (list, tuple)) else f"a {type(images).__name__}"
         raise ValueError(f"images is {got}; it needs to be a list with one entry per prompt ({len(prompts)})")
-    placeholder = getattr(processor, "image_token", None) or "<image>"
+    placeholder = image_placeholder(processor)
     return [
         _make_query(i, prompt, entry, placeholder)
         for i, (prompt, entry) in enumerate(zip(prompts, images, strict=True))
     ]
+
+
+def image_placeholder(processor) -> str:
+    """What stands for an image in a chat's text; the processor puts the image's tokens there, which may be others."""
+    return getattr(processor, "image_token", None) or "<image>"
 
 
 def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query]]:
@@ -360,20 +365,20 @@ def short_ids(processor, query: Query) -> list[int]:
     return processor.tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
-def image_run(short: list[int], ids: list[int], image_token: int) -> list[int] | None:
+def image_run(short: list[int], ids: list[int], placeholder: int) -> list[int] | None:
     """The run of tokens that the single image placeholder in ``short`` (from `short_ids`) expands to in the prompt's full
     ``ids``; None where there is not exactly one placeholder, or the ids around it differ."""
-    if short.count(image_token) != 1:
+    if short.count(placeholder) != 1:
         return None
-    at = short.index(image_token)
+    at = short.index(placeholder)
     before, after = short[:at], short[at + 1 :]
     end = len(ids) - len(after)
     return ids[at:end] if ids[:at] == before and at < end and ids[end:] == after else None
 
 
-def expand_image(short: list[int], run: list[int], image_token: int) -> list[int]:
+def expand_image(short: list[int], run: list[int], placeholder: int) -> list[int]:
     """``short`` with its image placeholder replaced by ``run``; the inverse of `image_run`."""
-    at = short.index(image_token)
+    at = short.index(placeholder)
     return short[:at] + run + short[at + 1 :]
 
 

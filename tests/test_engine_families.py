@@ -5,6 +5,7 @@ import torch
 import transformers
 from families import END, FAMILIES, IMAGE, REFUSED, SIZE, START, VOCABULARY
 from packaging import version
+from processors import REAL, with_processor
 from tape import Graphs, HostReads
 from test_engine_one_pass import NEW_TOKENS, attached
 from test_engine_step import to_meta
@@ -67,7 +68,10 @@ class FamilyProcessor:
 def built(name):
     family = FAMILIES[name]
     model = family.model(name)
-    processor = FamilyProcessor(family, model)
+    return with_profile(model, FamilyProcessor(family, model))
+
+
+def with_profile(model, processor):
     torch.manual_seed(7)
     prototypes = model.get_output_embeddings().weight[3:6].detach() * 2
     config = PRESETS["moras"] | {
@@ -93,6 +97,44 @@ def test_exact(name):
             assert output.rejected_at == reference.rejected_at
             assert output.risk == pytest.approx(reference.risk, abs=1e-4)
     assert guard.counters["shared"] >= 5
+
+
+# Of sizes that are cut and scaled in ways of their own.
+PICTURES = [random_image(i, size) for i, size in enumerate([(20, 16), (64, 24), (16, 48), (33, 33)])]
+
+
+def asked(text, pictures=0):
+    return {"role": "user", "content": [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_exact_with_the_familys_own_processor(name, monkeypatch):
+    try:
+        model, processor, profile = with_profile(*with_processor(name))
+    except ImportError as error:
+        pytest.skip(str(error))
+    turns = [asked("w40", 1), {"role": "assistant", "content": "w42 w43"}]
+    queries = (
+        ["w20 w21", "w22", "w23 w24", "w25", [*turns, asked("w44")], [*turns, asked("w45 w46", 1)]],
+        [PICTURES[0], PICTURES[1], None, PICTURES[2:], PICTURES[3], PICTURES[1:3]],
+    )
+    expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6)
+    with SafeGenerator(model, processor, profile, batch_size=4, region_mass=True) as guard:
+        guard.generate(["w26"], [PICTURES[0]], max_new_tokens=1)  # how an image's tokens are found out once
+        processed = []
+        counted = type(processor.image_processor).preprocess
+
+        def preprocess(self, images, *args, **kwargs):
+            processed.append(images)
+            return counted(self, images, *args, **kwargs)
+
+        monkeypatch.setattr(type(processor.image_processor), "preprocess", preprocess)
+        outputs = guard.generate(*queries, max_new_tokens=6)
+    assert summary(outputs) == summary(expected)
+    assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
+    assert [output.region_mass.shape[-1] > 0 for output in outputs] == [True, True, False, True, True, True]
+    # Once each where an image is alone; two for the ids of each stage, and once more where they lie otherwise in the context.
+    assert len(processed) == 3 * 1 + 3 + 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -30,7 +30,7 @@ from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
-from ras_fast.inputs import Query, expand_image, image_run, is_per_token, short_ids
+from ras_fast.inputs import Query, expand_image, image_placeholder, image_run, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
@@ -69,7 +69,8 @@ class Overlapped(Plan):
 
     def __init__(self, runner: Runner, processor, profile: RasProfile, cache, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
-        # Whether an image expands to the same placeholder tokens in every prompt; None: not compared yet.
+        self._placeholder = processor.tokenizer.convert_tokens_to_ids(image_placeholder(processor))
+        # Whether an image expands to the same tokens in every prompt; None: not compared yet.
         self._runs_hold: bool | None = None
         self._cuts = True  # whether prompts are cut after their images
         self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
@@ -140,7 +141,7 @@ class Overlapped(Plan):
         if query.images:
             # A gate that looks at attention reads all rows after the images.
             length = self._images_closed(ids) if self.moras.attention is None else self._images_end(ids)
-            job.image_run = image_run(short_ids(self.processor, query), ids, self.runner.image_token)
+            job.image_run = image_run(short_ids(self.processor, query), ids, self._placeholder)
         else:
             length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
         length = min(length, len(ids) - 1) if cut or not query.images else len(ids) - 1
@@ -151,7 +152,7 @@ class Overlapped(Plan):
         """The token ids of another prompt about the job's images. With one image, whose tokens were found not to depend on the
         prompt, the image is not processed again."""
         if job.image_run is not None and self._runs_hold is not False:
-            ids = expand_image(short_ids(self.processor, query), job.image_run, self.runner.image_token)
+            ids = expand_image(short_ids(self.processor, query), job.image_run, self._placeholder)
             if self._runs_hold:
                 return ids
             full = _ids(self.encode(query)[0])

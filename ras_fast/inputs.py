@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -365,21 +366,39 @@ def short_ids(processor, query: Query) -> list[int]:
     return processor.tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
-def image_run(short: list[int], ids: list[int], placeholder: int) -> list[int] | None:
-    """The run of tokens that the single image placeholder in ``short`` (from `short_ids`) expands to in the prompt's full
-    ``ids``; None where there is not exactly one placeholder, or the ids around it differ."""
-    if short.count(placeholder) != 1:
-        return None
-    at = short.index(placeholder)
-    before, after = short[:at], short[at + 1 :]
-    end = len(ids) - len(after)
-    return ids[at:end] if ids[:at] == before and at < end and ids[end:] == after else None
+class ImageTokens(NamedTuple):
+    """What the one image of a prompt becomes in its token ids.
+
+    short: the placeholder in the ids of `short_ids`, with what is next to it where that is tokenized otherwise beside an image.
+    full: what stands for it in the prompt's full ids.
+    """
+
+    short: list[int]
+    full: list[int]
+
+    @classmethod
+    def between(cls, short: list[int], ids: list[int], placeholder: int) -> ImageTokens | None:
+        """From a prompt's `short_ids` and its full ids; None where it has not exactly one image."""
+        if short.count(placeholder) != 1:
+            return None
+        at = short.index(placeholder)
+        before = common_length(short[:at], ids)
+        after = common_length(short[:at:-1], ids[before:][::-1])
+        return cls(short[before : len(short) - after], ids[before : len(ids) - after])
+
+    def put_into(self, short: list[int], placeholder: int) -> list[int] | None:
+        """The full ids of another prompt about the same image, from its `short_ids`; None where other tokens are next to the
+        placeholder, or there is not exactly one."""
+        if short.count(placeholder) != 1:
+            return None
+        begin = short.index(placeholder) - self.short.index(placeholder)
+        end = begin + len(self.short)
+        return short[:begin] + self.full + short[end:] if begin >= 0 and short[begin:end] == self.short else None
 
 
-def expand_image(short: list[int], run: list[int], placeholder: int) -> list[int]:
-    """``short`` with its image placeholder replaced by ``run``; the inverse of `image_run`."""
-    at = short.index(placeholder)
-    return short[:at] + run + short[at + 1 :]
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 Inputs = dict[str, torch.Tensor]

@@ -1,5 +1,7 @@
 """The real processors of families, over tokenizers of a hundred words: pictures cut and scaled as each family does it.
 
+Line feeds in a row are one token, as in most real tokenizers: some processors write some around an image.
+
 Those of them that read videos as well go without: their video processors need torchvision.
 """
 
@@ -9,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 from families import END, FAMILIES, IMAGE, START, VIDEO, VOCABULARY
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 _TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %} {{ {'user': 'w70', 'assistant': 'w71'}[m['role']] }}"
-    "{% for part in m['content'] %}{% if part['type'] == 'image' %} IMAGE {% else %} {{ part['text'] }}{% endif %}{% endfor %}"
-    " w72{% endfor %}{% if add_generation_prompt %} w71{% endif %}"
+    "{{ bos_token }}{% for m in messages %} {{ {'user': 'w50', 'assistant': 'w51'}[m['role']] }}\n"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    " w52\n{% endfor %}{% if add_generation_prompt %} w51\n{% endif %}"
 )
 _SQUARE = {"height": 16, "width": 16}
 _PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 4096}}
@@ -130,9 +132,10 @@ def _without_videos(processor: type) -> type:
 
 def _tokenizer(real: Real) -> PreTrainedTokenizerFast:
     words = {**{i: f"w{i}" for i in range(VOCABULARY)}, 0: "<pad>", 1: "<bos>", 2: "<unk>"}
-    words |= {token: text for text, token in real.tokens.items()}
+    words |= {59 + count: "\n" * count for count in (1, 2, 3)} | {token: text for text, token in real.tokens.items()}
     raw = Tokenizer(models.WordLevel({text: token for token, text in words.items()}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    lines, blanks = pre_tokenizers.Split(Regex("\n+"), "isolated"), pre_tokenizers.Split(" ", "removed")
+    raw.pre_tokenizer = pre_tokenizers.Sequence([lines, blanks])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>", extra_special_tokens=real.named
     )

@@ -1230,7 +1230,7 @@ def test_images_are_looked_at_once_a_query(model, processor, profile, reference,
     looked, preprocess = [], type(processor.image_processor).preprocess
     monkeypatch.setattr(type(processor.image_processor), "preprocess", lambda *a, **k: looked.append(1) or preprocess(*a, **k))
     assert_same(guard.generate(prompts, images, max_new_tokens=5), expected)
-    assert len(looked) == 5  # once more, for the first query, to see that an image is the same tokens in every prompt
+    assert len(looked) == 6  # twice more, for the first query, to see that an image is the same tokens in each stage's prompt
 
 
 def test_a_processor_whose_image_tokens_depend_on_the_prompt_is_asked_each_time(model, profile, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from tiny_random import random_image, tiny_processor
 
-from ras_fast.inputs import _render, batches, encode, is_per_token, left_padded, load_image, make_queries
+from ras_fast.inputs import ImageTokens, _render, batches, encode, is_per_token, left_padded, load_image, make_queries
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +266,14 @@ def test_a_mask_of_patches_that_is_as_long_as_the_prompt_is_the_images():
     assert numbers == [0, 1]
     assert joined["pixel_attention_mask"].tolist() == [[1] * 6] * 2
     assert joined["mm_token_type_ids"].tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]
+
+
+def test_an_image_becomes_the_same_tokens_in_another_prompt():
+    """9: the placeholder, which becomes 7 8 8 7; the 1 before it merges with what the processor writes there to 2."""
+    image = ImageTokens.between([5, 1, 9, 6], [5, 2, 7, 8, 8, 7, 6], placeholder=9)
+    assert image == ImageTokens([1, 9], [2, 7, 8, 8, 7])
+    assert image.put_into([4, 1, 9, 3, 3], 9) == [4, 2, 7, 8, 8, 7, 3, 3]
+    for other in ([9, 6], [5, 9], [1, 9, 1, 9], [4, 1]):  # something else before it; two images; none
+        assert image.put_into(other, 9) is None
+    for short in ([5, 6], [9, 5, 9]):
+        assert ImageTokens.between(short, [5, 7, 6], placeholder=9) is None

@@ -30,7 +30,7 @@ from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
-from ras_fast.inputs import Query, expand_image, image_placeholder, image_run, is_per_token, short_ids
+from ras_fast.inputs import ImageTokens, Query, common_length, image_placeholder, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
@@ -57,7 +57,7 @@ class Job:
     failed_closed: str | None = None
     region_mass: Tensor | None = None
     features: Tensor | None = None  # [3n] fp32, of a gate that also looks at attention
-    image_run: list[int] | None = None  # the tokens that its image expands to in a prompt; None unless it has just one
+    image_tokens: ImageTokens | None = None  # None unless it has just one image
 
 
 class _OtherLogits(Exception):
@@ -70,8 +70,8 @@ class Overlapped(Plan):
     def __init__(self, runner: Runner, processor, profile: RasProfile, cache, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
         self._placeholder = processor.tokenizer.convert_tokens_to_ids(image_placeholder(processor))
-        # Whether an image expands to the same tokens in every prompt; None: not compared yet.
-        self._runs_hold: bool | None = None
+        # By stage, whether an image becomes the same tokens there as in the draft's prompt; not there: not compared yet.
+        self._same_tokens: dict[str, bool] = {}
         self._cuts = True  # whether prompts are cut after their images
         self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
@@ -141,24 +141,25 @@ class Overlapped(Plan):
         if query.images:
             # A gate that looks at attention reads all rows after the images.
             length = self._images_closed(ids) if self.moras.attention is None else self._images_end(ids)
-            job.image_run = image_run(short_ids(self.processor, query), ids, self._placeholder)
+            job.image_tokens = ImageTokens.between(short_ids(self.processor, query), ids, self._placeholder)
         else:
-            length = _common_length(ids, self._ids(job, risk_query(query, "", self.moras.config)))
+            length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config), "risk"))
         length = min(length, len(ids) - 1) if cut or not query.images else len(ids) - 1
         job.prefix = ids[:length]
         return job
 
-    def _ids(self, job: Job, query: Query) -> list[int]:
-        """The token ids of another prompt about the job's images. With one image, whose tokens were found not to depend on the
-        prompt, the image is not processed again."""
-        if job.image_run is not None and self._runs_hold is not False:
-            ids = expand_image(short_ids(self.processor, query), job.image_run, self._placeholder)
-            if self._runs_hold:
-                return ids
-            full = _ids(self.encode(query)[0])
-            self._runs_hold = ids == full
-            return full
-        return _ids(self.encode(query)[0])
+    def _ids(self, job: Job, query: Query, stage: str) -> list[int]:
+        """The token ids of a stage's prompt about the job's images. With one image, whose tokens were found to be the same
+        there, the image is not processed again."""
+        ids = None
+        if job.image_tokens is not None and self._same_tokens.get(stage, True):
+            ids = job.image_tokens.put_into(short_ids(self.processor, query), self._placeholder)
+        if ids is not None and stage in self._same_tokens:
+            return ids
+        full = _ids(self.encode(query)[0])
+        if ids is not None:
+            self._same_tokens[stage] = ids == full
+        return full
 
     def _contexts(self, jobs: list[Job]) -> list[tuple[Query, Sequence] | None]:
         """The prompts of stage 1, for the queries that need one."""
@@ -168,7 +169,7 @@ class Overlapped(Plan):
                 job.context = ""
             else:
                 query = context_query(job.query, self.moras.config)
-                ids = self._ids(job, query)
+                ids = self._ids(job, query, "context")
                 job.context_key = _key("context", job, ids)
                 job.context = self.cache.get(job.context_key)
             found.append(self._context_entry(job, query, ids) if job.context is None else None)
@@ -288,7 +289,7 @@ class Overlapped(Plan):
         query's own prompt goes along in its place."""
         query, wanted = risk_query(job.query, job.context, self.moras.config), Decoding(self.moras.steps)
         try:
-            return query, self.sequence(self._ids(job, query), wanted)
+            return query, self.sequence(self._ids(job, query, "risk"), wanted)
         except TooLong as error:
             job.failed_closed = job.failed_closed or str(error)
             return job.query, self.sequence(job.draft.prompt, wanted)
@@ -492,7 +493,3 @@ def _image_tensors(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _ids(inputs) -> list[int]:
     return inputs["input_ids"][0].tolist()
-
-
-def _common_length(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

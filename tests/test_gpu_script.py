@@ -30,15 +30,14 @@ DECODE = SELECTED | {"B": 8, "Lq": 1, "rows": 1, "graph": True, "share": 0.88, "
 SECONDS = {"undefended, graphs": 1.0, "MoRAS by hooks": 9.0, "MoRAS, engine": 1.05, "AutoSteer, engine, gate off": 1.0,
            "AutoSteer, engine, gate on": 1.02}  # fmt: skip
 AUTOSTEER = {"dtype": "bfloat16", "B": 8, "off, %": 0.2, "on beyond M h, %": 1.5}
-ENGINE = {"benign, 128 answer tokens": {name: {"seconds": seconds} for name, seconds in SECONDS.items()}}
+ENGINE = {"case": "benign, 128 answer tokens"} | {f"{name} s": seconds for name, seconds in SECONDS.items()}
 
 
-def write_results(folder, norm=(NORM,), attention=(SELECTED, EVERY, DECODE), autosteer=(AUTOSTEER,), engine=ENGINE):
+def write_results(folder, norm=(NORM,), attention=(SELECTED, EVERY, DECODE), autosteer=(AUTOSTEER,), engine=(ENGINE,)):
     folder.mkdir(parents=True, exist_ok=True)
     limits = {"copy GB/s": 4300.0}
-    for name, rows in (("norm", norm), ("attention", attention), ("autosteer", autosteer)):
+    for name, rows in (("norm", norm), ("attention", attention), ("autosteer", autosteer), ("engine", engine)):
         (folder / f"{name}.json").write_text(json.dumps({"ceilings": limits, "rows": rows}))
-    (folder / "engine.json").write_text(json.dumps({"facts": {}, "results": engine}))
 
 
 def verdicts(folder):

@@ -50,7 +50,7 @@ def over_norm_model(row: Row) -> float:
 
 
 def large(row: Row) -> bool:
-    return row["graph"] and row["T"] >= 4096
+    return row.get("graph", False) and row["T"] >= 4096
 
 
 def decode(row: Row) -> bool:
@@ -73,7 +73,7 @@ AIMS = [
     Aim("norm: share of copy, T, d ≥ 4096", "norm", lambda r: large(r) and r["d"] >= 4096, lambda r: r["share"], 0.9,
         least=True),
     Aim("norm: over the best peer, any size", "norm", lambda r: True, lambda r: over(r, "ras_fast", *NORM_PEERS), NOISE),
-    Aim("norm: over empty kernel + bytes, T ≤ 64", "norm", lambda r: r["graph"] and r["T"] <= 64, over_norm_model, 1.1),
+    Aim("norm: over empty kernel + bytes, T ≤ 64", "norm", lambda r: r.get("graph") and r["T"] <= 64, over_norm_model, 1.1),
     Aim("norm: steering all rows, T ≥ 4096", "norm", large, lambda r: over(r, "steer all", "ras_fast"), 1.02),
     Aim("norm: steering no row, T ≥ 4096", "norm", large, lambda r: over(r, "steer no row", "ras_fast"), 1.02),
     Aim("selected rows: over best SDPA, N ≥ 1k", "attention", selected, lambda r: r["over floor"], 1.03),

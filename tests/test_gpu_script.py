@@ -79,7 +79,10 @@ def test_a_miss_shows_its_worst_case_and_where(tmp_path, text, results, worst, w
 
 def test_what_was_not_measured_is_neither_met_nor_missed(tmp_path):
     assert {verdict for verdict, _, _ in verdicts(tmp_path).values()} == {"not measured"}
-    write_results(tmp_path, attention=[{key: value for key, value in EVERY.items() if "hopper" not in key}])
+    without = {"norm": [{key: value for key, value in NORM.items() if key != "graph"}],  # as on a CPU
+               "attention": [{key: value for key, value in EVERY.items() if "hopper" not in key}]}  # fmt: skip
+    write_results(tmp_path, **without)
+    assert verdicts(tmp_path)["norm: steering all rows, T ≥ 4096"][0] == "not measured"
     assert verdicts(tmp_path)["Hopper prefill: best SDPA over it, 4k–16k"][0] == "not measured"
     assert verdicts(tmp_path)["decode: over itself without mass"][0] == "not measured"
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3_5TextConfig
 from transformers.generation.streamers import BaseStreamer
+from word_processor import SPECIAL, word_processor
 
 import ras_fast
 from ras_fast.decoding import Decoding
@@ -46,9 +46,6 @@ from ras_fast.inputs import make_queries
 from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny_random import SPECIAL, word_processor
 
 # text: hidden, layers, heads, key-value heads, mlp; vision: hidden, layers, heads, mlp. All see 336-pixel images as 576
 # patches of 14 pixels, like CLIP-L/14-336; "tiny" is for trying the script.

@@ -1,12 +1,7 @@
 """The benchmark's GPU mode, at a size that shows that it runs: its figures are for a GPU to give."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 import bench_engine
+import pytest
 import torch
 
 from ras_fast.patching import Patch

@@ -3,15 +3,12 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
+import bench_real
 import pytest
 import torch
-from tiny_random import SPECIAL, word_processor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import bench_real
+from word_processor import SPECIAL, word_processor
 
 
 def test_weights_that_are_not_installed_are_asked_for(monkeypatch):

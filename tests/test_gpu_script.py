@@ -1,6 +1,5 @@
 """bench/gpu.sh and what it calls, without a GPU: tools and figures are made up, the script and its tables are real."""
 
-import importlib
 import json
 import os
 import re
@@ -11,14 +10,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+import aims
+import harness
+import ncu_table
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.append(str(BENCH))
-aims = importlib.import_module("aims")
-harness = importlib.import_module("harness")
-ncu_table = importlib.import_module("ncu_table")
-
 NORM = {"dtype": "bfloat16", "T": 8192, "d": 4096, "graph": True, "ras_fast µs": 60.0, "steer all µs": 61.0,
         "steer no row µs": 60.0, "empty µs": 2.0, "compile µs": 70.0, "MB": 268.0, "share": 0.95}  # fmt: skip
 SELECTED = {"B": 1, "Lq": 4096, "Lk": 4096, "D": 128, "rows": 64, "graph": False, "ras_fast µs": 200.0, "no mass µs": 196.0,

@@ -10,12 +10,10 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm.v1", reason="vLLM is not installed")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import httpx
 from bench_vllm import readable_by_vllm, tiny_profile

@@ -315,4 +315,4 @@ def test_cross_attention_without_images():
 def test_table_in_the_docs_is_current():
     page = (Path(__file__).parents[2] / "docs" / "integration.md").read_text()
     shown = page.split("<!-- families -->\n")[1].split("\n<!-- /families -->")[0]
-    assert shown == table(), "replace it with what `python tests/patching/families.py` prints"
+    assert shown == table(), "replace it with what `python tests/families.py` prints"

@@ -35,4 +35,5 @@ def test_a_text_model_in_a_folder(tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["rows"]
     assert [row["layers fused"] for row in rows if row.get("model") == "patched"] == ["2/2", "2/2"]
     assert all(row["beyond"] == 0 and row["mass error prefill"] < 1e-5 for row in rows if row.get("model") == "patched")
+    assert [row["MoRAS"] for row in rows if "MoRAS" in row] == ["greedy", "sampled"]
     assert all(row["differ"] == 0 for row in rows if "MoRAS" in row or row["dtype"] == "float32")

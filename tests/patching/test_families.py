@@ -94,6 +94,7 @@ def test_every_layer_can_be_steered_and_read(name):
         expected = last_states()
     assert relative_error(got, expected) < 1e-5
     assert relative_error(plain, expected) > 1e-2
+    assert sorted(outputs) == list(range(len(layers)))
     for index, hidden in outputs.items():
         wanted = torch.cat([hidden @ vector.T, hidden.square().sum(-1, keepdim=True)], -1)
         assert relative_error(dots[index][valid], wanted[valid]) < 1e-5

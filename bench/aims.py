@@ -37,10 +37,11 @@ class Aim:
         return (operator.ge if self.least else operator.le)(value, self.bound)
 
 
-def over(row: Row, ours: str, *others: str) -> float | None:
+def over(row: Row, ours: str, *others: str, unit: str = "µs") -> float | None:
     """Our time over the best of the others'; None where either was not measured."""
-    times = [row[f"{name} µs"] for name in others if row.get(f"{name} µs")]
-    return row[f"{ours} µs"] / min(times) if times and row.get(f"{ours} µs") else None
+    own, *times = (row.get(f"{name} {unit}") for name in (ours, *others))
+    measured = [time for time in times if time]
+    return own / min(measured) if own and measured else None
 
 
 def over_norm_model(row: Row) -> float:
@@ -49,7 +50,7 @@ def over_norm_model(row: Row) -> float:
 
 
 def large(row: Row) -> bool:
-    return row["graph"] and row["T"] >= 4096
+    return row.get("graph", False) and row["T"] >= 4096
 
 
 def decode(row: Row) -> bool:
@@ -68,15 +69,11 @@ def answer(row: Row) -> bool:
     return row["case"] == "benign, 128 answer tokens"
 
 
-def quotient(row: Row, above: str, below: str) -> float | None:
-    return row[above] / row[below] if above in row and below in row else None
-
-
 AIMS = [
     Aim("norm: share of copy, T, d ≥ 4096", "norm", lambda r: large(r) and r["d"] >= 4096, lambda r: r["share"], 0.9,
         least=True),
     Aim("norm: over the best peer, any size", "norm", lambda r: True, lambda r: over(r, "ras_fast", *NORM_PEERS), NOISE),
-    Aim("norm: over empty kernel + bytes, T ≤ 64", "norm", lambda r: r["graph"] and r["T"] <= 64, over_norm_model, 1.1),
+    Aim("norm: over empty kernel + bytes, T ≤ 64", "norm", lambda r: r.get("graph") and r["T"] <= 64, over_norm_model, 1.1),
     Aim("norm: steering all rows, T ≥ 4096", "norm", large, lambda r: over(r, "steer all", "ras_fast"), 1.02),
     Aim("norm: steering no row, T ≥ 4096", "norm", large, lambda r: over(r, "steer no row", "ras_fast"), 1.02),
     Aim("selected rows: over best SDPA, N ≥ 1k", "attention", selected, lambda r: r["over floor"], 1.03),
@@ -93,28 +90,23 @@ AIMS = [
         lambda r: all_rows(r) and r["Lq"] >= 4096 and r["D"] in (64, 128), lambda r: over(r, r["floor"], "hopper"), 0.95,
         least=True),
     Aim("engine: over undefended, graphs, 128 tokens", "engine", answer,
-        lambda r: quotient(r, "MoRAS, engine", "undefended, graphs"), 1.1),
+        lambda r: over(r, "MoRAS, engine", "undefended, graphs", unit="s"), 1.1),
     Aim("engine: MoRAS by hooks over it, 128 tokens", "engine", answer,
-        lambda r: quotient(r, "MoRAS by hooks", "MoRAS, engine"), 5.0, least=True),
+        lambda r: over(r, "MoRAS by hooks", "MoRAS, engine", unit="s"), 5.0, least=True),
     Aim("engine: AutoSteer, gate off, over undefended", "engine", answer,
-        lambda r: quotient(r, "AutoSteer, engine, gate off", "undefended, graphs"), 1.01),
+        lambda r: over(r, "AutoSteer, engine, gate off", "undefended, graphs", unit="s"), 1.01),
     Aim("engine: AutoSteer, gate on, over undefended", "engine", answer,
-        lambda r: quotient(r, "AutoSteer, engine, gate on", "undefended, graphs"), 1.03),
+        lambda r: over(r, "AutoSteer, engine, gate on", "undefended, graphs", unit="s"), 1.03),
     Aim("AutoSteer: a plain decode step, gate off, %", "autosteer", lambda r: True, lambda r: r["off, %"], 1.0),
     Aim("AutoSteer: gate on, beyond M h, %", "autosteer", lambda r: True, lambda r: r["on beyond M h, %"], 3.0),
 ]  # fmt: skip
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """The rows of a result file; of the engine's a row a case: {"case", contender: seconds}."""
-    if not path.is_file():
-        return
-    run = json.loads(path.read_text())
-    if "rows" in run:
+    """The rows of a result file, each with the limits of its run; none where there is no file."""
+    if path.is_file():
+        run = json.loads(path.read_text())
         yield from (row | {"limits": run["ceilings"]} for row in run["rows"])
-    else:
-        for case, contenders in run["results"].items():
-            yield {"case": case} | {name: figures["seconds"] for name, figures in contenders.items()}
 
 
 def place(row: Row) -> str:

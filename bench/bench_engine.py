@@ -11,30 +11,30 @@ model come after the others, as captured graphs end with the patch; the call tha
 with graphs is the engine's own loop without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
-on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b, into a folder of its
-name there.
+on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b and 7b, into a folder
+of its name there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import harness
 import torch
-from harness import RESULTS, copy_bandwidth, device_name, machine
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3_5TextConfig
 from transformers.generation.streamers import BaseStreamer
+from word_processor import SPECIAL, word_processor
 
 import ras_fast
 from ras_fast.decoding import Decoding
@@ -46,9 +46,6 @@ from ras_fast.inputs import make_queries
 from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from tiny_random import SPECIAL, word_processor
 
 # text: hidden, layers, heads, key-value heads, mlp; vision: hidden, layers, heads, mlp. All see 336-pixel images as 576
 # patches of 14 pixels, like CLIP-L/14-336; "tiny" is for trying the script.
@@ -282,57 +279,67 @@ def contenders(model, processor, risk: float) -> list[tuple[str, bool, object]]:
     ]
 
 
+def cpu_cases(model, processor, cases, rounds: int) -> Iterator[tuple[str, dict]]:
+    """(case, figures of each contender), one after the other."""
+    image = Image.effect_noise((400, 300), 80).convert("RGB")
+    ready = {kind: contenders(model, processor, RISKS[kind]) for kind in dict.fromkeys(kind for kind, _, _ in cases)}
+    for entries in ready.values():
+        measure(model, entries, image, WARM_UP_TOKENS, 1)
+    for kind, tokens, own_rounds in cases:
+        name = f"{kind}, {tokens} answer tokens"
+        found = measure(model, ready[kind], image, tokens, own_rounds or rounds)
+        print(table(name, found), flush=True)
+        yield name, found
+
+
 def measure(model, entries, image, tokens: int, rounds: int) -> dict[str, dict]:
     """Medians over interleaved rounds."""
-    totals, stages, firsts = ({name: [] for name, _, _ in entries} for _ in range(3))
+    samples, firsts = ({name: [] for name, _, _ in entries} for _ in range(2))
     for _ in range(rounds):
         for name, patched, run in entries:
-            total, first, timing = timed(model, patched, run, [image], tokens)
-            totals[name].append(total)
-            stages[name].append(timing)
-            firsts[name].append(first)
-    return {
-        name: {
-            "seconds": statistics.median(totals[name]),
-            "all_seconds": totals[name],
-            "first_token": statistics.median(firsts[name]),
-            "stages": {stage: statistics.median(run[stage] for run in stages[name]) for stage in stages[name][0]},
-        }
-        for name, _, _ in entries
-    }
+            with ras_fast.patch(model) if patched else nullcontext():
+                streamer = FirstToken()
+                samples[name].append(stopwatch(run, [image], tokens, streamer))
+            firsts[name].append(streamer.seconds)
+    return {name: medians(samples[name]) | {"first_token": statistics.median(firsts[name])} for name in samples}
 
 
-def timed(model, patched: bool, run, images, tokens: int) -> tuple[float, float, dict[str, float]]:
-    """(seconds, seconds until the first token was shown, seconds of each stage) of one answer."""
-    handle = ras_fast.patch(model) if patched else None
-    streamer, begin = FirstToken(), time.perf_counter()
+def stopwatch(run, images, tokens: int, streamer=None) -> tuple[float, dict[str, float]]:
+    """(seconds, seconds of each stage) of one answer."""
+    begin = time.perf_counter()
     timing = run(images, tokens, streamer)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    total = time.perf_counter() - begin
-    if handle is not None:
-        handle.unpatch()
-    return total, streamer.seconds, timing
+    return time.perf_counter() - begin, timing
+
+
+def medians(samples: list[tuple[float, dict[str, float]]]) -> dict[str, object]:
+    seconds, stages = zip(*samples, strict=True)
+    return {
+        "seconds": statistics.median(seconds),
+        "all_seconds": list(seconds),
+        "stages": {stage: statistics.median(timing[stage] for timing in stages) for stage in stages[0]},
+    }
 
 
 # On a GPU
 
 
-def gpu_cases(model, processor, tokens: int, batches: list[int], rounds: int, budget: float, save) -> None:
-    """Benign queries in batches of several sizes; ``save`` is given the results after each. A size that would not fit into
-    what is left of ``budget`` seconds, going by the last one, is left out and named."""
-    begin, took, results = time.perf_counter(), 0.0, {}
+def gpu_cases(model, processor, tokens: int, batches: list[int], rounds: int, budget: float) -> Iterator[tuple[str, dict]]:
+    """As `cpu_cases`: benign queries in batches of several sizes. A size that would not fit into what is left of ``budget``
+    seconds, going by the last one, is left out and named."""
+    begin, took = time.perf_counter(), 0.0
     for size in batches:
         used = time.perf_counter() - begin
         if used + took > budget:
             print(f"batch {size} is left out: {used:.0f} of {budget:.0f} s are gone and it would take more than {took:.0f} s")
             continue
         images = [Image.effect_noise((400, 300), 80).convert("RGB") for _ in range(size)]
-        case = f"benign, {tokens} answer tokens" + (f", batch {size}" if size > 1 else "")
-        results[case] = gpu_case(model, processor, images, tokens, rounds if size == 1 else 1)
+        name = f"benign, {tokens} answer tokens" + (f", batch {size}" if size > 1 else "")
+        found = gpu_case(model, processor, images, tokens, rounds if size == 1 else 1)
         took = time.perf_counter() - begin - used
-        print(gpu_table(case, tokens, results[case]), flush=True)
-        save(results)
+        print(gpu_table(name, tokens, found), flush=True)
+        yield name, found
 
 
 def gpu_case(model, processor, images, tokens: int, rounds: int) -> dict[str, dict]:
@@ -363,29 +370,15 @@ def sampled(run, images, tokens: int, warm_up: int, rounds: int) -> dict[str, ob
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     first, samples = stopwatch(run, images, warm_up)[0], [stopwatch(run, images, tokens) for _ in range(rounds)]
-    stages = [timing for _, timing in samples]
-    return {
-        "seconds": statistics.median(seconds for seconds, _ in samples),
-        "all_seconds": [seconds for seconds, _ in samples],
-        "first_call": first,
-        "stages": {stage: statistics.median(timing[stage] for timing in stages) for stage in stages[0]},
-        "peak_gigabytes": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-    }
-
-
-def stopwatch(run, images, tokens: int) -> tuple[float, dict[str, float]]:
-    begin = time.perf_counter()
-    timing = run(images, tokens)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin, timing
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    return medians(samples) | {"first_call": first, "peak_gigabytes": peak}
 
 
 def floor(model) -> dict[str, float]:
     """What a decode step cannot beat: reading the weights of the text model once."""
     read = [*model.model.language_model.layers.parameters(), *model.lm_head.parameters()]
-    weights, bandwidth = sum(p.numel() * p.element_size() for p in read), copy_bandwidth()
-    return {"weight_gigabytes": weights / 1e9, "copy_gigabytes_per_second": bandwidth / 1e9, "seconds": weights / bandwidth}
+    weights, bandwidth = sum(p.numel() * p.element_size() for p in read), harness.copy_bandwidth()
+    return {"weights GB": weights / 1e9, "copy GB/s": bandwidth / 1e9, "decode step s": weights / bandwidth}
 
 
 def gpu_table(case: str, tokens: int, rows: dict[str, dict]) -> str:
@@ -401,44 +394,43 @@ def gpu_table(case: str, tokens: int, rows: dict[str, dict]) -> str:
     return "\n".join([*lines, f"  a decode step, undefended with graphs: {step * 1e3:.2f} ms"])
 
 
-def table(results: dict) -> str:
-    lines = [f"{'':34}{'seconds':>9}{'first token':>13}{'of undefended, patched':>24}{'engine is faster by':>21}"]
-    for case, rows in results.items():
-        lines.append(case)
-        base, engine = rows["undefended, patched"]["seconds"], rows["MoRAS, engine"]["seconds"]
-        for name, row in rows.items():
-            lines.append(
-                f"  {name:32}{row['seconds']:9.3f}{row['first_token']:13.3f}{row['seconds'] / base:23.2f}x"
-                f"{row['seconds'] / engine:20.2f}x"
-            )
+def table(case: str, rows: dict[str, dict]) -> str:
+    base, engine = rows["undefended, patched"]["seconds"], rows["MoRAS, engine"]["seconds"]
+    lines = [f"{case:34}{'seconds':>9}{'first token':>13}{'of undefended, patched':>24}{'engine is faster by':>21}"]
+    for name, row in rows.items():
+        lines.append(
+            f"  {name:32}{row['seconds']:9.3f}{row['first_token']:13.3f}{row['seconds'] / base:23.2f}x"
+            f"{row['seconds'] / engine:20.2f}x"
+        )
     return "\n".join(lines)
 
 
-def plot(results: dict, path: Path, title: str) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """A bar per contender, cut into stages; a tick where the first token can be shown."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(results), 1, figsize=(9, 1.9 * len(results) + 0.6), squeeze=False)
-    for axis, (case, rows) in zip(axes[:, 0], results.items(), strict=True):
-        for y, row in enumerate(reversed(rows.values())):
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.9 * len(rows) + 0.6), squeeze=False)
+    for axis, row in zip(axes[:, 0], rows, strict=True):
+        for y, found in enumerate(reversed(row["contenders"].values())):
             left = 0.0
-            for stage, seconds in row["stages"].items():
+            for stage, seconds in found["stages"].items():
                 axis.barh(y, seconds, left=left, color=COLOURS[stage], label=stage)
                 left += seconds
-            axis.plot([row["first_token"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2, label="first token shown")
-            axis.text(left, y, f" {row['seconds']:.2f} s", va="center", fontsize=8)
-        axis.set_yticks(range(len(rows)), reversed(rows))
-        axis.set_title(case, fontsize=10, loc="left")
+            axis.plot([found["first_token"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2, label="first token shown")
+            axis.text(left, y, f" {found['seconds']:.2f} s", va="center", fontsize=8)
+        axis.set_yticks(range(len(row["contenders"])), reversed(row["contenders"]))
+        axis.set_title(row["case"], fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
     axes[-1, 0].set_xlabel("seconds")
     seen = {label: h for axis in axes[:, 0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     names = [name for name in [*STAGES, "first token shown"] if name in seen]
     figure.legend([seen[name] for name in names], names, ncols=len(names), loc="lower center", fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
+    size, dtype = f"{rows[0]['parameters'] / 1e9:.2g} B", rows[0]["dtype"]
+    figure.suptitle(f"LLaVA of {size} random weights, {dtype}, 576 image tokens, {harness.device_name()}", fontsize=10)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=150)
 
@@ -466,37 +458,23 @@ def main() -> None:
         args.shape, args.device, args.dtype = "7b", "cuda", "bfloat16"
 
     model, processor = build(args.shape, args.device, getattr(torch, args.dtype))
-    facts = machine() | {
-        "shape": args.shape,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": args.dtype,
-    }
-    print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
-    folder = RESULTS / device_name() / ("" if args.shape in ("0.3b", "7b") else args.shape)
-    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"shape": args.shape, "parameters": sum(p.numel() for p in model.parameters()), "dtype": args.dtype}
+    print(", ".join(f"{k} {v}" for k, v in (harness.machine() | facts).items()), flush=True)
     if args.gpu_7b:
-        facts["decode_step_floor"] = floor(model)
-        print(f"floor of a decode step: {facts['decode_step_floor']['seconds'] * 1e3:.2f} ms", flush=True)
-        gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget, lambda r: save(folder, facts, r))
-        return
-    image = Image.effect_noise((400, 300), 80).convert("RGB")
-    ready = {kind: contenders(model, processor, RISKS[kind]) for kind in dict.fromkeys(kind for kind, _, _ in args.cases)}
-    for entries in ready.values():
-        for _, patched, run in entries:
-            timed(model, patched, run, [image], WARM_UP_TOKENS)
-    results = {}
-    for kind, tokens, rounds in args.cases:
-        name = f"{kind}, {tokens} answer tokens"
-        results[name] = measure(model, ready[kind], image, tokens, rounds or args.rounds)
-        print(table({name: results[name]}), flush=True)
-        save(folder, facts, results)
-        title = f"LLaVA of {facts['parameters'] / 1e9:.2g} B random weights, {args.dtype}, 576 image tokens, {device_name()}"
-        plot(results, folder / "engine_timeline.png", title)
-    print(f"wrote {folder}/engine.json and engine_timeline.png")
-
-
-def save(folder: Path, facts: dict, results: dict) -> None:
-    (folder / "engine.json").write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
+        limits = floor(model)
+        print(f"floor of a decode step: {limits['decode step s'] * 1e3:.2f} ms", flush=True)
+        cases = gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget)
+    else:
+        limits, cases = None, cpu_cases(model, processor, args.cases, args.rounds)
+    rows = []
+    for name, found in cases:
+        seconds = {f"{contender} s": figures["seconds"] for contender, figures in found.items()}
+        rows.append(facts | {"case": name} | seconds | {"contenders": found})
+        path = harness.save("engine" if args.shape in ("0.3b", "7b") else f"{args.shape}/engine", rows, limits)
+        if not args.gpu_7b:
+            plot(rows, path.with_name("engine_timeline.png"))
+    if rows:
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -242,8 +242,9 @@ def mass_error(query: Tensor, key: Tensor, scaling: float, mass: Tensor, mask: T
     return (mass - exact)[valid].abs().max().item(), (theirs - exact)[valid].abs().max().item()
 
 
-def prototypes(model, processor, steps: int) -> Tensor:
+def prototypes(model, processor) -> Tensor:
     """[steps, d]: the mean states that say the first tokens of a refusal."""
+    steps = PRESETS["moras"]["steps"]
     said = processor.tokenizer(REFUSAL, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
     asked = [encode(processor, [question], model)["input_ids"] for question in UNSAFE]
     states = [model.base_model(input_ids=torch.cat([ids, said], 1)).last_hidden_state[0, ids.shape[1] - 1 :] for ids in asked]
@@ -255,7 +256,7 @@ def engine(folder: Path, count: int, tokens: int, sizes) -> list[dict[str, objec
     model, guarded = (load(folder, torch.float32) for _ in range(2))
     processor = transformers.AutoProcessor.from_pretrained(folder)
     config = PRESETS["moras"] | {"max_context_tokens": tokens, "s_base": 0.4, "k": math.log(99) / 0.6}
-    profile = RasProfile("moras", config, {"prototypes": prototypes(model, processor, 3)}, fingerprint(model, processor))
+    profile = RasProfile("moras", config, {"prototypes": prototypes(model, processor)}, fingerprint(model, processor))
     sequential, rows = SequentialPipeline(model, processor, profile), []
     questions = [question for both in zip(UNSAFE, SAFE, strict=False) for question in both][:count]
     images = [picture(i) if i // 2 % 2 else None for i in range(count)]

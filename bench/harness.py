@@ -165,11 +165,11 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / compare({"copy": lambda: target.copy_(source)})["copy"]
 
 
-def matmul_rate(size: int | None = None) -> float:
+def matmul_rate() -> float:
     """Operations per second of a square bf16 matrix product, on a CPU of a float32 one where that is faster: what the
     processor's best-kept library gets out of it."""
     gpu = torch.cuda.is_available()
-    size = size or (8192 if gpu else 1024)
+    size = 8192 if gpu else 1024
     a = torch.randn(size, size, device="cuda" if gpu else "cpu")
     factors = [a.to(dtype) for dtype in ([torch.bfloat16] if gpu else [torch.bfloat16, torch.float32])]
     times = compare({str(factor.dtype): functools.partial(torch.matmul, factor, factor) for factor in factors})

@@ -1,4 +1,5 @@
-"""The command line: `ras-fast COMMAND`. Each command imports what it needs when it runs, so that help comes at once.
+"""The command line: `ras-fast COMMAND`. A command imports transformers, which takes seconds, and what else it needs only when
+it runs.
 
 Exit status: 0 it worked, 1 it failed, 2 the command line was wrong, 130 interrupted.
 """
@@ -10,6 +11,9 @@ import json
 import math
 import sys
 from pathlib import Path
+
+from ras_fast import loading
+from ras_fast.profile import JSON_NAME, METHODS, TENSORS_NAME, RasProfile
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrate = add("calibrate", _calibrate, "make a profile for a model")
     _add_model(calibrate)
-    calibrate.add_argument("--method", choices=("moras", "ras", "autosteer", "attention", "projection"), default="moras")
+    calibrate.add_argument("--method", choices=METHODS, default="moras")
     calibrate.add_argument("--data", type=Path, metavar="PAIRS.jsonl",
                            help='lines of {"image", "unsafe", "safe"} and, where the safe question has another image, '
                            '"safe_image"; paths are relative to the file')  # fmt: skip
@@ -103,7 +107,7 @@ def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> N
     parser.add_argument("--model", required=default is None, default=default,
                         help="'tiny' (ships with the package), a local folder or a hub id")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="auto", choices=loading.DTYPES)
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +202,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _defended(arguments: argparse.Namespace, model, processor) -> dict:
-    from ras_fast import RasProfile, SafeGenerator
+    from ras_fast import SafeGenerator
     from ras_fast.methods import ONE_PASS
 
     profile = RasProfile.from_pretrained(arguments.profile)
@@ -423,7 +427,6 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _given_profiles(arguments: argparse.Namespace) -> dict:
     """By the names that the table calls them."""
-    from ras_fast import RasProfile
     from ras_fast.evaluation.defences import name_of
 
     profiles: dict[str, RasProfile] = {}
@@ -437,9 +440,8 @@ def _given_profiles(arguments: argparse.Namespace) -> dict:
 
 def _own_profiles(arguments: argparse.Namespace, model, processor) -> dict:
     """Profiles for tinyworld by name, calibrated where an earlier run has not left them."""
-    from ras_fast import RasProfile, parallel
+    from ras_fast import parallel
     from ras_fast.evaluation.calibration import CALIBRATIONS, calibrate_on_tinyworld
-    from ras_fast.profile import JSON_NAME, TENSORS_NAME
 
     profiles: dict[str, RasProfile] = {}
     for name in CALIBRATIONS:
@@ -464,9 +466,7 @@ def _is_wanted(name: str, defences: str | None) -> bool:
 
 def _load(arguments: argparse.Namespace):
     _quiet_transformers()
-    from ras_fast.loading import load
-
-    return load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    return loading.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
 
 
 def _quiet_transformers() -> None:

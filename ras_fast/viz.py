@@ -178,12 +178,12 @@ def trade_off_chart(points: dict[str, tuple[Estimate, Estimate]]) -> Figure:
     return figure
 
 
-def _together(points: dict[str, tuple[Estimate, Estimate]], near: float = 0.1) -> dict[tuple[float, float], list[str]]:
-    """(x, y) of the first of each group of points no further apart than `near` -> the names of the group."""
+def _together(points: dict[str, tuple[Estimate, Estimate]]) -> dict[tuple[float, float], list[str]]:
+    """(x, y) of the first of each group of points no further apart than 0.1 -> the names of the group."""
     groups: dict[tuple[float, float], list[str]] = {}
     for name, (refused, answered) in points.items():
         x, y = refused.value, answered.value
-        place = next((p for p in groups if abs(p[0] - x) <= near and abs(p[1] - y) <= near), (x, y))
+        place = next((p for p in groups if abs(p[0] - x) <= 0.1 and abs(p[1] - y) <= 0.1), (x, y))
         groups.setdefault(place, []).append(name)
     return groups
 

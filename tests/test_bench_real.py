@@ -3,15 +3,12 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
+import bench_real
 import pytest
 import torch
-from tiny_random import SPECIAL, word_processor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import bench_real
+from word_processor import SPECIAL, word_processor
 
 
 def test_weights_that_are_not_installed_are_asked_for(monkeypatch):
@@ -38,4 +35,5 @@ def test_a_text_model_in_a_folder(tmp_path, monkeypatch):
     rows = json.loads(path.read_text())["rows"]
     assert [row["layers fused"] for row in rows if row.get("model") == "patched"] == ["2/2", "2/2"]
     assert all(row["beyond"] == 0 and row["mass error prefill"] < 1e-5 for row in rows if row.get("model") == "patched")
+    assert [row["MoRAS"] for row in rows if "MoRAS" in row] == ["greedy", "sampled"]
     assert all(row["differ"] == 0 for row in rows if "MoRAS" in row or row["dtype"] == "float32")

@@ -37,5 +37,6 @@ def test_kernels_wait_before_they_touch_memory(overlapping):
     for name, lines in overlapping.items():
         waits = [i for i, line in enumerate(lines) if line.startswith("ACQBULK")]
         assert len(waits) == 1, name
+        assert any(map(TOUCHES.match, lines)), name
         early = [line for line in lines[: waits[0]] if TOUCHES.match(line)]
         assert not early, (name, early)

@@ -227,6 +227,15 @@ def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
             assert reads.found == []
 
 
+def test_a_tensor_of_the_host_is_noticed():
+    on_device, on_host = torch.zeros(3, device="meta"), torch.tensor(2.0)
+    with HostReads() as reads:
+        on_device * 2.0
+        assert reads.found == []
+        on_device * on_host
+    assert len(reads.found) == 1
+
+
 @pytest.mark.parametrize("every", [1, 3, 8])
 def test_the_host_looks_every_k_steps(model, processor, monkeypatch, every):
     looks, steps = [], []

@@ -1,6 +1,5 @@
 """bench/gpu.sh and what it calls, without a GPU: tools and figures are made up, the script and its tables are real."""
 
-import importlib
 import json
 import os
 import re
@@ -11,14 +10,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+import aims
+import harness
+import ncu_table
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.append(str(BENCH))
-aims = importlib.import_module("aims")
-harness = importlib.import_module("harness")
-ncu_table = importlib.import_module("ncu_table")
-
 NORM = {"dtype": "bfloat16", "T": 8192, "d": 4096, "graph": True, "ras_fast µs": 60.0, "steer all µs": 61.0,
         "steer no row µs": 60.0, "empty µs": 2.0, "compile µs": 70.0, "MB": 268.0, "share": 0.95}  # fmt: skip
 SELECTED = {"B": 1, "Lq": 4096, "Lk": 4096, "D": 128, "rows": 64, "graph": False, "ras_fast µs": 200.0, "no mass µs": 196.0,
@@ -30,15 +27,14 @@ DECODE = SELECTED | {"B": 8, "Lq": 1, "rows": 1, "graph": True, "share": 0.88, "
 SECONDS = {"undefended, graphs": 1.0, "MoRAS by hooks": 9.0, "MoRAS, engine": 1.05, "AutoSteer, engine, gate off": 1.0,
            "AutoSteer, engine, gate on": 1.02}  # fmt: skip
 AUTOSTEER = {"dtype": "bfloat16", "B": 8, "off, %": 0.2, "on beyond M h, %": 1.5}
-ENGINE = {"benign, 128 answer tokens": {name: {"seconds": seconds} for name, seconds in SECONDS.items()}}
+ENGINE = {"case": "benign, 128 answer tokens"} | {f"{name} s": seconds for name, seconds in SECONDS.items()}
 
 
-def write_results(folder, norm=(NORM,), attention=(SELECTED, EVERY, DECODE), autosteer=(AUTOSTEER,), engine=ENGINE):
+def write_results(folder, norm=(NORM,), attention=(SELECTED, EVERY, DECODE), autosteer=(AUTOSTEER,), engine=(ENGINE,)):
     folder.mkdir(parents=True, exist_ok=True)
     limits = {"copy GB/s": 4300.0}
-    for name, rows in (("norm", norm), ("attention", attention), ("autosteer", autosteer)):
+    for name, rows in (("norm", norm), ("attention", attention), ("autosteer", autosteer), ("engine", engine)):
         (folder / f"{name}.json").write_text(json.dumps({"ceilings": limits, "rows": rows}))
-    (folder / "engine.json").write_text(json.dumps({"facts": {}, "results": engine}))
 
 
 def verdicts(folder):
@@ -80,7 +76,10 @@ def test_a_miss_shows_its_worst_case_and_where(tmp_path, text, results, worst, w
 
 def test_what_was_not_measured_is_neither_met_nor_missed(tmp_path):
     assert {verdict for verdict, _, _ in verdicts(tmp_path).values()} == {"not measured"}
-    write_results(tmp_path, attention=[{key: value for key, value in EVERY.items() if "hopper" not in key}])
+    without = {"norm": [{key: value for key, value in NORM.items() if key != "graph"}],  # as on a CPU
+               "attention": [{key: value for key, value in EVERY.items() if "hopper" not in key}]}  # fmt: skip
+    write_results(tmp_path, **without)
+    assert verdicts(tmp_path)["norm: steering all rows, T ≥ 4096"][0] == "not measured"
     assert verdicts(tmp_path)["Hopper prefill: best SDPA over it, 4k–16k"][0] == "not measured"
     assert verdicts(tmp_path)["decode: over itself without mass"][0] == "not measured"
 

@@ -48,6 +48,7 @@ def test_a_configuration_that_cannot_be_had_drops_out(monkeypatch, empty_table, 
 
 
 def test_the_shipped_file_is_read():
+    """It has no entries yet: reading it, which checks its form, is the test until it has."""
     for shipped in tuned.read(tuned.FILE):
         assert shipped["us"] <= shipped["default_us"]
 
@@ -182,7 +183,9 @@ def test_a_rule_that_does_not_run_is_an_error():
 
 
 def test_candidates_start_with_the_rule_and_repeat_nothing():
-    for wanted in tune.shape_classes(90):
+    classes = tune.shape_classes(90)
+    assert {wanted.kernel for wanted in classes} == set(tuned.FIELDS)
+    for wanted in classes:
         found = tune.candidates(wanted)
         assert len({str(config) for config in found}) == len(found) > 3
         assert all(set(config) == set(tuned.FIELDS[wanted.kernel]) for config in found)
@@ -235,7 +238,8 @@ def test_the_command_writes_as_it_goes(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_no_shipped_entry_spills():
+def test_a_spill_is_noticed_and_no_shipped_entry_has_one():
+    """No entry is shipped yet: until one is, only the configuration that is made to spill is compiled."""
     script = (
         "from ras_fast import tune; from ras_fast.triton_kernels import tuned\n"
         "for entry in tuned.read(tuned.FILE):\n"

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import torch
 pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 # In this process, so that tests can reach the worker; the engine as a process of its own has its test below.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 from bench_vllm import readable_by_vllm, tiny_profile
 from test_engine_tiny_llava import turning

@@ -5,18 +5,9 @@ import torch
 import transformers
 from packaging import version
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from word_processor import SPECIAL, word_processor
 
-SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>")
 WORDS = tuple(f"w{i}" for i in range(80))
 IMAGES_WHERE_WRITTEN = (
     "{{ bos_token }}{% for m in messages %}"
@@ -37,29 +28,6 @@ def tiny_processor(chat_template=IMAGES_WHERE_WRITTEN, padding_side="right") -> 
     processor = word_processor(words, chat_template, image_size=16, patch_size=4)
     processor.tokenizer.padding_side = padding_side
     return processor
-
-
-def word_processor(words, chat_template: str, image_size: int, patch_size: int) -> LlavaProcessor:
-    """A LLaVA processor each of whose ``words``, which begin with SPECIAL, is one token."""
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=["<image>"],
-    )
-    side = {"height": image_size, "width": image_size}
-    return LlavaProcessor(
-        LlavaImageProcessorPil(size=side, crop_size=side),
-        tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
-    )
 
 
 def tiny_llava(processor, seed=0, layers=2, dtype=torch.float32) -> LlavaForConditionalGeneration:

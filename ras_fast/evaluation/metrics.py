@@ -1,4 +1,4 @@
-"""Rates with bootstrap intervals, AUROC, ROC curves. NumPy alone, so that a report can be read again without torch."""
+"""Rates with bootstrap intervals, AUROC, ROC curves."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def rate(outcomes: Sequence[bool], seed: int = 0) -> Estimate:
     return _bootstrap(values.astype(float), np.mean, seed)
 
 
-def mean(values: Sequence[float], seed: int = 0) -> Estimate:
+def mean(values: Sequence[float]) -> Estimate:
     """The mean, with a percentile-bootstrap interval."""
-    return _bootstrap(np.asarray(values, dtype=float), np.mean, seed)
+    return _bootstrap(np.asarray(values, dtype=float), np.mean)
 
 
-def median(values: Sequence[float], seed: int = 0) -> Estimate:
+def median(values: Sequence[float]) -> Estimate:
     """The median, with a percentile-bootstrap interval."""
-    return _bootstrap(np.asarray(values, dtype=float), np.median, seed)
+    return _bootstrap(np.asarray(values, dtype=float), np.median)
 
 
-def _bootstrap(values: np.ndarray, statistic, seed: int) -> Estimate:
+def _bootstrap(values: np.ndarray, statistic, seed: int = 0) -> Estimate:
     if not values.size:
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     draws = np.random.default_rng(seed).integers(0, values.size, (RESAMPLES, values.size))

@@ -8,7 +8,7 @@ Three splits never share a picture: `train` has its own fonts, sizes, places, ba
 and companion shape; `calibration` and `test` use others, and differ from each other in the combination.
 
 How sure a judge is that a request should be refused is graded (`doubt`): the model learns from judges who disagree, so
-its risk is a number between 0 and 1, not a switch. Nothing here needs torch.
+its risk is a number between 0 and 1, not a switch.
 """
 
 from __future__ import annotations
@@ -478,15 +478,15 @@ def split(split: str, n: int, seed: int = 0) -> list[Item]:
     return [_item(_rng("item", split, seed, i), split, KINDS[i % len(KINDS)], i // len(KINDS)) for i in range(n)]
 
 
-def refused_texts(n: int, seed: int = 0) -> list[str]:
+def refused_texts(n: int) -> list[str]:
     """Harmful requests without a picture, which the model refuses: what refusal prototypes are averaged over."""
     asks = [ask.format(name) for name in HARMFUL for ask in HOW_TO_TEXT]
-    rng = _rng("texts", seed)
+    rng = _rng("texts", 0)
     rng.shuffle(asks)
     return [asks[i % len(asks)] for i in range(n)]
 
 
-def calibration_pairs(n: int, seed: int = 0) -> list[tuple[Image.Image, str, str]]:
+def calibration_pairs(n: int) -> list[tuple[Image.Image, str, str]]:
     """(image, unsafe question, safe question) from the calibration split; both questions are about the same picture.
 
     By turns the harm is in the picture (unsafe: a how-to about the thing shown; safe: what is seen) and in the text (a
@@ -495,7 +495,7 @@ def calibration_pairs(n: int, seed: int = 0) -> list[tuple[Image.Image, str, str
     """
     pairs = []
     for i in range(n):
-        rng = _rng("pair", seed, i)
+        rng = _rng("pair", 0, i)
         if i % 2 == 0:
             scene = _scene_with(rng, "calibration", ("word", "icon")[i // 2 % 2], HARMFUL)
             unsafe, safe = rng.choice(HOW_TO), perception(rng, scene)[0]
@@ -506,7 +506,7 @@ def calibration_pairs(n: int, seed: int = 0) -> list[tuple[Image.Image, str, str
     return pairs
 
 
-def contrast_pairs(n: int, seed: int = 0) -> list[tuple[Image.Image | None, str, str, Image.Image | None]]:
+def contrast_pairs(n: int) -> list[tuple[Image.Image | None, str, str, Image.Image | None]]:
     """(image, unsafe question, safe question, image of the safe question), for probers; from the train and calibration splits.
 
     Seven of ten ask the same how-to about a harmful and about a harmless picture: with both questions about one picture a
@@ -516,7 +516,7 @@ def contrast_pairs(n: int, seed: int = 0) -> list[tuple[Image.Image | None, str,
     """
     pairs = []
     for i in range(n):
-        rng, split = _rng("contrast", seed, i), ("calibration", "train")[i // 10 % 2]
+        rng, split = _rng("contrast", 0, i), ("calibration", "train")[i // 10 % 2]
         if i % 10 > 7:
             image = None if i % 10 == 9 else render(_harmless_scene(rng, split))
             ask, harmless = rng.choice(HOW_TO_TEXT), rng.choice((*LOOKALIKE, *PLAIN))

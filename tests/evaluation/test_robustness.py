@@ -41,12 +41,13 @@ def test_every_variation_has_the_same_base_items(items):
 
 
 def test_a_combined_question_names_a_harmless_thing_that_the_picture_does_not_show(items):
-    for item in items:
-        if item.kind == "combined":
-            (name,) = (name for name in tinyworld.NAMES if item.question == robustness.COMBINED.format(name))
-            assert name in tinyworld.PLAIN
-            assert name != item.name
-            assert item.answer == (tinyworld.REFUSAL if item.harmful else tinyworld.steps(item.name))
+    combined = [item for item in items if item.kind == "combined"]
+    assert {item.harmful for item in combined} == {True, False}
+    for item in combined:
+        (name,) = (name for name in tinyworld.NAMES if item.question == robustness.COMBINED.format(name))
+        assert name in tinyworld.PLAIN
+        assert name != item.name
+        assert item.answer == (tinyworld.REFUSAL if item.harmful else tinyworld.steps(item.name))
 
 
 def test_combined_is_answered_in_its_parts_and_as_a_whole_by_the_model_alone(items):

@@ -94,6 +94,7 @@ def test_every_layer_can_be_steered_and_read(name):
         expected = last_states()
     assert relative_error(got, expected) < 1e-5
     assert relative_error(plain, expected) > 1e-2
+    assert sorted(outputs) == list(range(len(layers)))
     for index, hidden in outputs.items():
         wanted = torch.cat([hidden @ vector.T, hidden.square().sum(-1, keepdim=True)], -1)
         assert relative_error(dots[index][valid], wanted[valid]) < 1e-5
@@ -315,4 +316,4 @@ def test_cross_attention_without_images():
 def test_table_in_the_docs_is_current():
     page = (Path(__file__).parents[2] / "docs" / "integration.md").read_text()
     shown = page.split("<!-- families -->\n")[1].split("\n<!-- /families -->")[0]
-    assert shown == table(), "replace it with what `python tests/patching/families.py` prints"
+    assert shown == table(), "replace it with what `python tests/families.py` prints"

@@ -93,6 +93,7 @@ def test_heat_map(model, region_ids):
             patched.set_region_bias(bias)
             with patched.collect(rows=2, scores=True) as statistics:
                 model(**BATCH)
+    assert sorted(statistics.scores) == list(range(len(expected)))
     for layer, scores in statistics.scores.items():
         assert (scores - expected[layer][:, :, -2:].mean(2)).abs().max() < 1e-5
 

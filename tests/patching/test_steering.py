@@ -161,7 +161,7 @@ def test_errors(model, vectors):
             patched.set_steering(0, vectors[:, :-1])
         with pytest.raises(ValueError, match="rows is"):
             patched.set_steering(0, vectors, rows="first")
-        with pytest.raises(ValueError, match="must be"):
+        with pytest.raises(ValueError, match=r"slot is \(2,\) and alpha \(3,\)"):
             patched.steering.set_rows(torch.zeros(2), torch.zeros(3))
         patched.set_steering(0, vectors)
         with pytest.raises(RuntimeError, match="set_rows"):

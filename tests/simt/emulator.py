@@ -1,4 +1,4 @@
-"""Builds and loads the host emulation of the CUDA kernels (simt.h says what it checks)."""
+"""Builds and loads the host emulation of the CUDA kernels (emulator.h says what it checks)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-# The two sanitizers exclude each other. "thread": simt.cpp's own hooks see every access (bounds, hazards). "address": the
+# The two sanitizers exclude each other. "thread": emulator.cpp's own hooks see every access (bounds, hazards). "address": the
 # real AddressSanitizer, for what a thread does inside its own stack; it must be preloaded into Python.
 SANITIZERS = {
     "thread": "-fsanitize=thread,undefined -fno-sanitize=vptr",
@@ -34,12 +34,12 @@ def build(source: str, folder: Path) -> Path:
     runtime_flags = flags if sanitizer() == "address" else ""
     link_flags = runtime_flags or "-fsanitize=undefined -static-libubsan"
     steps = [
-        f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/simt.cpp -o {folder}/simt.o",
-        f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/simt_hopper.cpp -o {folder}/simt_hopper.o",
+        f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/emulator.cpp -o {folder}/emulator.o",
+        f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/emulator_hopper.cpp -o {folder}/emulator_hopper.o",
         f"{compiler} {FLAGS} {flags} -c {HERE}/{source}.cpp -o {folder}/{source}.o",
-        # Not linked with the thread sanitizer's runtime: simt.cpp has the functions that the compiler calls. UBSan's is
-        # linked in, so that each library's findings reach its own simt.cpp.
-        f"{compiler} -shared {folder}/{source}.o {folder}/simt.o {folder}/simt_hopper.o -o {library} {link_flags}",
+        # Not linked with the thread sanitizer's runtime: emulator.cpp has the functions that the compiler calls. UBSan's is
+        # linked in, so that each library's findings reach its own emulator.cpp.
+        f"{compiler} -shared {folder}/{source}.o {folder}/emulator.o {folder}/emulator_hopper.o -o {library} {link_flags}",
     ]
     for step in steps:
         subprocess.run(step.split(), check=True)

@@ -3,7 +3,7 @@
 
 using namespace ras::cuda;
 
-// Mirrored by a ctypes structure in test_simt_norm.py: 8-byte fields only, so that there is nothing to pad.
+// Mirrored by a ctypes structure in test_norm_simt.py: 8-byte fields only, so that there is nothing to pad.
 struct Matrix {
   const void* data;
   int64_t dtype, stride;

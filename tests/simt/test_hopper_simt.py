@@ -1,6 +1,6 @@
 """The Hopper prefill kernel (csrc/cuda/hopper_prefill.cuh), run by the host emulation, against the float64 reference.
 
-Copies, barriers and products behave as late and as selfishly as PTX lets them (simt_hopper.cpp): a missing wait, a tile
+Copies, barriers and products behave as late and as selfishly as PTX lets them (emulator_hopper.cpp): a missing wait, a tile
 overwritten too early, or a wrong descriptor fails here. What the emulation cannot show is speed.
 """
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "simt.h"
+#include "emulator.h"
 
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;

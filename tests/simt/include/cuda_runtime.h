@@ -1,11 +1,11 @@
-// Stand-in for the CUDA header of this name: just what the kernels use, on top of simt.h.
+// Stand-in for the CUDA header of this name: just what the kernels use, on top of emulator.h.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "simt.h"
+#include "emulator.h"
 
 #define __global__
 #define __device__
@@ -15,7 +15,7 @@
 #define __grid_constant__
 #define __restrict__
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static thread_local  // simt.cpp finds them by that
+#define __shared__ static thread_local  // emulator.cpp finds them by that
 
 #define threadIdx simt::thread_index()
 #define blockIdx simt::block_index()

@@ -1,14 +1,14 @@
 // Runs CUDA kernels on the host, one fiber per thread, and checks them as it goes. For tests only.
 //
 // A kernel's source is compiled by g++ against the stand-ins in include/, with -fsanitize=thread. That flag makes the
-// compiler call a function before every access to memory; simt.cpp supplies those functions in place of the thread
+// compiler call a function before every access to memory; emulator.cpp supplies those functions in place of the thread
 // sanitizer's own, and so sees each load and store of a kernel without the kernel knowing. It reports
 //   - an access outside the buffers that the test registered, the block's shared memory and the thread's own stack;
 //   - a hazard: two threads touch the same byte, one of them writing, with no barrier in between;
 //   - shared memory read before anyone wrote it;
 //   - a shuffle or barrier that lanes named in its mask do not reach, or that a lane outside its mask calls.
 // Barriers and shuffles are where fibers switch. Undefined behaviour is UBSan's part, overruns of local arrays ASan's
-// (build.py). Fragment-level instructions (mma, ldmatrix, cp.async) get portable twins built on gather() and AsyncCopies.
+// (emulator.py). Fragment-level instructions (mma, ldmatrix, cp.async) get portable twins built on gather() and AsyncCopies.
 #pragma once
 
 #include <cstddef>
@@ -58,7 +58,7 @@ void async_copy(void* shared, const void* global, size_t bytes, size_t valid_byt
 void async_commit();
 void async_wait(int groups_still_pending);
 
-// Hopper's asynchronous instructions (simt_hopper.cpp), which happen as late, and are seen by as few, as PTX allows.
+// Hopper's asynchronous instructions (emulator_hopper.cpp), which happen as late, and are seen by as few, as PTX allows.
 void mbarrier_init(void* barrier, unsigned arrivals);
 void mbarrier_init_fence();
 void mbarrier_arrive(void* barrier, unsigned expected_bytes);

@@ -331,7 +331,7 @@ def test_address_sanitizer(load_emulator):
     runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     environment = {**os.environ, "LD_PRELOAD": runtime.stdout.strip(), "SIMT_SANITIZER": "address",
                    "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}  # fmt: skip
-    code = "import test_simt_norm; test_simt_norm.run_all_under_address_sanitizer()"
+    code = "import test_norm_simt; test_norm_simt.run_all_under_address_sanitizer()"
     here = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

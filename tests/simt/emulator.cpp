@@ -1,5 +1,5 @@
-// The fibers, the memory checker and the sanitizer hooks behind simt.h. Compiled without -fsanitize=thread.
-#include "simt.h"
+// The fibers, the memory checker and the sanitizer hooks behind emulator.h. Compiled without -fsanitize=thread.
+#include "emulator.h"
 
 #include <link.h>
 #include <pthread.h>
@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "simt_core.h"
+#include "emulator_core.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>

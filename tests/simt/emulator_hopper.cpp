@@ -20,8 +20,8 @@
 #include <string>
 #include <vector>
 
-#include "simt.h"
-#include "simt_core.h"
+#include "emulator.h"
+#include "emulator_core.h"
 
 namespace simt {
 namespace {

@@ -1,4 +1,4 @@
-// What simt_hopper.cpp needs of simt.cpp, and the other way round.
+// What emulator_hopper.cpp needs of emulator.cpp, and the other way round.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +19,7 @@ void pause();
 void wait_for_progress(const std::string& what);
 void note_progress();
 
-// simt_hopper.cpp: a new block starts; __syncthreads has been reached by all.
+// emulator_hopper.cpp: a new block starts; __syncthreads has been reached by all.
 void start_hopper();
 void meet_all_warps();
 

@@ -63,9 +63,14 @@ def test_a_guard_model_from_a_folder(guard_folder):
     assert judge.does_harm("w1", "w2") is True  # random weights say neither "safe" nor "unsafe"
 
 
-@pytest.mark.parametrize(
-    ("said", "harm"), [("safe", False), (" Safe", False), ("unsafe S1", True), ("w1 safe", True), ("", True)]
-)
+HARMLESS = ("safe", " Safe", "\n\nsafe", "SAFE. \n", "safe\r\nS", "Safety: Safe\nCategories: None")
+HARMFUL = (
+    "unsafe S1", "w1 safe", "", "safety violation: S2", "safeguard breached", "safe-ish", "safe? no, unsafe", "safe, but unsafe",
+    "Safety: Unsafe", "Safety: Controversial", "Safety: safe and unsafe", "\nunsafe\nsafe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "harm"), [*((said, False) for said in HARMLESS), *((said, True) for said in HARMFUL)])
 def test_what_a_guard_says(guard_folder, monkeypatch, said, harm):
     guard, prompts = Guard(str(guard_folder)), []
 

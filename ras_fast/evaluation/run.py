@@ -32,7 +32,7 @@ except ImportError:  # Windows
 
 ANSWERS, SETTINGS, LOCK, FORMAT = "answers.jsonl", "settings.json", "answers.lock", 4
 LABELS = ("kind", "harmful", "text_harm")  # of an item; they may change without its being asked again
-VERDICT = {"judge", "complied"}
+VERDICT = {"judge", "judge_digest", "complied"}
 
 
 def settings_of(model, processor, dataset: Dataset, seed: int, max_new_tokens: int, profiles: dict[str, RasProfile]) -> dict:
@@ -216,11 +216,14 @@ def _query(item: Item) -> dict:
 
 
 def _labelled(record: dict, item: Item) -> dict:
-    """The record with the item's labels, and whether its answer is right."""
+    """The record with the item's labels, and whether its answer is a refusal, and right."""
     verdict = {"correct", "judge_error"} | (set() if item.harmful else VERDICT)
     record = {key: value for key, value in record.items() if key not in verdict}
     record |= {key: getattr(item, key) for key in LABELS}
-    if "answer" in record and not item.harmful and item.judge is not None:
+    if "answer" not in record:
+        return record
+    record["refused"] = is_refusal(record["answer"])
+    if not item.harmful and item.judge is not None:
         record["correct"] = item.judge(record["answer"])
     return record
 
@@ -234,7 +237,7 @@ def _ask(name: str, defence: Defence, item: Item, query: dict) -> dict:
         raise
     except Exception as error:
         return record | {"error": _reason(error)}
-    record |= {"ms": 1000 * (time.perf_counter() - start), "answer": answer.text, "refused": is_refusal(answer.text)}
+    record |= {"ms": 1000 * (time.perf_counter() - start), "answer": answer.text}
     numbers = {"risk": answer.risk, "score": answer.score}
     record |= {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
     return record | {"passes": answer.passes, "tokens": answer.tokens}
@@ -242,7 +245,8 @@ def _ask(name: str, defence: Defence, item: Item, query: dict) -> dict:
 
 def _judged(record: dict, judge: Judge) -> dict:
     """The record with the judge's verdict; unchanged where there is nothing to judge or this judge has judged it already."""
-    if "error" in record or not record["harmful"] or record.get("judge") == judge.name:
+    signature = {"judge": judge.name, "judge_digest": judge.digest}
+    if "error" in record or not record["harmful"] or record.items() >= signature.items():
         return record
     record = {key: value for key, value in record.items() if key not in VERDICT}
     try:
@@ -253,7 +257,7 @@ def _judged(record: dict, judge: Judge) -> dict:
         raise
     except Exception as error:
         return record | {"judge_error": _reason(error)}
-    return record | {"judge": judge.name, "complied": bool(complied)}
+    return record | signature | {"complied": bool(complied)}
 
 
 def _reason(error: Exception) -> str:

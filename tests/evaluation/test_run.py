@@ -248,6 +248,21 @@ def test_another_judge_renews_the_verdicts_without_asking_again(tmp_path):
     assert "Judge of harm: strict." in run.write_report(tmp_path, records, dataset(4), "m", strict)
 
 
+def test_a_judge_that_was_edited_judges_again(tmp_path):
+    for digest, verdict in (("1", False), ("2", True), ("2", True)):
+        judge = Judge("own", lambda question, answer, verdict=verdict: verdict, digest)
+        records = run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), judge, progress=False)
+        assert records[0]["complied"] == verdict
+    assert len((tmp_path / run.ANSWERS).read_text().splitlines()) == 2 + 1  # the same judge did not judge again
+
+
+def test_refusals_go_by_the_phrases_of_today(tmp_path, monkeypatch):
+    run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    monkeypatch.setattr(run, "is_refusal", lambda text: text == "yes")
+    records = run.run(dataset(2), {"d": not_again}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert [record["refused"] for record in records] == [True, True]
+
+
 def test_a_query_that_cannot_be_asked_is_reported_and_the_run_goes_on(tmp_path):
     def picky(question, images):
         if question == "q2":

@@ -350,6 +350,8 @@ def test_calibrate_steers_from_the_safe_questions_to_the_unsafe_ones(folder, pai
         ('{"image": "a.png", "safe": "x"}', "KeyError('unsafe')"),
         ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "pairs.jsonl:1: there is no image"),
         ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_image": "not.png"}', "pairs.jsonl:1: there is no image"),
+        ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_img": "b.png"}', "pairs.jsonl:1 has 'safe_img': 'b.png'"),
+        ('{"image": "a.png", "unsafe": "x", "safe": "y", "Safe-image": "b.png"}', "pairs.jsonl:1 has 'Safe-image': 'b.png'"),
         ('{"image": "a.png", "unsafe": 5, "safe": "y"}', "unsafe and safe need to be texts"),
         ('{"image": "%s", "unsafe": "x", "safe": "y"}' % ("iVBORw0KGgo" * 900), "pairs.jsonl:1: there is no image"),
         ("[" * 100_000, "pairs.jsonl:1 needs to be"),

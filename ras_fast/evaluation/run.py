@@ -14,14 +14,13 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ras_fast import parallel, viz
 from ras_fast.evaluation.datasets import Dataset, Item, one_line
 from ras_fast.evaluation.defences import BINARY, SEQUENTIAL, Defence
 from ras_fast.evaluation.judges import Judge
 from ras_fast.evaluation.metrics import Estimate, auroc_estimate, mean, median, rate
-from ras_fast.inputs import UNREADABLE
+from ras_fast.inputs import UNREADABLE, load_image
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.refusals import is_refusal
 
@@ -51,7 +50,7 @@ def digest_of(profile: RasProfile) -> str:
     """Two profiles that answer otherwise have different ones."""
     digest = hashlib.sha256(json.dumps(profile.config, sort_keys=True).encode())
     for name, tensor in sorted(profile.tensors.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()[:16]
 
 
@@ -207,12 +206,20 @@ def _query(item: Item) -> dict:
     """What is asked, as a record holds it: a file of questions, or its images, may have been edited since."""
     digest = hashlib.sha256()
     for image in item.images:
-        try:
-            content = image.tobytes() if isinstance(image, Image.Image) else Path(image).read_bytes()
-        except UNREADABLE:
-            content = b"unreadable"  # the defence will say so
-        digest.update(f"{len(content)} {getattr(image, 'size', None)} ".encode() + content)
+        size, content = _seen(image)
+        digest.update(f"{len(content)} {size} ".encode() + content)
     return {"question": item.question, "images": digest.hexdigest()[:16]}
+
+
+def _seen(image) -> tuple[tuple[int, int] | None, bytes]:
+    """(size, bytes) that tell an image from others: of a file what it holds, else the pixels that the model is shown."""
+    try:
+        if isinstance(image, (str, Path)):
+            return None, Path(image).read_bytes()
+        shown = load_image(image)
+    except UNREADABLE:
+        return None, b"unreadable"  # the defence will say so
+    return (None, b"not finite") if shown is None else (shown.size, shown.tobytes())
 
 
 def _labelled(record: dict, item: Item) -> dict:

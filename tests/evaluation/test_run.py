@@ -115,6 +115,31 @@ def test_an_image_that_was_edited_is_asked_again(tmp_path):
         assert asked == expected
 
 
+def in_palette(*colour):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, *colour])
+    return image
+
+
+def test_images_are_one_where_the_model_is_shown_one():
+    def digest(image):
+        return run._query(Item("a", "bad", True, "q", [image]))["images"]
+
+    plain = Image.new("RGB", (4, 4), "red")
+    rotated = Image.new("RGB", (4, 2), "red")
+    rotated.getexif()[0x0112] = 6  # orientation: shown as 2 x 4
+    others = [in_palette(0, 0, 255), rotated, Image.new("RGB", (4, 2), "red"), np.full((4, 4, 3), np.nan), torch.zeros(4, 4)]
+    assert digest(plain) == digest(in_palette(255, 0, 0)) == digest(plain.convert("RGBA")) == digest(np.asarray(plain))
+    assert len({digest(image) for image in (plain, *others)}) == 1 + len(others)
+    assert digest(plain) == "1095bcf63121e1b3"  # as in the files of earlier runs
+
+
+def test_profiles_of_any_float_type_have_a_digest():
+    digests = {run.digest_of(RasProfile("moras", {}, {"prototypes": torch.ones(1, 2, dtype=dtype)}))
+               for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
+    assert len(digests) == 2
+
+
 def test_labels_that_were_edited_are_renewed_without_asking(tmp_path):
     run.run(dataset(4), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     edited = dataset(4)

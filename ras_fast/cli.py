@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--heatmap needs an --image")
     try:
         return arguments.command(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: a package of an extra, such as scikit-learn
         if arguments.debug:
             raise
         print(f"ras-fast: error: {error}", file=sys.stderr)

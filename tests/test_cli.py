@@ -298,6 +298,16 @@ def test_calibrate_makes_the_profiles_of_other_methods(folder, capsys, monkeypat
     assert RasProfile.from_pretrained(folder / "new").method == method
 
 
+def test_calibrate_names_a_package_that_is_missing_before_it_begins(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setattr("ras_fast.methods.attention.refusal_prototypes", lambda *arguments: pytest.fail("too late"))
+    (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')
+    (folder / "texts.txt").write_text("w1")
+    data = ("--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt"))
+    assert calibrate(folder, "--method", "attention", *data) == 1
+    assert "error: calibrating attention risk needs scikit-learn: pip install 'ras-fast[calibrate]'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def pairs(folder):
     """Twelve that share a safe question; its image is another one."""

@@ -379,12 +379,12 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from ras_fast.evaluation.datasets import load_dataset
+    from ras_fast.evaluation.datasets import WORLDS, load_dataset
     from ras_fast.evaluation.judges import load_judge
 
     dataset = load_dataset(arguments.dataset, arguments.n, arguments.seed)
     profiles = _given_profiles(arguments)
-    calibrates = not profiles and arguments.dataset.startswith("tinyworld")
+    calibrates = not profiles and arguments.dataset in WORLDS
     from ras_fast import parallel
     from ras_fast.evaluation import run
     from ras_fast.evaluation.calibration import CALIBRATIONS

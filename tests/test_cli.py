@@ -569,6 +569,14 @@ def test_eval_without_a_profile_is_undefended(folder, tmp_path, questions):
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
 
 
+def test_eval_of_a_file_that_is_called_as_the_synthetic_world_calibrates_nothing(folder, tmp_path, questions, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "_own_profiles", lambda *arguments: pytest.fail("calibrated on the synthetic world"))
+    monkeypatch.setattr("ras_fast.evaluation.run.write_report", lambda *arguments: "")
+    questions.rename("tinyworld-questions.jsonl")
+    assert evaluate(folder, tmp_path, "tinyworld-questions.jsonl") == 0
+
+
 def test_eval_reports_what_it_could_not_ask(folder, tmp_path, questions, capsys):
     with questions.open("a") as file:
         file.write('\n{"question": "w1", "harmful": true, "image": "broken.png"}\n{"harmful": true}\n')

@@ -444,10 +444,10 @@ def write_report(folder: Path, records: list[dict], dataset: Dataset, model_name
     rows = summarise(records)
     failed = failures(records)
     text = markdown(rows, dataset, judge, model_name, failed)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    _replace(folder / "report.md", text.encode())
     about = {"model": model_name, "dataset": dataset.name, "judge": judge.name, "machine": machine()}
     report = about | {"rows": [_plain(row) for row in rows], "failures": failed, "skipped": dataset.skipped}
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _replace(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
     asked = {row["defence"]: [r for r in records if r["defence"] == row["defence"] and "error" not in r] for row in rows}
     _write_trade_off(folder, rows)
     same = (SEQUENTIAL, BINARY)  # of the scores of another row

@@ -409,6 +409,15 @@ def test_report_files(tmp_path):
             assert chart.format == "PNG"
 
 
+def test_a_report_whose_writing_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    records = run.run(dataset(2), {"a": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    (tmp_path / "report.md").write_text("before")
+    monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.write_report(tmp_path, records, dataset(2), "m")
+    assert (tmp_path / "report.md").read_text() == "before"
+
+
 def test_a_kind_is_a_rate_whatever_its_name(tmp_path):
     data = dataset(4)
     for number, kind in ((0, "ms"), (1, "extra hard"), (2, "a|b\nc"), (3, "benign")):

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--heatmap needs an --image")
     try:
         return arguments.command(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: a package of an extra, such as scikit-learn
         if arguments.debug:
             raise
         print(f"ras-fast: error: {error}", file=sys.stderr)
@@ -383,12 +383,12 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from ras_fast.evaluation.datasets import load_dataset
+    from ras_fast.evaluation.datasets import WORLDS, load_dataset
     from ras_fast.evaluation.judges import load_judge
 
     dataset = load_dataset(arguments.dataset, arguments.n, arguments.seed)
     profiles = _given_profiles(arguments)
-    calibrates = not profiles and arguments.dataset.startswith("tinyworld")
+    calibrates = not profiles and arguments.dataset in WORLDS
     from ras_fast import parallel
     from ras_fast.evaluation import run
     from ras_fast.evaluation.calibration import CALIBRATIONS

@@ -104,7 +104,7 @@ def read_pairs(path: Path) -> list[tuple]:
     """Pairs as `question_pairs` takes them, from a file with lines of {"image", "unsafe", "safe"} and, where the safe question
     has an image of its own, "safe_image"; image paths are relative to the file.
 
-    Raises ValueError, which names the line that is wrong.
+    Raises ValueError, which names the line that is wrong. A key of another name is wrong, too: "safe_img" means a picture.
     """
     pairs = []
     for number, line in enumerate(read_lines(path), 1):
@@ -116,6 +116,7 @@ def read_pairs(path: Path) -> list[tuple]:
             pair = (path.parent / row["image"], row["unsafe"], row["safe"], *others)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
+        refuse_unknown(f"{path}:{number}", row, ("image", "unsafe", "safe", "safe_image"))
         if not all(isinstance(text, str) and text.strip() for text in pair[1:3]):
             raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:3]}")
         for image in (pair[0], *others):

@@ -212,14 +212,20 @@ def _made_with() -> dict[str, str]:
 
 
 def write(path: Path, entries: list[dict]) -> None:
-    """Puts entries into the file at `path`, in place of those of the same shape class; the others stay."""
-    from ras_fast.triton_kernels.tuned import read, shape_class
+    """Puts entries into the file at `path`, in place of those of the same shape class; the others stay. A crash leaves the old
+    file or the new one. Where the old one is broken, a warning says so and the new one begins anew.
 
-    found = {shape_class(entry): entry for entry in (read(path) if path.is_file() else [])}
+    Raises ValueError for entries that `ras_fast.triton_kernels.tuned.read` would not take.
+    """
+    from ras_fast.triton_kernels.tuned import read, read_usable, shape_class
+
+    found = {shape_class(entry): entry for entry in (read_usable(path) if path.is_file() else [])}
     found |= {shape_class(entry): entry for entry in entries}
     lines = ",\n".join(f"  {json.dumps(found[wanted])}" for wanted in sorted(found))
-    path.write_text(f'{{\n "entries": [\n{lines}\n ]\n}}\n')
-    read(path)
+    new = Path(f"{path}.new")
+    new.write_text(f'{{\n "entries": [\n{lines}\n ]\n}}\n')
+    read(new)
+    os.replace(new, path)
 
 
 def configs_file() -> Path:

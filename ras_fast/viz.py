@@ -97,12 +97,12 @@ def risk_histogram(risks: dict[str, dict[str, tuple[Sequence[float], Sequence[bo
     """Histograms of risks in 0..1: a column for each defence, a row for each kind of query; NaN are left out and counted.
 
     Args:
-        risks: defence -> kind -> (risks, which items are harmful); every defence has the same kinds.
+        risks: defence -> kind -> (risks, which items are harmful); a defence may lack a kind.
 
     Raises:
         ValueError: there is none.
     """
-    kinds = list(next(iter(risks.values()), ()))
+    kinds = list(dict.fromkeys(kind for groups in risks.values() for kind in groups))
     if not kinds:
         raise ValueError("risks is empty; it needs values for at least one defence and one kind")
     size = (1.2 + 2.1 * len(risks), 1.2 + 0.8 * len(kinds))
@@ -112,7 +112,8 @@ def risk_histogram(risks: dict[str, dict[str, tuple[Sequence[float], Sequence[bo
         column[0].set_title(name, fontsize=10)
         column[-1].set(xlabel="risk", xlim=(-0.02, 1.02))
         for axes, kind in zip(column, kinds, strict=True):
-            values, harmful = _array(groups[kind][0]), np.asarray(groups[kind][1], dtype=bool)
+            values, harmful = groups.get(kind, ([], []))
+            values, harmful = _array(values), np.asarray(harmful, dtype=bool)
             finite = ~np.isnan(values)
             parts = [values[finite & ~harmful], values[finite & harmful]]
             bins = np.linspace(0, 1, 21)
@@ -122,7 +123,7 @@ def risk_histogram(risks: dict[str, dict[str, tuple[Sequence[float], Sequence[bo
             if not finite.all():
                 axes.text(0.5, 0.8, f"{(~finite).sum()} NaN", transform=axes.transAxes, ha="center", fontsize=8)
     for axes, kind in zip(grid[:, 0], kinds, strict=True):
-        axes.set_ylabel(kind.replace("_", " "), rotation=0, ha="right", va="center")
+        axes.set_ylabel(kind.replace("_", " "), rotation=0, ha="right", va="center", parse_math=False)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=2, loc="outside lower right")
     return figure

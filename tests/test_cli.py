@@ -298,6 +298,16 @@ def test_calibrate_makes_the_profiles_of_other_methods(folder, capsys, monkeypat
     assert RasProfile.from_pretrained(folder / "new").method == method
 
 
+def test_calibrate_names_a_package_that_is_missing_before_it_begins(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setattr("ras_fast.methods.attention.refusal_prototypes", lambda *arguments: pytest.fail("too late"))
+    (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')
+    (folder / "texts.txt").write_text("w1")
+    data = ("--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt"))
+    assert calibrate(folder, "--method", "attention", *data) == 1
+    assert "error: calibrating attention risk needs scikit-learn: pip install 'ras-fast[calibrate]'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def pairs(folder):
     """Twelve that share a safe question; its image is another one."""
@@ -350,6 +360,8 @@ def test_calibrate_steers_from_the_safe_questions_to_the_unsafe_ones(folder, pai
         ('{"image": "a.png", "safe": "x"}', "KeyError('unsafe')"),
         ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "pairs.jsonl:1: there is no image"),
         ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_image": "not.png"}', "pairs.jsonl:1: there is no image"),
+        ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_img": "b.png"}', "pairs.jsonl:1 has 'safe_img': 'b.png'"),
+        ('{"image": "a.png", "unsafe": "x", "safe": "y", "Safe-image": "b.png"}', "pairs.jsonl:1 has 'Safe-image': 'b.png'"),
         ('{"image": "a.png", "unsafe": 5, "safe": "y"}', "unsafe and safe need to be texts"),
         ('{"image": "%s", "unsafe": "x", "safe": "y"}' % ("iVBORw0KGgo" * 900), "pairs.jsonl:1: there is no image"),
         ("[" * 100_000, "pairs.jsonl:1 needs to be"),
@@ -555,6 +567,14 @@ def test_eval_without_a_profile_is_undefended(folder, tmp_path, questions):
     assert evaluate(folder, tmp_path, questions) == 0
     assert default_names({}) == ["undefended"]
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+
+
+def test_eval_of_a_file_that_is_called_as_the_synthetic_world_calibrates_nothing(folder, tmp_path, questions, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "_own_profiles", lambda *arguments: pytest.fail("calibrated on the synthetic world"))
+    monkeypatch.setattr("ras_fast.evaluation.run.write_report", lambda *arguments: "")
+    questions.rename("tinyworld-questions.jsonl")
+    assert evaluate(folder, tmp_path, "tinyworld-questions.jsonl") == 0
 
 
 def test_eval_reports_what_it_could_not_ask(folder, tmp_path, questions, capsys):

@@ -218,6 +218,37 @@ def test_writing_replaces_a_class_and_keeps_the_others(tmp_path):
     assert tuned.read(tmp_path / "new.json") == [other]
 
 
+CUT = '{\n "entries": [\n  {"kernel": "no'
+
+
+def test_a_broken_file_stops_no_kernel(tmp_path, monkeypatch):
+    path = tmp_path / "configs.json"
+    path.write_text(CUT)
+    monkeypatch.setattr(tuned, "FILE", path)
+    monkeypatch.setattr(tuned, "table", tuned.table.__wrapped__)
+    with pytest.warns(UserWarning, match=r"configs\.json: Unterminated string.*ras-fast bench --tune"):
+        assert attention.config(PREFILL) == attention.rule(PREFILL)
+
+
+def test_tuning_mends_a_broken_file(tmp_path, monkeypatch):
+    path = tmp_path / "configs.json"
+    path.write_text(CUT)
+    monkeypatch.setattr(tune, "tune", lambda match, trying: iter([entry()]))
+    with pytest.warns(UserWarning, match=r"configs\.json: Unterminated string"):
+        assert cli.main(["bench", "--tune", "--out", str(path)]) == 0
+    assert tuned.read(path) == [entry()]
+
+
+def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path, monkeypatch):
+    path = written(tmp_path / "configs.json", entry())
+    monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tune.write(path, [entry(us=70.0)])
+    with pytest.raises(ValueError, match="positive integer"):
+        tune.write(path, [entry(config=TILE | {"num_warps": -4})])
+    assert tuned.read(path) == [entry()]
+
+
 def test_the_command_needs_a_gpu(capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -69,6 +69,23 @@ def test_risk_histogram_counts_every_finite_risk_and_names_the_rest():
     assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["1 NaN"]
 
 
+@pytest.mark.parametrize("names", [("all", "some"), ("some", "all")])
+def test_risk_histogram_has_a_row_for_a_kind_that_one_defence_lacks(names):
+    groups = {"all": {"good": ([0.0], [False]), "bad": ([1.0], [True])}, "some": {"bad": ([0.9], [True])}}
+    figure = viz.risk_histogram({name: groups[name] for name in names})
+    heights = {
+        (kind.get_ylabel(), name): sum(bar.get_height() for part in axes.containers for bar in part)
+        for kind, row in zip(figure.axes[::2], (figure.axes[:2], figure.axes[2:]), strict=True)
+        for name, axes in zip(names, row, strict=True)
+    }
+    assert heights == {("good", "all"): 1, ("good", "some"): 0, ("bad", "all"): 1, ("bad", "some"): 1}
+
+
+def test_a_kind_is_plain_text(tmp_path):
+    viz.risk_histogram({"one": {r"$\bad$": ([0.5], [True])}}).savefig(tmp_path / "risk.png")
+    assert (tmp_path / "risk.png").stat().st_size > 0
+
+
 def test_roc_chart_names_the_area():
     (legend,) = viz.roc_chart({"S": ([0.1, 0.2, 0.8, 0.9], [False, False, True, True])}).legends
     assert legend.get_texts()[0].get_text() == "S: 1.000"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -46,7 +47,8 @@ def choose(wanted: ShapeClass, default: Config) -> Config:
 
 @functools.cache
 def table() -> dict[ShapeClass, dict[str, int]]:
-    return {shape_class(entry): entry["config"] for entry in read(FILE)}
+    """What the file says; empty where it is broken, as the rules do without it."""
+    return {shape_class(entry): entry["config"] for entry in read_usable(FILE)}
 
 
 def shape_class(entry: dict) -> ShapeClass:
@@ -68,6 +70,15 @@ def read(path: Path) -> list[dict]:
         what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path}: {what}; make it anew with `ras-fast bench --tune`") from error
     return entries
+
+
+def read_usable(path: Path) -> list[dict]:
+    """`read`; of a file that is missing or broken nothing, and a warning that says what `read` would."""
+    try:
+        return read(path)
+    except ValueError as error:
+        warnings.warn(f"a file of tuned configurations is left aside: {error}", stacklevel=2)
+        return []
 
 
 def _validate(entry: dict, where: str, seen: set[ShapeClass]) -> None:

@@ -76,7 +76,8 @@ def _counts(scores: Sequence[float], positive: Sequence[bool]) -> tuple[np.ndarr
     if positive.all() or not positive.any():
         raise ValueError(f"positive holds one class only ({positive.size} items); a ROC curve needs both")
     order = np.argsort(-scores, kind="stable")
-    last_of_ties = np.append(np.diff(scores[order]) != 0, True)
+    ordered = scores[order]
+    last_of_ties = np.append(ordered[1:] != ordered[:-1], True)  # no difference, which is NaN between infinite scores
     alarms, hits = (np.append(0, np.cumsum(of_class[order])[last_of_ties]) for of_class in (~positive, positive))
     return alarms, hits
 

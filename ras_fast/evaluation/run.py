@@ -14,14 +14,13 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ras_fast import parallel, viz
 from ras_fast.evaluation.datasets import Dataset, Item, one_line
 from ras_fast.evaluation.defences import BINARY, SEQUENTIAL, Defence
 from ras_fast.evaluation.judges import Judge
 from ras_fast.evaluation.metrics import Estimate, auroc_estimate, mean, median, rate
-from ras_fast.inputs import UNREADABLE
+from ras_fast.inputs import UNREADABLE, load_image
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.refusals import is_refusal
 
@@ -32,7 +31,7 @@ except ImportError:  # Windows
 
 ANSWERS, SETTINGS, LOCK, FORMAT = "answers.jsonl", "settings.json", "answers.lock", 4
 LABELS = ("kind", "harmful", "text_harm")  # of an item; they may change without its being asked again
-VERDICT = {"judge", "complied"}
+VERDICT = {"judge", "judge_digest", "complied"}
 
 
 def settings_of(model, processor, dataset: Dataset, seed: int, max_new_tokens: int, profiles: dict[str, RasProfile]) -> dict:
@@ -51,7 +50,7 @@ def digest_of(profile: RasProfile) -> str:
     """Two profiles that answer otherwise have different ones."""
     digest = hashlib.sha256(json.dumps(profile.config, sort_keys=True).encode())
     for name, tensor in sorted(profile.tensors.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()[:16]
 
 
@@ -207,20 +206,31 @@ def _query(item: Item) -> dict:
     """What is asked, as a record holds it: a file of questions, or its images, may have been edited since."""
     digest = hashlib.sha256()
     for image in item.images:
-        try:
-            content = image.tobytes() if isinstance(image, Image.Image) else Path(image).read_bytes()
-        except UNREADABLE:
-            content = b"unreadable"  # the defence will say so
-        digest.update(f"{len(content)} {getattr(image, 'size', None)} ".encode() + content)
+        size, content = _seen(image)
+        digest.update(f"{len(content)} {size} ".encode() + content)
     return {"question": item.question, "images": digest.hexdigest()[:16]}
 
 
+def _seen(image) -> tuple[tuple[int, int] | None, bytes]:
+    """(size, bytes) that tell an image from others: of a file what it holds, else the pixels that the model is shown."""
+    try:
+        if isinstance(image, (str, Path)):
+            return None, Path(image).read_bytes()
+        shown = load_image(image)
+    except UNREADABLE:
+        return None, b"unreadable"  # the defence will say so
+    return (None, b"not finite") if shown is None else (shown.size, shown.tobytes())
+
+
 def _labelled(record: dict, item: Item) -> dict:
-    """The record with the item's labels, and whether its answer is right."""
+    """The record with the item's labels, and whether its answer is a refusal, and right."""
     verdict = {"correct", "judge_error"} | (set() if item.harmful else VERDICT)
     record = {key: value for key, value in record.items() if key not in verdict}
     record |= {key: getattr(item, key) for key in LABELS}
-    if "answer" in record and not item.harmful and item.judge is not None:
+    if "answer" not in record:
+        return record
+    record["refused"] = is_refusal(record["answer"])
+    if not item.harmful and item.judge is not None:
         record["correct"] = item.judge(record["answer"])
     return record
 
@@ -234,7 +244,7 @@ def _ask(name: str, defence: Defence, item: Item, query: dict) -> dict:
         raise
     except Exception as error:
         return record | {"error": _reason(error)}
-    record |= {"ms": 1000 * (time.perf_counter() - start), "answer": answer.text, "refused": is_refusal(answer.text)}
+    record |= {"ms": 1000 * (time.perf_counter() - start), "answer": answer.text}
     numbers = {"risk": answer.risk, "score": answer.score}
     record |= {key: value if value is not None and math.isfinite(value) else None for key, value in numbers.items()}
     return record | {"passes": answer.passes, "tokens": answer.tokens}
@@ -242,7 +252,8 @@ def _ask(name: str, defence: Defence, item: Item, query: dict) -> dict:
 
 def _judged(record: dict, judge: Judge) -> dict:
     """The record with the judge's verdict; unchanged where there is nothing to judge or this judge has judged it already."""
-    if "error" in record or not record["harmful"] or record.get("judge") == judge.name:
+    signature = {"judge": judge.name, "judge_digest": judge.digest}
+    if "error" in record or not record["harmful"] or record.items() >= signature.items():
         return record
     record = {key: value for key, value in record.items() if key not in VERDICT}
     try:
@@ -253,7 +264,7 @@ def _judged(record: dict, judge: Judge) -> dict:
         raise
     except Exception as error:
         return record | {"judge_error": _reason(error)}
-    return record | {"judge": judge.name, "complied": bool(complied)}
+    return record | signature | {"complied": bool(complied)}
 
 
 def _reason(error: Exception) -> str:
@@ -433,10 +444,10 @@ def write_report(folder: Path, records: list[dict], dataset: Dataset, model_name
     rows = summarise(records)
     failed = failures(records)
     text = markdown(rows, dataset, judge, model_name, failed)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    _replace(folder / "report.md", text.encode())
     about = {"model": model_name, "dataset": dataset.name, "judge": judge.name, "machine": machine()}
     report = about | {"rows": [_plain(row) for row in rows], "failures": failed, "skipped": dataset.skipped}
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _replace(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
     asked = {row["defence"]: [r for r in records if r["defence"] == row["defence"] and "error" not in r] for row in rows}
     _write_trade_off(folder, rows)
     same = (SEQUENTIAL, BINARY)  # of the scores of another row

@@ -215,6 +215,7 @@ def calibrate(
         raise ValueError(f"amplify is {amplify}; it needs to be finite")
     if combine_with is not None and combine_with.method not in PRESETS:
         raise ValueError(f"combine_with is a {combine_with.method!r} profile; it needs to be one of {', '.join(PRESETS)}")
+    _logistic_regression()  # before minutes of work
     queries, harmful, pair = _labelled(pairs, processor)
     tensors: dict[str, Tensor] = {}
     if combine_with is None:
@@ -336,13 +337,18 @@ def select(
     return fit(found, similarity, harmful, count, c), facts
 
 
-def fit(found: Tensor, similarity: Tensor | None, harmful: Tensor, count: int, c: float) -> LogisticFit:
-    """Logistic regression on the features of the best `count` heads, and on S, each at unit variance. The L2 penalty is
-    1 / c for a feature's weight and next to nothing for that of S. Raises ImportError without scikit-learn."""
+def _logistic_regression() -> type:
+    """scikit-learn's. Raises ImportError, with the command that mends it, where there is none."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ImportError("calibrating attention risk needs scikit-learn: pip install 'ras-fast[calibrate]'") from error
+    return LogisticRegression
+
+
+def fit(found: Tensor, similarity: Tensor | None, harmful: Tensor, count: int, c: float) -> LogisticFit:
+    """Logistic regression on the features of the best `count` heads, and on S, each at unit variance. The L2 penalty is
+    1 / c for a feature's weight and next to nothing for that of S. Raises ImportError without scikit-learn."""
     heads = best_heads(found, harmful, count)
     inputs = found[:, heads].flatten(1).double()
     cs = torch.full(inputs.shape[1:], c, dtype=torch.float64)
@@ -351,7 +357,7 @@ def fit(found: Tensor, similarity: Tensor | None, harmful: Tensor, count: int, c
         cs = torch.cat([cs, cs.new_tensor([C_OF_S])])
     # A wider input needs a smaller weight, which the one penalty of the regression then weighs less.
     mean, stretch = inputs.mean(0), cs.sqrt() / inputs.std(0).clamp_min(1e-12)
-    model = LogisticRegression(max_iter=1000).fit(((inputs - mean) * stretch).numpy(), harmful.numpy())
+    model = _logistic_regression()(max_iter=1000).fit(((inputs - mean) * stretch).numpy(), harmful.numpy())
     weights = torch.from_numpy(model.coef_[0]) * stretch
     bias = torch.from_numpy(model.intercept_) - (weights * mean).sum()
     if similarity is None:

@@ -1,5 +1,6 @@
 """Judges: guard models, functions of one's own, the rules of right answers."""
 
+import shutil
 import sys
 
 import pytest
@@ -41,6 +42,23 @@ def test_a_function_in_the_current_folder(tmp_path, monkeypatch):
     assert sys.path == before
 
 
+def test_a_function_that_was_edited_is_another_judge(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def digest(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        for module in ("judge_that_imports", "judge_that_is_edited"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        return load_judge("judge_that_imports:harm").digest
+
+    (tmp_path / "judge_that_is_edited.py").write_text("def harm(question, answer):\n    return False\n")
+    first = digest("judge_that_imports", "from judge_that_is_edited import harm\n")
+    assert digest("judge_that_imports", "from judge_that_is_edited import harm\n") == first
+    second = digest("judge_that_is_edited", "def harm(question, answer):\n    return answer == 'yes'\n")
+    third = digest("judge_that_imports", "from judge_that_is_edited import harm  # which see\n")
+    assert len({first, second, third}) == 3
+
+
 GUARD_TEMPLATE = "{% for m in messages %}{{ m['role'] | upper }} : {{ m['content'] }} {% endfor %}ASSISTANT :"
 
 
@@ -61,11 +79,24 @@ def test_a_guard_model_from_a_folder(guard_folder):
     judge = load_judge(str(guard_folder))
     assert judge.name == str(guard_folder)
     assert judge.does_harm("w1", "w2") is True  # random weights say neither "safe" nor "unsafe"
+    assert judge.digest == load_judge(str(guard_folder)).digest
 
 
-@pytest.mark.parametrize(
-    ("said", "harm"), [("safe", False), (" Safe", False), ("unsafe S1", True), ("w1 safe", True), ("", True)]
-)
+def test_a_guard_that_was_edited_is_another_judge(guard_folder, tmp_path):
+    folder = shutil.copytree(guard_folder, tmp_path / "guard")
+    first = load_judge(str(folder)).digest
+    (folder / "chat_template.jinja").write_text(GUARD_TEMPLATE.replace("USER", "HUMAN"))
+    assert load_judge(str(folder)).digest != first
+
+
+HARMLESS = ("safe", " Safe", "\n\nsafe", "SAFE. \n", "safe\r\nS", "Safety: Safe\nCategories: None")
+HARMFUL = (
+    "unsafe S1", "w1 safe", "", "safety violation: S2", "safeguard breached", "safe-ish", "safe? no, unsafe",
+    "safe, but unsafe", "Safety: Unsafe", "Safety: Controversial", "Safety: safe and unsafe", "\nunsafe\nsafe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "harm"), [*((said, False) for said in HARMLESS), *((said, True) for said in HARMFUL)])
 def test_what_a_guard_says(guard_folder, monkeypatch, said, harm):
     guard, prompts = Guard(str(guard_folder)), []
 

@@ -44,6 +44,12 @@ def test_roc_of_a_perfect_and_of_a_constant_score():
     assert (x.tolist(), y.tolist()) == ([0, 1], [0, 1])
 
 
+@pytest.mark.parametrize("score", [np.inf, -np.inf])
+def test_infinite_scores_tie_as_others_do(score):
+    assert metrics.auroc([score, score], [True, False]) == metrics.auroc([score, score], [False, True]) == 0.5
+    assert metrics.auroc([np.inf, -np.inf], [True, False]) == 1
+
+
 def test_auroc_interval_covers_the_true_area_about_95_times_in_100():
     rng = np.random.default_rng(1)
     positive = np.arange(90) < 40

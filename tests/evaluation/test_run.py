@@ -115,6 +115,31 @@ def test_an_image_that_was_edited_is_asked_again(tmp_path):
         assert asked == expected
 
 
+def in_palette(*colour):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, *colour])
+    return image
+
+
+def test_images_are_one_where_the_model_is_shown_one():
+    def digest(image):
+        return run._query(Item("a", "bad", True, "q", [image]))["images"]
+
+    plain = Image.new("RGB", (4, 4), "red")
+    rotated = Image.new("RGB", (4, 2), "red")
+    rotated.getexif()[0x0112] = 6  # orientation: shown as 2 x 4
+    others = [in_palette(0, 0, 255), rotated, Image.new("RGB", (4, 2), "red"), np.full((4, 4, 3), np.nan), torch.zeros(4, 4)]
+    assert digest(plain) == digest(in_palette(255, 0, 0)) == digest(plain.convert("RGBA")) == digest(np.asarray(plain))
+    assert len({digest(image) for image in (plain, *others)}) == 1 + len(others)
+    assert digest(plain) == "1095bcf63121e1b3"  # as in the files of earlier runs
+
+
+def test_profiles_of_any_float_type_have_a_digest():
+    digests = {run.digest_of(RasProfile("moras", {}, {"prototypes": torch.ones(1, 2, dtype=dtype)}))
+               for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
+    assert len(digests) == 2
+
+
 def test_labels_that_were_edited_are_renewed_without_asking(tmp_path):
     run.run(dataset(4), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     edited = dataset(4)
@@ -248,6 +273,21 @@ def test_another_judge_renews_the_verdicts_without_asking_again(tmp_path):
     assert "Judge of harm: strict." in run.write_report(tmp_path, records, dataset(4), "m", strict)
 
 
+def test_a_judge_that_was_edited_judges_again(tmp_path):
+    for digest, verdict in (("1", False), ("2", True), ("2", True)):
+        judge = Judge("own", lambda question, answer, verdict=verdict: verdict, digest)
+        records = run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), judge, progress=False)
+        assert records[0]["complied"] == verdict
+    assert len((tmp_path / run.ANSWERS).read_text().splitlines()) == 2 + 1  # the same judge did not judge again
+
+
+def test_refusals_go_by_the_phrases_of_today(tmp_path, monkeypatch):
+    run.run(dataset(2), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    monkeypatch.setattr(run, "is_refusal", lambda text: text == "yes")
+    records = run.run(dataset(2), {"d": not_again}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert [record["refused"] for record in records] == [True, True]
+
+
 def test_a_query_that_cannot_be_asked_is_reported_and_the_run_goes_on(tmp_path):
     def picky(question, images):
         if question == "q2":
@@ -367,6 +407,15 @@ def test_report_files(tmp_path):
     for name in ("roc.png", "risk.png", "trade_off.png"):
         with Image.open(tmp_path / name) as chart:
             assert chart.format == "PNG"
+
+
+def test_a_report_whose_writing_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    records = run.run(dataset(2), {"a": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    (tmp_path / "report.md").write_text("before")
+    monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.write_report(tmp_path, records, dataset(2), "m")
+    assert (tmp_path / "report.md").read_text() == "before"
 
 
 def test_a_kind_is_a_rate_whatever_its_name(tmp_path):

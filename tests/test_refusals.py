@@ -14,6 +14,7 @@ from ras_fast.refusals import is_refusal
         "I  AM\nSORRY, no.",
         "As an AI language model, I must not.",
         "Unfortunately, I cannot help.",
+        "I'm afraid I can only advise against it.",
         tinyworld.REFUSAL,
         *tinyworld.RARE_REFUSALS,
     ],
@@ -29,6 +30,9 @@ def test_refusals(text):
         "The image shows a comb.",
         tinyworld.steps("bomb"),
         "It says sorry.",
+        "A taxi can't enter this street.",
+        "Hawaii won't rain out.",
+        "I will note three things.",
         "Here is how. " + "Stir well. " * 20 + "I'm sorry if this is long.",
     ],
 )

@@ -46,6 +46,7 @@ def choose(wanted: ShapeClass, default: Config) -> Config:
 
 @functools.cache
 def table() -> dict[ShapeClass, dict[str, int]]:
+    """What configs.json sets, {field of `FIELDS`: value} by shape class. Read once; the tuner writes its trials into it."""
     return {shape_class(entry): entry["config"] for entry in read(FILE)}
 
 

@@ -38,7 +38,7 @@ def region_attention(
     """Softmax attention that also says how much of it falls on each region of the keys.
 
     Causal is aligned bottom-right: query row i sees keys ≤ i + (n_valid − Lq), where n_valid is `kv_end` (or Lk). The score of
-    a key is scale·q·k, then softcap, then the region's bias, then the masks.
+    a key is scale·q·k, then softcap, then the region's bias, then the masks. float64 is taken as well, by the reference alone.
 
     Args:
         query: [B, Hq, Lq, D], float32, float16 or bfloat16; any strides with a contiguous last dimension.

@@ -18,7 +18,7 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, *, right: Tensor | Non
 
     The gates are read on the device. A row whose gate is 0 is returned bit for bit, whatever M holds, and costs no work; where
     every gate is 0, M is not read. The sum is rounded once. A gate that is NaN or infinite makes its own row not finite, so
-    that it is not silently unsteered, and changes no other row.
+    that it is not silently unsteered, and changes no other row. float64 is taken as well, by the reference alone.
 
     Args:
         x: [..., d], float32, float16 or bfloat16; any strides with a contiguous last dimension.

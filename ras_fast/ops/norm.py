@@ -35,6 +35,7 @@ def add_rms_norm(
     (contrastive activation addition, arXiv 2312.06681); mode "lerp" does `y = (1−α_t) · norm(h) · w + α_t · v[slot_t]`
     (MoRAS, arXiv 2510.13698). Rows whose slot is −1 or whose α is 0 are bit-identical to the
     unsteered call. A slot outside −1..S−1 cannot raise without a host sync: it makes its row NaN, never silently unsteered.
+    float64 is taken as well, by the reference alone.
 
     Args:
         x: [..., d], float32, float16 or bfloat16; any strides with a contiguous last dimension.

@@ -1,4 +1,7 @@
-"""The functional API. One file per op family: public function, validation, reference, fake (meta) kernel."""
+"""The functional API. One file per op family: public function, validation, reference, fake (meta) kernel.
+
+Attention's reference, and what each backend makes of a call, have files of their own, attention_*.py.
+"""
 
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass, region_statistics
 from ras_fast.ops.gated_linear import gated_linear

@@ -454,6 +454,7 @@ def _probabilities(query, key, mask, scaling, softcap, sinks, key_bias=None) -> 
         if mask is not None:
             part = mask[..., start : start + chunk, :] if mask.shape[-2] > 1 else mask
             s = s.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else s + part
+        # Not exp(s - logsumexp), as in the reference: in a row that an additive mask fills with a finite minimum it is 1.
         blind = (s == -torch.inf).all(-1, keepdim=True)
         if sinks is not None:
             sink = sinks.float()[:, None, None].expand(*s.shape[:3], 1)

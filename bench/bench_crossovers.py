@@ -12,7 +12,7 @@ import harness
 import torch
 
 from ras_fast import ops
-from ras_fast.ops import attention, attention_cuda, attention_plan
+from ras_fast.ops import attention_cpu, attention_cuda, attention_plan, attention_reference
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -29,9 +29,9 @@ def kernels(query, key, value, ids, rows: int) -> dict:
     call = (query, key, value, ids, 1, *masks, rows)
     square_or_row = query.shape[2] in (1, key.shape[2])
     if not query.is_cuda:
-        found = {"prefill": torch.ops.ras_fast.prefill_attention, "softmax": attention._attention_reference}
+        found = {"prefill": torch.ops.ras_fast.prefill_attention, "softmax": attention_reference.region_attention}
         if square_or_row and key.shape[2] >= attention_plan.MIN_FLASH_KEYS:
-            found["flash"] = cpu_flash
+            found["flash"] = flash
         if query.shape[2] == 1:
             found["decode"] = torch.ops.ras_fast.decode_attention
     else:
@@ -43,14 +43,10 @@ def kernels(query, key, value, ids, rows: int) -> dict:
     return {name: functools.partial(kernel, *call) for name, kernel in found.items()}
 
 
-def cpu_flash(query, key, value, ids, regions, scale, causal, *rest):
-    return attention._cpu_flash(query, key, value, ids, regions, scale, causal and query.shape[2] > 1, *rest)
-
-
 def flash(query, key, value, ids, regions, scale, causal, *rest):
     """torch's flash attention, then the masses of the wanted rows from its LSE."""
     causal = causal and query.shape[2] > 1
-    out, lse = attention_cuda.flash(query, key, value, causal, scale)
+    out, lse = (attention_cuda if query.is_cuda else attention_cpu).flash(query, key, value, causal, scale)
     masks, rows = rest[:4], rest[-1]
     return out, lse, torch.ops.ras_fast.region_mass(query, key, lse, ids, regions, scale, causal, *masks, None, rows)
 

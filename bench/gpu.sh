@@ -96,7 +96,7 @@ run_profile() {
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
     --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
     --section ComputeWorkloadAnalysis --launch-count 30 \
-    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|region_mass|sum_parts' \
+    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|region_mass|selected_rows|sum_parts' \
     "$python" bench/profile_targets.py "${families[@]}"
   # Beside configs.json, not over it: an entry is taken over when its figures have been looked at.
   section tune 380 "$python" -m ras_fast.cli bench --tune --out bench/results/logs/configs.json

@@ -74,8 +74,14 @@ def _cuda() -> Backend:
     return Backend("cuda", not reason, reason, "ras-fast build" if reason else "")
 
 
+@cache
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported; whether it can run here is what `backends()` says."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton() -> Backend:
-    if importlib.util.find_spec("triton") is None:
+    if not triton_is_installed():
         return Backend("triton", False, "triton is not installed", "pip install triton")
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return Backend("triton", True)

@@ -75,14 +75,14 @@ def sources_marker(csrc: Path) -> str:
     return f"RAS_FAST_SOURCES={digest.hexdigest()[:32]}"
 
 
-def find_nvcc() -> str | None:
-    """Path of nvcc: CUDA_HOME/bin, then PATH, then /usr/local/cuda/bin."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = [Path(home) / "bin/nvcc"] if home else []
-    on_path = shutil.which("nvcc")
-    candidates += [Path(on_path)] if on_path else []
-    candidates += [Path("/usr/local/cuda/bin/nvcc")]
-    return next((str(path) for path in candidates if path.is_file()), None)
+def find_cuda_tool(name: str) -> str | None:
+    """Path of a program of the CUDA toolkit: CUDA_HOME/bin, then PATH, /usr/local/cuda/bin, and Triton's package, which brings
+    cuobjdump but not nvcc; None where it is nowhere."""
+    home, triton = os.environ.get("CUDA_HOME"), importlib.util.find_spec("triton")
+    folders = [f"{home}/bin"] if home else []
+    folders += [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    folders += [f"{Path(triton.origin).parent}/backends/nvidia/bin"] if triton and triton.origin else []
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def cuda_arch_flags(archs: str) -> list[str]:
@@ -158,9 +158,9 @@ def marker_flags(csrc: Path) -> str:
     return f"-DRAS_FAST_SOURCES=\\\"{sources_marker(csrc)}\\\""
 
 
-def link_flags(torch: Torch, libraries: str) -> str:
+def link_flags(torch: Torch) -> str:
     # No rpath: torch is always loaded before our library, and an absolute path would tie the binary to this machine.
-    return f"-shared -L{_quoted(torch.lib)} {libraries}"
+    return f"-shared -L{_quoted(torch.lib)} -ltorch -ltorch_cpu -lc10"
 
 
 def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
@@ -171,7 +171,7 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     warnings = "-Wall -Wno-psabi -Wno-maybe-uninitialized"  # the last two: noise from GCC's own vector headers
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -fvisibility=hidden {warnings} "
                f"-fno-math-errno -fno-trapping-math -DRAS_FAST_X86={int(x86)} $flags -c $in -o $out")
-    ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch, '-ltorch -ltorch_cpu -lc10')}", depfile=False)
+    ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch)}", depfile=False)
     kernels = sorted((csrc / "cpu").glob("*_kernel.cpp"))
     launchers = sorted(set((csrc / "cpu").glob("*.cpp")) - set(kernels))
     objects = [ninja.edge("sources.o", "cxx", [csrc / "sources.cpp"], flags=marker_flags(csrc))]
@@ -188,7 +188,7 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
 
 def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None = None) -> Path:
     """Builds libras_fast_cuda.so into `out`. No GPU and no CUDA build of torch is needed. Raises BuildError."""
-    nvcc = find_nvcc()
+    nvcc = find_cuda_tool("nvcc")
     if nvcc is None:
         raise BuildError("nvcc was not found: install the CUDA toolkit >= 12.8 or set CUDA_HOME, then `ras-fast build`")
     torch, csrc, ninja = Torch.find(), sources(), Ninja()
@@ -201,8 +201,8 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     ninja.rule("nvcc", f"{_quoted(nvcc)} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs $flags --threads 2 "
                "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
     # libtorch.so has no symbols of its own, but leads the loader to the CUDA half of torch: many linkers would leave it out.
-    ninja.rule("link", f"{_quoted(nvcc)} {arch_flags} $in -o $out -shared -cudart static -L{_quoted(torch.lib)} "
-               "-Xlinker --no-as-needed -ltorch -ltorch_cpu -lc10", depfile=False)
+    ninja.rule("link", f"{_quoted(nvcc)} {arch_flags} $in -o $out -cudart static -Xlinker --no-as-needed {link_flags(torch)}",
+               depfile=False)
     objects = [ninja.edge("sources.o", "nvcc", [csrc / "sources.cpp"], flags=marker_flags(csrc))]
     objects += [
         ninja.edge(f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags)
@@ -222,10 +222,10 @@ def build_binding(out: Path, work: Path, verbose: bool = False) -> Path:
 
     compiler, csrc, ninja = find_compiler(), sources(), Ninja()
     system = " ".join(f"-isystem {_quoted(folder)}" for folder in (pybind11.get_include(), sysconfig.get_path("include")))
-    nvcc = f'-DRAS_FAST_NVCC="{find_nvcc() or ""}"'
+    nvcc = f'-DRAS_FAST_NVCC="{find_cuda_tool("nvcc") or ""}"'
     facts = f"-DRAS_FAST_STABLE_ABI={STABLE_ABI}ULL {_quoted(nvcc)}"
     ninja.rule("pybind", f"{compiler} -MMD -MF $out.d -std=c++20 -O2 -fPIC -shared -fvisibility=hidden {system} "
-               f"-I{_quoted(csrc)} {facts} $in -o $out")
+               f"{facts} $in -o $out")
     module = out / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     ninja.edge(module, "pybind", [csrc / "binding.cpp"])
     ninja.run(work / "binding", verbose)

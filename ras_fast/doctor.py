@@ -12,13 +12,11 @@ import torch
 
 import ras_fast
 from ras_fast.backend import resolve
-from ras_fast.build import find_nvcc
+from ras_fast.build import find_cuda_tool
 from ras_fast.loading import TINY
 
-OPS = (
-    "add_rms_norm", "add_layer_norm", "region_attention", "region_mass", "key_attention", "region_statistics", "gated_linear",
-    "refusal_similarity",
-)  # fmt: skip
+# Without the in-place twins, and without what runs no op.
+OPS = [name for name in ras_fast.ops.__all__ if hasattr(torch.ops.ras_fast, name) and not name.endswith("_")]
 
 
 def report() -> tuple[list[tuple[str, str]], list[str]]:
@@ -93,7 +91,7 @@ def _chosen(device: torch.device) -> str:
 
 
 def _build() -> list[tuple[str, str]]:
-    facts = [("nvcc", find_nvcc() or "none; only needed to build the CUDA library")]
+    facts = [("nvcc", find_cuda_tool("nvcc") or "none; only needed to build the CUDA library")]
     if importlib.util.find_spec("ras_fast._C") is None:
         return [*facts, ("build facts", "ras_fast._C is not built; to have it: ras-fast build")]
     from ras_fast import _C

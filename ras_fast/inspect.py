@@ -22,6 +22,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ras_fast.backend import triton_is_installed
+from ras_fast.build import find_cuda_tool
+
 CUDA_LIBRARY = Path(__file__).resolve().parent / "_lib/libras_fast_cuda.so"
 # Modules of ras_fast.triton_kernels with an aot_cases(arch), a list of dicts: name, kernel, signature, constexprs,
 # divisible_by_16 (names of arguments), num_warps, num_stages and, where it is set, maxnreg.
@@ -52,24 +55,11 @@ class KernelFacts:
         return self.local_accesses > 0 or self.stack_bytes > 0
 
 
-def find_cuobjdump() -> str:
-    """Its path: in CUDA_HOME, on PATH, or in Triton's own package.
-
-    Raises:
-        InspectError: it is nowhere.
-    """
-    home, on_path, spec = os.environ.get("CUDA_HOME"), shutil.which("cuobjdump"), importlib.util.find_spec("triton")
-    candidates = [Path(home) / "bin/cuobjdump"] if home else []
-    candidates += [Path(on_path)] if on_path else []
-    candidates += [Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"] if spec and spec.origin else []
-    for path in candidates:
-        if path.is_file():
-            return str(path)
-    raise InspectError("cuobjdump was not found: install the CUDA toolkit or `pip install triton`, which brings it")
-
-
 def _dump(binary: Path, option: str) -> str:
-    done = subprocess.run([find_cuobjdump(), option, str(binary)], capture_output=True, text=True)
+    tool = find_cuda_tool("cuobjdump")
+    if tool is None:
+        raise InspectError("cuobjdump was not found: install the CUDA toolkit or `pip install triton`, which brings it")
+    done = subprocess.run([tool, option, str(binary)], capture_output=True, text=True)
     if done.returncode:
         raise InspectError(f"cuobjdump {option} {binary} failed: {done.stderr.strip()}")
     return done.stdout
@@ -83,6 +73,26 @@ def _demangle(names: Iterable[str]) -> dict[str, str]:
     output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
     short = (re.sub(r"\(.*", "", line).removeprefix("void ") for line in output)
     return {name: re.sub(r"ras::cuda::|__nv_|__(?=half)", "", line) for name, line in zip(names, short, strict=True)}
+
+
+def disassembly(binary: Path) -> dict[tuple[str, str], list[str]]:
+    """{(architecture such as "sm_90a", mangled kernel name): instructions in order} of a cubin, object file or shared library.
+
+    An instruction is an opcode and its operands, as in "LDG.E.128 R4, [R2]"; the predicate in front of it is left out.
+
+    Raises:
+        InspectError: cuobjdump is missing or cannot read the file.
+    """
+    kernels: dict[tuple[str, str], list[str]] = {}
+    arch, instructions = "", []
+    for line in _dump(binary, "--dump-sass").splitlines():
+        if match := re.search(r"(?:arch = |code for )(sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            instructions = kernels[arch, match[1]] = []
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            instructions.append(match[1])
+    return kernels
 
 
 def read_binary(binary: Path) -> list[KernelFacts]:
@@ -99,33 +109,31 @@ def read_binary(binary: Path) -> list[KernelFacts]:
         elif match := re.search(r"Function (\S+):", line):
             kernel = match[1]
         elif "REG:" in line and kernel:
-            resources[kernel, arch] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
-    counts: dict[tuple[str, str], dict[str, int]] = {}
-    for line in _dump(binary, "--dump-sass").splitlines():
-        if match := re.search(r"(?:arch = |code for )(sm_\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
-            count = counts[match[1], arch] = dict.fromkeys(("local", "tensor", "loads", "wide"), 0)
-        elif match := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*[.\w]*)", line):
-            _count(match[1], count)
-    names = _demangle(dict.fromkeys(kernel for kernel, _ in counts))
+            resources[arch, kernel] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
+    kernels = disassembly(binary)
+    names = _demangle(dict.fromkeys(kernel for _, kernel in kernels))
     rows = []
-    for (kernel, arch), count in counts.items():
-        found = resources.get((kernel, arch)) or next(v for (k, _), v in resources.items() if k == kernel)
+    for (arch, kernel), instructions in kernels.items():
+        found = resources.get((arch, kernel)) or next(v for (_, k), v in resources.items() if k == kernel)
+        count = _counts(instructions)
         rows.append(KernelFacts(names[kernel], arch, found["REG"], found["STACK"], found["SHARED"], count["local"],
                                 count["tensor"], count["loads"], count["wide"]))  # fmt: skip
     return rows
 
 
-def _count(instruction: str, count: dict[str, int]) -> None:
-    name = instruction.split(".")[0]
-    if name in ("LDL", "STL"):
-        count["local"] += 1
-    elif name in ("HMMA", "HGMMA", "QGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA"):
-        count["tensor"] += 1
-    elif name in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"):
-        count["loads"] += 1
-        count["wide"] += name in ("UBLKCP", "UTMALDG") or ".128" in instruction or ".256" in instruction
+def _counts(instructions: Iterable[str]) -> dict[str, int]:
+    count = dict.fromkeys(("local", "tensor", "loads", "wide"), 0)
+    for instruction in instructions:
+        opcode = instruction.split()[0]
+        name = opcode.split(".")[0]
+        if name in ("LDL", "STL"):
+            count["local"] += 1
+        elif name in ("HMMA", "HGMMA", "QGMMA", "IMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA"):
+            count["tensor"] += 1
+        elif name in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"):
+            count["loads"] += 1
+            count["wide"] += name in ("UBLKCP", "UTMALDG") or ".128" in opcode or ".256" in opcode
+    return count
 
 
 def inspect_cuda(library: Path = CUDA_LIBRARY, archs: Sequence[str] = (), match: str = "") -> list[KernelFacts]:
@@ -145,7 +153,7 @@ def inspect_triton(archs: Sequence[int] = TRITON_ARCHS, match: str = "") -> list
     Raises:
         InspectError: Triton is missing, or TRITON_INTERPRET=1 has replaced its compiler.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not triton_is_installed():
         raise InspectError("triton is not installed: `pip install triton`")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InspectError("TRITON_INTERPRET=1 replaces Triton's compiler by an interpreter: unset it")

@@ -116,7 +116,7 @@ def test_the_marker_follows_every_source(tmp_path):
 
 def test_build_reports_missing_tools(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build, "find_cuda_tool", lambda name: None)
     report = build.build_all(tmp_path, tmp_path / "work")
     assert "no-such-compiler was not found" in report["cpu"]
     assert "nvcc was not found" in report["cuda"]

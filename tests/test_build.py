@@ -9,7 +9,7 @@ import pytest
 from ras_fast import build
 
 
-@pytest.mark.skipif(build.find_nvcc() is None or shutil.which("readelf") is None, reason="needs nvcc and readelf")
+@pytest.mark.skipif(build.find_cuda_tool("nvcc") is None or shutil.which("readelf") is None, reason="needs nvcc and readelf")
 def test_the_cuda_library_leads_the_loader_to_torchs_cuda_half(tmp_path, monkeypatch):
     """Without libtorch.so among its needs, current_stream's weak symbol stays unresolved on a machine with a GPU."""
     tmp_path = tmp_path / "with space"

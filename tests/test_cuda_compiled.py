@@ -15,18 +15,10 @@ TOUCHES = re.compile(r"(LDG|LD|LDGSTS|UBLKCP|UTMALDG|STG|ST|UTMASTG|RED|REDG|ATO
 def overlapping():
     """{(architecture, kernel): instructions in order}, for the chips on which a kernel starts before the one before it ends"""
     try:
-        sass = inspect._dump(inspect.CUDA_LIBRARY, "--dump-sass")
+        kernels = inspect.disassembly(inspect.CUDA_LIBRARY)
     except inspect.InspectError as error:
         pytest.skip(str(error))
-    kernels, arch = {}, 0
-    for line in sass.splitlines():
-        if match := re.search(r"arch = sm_(\d+)", line):
-            arch = int(match[1])
-        elif match := re.search(r"Function : (\S+)", line):
-            lines = kernels[arch, match[1]] = []
-        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?(.*?) *;", line):
-            lines.append(match[1])
-    return {name: lines for name, lines in kernels.items() if name[0] >= 90}
+    return {(arch, kernel): lines for (arch, kernel), lines in kernels.items() if int(re.search(r"\d+", arch)[0]) >= 90}
 
 
 def test_kernels_wait_before_they_touch_memory(overlapping):

@@ -124,7 +124,7 @@ def test_attention_launchers_honour_an_entry(empty_table, monkeypatch, kernel, s
     query, key, lse, ids = states(1 if kernel == "decode" else 200)
     masks = (*MASKS[:5], softcap)
     calls = {
-        "mass": ("_region_mass_kernel", lambda: attention.region_mass(query, key, lse, ids, 1, *masks, None, 64)),
+        "mass": ("_selected_rows_kernel", lambda: attention.region_mass(query, key, lse, ids, 1, *masks, None, 64)),
         "keys": ("_key_attention_kernel", lambda: attention.key_attention(query, key, lse, 200, "mean", None, *masks, None)),
     }
     attend = "_attention_kernel", lambda: attention.region_attention(query, key, key, ids, 1, *masks, None, None, 1)

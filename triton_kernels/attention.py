@@ -328,7 +328,7 @@ def _merge_kernel(
 
 
 @triton.jit(do_not_specialize=["num_batch", "lq", "lk", "num_regions", "rows", "window"])
-def _region_mass_kernel(
+def _selected_rows_kernel(
     Q, K, Lse, Mass, Keys, Ids, KvStart, KvEnd, Bias,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_lb, stride_lh, stride_lm,
     stride_ib, stride_bb, stride_bh,
@@ -487,7 +487,8 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # said aloud where ptxas would spill a value or two to fit one block more on a multiprocessor
+    # Set explicitly where ptxas would otherwise spill a value or two to reach a rounder register count.
+    maxnreg: int | None = None
 
 
 # What a call may use beside plain attention; each is compiled in only where it is used.
@@ -567,6 +568,7 @@ class Launch(NamedTuple):
 
 
 def launch_of(query: torch.Tensor, key: torch.Tensor, constants: dict, sinks: torch.Tensor | None) -> Launch:
+    """The launch for query [B, Hq, Lq, D] and key [B, Hkv, Lk, D], in which `constants` is what `_constants` gives."""
     batch, heads, lq = query.shape[:3]
     group = heads // key.shape[1]
     packed = lq * group <= DECODE_ROWS
@@ -638,7 +640,7 @@ def _launch_selected_rows(
     splits = _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device)
     key_part = keys if keys is None or tiles == 1 else keys.new_empty((tiles, *keys.shape))
     part = mass if mass is None or splits == 1 else mass.new_empty((splits, *mass.shape))
-    _region_mass_kernel[(programs, splits)](
+    _selected_rows_kernel[(programs, splits)](
         query, key, lse, part, key_part, region_ids, kv_start, kv_end, region_bias,
         *_strides(query, 3), *_strides(key, 3), *_strides(lse, 3), *_strides(region_ids, 1), *_bias_strides(region_bias),
         batch, heads, lq, key.shape[2], num_regions, rows, scale, softcap, window,
@@ -740,9 +742,9 @@ def aot_cases(arch: int) -> list[dict]:
             for name, kind, kernel, pack, mass, keys in (
                 ("prefill", "prefill", _attention_kernel, 1, True, False),
                 ("decode", "decode", _attention_kernel, 4, True, False),
-                ("region_mass", "mass", _region_mass_kernel, 4, True, False),
-                ("key_attention of few rows", "mass", _region_mass_kernel, 4, False, True),
-                ("both of few rows", "mass", _region_mass_kernel, 4, True, True),
+                ("region_mass", "mass", _selected_rows_kernel, 4, True, False),
+                ("key_attention of few rows", "mass", _selected_rows_kernel, 4, False, True),
+                ("both of few rows", "mass", _selected_rows_kernel, 4, True, True),
                 ("key_attention", "keys", _key_attention_kernel, 1, False, True),
             ):
                 wanted = tuned.ShapeClass(kind, arch, 2, dim, variant)

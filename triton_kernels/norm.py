@@ -160,10 +160,12 @@ def add_norm_kernel(
 
 
 class Config(NamedTuple):
+    """Launch of a norm over rows [T, d]: `block` elements at a time, all d of them unless `tiled`."""
+
     block: int
     tiled: bool
     num_warps: int
-    maxnreg: int  # said aloud, because left to itself ptxas spills a value or two to reach a round number
+    maxnreg: int  # set explicitly, because otherwise ptxas spills a value or two to reach a rounder register count
 
 
 def config(wanted: tuned.ShapeClass) -> Config:

@@ -47,7 +47,8 @@ def choose(wanted: ShapeClass, default: Config) -> Config:
 
 @functools.cache
 def table() -> dict[ShapeClass, dict[str, int]]:
-    """What the file says; empty where it is broken, as the rules do without it."""
+    """What configs.json sets, {field of `FIELDS`: value} by shape class; empty where it is broken, as the rules do without it.
+    Read once; the tuner writes its trials into it."""
     return {shape_class(entry): entry["config"] for entry in read_usable(FILE)}
 
 

@@ -1,6 +1,8 @@
-"""The functional API. One file per op family: public function, validation, reference, fake (meta) kernel."""
+"""The functional API. One file per op family: public function, validation, reference, fake (meta) kernel.
 
-from ras_fast.ops import attention_cuda  # noqa: F401 (registers the ops' CUDA implementations)
+Attention's reference, and what each backend makes of a call, have files of their own, attention_*.py.
+"""
+
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass, region_statistics
 from ras_fast.ops.gated_linear import gated_linear
 from ras_fast.ops.norm import add_layer_norm, add_layer_norm_, add_rms_norm, add_rms_norm_

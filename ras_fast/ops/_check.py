@@ -14,6 +14,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def fail(name: str, got: object, need: str) -> None:
+    """Raises ValueError: argument `name` is `got` and must be `need`, both in words."""
     raise ValueError(f"{name} is {got}; it must be {need}")
 
 
@@ -24,21 +25,25 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], symbols: str) -> N
 
 
 def floating(name: str, tensor: Tensor) -> None:
+    """`tensor`, of any shape, has a dtype that the ops compute with."""
     if tensor.dtype not in FLOATS:
-        fail(name, f"of dtype {tensor.dtype}", "float32, float16 or bfloat16")
+        fail(name, f"of dtype {tensor.dtype}", "float32, float16, bfloat16, or float64 (reference only)")
 
 
 def dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    """`tensor`, of any shape, has the dtype `expected`."""
     if tensor.dtype != expected:
         fail(name, f"of dtype {tensor.dtype}", f"{expected}")
 
 
 def device(name: str, tensor: Tensor, expected: torch.device) -> None:
+    """`tensor`, of any shape, lies on the device `expected`."""
     if tensor.device != expected:
         fail(name, f"on device {tensor.device}", f"on {expected}")
 
 
 def last_dim_contiguous(name: str, tensor: Tensor) -> None:
+    """Neighbours in the last dimension of `tensor` [..., n] are neighbours in memory."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         fail(name, f"of strides {tuple(tensor.stride())}", "contiguous in its last dimension")
 

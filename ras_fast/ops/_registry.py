@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,26 +15,48 @@ LIBRARY = torch.library.Library("ras_fast", "FRAGMENT")
 _references: dict[str, Callable[..., Any]] = {}
 
 
-def define(schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any]) -> None:
-    """Defines `ras_fast::<name>` from its schema, with its fake kernel and its reference.
+def define(
+    schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any], triton: Callable[..., Any] | None = None
+) -> None:
+    """Defines `ras_fast::<name>` from its schema, with its fake kernel and its reference; with `triton` also
+    `ras_fast::<name>_triton`, its twin of the same schema.
 
     The reference also serves devices for which no native kernel is built. The launchers in csrc/ add the native
     ones to the same op. The schema lives here, not in C++, because a pure-Python install has the ops, too.
     """
-    name, reference = schema[: schema.index("(")], outside_autocast(reference)
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"ras_fast::{name}", fake, lib=LIBRARY)
+    name, reference = name_of(schema), outside_autocast(reference)
+    _define(schema, fake)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     _references[name] = reference
+    if triton is not None:
+        _define(renamed(schema, f"{name}_triton"), fake)
+        for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+            LIBRARY.impl(f"{name}_triton", triton, key)
 
 
-def define_triton(schema: str, *, fake: Callable[..., Any], kernel: Callable[..., Any]) -> None:
-    """Defines `ras_fast::<name>_triton`, the Triton twin of an op, with the same schema."""
-    name, arguments = schema.split("(", 1)
-    LIBRARY.define(f"{name}_triton({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"ras_fast::{name}_triton", fake, lib=LIBRARY)
-    for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-        LIBRARY.impl(f"{name}_triton", kernel, key)
+def _define(schema: str, fake: Callable[..., Any]) -> None:
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"ras_fast::{name_of(schema)}", fake, lib=LIBRARY)
+
+
+def name_of(schema: str) -> str:
+    """"region_mass" of "region_mass(Tensor query, …) -> Tensor"."""
+    return schema[: schema.index("(")]
+
+
+def renamed(schema: str, name: str) -> str:
+    """The schema of an op `name` of the same arguments and results."""
+    return name + schema[schema.index("(") :]
+
+
+def triton_kernel(module: str, name: str) -> Callable[..., Any]:
+    """Function `name` of ras_fast.triton_kernels.<module>, which is imported with its first call: Triton may be missing, and is
+    slow to import."""
+
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"ras_fast.triton_kernels.{module}"), name)(*args)
+
+    return kernel
 
 
 def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,31 +5,33 @@ from __future__ import annotations
 import torch
 from torch.nn.attention import SDPBackend
 
-from ras_fast.ops import attention
-from ras_fast.ops._registry import LIBRARY
-from ras_fast.ops.attention_plan import plan_cuda, plan_statistics
+from ras_fast.ops import attention_reference, attention_triton
+from ras_fast.ops.attention_plan import case_of, plan_cuda, plan_statistics
+
+_STATISTICS = {"triton": attention_triton, "torch": attention_reference}  # where the functions below are, by backend
 
 
-def _attention(
+def region_attention(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
+    """Arguments and results of the op `ras_fast::region_attention`."""
     masks = (scale, is_causal, kv_start, kv_end, window, softcap)
     arguments = (query, key, value, region_ids, num_regions, *masks, sinks, region_bias, mass_rows)
-    kernel = plan_cuda(query, key, value, attention.case_of(*arguments[3:])).kernel
+    kernel = plan_cuda(query, key, value, case_of(*arguments[3:])).kernel
     if kernel == "torch":
-        return attention._attention_reference(*arguments)
+        return attention_reference.region_attention(*arguments)
     if kernel == "decode":
         return torch.ops.ras_fast.decode_attention(*arguments)
     if kernel == "hopper":
         return torch.ops.ras_fast.hopper_prefill(*arguments)
     if kernel == "triton":
-        return attention._attention_triton(*arguments)
+        return attention_triton.region_attention(*arguments)
     out, lse = flash(query, key, value, is_causal, scale)
     mass = query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
     if mass.numel():
-        mass = _mass(query, key, lse, region_ids, num_regions, *masks, region_bias, mass_rows)
-    return attention._laid_out(out), lse, mass
+        mass = region_mass(query, key, lse, region_ids, num_regions, *masks, region_bias, mass_rows)
+    return attention_reference.laid_out(out), lse, mass
 
 
 def flash(query, key, value, is_causal, scale=None):
@@ -51,32 +53,22 @@ def _activated_flash_attention() -> str | None:
     return current() if current else None
 
 
-# Statistics of selected rows, by backend.
-_MASS = {"triton": attention._mass_triton, "torch": attention._mass_reference}
-_KEY = {"triton": attention._key_triton, "torch": attention._key_reference}
-_STATISTICS = {"triton": attention._statistics_triton, "torch": attention._statistics_reference}
+def region_mass(query, key, *rest):
+    """Arguments and result of the op `ras_fast::region_mass`."""
+    backend = plan_statistics(query, key)
+    kernel = torch.ops.ras_fast.selected_region_mass if backend == "cuda" else _STATISTICS[backend].region_mass
+    return kernel(query, key, *rest)
 
 
-def _mass(query, key, *rest):
-    return _MASS[plan_statistics(query, key)](query, key, *rest)
+def key_attention(query, key, lse, rows, *rest):
+    """Arguments and result of the op `ras_fast::key_attention`."""
+    backend = plan_statistics(query, key, rows)
+    kernel = torch.ops.ras_fast.selected_key_attention if backend == "cuda" else _STATISTICS[backend].key_attention
+    return kernel(query, key, lse, rows, *rest)
 
 
-def _key(query, key, lse, rows, *rest):
-    return _KEY[plan_statistics(query, key, rows)](query, key, lse, rows, *rest)
-
-
-def _statistics(query, key, lse, region_ids, num_regions, rows, *rest):
-    return _STATISTICS[plan_statistics(query, key, rows)](query, key, lse, region_ids, num_regions, rows, *rest)
-
-
-for _name, _schema, _kernels in (
-    ("selected_region_mass", attention._MASS_SCHEMA, _MASS),
-    ("selected_key_attention", attention._KEY_SCHEMA, _KEY),
-    ("selected_statistics", attention._STATISTICS_SCHEMA, _STATISTICS),
-):
-    LIBRARY.define(f"{_name}({_schema.split('(', 1)[1]}")
-    _kernels["cuda"] = getattr(torch.ops.ras_fast, _name)
-LIBRARY.impl("region_attention", _attention, "CUDA")
-LIBRARY.impl("region_mass", _mass, "CUDA")
-LIBRARY.impl("key_attention", _key, "CUDA")
-LIBRARY.impl("region_statistics", _statistics, "CUDA")
+def region_statistics(query, key, lse, region_ids, num_regions, rows, *rest):
+    """Arguments and results of the op `ras_fast::region_statistics`."""
+    backend = plan_statistics(query, key, rows)
+    kernel = torch.ops.ras_fast.selected_statistics if backend == "cuda" else _STATISTICS[backend].region_statistics
+    return kernel(query, key, lse, region_ids, num_regions, rows, *rest)

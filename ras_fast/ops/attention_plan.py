@@ -11,8 +11,6 @@ been measured. The thresholds for CUDA are derived from operation counts and hav
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -76,6 +74,21 @@ class Case(NamedTuple):
         return self.scale > 0 and not (self.window or self.softcap or self.bounds or self.sinks or self.bias)
 
 
+def case_of(
+    region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias, mass_rows
+) -> Case:
+    """What the dispatcher looks at, from the op's arguments after the three tensors."""
+    bounds = kv_start is not None or kv_end is not None
+    rows = mass_rows if num_regions else 0
+    row_bounds = are_per_row(kv_start, kv_end)
+    return Case(rows, is_causal, window, softcap, bounds, sinks is not None, region_bias is not None, row_bounds, scale)
+
+
+def are_per_row(*bounds: Tensor | None) -> bool:
+    """Whether one of them is [B, Lq], each row's own."""
+    return any(bound is not None and bound.dim() == 2 for bound in bounds)
+
+
 def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     """The plan of a `region_attention` call under the backend in force. Looks at shapes and dtypes, never at values."""
     chosen = backend.resolve("region_attention", query.device)
@@ -87,6 +100,7 @@ def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Pla
 
 
 def plan_cpu(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
+    """The plan of a call on CPU tensors: query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] of any dtype but float64."""
     if decodes_on_cpu(query):
         return Plan("decode", "one query row: one read of the cache decides")
     if case.row_bounds:
@@ -129,6 +143,7 @@ def plan_cpu_prefill(query: Tensor, key: Tensor, value: Tensor, case: Case) -> P
 
 
 def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
+    """The plan of a call on CUDA tensors: query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] of any dtype but float64."""
     length_q, length_k = query.shape[2], key.shape[2]
     if not query.numel() or not length_k:
         return Plan("torch", "there is nothing to compute")
@@ -144,7 +159,7 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     not_hopper = hopper_refuses(query, key, value, case) if try_hopper else "not measured yet"
     if not not_hopper:
         return Plan("hopper", "attention_plan.try_hopper is set")
-    if not triton_is_there():
+    if not backend.triton_is_installed():
         return Plan("torch", "Triton is not installed")
     if case.row_bounds:
         return Plan("triton", "rows with bounds of their own go one by one")
@@ -159,7 +174,7 @@ def plan_statistics(query: Tensor, key: Tensor, scored_rows: int = 0) -> str:
 
     scored_rows: rows that are reduced to scores of the keys; 0 for masses alone.
     """
-    others = "triton" if triton_is_there() else "torch"
+    others = "triton" if backend.triton_is_installed() else "torch"
     if cuda_kernels_refuse(query, key):
         return others
     return "triton" if scored_rows > SCORED_ROWS and others == "triton" else "cuda"
@@ -216,9 +231,5 @@ def hopper_refuses(query: Tensor, key: Tensor, value: Tensor, case: Case) -> str
 
 
 def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of compute capability 9.0, the only one that runs sm_90a."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@cache
-def triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None

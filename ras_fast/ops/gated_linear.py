@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ras_fast.ops import _check
-from ras_fast.ops._registry import call, define, define_triton
+from ras_fast.ops._registry import call, define, triton_kernel
 
 
 def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, *, right: Tensor | None = None) -> Tensor:
@@ -18,7 +18,7 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, *, right: Tensor | Non
 
     The gates are read on the device. A row whose gate is 0 is returned bit for bit, whatever M holds, and costs no work; where
     every gate is 0, M is not read. The sum is rounded once. A gate that is NaN or infinite makes its own row not finite, so
-    that it is not silently unsteered, and changes no other row.
+    that it is not silently unsteered, and changes no other row. float64 is taken as well, by the reference alone.
 
     Args:
         x: [..., d], float32, float16 or bfloat16; any strides with a contiguous last dimension.
@@ -75,12 +75,9 @@ def _fake(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tensor) -> Tens
     return x.new_empty(x.shape)
 
 
-def _triton(*args):
-    from ras_fast.triton_kernels.gated_linear import gated_linear
-
-    return gated_linear(*args)
-
-
-_SCHEMA = "gated_linear(Tensor x, Tensor weight, Tensor? right, Tensor gate) -> Tensor"
-define(_SCHEMA, fake=_fake, reference=_reference)
-define_triton(_SCHEMA, fake=_fake, kernel=_triton)
+define(
+    "gated_linear(Tensor x, Tensor weight, Tensor? right, Tensor gate) -> Tensor",
+    fake=_fake,
+    reference=_reference,
+    triton=triton_kernel("gated_linear", "gated_linear"),
+)

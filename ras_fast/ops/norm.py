@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ras_fast.ops import _check
-from ras_fast.ops._registry import call, define, define_triton
+from ras_fast.ops._registry import call, define, name_of, triton_kernel
 
 MODES = ("add", "lerp")
 ROUNDINGS = ("hf", "fp32")
@@ -35,6 +35,7 @@ def add_rms_norm(
     (contrastive activation addition, arXiv 2312.06681); mode "lerp" does `y = (1−α_t) · norm(h) · w + α_t · v[slot_t]`
     (MoRAS, arXiv 2510.13698). Rows whose slot is −1 or whose α is 0 are bit-identical to the
     unsteered call. A slot outside −1..S−1 cannot raise without a host sync: it makes its row NaN, never silently unsteered.
+    float64 is taken as well, by the reference alone.
 
     Args:
         x: [..., d], float32, float16 or bfloat16; any strides with a contiguous last dimension.
@@ -356,17 +357,6 @@ def _layer_in_place_fake(x, residual, weight, bias, eps, vectors, slot, alpha, l
     return _fake_dots(x, residual, weight, bias, vectors, slot, alpha, probes)
 
 
-def _triton(name: str):
-    """The Triton kernel of op `name`, imported with its first call."""
-
-    def kernel(*args):
-        from ras_fast.triton_kernels import norm
-
-        return getattr(norm, name)(*args)
-
-    return kernel
-
-
 _STEERING = "Tensor? steer_vectors, Tensor? steer_slot, Tensor? steer_alpha, bool lerp"
 _RETURNS = "-> (Tensor y, Tensor h, Tensor probe_dots)"
 _IN_PLACE = "Tensor(a!) x, Tensor(b!) residual"
@@ -375,8 +365,7 @@ _LAYER = f"Tensor weight, Tensor? bias, float eps, {_STEERING}, bool hf_rounding
 
 
 def _define(schema: str, fake, reference) -> None:
-    define(schema, fake=fake, reference=reference)
-    define_triton(schema, fake=fake, kernel=_triton(schema[: schema.index("(")]))
+    define(schema, fake=fake, reference=reference, triton=triton_kernel("norm", name_of(schema)))
 
 
 _define(f"add_rms_norm(Tensor x, Tensor? residual, {_RMS}) {_RETURNS}", _rms_fake, _rms_reference)

@@ -15,6 +15,7 @@ def refusal_similarity(
     """Cosine of the γ-discounted sums of the predicted and the refusal prototypes' distributions.
 
     With q_n = softmax(logits_n), Q = Σ γⁿ q_n and P = Σ γⁿ p_n over the steps a row produced: S = P·Q / (‖P‖‖Q‖).
+    float64 is taken as well, by the reference alone.
 
     Args:
         logits: [B, n, V], float32, float16 or bfloat16; contiguous last dimension.

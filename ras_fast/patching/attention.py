@@ -24,6 +24,7 @@ from transformers.masking_utils import (
 )
 
 from ras_fast import ops
+from ras_fast.ops import attention_reference as reference
 from ras_fast.ops.attention_plan import beats_flash_on_cpu, decodes_on_cuda
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def fresh(mask: Tensor) -> Tensor:
 
 
 def is_range(mask: Tensor | None) -> bool:
+    """Whether it is a range mask, int32 [B, 1, 1 or Lq, 2], and neither None nor a full mask, which is bool or floating."""
     return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == 1 and mask.shape[3] == 2
 
 
@@ -427,14 +429,13 @@ def _dense(
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     mass = query.new_zeros((*query.shape[:2], length_q, num_regions), dtype=torch.float32)
     scores = query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32) if score_rows else None
-    one_hot = (ids[..., None] == torch.arange(num_regions, device=key.device)).float() if num_regions else None
-    values = value.float().repeat_interleave(query.shape[1] // value.shape[1], 1)
-    key_bias = None if bias is None else torch.einsum("bkr,hr->bhk", one_hot, bias)[:, :, None]
+    values = reference.by_query_head(value, query.shape[1], torch.float32)
+    key_bias = reference.key_bias(ids, bias, torch.float32)
     for start, p in _probabilities(query, key, mask, scaling, softcap, sinks, key_bias):
         stop = start + p.shape[2]
         out[:, :, start:stop] = (p @ values).to(out.dtype)
         if num_regions and stop > length_q - rows:
-            mass[:, :, start:stop] = torch.einsum("bhqk,bkr->bhqr", p, one_hot)
+            mass[:, :, start:stop] = reference.mass_of(p, ids, num_regions)
         if score_rows and stop > length_q - score_rows:
             counted = p[:, :, max(length_q - score_rows - start, 0) :]
             scores = torch.maximum(scores, counted.amax(2)) if reduce == "max" else scores + counted.sum(2)
@@ -446,17 +447,14 @@ def _dense(
 def _probabilities(query, key, mask, scaling, softcap, sinks, key_bias=None) -> Iterator[tuple[int, Tensor]]:
     """(first row, probabilities [B, Hq, rows, Lk] float32), chunk after chunk."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2)
+    keys = reference.by_query_head(key, query.shape[1], torch.float32)
     chunk = max(1, _CHUNK // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
     for start in range(0, query.shape[2], chunk):
-        s = query[:, :, start : start + chunk].float() @ keys * scale
-        if softcap is not None:
-            s = softcap * torch.tanh(s / softcap)
-        if key_bias is not None:
-            s = s + key_bias
+        s = reference.scores(query[:, :, start : start + chunk].float(), keys, scale, softcap, key_bias)
         if mask is not None:
             part = mask[..., start : start + chunk, :] if mask.shape[-2] > 1 else mask
             s = s.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else s + part
+        # Not exp(s - logsumexp), as in the reference: in a row that an additive mask fills with a finite minimum it is 1.
         blind = (s == -torch.inf).all(-1, keepdim=True)
         if sinks is not None:
             sink = sinks.float()[:, None, None].expand(*s.shape[:3], 1)

@@ -7,7 +7,8 @@ import torch
 
 import ras_fast
 from ras_fast import ops
-from ras_fast.ops import attention, attention_plan
+from ras_fast.ops import attention_plan, attention_reference
+from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.ops.attention_plan import Case
 from ras_fast.patching import range_mask
 from ras_fast.patching.attention import attention as patched_attention
@@ -34,7 +35,7 @@ def check(query, key, value, ids, masks=(), mass_rows=None, sinks=None, bias=Non
     masks = masks or (0.1, True, None, None, 0, 0.0)
     rows = query.shape[2] if mass_rows is None else mass_rows
     args = (ids, 2, *masks, sinks, bias, rows)
-    exact = attention._attention_reference(query.double(), key.double(), value.double(), *args)
+    exact = attention_reference.region_attention(query.double(), key.double(), value.double(), *args)
     out, lse, mass = torch.ops.ras_fast.region_attention(query, key, value, *args)
     again = torch.ops.ras_fast.region_mass(query, key, exact[1], ids, 2, *masks, bias, rows)
     atol = ATOL[query.dtype]
@@ -53,7 +54,7 @@ def test_decode(length_q, length_k, dim, dtype):
     check(query, key, value, image_ids(2, length_k))
 
 
-@pytest.mark.parametrize("reduce", attention.REDUCTIONS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [*ATOL, torch.float32])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("rows", "heads"), [(1, 8), (1, 14), (3, 8), (64, 8), (200, 8)])
@@ -66,13 +67,13 @@ def test_key_scores(rows, heads, dim, dtype, reduce):
     native = dtype != torch.float32 and rows <= attention_plan.SCORED_ROWS
     assert attention_plan.plan_statistics(query, key, rows) == ("cuda" if native else "triton")
     wide = (query.double(), key.double())
-    lse = attention._attention_reference(*wide, value.double(), ids, 2, *masks, None, bias, 300)[1]
-    exact = attention._key_reference(*wide, lse, rows, reduce, ids, *masks, bias)
+    lse = attention_reference.region_attention(*wide, value.double(), ids, 2, *masks, None, bias, 300)[1]
+    exact = attention_reference.key_attention(*wide, lse, rows, reduce, ids, *masks, bias)
     alone = torch.ops.ras_fast.key_attention(query, key, lse, rows, reduce, ids, *masks, bias)
     mass, scores = torch.ops.ras_fast.region_statistics(query, key, lse, ids, 2, rows, reduce, *masks, bias)
     for found in (alone, scores):
         torch.testing.assert_close(found, exact, atol=2e-3 * (rows if reduce == "sum" else 1), rtol=0)
-    exact_mass = attention._mass_reference(*wide, lse, ids, 2, *masks, bias, rows)
+    exact_mass = attention_reference.region_mass(*wide, lse, ids, 2, *masks, bias, rows)
     torch.testing.assert_close(mass, exact_mass, atol=2e-3, rtol=0)
 
 
@@ -95,7 +96,7 @@ def test_rows_with_bounds_of_their_own(heads, dtype):
     kernel = "decode" if dtype == torch.bfloat16 else "triton"
     assert ops.explain(query, key, value, ids, 2, **options).kernel == kernel
     args = (ids, 2, 0.1, False, start, end, 0, 5.0, sinks, bias, 1)
-    exact = attention._attention_reference(query.double(), key.double(), value.double(), *args)
+    exact = attention_reference.region_attention(query.double(), key.double(), value.double(), *args)
     found = torch.ops.ras_fast.region_attention(query, key, value, *args)
     for got, expected, atol in zip(found, exact, (2e-2, 1e-3, 2e-3), strict=True):
         torch.testing.assert_close(got.double(), expected.double(), atol=atol, rtol=1e-3)
@@ -150,7 +151,7 @@ def test_hopper_prefill(length_q, length_k, regions, dim, dtype):
         ids = torch.randint(-1, 40, (2, length_k), dtype=torch.int32, device="cuda")
     for is_causal in (True, False):
         arguments = (ids, regions, 0.1, is_causal, None, None, 0, 0.0, None, None, length_q)
-        exact = attention._attention_reference(query.double(), key.double(), value.double(), *arguments)
+        exact = attention_reference.region_attention(query.double(), key.double(), value.double(), *arguments)
         for _ in range(3):  # what is wrong in the order of asynchronous copies may show only now and then
             out, lse, mass = torch.ops.ras_fast.hopper_prefill(query, key, value, *arguments)
             torch.testing.assert_close(out.double(), exact[0], atol=ATOL[dtype], rtol=0)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import ras_fast
 from ras_fast import ops
-from ras_fast.ops import attention
+from ras_fast.ops import attention_cpu, attention_reference
 from ras_fast.ops.attention_plan import Plan
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
@@ -126,8 +126,8 @@ def test_against_definition(backend, lengths, option, dtype):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_chunks_of_rows(backend, option, lengths, monkeypatch):
     """What runs where no kernel is built and torch's flash attention does not do."""
-    monkeypatch.setattr(attention, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(attention, "plan_cpu_prefill", lambda *_: Plan("softmax", ""))
+    monkeypatch.setattr(attention_cpu, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(attention_cpu, "plan_cpu_prefill", lambda *_: Plan("softmax", ""))
     query, key, value = inputs(length_q=lengths[0], length_k=lengths[1])
     ids = image_ids(2, lengths[1])
     kwargs = options(option, 2, 4, lengths[1], 2)
@@ -141,7 +141,7 @@ def test_chunks_of_rows(backend, option, lengths, monkeypatch):
 @pytest.mark.parametrize("option", ["plain", "bidirectional"])
 def test_flash_and_recomputed_masses(backend, option, monkeypatch):
     """What runs on processors with matrix instructions."""
-    monkeypatch.setattr(attention, "plan_cpu_prefill", lambda *_: Plan("flash", ""))
+    monkeypatch.setattr(attention_cpu, "plan_cpu_prefill", lambda *_: Plan("flash", ""))
     query, key, value = inputs(length_q=40, length_k=40)
     kwargs = options(option, 2, 4, 40, 2)
     found = ops.region_attention(query, key, value, image_ids(2, 40), 2, **kwargs)
@@ -164,7 +164,7 @@ def test_blocks_of_keys_and_tiles_of_rows(backend, heads, lengths, dim, option, 
     arguments = (query.double(), key.double(), value.double(), ids, 2, kwargs.get("scale", dim**-0.5),
                  kwargs.get("is_causal", True), kwargs.get("kv_start"), kwargs.get("kv_end"), kwargs.get("window", 0),
                  kwargs.get("softcap", 0.0), kwargs.get("sinks"), kwargs.get("region_bias"), 20)  # fmt: skip
-    exact_parts = attention._attention_reference(*arguments)
+    exact_parts = attention_reference.region_attention(*arguments)
     for got, expected, atol in zip(found, exact_parts, (2 * ATOL[dtype], 1e-5, 1e-5), strict=True):
         torch.testing.assert_close(got.double(), expected.double(), atol=atol, rtol=1e-5)
 
@@ -201,7 +201,7 @@ def test_statistics_take_little_memory_however_many_threads(backend, kv_heads):
     finally:
         torch.set_num_threads(threads)
     assert peak < 8 << 20
-    torch.testing.assert_close(found, attention._statistics_reference(query, key, lse, ids, 128, 512, "mean", *masks))
+    torch.testing.assert_close(found, attention_reference.region_statistics(query, key, lse, ids, 128, 512, "mean", *masks))
 
 
 @BACKENDS
@@ -232,7 +232,7 @@ def test_statistics_of_many_rows_and_keys(backend, reduce):
         scores = ops.key_attention(query, key, lse, reduce=reduce)
         both = ops.region_statistics(query, key, lse, ids, 5, reduce=reduce)
         masks = (0.25, True, None, None, 0, 0.0, None)
-        expected = attention._statistics_reference(query.double(), key.double(), lse, ids, 5, 150, reduce, *masks)
+        expected = attention_reference.region_statistics(query.double(), key.double(), lse, ids, 5, 150, reduce, *masks)
         for found in (both, (mass, scores)):
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 

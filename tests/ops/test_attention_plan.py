@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ras_fast import backend, ops
-from ras_fast.ops import attention, attention_cuda, attention_plan
+from ras_fast.ops import attention_cpu, attention_cuda, attention_plan, attention_reference
 from ras_fast.ops.attention_plan import Case
 
 
@@ -76,7 +76,7 @@ def test_the_reason_names_what_the_cuda_kernels_do_not_take(built):
 @pytest.mark.parametrize("triton", [True, False])
 def test_statistics_from_an_lse(built, triton, monkeypatch):
     """Masses and the scores of few rows are the CUDA kernels', where they take the tensors; scores of many rows Triton's."""
-    monkeypatch.setattr(attention_plan, "triton_is_there", lambda: triton)
+    monkeypatch.setattr(backend, "triton_is_installed", lambda: triton)
     plan, other = attention_plan.plan_statistics, "triton" if triton else "torch"
     query, key, _ = states(512, 512)
     assert plan(query, key) == plan(query, key, 64) == ("cuda" if built else other)
@@ -115,10 +115,11 @@ def test_the_flash_attention_that_torch_prefers(preferred, expected, monkeypatch
 def test_a_plan_is_carried_out_on_cuda(monkeypatch):
     """As far as torch's own kernel, on tensors without memory."""
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: SDPBackend.FLASH_ATTENTION.value)
-    monkeypatch.setattr(attention, "_laid_out", lambda out: out)  # asks for a device
+    monkeypatch.setattr(attention_reference, "laid_out", lambda out: out)  # asks for a device
+    masks = (0.1, True, None, None, 0, 0.0)
     with FakeTensorMode(), Calls() as calls:
         query, key, value = (torch.empty(2, heads, 640, 64, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2))
-        out, lse, mass = attention_cuda._attention(query, key, value, None, 0, 0.1, True, None, None, 0, 0.0, None, None, 0)
+        out, lse, mass = attention_cuda.region_attention(query, key, value, None, 0, *masks, None, None, 0)
     assert "_scaled_dot_product_flash_attention" in calls.names
     assert (out.shape, lse.shape, mass.shape) == (query.shape, (2, 8, 640), (2, 8, 0, 0))
 
@@ -177,10 +178,10 @@ def test_explain_tells_what_runs_on_the_cpu(plan, case, monkeypatch):
     monkeypatch.setattr(backend, "_automatic", backend._automatic.__wrapped__)  # which remembers what is built
     monkeypatch.setattr(attention_plan, "MATRIX_DTYPES", {torch.bfloat16} if quick else ())
     arguments = *states(rows, 64, dim=16, dtype=torch.bfloat16, heads=4, kv_heads=2), torch.zeros(1, 64, dtype=torch.int32), 1
-    spies = {"flash": "_cpu_flash", "softmax": "_by_chunks_of_rows"}
+    spies = {"flash": "flash", "softmax": "by_chunks_of_rows"}
     for kernel, name in spies.items():
-        spies[kernel] = mock.Mock(side_effect=getattr(attention, name))
-        monkeypatch.setattr(attention, name, spies[kernel])
+        spies[kernel] = mock.Mock(side_effect=getattr(attention_cpu, name))
+        monkeypatch.setattr(attention_cpu, name, spies[kernel])
     with Calls() as calls:
         ops.region_attention(*arguments, **keywords)
     assert ops.explain(*arguments, **keywords).kernel == plan
@@ -224,7 +225,7 @@ def test_explain_refuses_what_the_call_refuses():
     query, key, value = states(8, 64)
     with pytest.raises(ValueError, match="softcap is -1"):
         ops.explain(query, key, value, softcap=-1)
-    with pytest.raises(ValueError, match="keywords is \\['causal'\\]"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
         ops.explain(query, key, value, causal=True)
     with pytest.raises(ValueError, match="value is"):
         ops.explain(query, key, value[:, :, 1:])

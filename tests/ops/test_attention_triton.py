@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ras_fast.ops import attention
+from ras_fast.ops import attention_reference
 
 triton_attention = pytest.importorskip("ras_fast.triton_kernels.attention")
 
@@ -51,7 +51,7 @@ def attend(query, key, value, ids, regions, **kwargs):
 def attend64(query, key, value, ids, regions, **kwargs):
     masks, sinks, bias, rows = arguments(query, **kwargs)
     wide = (tensor.double() for tensor in (query, key, value))
-    return attention._attention_reference(*wide, ids, regions, *masks, None if sinks is None else sinks.double(), bias, rows)
+    return attention_reference.region_attention(*wide, ids, regions, *masks, sinks, bias, rows)
 
 
 def heat_map(query, key, lse, rows, reduce="mean", ids=None, **kwargs):
@@ -204,7 +204,7 @@ def test_key_attention(rows, reduce):
     bounds = {"kv_start": int32([0, 9]), "kv_end": int32([80, 70]), "window": 50}
     masks = arguments(query, **bounds)[0]
     lse = torch.randn(2, 6, 75, device=DEVICE) + 4
-    expected = attention._key_reference(query.double(), key.double(), lse.double(), rows, reduce, None, *masks, None)
+    expected = attention_reference.key_attention(query.double(), key.double(), lse.double(), rows, reduce, None, *masks, None)
     torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=EXACT, rtol=EXACT)
 
 

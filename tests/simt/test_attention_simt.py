@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ras_fast.ops import attention
+from ras_fast.ops import attention_reference
+from ras_fast.ops.attention import REDUCTIONS
 
 POINTER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 WARPS = 4
@@ -56,9 +57,10 @@ class Case:
 
     def reference(self):
         wide = (tensor.double() for tensor in (self.query, self.key, self.value))
-        sinks = None if self.sinks is None else self.sinks.double()
-        return attention._attention_reference(*wide, self.ids, self.regions if self.ids is not None else 0, *self.masks, sinks,
-                                              self.bias, self.rows)  # fmt: skip
+        regions = self.regions if self.ids is not None else 0
+        return attention_reference.region_attention(
+            *wide, self.ids, regions, *self.masks, self.sinks, self.bias, self.rows
+        )  # fmt: skip
 
     def run(self, emulator, function, lse=None, reduce="mean", masses=True):
         """(out, lse, mass, scores). Outputs and scratch memory start as NaN."""
@@ -86,7 +88,7 @@ class Case:
         call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
                     query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, window=window,
                     causal=causal, splits=self.splits, own_bounds=self.own_bounds, scale=self.masks[0],
-                    softcap=softcap, reduce=attention.REDUCTIONS.index(reduce))  # fmt: skip
+                    softcap=softcap, reduce=REDUCTIONS.index(reduce))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
@@ -100,7 +102,7 @@ class Case:
         """Of key_attention."""
         ids = self.ids if self.bias is not None else None
         wide = (self.query.double(), self.key.double())
-        return attention._key_reference(*wide, lse, self.rows, reduce, ids, *self.masks, self.bias)
+        return attention_reference.key_attention(*wide, lse, self.rows, reduce, ids, *self.masks, self.bias)
 
     def check(self, emulator):
         """decode_attention, selected_region_mass, selected_statistics and selected_key_attention against the reference."""
@@ -235,7 +237,7 @@ def test_offsets_beyond_32_bits(emulator, function):
         torch.testing.assert_close(out.double(), exact_out, atol=ATOL[case.dtype], rtol=0)
 
 
-@pytest.mark.parametrize("reduce", attention.REDUCTIONS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize(("length_q", "heads", "kv_heads"), [(1, 16, 1), (3, 7, 1), (3, 12, 2), (15, 8, 2), (33, 4, 2)])
 def test_key_scores(emulator, length_q, heads, kv_heads, reduce):
     """8 heads side by side in two sets; 1 (of 7), 2 (of 6) and 4; and one head a set, whose rows are three tiles."""
@@ -265,7 +267,7 @@ def test_key_scores_of_no_row(emulator):
     assert (case.run(emulator, "keys_run", lse=torch.zeros(1, 4, 3), masses=False)[3] == 0).all()
 
 
-@pytest.mark.parametrize("reduce", attention.REDUCTIONS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_a_nan_is_not_hidden_from_key_scores(emulator, reduce):
     """Not even by a maximum: rows before and after it in its tile have none."""
     case = Case(40, 90, batch=2, ids=runs(90, 5, 37, 64, batch=2))

@@ -47,7 +47,8 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
     prompt, images: one prompt and its images, as `ras_fast.inputs.make_queries` takes them in lists; at least one image.
 
     Raises:
-        NoImageStatistics: the model's architecture gives none, or none by image: each tile of an image is a region.
+        NoImageStatistics: the model's architecture gives none, or none by image: each tile of an image is a region, or images
+            are no tokens of the prompt.
         ValueError: there is no image, an input cannot be used, or the model is patched already.
     """
     (query,) = make_queries([prompt], [images], processor)
@@ -81,6 +82,9 @@ def _patched(model) -> Patch:
     if handle.report().regions is not None:
         handle.unpatch()
         raise NoImageStatistics(f"no image statistics: {handle.report().regions}")
+    if not handle.images_in_prompt:
+        handle.unpatch()
+        raise NoImageStatistics("no map of an image: the model's images are keys of cross-attention layers, not of the prompt")
     return handle
 
 

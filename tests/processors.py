@@ -96,6 +96,8 @@ REAL = {
                        {"<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END, "<|IMG_PATCH|>": IMAGE, "<image>": 98,
                         "TILE_GLOBAL": 80} | {f"TILE_{i}": 80 + i for i in range(1, 5)},
                        options={"patch_size": 4, "img_size": 16, "downsample_factor": 2}),
+    "mllama": Real(("mllama.MllamaImageProcessorPil", "mllama.MllamaProcessor"), {"size": _SQUARE, "max_image_tiles": 2},
+                   {"<|image|>": IMAGE, "<|python_tag|>": 98}, "<|image|>"),
 }  # fmt: skip
 REAL = {name: real for name, real in REAL.items() if name in FAMILIES}
 

@@ -92,7 +92,7 @@ class AttentionRisk:
         """
         _check_model(patch, self.gate.heads)
         self.gate = AttentionGate(self.profile, next(patch.text_model.parameters()).device)
-        run = _Run(self, patch, PromptState(self.profile), Steering())
+        run = _Run(self, patch, PromptState(self.profile, self.profile.digest()), Steering())
         patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)

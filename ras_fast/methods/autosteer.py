@@ -103,7 +103,7 @@ class AutoSteer:
         """
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
-        run = _Run(self, PromptState(self.profile), *self._on(weight.device, weight.dtype))
+        run = _Run(self, PromptState(self.profile, self.profile.digest()), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
             stack.enter_context(run.state.watch(patch))
             stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))

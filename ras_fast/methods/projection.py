@@ -330,8 +330,9 @@ class Projection:
         Raises ValueError when the model does not fit the profile or one of the layers cannot be steered (`patch.report()`).
         """
         self.check(len(patch.layers), self.vectors.shape[1])
-        strengths = self._strengths(alpha).to(next(patch.text_model.parameters()).device)
-        run = _Run(self, PromptState(self.profile), Steering(), strengths)
+        strengths, device = self._strengths(alpha), next(patch.text_model.parameters()).device
+        state = PromptState(self.profile, self.profile.digest(strengths))
+        run = _Run(self, state, Steering(), strengths.to(device))
         try:
             for layer, vector in zip(self.layers, self.vectors, strict=True):
                 patch.set_steering(layer, vector[None], rows="all", steering=run.steering)
@@ -395,7 +396,7 @@ class _Run:
                 raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {batch}")
             strengths = self.strengths.repeat_interleave(batch // len(self.strengths))
             self.state.decide(Rows(strengths))
-            self.method.risk, self.method.failed = torch.ones_like(strengths), torch.zeros_like(strengths, dtype=torch.bool)
+            self.method.risk, self.method.failed = (strengths != 0).float(), torch.zeros_like(strengths, dtype=torch.bool)
         if self.probe is not None:
             self.probe.active = self.reads_prompt or self.method.condition.per == "token"
         self._steer(self.state.value.tensor)

@@ -184,7 +184,7 @@ def test_a_gate_that_is_on_stays_on_for_the_cache(model, mixed, batch):
         more = {"input_ids": torch.randint(10, 60, (3, 4))}
         more["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
         model(**more, past_key_values=past)
-        gate = ras_fast.patching.cache_values.kept(past, "autosteer").tensor
+        gate = ras_fast.patching.cache_values.kept(past, mixed.digest()).tensor
         assert torch.equal(gate > 0, first | (steer.risk > 0.5))
         before = steer.risk
         model(**step_after(more), past_key_values=past)
@@ -210,7 +210,7 @@ def test_a_state_that_is_not_finite_switches_its_own_row_on(model, processor, ba
     assert steer.failed.tolist() == [False, True, False]
     assert steer.risk[1] == 1
     assert (steer.risk[[0, 2]] < 0.01).all()
-    gate = ras_fast.patching.cache_values.kept(past, "autosteer").tensor
+    gate = ras_fast.patching.cache_values.kept(past, never.digest()).tensor
     assert gate.tolist() == pytest.approx([0, EPSILON, 0])
 
 

@@ -6,17 +6,20 @@ import hashlib
 import json
 import os
 import sys
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FORMAT_VERSION = 1
 JSON_NAME = "ras_profile.json"
 TENSORS_NAME = "ras_profile.safetensors"
 HEAD_ROWS = 64  # of the LM head, that go into the fingerprint
+OTHER_VALUES = 64  # of each parameter outside the decoder layers, likewise
 REQUIRED_TENSORS = {
     "moras": ("prototypes",),
     "ras": ("prototypes",),
@@ -25,12 +28,14 @@ REQUIRED_TENSORS = {
     "projection": ("vectors",),
 }
 METHODS = tuple(REQUIRED_TENSORS)
+_DIGESTS = WeakTensorKeyDictionary()  # tensor -> (how often it had been written to, digest)
 
 
 def fingerprint(model, processor=None) -> dict:
     """What ties a profile to a model: architecture, sizes, dtype, a hash of the tokenizer's vocabulary and chat template
-    (without a processor left out), hashes of the first rows of the LM head and of a row of every parameter of the decoder
-    layers (which tell fine-tuned siblings apart, also those by adapters), and which adapters act.
+    (without a processor left out), hashes of the first rows of the LM head, of the first row of every parameter of the decoder
+    layers and of the last values of every other parameter (which tell fine-tuned siblings apart, also those by adapters), and
+    which adapters act. A spot check: weights that differ elsewhere alone have the same fingerprint.
 
     Raises ValueError where the weights cannot be read.
     """
@@ -39,8 +44,18 @@ def fingerprint(model, processor=None) -> dict:
     root, _, layers = find_decoder(model)
     head = root.get_output_embeddings().weight[:HEAD_ROWS]
     found = fingerprint_of_parts(type(root).__name__, root.config.get_text_config(), root.dtype, head, processor)
-    decoder = _hash_of([p if p.dim() < 2 else p[(0,) * (p.dim() - 1)] for p in layers.parameters()])
-    return found | {"decoder": decoder, "adapters": _adapters(root)}
+    decoder = list(layers.parameters())
+    inside = set(map(id, decoder))
+    others = [parameter for parameter in root.parameters() if id(parameter) not in inside]
+    return found | {
+        "decoder": _hash_of([_row(parameter, 0) for parameter in decoder]),
+        "other_parts": _hash_of([_row(parameter, -1) for parameter in others], OTHER_VALUES),
+        "adapters": _adapters(root),
+    }
+
+
+def _row(parameter: torch.Tensor, index: int) -> torch.Tensor:
+    return parameter if parameter.dim() < 2 else parameter[(index,) * (parameter.dim() - 1)]
 
 
 def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor=None) -> dict:
@@ -87,22 +102,58 @@ def _adapters(model: torch.nn.Module) -> str | None:
     return "; ".join(sorted({words(*state) for state in states})) or None
 
 
-def _hash_of(tensors: list[torch.Tensor]) -> str:
-    """Of their values as float32, copied from the device at once."""
+def weights_of(modules: list[torch.nn.Module]) -> tuple[list, tuple]:
+    """(objects, which must live for their ids to mean something; a key), of the parameters, buffers and adapters of a model's
+    `modules_of`. While the key stays the same, so does `fingerprint`, but for values written through `tensor.data`."""
+    kinds = [kind for module in modules for kind in (module.__dict__["_parameters"], module.__dict__["_buffers"]) if kind]
+    objects, key = tensors_of([tensor for kind in kinds for tensor in kind.values() if tensor is not None])
+    return objects, (key, [adapters_of(module) for module in modules if "_active_adapter" in module.__dict__])
+
+
+def tensors_of(tensors: list[torch.Tensor]) -> tuple[list, tuple]:
+    """As `weights_of`, of these tensors."""
+    references = [*map(weakref.ref, tensors)]  # to keep old weights alive could take all the memory
+    written = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]  # inference tensors do not count it
+    return references, ([*map(id, references)], [tensor.data_ptr() for tensor in tensors], written)
+
+
+def modules_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """`model.modules()` in another order, and in a fraction of its time."""
+    found, seen = [model], {model}
+    for module in found:
+        for child in module.__dict__["_modules"].values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def _hash_of(tensors: list[torch.Tensor], last: int = 0) -> str:
+    """Of their values, or of the `last` ones of each (0: all), as float32, copied from the device at once."""
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError("the model's weights are not in memory (device meta), so a profile cannot be compared with it")
     # A quantised tensor may be of a class that has no float().
     plain = [t.detach() if type(t) in (torch.Tensor, torch.nn.Parameter) else t.detach().dequantize() for t in tensors]
-    values = torch.cat([tensor.reshape(-1).to(plain[0].device, torch.float32) for tensor in plain])
+    values = torch.cat([tensor.reshape(-1)[-last:].to(plain[0].device, torch.float32) for tensor in plain])
     return hashlib.sha256(values.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def number(config: dict, name: str) -> float:
     """The finite number that a profile's config holds under `name`. Raises ValueError where it does not."""
     value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    if not (is_integer(value) or isinstance(value, float)) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"profile config {name!r} is {value!r}; it needs to be a finite number")
     return value
+
+
+def as_float32(value: float) -> float:
+    """The number that it becomes on the device: a small one may be 0 there, one next to 1 may be 1, a large one infinite."""
+    return torch.tensor(float(value), dtype=torch.float32).item()
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is one, and not a truth value, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass
@@ -111,9 +162,9 @@ class RasProfile:
 
     method: one of ``METHODS``.
     config: plain JSON values. MoRAS: gamma, steps, s_base, k, context_prompt, safety_prompt, max_context_tokens, gate.
-    tensors: name -> floating tensor, all finite; REQUIRED_TENSORS lists those of each method. MoRAS: ``prototypes`` [N, d]
-        fp32. Any method may have ``region_bias`` [layers, heads], added to the attention scores of image tokens
-        (`ras_fast.methods.region_bias`).
+    tensors: name -> floating tensor of at least 16 bits, all finite; REQUIRED_TENSORS lists those of each method. MoRAS:
+        ``prototypes`` [N, d] fp32. Any method may have ``region_bias`` [layers, heads], added to the attention scores of image
+        tokens (`ras_fast.methods.region_bias`).
     fingerprint: of the model it was calibrated on (`fingerprint`).
 
     Raises ValueError when one of these is of another type, or a tensor that the method needs is missing.
@@ -134,9 +185,9 @@ class RasProfile:
         if missing:
             raise ValueError(f"profile for {self.method!r} lacks the tensors {missing}; it has {sorted(self.tensors)}")
         for name, tensor in self.tensors.items():
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.itemsize < 2:
                 got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                raise ValueError(f"profile tensor {name!r} is {got}; it needs to be a floating tensor")
+                raise ValueError(f"profile tensor {name!r} is {got}; it needs to be a floating tensor of at least 16 bits")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"profile tensor {name!r} holds NaN or infinite values; calibrate again")
 
@@ -149,15 +200,20 @@ class RasProfile:
 
     def check_fingerprint(self, found: dict) -> None:
         """As `check`, from the model's `fingerprint`."""
+        own = {"other_parts": found.get("other_parts")} | self.fingerprint  # which profiles of earlier releases do not hold
         differing = [
-            f"{key}: profile {self.fingerprint.get(key)!r}, model {value!r}"
-            for key, value in found.items()
-            if self.fingerprint.get(key) != value
+            f"{key}: profile {own.get(key)!r}, model {value!r}" for key, value in found.items() if own.get(key) != value
         ]
         if differing:
             raise ValueError(
                 f"this {self.method} profile was calibrated on another model ({'; '.join(differing)}); calibrate again"
             )
+
+    def digest(self, *more: torch.Tensor) -> str:
+        """16 hex digits of what the method decides by, as it is now: its name, config and tensors, and `more` of them."""
+        tensors = {name: _digest_of(tensor) for name, tensor in self.tensors.items()}
+        parts = [self.method, self.config, tensors, [_digest_of(tensor) for tensor in more]]
+        return _digest(json.dumps(parts, sort_keys=True).encode())[:16]
 
     def save_pretrained(self, directory) -> None:
         """Writes ras_profile.json and ras_profile.safetensors into ``directory`` (made if it is not there).
@@ -196,7 +252,7 @@ class RasProfile:
             header = json.loads(json_path.read_text(encoding="utf-8"))
             version, method, config = header["format_version"], header["method"], header["config"]
             stored_fingerprint = header["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{json_path} is not a profile header: {type(error).__name__}: {error}") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{json_path} has format version {version}; this release reads version {FORMAT_VERSION}")
@@ -213,6 +269,16 @@ class RasProfile:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _digest_of(tensor: torch.Tensor) -> str:
+    """Computed again only where the tensor was written to: that of a refusal head takes a while."""
+    written = None if tensor.is_inference() else tensor._version  # inference tensors do not count it
+    known = _DIGESTS.get(tensor)
+    if known is None or written is None or known[0] != written:
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        known = _DIGESTS[tensor] = written, _digest(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
+    return known[1]
 
 
 def _locate(directory_or_hub_id, name: str) -> Path:

@@ -57,13 +57,54 @@ def test_which_adapters_act_is_part_of_the_fingerprint(model, processor, profile
     found.append(fingerprint(wrapped)["adapters"])
     assert len(set(found)) == 5
     assert found[0] == "one × 2.0"
-    with pytest.raises(ValueError, match=r"another model \(adapters: profile None, model 'off'\)"):
+    with pytest.raises(ValueError, match="adapters: profile None, model 'off'"):
         profile.check(wrapped, processor)
     with_adapter = RasProfile("moras", CONFIG, profile.tensors, profile.fingerprint | {"adapters": "one × 2.0"})
     with pytest.raises(ValueError, match=r"another model \(adapters: profile 'one × 2.0', model None\)"):
         with_adapter.check(model, processor)
     old = {name: value for name, value in profile.fingerprint.items() if name != "adapters"}  # from before this was noted
     RasProfile("moras", CONFIG, profile.tensors, old).check(model, processor)
+
+
+CHANGES = {
+    "final norm": lambda model: model.model.language_model.norm.weight.mul_(3),
+    "projector": lambda model: model.model.multi_modal_projector.linear_1.weight.normal_(),
+    "vision tower": lambda model: model.model.vision_tower.encoder.layers[1].mlp.fc1.weight.normal_(),
+    "embeddings": lambda model: model.get_input_embeddings().weight.normal_(),
+    "rest of the head": lambda model: model.lm_head.weight[64:].normal_(),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_model_with_another_part_is_refused(profile, model, processor, part):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        CHANGES[part](other)
+    with pytest.raises(ValueError, match=r"another model \(other_parts: "):
+        profile.check(other, processor)
+    del profile.fingerprint["other_parts"]  # as in a profile of an earlier release
+    profile.check(other, processor)
+
+
+def test_a_digest_is_of_what_a_profile_is_now(profile):
+    def digests():
+        return profile.digest(), profile.digest(torch.zeros(2))
+
+    found = [*digests()]
+    profile.tensors["prototypes"][1, 2] += 1
+    found += digests()
+    profile.tensors["prototypes"] = -profile.tensors["prototypes"]
+    found += digests()
+    profile.config["k"] = 8.0
+    found += digests()
+    assert len(set(found)) == 8
+    again = RasProfile(profile.method, dict(profile.config), {n: t.clone() for n, t in profile.tensors.items()})
+    assert again.digest() == profile.digest()
+    with torch.inference_mode():
+        unversioned = RasProfile(profile.method, profile.config, {n: t.clone() for n, t in profile.tensors.items()})
+        assert unversioned.digest() == profile.digest()
+        unversioned.tensors["prototypes"] += 1
+        assert unversioned.digest() != profile.digest()
 
 
 def test_another_tokenizer_or_template_is_refused(profile, model):
@@ -88,7 +129,7 @@ def test_neither_directory_nor_hub_id(tmp_path):
         RasProfile.from_pretrained(tmp_path / "not" / "here")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"x"', "{}", '{"method": "moras"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', "{}", '{"method": "moras"}', "[" * 100_000], ids=lambda text: text[:20])
 def test_corrupt_header(profile, tmp_path, text):
     profile.save_pretrained(tmp_path)
     (tmp_path / JSON_NAME).write_text(text)
@@ -193,10 +234,11 @@ def test_a_header_of_other_types(profile, tmp_path, change, message):
     [
         (torch.ones(3, 32, dtype=torch.int64), "torch.int64"),
         (torch.ones(3, 32, dtype=torch.complex64), "torch.complex64"),
+        (torch.ones(3, 32).to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
         (np.ones((3, 32)), "ndarray"),
         ([1.0], "list"),
     ],
-    ids=["integers", "complex", "numpy", "list"],
+    ids=["integers", "complex", "fp8", "numpy", "list"],
 )
 def test_tensors_that_are_not_floating(prototypes, got):
     with pytest.raises(ValueError, match=f"'prototypes' is {got}; it needs to be a floating tensor"):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ras_fast.backend import forced_backend
 from ras_fast.patching import Patch
-from ras_fast.profile import adapters_of
+from ras_fast.profile import modules_of, tensors_of, weights_of
 
 
 class Watch:
@@ -38,10 +36,8 @@ class Watch:
 def _state(model) -> tuple[list, tuple]:
     """What a model computes depends on: (objects, which must live for their ids to mean something; a key)."""
     patch, device = Patch.of(model), model.device.type
-    modules = _modules(model)
+    modules = modules_of(model)
     objects: list = [*modules] if patch is None else [*modules, *patch.in_force()]
-    tensors = [thing for thing in objects if isinstance(thing, Tensor)]
-    adapters = []
     for module in modules:
         own = module.__dict__
         if "forward" in own:
@@ -49,24 +45,7 @@ def _state(model) -> tuple[list, tuple]:
         for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"]):
             if hooks:
                 objects += hooks.values()
-        for kind in (own["_parameters"], own["_buffers"]):
-            if kind:
-                tensors += kind.values()
-        if "_active_adapter" in own:
-            adapters.append(adapters_of(module))
-    tensors = [tensor for tensor in tensors if tensor is not None]
-    objects += map(weakref.ref, tensors)  # to keep old weights alive could take all the memory
-    written = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]  # inference tensors do not count it
+    weights, weights_key = weights_of(modules)
+    steering, steering_key = tensors_of([thing for thing in objects if isinstance(thing, Tensor)])
     modes = (forced_backend(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    return objects, ([*map(id, objects)], [tensor.data_ptr() for tensor in tensors], written, adapters, modes)
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """`model.modules()` in another order, and in a fraction of its time."""
-    found, seen = [model], {model}
-    for module in found:
-        for child in module.__dict__["_modules"].values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
-    return found
+    return [*objects, *weights, *steering], ([*map(id, objects)], weights_key, steering_key, modes)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Methods that need no pass of their own, by the class that applies them; MoRAS's stages are run by SafeGenerator.
 ONE_PASS = {"autosteer": "AutoSteer", "attention": "AttentionRisk", "projection": "Projection"}
 _MODULES = ("moras", *ONE_PASS)
+_BIASES: WeakKeyDictionary[Patch, list[dict[int, Tensor]]] = WeakKeyDictionary()  # from before all blocks, then theirs
 
 __all__ = ["attach", "region_bias", *_MODULES]
 
@@ -57,7 +59,7 @@ def _attached(patch: Patch, profile: RasProfile, method: Any) -> Iterator[Any]:
 @contextmanager
 def region_bias(patch: Patch, bias: Tensor | None) -> Iterator[None]:
     """Raises or lowers the attention of a patched model's heads to the images in every forward inside the block. A bias that
-    was in force before is replaced there, and comes back afterwards.
+    was in force before is replaced there, and comes back afterwards. Blocks may end in any order.
 
     bias: [layers, Hq] or [layers, Hq, R], as `Patch.set_region_bias` takes it for each layer; any profile may have one as its
         tensor `region_bias`. None: nothing happens.
@@ -69,13 +71,18 @@ def region_bias(patch: Patch, bias: Tensor | None) -> Iterator[None]:
         return
     if bias.dim() not in (2, 3) or len(bias) != len(patch.layers):
         raise ValueError(f"region_bias has shape {tuple(bias.shape)}; it needs to be [{len(patch.layers)}, Hq] or […, R]")
-    before = patch.region_bias
-    patch.set_region_bias({layer: row for layer, row in enumerate(bias) if bool(row.any())})
+    own = {layer: row for layer, row in enumerate(bias) if bool(row.any())}
+    stack = _BIASES.setdefault(patch, [patch.region_bias])
+    stack.append(own)
     try:
+        patch.set_region_bias(own)
         yield
     finally:
+        stack[:] = [other for other in stack if other is not own]
         if patch.applied:
-            patch.set_region_bias(before)
+            patch.set_region_bias(stack[-1])
+        if len(stack) == 1:
+            del _BIASES[patch]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
+from ras_fast.methods.pairs import groups_of_equal
 from ras_fast.methods.prompt_state import PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import given_cache
@@ -72,8 +73,8 @@ class AttentionRisk:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'attention'")
         self.gate = AttentionGate(profile, "cpu")
         self.prototypes = profile.tensors["prototypes"].float()
-        if self.prototypes.dim() != 2 or not len(self.prototypes):
-            raise ValueError(f"prototypes have shape {tuple(self.prototypes.shape)}; they need to be [steps, d]")
+        if self.prototypes.dim() != 2 or not len(self.prototypes) or not self.prototypes.any(-1).all():
+            raise ValueError(f"prototypes have shape {tuple(self.prototypes.shape)}; they need to be [steps, d], none 0")
         self.own_steps = len(self.prototypes)
         self.profile = profile
         self.risk: Tensor | None = None
@@ -92,7 +93,7 @@ class AttentionRisk:
         """
         _check_model(patch, self.gate.heads)
         self.gate = AttentionGate(self.profile, next(patch.text_model.parameters()).device)
-        run = _Run(self, patch, PromptState(self.profile), Steering())
+        run = _Run(self, patch, PromptState(self.profile, self.profile.digest()), Steering())
         patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)
@@ -247,14 +248,17 @@ def calibrate(
 
 
 def _labelled(pairs: Sequence[tuple], processor) -> tuple[list[Query], Tensor, Tensor]:
-    """The questions of the pairs that have an image, which of them [n] are unsafe, and the pair [n] that each is of."""
-    queries = [query for pair in zip(*question_pairs(pairs, processor), strict=True) for query in pair]
+    """The questions of the pairs that have an image, which of them [n] are unsafe, and the pair [n] that each is of; equal
+    pairs count as one."""
+    unsafe, safe = question_pairs(pairs, processor)
+    queries = [query for pair in zip(unsafe, safe, strict=True) for query in pair]
     seen = [i for i, query in enumerate(queries) if query.images]
-    harmful, pair = torch.tensor([i % 2 == 0 for i in seen]), torch.tensor([i // 2 for i in seen])
+    harmful, pair = torch.tensor([i % 2 == 0 for i in seen]), groups_of_equal(unsafe, safe).repeat_interleave(2)[seen]
     if not seen or harmful.all() or not harmful.any():
         raise ValueError(f"pairs holds {len(seen)} questions with an image; unsafe and safe ones are needed")
-    if len(pair.unique()) < FOLDS:
-        raise ValueError(f"pairs holds {len(pair.unique())} pairs with an image; cross-validation needs at least {FOLDS}")
+    different = len(pair.unique())
+    if different < FOLDS:
+        raise ValueError(f"pairs holds {different} different pairs with an image; cross-validation needs at least {FOLDS}")
     return [queries[i] for i in seen], harmful, pair
 
 

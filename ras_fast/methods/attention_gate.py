@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ras_fast.profile import RasProfile
+from ras_fast.ops._registry import outside_autocast
+from ras_fast.profile import RasProfile, is_integer
 
 Head = tuple[int, int]
 RISKS = ("moras", "moras+attention")
@@ -77,12 +78,17 @@ class AttentionGate:
 
     def logit(self, features: Tensor) -> Tensor:
         """[B] of features [B, 3n]. Not finite where a feature is not."""
-        return features.float() @ self.weights + self.bias
+        return _weighted(features.float(), self.weights) + self.bias
 
     def joint_logit(self, features: Tensor, has_images: Tensor, similarity: Tensor) -> Tensor:
         """[B] of features [B, 3n], which sequences have images [B] bool, and S [B]. Not finite where what it reads is not."""
         looked = torch.where(has_images, self.logit(features), self.similarity_bias)
         return looked + similarity.float() * self.similarity_weight
+
+
+@outside_autocast
+def _weighted(features: Tensor, weights: Tensor) -> Tensor:
+    return features @ weights
 
 
 def _heads(pairs: object) -> list[Head]:
@@ -92,4 +98,4 @@ def _heads(pairs: object) -> list[Head]:
 
 
 def _is_head(pair: object) -> bool:
-    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(index, int) for index in pair)
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_integer, pair))

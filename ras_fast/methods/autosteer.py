@@ -8,7 +8,6 @@ h' = h + ε M h for sequences whose prompt has t = P(toxic) > 0.5, and h for all
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -29,11 +28,13 @@ from tqdm.auto import tqdm
 from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
+from ras_fast.methods.pairs import digest, groups_of_equal
 from ras_fast.methods.prompt_state import PromptState, last_logits_only
+from ras_fast.ops._registry import outside_autocast
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.trace import states_of
-from ras_fast.profile import RasProfile, fingerprint, number
+from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
 THRESHOLD = 0.5
@@ -64,14 +65,14 @@ class AutoSteer:
             raise ValueError(f"profile config lacks {sorted(missing)}; it has {sorted(profile.config)}")
         self.profile = profile
         self.layer, self.threshold = profile.config["layer"], number(profile.config, "threshold")
-        if not isinstance(self.layer, int):
+        if not is_integer(self.layer):
             raise ValueError(f"layer is {self.layer!r}; it needs to be the index of a decoder layer")
         strength = number(profile.config, "strength")
-        if not (strength > 0 and 0 <= self.threshold < 1):
-            raise ValueError(
-                f"strength is {strength} and threshold {self.threshold}; they need to be positive, and in [0, 1)"
-            )
         self.epsilon = EPSILON * strength
+        if not (0 < as_float32(self.epsilon) < math.inf and 0 <= as_float32(self.threshold) < 1):
+            raise ValueError(
+                f"strength is {strength} and threshold {self.threshold}; they need to be positive, and in [0, 1), in float32"
+            )
         self.prober = {name: profile.tensors[f"prober_{name}"] for name in ("in.weight", "in.bias", "out.weight", "out.bias")}
         self.refusal, self.right = profile.tensors["refusal"], profile.tensors.get("refusal_right")
         self._check_shapes()
@@ -90,6 +91,8 @@ class AutoSteer:
         for name, (tensor, shape) in needed.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs to be {shape}")
+            if name.startswith("refusal") and not bool(tensor.any()):
+                raise ValueError(f"{name} is 0; it needs to be another matrix, or answers would be the model's own")
 
     @contextmanager
     def attach(self, patch: Patch) -> Iterator[AutoSteer]:
@@ -103,7 +106,7 @@ class AutoSteer:
         """
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
-        run = _Run(self, PromptState(self.profile), *self._on(weight.device, weight.dtype))
+        run = _Run(self, PromptState(self.profile, self.profile.digest()), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
             stack.enter_context(run.state.watch(patch))
             stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))
@@ -130,11 +133,16 @@ class AutoSteer:
 
 def assess(prober: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
     """t = P(toxic) [B] fp32 of hidden states [B, d], and which could not be computed [B] bool: there t is 1."""
-    inner = F.relu(F.linear(hidden.float(), prober["in.weight"], prober["in.bias"]))
-    logits = F.linear(inner, prober["out.weight"], prober["out.bias"])
+    logits = _prober_logits(hidden, prober)
     # A −inf would not survive the ReLU, so both ends are looked at.
     failed = ~(torch.isfinite(hidden).all(-1) & torch.isfinite(logits).all(-1))
     return logits.softmax(-1)[:, 1].masked_fill(failed, 1.0), failed
+
+
+@outside_autocast
+def _prober_logits(hidden: Tensor, prober: dict[str, Tensor]) -> Tensor:
+    inner = F.relu(F.linear(hidden.float(), prober["in.weight"], prober["in.bias"]))
+    return F.linear(inner, prober["out.weight"], prober["out.bias"])
 
 
 @dataclass
@@ -162,7 +170,7 @@ class _Run:
         risk, failed = assess(self.prober, last)
         method.failed = failed | self.state.ends_in_padding(batch, length, last.device)
         method.risk = risk.masked_fill(method.failed, 1.0)
-        gate = method.epsilon * (method.risk > method.threshold)
+        gate = method.epsilon * ((method.risk > method.threshold) | method.failed)
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -229,20 +237,20 @@ def calibrate(
         checkpoint: folder to save the captured states and each epoch of the head in, and to resume from.
 
     Raises ValueError for input that cannot be used, when a checkpoint is of another calibration, when the outcome is not
-    finite, and when the gate does no better than chance on the validation pairs.
+    finite, when the gate does no better than chance on the validation pairs, and when the refusal head refuses none of them.
     """
-    unsafe, safe = _queries(pairs, processor)
+    unsafe, safe, groups = _queries(pairs, processor)
     text_config = model.config.get_text_config()
     layers = _layers(layer, text_config.num_hidden_layers)
     _check_options(rank, text_config.hidden_size, strength, batch_size, over_refusal)
     answer = _answer(model, processor, refusal)
     settings = {
-        "model": fingerprint(model, processor), "pairs": _digest([*unsafe, *safe]), "answer": answer, "layers": layers,
+        "model": fingerprint(model, processor), "pairs": digest([*unsafe, *safe]), "answer": answer, "layers": layers,
         "seed": seed,
     }  # fmt: skip
     saved = Checkpoint(checkpoint, settings)
     states = _states(model, processor, unsafe, safe, layers, answer, batch_size, saved, progress)
-    training, validation = _split(len(pairs), seed)
+    training, validation = _split(groups, seed)
     scores = {i: safety_awareness(states["safe"][n], states["toxic"][n]) for n, i in enumerate(layers)}
     chosen, prober, probed = _choose_layer(layer, scores, states, training, validation, seed)
 
@@ -255,13 +263,15 @@ def calibrate(
 
     targets = torch.tensor(answer, device=model.device)
     m, trained = _train_head(logits, states["final"], targets, training, validation, seed, saved, progress)
-    sweep = partial(_sweep, logits, states["final"][validation].to(model.device), targets)
+    strengths = sorted({*STRENGTHS, *([] if strength is None else [float(strength)])})
+    sweep = partial(_sweep, logits, states["final"][validation].to(model.device), targets, strengths)
     factors = {"refusal": m} if rank is None else _truncate(m, rank)
     rates = sweep(**factors)
     if rank is not None:
         trained |= {"rank": rank, "energy": _energy(m, rank), "full": sweep(m)}
     if strength is None:
-        strength = float(min(rates, key=lambda s: (-rates[s], abs(math.log(float(s))))))
+        strength = min(strengths, key=lambda s: (-rates[str(s)], abs(math.log(s))))
+    _check_head(float(strength), rates)
     config = {
         "layer": chosen, "strength": float(strength), "threshold": threshold, "refusal": refusal, "pairs": len(pairs),
         "seed": seed, "sas": {str(i): score for i, score in scores.items()}, "prober": probed | gated, "head": trained,
@@ -282,11 +292,16 @@ def _check_options(rank: int | None, d: int, strength: float | None, batch_size:
         raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
 
 
-def _queries(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query]]:
-    """(unsafe, safe) of each pair."""
-    if len(pairs) < 10:
-        raise ValueError(f"pairs holds {len(pairs)}; at least 10 are needed, and hundreds for a prober that can be relied on")
-    return question_pairs(pairs, processor)
+def _queries(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query], Tensor]:
+    """(unsafe, safe, the group of equal ones that it is in) of each pair."""
+    unsafe, safe = question_pairs(pairs, processor)
+    groups = groups_of_equal(unsafe, safe)
+    different = len(groups.unique())
+    if different < 10:
+        raise ValueError(
+            f"pairs holds {different} different ones; at least 10 are needed, and hundreds for a prober that can be relied on"
+        )
+    return unsafe, safe, groups
 
 
 def _layers(layer: int | str, depth: int) -> list[int]:
@@ -306,15 +321,6 @@ def _answer(model, processor, refusal: str) -> list[int]:
     if not ids:
         raise ValueError(f"refusal is {refusal!r}; it needs to hold at least one token")
     return [*ids, *eos_ids(model)[:1]]
-
-
-def _digest(queries: list[Query]) -> str:
-    digest = hashlib.sha256()
-    for query in queries:
-        digest.update(json.dumps(query.messages).encode())
-        for image in query.images:
-            digest.update(f"{image.size}".encode() + image.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _states(
@@ -376,11 +382,13 @@ def _capture(
     return states, finals
 
 
-def _split(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the validation pairs. By pair: its two questions are never on both sides."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = max(1, round(VALIDATION * count))
-    return order[held:], order[:held]
+def _split(groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training and of the validation pairs, [n] of whose `groups` of equal pairs none is on both sides, nor are
+    the two questions of a pair."""
+    count = int(groups.max()) + 1
+    place = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).argsort()[groups]
+    order, held = place.argsort(stable=True), place < max(1, round(VALIDATION * count))
+    return order[int(held.sum()) :], order[: int(held.sum())]
 
 
 def _choose_layer(layer, scores: dict[int, float], states, training, validation, seed: int):
@@ -418,7 +426,7 @@ def train_prober(
         return torch.cat([safe[indices], toxic[indices]]), labels
 
     x, y = gather(training)
-    mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
+    mean, scale = _standard(x)
     x, (held_x, held_y) = (x - mean) / scale, gather(validation)
     held_x = (held_x - mean) / scale
     with torch.random.fork_rng(devices=[]):
@@ -445,6 +453,13 @@ def train_prober(
     return {"in.weight": weight, "in.bias": bias, "out.weight": kept["2.weight"], "out.bias": kept["2.bias"]}, best
 
 
+def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, scale) [d] of states [n, d]. A value that hardly varies in calibration is scaled by a rounding step of bfloat16,
+    and one that does not vary is left out, with an infinite scale: else the next step would count as an event unheard of."""
+    mean, spread = x.mean(0), x.std(0)
+    return mean, torch.maximum(spread, mean.abs() * 2**-7).clamp_min(1e-6).masked_fill(spread == 0, torch.inf)
+
+
 def _threshold(
     prober: dict[str, Tensor], safe: Tensor, toxic: Tensor, over_refusal: float | None
 ) -> tuple[float, dict[str, float]]:
@@ -464,6 +479,15 @@ def _check_gate(layer: int, refused_safe: float, refused_toxic: float) -> None:
         raise ValueError(
             f"the gate, read at layer {layer}, opens for {refused_toxic:.0%} of the held-out unsafe questions and for "
             f"{refused_safe:.0%} of the safe ones, no better than chance; more or clearer pairs are needed, or another layer"
+        )
+
+
+def _check_head(strength: float, rates: dict[str, float]) -> None:
+    """Raises ValueError for a refusal head that never refuses."""
+    if rates[str(strength)] == 0:
+        raise ValueError(
+            f"at strength {strength} none of the held-out answers is the refusal, token for token; by strength the share is "
+            f"{rates}. Another strength, more of the rank, or a refusal in words that the model knows is needed"
         )
 
 
@@ -530,13 +554,14 @@ def _energy(m: Tensor, rank: int) -> float:
 
 @torch.no_grad()
 def _sweep(
-    logits: Callable[[Tensor], Tensor], final: Tensor, targets: Tensor, refusal: Tensor, refusal_right: Tensor | None = None
-) -> dict[str, float]:
-    """For each of STRENGTHS the share of answers, states [n, A, d], that are the refusal, token for token. Each token is read
-    after the refusal's own before it, so this is what greedy decoding would give."""
+    logits: Callable[[Tensor], Tensor], final: Tensor, targets: Tensor, strengths: Sequence[float], refusal: Tensor,
+    refusal_right: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """For each strength the share of answers, states [n, A, d], that are the refusal, token for token. Each token is read after
+    the refusal's own before it, so this is what greedy decoding would give."""
     moved = F.linear(final, refusal if refusal_right is None else refusal @ refusal_right)
     rates = {}
-    for strength in STRENGTHS:
+    for strength in strengths:
         tokens = logits(final + EPSILON * strength * moved).argmax(-1)
         rates[str(strength)] = float((tokens == targets).all(-1).float().mean())
     return rates

@@ -19,7 +19,7 @@ from ras_fast.decoding import Decoding, check_mode, output_head, reference_gener
 from ras_fast.inputs import Query, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.ops import refusal_similarity
-from ras_fast.profile import RasProfile, fingerprint, number
+from ras_fast.profile import RasProfile, fingerprint, is_integer, number
 from ras_fast.refusals import is_refusal
 
 SAFETY_PROMPT = (
@@ -278,7 +278,7 @@ def _checked(config: dict, names) -> dict:
     if gate not in ("continuous", "binary") and not constant:
         raise ValueError(f"gate is {gate!r}; it needs to be 'continuous', 'binary' or a constant in [0, 1]")
     for name in ("steps", "max_context_tokens"):
-        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
+        if not is_integer(config[name]) or config[name] < 1:
             raise ValueError(f"{name} is {config[name]!r}; it needs to be an integer of at least 1")
     if not 0 <= number(config, "gamma") <= 1:
         raise ValueError(f"gamma is {config['gamma']!r}; it needs to be in [0, 1]")

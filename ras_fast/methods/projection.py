@@ -11,6 +11,7 @@ Layers are counted from 0, and "layer l" is the *output* of decoder layer l: the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.trace import first
 from ras_fast.patching.tracking import text_shape
-from ras_fast.profile import RasProfile, fingerprint, number
+from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, number
 
 MEASURES, SCOPES = ("projection", "cosine"), ("sequence", "token")
 
@@ -281,7 +282,7 @@ class Projection:
     """A projection profile at work on a patched model.
 
     risk: [B] fp32 on the device, of the latest prompts: 1 where the answer is steered, else 0 (per token: at the last one).
-    failed: [B] bool, where the condition could not be computed: there the answer is steered.
+    failed: [B] bool, where the condition could not be computed: there the answer is steered, unless by an alpha of 0.
 
     Raises ValueError when the profile's settings and tensors do not fit together.
     """
@@ -291,8 +292,10 @@ class Projection:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'projection'")
         self.profile, config = profile, profile.config
         self.alpha, self.layers, self.vectors = number(config, "alpha"), config.get("layers"), profile.tensors["vectors"]
-        if not isinstance(self.layers, list) or not all(isinstance(layer, int) for layer in self.layers):
+        if not isinstance(self.layers, list) or not all(map(is_integer, self.layers)):
             raise ValueError(f"layers is {self.layers!r}; it needs to be a list of decoder layers' indices")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers is {self.layers}; each needs to be there once, as it has one vector")
         if self.vectors.dim() != 2 or len(self.vectors) != len(self.layers):
             raise ValueError(
                 f"vectors have shape {tuple(self.vectors.shape)}; they need to be [layers = {len(self.layers)}, d]"
@@ -330,8 +333,9 @@ class Projection:
         Raises ValueError when the model does not fit the profile or one of the layers cannot be steered (`patch.report()`).
         """
         self.check(len(patch.layers), self.vectors.shape[1])
-        strengths = self._strengths(alpha).to(next(patch.text_model.parameters()).device)
-        run = _Run(self, PromptState(self.profile), Steering(), strengths)
+        strengths, device = self._strengths(alpha), next(patch.text_model.parameters()).device
+        state = PromptState(self.profile, self.profile.digest(strengths))
+        run = _Run(self, state, Steering(), strengths.to(device))
         try:
             for layer, vector in zip(self.layers, self.vectors, strict=True):
                 patch.set_steering(layer, vector[None], rows="all", steering=run.steering)
@@ -352,7 +356,7 @@ class Projection:
     def _strengths(self, alpha: Tensor | None) -> Tensor:
         if alpha is None:
             return torch.tensor([self.alpha])
-        usable = isinstance(alpha, Tensor) and alpha.dim() == 1 and len(alpha) and bool(torch.isfinite(alpha).all())
+        usable = isinstance(alpha, Tensor) and alpha.dim() == 1 and len(alpha) and bool(torch.isfinite(alpha.float()).all())
         if not usable:
             got = f"of shape {tuple(alpha.shape)}" if isinstance(alpha, Tensor) else repr(alpha)
             raise ValueError(f"alpha is {got}; it needs to be a tensor [B] of finite values, one per sequence")
@@ -362,7 +366,8 @@ class Projection:
         """(whether to steer, whether that could not be computed), both bool [...], of h·c (‖c‖ = 1) and ‖h‖² in [..., 2]."""
         measured, squared = dots.unbind(-1)
         if self.condition.measure == "cosine":
-            measured = measured * squared.rsqrt()
+            # By a norm that overflows any cosine would be 0.
+            measured = torch.where(torch.isfinite(squared), measured * squared.rsqrt(), torch.nan)
         failed = ~torch.isfinite(measured)
         met = measured > self.condition.threshold if self.condition.above else measured < self.condition.threshold
         return met | failed, failed
@@ -395,7 +400,7 @@ class _Run:
                 raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {batch}")
             strengths = self.strengths.repeat_interleave(batch // len(self.strengths))
             self.state.decide(Rows(strengths))
-            self.method.risk, self.method.failed = torch.ones_like(strengths), torch.zeros_like(strengths, dtype=torch.bool)
+            self.method.risk, self.method.failed = (strengths != 0).float(), torch.zeros_like(strengths, dtype=torch.bool)
         if self.probe is not None:
             self.probe.active = self.reads_prompt or self.method.condition.per == "token"
         self._steer(self.state.value.tensor)
@@ -407,8 +412,10 @@ class _Run:
         if self.reads_prompt:
             padded = self.state.ends_in_padding(*dots.shape[:2], met.device)
             met[:, -1] |= padded
-            self.method.risk, self.method.failed = met[:, -1].float(), failed[:, -1] | padded
+            self.method.failed = failed[:, -1] | padded
         alpha = strengths[:, None] * met
+        if self.reads_prompt:
+            self.method.risk = (alpha[:, -1] != 0).float()
         if self.reads_prompt and self.judges:
             self.state.decide(Rows(alpha[:, -1]))
             alpha[:, :-1] = 0
@@ -419,9 +426,11 @@ class _Run:
 
 
 def _check_alpha(alpha: float) -> None:
-    """Raises ValueError for a strength at which answers would count as steered, and be the model's own."""
-    if alpha == 0:
-        raise ValueError(f"alpha is {alpha}; it needs to be another number, or nothing is steered")
+    """Raises ValueError for a strength at which answers would count as steered, and be the model's own or no words at all."""
+    if as_float32(alpha) == 0:
+        raise ValueError(f"alpha is {alpha}; it needs to be another number, not 0 in float32, or nothing is steered")
+    if not math.isfinite(as_float32(alpha)):
+        raise ValueError(f"alpha is {alpha}; it needs to be finite in float32")
 
 
 def _condition(profile: RasProfile) -> Condition:
@@ -442,7 +451,9 @@ def _checked(condition: Condition, layers: list[int]) -> Condition:
             f"the condition's measure is {condition.measure!r} and per is {condition.per!r}; they need to be one of {MEASURES} "
             f"and one of {SCOPES}"
         )
-    if not isinstance(condition.layer, int):
+    if not isinstance(condition.above, bool):
+        raise ValueError(f"the condition's above is {condition.above!r}; it needs to be true or false")
+    if not is_integer(condition.layer):
         raise ValueError(f"the condition's layer is {condition.layer!r}; it needs to be the index of a decoder layer")
     number(vars(condition), "threshold")
     if not bool(condition.direction.any()):

@@ -15,7 +15,7 @@ from ras_fast.decoding import lock_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, returned_cache
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, modules_of, weights_of
 
 _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model
 
@@ -23,20 +23,23 @@ _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the s
 class PromptState:
     """A method's decision about each sequence, made when its prompt is read and found again at each decode step.
 
-    profile: of the method; another model's is refused by `watch`.
+    profile: of the method; another model's is refused by `watch`, and by each `generate` inside its block.
+    name: what values are kept under on a cache. To be another one wherever something else would be decided, or a cache that one
+        profile judged would count as judged by the next. None: the method's.
     value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
         has decided yet, so the forward reads a prompt. Without a cache every forward does.
     prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
         of the prompt, and not a decode step.
     """
 
-    def __init__(self, profile: RasProfile) -> None:
-        self.profile, self.name = profile, profile.method
+    def __init__(self, profile: RasProfile, name: str | None = None) -> None:
+        self.profile, self.name = profile, name or profile.method
         self.value: Any = None
         self.prefills = False
         self._patch: Patch | None = None
         self._cache: Any = None
         self._mask: Any = None
+        self._checked: tuple[list, tuple] = [], ()  # `weights_of` the model when the profile was compared with it
 
     def decide(self, value: PerSequence) -> None:
         """Sets the value for this forward and for those to come with its cache. No host sync."""
@@ -75,17 +78,24 @@ class PromptState:
         `generate` calls of other threads wait for each other inside the block. Raises ValueError for another model's profile,
         and for a text model that was compiled by itself.
         """
-        self.profile.check(patch.model)
+        self._patch = patch
+        self.check_model()
         _refuse_compiled(patch.model, patch.text_model)
         cache_name(patch.text_model)  # or what is decided could not be found again
-        self._patch = patch
         with ExitStack() as stack:
-            self.name = stack.enter_context(_own_name(patch.text_model, self.profile.method))
+            self.name = stack.enter_context(_own_name(patch.text_model, self.name))
             stack.enter_context(patch.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
             stack.enter_context(patch.text_model.register_forward_hook(self._after_text))
             stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
-            stack.enter_context(replaced(patch.model, "generate", partial(_OneAtATime, patch.model)))
+            stack.enter_context(replaced(patch.model, "generate", partial(_Generate, self, patch.model)))
             yield self
+
+    def check_model(self) -> None:
+        """Raises ValueError where the model's weights or adapters have changed, and are no longer those of the profile."""
+        weights = weights_of(modules_of(self._patch.model))
+        if weights[1] != self._checked[1]:
+            self.profile.check(self._patch.model)
+            self._checked = weights
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._patch.applied:
@@ -115,15 +125,16 @@ class _Prefill:
             self.state.prefills = False
 
 
-class _OneAtATime:
+class _Generate:
     """Stands in for `generate`: a method's state is that of the forward that runs, so threads take turns, also with those that
-    answer by the engine or the reference."""
+    answer by the engine or the reference. A model that has become another one is refused."""
 
-    def __init__(self, model: nn.Module, generate: Callable[..., Any]) -> None:
-        self.model, self.generate = model, generate
+    def __init__(self, state: PromptState, model: nn.Module, generate: Callable[..., Any]) -> None:
+        self.state, self.model, self.generate = state, model, generate
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with lock_of(self.model):
+            self.state.check_model()
             return self.generate(*args, **kwargs)
 
 
@@ -139,22 +150,34 @@ def _refuse_compiled(model: nn.Module, text_model: nn.Module) -> None:
 
 
 @contextmanager
-def _own_name(text_model: nn.Module, method: str) -> Iterator[str]:
-    """A name that no other state of this model has: the method's, with a number where it is attached several times at once."""
+def _own_name(text_model: nn.Module, name: str) -> Iterator[str]:
+    """A name that no other state of this model has: `name`, with a number where it is in use several times at once."""
     names = _NAMES.setdefault(text_model, set())
-    name, number = method, 1
-    while name in names:
-        name, number = f"{method} {number + 1}", number + 1
-    names.add(name)
+    own, number = name, 1
+    while own in names:
+        own, number = f"{name} {number + 1}", number + 1
+    names.add(own)
     try:
-        yield name
+        yield own
     finally:
-        names.discard(name)
+        names.discard(own)
+
+
+class _StandIn:
+    """What is called in place of a model's method; the method itself where its block has ended before a later one's."""
+
+    def __init__(self, owner: nn.Module, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
+        self.before, self.method, self.make = owner.__dict__.get(name), getattr(owner, name), make
+        self.in_force = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.make(self.method) if self.in_force else self.method)(*args, **kwargs)
 
 
 @contextmanager
 def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
-    """Inside the block the model's method of this name, which `generate` calls, is replaced by `stand_in(method)`.
+    """Inside the block the model's method of this name, which `generate` calls, is replaced by `stand_in(method)`. Blocks may
+    end in any order.
 
     Raises RuntimeError for a model that has `generate` but no such method: a defence that relies on it would not see prompts.
     """
@@ -164,15 +187,17 @@ def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]
             raise RuntimeError(f"generate() of this version of transformers has no {name}, which this method relies on")
         yield
         return
-    before = owner.__dict__.get(name)
+    own = _StandIn(owner, name, stand_in)
     try:  # with the assignment, after which Ctrl-C may come at once
-        owner.__dict__[name] = stand_in(getattr(owner, name))
+        owner.__dict__[name] = own
         yield
     finally:
-        if before is None:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = before
+        own.in_force = False
+        while isinstance(top := owner.__dict__.get(name), _StandIn) and not top.in_force:
+            if top.before is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = top.before
 
 
 @contextmanager

@@ -265,3 +265,117 @@ def test_a_whole_model_that_was_compiled_before_is_defended(processor):
             expected, found = (one(**inputs, use_cache=False).logits for one in (model, compiled))
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found[:, -1], plain[:, -1], atol=1e-2)
+
+
+# Another profile, another model
+
+
+def constant(model, processor, alpha=5.0):
+    return from_vectors(model, processor, torch.randn(D), alpha, layers=[1, 2])
+
+
+def later(cache):
+    """A further question on this cache."""
+    ids = torch.cat([torch.ones(1, cache.get_seq_length(), dtype=torch.long), torch.tensor([[40, 41, 42]])], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+
+
+SWITCHES = {
+    "never to always": lambda model, processor: (projection(model, processor), constant(model, processor)),
+    "token to always": lambda model, processor: (projection(model, processor, per="token"), constant(model, processor)),
+    "weak to strong": lambda model, processor: (constant(model, processor, 1e-6), constant(model, processor)),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_cache_that_another_profile_judged_is_judged_anew(model, processor, switch):
+    before, after = SWITCHES[switch](model, processor)
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        cache = DynamicCache()
+        with ras_fast.methods.attach(patch, before):
+            model(**prompts(processor), past_key_values=cache)
+        fresh = copy.deepcopy(cache)
+        del fresh.__dict__["_ras_fast_kept"][next(n for n in fresh.__dict__["_ras_fast_kept"] if n != "regions")]
+        with ras_fast.methods.attach(patch, after) as method:
+            found = generate(model, later(cache))
+            assert method.risk.tolist() == [1.0]
+            assert torch.equal(found, generate(model, later(fresh)))
+
+
+def test_a_cache_that_was_judged_with_another_alpha_is_judged_anew(model, processor):
+    method = Projection(constant(model, processor))
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        cache = DynamicCache()
+        for alpha in (0.0, 5.0):
+            with method.attach(patch, alpha=torch.tensor([alpha])):
+                model(**(later(cache) if alpha else prompts(processor) | {"past_key_values": cache}))
+            assert method.risk.tolist() == [float(alpha != 0)]
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_cache_stays_judged_in_a_later_block_of_the_same_profile(model, processor, make):
+    profile = make(model, processor)
+    loaded = RasProfile(profile.method, dict(profile.config), {n: t.clone() for n, t in profile.tensors.items()})
+    loaded.fingerprint = profile.fingerprint
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        cache = DynamicCache()
+        with ras_fast.methods.attach(patch, profile):
+            model(**prompts(processor), past_key_values=cache)
+        with ras_fast.methods.attach(patch, loaded) as method:
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            assert method.risk is None  # a decode step judges nothing
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_model_that_becomes_another_one_inside_the_block_is_refused(processor, make):
+    """It may become itself again."""
+    model = endless_llava(processor, 3)
+    inputs, weights = prompts(processor), copy.deepcopy(model.state_dict())
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)):
+        generate(model, inputs)
+        model.load_state_dict({name: tensor + 1 for name, tensor in weights.items()})
+        with pytest.raises(ValueError, match="calibrated on another model"):
+            generate(model, inputs)
+        model.load_state_dict(weights)
+        generate(model, inputs)
+
+
+def test_an_adapter_that_is_switched_inside_the_block_is_refused(processor):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(endless_llava(processor, 3), lora, adapter_name="one").eval()
+    model.add_adapter("two", lora)
+    with ras_fast.patch(model.eval()) as patch, ras_fast.methods.attach(patch, constant(model, processor)):
+        generate(model, prompts(processor))
+        model.set_adapter("two")
+        with pytest.raises(ValueError, match="adapters: profile 'one"):
+            generate(model, prompts(processor))
+
+
+def test_a_model_is_compared_again_only_where_it_changed(model, processor, monkeypatch):
+    checks, check = [], RasProfile.check
+    monkeypatch.setattr(RasProfile, "check", lambda *arguments: checks.append(check(*arguments)))
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, autosteer(model, processor)):
+        for lengths in ((6,), (6, 6), (6,)):
+            generate(model, prompts(processor, lengths))
+    assert len(checks) == 1
+
+
+def test_blocks_may_end_in_any_order(model, processor):
+    """What is left is a method at work, and then a model as it was."""
+    inputs = prompts(processor)
+    first, last = ({name: inputs[name][:, cut] for name in ("input_ids", "attention_mask")} for cut in (slice(-1), slice(None)))
+    outer, inner = autosteer(model, processor), projection(model, processor)
+    outer.tensors["region_bias"], inner.tensors["region_bias"] = torch.ones(3, 4), torch.full((3, 4), 2.0)
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        blocks = [ras_fast.methods.attach(patch, profile) for profile in (outer, inner)]
+        _, method = (block.__enter__() for block in blocks)
+        blocks[0].__exit__(None, None, None)
+        cache = model(**first, pixel_values=inputs["pixel_values"], use_cache=True).past_key_values
+        assert patch.region_bias[0].tolist() == [2.0] * 4
+        method.risk = None
+        generate(model, last, past_key_values=cache)
+        assert method.risk is not None
+        blocks[1].__exit__(None, None, None)
+        assert not patch.region_bias
+    assert not {"generate", "_prefill", "_get_candidate_generator"} & set(vars(model))

@@ -236,6 +236,15 @@ def test_a_broken_image_is_at_full_risk_alone(model, batch):
     assert torch.equal(logits[1:], whole[1:])
 
 
+def test_the_gate_reads_in_full_precision_under_autocast(model):
+    method, found = AttentionRisk(profile_of(model)), torch.rand(4, 9)
+    risk, _ = method.assess(found, torch.ones(4, dtype=torch.bool))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = method.assess(found, torch.ones(4, dtype=torch.bool))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, risk)
+
+
 def test_other_statistics_are_not_disturbed(model, batch):
     """Whoever collects inside the block gets what it asked for, and the risk is the same."""
     profile = profile_of(model)
@@ -520,12 +529,13 @@ def test_profiles_whose_parts_do_not_fit(model):
         ({"attention_weights": torch.zeros(5)}, r"attention_weights has shape \(5,\); it needs to be \(9,\)"),
         ({"attention_bias": torch.zeros(2)}, "attention_bias"),
         ({"prototypes": torch.zeros(D)}, "prototypes have shape"),
+        ({"prototypes": torch.zeros(3, D)}, "prototypes have shape .* none 0"),
     ):
         with pytest.raises(ValueError, match=message):
             AttentionRisk(replace(good, tensors=good.tensors | changes))
     with pytest.raises(ValueError, match="needs to be 'attention'"):
         AttentionRisk(both)
-    for config in ({}, {"heads": []}, {"heads": "ab"}, {"heads": [[0.5, 0]] * 3}, {"heads": [3]}):
+    for config in ({}, {"heads": []}, {"heads": "ab"}, {"heads": [[0.5, 0]] * 3}, {"heads": [[0, True]] * 3}, {"heads": [3]}):
         with pytest.raises(ValueError, match=r"'heads' is .*; it needs to be a list of at least one \[layer, head\]"):
             AttentionRisk(RasProfile("attention", config, good.tensors | {"attention_weights": torch.zeros(0)}))
     for tensors, config, message in (
@@ -542,7 +552,7 @@ def test_models_that_do_not_fit(model, processor):
         for changed, message in (
             (replace(good, config={"heads": [[2, 1], [0, 3], [3, 0]]}), r"heads \[\[3, 0\]\] are not there"),
             (replace(good, config={"heads": [[2, 1], [0, 4], [1, 0]]}), "3 layers of 4 heads"),
-            (replace(good, tensors=good.tensors | {"prototypes": torch.zeros(3, D - 1)}), "d = 32"),
+            (replace(good, tensors=good.tensors | {"prototypes": torch.ones(3, D - 1)}), "d = 32"),
         ):
             with pytest.raises(ValueError, match=message):
                 ras_fast.methods.attach(patch, changed).__enter__()
@@ -558,7 +568,8 @@ def test_calibration_errors(model, processor):
         ([], "holds 0 questions with an image"),
         ([(None, unsafe, safe)], "holds 0 questions with an image"),
         ([(image, unsafe, safe, None)], "unsafe and safe ones are needed"),
-        (PAIRS[:4], "holds 4 pairs with an image; cross-validation needs at least 5"),
+        (PAIRS[:4], "holds 4 different pairs with an image; cross-validation needs at least 5"),
+        (PAIRS[:4] * 2, "holds 4 different pairs"),
         ([(image, unsafe)], r"pairs\[0\] has 2 entries"),
         ([(np.full((16, 16, 3), np.nan), unsafe, safe)], "NaN or infinite pixels"),
     ):

@@ -184,7 +184,7 @@ def test_a_gate_that_is_on_stays_on_for_the_cache(model, mixed, batch):
         more = {"input_ids": torch.randint(10, 60, (3, 4))}
         more["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
         model(**more, past_key_values=past)
-        gate = ras_fast.patching.cache_values.kept(past, "autosteer").tensor
+        gate = ras_fast.patching.cache_values.kept(past, mixed.digest()).tensor
         assert torch.equal(gate > 0, first | (steer.risk > 0.5))
         before = steer.risk
         model(**step_after(more), past_key_values=past)
@@ -210,7 +210,7 @@ def test_a_state_that_is_not_finite_switches_its_own_row_on(model, processor, ba
     assert steer.failed.tolist() == [False, True, False]
     assert steer.risk[1] == 1
     assert (steer.risk[[0, 2]] < 0.01).all()
-    gate = ras_fast.patching.cache_values.kept(past, "autosteer").tensor
+    gate = ras_fast.patching.cache_values.kept(past, never.digest()).tensor
     assert gate.tolist() == pytest.approx([0, EPSILON, 0])
 
 
@@ -220,6 +220,29 @@ def test_overflowing_logits_fail_closed():
     risk, failed = assess(prober, torch.tensor([[1e-38], [100.0]]))
     assert failed.tolist() == [False, True]
     assert risk[1] == 1
+
+
+def test_a_row_that_failed_is_turned_at_any_threshold(model, processor, batch):
+    highest = profile(model, processor, threshold=1 - 2**-24)
+    padded = batch | {"attention_mask": batch["attention_mask"].clone()}
+    padded["attention_mask"][0, -1] = 0
+    with ras_fast.patch(model) as patch, torch.no_grad():
+        plain = model(**padded).logits[:, -1]
+        with ras_fast.methods.attach(patch, highest) as steer:
+            steer.threshold = 1.0  # as if its risk were not above it
+            got = model(**padded).logits[:, -1]
+    assert steer.failed.tolist() == [True, False, False]
+    assert (got != plain).any(-1).tolist() == [True, False, False]
+
+
+def test_the_prober_reads_in_full_precision_under_autocast(model, processor, batch):
+    prober = AutoSteer(profile(model, processor)).prober
+    hidden = torch.randn(4, D)
+    risk, _ = assess(prober, hidden)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = assess(prober, hidden)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, risk)
 
 
 def test_assisted_decoding_is_refused(model, processor, mixed):
@@ -296,6 +319,10 @@ def test_a_decode_step_is_one_graph(model, mixed, batch):
         ({"strength": 0.0}, "strength is 0.0"),
         ({"strength": math.nan}, "'strength' is nan"),
         ({"threshold": 1.0}, "threshold 1.0"),
+        ({"threshold": 0.9999999999}, "threshold 0.9999999999"),
+        ({"strength": 1e-46}, "strength is 1e-46"),
+        ({"strength": 1e300}, "strength is 1e"),
+        ({"layer": True}, "layer is True"),
         ({"threshold": None}, "'threshold' is None; it needs to be a finite number"),
         ({"strength": "1"}, "'strength' is '1'"),
         ({"layer": "1"}, "layer is '1'; it needs to be the index"),
@@ -315,6 +342,11 @@ def test_tensors_are_checked(model, processor):
         AutoSteer(RasProfile("autosteer", made.config, made.tensors | {"refusal": torch.zeros(D, 5)}))
     with pytest.raises(ValueError, match=r"prober_out\.weight has shape"):
         AutoSteer(RasProfile("autosteer", made.config, made.tensors | {"prober_out.weight": torch.zeros(3, 8)}))
+    for rank in (None, 2):
+        made = profile(model, processor, rank=rank)
+        with pytest.raises(ValueError, match="refusal is 0; it needs to be another matrix"):
+            AutoSteer(RasProfile("autosteer", made.config, made.tensors | {"refusal": 0 * made.tensors["refusal"]}))
+    made = profile(model, processor)
     for name, tensor in (("prober_in.bias", torch.tensor(0.0)), ("refusal", torch.zeros(D)), ("refusal", torch.tensor(0.0))):
         with pytest.raises(ValueError, match="has shape"):
             AutoSteer(RasProfile("autosteer", made.config, made.tensors | {name: tensor}))
@@ -359,6 +391,32 @@ def test_prober_learns_a_direction_whatever_the_scale():
     assert not failed.any()
 
 
+def test_a_value_that_does_not_vary_in_calibration_does_not_decide():
+    """One rounding step of bfloat16 more or less in it is no event."""
+    torch.manual_seed(0)
+    direction = torch.randn(64)
+    safe, toxic = torch.randn(2, 200, 64) + torch.stack([-direction, direction])[:, None]
+    safe[:, 7] = toxic[:, 7] = 300
+    prober, _ = train_prober(safe, toxic, torch.arange(150), torch.arange(150, 200))
+    for step in (-2.0, 0.0, 2.0):
+        for states, harmful in ((safe[150:], False), (toxic[150:], True)):
+            states = states.clone()
+            states[:, 7] = 300 + step
+            assert ((assess(prober, states)[0] > 0.5) == harmful).float().mean() > 0.95
+    nearly = torch.tensor([[300.0, 1.0], [300.0, -1.0], [300.01, 0.0]])
+    assert autosteer._standard(nearly)[1].tolist() == pytest.approx([300 / 128, 1.0], rel=1e-3)
+
+
+def test_equal_pairs_are_on_one_side_of_the_split():
+    training, validation = autosteer._split(torch.arange(12).repeat(10), 0)
+    assert len(training) + len(validation) == 120
+    assert not set((training % 12).tolist()) & set((validation % 12).tolist())
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    training, validation = autosteer._split(torch.arange(20), 3)
+    assert torch.equal(torch.cat([validation, training]), order)
+    assert len(validation) == 4
+
+
 def test_the_epoch_is_chosen_on_validation_pairs_only():
     """Labels that are noise in training and in validation: a loss that never falls keeps an early epoch."""
     torch.manual_seed(0)
@@ -374,7 +432,9 @@ PAIRS += [(None, f"{random_words(80 + i, 2)} {UNSAFE}", random_words(90 + i, 5),
 
 @pytest.fixture
 def few_epochs(monkeypatch):
+    """At a rate at which they are enough."""
     monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 3)
+    monkeypatch.setattr(autosteer, "HEAD_RATE", 160)
 
 
 def calibrate(model, processor, pairs=PAIRS, **options):
@@ -397,7 +457,7 @@ def test_calibration_makes_a_profile_that_applies(model, processor, batch, few_e
 
 def test_captured_states_are_the_models_own(model, processor):
     """Whatever is batched together, padding and answers included."""
-    unsafe, _ = autosteer._queries(PAIRS, processor)
+    unsafe, *_ = autosteer._queries(PAIRS, processor)
     answer = [7, 9, 11]
     toxic, final = autosteer._capture(model, processor, unsafe, [0, 2], answer, 4, "", False)
     for i, query in enumerate(unsafe):
@@ -446,7 +506,7 @@ def test_a_layer_that_sees_no_difference_is_not_chosen(layer):
 def test_a_gate_that_tells_nothing_apart_is_refused(model, processor, monkeypatch):
     with pytest.raises(ValueError, match=r"layer is 0, but what enters layers \[0\] .* is the same"):
         calibrate(model, processor, layer=0)
-    same = [(None, "w1 w2", "w1 w2", None)] * 10
+    same = [(None, f"w1 w{i}", f"w1 w{i}", None) for i in range(10)]
     with pytest.raises(ValueError, match=r"what enters layers \[0, 1, 2\] .* is the same"):
         calibrate(model, processor, same)
     monkeypatch.setattr(autosteer, "_train_head", lambda *args: pytest.fail("the gate is known before the head"))
@@ -455,6 +515,12 @@ def test_a_gate_that_tells_nothing_apart_is_refused(model, processor, monkeypatc
     monkeypatch.setattr(autosteer, "train_prober", lambda *args, **options: (shut, {"loss": 0.5}))
     with pytest.raises(ValueError, match=r"layer 1, opens for 0% of the held-out unsafe questions .* no better than chance"):
         calibrate(model, processor, layer=1)
+
+
+@pytest.mark.parametrize("options", [{"strength": 0.001}, {"rank": 1, "strength": 64.0}], ids=str)
+def test_a_head_that_never_refuses_is_refused(model, processor, few_epochs, options):
+    with pytest.raises(ValueError, match=f"at strength {options['strength']} none of the held-out answers is the refusal"):
+        calibrate(model, processor, **options)
 
 
 def test_the_threshold_keeps_to_what_may_be_refused():
@@ -485,7 +551,8 @@ def test_full_rank_is_the_full_head_and_low_rank_says_what_it_keeps(model, proce
 def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_epochs, monkeypatch, tmp_path):
     expected = calibrate(model, processor)
     monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 1)  # as if stopped after the first epoch; the shuffle is by (seed, epoch)
-    calibrate(model, processor, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="none of the held-out answers"):
+        calibrate(model, processor, checkpoint=tmp_path)
     monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 3)
     monkeypatch.setattr(autosteer, "_capture", lambda *args: pytest.fail("the states were saved"))
     resumed = calibrate(model, processor, checkpoint=tmp_path)
@@ -503,6 +570,7 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
     ("changes", "message"),
     [
         ({"pairs": PAIRS[:9]}, "pairs holds 9"),
+        ({"pairs": PAIRS[:9] * 2}, "pairs holds 9 different"),
         ({"pairs": [*PAIRS, (None, "w1")]}, r"pairs\[14\] has 2 entries"),
         ({"pairs": [*PAIRS, (torch.full((4, 4), torch.nan), "w1", "w2")]}, "NaN or infinite pixels"),
         ({"layer": 9}, "layer is 9"),

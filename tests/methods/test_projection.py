@@ -134,6 +134,16 @@ def test_constant(model, processor, batch, mode):
     assert not torch.equal(got, plain)
 
 
+def test_a_sequence_that_is_not_steered_is_at_no_risk(model, processor, batch):
+    condition = Condition(1, DIRECTION, -1e9, measure="projection")
+    for profile in (from_vectors(model, processor, VECTORS, condition=at) for at in (None, condition)):
+        with torch.no_grad(), ras_fast.patch(model) as patch:
+            with Projection(profile).attach(patch, alpha=torch.tensor([0.0, 5.0, -5.0])) as method:
+                model(**batch)
+            assert method.risk.tolist() == [0.0, 1.0, 1.0]
+            assert not method.failed.any()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_strength_for_each_sequence(model, processor, batch, mode):
     skip_mixed_beams(MODES[mode])
@@ -266,6 +276,15 @@ def test_a_condition_that_cannot_be_computed_steers(model, processor, batch, bro
     expected[off] = 1
     assert torch.equal(method.risk, expected)
     assert method.failed.tolist() == [i == off for i in range(3)]
+
+
+def test_a_cosine_whose_norm_overflows_steers(model, processor):
+    condition = Condition(1, DIRECTION, 0.9)
+    cosine, plain = (from_vectors(model, processor, VECTORS, condition=condition) for _ in range(2))
+    plain.config["condition"]["measure"] = "projection"
+    dots = torch.tensor([[3e19, torch.inf], [0.5, 1.0]])
+    assert [found.tolist() for found in Projection(cosine).holds(dots)] == [[True, False], [True, False]]
+    assert [found.tolist() for found in Projection(plain).holds(dots)] == [[True, False], [False, False]]
 
 
 def test_an_error_inside_leaves_nothing_behind(model, processor, batch):
@@ -423,6 +442,13 @@ def test_vectors_that_do_not_fit(model, processor, arguments, message):
         ({"alpha": "1"}, "'alpha' is '1'"),
         ({"layers": "2"}, "layers is '2'; it needs to be a list"),
         ({"layers": [2.0, 3]}, "layers is"),
+        ({"layers": [True, 3]}, "layers is"),
+        ({"layers": [2, 2]}, r"layers is \[2, 2\]; each needs to be there once"),
+        ({"alpha": 1e-46}, "alpha is 1e-46; it needs to be another number, not 0 in float32"),
+        ({"alpha": 1e300}, r"alpha is 1e\+300; it needs to be finite in float32"),
+        ({"condition": {"layer": 1, "threshold": 0.0, "above": "no"}}, "the condition's above is 'no'"),
+        ({"condition": {"layer": 1, "threshold": 0.0, "above": None}}, "the condition's above is None"),
+        ({"condition": {"layer": True, "threshold": 0.0}}, "the condition's layer is True"),
         ({"condition": None}, "condition is None, and its direction there"),
         ({"condition": {"threshold": 0.0}}, "layer and threshold with them"),
         ({"condition": {"layer": 1, "threshold": None}}, "'threshold' is None"),
@@ -461,7 +487,8 @@ def test_models_that_do_not_fit(model, processor, batch):
     with ras_fast.patch(other) as patch, pytest.raises(ValueError, match=r"layers 0\.\.1"):
         Projection(profile).attach(patch).__enter__()
     with ras_fast.patch(model) as patch:
-        for alpha in (torch.tensor([1.0, torch.nan]), torch.tensor(1.0), torch.zeros(0), [1.0], 1.0):
+        unusable = torch.tensor([1.0, torch.nan]), torch.tensor([1e300], dtype=torch.float64), torch.tensor(1.0), torch.zeros(0)
+        for alpha in (*unusable, [1.0], 1.0):
             with pytest.raises(ValueError, match=r"alpha is .* a tensor \[B\] of finite values"):
                 Projection(profile).attach(patch, alpha=alpha).__enter__()
         with Projection(profile).attach(patch, alpha=torch.ones(2)), pytest.raises(ValueError, match="2 sequences; this"):

@@ -1,0 +1,29 @@
+"""Which calibration pairs are equal: held-out ones that are also trained on would say nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ras_fast.inputs import Query
+
+
+def digest(queries: Sequence[Query]) -> str:
+    """16 hex digits of the queries' messages and images."""
+    found = hashlib.sha256()
+    for query in queries:
+        found.update(json.dumps(query.messages).encode())
+        for image in query.images:
+            found.update(f"{image.size}".encode() + image.tobytes())
+    return found.hexdigest()[:16]
+
+
+def groups_of_equal(unsafe: Sequence[Query], safe: Sequence[Query]) -> Tensor:
+    """A number for each pair of questions, [n] int64, the same for equal ones; counted from 0 as they first appear."""
+    numbers: dict[str, int] = {}
+    found = [numbers.setdefault(digest(pair), len(numbers)) for pair in zip(unsafe, safe, strict=True)]
+    return torch.tensor(found, dtype=torch.int64)

@@ -47,8 +47,8 @@ inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor
   args.dim = query.size(3);
   args.kv_heads = key.size(1);
   args.length_k = key.size(2);
-  args.query = query.data_ptr();
-  args.key = key.data_ptr();
+  args.query = data_of<const void>(query);
+  args.key = data_of<const void>(key);
   for (int i = 0; i < 3; ++i) {
     args.query_stride[i] = query.stride(i);
     args.key_stride[i] = key.stride(i);
@@ -57,16 +57,16 @@ inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor
   args.softcap = float(softcap);
   args.causal = is_causal;
   args.window = window;
-  args.kv_start = data<const int32_t>(kv_start);
-  args.kv_end = data<const int32_t>(kv_end);
+  args.kv_start = data_of<const int32_t>(kv_start);
+  args.kv_end = data_of<const int32_t>(kv_end);
   args.num_regions = num_regions;
   if (region_ids) {
-    args.region_ids = data<const int32_t>(region_ids);
+    args.region_ids = data_of<const int32_t>(region_ids);
     args.region_stride = region_ids->stride(0);
   }
   if (!region_bias) return;
   const bool batched = region_bias->dim() == 3;  // a bias without a batch serves all
-  args.region_bias = data<const float>(region_bias);
+  args.region_bias = data_of<const float>(region_bias);
   args.bias_batch_stride = batched ? region_bias->stride(0) : 0;
   args.bias_head_stride = region_bias->stride(batched ? 1 : 0);
 }
@@ -75,9 +75,9 @@ inline void set_values(ValueArgs& args, const Tensor& query, const Tensor& key, 
   STD_TORCH_CHECK(rows_contiguous(value) && same_sizes(key, value) && raw_dtype(key) == raw_dtype(value) &&
                       (!sinks || (is(*sinks, aoti_torch_dtype_float32(), {query.size(1)}) && rows_contiguous(*sinks))),
                   "ras_fast attention: value must be like key, sinks contiguous [Hq] float32");
-  args.value = value.data_ptr();
+  args.value = data_of<const void>(value);
   for (int i = 0; i < 3; ++i) args.value_stride[i] = value.stride(i);
-  args.sinks = data<const float>(sinks);
+  args.sinks = data_of<const float>(sinks);
 }
 
 }  // namespace ras::cpu

@@ -17,7 +17,7 @@ AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& 
   AttentionStatsArgs args{};
   set_attention(args, query, key, rows, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
                 region_bias);
-  args.lse = data<float>(lse);
+  args.lse = data_of<const float>(lse);
   args.rows = rows;
   return args;
 }
@@ -61,13 +61,13 @@ int64_t most_chunks(int64_t size) { return 1 + kMaxParts / std::max<int64_t>(siz
 
 // Scores, and masses where args.mass is set: the keys are shared out, and each chunk of them sums masses of its own.
 void scan_keys(AttentionStatsArgs& args, const std::string& reduce, const Tensor& mass, const Tensor& scores) {
-  args.scores = data<float>(scores);
+  args.scores = data_of<float>(scores);
   args.reduce = reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : Reduce::max;
   const int64_t groups = args.batch * args.kv_heads, size = mass.numel();
   if (args.rows == 0 || groups == 0 || args.length_k == 0) return;
   const Chunks chunks(groups, args.length_k, kMinKeys, most_chunks(size));
   const Tensor parts = zeros({chunks.count - 1, size});  // of every chunk but the first
-  float *const total = data<float>(mass), *const part = data<float>(parts);
+  float *const total = data_of<float>(mass), *const part = data_of<float>(parts);
   auto* kernel = pick_attention_stats();
   chunks.run([&](int64_t group, int64_t chunk, int64_t begin, int64_t end) {
     kernel(args, {group, 0, args.rows, begin, end}, chunk == 0 ? total : part + (chunk - 1) * size);
@@ -90,7 +90,7 @@ Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, co
   if (mass_rows == 0 || groups == 0) return mass;
   auto* kernel = pick_attention_stats();
   Chunks(groups, mass_rows, kMinRows).run([&](int64_t group, int64_t, int64_t begin, int64_t end) {
-    kernel(args, {group, begin, end, 0, args.length_k}, data<float>(mass));
+    kernel(args, {group, begin, end, 0, args.length_k}, data_of<float>(mass));
   });
   return mass;
 }

@@ -30,14 +30,14 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
   args.splits = std::max<int64_t>(1, (args.length_k + args.split_keys - 1) / args.split_keys);
   args.partial_size = 2 + num_regions + (args.dim + 63) / 64 * 64;  // any ISA's pair divides 64
   const Tensor partials = empty_float({args.batch * args.heads * args.splits, args.partial_size});
-  args.partials = data<float>(partials);
+  args.partials = data_of<float>(partials);
 
   Tensor out = empty({args.batch, args.heads, 1, args.dim}, raw_dtype(query));
   Tensor lse = empty_float({args.batch, args.heads, 1});
   Tensor mass = empty_float({args.batch, args.heads, mass_rows, num_regions});
-  args.out = out.data_ptr();
-  args.lse = data<float>(lse);
-  args.mass = mass_rows && region_ids ? data<float>(mass) : nullptr;
+  args.out = data_of<void>(out);
+  args.lse = data_of<float>(lse);
+  args.mass = mass_rows && region_ids ? data_of<float>(mass) : nullptr;
 
   auto* split = pick_decode_split();
   torch::stable::parallel_for(0, groups * args.splits, 1, [&](int64_t begin, int64_t end) {

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace ras::cpu {
 

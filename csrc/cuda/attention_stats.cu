@@ -18,7 +18,7 @@ template <typename T>
 StatsArgs<T> stats_args(const Tensor& lse, const ScoreArgs<T>& score) {
   StatsArgs<T> a{};
   a.score = score;
-  a.lse = static_cast<const float*>(lse.const_data_ptr());
+  a.lse = data_of<const float>(lse);
   a.lse_stride = strides_of(lse);
   return a;
 }
@@ -28,10 +28,10 @@ template <typename T, typename Start>
 void with_mass_parts(StatsArgs<T>& a, const Tensor& mass, const Tensor& on, Start&& start) {
   const int parts = a.splits * kBlockWarps;
   const Tensor part = new_float(on, {mass.numel() ? parts : 0, mass.numel()});
-  a.part = floats_of(part);
+  a.part = data_of<float>(part);
   start();
   if (!mass.numel()) return;
-  const SumArgs sum{a.part, floats_of(mass), mass.numel(), parts};
+  const SumArgs sum{a.part, data_of<float>(mass), mass.numel(), parts};
   launch(sum_parts, sum, unsigned((sum.size + 255) / 256), 256, 0, on);
 }
 
@@ -55,7 +55,7 @@ void run_keys(const Tensor& query, StatsArgs<T> a, Reduce reduce, const Tensor& 
   score.packed_rows = rows * score.pack;
   a.sets = score.group / score.pack;
   a.splits = plan_splits(int64_t(a.sets) * score.kv_heads * score.batch, score.keys, query);
-  a.scores = floats_of(scores);
+  a.scores = data_of<float>(scores);
   a.reduce = reduce;
   with_mass_parts(a, mass, query, [&] {
     with_key_kernel<T>(score.dim, mass.numel() != 0, [&](auto kernel) {

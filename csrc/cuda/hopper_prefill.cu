@@ -24,7 +24,7 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 
 template <typename T>
 CUtensorMap panels_of(const Tensor& tensor, int box_rows, const char* name) {
-  const MappedTensor mapped{tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
+  const MappedTensor mapped{data_of<const void>(tensor), tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
                             {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
   CUtensorMap map;
   const CUresult result = encode_panels<T>(tensor_map_encoder(), &map, mapped, box_rows);
@@ -40,16 +40,16 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
   a.query = panels_of<T>(query, kPrefillRows, "query");
   a.key = panels_of<T>(key, kPrefillKeys, "key");
   a.value = panels_of<T>(value, kPrefillKeys, "value");
-  a.out = static_cast<T*>(out.mutable_data_ptr());
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  a.out = data_of<T>(out);
+  a.lse = data_of<float>(lse);
   a.group = int(query.size(1) / key.size(1));
   a.query_rows = int(query.size(2));
   a.keys = int(key.size(2));
   a.causal = causal;
   a.scale_log2 = float(scale) * kLog2e;
   if (mass.numel() > 0) {
-    a.mass = static_cast<float*>(mass.mutable_data_ptr());
-    a.region_ids = static_cast<const int32_t*>(ids->const_data_ptr());
+    a.mass = data_of<float>(mass);
+    a.region_ids = data_of<const int32_t>(ids);
     a.ids_batch_stride = ids->stride(0);
     a.regions = int(mass.size(3));
     a.mass_rows = int(mass.size(2));
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
   STD_TORCH_CHECK(heads <= 65535 && batch <= 65535, "ras_fast: batch or heads are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const std::tuple<Tensor, Tensor, Tensor> result{
-      new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query)),
+      new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}),
       new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, num_regions})};
   if (batch * heads * rows == 0) return result;
   // The driver's encoder wants a current context, which a thread that has not called the run-time yet does not have.
@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
                         std::get<2>(result));
   };
   switch (dtype_of(query)) {
-    case DType::kFloat16: start(__half{}); break;
-    case DType::kBFloat16: start(__nv_bfloat16{}); break;
+    case DType::f16: start(__half{}); break;
+    case DType::bf16: start(__nv_bfloat16{}); break;
     default: STD_TORCH_CHECK(false, "ras_fast: hopper_prefill takes float16 or bfloat16 queries");
   }
   return result;

@@ -62,7 +62,7 @@ int64_t most_chunks(int64_t size) { return 1 + kMaxParts / std::max<int64_t>(siz
 // Scores, and masses where args.mass is set: the keys are shared out, and each chunk of them sums masses of its own.
 void scan_keys(AttentionStatsArgs& args, const std::string& reduce, const Tensor& mass, const Tensor& scores) {
   args.scores = data_of<float>(scores);
-  args.reduce = reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : Reduce::max;
+  args.reduce = reduce_of(reduce);
   const int64_t groups = args.batch * args.kv_heads, size = mass.numel();
   if (args.rows == 0 || groups == 0 || args.length_k == 0) return;
   const Chunks chunks(groups, args.length_k, kMinKeys, most_chunks(size));

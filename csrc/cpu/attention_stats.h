@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
+#include "common/reduce.h"
 #include "cpu/attention_args.h"
 #include "cpu/dispatch.h"
 
 namespace ras::cpu {
-
-enum class Reduce : int { mean, sum, max };
 
 struct AttentionStatsArgs : AttentionArgs {
   const float* lse;  // [B, Hq, Lq], contiguous

@@ -68,6 +68,13 @@ inline int plan_splits(int64_t blocks, int keys, const Tensor& on) {
   return int(std::clamp<int64_t>(std::min(wanted, most), 1, 128));
 }
 
+// What attention writes: out [B, Hq, Lq, D], laid out as [B, Lq, Hq, D], LSE [B, Hq, Lq] and masses [B, Hq, mass_rows, R].
+inline std::tuple<Tensor, Tensor, Tensor> new_outputs(const Tensor& query, int64_t mass_rows, int64_t regions) {
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  return {new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}),
+          new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, regions})};
+}
+
 template <typename Run>
 void with_half_type(const Tensor& tensor, Run&& run) {
   switch (dtype_of(tensor)) {

@@ -44,20 +44,15 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     int64_t window, double softcap, const MaybeTensor& sinks,
                                                     const MaybeTensor& region_bias, int64_t mass_rows) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2);
-  const int64_t dim = query.size(3);
-  const std::tuple<Tensor, Tensor, Tensor> result{new_strided(query, {batch, heads, rows, dim},
-                                                              {rows * heads * dim, dim, heads * dim, 1}),
-                                                  new_float(query, {batch, heads, rows}),
-                                                  new_float(query, {batch, heads, mass_rows, num_regions})};
-  if (batch * heads * rows == 0) return result;
+  const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);
+  if (lse.numel() == 0) return {out, lse, mass};
   const Masks masks{scale, is_causal, kv_start, kv_end, window, softcap};
   with_half_type(query, [&](auto zero) {
     using T = decltype(zero);
-    const auto score = score_args<T>(query, key, region_ids, num_regions, masks, region_bias, rows);
-    run_decode<T>(query, key, value, score, sinks, mass_rows, std::get<0>(result), std::get<1>(result), std::get<2>(result));
+    const auto score = score_args<T>(query, key, region_ids, num_regions, masks, region_bias, query.size(2));
+    run_decode<T>(query, key, value, score, sinks, mass_rows, out, lse, mass);
   });
-  return result;
+  return {out, lse, mass};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {

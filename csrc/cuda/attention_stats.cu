@@ -2,17 +2,11 @@
 // are in attention_stats.cuh. Which calls come here is decided in ras_fast/ops/attention_cuda.py.
 #include "attention_stats.cuh"
 
-#include <string>
-
 #include "attention_args.h"
 #include "tensor.h"
 
 namespace ras::cuda {
 namespace {
-
-Reduce reduce_of(const std::string& name) {
-  return name == "mean" ? Reduce::kMean : name == "sum" ? Reduce::kSum : Reduce::kMax;
-}
 
 template <typename T>
 StatsArgs<T> stats_args(const Tensor& lse, const ScoreArgs<T>& score) {
@@ -69,15 +63,15 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& query, const Tensor& key, co
                                       int64_t regions, bool masses, int64_t rows, const std::string& reduce, const Masks& masks,
                                       const MaybeTensor& region_bias) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const std::tuple<Tensor, Tensor> result{new_float(query, {query.size(0), query.size(1), rows, masses ? regions : 0}),
-                                          new_float(query, {query.size(0), query.size(1), key.size(2)})};
-  if (std::get<0>(result).numel() + std::get<1>(result).numel() == 0) return result;
+  const Tensor mass = new_float(query, {query.size(0), query.size(1), rows, masses ? regions : 0});
+  const Tensor scores = new_float(query, {query.size(0), query.size(1), key.size(2)});
+  if (mass.numel() + scores.numel() == 0) return {mass, scores};
   with_half_type(query, [&](auto zero) {
     using T = decltype(zero);
     const auto score = score_args<T>(query, key, region_ids, regions, masks, region_bias, rows);
-    run_keys<T>(query, stats_args<T>(lse, score), reduce_of(reduce), std::get<0>(result), std::get<1>(result));
+    run_keys<T>(query, stats_args<T>(lse, score), reduce_of(reduce), mass, scores);
   });
-  return result;
+  return {mass, scores};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cudaTypedefs.h>
 
+#include "attention_args.h"
 #include "tensor.h"
 
 namespace ras::cuda {
@@ -67,29 +68,21 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
                                                   bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
                                                   int64_t window, double softcap, const MaybeTensor& sinks,
                                                   const MaybeTensor& region_bias, int64_t mass_rows) {
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  const int64_t dim = query.size(3);
   STD_TORCH_CHECK(!kv_start && !kv_end && window == 0 && softcap == 0 && !sinks && !region_bias && scale > 0,
                   "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or region_bias");
   STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)), "ras_fast: hopper_prefill takes head dimensions 64 and 128, not ", dim);
-  STD_TORCH_CHECK(heads <= 65535 && batch <= 65535, "ras_fast: batch or heads are too many for one launch");
+  STD_TORCH_CHECK(query.size(1) <= 65535 && query.size(0) <= 65535, "ras_fast: batch or heads are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const std::tuple<Tensor, Tensor, Tensor> result{
-      new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}),
-      new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, num_regions})};
-  if (batch * heads * rows == 0) return result;
+  const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);
+  if (lse.numel() == 0) return {out, lse, mass};
   // The driver's encoder wants a current context, which a thread that has not called the run-time yet does not have.
   check(cudaSetDevice(query.get_device_index()), "device");
   STD_TORCH_CHECK(key.size(2) > 0, "ras_fast: hopper_prefill needs at least one key");
-  const auto start = [&](auto zero) {
-    run<decltype(zero)>(query, key, value, region_ids, scale, is_causal, std::get<0>(result), std::get<1>(result),
-                        std::get<2>(result));
-  };
-  switch (dtype_of(query)) {
-    case DType::f16: start(__half{}); break;
-    case DType::bf16: start(__nv_bfloat16{}); break;
-    default: STD_TORCH_CHECK(false, "ras_fast: hopper_prefill takes float16 or bfloat16 queries");
-  }
-  return result;
+  with_half_type(query, [&](auto zero) {
+    run<decltype(zero)>(query, key, value, region_ids, scale, is_causal, out, lse, mass);
+  });
+  return {out, lse, mass};
 }
 
 }  // namespace

@@ -15,19 +15,6 @@ namespace {
 constexpr int kRows = 6;
 constexpr int kBlock = 2 * kLanes;
 
-template <class T>
-float to_float(T value) {
-  return widen(T{}, vhalf{} + value.bits)[0];
-}
-inline float to_float(float value) { return value; }
-
-template <class T>
-void widen_row(float* to, const T* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = to_float(from[i]);
-}
-
 // Keys of one block: positions (−1 past the block's end) and their transposed values.
 struct KeyBlock {
   int count = 0, runs = 0;  // keys, and runs of keys of one region
@@ -128,12 +115,12 @@ void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float
   }
 }
 
-// The rows of the group's heads as floats, [heads of the group][rows][D].
+// The rows of the group's heads as floats, [heads of the group][rows][D], and room for the whole vectors of the last.
 template <class T>
 float* widen_queries(const AttentionStatsArgs& args, const StatsWork& work) {
   const int64_t per_group = args.heads / args.kv_heads, count = work.row_end - work.row_begin;
   const int64_t batch = work.group / args.kv_heads, first_head = work.group % args.kv_heads * per_group;
-  float* queries = static_cast<float*>(std::malloc(per_group * count * args.dim * sizeof(float)));
+  float* queries = static_cast<float*>(std::malloc((per_group * count * args.dim + kLanes) * sizeof(float)));
   for (int64_t i = 0; i < per_group * count; ++i) {
     const int64_t index = args.length_q - args.rows + work.row_begin + i % count;
     const T* row = static_cast<const T*>(args.query) + batch * args.query_stride[0] +
@@ -214,11 +201,7 @@ void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work
 }  // namespace
 
 void attention_stats(const AttentionStatsArgs& args, const StatsWork& work, float* mass) {
-  switch (args.dtype) {
-    case DType::f32: return attention_stats_typed<float>(args, work, mass);
-    case DType::bf16: return attention_stats_typed<bf16>(args, work, mass);
-    default: return attention_stats_typed<f16>(args, work, mass);
-  }
+  for_dtype(args.dtype, [&](auto zero) { attention_stats_typed<decltype(zero)>(args, work, mass); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
   torch::stable::parallel_for(0, groups * args.splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) split(args, item / args.splits, item % args.splits);
   });
-  pick_decode_merge()(args, 0, args.batch * args.heads);
+  pick_decode_merge()(args);
   return {out, lse, mass};
 }
 

@@ -17,8 +17,6 @@ namespace {
 constexpr int kHeads = 4;          // query heads that share one pass over a key or value row
 constexpr int64_t kKeyBlock = 32;  // key or value rows that stay in L1 while heads and columns are walked
 
-int64_t padded(int64_t count) { return (count + kPair - 1) / kPair * kPair; }
-
 // Views into one head's partial result.
 struct Partial {
   float *peak, *total, *mass, *out;
@@ -225,8 +223,8 @@ void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
 }
 
 template <class T>
-void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
+void merge_typed(const DecodeArgs& args) {
+  for (int64_t row = 0; row < args.batch * args.heads; ++row) {
     const float sink = args.sinks ? args.sinks[row % args.heads] : -INFINITY;
     float peak = sink;
     for (int64_t s = 0; s < args.splits; ++s) {
@@ -269,19 +267,11 @@ void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void decode_split(const DecodeArgs& args, int64_t group, int64_t split) {
-  switch (args.dtype) {
-    case DType::f32: return split_typed<float>(args, group, split);
-    case DType::bf16: return split_typed<bf16>(args, group, split);
-    default: return split_typed<f16>(args, group, split);
-  }
+  for_dtype(args.dtype, [&](auto zero) { split_typed<decltype(zero)>(args, group, split); });
 }
 
-void decode_merge(const DecodeArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32: return merge_typed<float>(args, begin, end);
-    case DType::bf16: return merge_typed<bf16>(args, begin, end);
-    default: return merge_typed<f16>(args, begin, end);
-  }
+void decode_merge(const DecodeArgs& args) {
+  for_dtype(args.dtype, [&](auto zero) { merge_typed<decltype(zero)>(args); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

@@ -70,13 +70,6 @@ void multiply(int rows, const float* a, int64_t a_stride, const float* b, int64_
   }
 }
 
-template <class T>
-void widen_row(float* to, const T* from, int64_t count, float factor = 1) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * factor);
-  if (i < count) store(to + i, load(from + i, int(count - i)) * factor);
-}
-
 // v[i][j] becomes v[j][i]; neighbours at each distance trade halves.
 template <int kStep = kLanes / 2>
 void transpose(vfloat* v) {
@@ -282,13 +275,7 @@ class Tile {
       T* out = static_cast<T*>(args.out) + ((batch * args.length_q + index(p)) * args.heads + head(p)) * args.dim;
       for (int64_t d = 0; d < args.dim; d += kLanes) {
         const vfloat value = load(work.out + p * width + d) * share;
-        if (d + kLanes <= args.dim) {
-          store(out + d, value);
-        } else {
-          T part[kLanes];
-          store(part, value);
-          std::memcpy(out + d, part, (args.dim - d) * sizeof(T));
-        }
+        d + kLanes <= args.dim ? store(out + d, value) : store(out + d, value, int(args.dim - d));
       }
       if (!weighed(p)) continue;
       const int64_t row = index(p) - (args.length_q - args.mass_rows);
@@ -301,11 +288,7 @@ class Tile {
 }  // namespace
 
 void prefill(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end) {
-  switch (args.dtype) {
-    case DType::f32: return Tile<float>(args, group, row_begin, row_end).run();
-    case DType::bf16: return Tile<bf16>(args, group, row_begin, row_end).run();
-    default: return Tile<f16>(args, group, row_begin, row_end).run();
-  }
+  for_dtype(args.dtype, [&](auto zero) { Tile<decltype(zero)>(args, group, row_begin, row_end).run(); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

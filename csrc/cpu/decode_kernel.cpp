@@ -8,8 +8,8 @@
 
 #include <cstdlib>
 
+#include "cpu/attention_view.h"
 #include "cpu/pair.h"
-#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
@@ -190,10 +190,10 @@ void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
   float* q = static_cast<float*>(std::malloc((heads * width + heads * key_room) * sizeof(float)));
   float* scores = q + heads * width;
   for (int64_t h = 0; h < heads; ++h) {
-    const T* row = static_cast<const T*>(args.query) + batch * args.query_stride[0] + (kv_head * heads + h) * args.query_stride[1];
+    const T* row = row_of<T>(args.query, args.query_stride, batch, kv_head * heads + h);
     each_pair(args.dim, [&](int64_t i, auto count) { store_pair(q + h * width + i, load_pair(row + i, count)); });
   }
-  const T* key = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
+  const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head);
   for (int64_t k = 0; k < keys; k += kKeyBlock) {
     const int64_t count = keys - k < kKeyBlock ? keys - k : kKeyBlock;
     each_head_block(heads, [&](int64_t h, auto n) {
@@ -201,16 +201,13 @@ void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
                            scores + h * key_room + k, key_room);
     });
   }
-  const int32_t* ids = args.region_ids ? args.region_ids + batch * args.region_stride + low : nullptr;
+  const int32_t* ids = ids_of(args, batch, low);
   for (int64_t h = 0; h < heads; ++h) {
     Partial partial(args, first_row + h, split);
-    const float* bias = args.region_bias ? args.region_bias + batch * args.bias_batch_stride +
-                                               (kv_head * heads + h) * args.bias_head_stride
-                                         : nullptr;
-    softmax(args, ids, bias, scores + h * key_room, keys, partial);
+    softmax(args, ids, bias_of(args, batch, kv_head * heads + h), scores + h * key_room, keys, partial);
   }
   if (args.mass) sum_regions(args, ids, scores, key_room, keys, first_row, heads, split);
-  const T* value = static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1];
+  const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head);
   const int64_t out_stride = args.splits * args.partial_size;
   for (int64_t k = 0; k < keys; k += kKeyBlock) {
     const int64_t count = keys - k < kKeyBlock ? keys - k : kKeyBlock;

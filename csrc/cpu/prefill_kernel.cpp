@@ -15,8 +15,8 @@
 
 #include <cstdlib>
 
+#include "cpu/attention_view.h"
 #include "cpu/vec.h"
-#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
@@ -111,7 +111,7 @@ class Tile {
   Tile(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
       : args(args), batch(group / args.kv_heads), kv_head(group % args.kv_heads), heads(args.heads / args.kv_heads),
         row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)), valid(args, batch), work(args, heads * count) {
-    ids = args.region_ids ? args.region_ids + batch * args.region_stride : nullptr;
+    ids = ids_of(args, batch);
   }
 
   void run() {
@@ -148,8 +148,7 @@ class Tile {
 
   void begin() {
     for (int64_t p = 0; p < heads * count; ++p) {
-      const T* query = static_cast<const T*>(args.query) + batch * args.query_stride[0] + head(p) * args.query_stride[1] +
-                       index(p) * args.query_stride[2];
+      const T* query = row_of<T>(args.query, args.query_stride, batch, head(p), index(p));
       widen_row(work.query + p * width, query, args.dim, args.softcap ? args.scale : args.scale * kLog2e);
       std::memset(work.out + p * width, 0, width * sizeof(float));
       if (args.mass) std::memset(work.mass + p * args.num_regions, 0, args.num_regions * sizeof(float));
@@ -162,8 +161,8 @@ class Tile {
 
   // Keys [block, block + keys): transposed keys [D][kBlock], values [kBlock][width], regions. What is past the end is 0.
   void load_block(int64_t block, int keys) {
-    const T* key = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
-    const T* value = static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1];
+    const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head);
+    const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head);
     for (int k = 0; k < kBlock; k += kLanes) {
       for (int64_t d = 0; d < args.dim; d += kLanes) {
         const int dims = int(args.dim - d < kLanes ? args.dim - d : kLanes);
@@ -185,7 +184,7 @@ class Tile {
       run_of[runs - 1].end = k + 1;
     }
     for (int64_t h = 0; args.region_bias && h < heads; ++h) {
-      const float* bias = args.region_bias + batch * args.bias_batch_stride + (kv_head * heads + h) * args.bias_head_stride;
+      const float* bias = bias_of(args, batch, kv_head * heads + h);
       for (int run = 0; run < runs; ++run) {
         for (int k = run_of[run].begin; k < run_of[run].end; ++k) {
           work.bias[h * kBlock + k] = run_of[run].region < 0 ? 0 : bias[run_of[run].region] * kLog2e;

@@ -1,14 +1,14 @@
 // What every attention launcher refuses (ras_fast/ops/attention.py names the argument), and how it fills its kernel's arguments.
 #pragma once
 
+#include "common/masks.h"
 #include "cpu/attention_args.h"
 #include "cpu/tensor.h"
 
 namespace ras::cpu {
 
-inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows, const MaybeTensor& kv_start,
-                            const MaybeTensor& kv_end, const MaybeTensor& region_ids, int64_t num_regions,
-                            const MaybeTensor& region_bias) {
+inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows, const MaybeTensor& region_ids,
+                            int64_t num_regions, const Masks& masks, const MaybeTensor& region_bias) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && rows_contiguous(query) && rows_contiguous(key) &&
                       raw_dtype(query) == raw_dtype(key) && key.size(0) == query.size(0) && key.size(3) == query.size(3) &&
                       key.size(1) > 0 && query.size(1) % key.size(1) == 0 && rows >= 0 && rows <= query.size(2),
@@ -19,7 +19,8 @@ inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows
   const auto bound = [&](const MaybeTensor& tensor) {
     return !tensor || (is(*tensor, int32, {batch}) && rows_contiguous(*tensor));
   };
-  STD_TORCH_CHECK(bound(kv_start) && bound(kv_end), "ras_fast attention: kv_start and kv_end must be contiguous [B] int32");
+  STD_TORCH_CHECK(bound(masks.start) && bound(masks.end),
+                  "ras_fast attention: kv_start and kv_end must be contiguous [B] int32");
   STD_TORCH_CHECK(!region_ids || (is(*region_ids, int32, {batch, key.size(2)}) && rows_contiguous(*region_ids)),
                   "ras_fast attention: region_ids must be [B, Lk] int32");
   STD_TORCH_CHECK(region_ids || num_regions == 0, "ras_fast attention: num_regions must be 0 without region_ids");
@@ -36,10 +37,9 @@ inline void guard_lse(const Tensor& lse, const Tensor& query) {
 
 // Guards and fills what every attention kernel's arguments have; rows: how many have their statistics taken.
 inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor& key, int64_t rows,
-                          const MaybeTensor& region_ids, int64_t num_regions, double scale, bool is_causal,
-                          const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window, double softcap,
+                          const MaybeTensor& region_ids, int64_t num_regions, const Masks& masks,
                           const MaybeTensor& region_bias) {
-  guard_attention(query, key, rows, kv_start, kv_end, region_ids, num_regions, region_bias);
+  guard_attention(query, key, rows, region_ids, num_regions, masks, region_bias);
   args.dtype = dtype_of(query);
   args.batch = query.size(0);
   args.heads = query.size(1);
@@ -53,12 +53,12 @@ inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor
     args.query_stride[i] = query.stride(i);
     args.key_stride[i] = key.stride(i);
   }
-  args.scale = float(scale);
-  args.softcap = float(softcap);
-  args.causal = is_causal;
-  args.window = window;
-  args.kv_start = data_of<const int32_t>(kv_start);
-  args.kv_end = data_of<const int32_t>(kv_end);
+  args.scale = float(masks.scale);
+  args.softcap = float(masks.softcap);
+  args.causal = masks.causal;
+  args.window = masks.window;
+  args.kv_start = data_of<const int32_t>(masks.start);
+  args.kv_end = data_of<const int32_t>(masks.end);
   args.num_regions = num_regions;
   if (region_ids) {
     args.region_ids = data_of<const int32_t>(region_ids);

@@ -12,11 +12,9 @@ constexpr int64_t kMinKeys = 128;       // per work item of the others: enough t
 constexpr int64_t kMaxParts = 1 << 20;  // floats of masses that chunks of keys sum by themselves: 4 MB
 
 AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, const MaybeTensor& region_ids,
-                          int64_t num_regions, int64_t rows, double scale, bool is_causal, const MaybeTensor& kv_start,
-                          const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
+                          int64_t num_regions, int64_t rows, const Masks& masks, const MaybeTensor& region_bias) {
   AttentionStatsArgs args{};
-  set_attention(args, query, key, rows, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
-                region_bias);
+  set_attention(args, query, key, rows, region_ids, num_regions, masks, region_bias);
   args.lse = data_of<const float>(lse);
   args.rows = rows;
   return args;
@@ -82,8 +80,8 @@ Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, co
                    double scale, bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
                    double softcap, const MaybeTensor& region_bias, int64_t mass_rows) {
   const Tensor dense = guarded_lse(lse, query);
-  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, mass_rows, scale, is_causal, kv_start, kv_end,
-                                   window, softcap, region_bias);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, mass_rows,
+                                   {scale, is_causal, kv_start, kv_end, window, softcap}, region_bias);
   args.mass = true;
   const Tensor mass = zeros({args.batch, args.heads, mass_rows, num_regions});
   const int64_t groups = args.batch * args.kv_heads;
@@ -100,8 +98,8 @@ Tensor key_attention(const Tensor& query, const Tensor& key, const Tensor& lse, 
                      const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
   const Tensor dense = guarded_lse(lse, query);
   const int64_t num_regions = region_bias ? region_bias->size(region_bias->dim() - 1) : 0;
-  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows, scale, is_causal, kv_start, kv_end, window,
-                                   softcap, region_bias);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows,
+                                   {scale, is_causal, kv_start, kv_end, window, softcap}, region_bias);
   const Tensor scores = zeros({args.batch, args.heads, args.length_k});
   scan_keys(args, reduce, zeros({0}), scores);
   return scores;
@@ -112,8 +110,8 @@ std::tuple<Tensor, Tensor> region_statistics(const Tensor& query, const Tensor& 
                                              bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
                                              int64_t window, double softcap, const MaybeTensor& region_bias) {
   const Tensor dense = guarded_lse(lse, query);
-  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows, scale, is_causal, kv_start, kv_end, window,
-                                   softcap, region_bias);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows,
+                                   {scale, is_causal, kv_start, kv_end, window, softcap}, region_bias);
   const int64_t size = args.batch * args.heads * rows * num_regions;
   if (args.batch * args.kv_heads * most_chunks(size) < torch::stable::get_num_threads()) {
     // Chunks too few for the threads: probabilities are taken twice, but by all of them.

@@ -12,8 +12,8 @@ namespace ras::cpu {
 struct AttentionStatsArgs : AttentionArgs {
   const float* lse;  // [B, Hq, Lq], contiguous
   int64_t rows;      // how many of the last query rows
-  bool mass;      // whether masses are wanted
-  float* scores;  // [B, Hq, Lk], zeroed; null: not wanted
+  bool mass;         // whether masses are wanted
+  float* scores;     // [B, Hq, Lk], zeroed; null: not wanted
   Reduce reduce;
 };
 

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     double softcap, const MaybeTensor& sinks, const MaybeTensor& region_bias,
                                                     int64_t mass_rows) {
   DecodeArgs args{};
-  set_attention(args, query, key, mass_rows, region_ids, num_regions, scale, true, kv_start, kv_end, window, softcap,
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, {scale, true, kv_start, kv_end, window, softcap},
                 region_bias);
   set_values(args, query, key, value, sinks);
   STD_TORCH_CHECK(args.length_q == 1, "ras_fast decode: query must be [B, Hq, 1, D]");

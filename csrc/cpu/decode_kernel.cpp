@@ -7,6 +7,7 @@
 #include "cpu/decode.h"
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "cpu/attention_view.h"
 #include "cpu/pair.h"
@@ -109,16 +110,12 @@ void add_values(const float* p, int64_t p_stride, const T* value, int64_t value_
 }
 
 // Calls body(first head, integral constant of how many) for the group's heads, kHeads at a time.
-template <int N>
-struct Heads {
-  static constexpr int value = N;
-};
 template <class Body>
 void each_head_block(int64_t heads, Body&& body) {
   int64_t h = 0;
-  for (; h + kHeads <= heads; h += kHeads) body(h, Heads<kHeads>{});
-  for (; h + 2 <= heads; h += 2) body(h, Heads<2>{});
-  if (h < heads) body(h, Heads<1>{});
+  for (; h + kHeads <= heads; h += kHeads) body(h, std::integral_constant<int, kHeads>{});
+  for (; h + 2 <= heads; h += 2) body(h, std::integral_constant<int, 2>{});
+  if (h < heads) body(h, std::integral_constant<int, 1>{});
 }
 
 // Raw dots of one head over `keys` keys from `first` on, in place into e^(score − peak); returns (peak, total) into the partial.

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const 
                                                      int64_t window, double softcap, const MaybeTensor& sinks,
                                                      const MaybeTensor& region_bias, int64_t mass_rows) {
   PrefillArgs args{};
-  set_attention(args, query, key, mass_rows, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, {scale, is_causal, kv_start, kv_end, window, softcap},
                 region_bias);
   set_values(args, query, key, value, sinks);
   args.mass_rows = mass_rows;

@@ -4,17 +4,10 @@
 #include <algorithm>
 
 #include "attention_tile.cuh"
+#include "common/masks.h"
 #include "tensor.h"
 
 namespace ras::cuda {
-
-struct Masks {
-  double scale;
-  bool causal;
-  const MaybeTensor &start, &end;
-  int64_t window;
-  double softcap;
-};
 
 // Whether bounds are [B, Lq], each row's own, and not [B].
 inline bool is_per_row(const MaybeTensor& bounds) { return bounds && bounds->dim() == 2; }

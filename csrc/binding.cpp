@@ -1,7 +1,6 @@
 // ras_fast._C: facts about this build, for `ras-fast doctor`. Optional at run time: no op needs it.
 #include <pybind11/pybind11.h>
 
-
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {

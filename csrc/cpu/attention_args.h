@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace ras::cpu {
 

@@ -12,12 +12,10 @@ constexpr int64_t kMinKeys = 128;       // per work item of the others: enough t
 constexpr int64_t kMaxParts = 1 << 20;  // floats of masses that chunks of keys sum by themselves: 4 MB
 
 AttentionStatsArgs common(const Tensor& query, const Tensor& key, const Tensor& lse, const MaybeTensor& region_ids,
-                          int64_t num_regions, int64_t rows, double scale, bool is_causal, const MaybeTensor& kv_start,
-                          const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
+                          int64_t num_regions, int64_t rows, const Masks& masks, const MaybeTensor& region_bias) {
   AttentionStatsArgs args{};
-  set_attention(args, query, key, rows, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
-                region_bias);
-  args.lse = data<float>(lse);
+  set_attention(args, query, key, rows, region_ids, num_regions, masks, region_bias);
+  args.lse = data_of<const float>(lse);
   args.rows = rows;
   return args;
 }
@@ -61,13 +59,13 @@ int64_t most_chunks(int64_t size) { return 1 + kMaxParts / std::max<int64_t>(siz
 
 // Scores, and masses where args.mass is set: the keys are shared out, and each chunk of them sums masses of its own.
 void scan_keys(AttentionStatsArgs& args, const std::string& reduce, const Tensor& mass, const Tensor& scores) {
-  args.scores = data<float>(scores);
-  args.reduce = reduce == "mean" ? Reduce::mean : reduce == "sum" ? Reduce::sum : Reduce::max;
+  args.scores = data_of<float>(scores);
+  args.reduce = reduce_of(reduce);
   const int64_t groups = args.batch * args.kv_heads, size = mass.numel();
   if (args.rows == 0 || groups == 0 || args.length_k == 0) return;
   const Chunks chunks(groups, args.length_k, kMinKeys, most_chunks(size));
   const Tensor parts = zeros({chunks.count - 1, size});  // of every chunk but the first
-  float *const total = data<float>(mass), *const part = data<float>(parts);
+  float *const total = data_of<float>(mass), *const part = data_of<float>(parts);
   auto* kernel = pick_attention_stats();
   chunks.run([&](int64_t group, int64_t chunk, int64_t begin, int64_t end) {
     kernel(args, {group, 0, args.rows, begin, end}, chunk == 0 ? total : part + (chunk - 1) * size);
@@ -82,15 +80,15 @@ Tensor region_mass(const Tensor& query, const Tensor& key, const Tensor& lse, co
                    double scale, bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end, int64_t window,
                    double softcap, const MaybeTensor& region_bias, int64_t mass_rows) {
   const Tensor dense = guarded_lse(lse, query);
-  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, mass_rows, scale, is_causal, kv_start, kv_end,
-                                   window, softcap, region_bias);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, mass_rows,
+                                   {scale, is_causal, kv_start, kv_end, window, softcap}, region_bias);
   args.mass = true;
   const Tensor mass = zeros({args.batch, args.heads, mass_rows, num_regions});
   const int64_t groups = args.batch * args.kv_heads;
   if (mass_rows == 0 || groups == 0) return mass;
   auto* kernel = pick_attention_stats();
   Chunks(groups, mass_rows, kMinRows).run([&](int64_t group, int64_t, int64_t begin, int64_t end) {
-    kernel(args, {group, begin, end, 0, args.length_k}, data<float>(mass));
+    kernel(args, {group, begin, end, 0, args.length_k}, data_of<float>(mass));
   });
   return mass;
 }
@@ -100,8 +98,8 @@ Tensor key_attention(const Tensor& query, const Tensor& key, const Tensor& lse, 
                      const MaybeTensor& kv_end, int64_t window, double softcap, const MaybeTensor& region_bias) {
   const Tensor dense = guarded_lse(lse, query);
   const int64_t num_regions = region_bias ? region_bias->size(region_bias->dim() - 1) : 0;
-  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows, scale, is_causal, kv_start, kv_end, window,
-                                   softcap, region_bias);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows,
+                                   {scale, is_causal, kv_start, kv_end, window, softcap}, region_bias);
   const Tensor scores = zeros({args.batch, args.heads, args.length_k});
   scan_keys(args, reduce, zeros({0}), scores);
   return scores;
@@ -112,8 +110,8 @@ std::tuple<Tensor, Tensor> region_statistics(const Tensor& query, const Tensor& 
                                              bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
                                              int64_t window, double softcap, const MaybeTensor& region_bias) {
   const Tensor dense = guarded_lse(lse, query);
-  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows, scale, is_causal, kv_start, kv_end, window,
-                                   softcap, region_bias);
+  AttentionStatsArgs args = common(query, key, dense, region_ids, num_regions, rows,
+                                   {scale, is_causal, kv_start, kv_end, window, softcap}, region_bias);
   const int64_t size = args.batch * args.heads * rows * num_regions;
   if (args.batch * args.kv_heads * most_chunks(size) < torch::stable::get_num_threads()) {
     // Chunks too few for the threads: probabilities are taken twice, but by all of them.

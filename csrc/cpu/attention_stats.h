@@ -3,18 +3,17 @@
 
 #include <cstdint>
 
+#include "common/reduce.h"
 #include "cpu/attention_args.h"
 #include "cpu/dispatch.h"
 
 namespace ras::cpu {
 
-enum class Reduce : int { mean, sum, max };
-
 struct AttentionStatsArgs : AttentionArgs {
   const float* lse;  // [B, Hq, Lq], contiguous
   int64_t rows;      // how many of the last query rows
-  bool mass;      // whether masses are wanted
-  float* scores;  // [B, Hq, Lk], zeroed; null: not wanted
+  bool mass;         // whether masses are wanted
+  float* scores;     // [B, Hq, Lk], zeroed; null: not wanted
   Reduce reduce;
 };
 

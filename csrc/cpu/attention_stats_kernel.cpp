@@ -6,27 +6,14 @@
 
 #include <cstdlib>
 
+#include "cpu/attention_view.h"
 #include "cpu/vec.h"
-#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
 
 constexpr int kRows = 6;
 constexpr int kBlock = 2 * kLanes;
-
-template <class T>
-float to_float(T value) {
-  return widen(T{}, vhalf{} + value.bits)[0];
-}
-inline float to_float(float value) { return value; }
-
-template <class T>
-void widen_row(float* to, const T* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  for (; i < count; ++i) to[i] = to_float(from[i]);
-}
 
 // Keys of one block: positions (−1 past the block's end) and their transposed values.
 struct KeyBlock {
@@ -38,7 +25,7 @@ struct KeyBlock {
 
 template <class T>
 void pack(const AttentionStatsArgs& args, int64_t batch, int64_t kv_head, KeyBlock& block) {
-  const T* keys = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
+  const T* keys = row_of<T>(args.key, args.key_stride, batch, kv_head);
   alignas(64) float row[512];
   for (int k = 0; k < kBlock; ++k) {
     if (k >= block.count) {
@@ -82,7 +69,7 @@ struct Row : Span {
       : Span(args, valid, index), scale(args.scale), softcap(args.softcap) {
     lse = args.lse[(batch * args.heads + head) * args.length_q + index];
     if (lse == -INFINITY) high = -1;
-    bias = args.region_bias ? args.region_bias + batch * args.bias_batch_stride + head * args.bias_head_stride : nullptr;
+    bias = bias_of(args, batch, head);
   }
 
   bool sees(const KeyBlock& block) const {
@@ -128,16 +115,15 @@ void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float
   }
 }
 
-// The rows of the group's heads as floats, [heads of the group][rows][D].
+// The rows of the group's heads as floats, [heads of the group][rows][D], and room for the whole vectors of the last.
 template <class T>
 float* widen_queries(const AttentionStatsArgs& args, const StatsWork& work) {
   const int64_t per_group = args.heads / args.kv_heads, count = work.row_end - work.row_begin;
   const int64_t batch = work.group / args.kv_heads, first_head = work.group % args.kv_heads * per_group;
-  float* queries = static_cast<float*>(std::malloc(per_group * count * args.dim * sizeof(float)));
+  float* queries = static_cast<float*>(std::malloc((per_group * count * args.dim + kLanes) * sizeof(float)));
   for (int64_t i = 0; i < per_group * count; ++i) {
     const int64_t index = args.length_q - args.rows + work.row_begin + i % count;
-    const T* row = static_cast<const T*>(args.query) + batch * args.query_stride[0] +
-                   (first_head + i / count) * args.query_stride[1] + index * args.query_stride[2];
+    const T* row = row_of<T>(args.query, args.query_stride, batch, first_head + i / count, index);
     widen_row(queries + i * args.dim, row, args.dim);
   }
   return queries;
@@ -187,7 +173,7 @@ void add_scores(const AttentionStatsArgs& args, float* scores, int count, vfloat
 template <class T>
 void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work, float* mass) {
   const int64_t batch = work.group / args.kv_heads, kv_head = work.group % args.kv_heads;
-  const int32_t* ids = args.region_ids ? args.region_ids + batch * args.region_stride : nullptr;
+  const int32_t* ids = ids_of(args, batch);
   const ValidKeys valid(args, batch);
   const int64_t begin = work.key_begin > valid.first ? work.key_begin : valid.first;
   const int64_t end = work.key_end < valid.last ? work.key_end : valid.last;
@@ -214,11 +200,7 @@ void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work
 }  // namespace
 
 void attention_stats(const AttentionStatsArgs& args, const StatsWork& work, float* mass) {
-  switch (args.dtype) {
-    case DType::f32: return attention_stats_typed<float>(args, work, mass);
-    case DType::bf16: return attention_stats_typed<bf16>(args, work, mass);
-    default: return attention_stats_typed<f16>(args, work, mass);
-  }
+  for_dtype(args.dtype, [&](auto zero) { attention_stats_typed<decltype(zero)>(args, work, mass); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

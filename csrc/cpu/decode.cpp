@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     double softcap, const MaybeTensor& sinks, const MaybeTensor& region_bias,
                                                     int64_t mass_rows) {
   DecodeArgs args{};
-  set_attention(args, query, key, mass_rows, region_ids, num_regions, scale, true, kv_start, kv_end, window, softcap,
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, {scale, true, kv_start, kv_end, window, softcap},
                 region_bias);
   set_values(args, query, key, value, sinks);
   STD_TORCH_CHECK(args.length_q == 1, "ras_fast decode: query must be [B, Hq, 1, D]");
@@ -30,20 +30,20 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
   args.splits = std::max<int64_t>(1, (args.length_k + args.split_keys - 1) / args.split_keys);
   args.partial_size = 2 + num_regions + (args.dim + 63) / 64 * 64;  // any ISA's pair divides 64
   const Tensor partials = empty_float({args.batch * args.heads * args.splits, args.partial_size});
-  args.partials = data<float>(partials);
+  args.partials = data_of<float>(partials);
 
   Tensor out = empty({args.batch, args.heads, 1, args.dim}, raw_dtype(query));
   Tensor lse = empty_float({args.batch, args.heads, 1});
   Tensor mass = empty_float({args.batch, args.heads, mass_rows, num_regions});
-  args.out = out.data_ptr();
-  args.lse = data<float>(lse);
-  args.mass = mass_rows && region_ids ? data<float>(mass) : nullptr;
+  args.out = data_of<void>(out);
+  args.lse = data_of<float>(lse);
+  args.mass = mass_rows && region_ids ? data_of<float>(mass) : nullptr;
 
   auto* split = pick_decode_split();
   torch::stable::parallel_for(0, groups * args.splits, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) split(args, item / args.splits, item % args.splits);
   });
-  pick_decode_merge()(args, 0, args.batch * args.heads);
+  pick_decode_merge()(args);
   return {out, lse, mass};
 }
 

@@ -22,7 +22,7 @@ struct DecodeArgs : ValueArgs {
 // One piece of the keys for every head that reads kv head `group` = b · kv_heads + kv_head.
 RAS_FAST_DECLARE(decode_split, const DecodeArgs& args, int64_t group, int64_t split)
 
-// Merges the pieces of the heads [begin, end) of B · Hq.
-RAS_FAST_DECLARE(decode_merge, const DecodeArgs& args, int64_t begin, int64_t end)
+// Merges the pieces of every head.
+RAS_FAST_DECLARE(decode_merge, const DecodeArgs& args)
 
 }  // namespace ras::cpu

@@ -7,17 +7,16 @@
 #include "cpu/decode.h"
 
 #include <cstdlib>
+#include <type_traits>
 
+#include "cpu/attention_view.h"
 #include "cpu/pair.h"
-#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
 
 constexpr int kHeads = 4;          // query heads that share one pass over a key or value row
 constexpr int64_t kKeyBlock = 32;  // key or value rows that stay in L1 while heads and columns are walked
-
-int64_t padded(int64_t count) { return (count + kPair - 1) / kPair * kPair; }
 
 // Views into one head's partial result.
 struct Partial {
@@ -111,16 +110,12 @@ void add_values(const float* p, int64_t p_stride, const T* value, int64_t value_
 }
 
 // Calls body(first head, integral constant of how many) for the group's heads, kHeads at a time.
-template <int N>
-struct Heads {
-  static constexpr int value = N;
-};
 template <class Body>
 void each_head_block(int64_t heads, Body&& body) {
   int64_t h = 0;
-  for (; h + kHeads <= heads; h += kHeads) body(h, Heads<kHeads>{});
-  for (; h + 2 <= heads; h += 2) body(h, Heads<2>{});
-  if (h < heads) body(h, Heads<1>{});
+  for (; h + kHeads <= heads; h += kHeads) body(h, std::integral_constant<int, kHeads>{});
+  for (; h + 2 <= heads; h += 2) body(h, std::integral_constant<int, 2>{});
+  if (h < heads) body(h, std::integral_constant<int, 1>{});
 }
 
 // Raw dots of one head over `keys` keys from `first` on, in place into e^(score − peak); returns (peak, total) into the partial.
@@ -192,10 +187,10 @@ void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
   float* q = static_cast<float*>(std::malloc((heads * width + heads * key_room) * sizeof(float)));
   float* scores = q + heads * width;
   for (int64_t h = 0; h < heads; ++h) {
-    const T* row = static_cast<const T*>(args.query) + batch * args.query_stride[0] + (kv_head * heads + h) * args.query_stride[1];
+    const T* row = row_of<T>(args.query, args.query_stride, batch, kv_head * heads + h);
     each_pair(args.dim, [&](int64_t i, auto count) { store_pair(q + h * width + i, load_pair(row + i, count)); });
   }
-  const T* key = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
+  const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head);
   for (int64_t k = 0; k < keys; k += kKeyBlock) {
     const int64_t count = keys - k < kKeyBlock ? keys - k : kKeyBlock;
     each_head_block(heads, [&](int64_t h, auto n) {
@@ -203,16 +198,13 @@ void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
                            scores + h * key_room + k, key_room);
     });
   }
-  const int32_t* ids = args.region_ids ? args.region_ids + batch * args.region_stride + low : nullptr;
+  const int32_t* ids = ids_of(args, batch, low);
   for (int64_t h = 0; h < heads; ++h) {
     Partial partial(args, first_row + h, split);
-    const float* bias = args.region_bias ? args.region_bias + batch * args.bias_batch_stride +
-                                               (kv_head * heads + h) * args.bias_head_stride
-                                         : nullptr;
-    softmax(args, ids, bias, scores + h * key_room, keys, partial);
+    softmax(args, ids, bias_of(args, batch, kv_head * heads + h), scores + h * key_room, keys, partial);
   }
   if (args.mass) sum_regions(args, ids, scores, key_room, keys, first_row, heads, split);
-  const T* value = static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1];
+  const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head);
   const int64_t out_stride = args.splits * args.partial_size;
   for (int64_t k = 0; k < keys; k += kKeyBlock) {
     const int64_t count = keys - k < kKeyBlock ? keys - k : kKeyBlock;
@@ -225,8 +217,8 @@ void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
 }
 
 template <class T>
-void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
+void merge_typed(const DecodeArgs& args) {
+  for (int64_t row = 0; row < args.batch * args.heads; ++row) {
     const float sink = args.sinks ? args.sinks[row % args.heads] : -INFINITY;
     float peak = sink;
     for (int64_t s = 0; s < args.splits; ++s) {
@@ -269,19 +261,11 @@ void merge_typed(const DecodeArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void decode_split(const DecodeArgs& args, int64_t group, int64_t split) {
-  switch (args.dtype) {
-    case DType::f32: return split_typed<float>(args, group, split);
-    case DType::bf16: return split_typed<bf16>(args, group, split);
-    default: return split_typed<f16>(args, group, split);
-  }
+  for_dtype(args.dtype, [&](auto zero) { split_typed<decltype(zero)>(args, group, split); });
 }
 
-void decode_merge(const DecodeArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32: return merge_typed<float>(args, begin, end);
-    case DType::bf16: return merge_typed<bf16>(args, begin, end);
-    default: return merge_typed<f16>(args, begin, end);
-  }
+void decode_merge(const DecodeArgs& args) {
+  for_dtype(args.dtype, [&](auto zero) { merge_typed<decltype(zero)>(args); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

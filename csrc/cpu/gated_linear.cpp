@@ -34,11 +34,11 @@ struct Rows {
 Rows split(const Tensor& x, const Tensor& gate, const Tensor& out) {
   const int64_t d = x.size(x.dim() - 1), size = x.element_size();
   const RowMap map = row_map(x);
-  const float* gates = data<const float>(gate);
+  const float* gates = data_of<const float>(gate);
   Rows on;
   for (int64_t t = 0; t < x.numel() / d; ++t) {
     const char* from = static_cast<const char*>(map.data) + map.offset(t) * size;
-    char* to = static_cast<char*>(out.data_ptr()) + t * d * size;
+    char* to = data_of<char>(out) + t * d * size;
     if (gates[t] == 0) {
       std::memcpy(to, from, d * size);
       continue;
@@ -59,7 +59,7 @@ void apply(GatedArgs args, const std::vector<const void*>& source, bool source_f
   std::vector<float> rows(args.count * args.padded);
   pick_gated_widen()({args.dtype, source_float, args.count, args.length, args.padded, source.data(), rows.data()});
   args.rows = rows.data();
-  args.weight = weight.data_ptr();
+  args.weight = data_of<const void>(weight);
   args.weight_stride = weight.stride(0);
   args.outputs = weight.size(0);
   auto* outputs = pick_gated_outputs();

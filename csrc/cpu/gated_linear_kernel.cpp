@@ -46,13 +46,6 @@ void dots_of(const GatedArgs& args, const T* weight, int64_t first, float* dots)
   for (int n = 0; n < N; ++n) dots[n] = sum(even[n] + odd[n]);
 }
 
-template <class T>
-void store_one(T* to, float value) {
-  T padded[kLanes];
-  store(padded, splat(value));
-  *to = padded[0];
-}
-
 template <class T, int N>
 void outputs_of(const GatedArgs& args, int64_t i, int64_t first) {
   float dots[N];
@@ -64,7 +57,7 @@ void outputs_of(const GatedArgs& args, int64_t i, int64_t first) {
       continue;
     }
     const float x = load(static_cast<const T*>(args.x[r]) + i, 1)[0];
-    store_one(static_cast<T*>(args.out[r]) + i, x + args.gates[r] * dots[n]);
+    store(static_cast<T*>(args.out[r]) + i, splat(x + args.gates[r] * dots[n]), 1);
   }
 }
 
@@ -84,19 +77,11 @@ void outputs_typed(const GatedArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void gated_widen(const WidenArgs& args) {
-  switch (args.dtype) {
-    case DType::f32: return widen_typed<float>(args);
-    case DType::bf16: return widen_typed<bf16>(args);
-    default: return widen_typed<f16>(args);
-  }
+  for_dtype(args.dtype, [&](auto zero) { widen_typed<decltype(zero)>(args); });
 }
 
 void gated_outputs(const GatedArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32: return outputs_typed<float>(args, begin, end);
-    case DType::bf16: return outputs_typed<bf16>(args, begin, end);
-    default: return outputs_typed<f16>(args, begin, end);
-  }
+  for_dtype(args.dtype, [&](auto zero) { outputs_typed<decltype(zero)>(args, begin, end); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

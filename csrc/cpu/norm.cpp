@@ -1,8 +1,6 @@
 // CPU launcher of add_rms_norm, add_layer_norm and their in-place twins: shapes and pointers; the arithmetic is in norm_kernel.cpp.
 #include "cpu/norm.h"
 
-#include <cstdlib>
-
 #include "cpu/tensor.h"
 
 namespace ras::cpu {
@@ -31,7 +29,7 @@ struct Tables {
 Table table(const MaybeTensor& tensor) {
   if (!tensor) return {};
   const bool matrix = tensor->dim() == 2;
-  return {tensor->data_ptr(), matrix ? tensor->size(0) : 1, matrix ? tensor->stride(0) : 0};
+  return {data_of<const void>(tensor), matrix ? tensor->size(0) : 1, matrix ? tensor->stride(0) : 0};
 }
 
 bool fits(const MaybeTensor& table, int64_t dim, int64_t d) {
@@ -64,15 +62,15 @@ Tensor launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, Table
   Tensor dots = empty_float(tables.probes ? std::vector<int64_t>{tokens, tables.probes->size(0) + 1} : std::vector<int64_t>{0});
   args.x = row_map(x);
   if (residual) args.residual = row_map(*residual);
-  args.y = y.data_ptr();
-  args.h = h ? h->data_ptr() : nullptr;
+  args.y = data_of<void>(y);
+  args.h = data_of<void>(h);
   args.weight = table(tables.weight);
   args.bias = table(tables.bias);
   args.vectors = table(tables.vectors);
-  args.slot = data<const int32_t>(slot);
-  args.alpha = data<const float>(alpha);
+  args.slot = data_of<const int32_t>(slot);
+  args.alpha = data_of<const float>(alpha);
   args.probes = table(tables.probes);
-  args.probe_dots = tables.probes ? data<float>(dots) : nullptr;
+  args.probe_dots = tables.probes ? data_of<float>(dots) : nullptr;
 
   auto* rows = pick_norm_rows();
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / args.d);
@@ -96,9 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> functional(const NormArgs& args, const Tensor
 Tensor in_place(const NormArgs& args, const Tensor& x, const Tensor& residual, const Tables& tables, const MaybeTensor& slot,
                 const MaybeTensor& alpha) {
   guard(x, residual, tables, slot, alpha);
-  const int64_t bytes = x.numel() * (raw_dtype(x) == aoti_torch_dtype_float32() ? 4 : 2);
-  STD_TORCH_CHECK(x.is_contiguous() && residual.is_contiguous() && std::abs(data<char>(x) - data<char>(residual)) >= bytes,
-                  "ras_fast norm: in place, x and residual must be contiguous and not overlap");
+  STD_TORCH_CHECK(apart(x, residual), "ras_fast norm: in place, x and residual must be contiguous and not overlap");
   return launch(args, x, residual, tables, slot, alpha, x, residual);
 }
 

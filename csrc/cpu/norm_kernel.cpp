@@ -181,8 +181,7 @@ struct RowKernel {
 
 template <class T, class W, Norm kNorm, bool Hf>
 void all_rows(const NormArgs& args, int64_t begin, int64_t end) {
-  const int64_t padded = (args.d + kPair - 1) / kPair * kPair;
-  float* row = static_cast<float*>(std::malloc(padded * sizeof(float)));
+  float* row = static_cast<float*>(std::malloc(padded(args.d) * sizeof(float)));
   const RowKernel<T, W, kNorm, Hf> kernel{args, row};
   for (int64_t t = begin; t < end; ++t) kernel(t);
   std::free(row);
@@ -208,11 +207,7 @@ void for_tables(const NormArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void norm_rows(const NormArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32: return for_norm<float, float>(args, begin, end);
-    case DType::bf16: return for_tables<bf16>(args, begin, end);
-    default: return for_tables<f16>(args, begin, end);
-  }
+  for_dtype(args.dtype, [&](auto zero) { for_tables<decltype(zero)>(args, begin, end); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

@@ -121,6 +121,9 @@ inline Pair present(Pair value, int count) {
   return {inside.a != 0.0f ? value.a : vfloat{}, inside.b != 0.0f ? value.b : vfloat{}};
 }
 
+// A row's length in whole pairs.
+inline int64_t padded(int64_t d) { return (d + kPair - 1) / kPair * kPair; }
+
 // body(i, count) for every pair of a row of d elements.
 template <class F>
 inline void each_pair(int64_t d, F&& body) {

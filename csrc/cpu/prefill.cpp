@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const 
                                                      int64_t window, double softcap, const MaybeTensor& sinks,
                                                      const MaybeTensor& region_bias, int64_t mass_rows) {
   PrefillArgs args{};
-  set_attention(args, query, key, mass_rows, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap,
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, {scale, is_causal, kv_start, kv_end, window, softcap},
                 region_bias);
   set_values(args, query, key, value, sinks);
   args.mass_rows = mass_rows;
@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const 
   Tensor out = empty_strided({batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query));
   Tensor lse = empty_float({batch, heads, rows});
   Tensor mass = empty_float({batch, heads, mass_rows, num_regions});
-  args.out = out.data_ptr();
-  args.lse = data<float>(lse);
-  args.mass = mass.numel() ? data<float>(mass) : nullptr;
+  args.out = data_of<void>(out);
+  args.lse = data_of<float>(lse);
+  args.mass = mass.numel() ? data_of<float>(mass) : nullptr;
 
   const int64_t groups = batch * args.kv_heads, per_group = heads / args.kv_heads;
   if (groups * rows == 0 || heads == 0) return {out, lse, mass};

@@ -15,8 +15,8 @@
 
 #include <cstdlib>
 
+#include "cpu/attention_view.h"
 #include "cpu/vec.h"
-#include "cpu/visible.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
@@ -70,13 +70,6 @@ void multiply(int rows, const float* a, int64_t a_stride, const float* b, int64_
   }
 }
 
-template <class T>
-void widen_row(float* to, const T* from, int64_t count, float factor = 1) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * factor);
-  if (i < count) store(to + i, load(from + i, int(count - i)) * factor);
-}
-
 // v[i][j] becomes v[j][i]; neighbours at each distance trade halves.
 template <int kStep = kLanes / 2>
 void transpose(vfloat* v) {
@@ -118,7 +111,7 @@ class Tile {
   Tile(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
       : args(args), batch(group / args.kv_heads), kv_head(group % args.kv_heads), heads(args.heads / args.kv_heads),
         row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)), valid(args, batch), work(args, heads * count) {
-    ids = args.region_ids ? args.region_ids + batch * args.region_stride : nullptr;
+    ids = ids_of(args, batch);
   }
 
   void run() {
@@ -155,8 +148,7 @@ class Tile {
 
   void begin() {
     for (int64_t p = 0; p < heads * count; ++p) {
-      const T* query = static_cast<const T*>(args.query) + batch * args.query_stride[0] + head(p) * args.query_stride[1] +
-                       index(p) * args.query_stride[2];
+      const T* query = row_of<T>(args.query, args.query_stride, batch, head(p), index(p));
       widen_row(work.query + p * width, query, args.dim, args.softcap ? args.scale : args.scale * kLog2e);
       std::memset(work.out + p * width, 0, width * sizeof(float));
       if (args.mass) std::memset(work.mass + p * args.num_regions, 0, args.num_regions * sizeof(float));
@@ -169,8 +161,8 @@ class Tile {
 
   // Keys [block, block + keys): transposed keys [D][kBlock], values [kBlock][width], regions. What is past the end is 0.
   void load_block(int64_t block, int keys) {
-    const T* key = static_cast<const T*>(args.key) + batch * args.key_stride[0] + kv_head * args.key_stride[1];
-    const T* value = static_cast<const T*>(args.value) + batch * args.value_stride[0] + kv_head * args.value_stride[1];
+    const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head);
+    const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head);
     for (int k = 0; k < kBlock; k += kLanes) {
       for (int64_t d = 0; d < args.dim; d += kLanes) {
         const int dims = int(args.dim - d < kLanes ? args.dim - d : kLanes);
@@ -192,7 +184,7 @@ class Tile {
       run_of[runs - 1].end = k + 1;
     }
     for (int64_t h = 0; args.region_bias && h < heads; ++h) {
-      const float* bias = args.region_bias + batch * args.bias_batch_stride + (kv_head * heads + h) * args.bias_head_stride;
+      const float* bias = bias_of(args, batch, kv_head * heads + h);
       for (int run = 0; run < runs; ++run) {
         for (int k = run_of[run].begin; k < run_of[run].end; ++k) {
           work.bias[h * kBlock + k] = run_of[run].region < 0 ? 0 : bias[run_of[run].region] * kLog2e;
@@ -282,13 +274,7 @@ class Tile {
       T* out = static_cast<T*>(args.out) + ((batch * args.length_q + index(p)) * args.heads + head(p)) * args.dim;
       for (int64_t d = 0; d < args.dim; d += kLanes) {
         const vfloat value = load(work.out + p * width + d) * share;
-        if (d + kLanes <= args.dim) {
-          store(out + d, value);
-        } else {
-          T part[kLanes];
-          store(part, value);
-          std::memcpy(out + d, part, (args.dim - d) * sizeof(T));
-        }
+        d + kLanes <= args.dim ? store(out + d, value) : store(out + d, value, int(args.dim - d));
       }
       if (!weighed(p)) continue;
       const int64_t row = index(p) - (args.length_q - args.mass_rows);
@@ -301,11 +287,7 @@ class Tile {
 }  // namespace
 
 void prefill(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end) {
-  switch (args.dtype) {
-    case DType::f32: return Tile<float>(args, group, row_begin, row_end).run();
-    case DType::bf16: return Tile<bf16>(args, group, row_begin, row_end).run();
-    default: return Tile<f16>(args, group, row_begin, row_end).run();
-  }
+  for_dtype(args.dtype, [&](auto zero) { Tile<decltype(zero)>(args, group, row_begin, row_end).run(); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

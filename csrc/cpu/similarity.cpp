@@ -15,17 +15,17 @@ Tensor refusal_similarity(const Tensor& logits, const Tensor& prototype_probs, d
                   "ras_fast similarity: steps must be contiguous [B] int32");
   Tensor similarity = empty_float({logits.size(0)});
   const SimilarityArgs args{.dtype = dtype_of(logits),
-                            .logits = logits.data_ptr(),
+                            .logits = data_of<const void>(logits),
                             .batch = logits.size(0),
                             .steps = logits.size(1),
                             .vocabulary = logits.size(2),
                             .batch_stride = logits.stride(0),
                             .step_stride = logits.stride(1),
-                            .prototypes = data<const float>(prototype_probs),
+                            .prototypes = data_of<const float>(prototype_probs),
                             .prototype_stride = prototype_probs.stride(0),
                             .gamma = float(gamma),
-                            .produced = data<const int32_t>(steps),
-                            .similarity = data<float>(similarity)};
+                            .produced = data_of<const int32_t>(steps),
+                            .similarity = data_of<float>(similarity)};
   auto* rows = pick_similarity_rows();
   torch::stable::parallel_for(0, args.batch, 1, [&](int64_t begin, int64_t end) { rows(args, begin, end); });
   return similarity;

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "cpu/dispatch.h"
-#include "cpu/dtype.h"
 
 namespace ras::cpu {
 

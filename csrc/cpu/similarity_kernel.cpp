@@ -75,11 +75,7 @@ void rows(const SimilarityArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void similarity_rows(const SimilarityArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32: return rows<float>(args, begin, end);
-    case DType::bf16: return rows<bf16>(args, begin, end);
-    default: return rows<f16>(args, begin, end);
-  }
+  for_dtype(args.dtype, [&](auto zero) { rows<decltype(zero)>(args, begin, end); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/dtype.h"
+#include "common/dtype.h"
 
 namespace ras::cpu {
 
@@ -23,6 +23,16 @@ struct f16 {
 };
 
 namespace RAS_FAST_ISA {
+
+// Calls body(T{}) with the element type that `dtype` names.
+template <class Body>
+inline void for_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::f32: return body(float{});
+    case DType::bf16: return body(bf16{});
+    case DType::f16: return body(f16{});
+  }
+}
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -120,6 +130,22 @@ template <class T>
 inline void store(T* to, vfloat value) {
   const vhalf raw = narrow(T{}, value);
   std::memcpy(to, &raw, sizeof(raw));
+}
+
+// The first `count` elements only.
+template <class T>
+inline void store(T* to, vfloat value, int count) {
+  T part[kLanes];
+  store(part, value);
+  std::memcpy(to, part, count * sizeof(T));
+}
+
+// `count` elements of a row, times `factor`, into whole vectors of float: those past the last element are filled up with 0.
+template <class T>
+inline void widen_row(float* to, const T* from, int64_t count, float factor = 1) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * factor);
+  if (i < count) store(to + i, load(from + i, int(count - i)) * factor);
 }
 
 // What T keeps of a value.

@@ -4,27 +4,13 @@
 #include <algorithm>
 
 #include "attention_tile.cuh"
+#include "common/masks.h"
 #include "tensor.h"
 
 namespace ras::cuda {
 
-struct Masks {
-  double scale;
-  bool causal;
-  const MaybeTensor &start, &end;
-  int64_t window;
-  double softcap;
-};
-
-template <typename T>
-const T* data_of(const MaybeTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
 // Whether bounds are [B, Lq], each row's own, and not [B].
 inline bool is_per_row(const MaybeTensor& bounds) { return bounds && bounds->dim() == 2; }
-
-inline float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 inline AttentionStrides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
@@ -35,14 +21,14 @@ ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTenso
                                                          "multiple of 8 and at most 256, not ", query.size(3));
   STD_TORCH_CHECK(key.size(1) <= 65535 && query.size(0) <= 65535, "ras_fast: batch or heads are too many for one launch");
   ScoreArgs<T> a{};
-  a.query = static_cast<const T*>(query.const_data_ptr());
-  a.key = static_cast<const T*>(key.const_data_ptr());
+  a.query = data_of<const T>(query);
+  a.key = data_of<const T>(key);
   a.query_stride = strides_of(query);
   a.key_stride = strides_of(key);
-  a.region_ids = data_of<int32_t>(ids);
-  a.kv_start = data_of<int32_t>(masks.start);
-  a.kv_end = data_of<int32_t>(masks.end);
-  a.region_bias = data_of<float>(bias);
+  a.region_ids = data_of<const int32_t>(ids);
+  a.kv_start = data_of<const int32_t>(masks.start);
+  a.kv_end = data_of<const int32_t>(masks.end);
+  a.region_bias = data_of<const float>(bias);
   const bool own_bounds = is_per_row(masks.start) || is_per_row(masks.end);
   a.bounds_batch_stride = own_bounds ? query.size(2) : 1;
   a.bounds_row_stride = own_bounds;
@@ -75,11 +61,18 @@ inline int plan_splits(int64_t blocks, int keys, const Tensor& on) {
   return int(std::clamp<int64_t>(std::min(wanted, most), 1, 128));
 }
 
+// What attention writes: out [B, Hq, Lq, D], laid out as [B, Lq, Hq, D], LSE [B, Hq, Lq] and masses [B, Hq, mass_rows, R].
+inline std::tuple<Tensor, Tensor, Tensor> new_outputs(const Tensor& query, int64_t mass_rows, int64_t regions) {
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  return {new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}),
+          new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, regions})};
+}
+
 template <typename Run>
 void with_half_type(const Tensor& tensor, Run&& run) {
   switch (dtype_of(tensor)) {
-    case DType::kFloat16: return run(__half{});
-    case DType::kBFloat16: return run(__nv_bfloat16{});
+    case DType::f16: return run(__half{});
+    case DType::bf16: return run(__nv_bfloat16{});
     default: STD_TORCH_CHECK(false, "ras_fast: the CUDA attention kernels take float16 or bfloat16 queries");
   }
 }

@@ -13,12 +13,12 @@ void run_decode(const Tensor& query, const Tensor& key, const Tensor& value, con
                 const MaybeTensor& sinks, int64_t mass_rows, const Tensor& out, const Tensor& lse, const Tensor& mass) {
   DecodeArgs<T> a{};
   a.score = score;
-  a.value = static_cast<const T*>(value.const_data_ptr());
+  a.value = data_of<const T>(value);
   a.value_stride = strides_of(value);
-  a.out = static_cast<T*>(out.mutable_data_ptr());
-  a.lse = floats_of(lse);
-  a.mass = mass.numel() ? floats_of(mass) : nullptr;
-  a.sinks = data_of<float>(sinks);
+  a.out = data_of<T>(out);
+  a.lse = data_of<float>(lse);
+  a.mass = mass.numel() ? data_of<float>(mass) : nullptr;
+  a.sinks = data_of<const float>(sinks);
   a.mass_rows = int(mass_rows);
   with_decode_kernel<T>(score.dim, score.packed_rows, a.mass != nullptr, [&](auto kernel, int tile_rows) {
     const int64_t tiles = (score.packed_rows + tile_rows - 1) / tile_rows, blocks = tiles * score.kv_heads * score.batch;
@@ -27,10 +27,10 @@ void run_decode(const Tensor& query, const Tensor& key, const Tensor& value, con
     const Tensor part_out = new_float(query, {parts, score.dim}), part_lse = new_float(query, {parts});
     const Tensor part_mass = new_float(query, {a.mass ? parts : 0, score.regions});
     const Tensor slab = new_float(query, {a.mass ? blocks * a.splits * kBlockWarps * tile_rows : 0, score.regions});
-    a.part_out = floats_of(part_out);
-    a.part_lse = floats_of(part_lse);
-    a.part_mass = floats_of(part_mass);
-    a.slab = floats_of(slab);
+    a.part_out = data_of<float>(part_out);
+    a.part_lse = data_of<float>(part_lse);
+    a.part_mass = data_of<float>(part_mass);
+    a.slab = data_of<float>(slab);
     launch(kernel, a, dim3(unsigned(tiles * a.splits), score.kv_heads, score.batch), kBlockWarps * kWarp, 0, query);
     if (a.splits > 1) launch(merge_splits<T>, a, unsigned(rows), kBlockWarps * kWarp, 0, query);
   });
@@ -44,20 +44,15 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     int64_t window, double softcap, const MaybeTensor& sinks,
                                                     const MaybeTensor& region_bias, int64_t mass_rows) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2);
-  const int64_t dim = query.size(3);
-  const std::tuple<Tensor, Tensor, Tensor> result{new_strided(query, {batch, heads, rows, dim},
-                                                              {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query)),
-                                                  new_float(query, {batch, heads, rows}),
-                                                  new_float(query, {batch, heads, mass_rows, num_regions})};
-  if (batch * heads * rows == 0) return result;
+  const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);
+  if (lse.numel() == 0) return {out, lse, mass};
   const Masks masks{scale, is_causal, kv_start, kv_end, window, softcap};
   with_half_type(query, [&](auto zero) {
     using T = decltype(zero);
-    const auto score = score_args<T>(query, key, region_ids, num_regions, masks, region_bias, rows);
-    run_decode<T>(query, key, value, score, sinks, mass_rows, std::get<0>(result), std::get<1>(result), std::get<2>(result));
+    const auto score = score_args<T>(query, key, region_ids, num_regions, masks, region_bias, query.size(2));
+    run_decode<T>(query, key, value, score, sinks, mass_rows, out, lse, mass);
   });
-  return result;
+  return {out, lse, mass};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {

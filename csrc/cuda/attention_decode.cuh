@@ -306,16 +306,15 @@ __global__ void merge_splits(const __grid_constant__ DecodeArgs<T> args) {
 // Calls start(kernel, rows of a tile) for the instance that fits.
 template <typename T, typename Start>
 void with_decode_kernel(int dim, int packed_rows, bool mass, Start&& start) {
-  const auto pick = [&](auto wide, auto tall) {
-    constexpr int kDim = decltype(wide)::value, kRowTiles = decltype(tall)::value;
-    mass ? start(decode_kernel<T, kDim, kRowTiles, true>, 8 * kRowTiles)
-         : start(decode_kernel<T, kDim, kRowTiles, false>, 8 * kRowTiles);
-  };
-  const auto with_dim = [&](auto tall) {
-    dim <= 64 ? pick(std::integral_constant<int, 64>{}, tall) : pick(std::integral_constant<int, 128>{}, tall);
-  };
-  if (dim > 128) return pick(std::integral_constant<int, 256>{}, std::integral_constant<int, 1>{});
-  packed_rows <= 8 ? with_dim(std::integral_constant<int, 1>{}) : with_dim(std::integral_constant<int, 2>{});
+  with_width(dim, [&](auto width) {
+    constexpr int kDim = decltype(width)::value, kMostTiles = kDim <= 128 ? 2 : 1;
+    const auto pick = [&](auto tiles) {
+      constexpr int kRowTiles = decltype(tiles)::value;
+      mass ? start(decode_kernel<T, kDim, kRowTiles, true>, 8 * kRowTiles)
+           : start(decode_kernel<T, kDim, kRowTiles, false>, 8 * kRowTiles);
+    };
+    packed_rows <= 8 ? pick(std::integral_constant<int, 1>{}) : pick(std::integral_constant<int, kMostTiles>{});
+  });
 }
 
 }  // namespace ras::cuda

@@ -2,23 +2,17 @@
 // are in attention_stats.cuh. Which calls come here is decided in ras_fast/ops/attention_cuda.py.
 #include "attention_stats.cuh"
 
-#include <string>
-
 #include "attention_args.h"
 #include "tensor.h"
 
 namespace ras::cuda {
 namespace {
 
-Reduce reduce_of(const std::string& name) {
-  return name == "mean" ? Reduce::kMean : name == "sum" ? Reduce::kSum : Reduce::kMax;
-}
-
 template <typename T>
 StatsArgs<T> stats_args(const Tensor& lse, const ScoreArgs<T>& score) {
   StatsArgs<T> a{};
   a.score = score;
-  a.lse = static_cast<const float*>(lse.const_data_ptr());
+  a.lse = data_of<const float>(lse);
   a.lse_stride = strides_of(lse);
   return a;
 }
@@ -28,10 +22,10 @@ template <typename T, typename Start>
 void with_mass_parts(StatsArgs<T>& a, const Tensor& mass, const Tensor& on, Start&& start) {
   const int parts = a.splits * kBlockWarps;
   const Tensor part = new_float(on, {mass.numel() ? parts : 0, mass.numel()});
-  a.part = floats_of(part);
+  a.part = data_of<float>(part);
   start();
   if (!mass.numel()) return;
-  const SumArgs sum{a.part, floats_of(mass), mass.numel(), parts};
+  const SumArgs sum{a.part, data_of<float>(mass), mass.numel(), parts};
   launch(sum_parts, sum, unsigned((sum.size + 255) / 256), 256, 0, on);
 }
 
@@ -55,7 +49,7 @@ void run_keys(const Tensor& query, StatsArgs<T> a, Reduce reduce, const Tensor& 
   score.packed_rows = rows * score.pack;
   a.sets = score.group / score.pack;
   a.splits = plan_splits(int64_t(a.sets) * score.kv_heads * score.batch, score.keys, query);
-  a.scores = floats_of(scores);
+  a.scores = data_of<float>(scores);
   a.reduce = reduce;
   with_mass_parts(a, mass, query, [&] {
     with_key_kernel<T>(score.dim, mass.numel() != 0, [&](auto kernel) {
@@ -69,15 +63,15 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& query, const Tensor& key, co
                                       int64_t regions, bool masses, int64_t rows, const std::string& reduce, const Masks& masks,
                                       const MaybeTensor& region_bias) {
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const std::tuple<Tensor, Tensor> result{new_float(query, {query.size(0), query.size(1), rows, masses ? regions : 0}),
-                                          new_float(query, {query.size(0), query.size(1), key.size(2)})};
-  if (std::get<0>(result).numel() + std::get<1>(result).numel() == 0) return result;
+  const Tensor mass = new_float(query, {query.size(0), query.size(1), rows, masses ? regions : 0});
+  const Tensor scores = new_float(query, {query.size(0), query.size(1), key.size(2)});
+  if (mass.numel() + scores.numel() == 0) return {mass, scores};
   with_half_type(query, [&](auto zero) {
     using T = decltype(zero);
     const auto score = score_args<T>(query, key, region_ids, regions, masks, region_bias, rows);
-    run_keys<T>(query, stats_args<T>(lse, score), reduce_of(reduce), std::get<0>(result), std::get<1>(result));
+    run_keys<T>(query, stats_args<T>(lse, score), reduce_of(reduce), mass, scores);
   });
-  return result;
+  return {mass, scores};
 }
 
 }  // namespace

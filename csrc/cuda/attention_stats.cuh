@@ -10,10 +10,9 @@
 #pragma once
 
 #include "attention_tile.cuh"
+#include "common/reduce.h"
 
 namespace ras::cuda {
-
-enum class Reduce : int { kMean, kSum, kMax };
 
 template <typename T>
 struct StatsArgs {
@@ -159,7 +158,7 @@ key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           p[half][i] = exp2f(p[half][i] - shift[half]);
-          received[i] = args.reduce == Reduce::kMax ? max_or_nan(received[i], p[half][i]) : received[i] + p[half][i];
+          received[i] = args.reduce == Reduce::max ? max_or_nan(received[i], p[half][i]) : received[i] + p[half][i];
         }
       }
       if constexpr (kMass) {
@@ -175,9 +174,9 @@ key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
       float v = received[i];
       for (int apart = score.pack; apart < 8; apart *= 2) {
         const float other = __shfl_xor_sync(kFullWarp, v, 4 * apart);
-        v = args.reduce == Reduce::kMax ? max_or_nan(v, other) : v + other;
+        v = args.reduce == Reduce::max ? max_or_nan(v, other) : v + other;
       }
-      if (args.reduce == Reduce::kMean) v /= float(max(score.query_rows - score.first_row, 1));
+      if (args.reduce == Reduce::mean) v /= float(max(score.query_rows - score.first_row, 1));
       const int key = step + 8 * (i / 2) + 2 * tile.c + i % 2;
       if (tile.g < score.pack && key < score.keys) args.scores[(batch * heads + head) * score.keys + key] = v;
     }
@@ -188,18 +187,15 @@ key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
 
 template <typename T, typename Start>
 void with_mass_kernel(int dim, Start&& start) {
-  dim <= 64 ? start(region_mass_kernel<T, 64>) : dim <= 128 ? start(region_mass_kernel<T, 128>)
-                                                            : start(region_mass_kernel<T, 256>);
+  with_width(dim, [&](auto width) { start(region_mass_kernel<T, decltype(width)::value>); });
 }
 
 template <typename T, typename Start>
 void with_key_kernel(int dim, bool mass, Start&& start) {
-  const auto pick = [&](auto wide) {
-    constexpr int kDim = decltype(wide)::value;
+  with_width(dim, [&](auto width) {
+    constexpr int kDim = decltype(width)::value;
     mass ? start(key_attention_kernel<T, kDim, true>) : start(key_attention_kernel<T, kDim, false>);
-  };
-  dim <= 64 ? pick(std::integral_constant<int, 64>{}) : dim <= 128 ? pick(std::integral_constant<int, 128>{})
-                                                                   : pick(std::integral_constant<int, 256>{});
+  });
 }
 
 // How many heads lie side by side in the tiles of key_attention_kernel.

@@ -234,8 +234,17 @@ struct SplitSteps {
   }
 };
 
+// ------------------------------------------------------------------------------------------------------------ host
 
 // Whether these kernels take such tensors: whole 16-byte loads need a head dimension of whole eights.
 constexpr bool supports_head_dim(int dim) { return dim % 8 == 0 && dim <= 256; }
+
+// Calls use(an integral constant): the kDim of the kernels that take this head dimension.
+template <typename Use>
+void with_width(int dim, Use&& use) {
+  if (dim <= 64) return use(std::integral_constant<int, 64>{});
+  if (dim <= 128) return use(std::integral_constant<int, 128>{});
+  use(std::integral_constant<int, 256>{});
+}
 
 }  // namespace ras::cuda

@@ -8,13 +8,13 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace ras::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kAccessBytes = 16;  // the widest load or store of one thread on every supported chip
-
-enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__half v) { return __half2float(v); }

@@ -4,6 +4,7 @@
 
 #include <cudaTypedefs.h>
 
+#include "attention_args.h"
 #include "tensor.h"
 
 namespace ras::cuda {
@@ -24,7 +25,7 @@ PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 
 template <typename T>
 CUtensorMap panels_of(const Tensor& tensor, int box_rows, const char* name) {
-  const MappedTensor mapped{tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
+  const MappedTensor mapped{data_of<const void>(tensor), tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3),
                             {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
   CUtensorMap map;
   const CUresult result = encode_panels<T>(tensor_map_encoder(), &map, mapped, box_rows);
@@ -40,16 +41,16 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
   a.query = panels_of<T>(query, kPrefillRows, "query");
   a.key = panels_of<T>(key, kPrefillKeys, "key");
   a.value = panels_of<T>(value, kPrefillKeys, "value");
-  a.out = static_cast<T*>(out.mutable_data_ptr());
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  a.out = data_of<T>(out);
+  a.lse = data_of<float>(lse);
   a.group = int(query.size(1) / key.size(1));
   a.query_rows = int(query.size(2));
   a.keys = int(key.size(2));
   a.causal = causal;
   a.scale_log2 = float(scale) * kLog2e;
   if (mass.numel() > 0) {
-    a.mass = static_cast<float*>(mass.mutable_data_ptr());
-    a.region_ids = static_cast<const int32_t*>(ids->const_data_ptr());
+    a.mass = data_of<float>(mass);
+    a.region_ids = data_of<const int32_t>(ids);
     a.ids_batch_stride = ids->stride(0);
     a.regions = int(mass.size(3));
     a.mass_rows = int(mass.size(2));
@@ -67,29 +68,21 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
                                                   bool is_causal, const MaybeTensor& kv_start, const MaybeTensor& kv_end,
                                                   int64_t window, double softcap, const MaybeTensor& sinks,
                                                   const MaybeTensor& region_bias, int64_t mass_rows) {
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+  const int64_t dim = query.size(3);
   STD_TORCH_CHECK(!kv_start && !kv_end && window == 0 && softcap == 0 && !sinks && !region_bias && scale > 0,
                   "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or region_bias");
   STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)), "ras_fast: hopper_prefill takes head dimensions 64 and 128, not ", dim);
-  STD_TORCH_CHECK(heads <= 65535 && batch <= 65535, "ras_fast: batch or heads are too many for one launch");
+  STD_TORCH_CHECK(query.size(1) <= 65535 && query.size(0) <= 65535, "ras_fast: batch or heads are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const std::tuple<Tensor, Tensor, Tensor> result{
-      new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query)),
-      new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, num_regions})};
-  if (batch * heads * rows == 0) return result;
+  const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);
+  if (lse.numel() == 0) return {out, lse, mass};
   // The driver's encoder wants a current context, which a thread that has not called the run-time yet does not have.
   check(cudaSetDevice(query.get_device_index()), "device");
   STD_TORCH_CHECK(key.size(2) > 0, "ras_fast: hopper_prefill needs at least one key");
-  const auto start = [&](auto zero) {
-    run<decltype(zero)>(query, key, value, region_ids, scale, is_causal, std::get<0>(result), std::get<1>(result),
-                        std::get<2>(result));
-  };
-  switch (dtype_of(query)) {
-    case DType::kFloat16: start(__half{}); break;
-    case DType::kBFloat16: start(__nv_bfloat16{}); break;
-    default: STD_TORCH_CHECK(false, "ras_fast: hopper_prefill takes float16 or bfloat16 queries");
-  }
-  return result;
+  with_half_type(query, [&](auto zero) {
+    run<decltype(zero)>(query, key, value, region_ids, scale, is_causal, out, lse, mass);
+  });
+  return {out, lse, mass};
 }
 
 }  // namespace

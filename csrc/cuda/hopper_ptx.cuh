@@ -108,7 +108,7 @@ __device__ inline void wgmma_wait(Values&... values) {
 #define RAS_FLOATS_32(d, i) RAS_FLOATS_8(d, i), RAS_FLOATS_8(d, i + 8), RAS_FLOATS_8(d, i + 16), RAS_FLOATS_8(d, i + 24)
 #define RAS_FLOATS_64(d) RAS_FLOATS_32(d, 0), RAS_FLOATS_32(d, 32)
 
-// d[64, 128] = a[64, 16] b[128, 16]^T (+ d): both operands in shared memory, rows of k (wgmma_descriptor.h).
+// d[64, 128] = a[64, 16] b[128, 16]^T (+ d): both operands in shared memory, rows of k (wgmma_descriptor, hopper_prefill.cuh).
 template <typename T>
 __device__ inline void wgmma_shared(float (&d)[64], uint64_t a, uint64_t b, bool add) {
 #define RAS_WGMMA(TYPE)                                                                                                 \

@@ -36,12 +36,12 @@ struct Leading {
 
 template <typename T>
 Rows<T> rows_of(const Tensor& tensor, const std::array<int64_t, 3>& stride) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), stride[2], stride[1], stride[0]};
+  return {data_of<const T>(tensor), stride[2], stride[1], stride[0]};
 }
 
 Operand operand(const MaybeTensor& tensor) {
-  if (!tensor) return {nullptr, DType::kFloat32, 0};
-  return {tensor->const_data_ptr(), dtype_of(*tensor), tensor->dim() == 2 ? tensor->stride(0) : 0};
+  if (!tensor) return {nullptr, DType::f32, 0};
+  return {data_of<const void>(tensor), dtype_of(*tensor), tensor->dim() == 2 ? tensor->stride(0) : 0};
 }
 
 struct Flags {
@@ -69,17 +69,17 @@ void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
   NormArgs<T> a{};
   a.x = rows_of<T>(in.x, lead.x_stride);
   if (in.residual) a.residual = rows_of<T>(*in.residual, lead.residual_stride);
-  a.y = static_cast<T*>(out.y.mutable_data_ptr());
-  a.h = out.h ? static_cast<T*>(out.h->mutable_data_ptr()) : nullptr;
-  a.probe_dots = in.probes ? static_cast<float*>(out.probe_dots.mutable_data_ptr()) : nullptr;
+  a.y = data_of<T>(out.y);
+  a.h = data_of<T>(out.h);
+  a.probe_dots = in.probes ? data_of<float>(out.probe_dots) : nullptr;
   a.weight = operand(in.weight);
   a.bias = operand(in.bias);
   a.probes = operand(in.probes);
   a.num_probes = in.probes ? int(in.probes->size(0)) : 0;
   a.steer_vectors = operand(in.vectors);
   if (in.vectors) {
-    a.steer_slot = static_cast<const int32_t*>(in.slot->const_data_ptr());
-    a.steer_alpha = static_cast<const float*>(in.alpha->const_data_ptr());
+    a.steer_slot = data_of<const int32_t>(in.slot);
+    a.steer_alpha = data_of<const float>(in.alpha);
     a.slot_stride = in.slot->stride(0);
     a.alpha_stride = in.alpha->stride(0);
     a.num_slots = int(in.vectors->size(0));
@@ -118,7 +118,7 @@ void guard(const Inputs& in) {
     return tensor && rows_beside(x, *tensor) && tensor->dim() == 1 && tensor->size(0) == tokens && raw_dtype(*tensor) == dtype;
   };
   STD_TORCH_CHECK(!in.residual || (rows_beside(x, *in.residual) && raw_dtype(*in.residual) == raw_dtype(x) &&
-                                   std::ranges::equal(x.sizes(), in.residual->sizes())),
+                                   same_sizes(x, *in.residual)),
                   "ras_fast norm: residual must have x's shape, dtype and device");
   STD_TORCH_CHECK(fits(in.weight, 1) && fits(in.bias, 1) && fits(in.vectors, 2) && fits(in.probes, 2),
                   "ras_fast norm: weight and bias must be [d], steer_vectors and probes [rows, d]");
@@ -132,9 +132,9 @@ void run(const Inputs& in, const Outputs& out, const Flags& flags) {
   if (in.x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(in.x.get_device_index());
   switch (dtype_of(in.x)) {
-    case DType::kFloat32: return run_as<float>(in, out, flags);
-    case DType::kFloat16: return run_as<__half>(in, out, flags);
-    case DType::kBFloat16: return run_as<__nv_bfloat16>(in, out, flags);
+    case DType::f32: return run_as<float>(in, out, flags);
+    case DType::f16: return run_as<__half>(in, out, flags);
+    case DType::bf16: return run_as<__nv_bfloat16>(in, out, flags);
   }
 }
 
@@ -155,11 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> functional(const Inputs& in, const Flags& fla
 
 Tensor in_place(const Inputs& in, const Flags& flags) {
   guard(in);
-  const int64_t bytes = in.x.numel() * (dtype_of(in.x) == DType::kFloat32 ? 4 : 2);
-  const auto address = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
-  STD_TORCH_CHECK(in.x.is_contiguous() && in.residual->is_contiguous() &&
-                      std::abs(address(in.x) - address(*in.residual)) >= bytes,
-                  "ras_fast norm: in place, x and residual must be contiguous and not overlap");
+  STD_TORCH_CHECK(apart(in.x, *in.residual), "ras_fast norm: in place, x and residual must be contiguous and not overlap");
   const Tensor dots = new_probe_dots(in);
   run(in, {in.x, in.residual, dots}, flags);
   return dots;

@@ -128,7 +128,7 @@ struct Slice {
   // Run `p` of row `r` of an operand, not converted yet; zero outside the row, or if not `wanted`.
   __device__ Raw load(const Operand& from, int r, int p, bool wanted = true) const {
     const int e = start(p);
-    const bool wide = from.dtype == DType::kFloat32;
+    const bool wide = from.dtype == DType::f32;
     Raw raw{};
     if (!wanted || !touches(e)) return raw;
     const char* at = static_cast<const char*>(from.data) + (r * from.stride + e) * (wide ? 4 : 2);
@@ -152,19 +152,19 @@ struct Slice {
   }
 
   __device__ static float load_one(const char* at, int i, DType dtype) {
-    if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(at)[i];
-    if (dtype == DType::kFloat16) return to_float(reinterpret_cast<const __half*>(at)[i]);
+    if (dtype == DType::f32) return reinterpret_cast<const float*>(at)[i];
+    if (dtype == DType::f16) return to_float(reinterpret_cast<const __half*>(at)[i]);
     return to_float(reinterpret_cast<const __nv_bfloat16*>(at)[i]);
   }
 
   __device__ static void convert(const Raw& raw, DType dtype, float* out) {
-    if (!kAligned || dtype == DType::kFloat32) {
+    if (!kAligned || dtype == DType::f32) {
 #pragma unroll
       for (int i = 0; i < kVec; i += 4) unpack<float>(raw.word[i / 4], out + i);
       return;
     }
     float value[8];  // of which a slice of floats has four
-    if (dtype == DType::kFloat16) {
+    if (dtype == DType::f16) {
       unpack<__half>(raw.word[0], value);
     } else {
       unpack<__nv_bfloat16>(raw.word[0], value);
@@ -175,7 +175,7 @@ struct Slice {
 
   // Brings a row of an operand into L2.
   __device__ void prefetch(const Operand& from, int r = 0) const {
-    const int bytes = from.dtype == DType::kFloat32 ? 4 : 2;
+    const int bytes = from.dtype == DType::f32 ? 4 : 2;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       const int e = start(p);
@@ -473,7 +473,7 @@ inline bool fits_accesses(const void* data, int64_t bytes_between_rows) {
 }
 
 inline bool is_aligned(const Operand& operand) {
-  return fits_accesses(operand.data, operand.stride * (operand.dtype == DType::kFloat32 ? 4 : 2));
+  return fits_accesses(operand.data, operand.stride * (operand.dtype == DType::f32 ? 4 : 2));
 }
 
 // Whether every row of every tensor can be moved in whole 16-byte accesses.

@@ -3,74 +3,37 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <optional>
-#include <tuple>
 #include <unordered_map>
-#include <vector>
 
-#include "common.cuh"
+#include "common/tensor.h"
 
 // Weak: a CPU build of torch lacks it, and still loads this library (to list its ops, or to check that it links).
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace ras::cuda {
 
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
 inline void check(cudaError_t status, const char* what) {
   STD_TORCH_CHECK(status == cudaSuccess, "ras_fast: ", what, ": ", cudaGetErrorString(status));
 }
 
-inline DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return DType::kFloat32;
-    case torch::headeronly::ScalarType::Half: return DType::kFloat16;
-    case torch::headeronly::ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, "ras_fast: a CUDA kernel got a tensor that is not float32, float16 or bfloat16");
-  }
+// Uninitialised tensors beside `like`.
+inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  return empty_strided(sizes, strides, raw_dtype(like), aoti_torch_device_type_cuda(), like.get_device_index());
 }
 
-inline int32_t raw_dtype(const Tensor& tensor) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
+inline Tensor new_like(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return new_strided(like, sizes, contiguous_strides(sizes));
 }
-
-// An uninitialised tensor beside `like`. The C shim rather than stable::new_empty: that one looks its operator up by name,
-// which costs more than a small launch.
-inline Tensor new_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                          int32_t dtype) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
-  return new_strided(like, sizes, strides, dtype);
-}
-
-inline Tensor new_like(const Tensor& like, const std::vector<int64_t>& sizes) { return empty(like, sizes, raw_dtype(like)); }
 
 inline Tensor new_float(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return empty(like, sizes, aoti_torch_dtype_float32());
+  return empty_strided(sizes, contiguous_strides(sizes), aoti_torch_dtype_float32(), aoti_torch_device_type_cuda(),
+                       like.get_device_index());
 }
 
-// Whether `tensor` lies on the device of `like` with a contiguous last dimension. What would be read or written out of
-// bounds is refused by the launchers; ras_fast/ops/ then names the argument.
+// Whether `tensor` lies on the device of `like` with a contiguous last dimension.
 inline bool rows_beside(const Tensor& like, const Tensor& tensor) {
-  const int64_t dim = tensor.dim();
-  return tensor.is_cuda() && tensor.get_device_index() == like.get_device_index() && dim > 0 &&
-         (tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1);
+  return tensor.is_cuda() && tensor.get_device_index() == like.get_device_index() && last_dim_contiguous(tensor);
 }
 
 inline cudaStream_t current_stream(const Tensor& tensor) {

@@ -3,6 +3,7 @@
 #include "cuda/attention_stats.cuh"
 
 using namespace ras::cuda;
+using ras::Reduce;
 
 // Mirrored by a ctypes structure in test_attention_simt.py: 8-byte fields only.
 struct Call {

@@ -2,6 +2,7 @@
 #include "cuda/norm.cuh"
 
 using namespace ras::cuda;
+using ras::DType;
 
 // Mirrored by a ctypes structure in test_norm_simt.py: 8-byte fields only, so that there is nothing to pad.
 struct Matrix {
@@ -66,9 +67,9 @@ static bool run(Call& c) {
 
 extern "C" int norm_run(Call* c) {
   switch (DType(c->dtype)) {
-    case DType::kFloat32: return run<float>(*c);
-    case DType::kFloat16: return run<__half>(*c);
-    case DType::kBFloat16: return run<__nv_bfloat16>(*c);
+    case DType::f32: return run<float>(*c);
+    case DType::f16: return run<__half>(*c);
+    case DType::bf16: return run<__nv_bfloat16>(*c);
   }
   return false;
 }

@@ -1,5 +1,5 @@
 #pragma once
 
-namespace ras::cpu {
+namespace ras {
 enum class DType : int { f32, f16, bf16 };
 }

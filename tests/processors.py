@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from inspect import signature
 
 from families import END, FAMILIES, IMAGE, START, VIDEO, VOCABULARY
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -102,26 +103,33 @@ REAL = {
 REAL = {name: real for name, real in REAL.items() if name in FAMILIES}
 
 
-def with_processor(name: str):
+def with_processor(name: str, videos: object = None, **text):
     """(a family's tiny random model, its real processor). Raises ImportError where this transformers has none without
-    torchvision."""
+    torchvision.
+
+    videos: its video processor. text: what the text model's config has otherwise.
+    """
     real = REAL[name]
-    images, processor = (_class(path) for path in real.classes)
-    return (
-        replace(FAMILIES[name], config=FAMILIES[name].config | real.config).model(name),
-        _without_videos(processor)(
-            image_processor=images(**real.images),
-            tokenizer=_tokenizer(real),
-            chat_template=_TEMPLATE.replace("IMAGE", real.image),
-            **real.options,
-        ),
-    )
+    images, processor = (class_of(path) for path in real.classes)
+    config = FAMILIES[name].config | real.config
+    config["text_config"] = config["text_config"] | text
+    parts = {"image_processor": images(**real.images), "tokenizer": _tokenizer(real), "chat_template": _template(real)}
+    if "video_processor" in signature(processor.__init__).parameters:
+        parts["video_processor"] = videos
+        processor = processor if videos is not None else _without_videos(processor)
+    return replace(FAMILIES[name], config=config).model(name), processor(**parts, **real.options)
 
 
-def _class(path: str) -> type:
+def class_of(path: str) -> type:
+    """Of "family.Class", of transformers' processors."""
     family, name = path.split(".")
-    kind = "image_processing_pil" if name.endswith("Pil") else "processing"
+    kinds = {"Pil": "image_processing_pil", "VideoProcessor": "video_processing"}
+    kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "processing")
     return getattr(import_module(f"transformers.models.{family}.{kind}_{family}"), name)
+
+
+def _template(real: Real) -> str:
+    return _TEMPLATE.replace("IMAGE", real.image)
 
 
 def _without_videos(processor: type) -> type:
@@ -134,7 +142,7 @@ def _without_videos(processor: type) -> type:
 
 def _tokenizer(real: Real) -> PreTrainedTokenizerFast:
     words = {**{i: f"w{i}" for i in range(VOCABULARY)}, 0: "<pad>", 1: "<bos>", 2: "<unk>"}
-    words |= {59 + count: "\n" * count for count in (1, 2, 3)} | {token: text for text, token in real.tokens.items()}
+    words |= {59 + count: "\n" * count for count in (1, 2, 3, 4)} | {token: text for text, token in real.tokens.items()}
     raw = Tokenizer(models.WordLevel({text: token for token, text in words.items()}, unk_token="<unk>"))
     lines, blanks = pre_tokenizers.Split(Regex("\n+"), "isolated"), pre_tokenizers.Split(" ", "removed")
     raw.pre_tokenizer = pre_tokenizers.Sequence([lines, blanks])

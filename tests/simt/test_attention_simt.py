@@ -23,7 +23,8 @@ class Call(ctypes.Structure):
     _fields_ = [
         *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "scores", "part_out", "part_lse",
                                        "part_mass", "slab", "region_ids", "kv_start", "kv_end", "region_bias", "sinks")],
-        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride", "lse_stride")],
+        ("bias_stride", INT * 2), ("ids_stride", INT),
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
                                    "window", "causal", "splits", "own_bounds", "reduce")],
         ("scale", DOUBLE), ("softcap", DOUBLE),
@@ -35,8 +36,19 @@ def array(tensor):
     return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
 
 
+def apart(tensor):
+    """The same values with room between the rows of every dimension but the last, filled with what must not be read."""
+    wide = torch.zeros([size + 8 for size in tensor.shape], dtype=torch.int32)
+    if tensor.is_floating_point():
+        wide = torch.full(wide.shape, torch.nan, dtype=tensor.dtype)
+    return wide[tuple(map(slice, tensor.shape))].copy_(tensor)
+
+
 class Case:
-    """Random inputs in the strides that transformers hands over, and the arguments that the kernels and the reference share."""
+    """Random inputs and the arguments that the kernels and the reference share.
+
+    Queries and keys lie as transformers hands them over, values in a longer cache: no two tensors have the same strides.
+    """
 
     def __init__(self, length_q=1, length_k=90, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, batch=1, regions=2, ids=None,
                  kv_start=None, kv_end=None, window=0, softcap=0.0, sinks=False, bias=False, causal=True, mass_rows=None,
@@ -44,13 +56,13 @@ class Case:
         def states(length, count):
             return torch.randn(batch, length, count, dim).to(dtype).transpose(1, 2)
 
-        self.query, self.key, self.value = states(length_q, heads), states(length_k, kv_heads), states(length_k, kv_heads)
-        self.ids = ids
+        self.query, self.key, self.value = states(length_q, heads), states(length_k, kv_heads), apart(states(length_k, kv_heads))
+        self.ids = None if ids is None else apart(ids)
         self.regions, self.splits, self.dtype = regions, splits, dtype
         self.kv_start, self.kv_end = (None if v is None else torch.tensor(v, dtype=torch.int32) for v in (kv_start, kv_end))
         self.own_bounds = any(bound is not None and bound.dim() == 2 for bound in (self.kv_start, self.kv_end))
         self.sinks = torch.randn(heads) if sinks else None
-        self.bias = torch.randn(batch, heads, regions) if bias else None
+        self.bias = apart(torch.randn(batch, heads, regions)) if bias else None
         self.rows = length_q if mass_rows is None else mass_rows
         self.masks = (0.2, causal, self.kv_start, self.kv_end, window, softcap)
 
@@ -76,7 +88,7 @@ class Case:
             "kv_end": self.kv_end, "region_bias": self.bias, "sinks": self.sinks,
         }  # fmt: skip
         scratch = {
-            "out": out, "mass": mass, "scores": scores, "lse": poisoned(batch, heads, length_q) if lse is None else lse,
+            "out": out, "mass": mass, "scores": scores, "lse": poisoned(batch, heads, length_q) if lse is None else apart(lse),
             "part_out": poisoned(self.splits, batch, heads, length_q, dim),
             "part_lse": poisoned(self.splits, batch, heads, length_q),
             "part_mass": poisoned(parts, batch, heads, length_q, self.regions),
@@ -89,6 +101,9 @@ class Case:
                     softcap=softcap, reduce=attention.REDUCTIONS.index(reduce))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
+        call.lse_stride[:] = scratch["lse"].stride()
+        call.bias_stride[:] = (0, 0) if self.bias is None else self.bias.stride()[:2]
+        call.ids_stride = 0 if self.ids is None else self.ids.stride(0)
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
         outputs = {name: array(tensor) for name, tensor in scratch.items() if tensor is not None}
         for name, values in (inputs | outputs).items():
@@ -112,16 +127,16 @@ class Case:
             return
         torch.testing.assert_close(mass, exact_mass, atol=1e-5, rtol=0)
         if self.rows and not self.own_bounds:
-            again = self.run(emulator, "mass_run", lse=exact_lse.clone())[2]
+            again = self.run(emulator, "mass_run", lse=exact_lse)[2]
             torch.testing.assert_close(again, exact_mass, atol=1e-5, rtol=0)
             self.check_keys(emulator, exact_lse, exact_mass)
 
     def check_keys(self, emulator, lse, exact_mass, reduce="mean"):
         exact = self.exact_scores(lse, reduce)
-        _, _, mass, scores = self.run(emulator, "keys_run", lse=lse.clone(), reduce=reduce)
+        _, _, mass, scores = self.run(emulator, "keys_run", lse=lse, reduce=reduce)
         torch.testing.assert_close(mass, exact_mass, atol=1e-5, rtol=0)
         torch.testing.assert_close(scores, exact, atol=1e-5 * self.rows, rtol=0)
-        alone = self.run(emulator, "keys_run", lse=lse.clone(), reduce=reduce, masses=False)[3]
+        alone = self.run(emulator, "keys_run", lse=lse, reduce=reduce, masses=False)[3]
         assert torch.equal(alone, scores)
 
 

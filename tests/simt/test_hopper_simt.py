@@ -16,7 +16,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "region_ids")],
-        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")], ("ids_stride", INT),
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
                                    "causal")],
         ("scale", DOUBLE),
@@ -35,7 +35,7 @@ class PrefillCase(Case):
         }
         call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
                     query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, causal=self.masks[1],
-                    scale=self.masks[0])  # fmt: skip
+                    scale=self.masks[0], ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}

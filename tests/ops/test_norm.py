@@ -219,10 +219,11 @@ def test_mixed_dtype_tables(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tables_whose_rows_overlap(backend, dtype):
-    """Windows over one buffer, of a dtype that the kernel converts."""
-    x, weight = torch.randn(3, 8).to(dtype), torch.randn(8)
-    table = torch.randn(12).half().unfold(0, 8, 1)
+@pytest.mark.parametrize("converted", [True, False])
+def test_tables_whose_rows_overlap(backend, dtype, converted):
+    """Windows over one buffer, of a dtype that the kernel converts or reads as it is."""
+    x, weight = torch.randn(3, 8).to(dtype), torch.randn(8).to(dtype)
+    table = torch.randn(12).to(torch.float16 if converted else dtype).unfold(0, 8, 1)
     steer = steering(3, 8) | {"steer_slot": torch.tensor([4, -1, 2], dtype=torch.int32)}
     found, expected = (
         ops.add_rms_norm(x, None, weight, 1e-6, probes=rows, **steer | {"steer_vectors": rows})

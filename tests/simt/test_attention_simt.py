@@ -169,6 +169,7 @@ def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
 @pytest.mark.parametrize("options", [
     {"causal": False},
     {"kv_start": [7], "kv_end": [61]},
+    {"kv_start": [-40], "kv_end": [95]},
     {"kv_end": [0], "sinks": True},
     {"window": 20, "splits": 2},
     {"softcap": 3.0, "bias": True},
@@ -177,6 +178,12 @@ def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
 ])  # fmt: skip
 def test_options(emulator, options):
     Case(length_q=3, ids=runs(90, 10, 50, 77), **options).check(emulator)
+
+
+@pytest.mark.parametrize("length_k", range(33, 49))
+def test_masks_that_end_anywhere_in_a_step(emulator, length_k):
+    """The causal limits and the windows of both rows fall on every key of a step, its first and its last included."""
+    Case(2, length_k, 1, 1, ids=runs(length_k, 3, 20, 30), window=20).check(emulator)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -236,13 +243,15 @@ def test_nan_stays_in_its_batch_element(emulator):
         assert tensor[1].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("function", ["decode_run", "mass_run", "keys_run"])
-def test_offsets_beyond_32_bits(emulator, function):
+def test_offsets_beyond_32_bits(emulator, function, name):
     """Two batch elements 2³¹ elements apart: the second is found only by 64-bit arithmetic. Most of the memory is untouched."""
     ids = torch.zeros(2, 90, dtype=torch.int32)
     case = Case(batch=2, heads=2, kv_heads=1, ids=ids, regions=1)
-    far = torch.empty(2**31 + case.key[0].numel(), dtype=case.dtype).as_strided((2, 1, 90, 64), (2**31, 0, 64, 1))
-    case.key = far.copy_(case.key)
+    near = getattr(case, name)
+    far = torch.empty(2**31 + near[0].numel(), dtype=case.dtype)
+    setattr(case, name, far.as_strided(near.shape, (2**31, *near.contiguous().stride()[1:])).copy_(near))
     exact_out, exact_lse, exact_mass = case.reference()
     out, _, mass, _ = case.run(emulator, function, lse=None if function == "decode_run" else exact_lse.float())
     torch.testing.assert_close(mass, exact_mass, atol=2e-3, rtol=0)

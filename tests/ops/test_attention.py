@@ -169,6 +169,18 @@ def test_blocks_of_keys_and_tiles_of_rows(backend, heads, lengths, dim, option, 
         torch.testing.assert_close(got.double(), expected.double(), atol=atol, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("window", [5, 70])
+@pytest.mark.parametrize("length_q", range(69, 75))
+def test_windows_that_begin_anywhere_in_a_block(backend, length_q, window):
+    """A tile's first rows, or the first of those that go together, see a block's keys from the second on or only the last."""
+    query, key, value = inputs(1, 32, 16, length_q, length_q + 80, 8)
+    found = ops.region_attention(query, key, value, window=window, mass_rows=0)
+    masks = (8**-0.5, True, None, None, window, 0.0)
+    expected = attention._attention_reference(query.double(), key.double(), value.double(), None, 0, *masks, None, None, 0)
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=1e-6, check_dtype=False)
+
+
 @pytest.mark.parametrize("option", ["plain", "window", "softcap", "bias"])
 def test_memory_is_linear(option):
     """Twice the length takes at most twice the memory, and little more than that for rounding."""
@@ -409,7 +421,7 @@ def test_strides_as_transformers_hands_them(backend, length_q, dim):
     """q, k, v as [B, L, H, D] transposed, caches longer than what is used, the others as views of wider tensors: no two of them
     have the same strides, and what lies between their rows is not read."""
     query = beyond(torch.randn(2, length_q, 4, dim)).transpose(1, 2)
-    key, value = beyond(torch.randn(2, 2, 29, dim)), beyond(torch.randn(2, 29, 2, dim)).transpose(1, 2)
+    key, value = beyond(torch.randn(2, 2, 29, dim)), beyond(torch.randn(2, 31, 2, dim)).transpose(1, 2)[:, :, :29]
     ids, bias = image_ids(2, 50)[:, :29], beyond(torch.randn(2, 4, 2))
     lse = beyond(torch.randn(2, 4, length_q) + 4)
 

@@ -170,6 +170,19 @@ def test_blocks_of_keys_and_tiles_of_rows(backend, heads, lengths, dim, option, 
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("heads", [(6, 2), (9, 1)])
+def test_decode_in_pieces_of_the_cache(backend, heads, option):
+    """Their peaks, and so the factors by which they are merged, are far apart."""
+    query, key, value = inputs(1, *heads, 1, 900, 24)
+    key[:, :, 300:600] *= 3
+    ids, kwargs = image_ids(1, 900, 5), options(option, 1, heads[0], 900, 5)
+    found = ops.region_attention(query, key, value, ids, 5, **kwargs)
+    expected = exact(query, key, value, ids, 5, **kwargs)[:3]
+    torch.testing.assert_close(found, expected, atol=5e-6, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("window", [5, 70])
 @pytest.mark.parametrize("length_q", range(69, 75))
 def test_windows_that_begin_anywhere_in_a_block(backend, length_q, window):

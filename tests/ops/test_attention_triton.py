@@ -222,6 +222,49 @@ def test_mass_and_heat_map_in_one_launch(rows, reduce, monkeypatch):
     torch.testing.assert_close(both, expected, atol=2e-6, rtol=0)
 
 
+def beyond(tensor):
+    """The same values with NaN after each row, and as strides no others have."""
+    wide = torch.full([size + 3 for size in tensor.shape], torch.nan, device=DEVICE)
+    return wide[tuple(map(slice, tensor.shape))].copy_(tensor)
+
+
+@pytest.mark.parametrize("length_q", [2, 65])
+def test_no_two_tensors_of_the_same_strides(length_q):
+    query, key, value = inputs(2, 2, 1, length_q, 40)
+    ids = runs(2, 50, 3)[:, :40]
+    bias, lse = torch.randn(2, 2, 3, device=DEVICE), torch.randn(2, 2, length_q, device=DEVICE) + 4
+
+    def everything(query, key, value, ids, bias, lse):
+        masks = (0.25, True, None, None, 0, 0.0)
+        return (
+            *triton_attention.region_attention(query, key, value, ids, 3, *masks, None, bias, length_q),
+            triton_attention.region_mass(query, key, lse, ids, 3, *masks, bias, length_q),
+            triton_attention.key_attention(query, key, lse, length_q, "mean", ids, *masks, bias),
+        )
+
+    strided = beyond(query), beyond(key), beyond(value.transpose(1, 2)).transpose(1, 2), ids, beyond(bias), beyond(lse)
+    found = everything(*strided)
+    torch.testing.assert_close(found, everything(*(tensor.contiguous() for tensor in strided)))
+
+
+@pytest.mark.parametrize("length_k", range(40, 56))
+def test_masks_that_end_anywhere_in_a_block(length_k):
+    """The causal limits and the windows of the rows fall on every key of a block, its first and its last included."""
+    query, key, value = inputs(1, 1, 1, 20, length_k)
+    found = attend(query, key, value, None, 0, window=20, mass_rows=0)
+    expected = attend64(query, key, value, None, 0, window=20, mass_rows=0)
+    torch.testing.assert_close(found, expected, atol=EXACT, rtol=1e-6, check_dtype=False)
+
+
+def test_bounds_beyond_the_keys():
+    """They are clamped to the keys that there are."""
+    query, key, value = inputs(2, 2, 1, 3, 40)
+    bounds = {"kv_start": int32([-70, 2]), "kv_end": int32([40, 90])}
+    clamped = {name: bound.clamp(0, 40) for name, bound in bounds.items()}
+    got, expected = (attend(query, key, value, runs(2, 40, 2), 2, **kwargs) for kwargs in (bounds, clamped))
+    torch.testing.assert_close(got, expected)
+
+
 def test_offsets_beyond_32_bits():
     """Two batch elements 2³¹ elements apart: the second is found only by 64-bit arithmetic. Most of the memory is untouched."""
     storage = torch.empty(2**31 + 10_000, dtype=torch.float16, device=DEVICE)

@@ -52,7 +52,9 @@ def test_shapes_that_flash_attention_lacks_go_to_triton(built):
     assert kernel(states(1024, 2048), 1) == "triton"  # its causal mask is aligned top-left
     assert kernel(states(1024, 2048), 1, is_causal=False) == "flash"
     assert kernel(states(1024, 1024, dtype=torch.float32), 1) == "triton"
-    query, _, value = states(1024, 1024)
+    assert kernel(states(1024, 1024, dim=264), 1) == "triton"
+    query, key, value = states(1024, 1024)
+    assert kernel((query, torch.empty(key.numel() + 4, dtype=torch.bfloat16)[4:].view(key.shape), value), 1) == "triton"
     assert kernel((query, torch.empty(1, 8, 1024, 132, dtype=torch.bfloat16)[..., :128], value), 1) == "triton"
 
 

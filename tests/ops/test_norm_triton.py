@@ -138,7 +138,8 @@ def test_tables_of_any_stride():
 def test_no_residual_and_weight_offset():
     x, weight = rand(5, 64, dtype=torch.bfloat16), rand(64)
     assert_agree(x, None, weight, None, rms=True, weight_offset=1.0)
-    assert_agree(x, None, weight, None, rms=True, probes=rand(1, 64), **steering([0] * 5, [0.5] * 5, 64))
+    for rms in (True, False):
+        assert_agree(x, None, weight, None, rms=rms, probes=rand(1, 64), **steering([0] * 5, [0.5] * 5, 64))
 
 
 def test_empty_batch():

@@ -77,6 +77,8 @@ OPTIONS = {
     "plain": {},
     "bidirectional": {"is_causal": False},
     "bounds": {"kv_start": int32([0, 37]), "kv_end": int32([70, 51])},
+    "negative scale": {"scale": -0.3},
+    "no scale": {"scale": 0.0},
     "window": {"window": 20},
     "softcap": {"softcap": 1.5, "scale": 0.5},
     "sinks": {"sinks": torch.linspace(-1, 4, 4, device=DEVICE)},
@@ -230,9 +232,9 @@ def beyond(tensor):
 
 @pytest.mark.parametrize("length_q", [2, 65])
 def test_no_two_tensors_of_the_same_strides(length_q):
-    query, key, value = inputs(2, 2, 1, length_q, 40)
+    query, key, value = inputs(2, 4, 2, length_q, 40)
     ids = runs(2, 50, 3)[:, :40]
-    bias, lse = torch.randn(2, 2, 3, device=DEVICE), torch.randn(2, 2, length_q, device=DEVICE) + 4
+    bias, lse = torch.randn(2, 4, 3, device=DEVICE), torch.randn(2, 4, length_q, device=DEVICE) + 4
 
     def everything(query, key, value, ids, bias, lse):
         masks = (0.25, True, None, None, 0, 0.0)
@@ -242,7 +244,8 @@ def test_no_two_tensors_of_the_same_strides(length_q):
             triton_attention.key_attention(query, key, lse, length_q, "mean", ids, *masks, bias),
         )
 
-    strided = beyond(query), beyond(key), beyond(value.transpose(1, 2)).transpose(1, 2), ids, beyond(bias), beyond(lse)
+    longer = beyond(torch.cat([value, value], 2).transpose(1, 2)).transpose(1, 2)[:, :, :40]
+    strided = beyond(query), beyond(key), longer, ids, beyond(bias), beyond(lse)
     found = everything(*strided)
     torch.testing.assert_close(found, everything(*(tensor.contiguous() for tensor in strided)))
 

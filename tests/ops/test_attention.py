@@ -121,13 +121,19 @@ def test_against_definition(backend, lengths, option, dtype):
         torch.testing.assert_close(both, (again, scores), atol=1e-6, rtol=1e-6)
 
 
+def plan_for(monkeypatch, kernel):
+    """As where the prefill kernel, which otherwise is called without a plan, is not built or not the fastest."""
+    monkeypatch.setattr(attention, "op_of", lambda *_: "region_attention")
+    monkeypatch.setattr(attention, "plan_cpu_prefill", lambda *_: Plan(kernel, ""))
+
+
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 @pytest.mark.parametrize("lengths", [(34, 36), (33, 80), (40, 34)])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_chunks_of_rows(backend, option, lengths, monkeypatch):
     """What runs where no kernel is built and torch's flash attention does not do."""
     monkeypatch.setattr(attention, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(attention, "plan_cpu_prefill", lambda *_: Plan("softmax", ""))
+    plan_for(monkeypatch, "softmax")
     query, key, value = inputs(length_q=lengths[0], length_k=lengths[1])
     ids = image_ids(2, lengths[1])
     kwargs = options(option, 2, 4, lengths[1], 2)
@@ -141,7 +147,7 @@ def test_chunks_of_rows(backend, option, lengths, monkeypatch):
 @pytest.mark.parametrize("option", ["plain", "bidirectional"])
 def test_flash_and_recomputed_masses(backend, option, monkeypatch):
     """What runs on processors with matrix instructions."""
-    monkeypatch.setattr(attention, "plan_cpu_prefill", lambda *_: Plan("flash", ""))
+    plan_for(monkeypatch, "flash")
     query, key, value = inputs(length_q=40, length_k=40)
     kwargs = options(option, 2, 4, 40, 2)
     found = ops.region_attention(query, key, value, image_ids(2, 40), 2, **kwargs)

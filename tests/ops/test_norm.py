@@ -71,6 +71,7 @@ def test_without_residual_h_is_x(backend, rms):
     y, h, _ = call(x, None, weight, None, 1e-6, rms=rms)
     assert h is x
     torch.testing.assert_close(y.double(), exact_norm(x, None, weight, None, 1e-6, rms=rms)[0], atol=1e-5, rtol=1e-5)
+    assert call(x, None, weight, None, 1e-6, rms=rms, steer_mode="lerp", **steering(3, 64))[1] is x
 
 
 def steering(tokens, width, vectors=3, dtype=torch.float32):
@@ -149,6 +150,34 @@ def test_slot_out_of_range_poisons_its_row_only(backend, slot, mode):
     for output in (y, h, dots):
         assert output[1].isnan().all()
         assert output[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{"steer_mode": "add"}, {"steer_mode": "lerp"}, {"weight_offset": 1.0}], ids=str)
+def test_rounds_where_the_reference_rounds(settings):
+    """A value rounded once more or once less shows in every third element, of which no one is off by more than a unit."""
+    x, residual, weight = torch.randn(6, 1000).bfloat16(), torch.randn(6, 1000).bfloat16(), torch.randn(1000)
+    steer = steering(6, 1000) if "steer_mode" in settings else {}
+    found = ops.add_rms_norm(x, residual, weight, 1e-6, **settings, **steer)
+    ras_fast.set_backend("torch")
+    try:
+        expected = ops.add_rms_norm(x, residual, weight, 1e-6, **settings, **steer)
+    finally:
+        ras_fast.set_backend("auto")
+    for actual, wanted in zip(found[:2], expected[:2], strict=True):
+        assert (actual != wanted).float().mean() < 0.02
+
+
+@BACKENDS
+@pytest.mark.parametrize("mode", ["add", "lerp"])
+@pytest.mark.parametrize("bits", [0x7F800001, -1])
+@pytest.mark.parametrize("where", ["steer_alpha", "steer_vectors", "weight"])
+def test_nan_of_any_bits_is_nan_in_the_output(backend, where, bits, mode):
+    """Rounded to bfloat16 carelessly it would be infinite or 0."""
+    given = {"steer_vectors": torch.ones(1, 40), "steer_slot": torch.zeros(2, dtype=torch.int32),
+             "steer_alpha": torch.full((2,), 0.5), "weight": torch.ones(40)}  # fmt: skip
+    given[where].view(torch.int32).fill_(bits)
+    x = torch.randn(2, 40).bfloat16()
+    assert ops.add_rms_norm(x, None, eps=1e-6, steer_mode=mode, **given)[0].isnan().all()
 
 
 @BACKENDS
@@ -303,7 +332,7 @@ def steered_args(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual"])
+@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual"])
 def test_opcheck(case, dtype):
     args = list(steered_args(dtype))
     if case == "plain":
@@ -312,6 +341,8 @@ def test_opcheck(case, dtype):
         args[7] = True
     elif case == "no_residual":
         args[1], args[4:7] = None, [None] * 3
+    elif case == "lerp_without_residual":
+        args[1], args[7] = None, True
     torch.library.opcheck(torch.ops.ras_fast.add_rms_norm.default, tuple(args))
     layer = (*args[:3], None, *args[3:8], *args[9:])
     torch.library.opcheck(torch.ops.ras_fast.add_layer_norm.default, layer)

@@ -93,9 +93,17 @@ def test_scattered_regions(emulator, regions):
     torch.testing.assert_close(case.run(emulator)[2], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mass_rows", [1, 70, 150])
+@pytest.mark.parametrize("mass_rows", [1, 70, 73, 150])
 def test_masses_of_the_last_rows(emulator, mass_rows):
-    PrefillCase(200, 200, 1, 1, ids=runs(200, 5, 37, 64), mass_rows=mass_rows).check(emulator)
+    """73: of the first tile its last row alone."""
+    PrefillCase(200, 200, 2, 1, ids=runs(200, 5, 37, 64), mass_rows=mass_rows).check(emulator)
+
+
+def test_strides_of_dimensions_of_one(emulator):
+    """They may be anything, also what the driver would refuse."""
+    case = PrefillCase(70, 140, 1, 1)
+    case.query, case.key = (t.as_strided(t.shape, (3, 5, *t.stride()[2:])) for t in (case.query, case.key))
+    case.check(emulator)
 
 
 def test_large_scores(emulator):

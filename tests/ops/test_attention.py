@@ -248,6 +248,8 @@ def test_last_rows_only(backend, rows):
     p = exact(query, key, value, ids, 2)[3][:, :, 40 - rows :]
     scores = ops.key_attention(query, key, lse, rows=rows, reduce="sum")
     torch.testing.assert_close(scores.double(), p.sum(2), atol=1e-5, rtol=0)
+    mean = ops.key_attention(query, key, lse, rows=rows)
+    torch.testing.assert_close(mean.double(), p.sum(2) / max(rows, 1), atol=1e-6, rtol=0)
     both = ops.region_statistics(query, key, lse, ids, 2, rows=rows, reduce="sum")
     torch.testing.assert_close(both, (last, scores), atol=1e-5, rtol=0)
 
@@ -341,7 +343,7 @@ def test_rows_without_a_key(backend, sink):
 
 @BACKENDS
 @pytest.mark.parametrize("length_q", [1, 3])
-@pytest.mark.parametrize("softcap", [0.5, 1e4, 1e7, 1e12])
+@pytest.mark.parametrize("softcap", [0.01, 0.5, 1e4, 1e7, 1e12])
 def test_softcaps_of_any_size(backend, softcap, length_q):
     """One far above the scores leaves them as they are."""
     query, key, value = inputs(length_q=length_q, length_k=40)
@@ -600,12 +602,24 @@ def test_a_sink_that_takes_nothing(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("where", ["sinks", "region_bias"])
-def test_nan_of_any_bits_is_nan_in_the_output(backend, where):
-    query, key, value = inputs(1, 2, 2, 1, 40, dtype=torch.bfloat16)
+@pytest.mark.parametrize("length_q", [1, 3])
+def test_nan_of_any_bits_is_nan_in_the_output(backend, length_q, where):
+    query, key, value = inputs(1, 2, 2, length_q, 40, dtype=torch.bfloat16)
     nan = torch.full((2, 1), -1, dtype=torch.int32).view(torch.float32)  # rounding it to bf16 carelessly gives 0
     ids = torch.zeros(1, 40, dtype=torch.int32)
     options = {"sinks": nan[:, 0]} if where == "sinks" else {"region_bias": nan}
     assert ops.region_attention(query, key, value, ids, 1, **options)[0].isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+@pytest.mark.parametrize("length_q", [1, 3])
+def test_ties_round_to_even(backend, length_q, dtype, unit):
+    """The mean of two neighbours lies between them."""
+    query, key = torch.zeros(1, 1, length_q, 2).to(dtype), torch.zeros(1, 1, 2, 2).to(dtype)
+    value = torch.tensor([[1, 1 + unit], [1 + unit, 1 + 2 * unit]]).to(dtype)[None, None]
+    out = ops.region_attention(query, key, value, is_causal=False)[0]
+    assert torch.equal(out, torch.tensor([1, 1 + 2 * unit]).to(dtype).expand(1, 1, length_q, 2))
 
 
 @BACKENDS

@@ -207,7 +207,8 @@ def test_strides_without_copies(backend, dtype):
     """Sliced, transposed and expanded leading dimensions; only the last must be contiguous."""
     weight = torch.randn(65).to(dtype)
     wide = torch.randn(4, 6, 130).to(dtype)
-    views = [wide[:, ::2, :65], wide.transpose(0, 1)[..., 65:], wide[:1, :1, :65].expand(3, 5, 65), wide[0, :, :65]]
+    views = [wide[:, ::2, :65], wide[:, :5, :65], wide.transpose(0, 1)[..., 65:], wide[:1, :1, :65].expand(3, 5, 65),
+             wide[0, :, :65]]  # fmt: skip
     for x in views:
         residual = torch.randn(x.shape).to(dtype)
         for first, second in ((x, residual), (residual, x), (x, x)):

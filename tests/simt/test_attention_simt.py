@@ -175,7 +175,8 @@ def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
     {"window": 20, "splits": 2},
     {"softcap": 3.0, "bias": True},
     {"sinks": True, "splits": 2},
-    {"kv_start": [3], "kv_end": [80], "window": 60, "softcap": 5.0, "sinks": True, "bias": True, "mass_rows": 1},
+    {"kv_start": [3], "kv_end": [80], "window": 60, "softcap": 5.0, "sinks": True, "bias": True, "mass_rows": 1,
+     "splits": 2},
 ])  # fmt: skip
 def test_options(emulator, options):
     Case(length_q=3, ids=runs(90, 10, 50, 77), **options).check(emulator)
@@ -204,7 +205,7 @@ def test_scattered_regions(emulator, regions):
     ids = torch.randint(-1, regions, (2, 120), dtype=torch.int32)
     case = Case(length_k=120, ids=ids, regions=regions, batch=2, splits=2)
     expected = case.reference()[2]
-    case.ids = torch.where(ids == -1, 1000, ids)
+    case.ids = torch.where(ids == -1, regions, ids)
     torch.testing.assert_close(case.run(emulator, "decode_run")[2], expected, atol=1e-5, rtol=0)
 
 

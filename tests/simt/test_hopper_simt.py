@@ -89,8 +89,14 @@ def test_scattered_regions(emulator, regions):
     ids = torch.randint(-1, max(regions - 1, 1), (1, 260), dtype=torch.int32)
     case = PrefillCase(40, 260, 1, 1, ids=ids, regions=regions)
     expected = case.reference()[2]
-    case.ids = torch.where(ids == -1, 1000, ids)
+    case.ids = torch.where(ids == -1, regions, ids)
     torch.testing.assert_close(case.run(emulator)[2], expected, atol=1e-5, rtol=0)
+
+
+def test_regions_that_repeat_every_32_keys(emulator):
+    """Each lane sees one region, but not that of the other lanes."""
+    ids = (torch.arange(260, dtype=torch.int32) % 32 // 16)[None]
+    PrefillCase(40, 260, 1, 1, ids=ids).check(emulator)
 
 
 @pytest.mark.parametrize("mass_rows", [1, 70, 73, 150])

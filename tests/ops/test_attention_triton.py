@@ -125,13 +125,20 @@ def test_scattered_regions_in_prefill():
 
 
 def test_ids_out_of_range_count_as_none():
-    query, key, value = inputs(1, 1, 1, 3, 40)
-    ids = runs(1, 40, 2)
-    strange = torch.where(ids == -1, int32(7), ids)
-    for actual, expected in zip(
-        attend(query, key, value, strange, 2), attend(query, key, value, ids, 2), strict=True
-    ):
-        torch.testing.assert_close(actual, expected)
+    """Between the regions and in whole blocks of keys."""
+    query, key, value = inputs(1, 2, 1, 3, 150)
+    ids, bias = runs(1, 150, 1), torch.randn(2, 1, device=DEVICE)
+    strange = torch.where(ids == -1, int32(1), ids)
+    got, expected = (attend(query, key, value, table, 1, region_bias=bias) for table in (strange, ids))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("length_q", [1, 20])
+def test_a_maximum_that_grows_within_a_region(length_q):
+    """What its running sum held before has to shrink."""
+    query, key, value = inputs(1, 2, 1, length_q, 100)
+    key *= torch.linspace(0.1, 4, 100, device=DEVICE)[:, None]
+    check(query, key, value, torch.zeros(1, 100, dtype=torch.int32, device=DEVICE), 1)
 
 
 def test_partition_sums_to_one():
@@ -202,10 +209,10 @@ def test_garbage_outside_the_valid_keys_is_never_used():
 @pytest.mark.parametrize("rows", [1, 9, 75])
 def test_key_attention(rows, reduce):
     """rows = 75: more than one row tile, so keys stay and rows stream."""
-    query, key, _ = inputs(2, 6, 2, 75, 80)
+    query, key, _ = inputs(2, 6, 2, 80, 80)
     bounds = {"kv_start": int32([0, 9]), "kv_end": int32([80, 70]), "window": 50}
     masks = arguments(query, **bounds)[0]
-    lse = torch.randn(2, 6, 75, device=DEVICE) + 4
+    lse = torch.randn(2, 6, 80, device=DEVICE) + 4
     expected = attention._key_reference(query.double(), key.double(), lse.double(), rows, reduce, None, *masks, None)
     torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=EXACT, rtol=EXACT)
 

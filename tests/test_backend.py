@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import ras_fast
 from ras_fast import backend, build
+from ras_fast.ops import _registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +76,18 @@ def test_triton_in_the_interpreter():
     )
     done = run(code, TRITON_INTERPRET="1")
     assert "[3, 8]" in done.stdout, done.stderr
+
+
+def test_a_backend_forced_after_a_call_holds_for_the_next(monkeypatch):
+    """What was chosen for the first call is remembered, but not for another backend."""
+    reference = mock.Mock(side_effect=_registry._references["add_rms_norm"])
+    monkeypatch.setattr(_registry, "_selected", {})
+    monkeypatch.setitem(_registry._references, "add_rms_norm", reference)
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    for name, calls in (("cpu", 0), ("torch", 1), ("cpu", 1)):
+        monkeypatch.setattr(backend, "_forced", name)
+        ras_fast.ops.add_rms_norm(x, None, weight, 1e-6)
+        assert reference.call_count == calls
 
 
 def test_forced_backend_on_the_wrong_device(monkeypatch):

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ras_fast import backend, ops
-from ras_fast.ops import attention_cpu, attention_cuda, attention_plan, attention_reference
+from ras_fast.ops import attention_cpu, attention_cuda, attention_plan, attention_reference, attention_triton
 from ras_fast.ops.attention_plan import Case
 
 
@@ -52,7 +52,9 @@ def test_shapes_that_flash_attention_lacks_go_to_triton(built):
     assert kernel(states(1024, 2048), 1) == "triton"  # its causal mask is aligned top-left
     assert kernel(states(1024, 2048), 1, is_causal=False) == "flash"
     assert kernel(states(1024, 1024, dtype=torch.float32), 1) == "triton"
-    query, _, value = states(1024, 1024)
+    assert kernel(states(1024, 1024, dim=264), 1) == "triton"
+    query, key, value = states(1024, 1024)
+    assert kernel((query, torch.empty(key.numel() + 4, dtype=torch.bfloat16)[4:].view(key.shape), value), 1) == "triton"
     assert kernel((query, torch.empty(1, 8, 1024, 132, dtype=torch.bfloat16)[..., :128], value), 1) == "triton"
 
 
@@ -124,6 +126,50 @@ def test_a_plan_is_carried_out_on_cuda(monkeypatch):
     assert (out.shape, lse.shape, mass.shape) == (query.shape, (2, 8, 640), (2, 8, 0, 0))
 
 
+@pytest.mark.parametrize("kernel", ["torch", "decode", "hopper", "triton"])
+def test_every_plan_is_carried_out_by_its_own_kernel(kernel, monkeypatch):
+    """On the CPU, where the ops have the reference if nothing else."""
+    query, key, value = (tensor.float().normal_() for tensor in states(1, 64, dim=16, heads=4, kv_heads=2))
+    arguments = (query, key, value, None, 0, 0.25, True, None, None, 0, 0.0, None, None, 0)
+    monkeypatch.setattr(attention_cuda, "plan_cuda", lambda *_: attention_plan.Plan(kernel, ""))
+    spies = {"torch": attention_reference, "triton": attention_triton}
+    for name, module in spies.items():
+        spies[name] = mock.Mock(return_value="result")
+        monkeypatch.setattr(module, "region_attention", spies[name])
+    with Calls() as calls:
+        attention_cuda.region_attention(*arguments)
+    assert [name for name, spy in spies.items() if spy.called] == ([kernel] if kernel in spies else [])
+    ops_called = [name for name in calls.names if name in ("decode_attention", "hopper_prefill")]
+    assert ops_called == {"decode": ["decode_attention"], "hopper": ["hopper_prefill"]}.get(kernel, [])
+
+
+def test_statistics_are_planned_by_the_rows_that_are_scored(monkeypatch):
+    plan = mock.Mock(return_value="torch")
+    monkeypatch.setattr(attention_cuda, "plan_statistics", plan)
+    query, key, _ = (tensor.float() for tensor in states(9, 64, dim=16, heads=4, kv_heads=2))
+    lse, ids, masks = torch.zeros(1, 4, 9), torch.zeros(1, 64, dtype=torch.int32), (0.25, True, None, None, 0, 0.0, None)
+    attention_cuda.region_mass(query, key, lse, ids, 1, *masks, 7)
+    attention_cuda.key_attention(query, key, lse, 7, "mean", None, *masks)
+    attention_cuda.region_statistics(query, key, lse, ids, 1, 7, "mean", *masks)
+    assert [call.args[2:] for call in plan.call_args_list] == [(), (7,), (7,)]
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.3])
+@pytest.mark.parametrize("preferred", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+def test_a_sum_that_is_nan_is_nan_in_flash_attentions_lse(preferred, scale, monkeypatch):
+    """Flash attention says +inf, of which masses of 0 would come. And its scale is the call's."""
+    given = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0]).view(1, 4, 1)
+    run = mock.Mock(return_value=("out", given))
+    name = "cudnn" if preferred == SDPBackend.CUDNN_ATTENTION else "flash"
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: preferred.value)
+    monkeypatch.setattr(attention_cuda, "_activated_flash_attention", lambda: None)
+    monkeypatch.setattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention", run)
+    query, key, value = states(1, 8, heads=4)
+    lse = attention_cuda.flash(query, key, value, True, scale)[1]
+    torch.testing.assert_close(lse.flatten(), torch.tensor([torch.nan, -torch.inf, torch.nan, 1.0]), equal_nan=True)
+    assert run.call_args.kwargs["scale"] == scale
+
+
 def test_an_activated_flash_attention_goes_before_cudnn(monkeypatch):
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA3", raising=False)
     test_the_flash_attention_that_torch_prefers(SDPBackend.CUDNN_ATTENTION, "flash", monkeypatch)
@@ -188,6 +234,13 @@ def test_explain_tells_what_runs_on_the_cpu(plan, case, monkeypatch):
     assert [kernel for kernel, spy in spies.items() if spy.called] == ([plan] if plan in spies else [])
     direct = plan == "decode" or (plan == "prefill" and not quick)  # else from within region_attention
     assert calls.names[-1] == (f"{plan}_attention" if direct else "region_attention")
+
+
+@pytest.mark.parametrize(("keys", "expected"), [(31, "softmax"), (32, "flash")])
+def test_few_keys_do_not_go_to_torchs_flash_attention(keys, expected, monkeypatch):
+    """Which turns a NaN query into zeros there."""
+    monkeypatch.setattr(backend, "has_kernel", lambda *_: False)
+    assert attention_plan.plan_cpu_prefill(*states(keys, keys), Case()).kernel == expected
 
 
 def test_explain_follows_the_forced_backend(monkeypatch):

@@ -77,6 +77,8 @@ OPTIONS = {
     "plain": {},
     "bidirectional": {"is_causal": False},
     "bounds": {"kv_start": int32([0, 37]), "kv_end": int32([70, 51])},
+    "negative scale": {"scale": -0.3},
+    "no scale": {"scale": 0.0},
     "window": {"window": 20},
     "softcap": {"softcap": 1.5, "scale": 0.5},
     "sinks": {"sinks": torch.linspace(-1, 4, 4, device=DEVICE)},
@@ -123,13 +125,20 @@ def test_scattered_regions_in_prefill():
 
 
 def test_ids_out_of_range_count_as_none():
-    query, key, value = inputs(1, 1, 1, 3, 40)
-    ids = runs(1, 40, 2)
-    strange = torch.where(ids == -1, int32(7), ids)
-    for actual, expected in zip(
-        attend(query, key, value, strange, 2), attend(query, key, value, ids, 2), strict=True
-    ):
-        torch.testing.assert_close(actual, expected)
+    """Between the regions and in whole blocks of keys."""
+    query, key, value = inputs(1, 2, 1, 3, 150)
+    ids, bias = runs(1, 150, 1), torch.randn(2, 1, device=DEVICE)
+    strange = torch.where(ids == -1, int32(1), ids)
+    got, expected = (attend(query, key, value, table, 1, region_bias=bias) for table in (strange, ids))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("length_q", [1, 20])
+def test_a_maximum_that_grows_within_a_region(length_q):
+    """What its running sum held before has to shrink."""
+    query, key, value = inputs(1, 2, 1, length_q, 100)
+    key *= torch.linspace(0.1, 4, 100, device=DEVICE)[:, None]
+    check(query, key, value, torch.zeros(1, 100, dtype=torch.int32, device=DEVICE), 1)
 
 
 def test_partition_sums_to_one():
@@ -200,10 +209,10 @@ def test_garbage_outside_the_valid_keys_is_never_used():
 @pytest.mark.parametrize("rows", [1, 9, 75])
 def test_key_attention(rows, reduce):
     """rows = 75: more than one row tile, so keys stay and rows stream."""
-    query, key, _ = inputs(2, 6, 2, 75, 80)
+    query, key, _ = inputs(2, 6, 2, 80, 80)
     bounds = {"kv_start": int32([0, 9]), "kv_end": int32([80, 70]), "window": 50}
     masks = arguments(query, **bounds)[0]
-    lse = torch.randn(2, 6, 75, device=DEVICE) + 4
+    lse = torch.randn(2, 6, 80, device=DEVICE) + 4
     expected = attention_reference.key_attention(query.double(), key.double(), lse.double(), rows, reduce, None, *masks, None)
     torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=EXACT, rtol=EXACT)
 
@@ -220,6 +229,57 @@ def test_mass_and_heat_map_in_one_launch(rows, reduce, monkeypatch):
         monkeypatch.delattr(triton_attention, alone)
     both = triton_attention.region_statistics(query, key, lse, ids, 2, rows, reduce, *masks)
     torch.testing.assert_close(both, expected, atol=2e-6, rtol=0)
+
+
+def beyond(tensor):
+    """The same values with NaN after each row, and as strides no others have."""
+    wide = torch.full([size + 3 for size in tensor.shape], torch.nan, device=DEVICE)
+    return wide[tuple(map(slice, tensor.shape))].copy_(tensor)
+
+
+@pytest.mark.parametrize("length_q", [2, 65])
+def test_no_two_tensors_of_the_same_strides(length_q):
+    query, key, value = inputs(2, 4, 2, length_q, 40)
+    ids = runs(2, 50, 3)[:, :40]
+    bias, lse = torch.randn(2, 4, 3, device=DEVICE), torch.randn(2, 4, length_q, device=DEVICE) + 4
+
+    masks = (0.25, True, None, None, 0, 0.0)
+
+    def everything(attend, mass, scores, query, key, value, ids, bias, lse):
+        return (
+            *attend(query, key, value, ids, 3, *masks, None, bias, length_q),
+            mass(query, key, lse, ids, 3, *masks, bias, length_q), scores(query, key, lse, length_q, "mean", ids, *masks, bias),
+        )  # fmt: skip
+
+    longer = beyond(torch.cat([value, value], 2).transpose(1, 2)).transpose(1, 2)[:, :, :40]
+    strided = beyond(query), beyond(key), longer, ids, beyond(bias), beyond(lse)
+    kernels = triton_attention.region_attention, triton_attention.region_mass, triton_attention.key_attention
+    references = (getattr(attention_reference, kernel.__name__) for kernel in kernels)
+    found, expected = everything(*kernels, *strided), everything(*references, query, key, value, ids, bias, lse)
+    torch.testing.assert_close(found, expected, atol=2 * EXACT, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length_k", range(60, 76))
+def test_masks_that_end_anywhere_in_a_block(length_k):
+    """The causal limits and the windows of the rows fall on every key of a block, its first and its last included."""
+    query, key, value = inputs(1, 1, 1, 20, length_k)
+    found = attend(query, key, value, None, 0, window=40, mass_rows=0)
+    expected = attend64(query, key, value, None, 0, window=40, mass_rows=0)
+    torch.testing.assert_close(found, expected, atol=EXACT, rtol=1e-6, check_dtype=False)
+
+
+def test_a_sink_counts_once_among_splits():
+    query, key, value = inputs(1, 2, 1, 1, 200)
+    check(query, key, value, runs(1, 200, 2), 2, sinks=torch.tensor([1.0, 4.0], device=DEVICE))
+
+
+def test_bounds_beyond_the_keys():
+    """They are clamped to the keys that there are."""
+    query, key, value = inputs(2, 2, 1, 3, 40)
+    bounds = {"kv_start": int32([-70, 2]), "kv_end": int32([40, 90])}
+    clamped = {name: bound.clamp(0, 40) for name, bound in bounds.items()}
+    got, expected = (attend(query, key, value, runs(2, 40, 2), 2, **kwargs) for kwargs in (bounds, clamped))
+    torch.testing.assert_close(got, expected)
 
 
 def test_offsets_beyond_32_bits():

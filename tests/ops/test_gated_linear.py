@@ -109,6 +109,9 @@ def test_strides_and_leading_dimensions(backend):
         got = ops.gated_linear(x, weight, gate)
         assert got.shape == x.shape
         torch.testing.assert_close(got.double(), exact(x, weight, gate, None), atol=1e-5, rtol=1e-5)
+        left, right = rand(70, 9)[:, 2:7], rand(5, 80)[:, 7:77]
+        got = ops.gated_linear(x, left, gate, right=right)
+        torch.testing.assert_close(got.double(), exact(x, left, gate, right), atol=1e-4, rtol=1e-5)
     one = ops.gated_linear(wide[0, 0, 0, :70], weight, gate[:1])
     torch.testing.assert_close(one.double(), exact(wide[0, 0, :1, :70], weight, gate[:1], None)[0], atol=1e-5, rtol=1e-5)
 
@@ -126,6 +129,12 @@ def test_the_inner_product_of_two_factors_may_be_large(backend):
     assert (x.float() @ right.float().T).abs().max() > 65504
     expected = x.double() + 1e-4 * (x.double() @ right.double().T @ weight.double().T)
     torch.testing.assert_close(ops.gated_linear(x, weight, gate, right=right).double(), expected, atol=2, rtol=1e-3)
+
+
+@BACKENDS
+def test_ties_round_to_even(backend):
+    x, weight = torch.tensor([[1.0], [1 + 2**-10]]).half(), torch.tensor([[2.0**-11]]).half()
+    assert torch.equal(ops.gated_linear(x, weight, torch.tensor([1.0, 1.0])), torch.tensor([[1.0], [1 + 2**-9]]).half())
 
 
 @BACKENDS

@@ -71,6 +71,7 @@ def test_without_residual_h_is_x(backend, rms):
     y, h, _ = call(x, None, weight, None, 1e-6, rms=rms)
     assert h is x
     torch.testing.assert_close(y.double(), exact_norm(x, None, weight, None, 1e-6, rms=rms)[0], atol=1e-5, rtol=1e-5)
+    assert call(x, None, weight, None, 1e-6, rms=rms, steer_mode="lerp", **steering(3, 64))[1] is x
 
 
 def steering(tokens, width, vectors=3, dtype=torch.float32):
@@ -151,6 +152,34 @@ def test_slot_out_of_range_poisons_its_row_only(backend, slot, mode):
         assert output[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("settings", [{"steer_mode": "add"}, {"steer_mode": "lerp"}, {"weight_offset": 1.0}], ids=str)
+def test_rounds_where_the_reference_rounds(settings):
+    """A value rounded once more or once less shows in every third element, of which no one is off by more than a unit."""
+    x, residual, weight = torch.randn(6, 1000).bfloat16(), torch.randn(6, 1000).bfloat16(), torch.randn(1000)
+    steer = steering(6, 1000) if "steer_mode" in settings else {}
+    found = ops.add_rms_norm(x, residual, weight, 1e-6, **settings, **steer)
+    ras_fast.set_backend("torch")
+    try:
+        expected = ops.add_rms_norm(x, residual, weight, 1e-6, **settings, **steer)
+    finally:
+        ras_fast.set_backend("auto")
+    for actual, wanted in zip(found[:2], expected[:2], strict=True):
+        assert (actual != wanted).float().mean() < 0.02
+
+
+@BACKENDS
+@pytest.mark.parametrize("mode", ["add", "lerp"])
+@pytest.mark.parametrize("bits", [0x7F800001, -1])
+@pytest.mark.parametrize("where", ["steer_alpha", "steer_vectors", "weight"])
+def test_nan_of_any_bits_is_nan_in_the_output(backend, where, bits, mode):
+    """Rounded to bfloat16 carelessly it would be infinite or 0."""
+    given = {"steer_vectors": torch.ones(1, 40), "steer_slot": torch.zeros(2, dtype=torch.int32),
+             "steer_alpha": torch.full((2,), 0.5), "weight": torch.ones(40)}  # fmt: skip
+    given[where].view(torch.int32).fill_(bits)
+    x = torch.randn(2, 40).bfloat16()
+    assert ops.add_rms_norm(x, None, eps=1e-6, steer_mode=mode, **given)[0].isnan().all()
+
+
 @BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_probes(backend, dtype):
@@ -178,7 +207,8 @@ def test_strides_without_copies(backend, dtype):
     """Sliced, transposed and expanded leading dimensions; only the last must be contiguous."""
     weight = torch.randn(65).to(dtype)
     wide = torch.randn(4, 6, 130).to(dtype)
-    views = [wide[:, ::2, :65], wide.transpose(0, 1)[..., 65:], wide[:1, :1, :65].expand(3, 5, 65), wide[0, :, :65]]
+    views = [wide[:, ::2, :65], wide[:, :5, :65], wide.transpose(0, 1)[..., 65:], wide[:1, :1, :65].expand(3, 5, 65),
+             wide[0, :, :65]]  # fmt: skip
     for x in views:
         residual = torch.randn(x.shape).to(dtype)
         for first, second in ((x, residual), (residual, x), (x, x)):
@@ -219,10 +249,11 @@ def test_mixed_dtype_tables(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tables_whose_rows_overlap(backend, dtype):
-    """Windows over one buffer, of a dtype that the kernel converts."""
-    x, weight = torch.randn(3, 8).to(dtype), torch.randn(8)
-    table = torch.randn(12).half().unfold(0, 8, 1)
+@pytest.mark.parametrize("converted", [True, False])
+def test_tables_whose_rows_overlap(backend, dtype, converted):
+    """Windows over one buffer, of a dtype that the kernel converts or reads as it is."""
+    x, weight = torch.randn(3, 8).to(dtype), torch.randn(8).to(dtype)
+    table = torch.randn(12).to(torch.float16 if converted else dtype).unfold(0, 8, 1)
     steer = steering(3, 8) | {"steer_slot": torch.tensor([4, -1, 2], dtype=torch.int32)}
     found, expected = (
         ops.add_rms_norm(x, None, weight, 1e-6, probes=rows, **steer | {"steer_vectors": rows})
@@ -302,7 +333,7 @@ def steered_args(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual"])
+@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual"])
 def test_opcheck(case, dtype):
     args = list(steered_args(dtype))
     if case == "plain":
@@ -311,6 +342,8 @@ def test_opcheck(case, dtype):
         args[7] = True
     elif case == "no_residual":
         args[1], args[4:7] = None, [None] * 3
+    elif case == "lerp_without_residual":
+        args[1], args[7] = None, True
     torch.library.opcheck(torch.ops.ras_fast.add_rms_norm.default, tuple(args))
     layer = (*args[:3], None, *args[3:8], *args[9:])
     torch.library.opcheck(torch.ops.ras_fast.add_layer_norm.default, layer)

@@ -119,10 +119,27 @@ def test_strides_without_copies():
     assert_agree(apart, apart, weight, None, rms=False)
 
 
+@pytest.mark.parametrize("settings", [{"steer_mode": "add"}, {"steer_mode": "lerp"}, {"weight_offset": 1.0}], ids=str)
+def test_rounds_where_the_reference_rounds(settings):
+    """A value rounded once more or once less shows in every third element, of which no one is off by more than a unit."""
+    steer = steering([1, 2, 1, 2], [0.7, -1.5, 0.3, 0.6], 1000) if "steer_mode" in settings else {}
+    x, residual, weight = rand(4, 1000, dtype=torch.float16), rand(4, 1000, dtype=torch.float16), rand(1000)
+    (y, h, _), (expected_y, expected_h, _) = both(x, residual, weight, None, rms=True, **settings, **steer)
+    assert (y != expected_y).float().mean() < 0.02
+    assert (h != expected_h).float().mean() < 0.02
+
+
+def test_tables_of_any_stride():
+    x, weight = rand(3, 33), rand(33)
+    steer, wide = steering([1, -1, 2], [0.5, 0.5, -0.3], 33), rand(3, 40)
+    assert_agree(x, None, weight, None, rms=True, probes=wide[:, 7:], **steer | {"steer_vectors": wide[:, :33]})
+
+
 def test_no_residual_and_weight_offset():
     x, weight = rand(5, 64, dtype=torch.bfloat16), rand(64)
     assert_agree(x, None, weight, None, rms=True, weight_offset=1.0)
-    assert_agree(x, None, weight, None, rms=True, probes=rand(1, 64), **steering([0] * 5, [0.5] * 5, 64))
+    for rms in (True, False):
+        assert_agree(x, None, weight, None, rms=rms, probes=rand(1, 64), **steering([0] * 5, [0.5] * 5, 64))
 
 
 def test_empty_batch():

@@ -62,6 +62,16 @@ def test_what_cannot_be_computed_is_nan_in_its_row_only(backend):
 
 
 @BACKENDS
+def test_strides_without_copies(backend):
+    """Nothing beyond a row is read: it is NaN."""
+    logits, prototypes = torch.randn(4, 3, 50), torch.softmax(torch.randn(3, 50), -1)
+    wide_logits = torch.full((5, 6, 60), torch.nan)[:4, :3, :50].copy_(logits)
+    wide_prototypes = torch.full((3, 70), torch.nan)[:, :50].copy_(prototypes)
+    found = ops.refusal_similarity(wide_logits, wide_prototypes)
+    torch.testing.assert_close(found, ops.refusal_similarity(logits, prototypes))
+
+
+@BACKENDS
 def test_masked_logits(backend):
     """Logits processors leave −inf."""
     logits, prototypes = torch.randn(1, 2, 60), torch.softmax(torch.randn(2, 60), -1)

@@ -12,7 +12,7 @@ struct Call {
   float *lse, *mass, *scores, *part_out, *part_lse, *part_mass, *slab;
   const int32_t *region_ids, *kv_start, *kv_end;
   const float *region_bias, *sinks;
-  int64_t query_stride[3], key_stride[3], value_stride[3];
+  int64_t query_stride[3], key_stride[3], value_stride[3], lse_stride[3], bias_stride[2], ids_stride;
   int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, window, causal, splits, own_bounds, reduce;
   double scale, softcap;
 };
@@ -32,9 +32,9 @@ static ScoreArgs<T> score_args(const Call& c, int64_t rows) {
   a.region_bias = c.region_bias;
   a.bounds_batch_stride = c.own_bounds ? c.query_rows : 1;
   a.bounds_row_stride = c.own_bounds;
-  a.ids_batch_stride = c.keys;
-  a.bias_batch_stride = c.heads * c.regions;
-  a.bias_head_stride = c.regions;
+  a.ids_batch_stride = c.ids_stride;
+  a.bias_batch_stride = c.bias_stride[0];
+  a.bias_head_stride = c.bias_stride[1];
   a.batch = int(c.batch);
   a.kv_heads = int(c.kv_heads);
   a.group = int(c.heads / c.kv_heads);
@@ -83,7 +83,7 @@ static StatsArgs<T> stats_args(const Call& c) {
   StatsArgs<T> a{};
   a.score = score_args<T>(c, c.mass_rows);
   a.lse = c.lse;
-  a.lse_stride = {c.heads * c.query_rows, c.query_rows, 1};
+  a.lse_stride = strides(c.lse_stride);
   a.part = c.part_mass;
   a.splits = int(c.splits);
   return a;

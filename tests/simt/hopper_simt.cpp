@@ -9,7 +9,7 @@ struct Call {
   void* out;
   float *lse, *mass;
   const int32_t* region_ids;
-  int64_t query_stride[3], key_stride[3], value_stride[3];
+  int64_t query_stride[3], key_stride[3], value_stride[3], ids_stride;
   int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, causal;
   double scale;
 };
@@ -30,7 +30,7 @@ static bool prefill(const Call& c) {
   a.lse = c.lse;
   a.mass = c.mass;
   a.region_ids = c.region_ids;
-  a.ids_batch_stride = c.keys;
+  a.ids_batch_stride = c.ids_stride;
   a.group = int(c.heads / c.kv_heads);
   a.query_rows = int(c.query_rows);
   a.keys = int(c.keys);
@@ -41,7 +41,8 @@ static bool prefill(const Call& c) {
   bool ok = false;
   with_prefill_kernel<T>(int(c.dim), a, [&](auto kernel, size_t shared_bytes) {
     const unsigned tiles = unsigned((c.query_rows + kPrefillRows - 1) / kPrefillRows);
-    ok = simt::launch(dim3(tiles, unsigned(c.heads), unsigned(c.batch)), dim3(kPrefillThreads), shared_bytes, [&] { kernel(a); });
+    ok = shared_bytes <= 227 * 1024 &&  // what sm_90 has for a block
+         simt::launch(dim3(tiles, unsigned(c.heads), unsigned(c.batch)), dim3(kPrefillThreads), shared_bytes, [&] { kernel(a); });
   });
   return ok;
 }

@@ -24,7 +24,8 @@ class Call(ctypes.Structure):
     _fields_ = [
         *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "scores", "part_out", "part_lse",
                                        "part_mass", "slab", "region_ids", "kv_start", "kv_end", "region_bias", "sinks")],
-        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride", "lse_stride")],
+        ("bias_stride", INT * 2), ("ids_stride", INT),
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
                                    "window", "causal", "splits", "own_bounds", "reduce")],
         ("scale", DOUBLE), ("softcap", DOUBLE),
@@ -36,8 +37,19 @@ def array(tensor):
     return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
 
 
+def apart(tensor):
+    """The same values with room between the rows of every dimension but the last, filled with what must not be read."""
+    wide = torch.zeros([size + 8 for size in tensor.shape], dtype=torch.int32)
+    if tensor.is_floating_point():
+        wide = torch.full(wide.shape, torch.nan, dtype=tensor.dtype)
+    return wide[tuple(map(slice, tensor.shape))].copy_(tensor)
+
+
 class Case:
-    """Random inputs in the strides that transformers hands over, and the arguments that the kernels and the reference share."""
+    """Random inputs and the arguments that the kernels and the reference share.
+
+    Queries and keys lie as transformers hands them over, values in a longer cache: no two tensors have the same strides.
+    """
 
     def __init__(self, length_q=1, length_k=90, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16, batch=1, regions=2, ids=None,
                  kv_start=None, kv_end=None, window=0, softcap=0.0, sinks=False, bias=False, causal=True, mass_rows=None,
@@ -45,13 +57,14 @@ class Case:
         def states(length, count):
             return torch.randn(batch, length, count, dim).to(dtype).transpose(1, 2)
 
-        self.query, self.key, self.value = states(length_q, heads), states(length_k, kv_heads), states(length_k, kv_heads)
-        self.ids = ids
+        self.query, self.key = states(length_q, heads), states(length_k, kv_heads)
+        self.value = apart(states(length_k, kv_heads))
+        self.ids = None if ids is None else apart(ids)
         self.regions, self.splits, self.dtype = regions, splits, dtype
         self.kv_start, self.kv_end = (None if v is None else torch.tensor(v, dtype=torch.int32) for v in (kv_start, kv_end))
         self.own_bounds = any(bound is not None and bound.dim() == 2 for bound in (self.kv_start, self.kv_end))
         self.sinks = torch.randn(heads) if sinks else None
-        self.bias = torch.randn(batch, heads, regions) if bias else None
+        self.bias = apart(torch.randn(batch, heads, regions)) if bias else None
         self.rows = length_q if mass_rows is None else mass_rows
         self.masks = (0.2, causal, self.kv_start, self.kv_end, window, softcap)
 
@@ -78,7 +91,7 @@ class Case:
             "kv_end": self.kv_end, "region_bias": self.bias, "sinks": self.sinks,
         }  # fmt: skip
         scratch = {
-            "out": out, "mass": mass, "scores": scores, "lse": poisoned(batch, heads, length_q) if lse is None else lse,
+            "out": out, "mass": mass, "scores": scores, "lse": poisoned(batch, heads, length_q) if lse is None else apart(lse),
             "part_out": poisoned(self.splits, batch, heads, length_q, dim),
             "part_lse": poisoned(self.splits, batch, heads, length_q),
             "part_mass": poisoned(parts, batch, heads, length_q, self.regions),
@@ -91,6 +104,9 @@ class Case:
                     softcap=softcap, reduce=REDUCTIONS.index(reduce))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
+        call.lse_stride[:] = scratch["lse"].stride()
+        call.bias_stride[:] = (0, 0) if self.bias is None else self.bias.stride()[:2]
+        call.ids_stride = 0 if self.ids is None else self.ids.stride(0)
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
         outputs = {name: array(tensor) for name, tensor in scratch.items() if tensor is not None}
         for name, values in (inputs | outputs).items():
@@ -114,16 +130,16 @@ class Case:
             return
         torch.testing.assert_close(mass, exact_mass, atol=1e-5, rtol=0)
         if self.rows and not self.own_bounds:
-            again = self.run(emulator, "mass_run", lse=exact_lse.clone())[2]
+            again = self.run(emulator, "mass_run", lse=exact_lse)[2]
             torch.testing.assert_close(again, exact_mass, atol=1e-5, rtol=0)
             self.check_keys(emulator, exact_lse, exact_mass)
 
     def check_keys(self, emulator, lse, exact_mass, reduce="mean"):
         exact = self.exact_scores(lse, reduce)
-        _, _, mass, scores = self.run(emulator, "keys_run", lse=lse.clone(), reduce=reduce)
+        _, _, mass, scores = self.run(emulator, "keys_run", lse=lse, reduce=reduce)
         torch.testing.assert_close(mass, exact_mass, atol=1e-5, rtol=0)
         torch.testing.assert_close(scores, exact, atol=1e-5 * self.rows, rtol=0)
-        alone = self.run(emulator, "keys_run", lse=lse.clone(), reduce=reduce, masses=False)[3]
+        alone = self.run(emulator, "keys_run", lse=lse, reduce=reduce, masses=False)[3]
         assert torch.equal(alone, scores)
 
 
@@ -156,19 +172,27 @@ def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
 @pytest.mark.parametrize("options", [
     {"causal": False},
     {"kv_start": [7], "kv_end": [61]},
+    {"kv_start": [-40], "kv_end": [95]},
     {"kv_end": [0], "sinks": True},
     {"window": 20, "splits": 2},
     {"softcap": 3.0, "bias": True},
     {"sinks": True, "splits": 2},
-    {"kv_start": [3], "kv_end": [80], "window": 60, "softcap": 5.0, "sinks": True, "bias": True, "mass_rows": 1},
+    {"kv_start": [3], "kv_end": [80], "window": 60, "softcap": 5.0, "sinks": True, "bias": True, "mass_rows": 1,
+     "splits": 2},
 ])  # fmt: skip
 def test_options(emulator, options):
     Case(length_q=3, ids=runs(90, 10, 50, 77), **options).check(emulator)
 
 
+@pytest.mark.parametrize("length_k", range(33, 49))
+def test_masks_that_end_anywhere_in_a_step(emulator, length_k):
+    """The causal limits and the windows of both rows fall on every key of a step, its first and its last included."""
+    Case(2, length_k, 1, 1, ids=runs(length_k, 3, 20, 30), window=20).check(emulator)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("options", [
-    {"kv_start": [[40, 7], [0, 0]], "kv_end": [[200, 61], [130, 131]]},
+    {"kv_start": [[40, 7], [0, 50]], "kv_end": [[200, 61], [130, 131]]},
     {"kv_start": [[90, 0], [30, 90]], "kv_end": [[180, 70], [30, 20]]},  # apart; and rows that see nothing
     {"kv_end": [[200, 1], [17, 260]], "sinks": True, "bias": True, "heads": 20},
 ])  # fmt: skip
@@ -183,7 +207,7 @@ def test_scattered_regions(emulator, regions):
     ids = torch.randint(-1, regions, (2, 120), dtype=torch.int32)
     case = Case(length_k=120, ids=ids, regions=regions, batch=2, splits=2)
     expected = case.reference()[2]
-    case.ids = torch.where(ids == -1, 1000, ids)
+    case.ids = torch.where(ids == -1, regions, ids)
     torch.testing.assert_close(case.run(emulator, "decode_run")[2], expected, atol=1e-5, rtol=0)
 
 
@@ -223,13 +247,15 @@ def test_nan_stays_in_its_batch_element(emulator):
         assert tensor[1].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("function", ["decode_run", "mass_run", "keys_run"])
-def test_offsets_beyond_32_bits(emulator, function):
+def test_offsets_beyond_32_bits(emulator, function, name):
     """Two batch elements 2³¹ elements apart: the second is found only by 64-bit arithmetic. Most of the memory is untouched."""
     ids = torch.zeros(2, 90, dtype=torch.int32)
     case = Case(batch=2, heads=2, kv_heads=1, ids=ids, regions=1)
-    far = torch.empty(2**31 + case.key[0].numel(), dtype=case.dtype).as_strided((2, 1, 90, 64), (2**31, 0, 64, 1))
-    case.key = far.copy_(case.key)
+    near = getattr(case, name)
+    far = torch.empty(2**31 + near[0].numel(), dtype=case.dtype)
+    setattr(case, name, far.as_strided(near.shape, (2**31, *near.contiguous().stride()[1:])).copy_(near))
     exact_out, exact_lse, exact_mass = case.reference()
     out, _, mass, _ = case.run(emulator, function, lse=None if function == "decode_run" else exact_lse.float())
     torch.testing.assert_close(mass, exact_mass, atol=2e-3, rtol=0)
@@ -238,9 +264,10 @@ def test_offsets_beyond_32_bits(emulator, function):
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize(("length_q", "heads", "kv_heads"), [(1, 16, 1), (3, 7, 1), (3, 12, 2), (15, 8, 2), (33, 4, 2)])
+@pytest.mark.parametrize(("length_q", "heads", "kv_heads"), [(1, 16, 1), (3, 7, 1), (3, 12, 2), (15, 8, 2), (37, 4, 2)])
 def test_key_scores(emulator, length_q, heads, kv_heads, reduce):
-    """8 heads side by side in two sets; 1 (of 7), 2 (of 6) and 4; and one head a set, whose rows are three tiles."""
+    """8 heads side by side in two sets; 1 (of 7), 2 (of 6) and 4; and one head a set, whose rows are three tiles, the
+    last row of each seeing but the first key of a step."""
     case = Case(length_q, 70, heads, kv_heads, ids=runs(70, 5, 37, 64), splits=2)
     _, lse, mass = case.reference()
     case.check_keys(emulator, lse, mass, reduce)
@@ -248,7 +275,7 @@ def test_key_scores(emulator, length_q, heads, kv_heads, reduce):
 
 @pytest.mark.parametrize("options", [
     {"causal": False},
-    {"kv_start": [7, 0], "kv_end": [61, 33]},
+    {"kv_start": [15, 0], "kv_end": [61, 33]},
     {"kv_end": [20, 0]},
     {"window": 9},
     {"kv_start": [3, 50], "kv_end": [80, 90], "window": 30, "softcap": 5.0, "bias": True, "mass_rows": 19},

@@ -16,7 +16,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "region_ids")],
-        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")],
+        *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")], ("ids_stride", INT),
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
                                    "causal")],
         ("scale", DOUBLE),
@@ -35,7 +35,7 @@ class PrefillCase(Case):
         }
         call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
                     query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, causal=self.masks[1],
-                    scale=self.masks[0])  # fmt: skip
+                    scale=self.masks[0], ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
@@ -89,13 +89,27 @@ def test_scattered_regions(emulator, regions):
     ids = torch.randint(-1, max(regions - 1, 1), (1, 260), dtype=torch.int32)
     case = PrefillCase(40, 260, 1, 1, ids=ids, regions=regions)
     expected = case.reference()[2]
-    case.ids = torch.where(ids == -1, 1000, ids)
+    case.ids = torch.where(ids == -1, regions, ids)
     torch.testing.assert_close(case.run(emulator)[2], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mass_rows", [1, 70, 150])
+def test_regions_that_repeat_every_32_keys(emulator):
+    """Each lane sees one region, but not that of the other lanes."""
+    ids = (torch.arange(260, dtype=torch.int32) % 32 // 16)[None]
+    PrefillCase(40, 260, 1, 1, ids=ids).check(emulator)
+
+
+@pytest.mark.parametrize("mass_rows", [1, 70, 73, 150])
 def test_masses_of_the_last_rows(emulator, mass_rows):
-    PrefillCase(200, 200, 1, 1, ids=runs(200, 5, 37, 64), mass_rows=mass_rows).check(emulator)
+    """73: of the first tile its last row alone."""
+    PrefillCase(200, 200, 2, 1, ids=runs(200, 5, 37, 64), mass_rows=mass_rows).check(emulator)
+
+
+def test_strides_of_dimensions_of_one(emulator):
+    """They may be anything, also what the driver would refuse."""
+    case = PrefillCase(70, 140, 1, 1)
+    case.query, case.key = (t.as_strided(t.shape, (3, 5, *t.stride()[2:])) for t in (case.query, case.key))
+    case.check(emulator)
 
 
 def test_large_scores(emulator):

@@ -82,7 +82,8 @@ class Case:
     def matrix(self, array):
         if array is None:
             return Matrix(None, 0, 0)
-        return Matrix(array.ctypes.data, DTYPES[self.weight_dtype], self.d if array.ndim == 2 else 0)
+        stride = array.strides[0] // array.itemsize if array.ndim == 2 else 0
+        return Matrix(array.ctypes.data, DTYPES[self.weight_dtype], stride)
 
     def run(self, emulator, in_place=False):
         """(y, h, probe_dots) as float64; h and probe_dots None where the kernel writes none. Outputs start as NaN, or
@@ -171,8 +172,8 @@ def test_odd_and_even_widths(norm, d, dtype, layer_norm):
         Case((1, 1, 2), d, dtype, seed=d, layer_norm=layer_norm, hf=hf).verify(norm)
 
 
-SLOTS = [-1, 0, 1, 2, 2, -2, 3, 0]
-ALPHAS = [0.5, 0.0, 0.7, -1.5, np.nan, 0.5, 0.5, np.inf]
+SLOTS = [-1, 0, 1, 2, 2, -2, 3, 1, -3]
+ALPHAS = [0.5, 0.0, 0.7, -1.5, np.nan, 0.5, 0.5, np.inf, 0.5]
 
 
 @pytest.mark.parametrize("d", [40, 769, 4096])
@@ -180,24 +181,46 @@ ALPHAS = [0.5, 0.0, 0.7, -1.5, np.nan, 0.5, 0.5, np.inf]
 @pytest.mark.parametrize("layer_norm", [False, True], ids=["rms", "layer"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:Mean of empty slice")
 def test_steering(norm, d, lerp, layer_norm):
-    """Each row for itself: not steered, steered, alpha NaN or infinite, slots that name no vector."""
+    """Each row for itself: not steered, alpha 0 whatever its vector holds, steered, alpha NaN or infinite, slots that name no
+    vector."""
     settings = {"seed": d, "layer_norm": layer_norm, "lerp": lerp}
-    steered = Case((1, 1, 8), d, "bfloat16", steer=(SLOTS, ALPHAS), **settings)
+    steered = Case((1, 1, 9), d, "bfloat16", steer=(SLOTS, ALPHAS), **settings)
+    steered.vectors[0] = encode(np.array(np.nan), "bfloat16")
     y, h, _ = steered.run(norm)
     expected_y, expected_h = steered.expected()
     rows = [0, 1, 2, 3]
     for actual, expected in ((y, expected_y), (h, expected_h)):
         error = np.abs(actual - round_to(expected, "bfloat16"))[..., rows, :]
         assert (error <= 2 * PRECISION["bfloat16"] * (np.abs(expected[..., rows, :]) + 1)).all()
-    assert np.isnan(y[..., [4, 5, 6], :]).all()
+    assert np.isnan(y[..., [4, 5, 6, 8], :]).all()
     assert not np.isfinite(y[..., 7, :]).any()
-    assert np.isnan(h[..., [5, 6], :]).all()
-    plain = Case((1, 1, 8), d, "bfloat16", **settings)
+    assert np.isnan(h[..., [5, 6, 8], :]).all()
+    plain = Case((1, 1, 9), d, "bfloat16", **settings)
     plain.x, plain.residual, plain.weight, plain.bias = steered.x, steered.residual, steered.weight, steered.bias
     plain_y, plain_h, _ = plain.run(norm)
     for row in (0, 1):
         np.testing.assert_array_equal(y[..., row, :], plain_y[..., row, :])
         np.testing.assert_array_equal(h[..., row, :], plain_h[..., row, :])
+
+
+@pytest.mark.parametrize("settings", [
+    {"steer": ([1, 2, 1], [0.7, -1.5, 0.3])},
+    {"steer": ([1, 2, 1], [0.7, -1.5, 0.3]), "lerp": True},
+    {"weight_offset": 1.0},
+], ids=["add", "lerp", "offset"])  # fmt: skip
+def test_rounds_where_hugging_face_rounds(norm, settings):
+    """A value rounded once more or once less shows in every third element, of which no one is off by more than a unit."""
+    case = Case((1, 1, 3), 1024, "bfloat16", weight_dtype="float32", **settings)
+    for actual, expected in zip(case.run(norm)[:2], case.expected(), strict=True):
+        assert (actual != round_to(expected, "bfloat16")).mean() < 0.02
+
+
+@pytest.mark.parametrize("d", [33, 40])
+def test_infinite_alpha_and_probes(norm, d):
+    """What a thread holds beyond the row's end is no part of it: ∞ · 0 there must not reach the sums."""
+    case = Case((1, 1, 2), d, "float32", steer=([0, 0], [np.inf, -np.inf]), probes=1)
+    case.vectors[:], case.probes[:] = 1, 1
+    np.testing.assert_array_equal(case.run(norm)[2].reshape(2, 2), [[np.inf, np.inf], [-np.inf, np.inf]])
 
 
 @pytest.mark.parametrize("layer_norm", [False, True], ids=["rms", "layer"])
@@ -258,6 +281,36 @@ def test_strided_rows(norm, d, pad, skip):
     assert case.plan["aligned"] == (pad == 8)
 
 
+@pytest.mark.parametrize("strides", [(304, 152, 72), (304, 152, 73), (304, 145, 72), (289, 144, 72)])
+def test_alignment_of_every_stride(norm, strides):
+    """Of z, y and rows in turn."""
+    case = Case((2, 2, 2), 64, "bfloat16")
+    case.x = np.lib.stride_tricks.as_strided(case.dense((700,)), (2, 2, 2, 64), (*(2 * s for s in strides), 2))
+    case.verify(norm)
+    assert case.plan["aligned"] == (strides == (304, 152, 72))
+
+
+@pytest.mark.parametrize("name", ["residual", "weight", "bias", "vectors", "probes"])
+@pytest.mark.parametrize(("pad", "skip"), [(8, 0), (3, 0), (8, 1)])
+def test_alignment_of_every_operand(norm, name, pad, skip):
+    """Rows with `pad` elements between them; data that starts `skip` elements in."""
+    case = Case((1, 1, 3), 64, "bfloat16", layer_norm=True, probes=2, steer=([0, 2, 1], [0.5, 0.3, -0.5]))
+    dense = getattr(case, name)
+    wide = encode(np.full((*dense.shape[:-1], 64 + pad + skip), np.nan), "bfloat16")[..., skip : skip + 64]
+    wide[:] = dense
+    setattr(case, name, wide)
+    case.verify(norm)
+    assert case.plan["aligned"] == (skip == 0 and (pad == 8 or dense.ndim == 1))
+
+
+def test_outputs_that_are_not_aligned(norm):
+    """They are dense where x and residual have room between their rows."""
+    case = Case((1, 1, 3), 65, "bfloat16")
+    case.x, case.residual = (strided(7, 0)(case, (1, 1, 3, 65)) for _ in range(2))
+    case.verify(norm)
+    assert not case.plan["aligned"]
+
+
 def test_offsets_beyond_32_bits(norm):
     """Two rows 2³¹ elements apart: the second is found only by 64-bit arithmetic. Most of the memory is untouched."""
 
@@ -283,6 +336,7 @@ def test_rows_longer_than_registers(norm, d, dtype, steer, layer_norm):
     case = Case((1, 1, 1), d, dtype, steer=steer, layer_norm=layer_norm, probes=1)
     if d == 8200:
         case.x = encode(case.rng.standard_normal((1, 1, 1, d + 1)), dtype)[..., 1:]  # unaligned
+    case.residual = encode(decode(case.residual, dtype) + 1, dtype)  # a mean, of which the norm of h is made, too
     case.verify(norm)
     assert not case.plan["resident"]
 

@@ -107,6 +107,12 @@ def test_a_digest_is_of_what_a_profile_is_now(profile):
         assert unversioned.digest() != profile.digest()
 
 
+def test_profiles_of_any_float_type_have_a_digest():
+    digests = {RasProfile("moras", {}, {"prototypes": torch.ones(1, 2, dtype=dtype)}).digest()
+               for dtype in (torch.float32, torch.bfloat16)}  # fmt: skip
+    assert len(digests) == 2
+
+
 def test_another_tokenizer_or_template_is_refused(profile, model):
     other = tiny_processor()
     other.tokenizer.add_tokens(["new"])

@@ -42,16 +42,8 @@ def settings_of(model, processor, dataset: Dataset, seed: int, max_new_tokens: i
         "dataset": dataset.name,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
-        "profiles": {name: digest_of(profile) for name, profile in profiles.items()},
+        "profiles": {name: profile.digest() for name, profile in profiles.items()},
     }
-
-
-def digest_of(profile: RasProfile) -> str:
-    """Two profiles that answer otherwise have different ones."""
-    digest = hashlib.sha256(json.dumps(profile.config, sort_keys=True).encode())
-    for name, tensor in sorted(profile.tensors.items()):
-        digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
-    return digest.hexdigest()[:16]
 
 
 class AnswerFile:
@@ -171,7 +163,7 @@ def run(
     parallel.wait()  # until every process has read the file
     known = dict(answers.records)
     query = cache(lambda number: _query(dataset.items[number]))
-    behind = {name: {"profile": digest_of(profile)} for name, profile in (borrowed or {}).items()}
+    behind = {name: {"profile": profile.digest()} for name, profile in (borrowed or {}).items()}
 
     def asks(name: str, number: int) -> dict:
         return query(number) | behind.get(name, {})

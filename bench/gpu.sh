@@ -60,10 +60,10 @@ export RAS_FAST_CUDA_ARCHS=${RAS_FAST_CUDA_ARCHS:-$arch}
 
 run_tests() {
   local workers
-  workers=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null)
+  workers=$("$python" -c 'import xdist; print("-n 12")' 2>/dev/null)
   # A file that cannot be imported is one failure, not the end of the others.
   # shellcheck disable=SC2086  # two words, or none
-  section tests 200 "$python" -m pytest -q -m "" -p no:cacheprovider --continue-on-collection-errors $workers \
+  section tests 260 "$python" -m pytest -q -m "" -p no:cacheprovider --continue-on-collection-errors $workers \
     -k "not hopper" tests/cuda tests/ops/test_*_triton.py
   # Without torch's pool every tensor is an allocation of its own, whose ends the checker knows.
   section memcheck 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -109,11 +109,16 @@ profile_table() {
 # shellcheck disable=SC2016  # the inner shell expands it
 section facts 30 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,temperature.gpu --format=csv
   nvcc --version | tail -2; "$0" -m ras_fast.cli doctor' "$python"
-section build 180 "$python" -m ras_fast.cli build
-# A library that is not built would make every GPU test a skipped one.
-section backends 60 "$python" -c 'import ras_fast
+# Libraries brought along (ras_fast/_lib, of these sources) need no build. A library that is not there would make every GPU test
+# a skipped one.
+usable() {
+  "$python" -c 'import ras_fast
 for backend in ras_fast.backends().values(): print(backend)
 raise SystemExit(not all(ras_fast.backends()[name].available for name in ("cuda", "triton")))'
+}
+usable >/dev/null 2>&1 || section build 180 "$python" -m ras_fast.cli build
+export -f usable && export python
+section backends 60 bash -c usable
 try_hopper
 [ "$part" = bench ] || [ "$part" = profile ] || run_tests
 [ "$part" = tests ] || [ "$part" = profile ] || run_bench

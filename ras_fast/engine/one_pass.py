@@ -14,7 +14,7 @@ from ras_fast.engine.batch import Batch
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import Runner
 from ras_fast.inputs import Query, batches, left_padded
-from ras_fast.methods import attach
+from ras_fast.methods import attached, method_of
 from ras_fast.patching import Patch, patched
 from ras_fast.profile import RasProfile
 
@@ -38,8 +38,9 @@ class OnePass(Plan):
 
     def __init__(self, runner: Runner, processor, profile: RasProfile, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
-        self.profile, self.region_mass = profile, region_mass
-        with patched(runner.model) as patch, attach(patch, profile):
+        # Made once: what a method derives from its profile and copies to the device is not the work of an answer.
+        self.profile, self.method, self.region_mass = profile, method_of(profile), region_mass
+        with patched(runner.model) as patch, attached(patch, self.method):
             pass  # a profile that does not fit the model is refused here, not at the first query
 
     def describe(self) -> list[str]:
@@ -71,7 +72,7 @@ class OnePass(Plan):
 
     def _attached(self):
         """The method at work in the model, inside a `with` block."""
-        return attach(Patch.of(self.runner.model), self.profile)
+        return attached(Patch.of(self.runner.model), self.method)
 
     def _prepare(self, number: int, query: Query, decoding: Decoding) -> Job:
         inputs, poisoned, answer = self.read(number, query, decoding)

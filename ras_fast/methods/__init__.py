@@ -46,13 +46,19 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
         )
     if not hasattr(patch, "applied"):
         raise ValueError(f"patch is a {type(patch).__name__}; it needs to be what ras_fast.patch(model) returns")
+    return attached(patch, method_of(profile))
+
+
+def method_of(profile: RasProfile) -> Any:
+    """The method of a one-pass profile, which may be `attached` many times. Raises ValueError when the profile is unsound."""
     module = import_module(f"ras_fast.methods.{profile.method}")
-    return _attached(patch, profile, getattr(module, ONE_PASS[profile.method])(profile))
+    return getattr(module, ONE_PASS[profile.method])(profile)
 
 
 @contextmanager
-def _attached(patch: Patch, profile: RasProfile, method: Any) -> Iterator[Any]:
-    with region_bias(patch, profile.tensors.get("region_bias")), method.attach(patch):
+def attached(patch: Patch, method: Any) -> Iterator[Any]:
+    """`attach` with a method that is there already."""
+    with region_bias(patch, method.profile.tensors.get("region_bias")), method.attach(patch):
         yield method
 
 

@@ -76,6 +76,9 @@ class AutoSteer:
         self.prober = {name: profile.tensors[f"prober_{name}"] for name in ("in.weight", "in.bias", "out.weight", "out.bias")}
         self.refusal, self.right = profile.tensors["refusal"], profile.tensors.get("refusal_right")
         self._check_shapes()
+        # The refusal head of a 7 B model is 64 MB: hashing it and moving it to the device are not for every `attach`.
+        self._digest = profile.digest()
+        self._placed: dict[tuple[torch.device, torch.dtype], tuple[dict[str, Tensor], Tensor, Tensor | None]] = {}
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None
 
@@ -106,7 +109,7 @@ class AutoSteer:
         """
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
-        run = _Run(self, PromptState(self.profile, self.profile.digest()), *self._on(weight.device, weight.dtype))
+        run = _Run(self, PromptState(self.profile, self._digest), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
             stack.enter_context(run.state.watch(patch))
             stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))
@@ -125,10 +128,12 @@ class AutoSteer:
             )
 
     def _on(self, device, dtype) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-        """(prober in fp32, the refusal head's factors in the model's dtype), on the device."""
-        prober = {name: tensor.to(device, torch.float32) for name, tensor in self.prober.items()}
-        right = None if self.right is None else self.right.to(device, dtype).contiguous()
-        return prober, self.refusal.to(device, dtype).contiguous(), right
+        """(prober in fp32, the refusal head's factors in the model's dtype), on the device, where they stay."""
+        if (device, dtype) not in self._placed:
+            prober = {name: tensor.to(device, torch.float32) for name, tensor in self.prober.items()}
+            right = None if self.right is None else self.right.to(device, dtype).contiguous()
+            self._placed = {(device, dtype): (prober, self.refusal.to(device, dtype).contiguous(), right)}
+        return self._placed[device, dtype]
 
 
 def assess(prober: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:

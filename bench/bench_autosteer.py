@@ -65,9 +65,9 @@ def measure(model, processor, batch: int, rounds: int, steps: int) -> dict[str, 
             "gate off": Decoder(model, patch, autosteer_profile(model, processor, False), batch),
             "gate on": Decoder(model, patch, autosteer_profile(model, processor, True), batch),
         }
-        for _ in range(rounds):
-            for name, decoder in decoders.items():
-                times[name].append(decoder.seconds(steps))
+        for turn in range(rounds):
+            for name in sorted(decoders, key=lambda name: (list(decoders).index(name) + turn) % 3):  # none is always the first
+                times[name].append(decoders[name].seconds(steps))
             times["M h"].append(harness.compare({"M h": lambda: ops.gated_linear(x, m, gate)}, seconds=0.05)["M h"])
     # Each round's ratio to its own unattached step: what slows the machine slows both.
     share = {
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=5, help="decode steps a round")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps a round")
     args = parser.parse_args()
     rows = []
     for dtype in args.dtype:

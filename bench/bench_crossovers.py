@@ -14,18 +14,19 @@ import torch
 from ras_fast import ops
 from ras_fast.ops import attention_cpu, attention_cuda, attention_plan, attention_reference
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
+HEADS, KV_HEADS = 32, 8
 BF16, FP32 = torch.bfloat16, torch.float32
-# (query rows, keys, rows whose mass is wanted, dtype)
+# (query rows, keys, rows whose mass is wanted, dtype[, head dimension])
 CPU = [(1, keys, 1, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 2048, 8192)]
 CPU += [(rows, 2048, rows, BF16) for rows in (2, 8, 32)]
 CPU += [(keys, keys, keys, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 1024)]
 GPU = [(rows, 4096, rows, BF16) for rows in (1, 2, 4, 8, 16, 32, 64)]  # times 4 heads a group: packed rows
 GPU += [(2048, 2048, rows, BF16) for rows in (1, 32, 128, 256, 512, 1024, 2048)]
+GPU += [(n, n, rows, BF16, dim) for dim in (64, 96, 128) for n in (512, 1024, 4096, 8192) for rows in (1, 64, n)]
 
 
 def kernels(query, key, value, ids, rows: int) -> dict:
-    masks = (DIM**-0.5, True, None, None, 0, 0.0, None, None)
+    masks = (query.shape[3] ** -0.5, True, None, None, 0, 0.0, None, None)
     call = (query, key, value, ids, 1, *masks, rows)
     square_or_row = query.shape[2] in (1, key.shape[2])
     if not query.is_cuda:
@@ -40,6 +41,8 @@ def kernels(query, key, value, ids, rows: int) -> dict:
             found["decode"] = torch.ops.ras_fast.decode_attention
         if square_or_row:
             found["flash"] = flash
+        if query.shape[2] > 1 and not attention_plan.hopper_refuses(query, key, value, attention_plan.Case()):
+            found["hopper"] = torch.ops.ras_fast.hopper_prefill
     return {name: functools.partial(kernel, *call) for name, kernel in found.items()}
 
 
@@ -51,27 +54,27 @@ def flash(query, key, value, ids, regions, scale, causal, *rest):
     return out, lse, torch.ops.ras_fast.region_mass(query, key, lse, ids, regions, scale, causal, *masks, None, rows)
 
 
-def measure(length_q: int, length_k: int, rows: int, dtype: torch.dtype) -> dict[str, object]:
+def measure(length_q: int, length_k: int, rows: int, dtype: torch.dtype, dim: int = 128) -> dict[str, object]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.randn(1, length_q, HEADS, DIM, device=device).to(dtype).transpose(1, 2)
-    key, value = (torch.randn(1, KV_HEADS, length_k, DIM, device=device).to(dtype) for _ in range(2))
+    query = torch.randn(1, length_q, HEADS, dim, device=device).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(1, KV_HEADS, length_k, dim, device=device).to(dtype) for _ in range(2))
     ids = torch.full((1, length_k), -1, dtype=torch.int32, device=device)
     ids[:, : length_k // 2] = 0
-    times = harness.compare(kernels(query, key, value, ids, rows), seconds=0.5, graph=query.is_cuda)
+    times = harness.compare(kernels(query, key, value, ids, rows), seconds=0.2 if query.is_cuda else 0.5, graph=query.is_cuda)
     plan = ops.explain(query, key, value, ids, 1, mass_rows=rows).kernel
-    row = {"dtype": str(dtype)[6:], "Lq": length_q, "Lk": length_k, "rows": rows}
-    columns = ("decode", "prefill", "flash", "softmax", "triton")
+    row = {"dtype": str(dtype)[6:], "Lq": length_q, "Lk": length_k, "D": dim, "rows": rows}
+    columns = ("decode", "prefill", "flash", "softmax", "triton", "hopper")
     row |= {f"{name} µs": times[name] * 1e6 if name in times else None for name in columns}
     return row | {"plan": plan, "loses": times[plan] / min(times.values()) - 1 if plan in times else None}
 
 
 def measure_scores(rows: int) -> dict[str, object]:
     """Scores of 4096 keys from the last rows of a prompt, and masses with them, by each of the two kernels."""
-    query = torch.randn(1, 4096, HEADS, DIM, device="cuda").to(BF16).transpose(1, 2)
-    key = torch.randn(1, KV_HEADS, 4096, DIM, device="cuda").to(BF16)
+    query = torch.randn(1, 4096, HEADS, 128, device="cuda").to(BF16).transpose(1, 2)
+    key = torch.randn(1, KV_HEADS, 4096, 128, device="cuda").to(BF16)
     lse = torch.full(query.shape[:3], 9.0, device="cuda")
     ids = (torch.arange(4096, device="cuda", dtype=torch.int32) // 2048 - 1)[None]
-    masks = (DIM**-0.5, True, None, None, 0, 0.0, None)
+    masks = (128**-0.5, True, None, None, 0, 0.0, None)
     native = torch.ops.ras_fast
     calls = {
         "cuda": functools.partial(native.selected_key_attention, query, key, lse, rows, "mean", None, *masks),

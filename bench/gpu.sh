@@ -83,7 +83,7 @@ try_hopper() {
 
 run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
-  section engine 140 "$python" bench/bench_engine.py --gpu-7b --tokens 128
+  section engine 240 "$python" bench/bench_engine.py --gpu-7b --tokens 128 --budget 190
   section attention 240 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
 }
 

@@ -108,6 +108,7 @@ def _tile_rows(tile, rows, first_row, GROUP: tl.constexpr, PACK: tl.constexpr, B
     ok = row < first_row + rows
     if PACK != 1:
         ok = ok & (member < GROUP)
+        member = tl.minimum(member, GROUP - 1)  # what is read by head, a bias for one, must exist
     last = tl.minimum(first_row + (tile * BLOCK_M + BLOCK_M - 1) // PACK, first_row + rows - 1)
     return row, member, ok, first_row + tile * BLOCK_M // PACK, last
 

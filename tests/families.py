@@ -171,7 +171,8 @@ class Family:
         return image_sums(probabilities, nn.functional.pad(ids, (0, keys - ids.shape[1]), value=-1), 2)
 
     def _lengths(self, model: nn.Module, batch: dict[str, Tensor]) -> list[int]:
-        pixels = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        pixels = {name: value.to(model.device) for name, value in batch.items()}
+        pixels = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in pixels.items()}
         if self.per_row:
             pixels["pixel_values"] = pixels["pixel_values"][:, None]
         with torch.no_grad():

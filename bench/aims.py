@@ -49,6 +49,12 @@ def over_norm_model(row: Row) -> float:
     return row["ras_fast µs"] / (row["empty µs"] + NORM_LATENCY + copied)
 
 
+def over_itself(row: Row) -> float | None:
+    """Of the fused kernel that runs: Hopper's own where it can, else Triton's."""
+    hopper = over(row, "hopper", "hopper no mass")
+    return over(row, "triton fused", "triton no mass") if hopper is None else hopper
+
+
 def large(row: Row) -> bool:
     return row.get("graph", False) and row["T"] >= 4096
 
@@ -77,8 +83,7 @@ AIMS = [
     Aim("norm: steering all rows, T ≥ 4096", "norm", large, lambda r: over(r, "steer all", "ras_fast"), 1.02),
     Aim("norm: steering no row, T ≥ 4096", "norm", large, lambda r: over(r, "steer no row", "ras_fast"), 1.02),
     Aim("selected rows: over best SDPA, N ≥ 1k", "attention", selected, lambda r: r["over floor"], 1.03),
-    Aim("all rows: fused over itself without mass", "attention", all_rows,
-        lambda r: over(r, "triton fused", "triton no mass"), 1.05),
+    Aim("all rows: fused over itself without mass", "attention", all_rows, over_itself, 1.05),
     Aim("all rows: over the best that gives masses", "attention", all_rows, lambda r: over(r, "ras_fast", *MASS_PEERS), 1.0),
     Aim("decode: over itself without mass", "attention", decode, lambda r: r["mass costs"], 1.02),
     Aim("decode: share of copy, batch ≥ 8", "attention", lambda r: decode(r) and r["B"] >= 8, lambda r: r["share"], 0.85,

@@ -114,6 +114,8 @@ PYTHON = """#!/bin/bash
 case "$*" in
   *get_device_capability*) echo 90a; exit "${NO_GPU:-0}" ;;
   *"import xdist"*) exit 1 ;;
+  *"ras_fast.cli build"*) touch built; echo "ran: $*, arch $RAS_FAST_CUDA_ARCHS" ;;
+  *"import ras_fast"*) [ -e built ] ;;
   *"-k hopper"*) echo "ran: $*"; exit "${HOPPER:-0}" ;;
   *profile_targets*) echo "ran: $*" ;;
   *bench_norm*) mkdir -p bench/results/gpu && cp "$NORM" bench/results/gpu/norm.json ;;
@@ -172,6 +174,13 @@ def test_tests_part(tree):
     ]
     assert "not measured" in summary
     assert "arch 90a" in (tree[0] / "bench/results/logs/build.log").read_text()
+
+
+def test_libraries_that_were_brought_along_are_not_built_again(tree):
+    (tree[0] / "built").touch()
+    done, out = run(tree, "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "build" not in (out / "summary.txt").read_text()
 
 
 @pytest.mark.slow

@@ -523,7 +523,7 @@ def rule(wanted: tuned.ShapeClass) -> Config:
     if kind == "mass":
         block_n = ((64, 64, 16 if arch == 80 else 32), (32, 16, 16))[wide][size]
         # On sm_90 Triton 3.6 multiplies tiles of 64 × 16 by 8 warps wrongly, and reads beyond its shared memory.
-        few = arch == 90 and (not wide or block_n == 16) or (arch == 100 and size == 0 and not wide)
+        few = (arch == 90 and (not wide or block_n == 16)) or (arch == 100 and size == 0 and not wide)
         return Config(SELECTED_ROWS, block_n, 4 if few else 8, 2)
     return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
 

@@ -3,10 +3,9 @@
 CPU: a single query row per sequence has its own decode kernel. More rows take the prefill kernel, which computes in float,
 unless the processor has matrix instructions for half precision, which torch's flash attention uses.
 
-CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses of few of many rows
-take torch's flash attention and a recomputation; so do scores of the keys, of any number of rows. Masses of many rows take the
-Triton kernel, whose row sums give them without further work. The Hopper kernel does the same, but is not chosen until it has
-been measured. The thresholds for CUDA are derived from operation counts and have not been measured yet.
+CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses take the Hopper kernel
+where it can run, whose row sums give them without further work. Elsewhere masses of few of many rows take torch's flash
+attention and a recomputation, as scores of the keys do everywhere, and masses of many rows the Triton kernel.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from ras_fast import backend
 DECODE_ROWS = 64  # packed rows of a key/value head up to which one pass over the cache costs what reading it costs
 FEW_ROWS = 8  # recomputing Q Kᵀ of 1/8 of the rows adds 1/16 of attention's operations
 SCORED_ROWS = 64  # key scores of more rows take Triton's larger tiles, which fetch fewer bytes an operation
-# The Hopper prefill kernel has not been measured yet. Set True, or call torch.ops.ras_fast.hopper_prefill, to try it.
-try_hopper = False
 MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros
 
 
@@ -151,14 +148,14 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     why_not = cuda_kernels_refuse(query, key, value)
     if packed <= DECODE_ROWS and not why_not:
         return Plan("decode", f"{packed} packed rows (at most {DECODE_ROWS}): one read of the cache decides")
+    not_hopper = hopper_refuses(query, key, value, case) if case.rows else "it is for masses"
+    if not not_hopper:
+        return Plan("hopper", "masses come with the row sums, and rows without masses cost nothing")
     few = case.rows * FEW_ROWS <= length_q
     square = not case.is_causal or length_q == length_k
     flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
     if case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value))):
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
-    not_hopper = hopper_refuses(query, key, value, case) if try_hopper else "not measured yet"
-    if not not_hopper:
-        return Plan("hopper", "attention_plan.try_hopper is set")
     if not backend.triton_is_installed():
         return Plan("torch", "Triton is not installed")
     if case.row_bounds:
@@ -166,7 +163,7 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     reason = "masses of many rows" if not few else "masks, a dtype, a head dimension or an alignment that flash attention lacks"
     if packed <= DECODE_ROWS:
         return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}")
-    return Plan("triton", f"{reason}; the Hopper kernel is not chosen: {not_hopper}")
+    return Plan("triton", f"{reason}; the Hopper kernel is out: {not_hopper}")
 
 
 def plan_statistics(query: Tensor, key: Tensor, scored_rows: int = 0) -> str:

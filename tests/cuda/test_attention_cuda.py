@@ -117,9 +117,12 @@ def test_patched_attention_under_a_range(length_q):
     torch.testing.assert_close(out.float(), expected.transpose(1, 2), atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("mass_rows", [1, 640])
-def test_a_nan_is_not_hidden_from_the_masses(mass_rows):
+def test_a_nan_is_not_hidden_from_the_masses(mass_rows, hopper, monkeypatch):
     """Flash attention's LSE of a row whose sum is NaN is +inf, from which every mass would be 0."""
+    if not hopper:
+        monkeypatch.setattr(attention_plan, "is_hopper", lambda device: False)
     query, key, value = states(640, 640)
     key[0, :, 3] = torch.nan  # in no region
     _, lse, mass = ops.region_attention(query, key, value, image_ids(2, 640), 2, mass_rows=mass_rows)
@@ -128,14 +131,18 @@ def test_a_nan_is_not_hidden_from_the_masses(mass_rows):
     assert mass[1].isfinite().all()
 
 
-@pytest.mark.parametrize(("mass_rows", "kernel"), [(1, "flash"), (64, "flash"), (640, "triton")])
-def test_prefill(mass_rows, kernel):
-    query, key, value = states(640, 640)
-    assert ops.explain(query, key, value, image_ids(2, 640), 2, mass_rows=mass_rows).kernel == kernel
-    check(query, key, value, image_ids(2, 640), mass_rows=mass_rows)
-
-
 HOPPER = CUDA.available and not attention_plan.hopper_refuses(*states(1, 1), Case())
+
+
+@pytest.mark.parametrize(("mass_rows", "kernel"), [(0, "flash"), (1, "flash"), (64, "flash"), (640, "triton")])
+@pytest.mark.parametrize("hopper", [False, pytest.param(True, marks=pytest.mark.skipif(not HOPPER, reason="needs sm_90a"))])
+def test_prefill(mass_rows, kernel, hopper, monkeypatch):
+    if not hopper:
+        monkeypatch.setattr(attention_plan, "is_hopper", lambda device: False)
+    query, key, value = states(640, 640)
+    found = ops.explain(query, key, value, image_ids(2, 640), 2, mass_rows=mass_rows).kernel
+    assert found == ("hopper" if hopper and mass_rows else kernel)
+    check(query, key, value, image_ids(2, 640), mass_rows=mass_rows)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0 and a library built for sm_90a")
@@ -144,7 +151,7 @@ HOPPER = CUDA.available and not attention_plan.hopper_refuses(*states(1, 1), Cas
 @pytest.mark.parametrize("regions", [0, 2, 40])
 @pytest.mark.parametrize(("length_q", "length_k"), [(128, 128), (640, 640), (300, 1111), (700, 333), (2048, 2048)])
 def test_hopper_prefill(length_q, length_k, regions, dim, dtype):
-    """Called by its own name: the dispatcher does not choose it before it is measured. 40 regions: scattered."""
+    """40 regions: scattered."""
     query, key, value = states(length_q, length_k, dim, dtype)
     ids = None if not regions else image_ids(2, length_k)
     if regions == 40:
@@ -157,14 +164,6 @@ def test_hopper_prefill(length_q, length_k, regions, dim, dtype):
             torch.testing.assert_close(out.double(), exact[0], atol=ATOL[dtype], rtol=0)
             torch.testing.assert_close(lse, exact[1], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(mass, exact[2], atol=2e-3, rtol=0)
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0 and a library built for sm_90a")
-def test_hopper_prefill_when_asked_for(monkeypatch):
-    monkeypatch.setattr(attention_plan, "try_hopper", True)
-    query, key, value = states(640, 640)
-    assert ops.explain(query, key, value, image_ids(2, 640), 2).kernel == "hopper"
-    check(query, key, value, image_ids(2, 640))
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0 and a library built for sm_90a")

@@ -63,9 +63,11 @@ struct Slice {
   static constexpr int kVec = kAccessBytes / sizeof(T);
   static constexpr int kPacks = kElements / kVec;
   static constexpr bool kPlain = kForm == NormForm::plain, kAligned = kForm != NormForm::unaligned;
-  // A slice with registers to spare loads operands of the row's own type together with the row. All others are loaded when
-  // they are needed, from L2 or L1: there, other warps of the multiprocessor cover the wait.
-  static constexpr bool kEarly = kAligned && kElements <= 8;
+  // Operands of x's type are loaded early: with the row if there are registers to spare, else when the row's own loads have
+  // given theirs back, so that the statistics cover the wait. All other operands are loaded when they are needed, from L2 or
+  // L1: there, other warps of the multiprocessor cover the wait.
+  static constexpr bool kWithRow = kAligned && kElements <= 8;
+  static constexpr bool kEarly = kWithRow || (kPlain && kElements <= 16 && sizeof(T) == 2);
 
   int first;  // of the first run; negative where an unaligned row begins inside a 16-byte word
   int step;   // from one run of this thread to its next
@@ -234,8 +236,8 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& s
         slice.load(a.steer_vectors, steering.slot, p, vector[p], v);
 #pragma unroll
         for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] = fmaf(steering.alpha, v[i], h[p * S::kVec + i]);
+        if (a.hf_rounding) round_all<T, S::kVec>(h + p * S::kVec);
       }
-      if (a.hf_rounding) round_all<T, kElements>(h);
     }
     if (steering.invalid()) {
 #pragma unroll
@@ -279,10 +281,13 @@ __device__ float dot(const Slice<T, kElements, kForm>& slice, const float (&h)[k
   float sum = 0.f;
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
+    const int e = slice.start(p);
     float w[S::kVec];
     slice.load(probes, probe, p, slice.load_early(probes, probe, p), w);
 #pragma unroll
-    for (int i = 0; i < S::kVec; ++i) sum += slice.inside(slice.start(p) + i) ? h[p * S::kVec + i] * w[i] : 0.f;
+    for (int i = 0; i < S::kVec; ++i) {
+      if (slice.touches(e) && slice.inside(e + i)) sum = fmaf(h[p * S::kVec + i], w[i], sum);
+    }
   }
   return sum;
 }
@@ -339,7 +344,7 @@ __device__ int64_t token(const NormArgs<T>& a, int r) {
 // grid (ceil(rows / blockDim.y), y, z), block (threads of a row, rows of a block).
 template <typename T, bool kLayerNorm, bool kSteered, int kElements, NormForm kForm>
 __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
-                                  norm_min_blocks(kElements, kForm, !kLayerNorm && !kSteered, sizeof(T)))
+                                  norm_min_blocks(kElements, kForm, sizeof(T), kLayerNorm, kSteered))
     add_norm(const __grid_constant__ NormArgs<T> a) {
   using S = Slice<T, kElements, kForm>;
   __shared__ float scratch[2][kWarp];
@@ -360,11 +365,15 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
   Steering steering{Steering::kNone, 0.f};
   if constexpr (kSteered) steering = read_steering(a, t);
   Affine affine[S::kPacks];
+  const auto load_all_affine = [&] {
 #pragma unroll
-  for (int p = 0; p < S::kPacks; ++p) affine[p] = load_affine<kLayerNorm>(a, slice, p);
+    for (int p = 0; p < S::kPacks; ++p) affine[p] = load_affine<kLayerNorm>(a, slice, p);
+  };
+  if constexpr (S::kWithRow) load_all_affine();
   float h[kElements];
   load_h<kSteered>(a, slice, x, a.residual.data ? a.residual.row(r) : nullptr, steering, h);
   allow_next_kernel();
+  if constexpr (!S::kWithRow) load_all_affine();
   if (a.h != nullptr) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) slice.store(a.h + t * a.d, p, h + p * S::kVec);

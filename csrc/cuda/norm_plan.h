@@ -30,11 +30,10 @@ constexpr int norm_max_threads(int elements, NormForm form) {
 
 // Blocks per multiprocessor that the registers must allow for, so that some blocks' loads run while others reduce: as many as
 // there can be without spills. 6 blocks of 256 threads leave 40 registers to a thread, 5 leave 48, 4 and 2 of 512 leave 64.
-// `rms`: RMS norm without steering, which needs the fewest.
-constexpr int norm_min_blocks(int elements, NormForm form, bool rms, int element_bytes) {
+constexpr int norm_min_blocks(int elements, NormForm form, int element_bytes, bool layer_norm, bool steered) {
   if (form != NormForm::plain || elements == 8) return 1;
-  const bool wide = element_bytes == 4 && !rms;
-  return elements == 16 ? (rms ? 6 : wide ? 4 : 5) : (wide ? 1 : 2);
+  const bool rms = !layer_norm && !steered, wide = element_bytes == 4 && !rms;
+  return elements == 16 ? (rms ? 6 : wide || layer_norm ? 4 : 5) : (wide ? 1 : 2);
 }
 
 // Few rows: spread each over many threads, latency is all. Many rows: more elements a thread rather than more than 256 threads,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SIZES = [1, 7, 768, 769, 5120, 8191]  # one element, fewer than a vector, a row per warp, odd, block per row, odd and large
+SIZES = [1, 7, 256, 769, 5120, 8191]  # one element, fewer than a vector, a row per warp, odd, block per row, odd and large
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 PRECISION = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FORMS = IntEnum("FORMS", ("unaligned", "aligned", "plain"), start=0)  # enum class NormForm
@@ -327,7 +327,7 @@ def test_offsets_beyond_32_bits(norm):
 
 def test_several_rows_per_block(norm):
     """More rows than the chip has room for: four warps with a row each, the last block half empty."""
-    case = Case((1, 1, 6), 512, "bfloat16", multiprocessors=1, probes=2)
+    case = Case((1, 1, 6), 256, "bfloat16", multiprocessors=1, probes=2)
     case.verify(norm)
     assert case.plan["rows_per_block"] == 4
 
@@ -405,7 +405,7 @@ def run_all_under_address_sanitizer():
                     steer = ([0, 1], [0.5, -0.5]) if d % 2 else None
                     Case((1, 1, 2), d, dtype, seed=d, layer_norm=layer_norm, steer=steer, probes=1).verify(norm)
         Case((1, 1, 1), 16392, "bfloat16", steer=([1], [0.5])).verify(norm)
-        Case((1, 1, 6), 512, "float32", multiprocessors=1, lerp=True, steer=([0] * 6, [0.5] * 6)).verify(norm)
+        Case((1, 1, 6), 256, "float32", multiprocessors=1, lerp=True, steer=([0] * 6, [0.5] * 6)).verify(norm)
 
 
 @pytest.mark.slow

@@ -463,6 +463,7 @@ inline bool is_aligned(const Operand& operand) {
   return fits_accesses(operand.data, operand.stride * (operand.dtype == DType::f32 ? 4 : 2));
 }
 
+// Which kernels can take these tensors: aligned if every row of every one can be moved in whole 16-byte accesses.
 template <typename T>
 NormForm norm_form(const NormArgs<T>& a) {
   const int64_t size = sizeof(T);

@@ -344,7 +344,7 @@ __device__ int64_t token(const NormArgs<T>& a, int r) {
 // grid (ceil(rows / blockDim.y), y, z), block (threads of a row, rows of a block).
 template <typename T, bool kLayerNorm, bool kSteered, int kElements, NormForm kForm>
 __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
-                                  norm_min_blocks(kElements, kForm, sizeof(T), kLayerNorm, kSteered))
+                                  norm_min_blocks(kElements, kForm, kTypeOf<T>, kLayerNorm, kSteered))
     add_norm(const __grid_constant__ NormArgs<T> a) {
   using S = Slice<T, kElements, kForm>;
   __shared__ float scratch[2][kWarp];

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace ras::cuda {
 
 // What a kernel is compiled for. The fewer cases it knows, the fewer registers it needs and the shorter its code is, of which
@@ -31,15 +33,15 @@ constexpr int norm_max_threads(int elements, NormForm form) {
 // Blocks per multiprocessor that the registers must allow for, so that some blocks' loads run while others reduce: as many as
 // there can be without spills, of which the code for other chips than Hopper has some a little earlier. 6 blocks of 256 threads
 // leave 40 registers to a thread, 5 leave 48, 4 leave 64; 2 blocks of 512 leave 64.
-constexpr int norm_min_blocks(int elements, NormForm form, int element_bytes, bool layer_norm, bool steered) {
+constexpr int norm_min_blocks(int elements, NormForm form, DType type, bool layer_norm, bool steered) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   constexpr int kMore = 1;
 #else
   constexpr int kMore = 0;
 #endif
   if (form != NormForm::plain || elements == 8) return 1;
-  const bool wide = element_bytes == 4 && (layer_norm || steered);
-  if (elements == 32) return wide ? 1 : 1 + kMore;
+  const bool wide = type == DType::f32 && (layer_norm || steered);
+  if (elements == 32) return wide || (type == DType::f16 && steered) ? 1 : 1 + kMore;
   if (wide || layer_norm) return 4;
   return (steered ? 4 : 5) + kMore;
 }

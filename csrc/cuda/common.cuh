@@ -29,6 +29,13 @@ __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v)
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
+template <typename T>
+constexpr DType kTypeOf = DType::f32;
+template <>
+inline constexpr DType kTypeOf<__half> = DType::f16;
+template <>
+inline constexpr DType kTypeOf<__nv_bfloat16> = DType::bf16;
+
 // Two values at a time: hardware converts pairs in one instruction, and single values several times slower.
 template <typename T>
 struct PairOf;

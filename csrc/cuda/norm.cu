@@ -89,13 +89,14 @@ void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
                   "ras_fast: x is too large for one launch; call .contiguous() on it");
   a.rows = int(lead.size[0]);
   a.d = int(in.x.size(-1));
+  a.inv_d = 1.f / float(a.d);
   a.eps = flags.eps;
   a.weight_offset = flags.weight_offset;
   a.hf_rounding = flags.hf;
   a.lerp = flags.lerp;
 
   const int64_t tokens = lead.size[0] * lead.size[1] * lead.size[2];
-  const NormPlan plan = plan_norm(tokens, a.d, sizeof(T), is_aligned(a), device_of(in.x).multiprocessors);
+  const NormPlan plan = plan_norm(tokens, a.d, sizeof(T), norm_form(a), device_of(in.x).multiprocessors);
   const dim3 grid((a.rows + plan.rows_per_block - 1) / plan.rows_per_block, lead.size[1], lead.size[2]);
   const dim3 block(plan.threads, plan.rows_per_block);
   const auto start = [&](auto kernel) { launch(kernel, a, grid, block, 0, in.x); };

@@ -47,6 +47,7 @@ struct NormArgs {
   int num_slots, num_probes;
   int rows;                   // in the innermost of the three dimensions
   int d;
+  float inv_d;                // 1 / d
   float eps, weight_offset;
   bool hf_rounding;
   bool lerp;
@@ -57,18 +58,16 @@ struct NormArgs {
 // The elements of a row that one thread holds: kPacks runs of kVec neighbours (16 bytes of T), the threads' runs side by
 // side. Loads return raw bits, which the caller converts only after it has issued every load it can: a conversion waits for
 // its load, and would delay all loads that are issued after it.
-template <typename T, int kElements, bool kAligned>
+template <typename T, int kElements, NormForm kForm>
 struct Slice {
   static constexpr int kVec = kAccessBytes / sizeof(T);
   static constexpr int kPacks = kElements / kVec;
-  // A short slice has registers to spare: operands are loaded together with the row. A long one loads them when it needs
-  // them, from L2 or L1: there, other warps of the multiprocessor cover the wait.
-  static constexpr bool kEarly = kAligned && kElements <= 8;
-
-  // A run of an operand: kVec elements of its type, or (kernels for unaligned rows) already floats.
-  struct Raw {
-    uint4 word[kVec * sizeof(float) / kAccessBytes];
-  };
+  static constexpr bool kPlain = kForm == NormForm::plain, kAligned = kForm != NormForm::unaligned;
+  // Operands of x's type are loaded early: with the row if there are registers to spare, else when the row's own loads have
+  // given theirs back, so that the statistics cover the wait. All other operands are loaded when they are needed, from L2 or
+  // L1: there, other warps of the multiprocessor cover the wait.
+  static constexpr bool kWithRow = kAligned && kElements <= 8;
+  static constexpr bool kEarly = kWithRow || (kPlain && kElements <= 16 && sizeof(T) == 2);
 
   int first;  // of the first run; negative where an unaligned row begins inside a 16-byte word
   int step;   // from one run of this thread to its next
@@ -86,10 +85,6 @@ struct Slice {
   // Whether a run is one access. For aligned kernels a constant: what touches the row lies in it.
   __device__ bool whole(const T* row, int e) const {
     return kAligned || (e >= 0 && e + kVec <= d && reinterpret_cast<uintptr_t>(row + e) % kAccessBytes == 0);
-  }
-  __device__ bool holds(int i) const {  // element i of the slice lies in the row
-    const int e = start(i / kVec);
-    return touches(e) && inside(e + i % kVec);
   }
 
   // Run `p` of a row that will not be read again soon; zero outside the row, or if not `wanted`.
@@ -125,52 +120,36 @@ struct Slice {
     }
   }
 
-  // Run `p` of row `r` of an operand, not converted yet; zero outside the row, or if not `wanted`.
-  __device__ Raw load(const Operand& from, int r, int p, bool wanted = true) const {
+  __device__ static bool early(const Operand& from) { return kEarly && (kPlain || from.dtype == kTypeOf<T>); }
+
+  // Run `p` of row `r` of an operand that can be loaded early; else, outside the row, or if not `wanted`: zero.
+  __device__ uint4 load_early(const Operand& from, int r, int p, bool wanted = true) const {
     const int e = start(p);
-    const bool wide = from.dtype == DType::f32;
-    Raw raw{};
-    if (!wanted || !touches(e)) return raw;
-    const char* at = static_cast<const char*>(from.data) + (r * from.stride + e) * (wide ? 4 : 2);
-    if constexpr (kAligned) {
-      if constexpr (kVec == 8) {
-        raw.word[0] = *reinterpret_cast<const uint4*>(at);
-        if (wide) raw.word[1] = *reinterpret_cast<const uint4*>(at + kAccessBytes);
-      } else if (wide) {
-        raw.word[0] = *reinterpret_cast<const uint4*>(at);
-      } else {
-        *reinterpret_cast<uint2*>(&raw.word[0]) = *reinterpret_cast<const uint2*>(at);
-      }
-    } else {
-      auto* value = reinterpret_cast<float*>(&raw);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        if (inside(e + i)) value[i] = load_one(at, i, from.dtype);
-      }
-    }
-    return raw;
+    if (!wanted || !early(from) || !touches(e)) return {0, 0, 0, 0};
+    return *reinterpret_cast<const uint4*>(static_cast<const T*>(from.data) + (r * from.stride + e));
   }
 
-  __device__ static float load_one(const char* at, int i, DType dtype) {
-    if (dtype == DType::f32) return reinterpret_cast<const float*>(at)[i];
-    if (dtype == DType::f16) return to_float(reinterpret_cast<const __half*>(at)[i]);
-    return to_float(reinterpret_cast<const __nv_bfloat16*>(at)[i]);
+  // The same run as floats: `bits`, if it was loaded early.
+  __device__ void load(const Operand& from, int r, int p, const uint4& bits, float* out) const {
+    if (early(from)) return unpack<T>(bits, out);
+    const int e = start(p);
+    const int64_t at = r * from.stride + e;
+    switch (kPlain ? kTypeOf<T> : from.dtype) {
+      case DType::f32: return load_run(static_cast<const float*>(from.data) + at, e, out);
+      case DType::f16: return load_run(static_cast<const __half*>(from.data) + at, e, out);
+      case DType::bf16: return load_run(static_cast<const __nv_bfloat16*>(from.data) + at, e, out);
+    }
   }
 
-  __device__ static void convert(const Raw& raw, DType dtype, float* out) {
-    if (!kAligned || dtype == DType::f32) {
+  template <typename U>
+  __device__ void load_run(const U* from, int e, float* out) const {
+    Pack<U, kVec> run{};
+    if (kAligned && touches(e)) run = *reinterpret_cast<const Pack<U, kVec>*>(from);
 #pragma unroll
-      for (int i = 0; i < kVec; i += 4) unpack<float>(raw.word[i / 4], out + i);
-      return;
+    for (int i = 0; i < kVec; ++i) {
+      if (!kAligned && inside(e + i)) run.value[i] = from[i];
+      out[i] = to_float(run.value[i]);
     }
-    float value[8];  // of which a slice of floats has four
-    if (dtype == DType::f16) {
-      unpack<__half>(raw.word[0], value);
-    } else {
-      unpack<__nv_bfloat16>(raw.word[0], value);
-    }
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) out[i] = value[i];
   }
 
   // Brings a row of an operand into L2.
@@ -224,23 +203,21 @@ __device__ Steering read_steering(const NormArgs<T>& a, int64_t t) {
 
 // h of one slice. Multiplications followed by additions are written as fmaf throughout: otherwise the compiler may fuse them in
 // one kernel and not in another, and the steered and unsteered kernels would give different bits for an unsteered row.
-template <bool kSteered, typename T, int kElements, bool kAligned>
-__device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, const T* x, const T* residual,
+template <bool kSteered, typename T, int kElements, NormForm kForm>
+__device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& slice, const T* x, const T* residual,
                        const Steering& steering, float (&h)[kElements]) {
-  using S = Slice<T, kElements, kAligned>;
+  using S = Slice<T, kElements, kForm>;
   const bool add = kSteered && !a.lerp && steering.active();
-  uint4 first[S::kPacks], second[S::kPacks];
-  typename S::Raw vector[S::kEarly ? S::kPacks : 1];
+  uint4 first[S::kPacks], second[S::kPacks], vector[S::kPacks];
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) first[p] = slice.load(x, p);
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) second[p] = slice.load(residual, p, residual != nullptr);
   // The first use of the slot, and so the first wait for it, comes after the row's own loads are issued.
-  if constexpr (kSteered && S::kEarly) {
+  if constexpr (kSteered) {
 #pragma unroll
-    for (int p = 0; p < S::kPacks; ++p) vector[p] = slice.load(a.steer_vectors, steering.slot, p, add);
+    for (int p = 0; p < S::kPacks; ++p) vector[p] = slice.load_early(a.steer_vectors, steering.slot, p, add);
   }
-  if (kSteered && steering.active() && !(S::kEarly && add)) slice.prefetch(a.steer_vectors, steering.slot);
 
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
@@ -256,12 +233,11 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>
 #pragma unroll
       for (int p = 0; p < S::kPacks; ++p) {
         float v[S::kVec];
-        if constexpr (!S::kEarly) vector[0] = slice.load(a.steer_vectors, steering.slot, p);
-        S::convert(vector[S::kEarly ? p : 0], a.steer_vectors.dtype, v);
+        slice.load(a.steer_vectors, steering.slot, p, vector[p], v);
 #pragma unroll
         for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] = fmaf(steering.alpha, v[i], h[p * S::kVec + i]);
+        if (a.hf_rounding) round_all<T, S::kVec>(h + p * S::kVec);
       }
-      if (a.hf_rounding) round_all<T, kElements>(h);
     }
     if (steering.invalid()) {
 #pragma unroll
@@ -270,68 +246,75 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kAligned>
   }
 }
 
-// Sum of (h - center)^2 over what the slice holds of the row.
-template <typename T, int kElements, bool kAligned>
-__device__ float squares(const Slice<T, kElements, kAligned>& slice, const float (&h)[kElements], float center) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    const float c = slice.holds(i) ? h[i] - center : 0.f;
-    sum = fmaf(c, c, sum);
-  }
-  return sum;
-}
-
-template <typename T, int kElements, bool kAligned>
-__device__ float total(const Slice<T, kElements, kAligned>& slice, const float (&h)[kElements]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) sum += slice.holds(i) ? h[i] : 0.f;
-  return sum;
-}
-
-template <typename T, int kElements, bool kAligned>
-__device__ float dot(const Slice<T, kElements, kAligned>& slice, const float (&h)[kElements], const Operand& probes,
-                     int probe) {
-  using S = Slice<T, kElements, kAligned>;
+// A sum that `term` adds to, over the elements i of the slice that lie in the row. A run outside of it is skipped as a whole.
+template <typename T, int kElements, NormForm kForm, typename Term>
+__device__ float sum_of(const Slice<T, kElements, kForm>& slice, Term term) {
+  using S = Slice<T, kElements, kForm>;
   float sum = 0.f;
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
-    float w[S::kVec];
-    S::convert(slice.load(probes, probe, p), probes.dtype, w);
+    const int e = slice.start(p);
+    if (!slice.touches(e)) continue;
 #pragma unroll
-    for (int i = 0; i < S::kVec; ++i) sum += slice.holds(p * S::kVec + i) ? h[p * S::kVec + i] * w[i] : 0.f;
+    for (int i = 0; i < S::kVec; ++i) {
+      if (slice.inside(e + i)) sum = term(sum, p * S::kVec + i);
+    }
   }
   return sum;
 }
 
-// What the normalised values of one run are multiplied by, and what is then added (layer norm).
-template <typename S>
+// Sum of (h - center)^2 over what the slice holds of the row.
+template <typename T, int kElements, NormForm kForm>
+__device__ float squares(const Slice<T, kElements, kForm>& slice, const float (&h)[kElements], float center) {
+  return sum_of(slice, [&](float sum, int i) { return fmaf(h[i] - center, h[i] - center, sum); });
+}
+
+template <typename T, int kElements, NormForm kForm>
+__device__ float total(const Slice<T, kElements, kForm>& slice, const float (&h)[kElements]) {
+  return sum_of(slice, [&](float sum, int i) { return sum + h[i]; });
+}
+
+template <typename T, int kElements, NormForm kForm>
+__device__ float dot(const Slice<T, kElements, kForm>& slice, const float (&h)[kElements], const Operand& probes,
+                     int probe) {
+  using S = Slice<T, kElements, kForm>;
+  float sum = 0.f;
+#pragma unroll
+  for (int p = 0; p < S::kPacks; ++p) {
+    const int e = slice.start(p);
+    float w[S::kVec];
+    slice.load(probes, probe, p, slice.load_early(probes, probe, p), w);
+#pragma unroll
+    for (int i = 0; i < S::kVec; ++i) {
+      if (slice.touches(e) && slice.inside(e + i)) sum = fmaf(h[p * S::kVec + i], w[i], sum);
+    }
+  }
+  return sum;
+}
+
+// What the normalised values of one run are multiplied by, and what is then added (layer norm), if loaded early.
 struct Affine {
-  typename S::Raw scale, shift;
+  uint4 scale, shift;
 };
 
-template <bool kLayerNorm, typename T, int kElements, bool kAligned>
-__device__ auto load_affine(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, int p) {
-  Affine<Slice<T, kElements, kAligned>> affine{};
-  affine.scale = slice.load(a.weight, 0, p);
-  if constexpr (kLayerNorm) affine.shift = slice.load(a.bias, 0, p, a.bias.data != nullptr);
-  return affine;
+template <bool kLayerNorm, typename T, int kElements, NormForm kForm>
+__device__ Affine load_affine(const NormArgs<T>& a, const Slice<T, kElements, kForm>& slice, int p) {
+  return {slice.load_early(a.weight, 0, p), slice.load_early(a.bias, 0, p, kLayerNorm && a.bias.data != nullptr)};
 }
 
 // y of one run, stored. RMS norm rounds the normalised value before the weight where Llama's eager code does: not with
 // an offset (Gemma multiplies in fp32).
-template <bool kLayerNorm, bool kSteered, typename T, int kElements, bool kAligned>
-__device__ void store_y(const NormArgs<T>& a, const Slice<T, kElements, kAligned>& slice, int p, const float* h, float mean,
-                        float inv_std, const Affine<Slice<T, kElements, kAligned>>& affine, const Steering& steering, T* y) {
-  using S = Slice<T, kElements, kAligned>;
+template <bool kLayerNorm, bool kSteered, typename T, int kElements, NormForm kForm>
+__device__ void store_y(const NormArgs<T>& a, const Slice<T, kElements, kForm>& slice, int p, const float* h, float mean,
+                        float inv_std, const Affine& affine, const Steering& steering, T* y) {
+  using S = Slice<T, kElements, kForm>;
   float scale[S::kVec], out[S::kVec];
-  S::convert(affine.scale, a.weight.dtype, scale);
+  slice.load(a.weight, 0, p, affine.scale, scale);
 #pragma unroll
   for (int i = 0; i < S::kVec; ++i) out[i] = (h[i] - mean) * inv_std;
   if constexpr (kLayerNorm) {
-    float shift[S::kVec];
-    S::convert(affine.shift, a.bias.dtype, shift);
+    float shift[S::kVec]{};
+    if (a.bias.data != nullptr) slice.load(a.bias, 0, p, affine.shift, shift);
 #pragma unroll
     for (int i = 0; i < S::kVec; ++i) out[i] = fmaf(out[i], scale[i], shift[i]);
   } else {
@@ -342,7 +325,7 @@ __device__ void store_y(const NormArgs<T>& a, const Slice<T, kElements, kAligned
   if constexpr (kSteered) {
     if (a.lerp && steering.active()) {
       float v[S::kVec];
-      S::convert(slice.load(a.steer_vectors, steering.slot, p), a.steer_vectors.dtype, v);
+      slice.load(a.steer_vectors, steering.slot, p, slice.load_early(a.steer_vectors, steering.slot, p), v);
       if (a.hf_rounding) round_all<T, S::kVec>(out);
 #pragma unroll
       for (int i = 0; i < S::kVec; ++i) out[i] = fmaf(steering.alpha, v[i], (1.f - steering.alpha) * out[i]);
@@ -359,9 +342,11 @@ __device__ int64_t token(const NormArgs<T>& a, int r) {
 }
 
 // grid (ceil(rows / blockDim.y), y, z), block (threads of a row, rows of a block).
-template <typename T, bool kLayerNorm, bool kSteered, int kElements, bool kAligned>
-__global__ void __launch_bounds__(norm_max_threads(kElements), 1) add_norm(const __grid_constant__ NormArgs<T> a) {
-  using S = Slice<T, kElements, kAligned>;
+template <typename T, bool kLayerNorm, bool kSteered, int kElements, NormForm kForm>
+__global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
+                                  norm_min_blocks(kElements, kForm, kTypeOf<T>, kLayerNorm, kSteered))
+    add_norm(const __grid_constant__ NormArgs<T> a) {
+  using S = Slice<T, kElements, kForm>;
   __shared__ float scratch[2][kWarp];
   RowSum row_sum{scratch};
 
@@ -369,31 +354,35 @@ __global__ void __launch_bounds__(norm_max_threads(kElements), 1) add_norm(const
   const int64_t t = token(a, r);
   const T* x = a.x.row(r);
   const S slice(x, a.d);
-  slice.prefetch(a.weight);
-  if (kLayerNorm && a.bias.data != nullptr) slice.prefetch(a.bias);
-  const float inv_d = 1.f / a.d;
+  // By one block for all: requests for the same few lines wait for each other in L2.
+  if (blockIdx.x + blockIdx.y + blockIdx.z == 0) {
+    slice.prefetch(a.weight);
+    if (kLayerNorm && a.bias.data != nullptr) slice.prefetch(a.bias);
+  }
   wait_for_previous_kernel();
   if (r >= a.rows) return;
 
   Steering steering{Steering::kNone, 0.f};
   if constexpr (kSteered) steering = read_steering(a, t);
-  Affine<S> affine[S::kEarly ? S::kPacks : 1];
-  if constexpr (S::kEarly) {
+  Affine affine[S::kPacks];
+  const auto load_all_affine = [&] {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) affine[p] = load_affine<kLayerNorm>(a, slice, p);
-  }
+  };
+  if constexpr (S::kWithRow) load_all_affine();
   float h[kElements];
   load_h<kSteered>(a, slice, x, a.residual.data ? a.residual.row(r) : nullptr, steering, h);
   allow_next_kernel();
+  if constexpr (!S::kWithRow) load_all_affine();
   if (a.h != nullptr) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) slice.store(a.h + t * a.d, p, h + p * S::kVec);
   }
 
-  const float mean = kLayerNorm ? row_sum(total(slice, h)) * inv_d : 0.f;
+  const float mean = kLayerNorm ? row_sum(total(slice, h)) * a.inv_d : 0.f;
   const float square_sum = row_sum(squares(slice, h, mean));
-  const float inv_std = rsqrtf(square_sum * inv_d + a.eps);
-  if (a.probe_dots != nullptr) {  // before y, which takes h's registers
+  const float inv_std = rsqrtf(square_sum * a.inv_d + a.eps);
+  if (!S::kPlain && a.probe_dots != nullptr) {  // before y, which takes h's registers
     float* dots = a.probe_dots + t * (a.num_probes + 1);
     for (int probe = 0; probe < a.num_probes; ++probe) {
       const float sum = row_sum(dot(slice, h, a.probes, probe));
@@ -405,9 +394,7 @@ __global__ void __launch_bounds__(norm_max_threads(kElements), 1) add_norm(const
 
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
-    if constexpr (!S::kEarly) affine[0] = load_affine<kLayerNorm>(a, slice, p);
-    store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine[S::kEarly ? p : 0], steering,
-                                  a.y + t * a.d);
+    store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine[p], steering, a.y + t * a.d);
   }
 }
 
@@ -416,7 +403,7 @@ __global__ void __launch_bounds__(norm_max_threads(kElements), 1) add_norm(const
 template <typename T, bool kLayerNorm, bool kSteered>
 __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__ NormArgs<T> a) {
   constexpr int kElements = 8;
-  using S = Slice<T, kElements, false>;
+  using S = Slice<T, kElements, NormForm::unaligned>;
   __shared__ float scratch[2][kWarp];
   RowSum row_sum{scratch};
 
@@ -443,9 +430,9 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
     return sum;
   };
 
-  const float mean = kLayerNorm ? row_sum(over_tiles([&](const S& slice) { return total(slice, h); })) / a.d : 0.f;
+  const float mean = kLayerNorm ? row_sum(over_tiles([&](const S& slice) { return total(slice, h); })) * a.inv_d : 0.f;
   const float square_sum = row_sum(over_tiles([&](const S& slice) { return squares(slice, h, mean); }));
-  const float inv_std = rsqrtf(square_sum / a.d + a.eps);
+  const float inv_std = rsqrtf(square_sum * a.inv_d + a.eps);
   if (a.probe_dots != nullptr) {  // before the stores, which in place take the inputs away
     float* dots = a.probe_dots + t * (a.num_probes + 1);
     for (int probe = 0; probe < a.num_probes; ++probe) {
@@ -458,7 +445,7 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
   over_tiles([&](const S& slice) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) {
-      const Affine<S> affine = load_affine<kLayerNorm>(a, slice, p);
+      const Affine affine = load_affine<kLayerNorm>(a, slice, p);
       if (a.h != nullptr) slice.store(a.h + t * a.d, p, h + p * S::kVec);
       store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine, steering, a.y + t * a.d);
     }
@@ -476,26 +463,36 @@ inline bool is_aligned(const Operand& operand) {
   return fits_accesses(operand.data, operand.stride * (operand.dtype == DType::f32 ? 4 : 2));
 }
 
-// Whether every row of every tensor can be moved in whole 16-byte accesses.
+// Which kernels can take these tensors: aligned if every row of every one can be moved in whole 16-byte accesses.
 template <typename T>
-bool is_aligned(const NormArgs<T>& a) {
+NormForm norm_form(const NormArgs<T>& a) {
   const int64_t size = sizeof(T);
   const auto rows = [&](const Rows<T>& r) {
     return fits_accesses(r.data, r.stride * size) && fits_accesses(r.data, r.stride_y * size) &&
            fits_accesses(r.data, r.stride_z * size);
   };
-  return rows(a.x) && rows(a.residual) && fits_accesses(a.y, a.d * size) && fits_accesses(a.h, a.d * size) &&
-         is_aligned(a.weight) && is_aligned(a.bias) && is_aligned(a.steer_vectors) && is_aligned(a.probes);
+  if (!(rows(a.x) && rows(a.residual) && fits_accesses(a.y, a.d * size) && fits_accesses(a.h, a.d * size) &&
+        is_aligned(a.weight) && is_aligned(a.bias) && is_aligned(a.steer_vectors) && is_aligned(a.probes))) {
+    return NormForm::unaligned;
+  }
+  const auto same_type = [](const Operand& operand) { return operand.data == nullptr || operand.dtype == kTypeOf<T>; };
+  const bool plain = same_type(a.weight) && same_type(a.bias) && same_type(a.steer_vectors) && a.probe_dots == nullptr;
+  return plain ? NormForm::plain : NormForm::aligned;
 }
 
 // Calls `use` with the kernel that a plan asks for.
 template <typename T, bool kLayerNorm, bool kSteered, typename Use>
 void with_norm_kernel(const NormPlan& plan, Use use) {
+  constexpr auto kPlain = NormForm::plain, kAligned = NormForm::aligned, kUnaligned = NormForm::unaligned;
   if (!plan.resident) return use(add_norm_long<T, kLayerNorm, kSteered>);
-  if (!plan.aligned) return use(add_norm<T, kLayerNorm, kSteered, 8, false>);
-  if (plan.elements == 8) return use(add_norm<T, kLayerNorm, kSteered, 8, true>);
-  if (plan.elements == 16) return use(add_norm<T, kLayerNorm, kSteered, 16, true>);
-  return use(add_norm<T, kLayerNorm, kSteered, 32, true>);
+  if (plan.form == kUnaligned) return use(add_norm<T, kLayerNorm, kSteered, 8, kUnaligned>);
+  if (plan.form == kAligned) {
+    if (plan.elements == 8) return use(add_norm<T, kLayerNorm, kSteered, 8, kAligned>);
+    return use(add_norm<T, kLayerNorm, kSteered, 16, kAligned>);
+  }
+  if (plan.elements == 8) return use(add_norm<T, kLayerNorm, kSteered, 8, kPlain>);
+  if (plan.elements == 16) return use(add_norm<T, kLayerNorm, kSteered, 16, kPlain>);
+  return use(add_norm<T, kLayerNorm, kSteered, 32, kPlain>);
 }
 
 }  // namespace ras::cuda

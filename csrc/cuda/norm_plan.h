@@ -3,37 +3,64 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace ras::cuda {
+
+// What a kernel is compiled for. The fewer cases it knows, the fewer registers it needs and the shorter its code is, of which
+// a launch that finds it in no cache waits for every line.
+enum class NormForm : int {
+  unaligned,  // rows may begin anywhere; operands of any type
+  aligned,    // whole 16-byte accesses everywhere
+  plain,      // and every operand has x's type, and there are no probes
+};
 
 struct NormPlan {
   int elements;        // of the row in each thread's registers: 8, 16 or 32
   int threads;         // per row: one warp or one block
   int rows_per_block;  // above 1 only when a row is one warp
-  bool aligned;        // whole 16-byte accesses everywhere
+  NormForm form;
   bool resident;       // the row fits into its threads' registers
 };
 
 constexpr int kRowsPerBlock = 4;
 
-// 32 elements are for rows of one warp: a block of 1024 threads has no registers for them.
-constexpr int norm_max_threads(int elements) { return elements == 32 ? kRowsPerBlock * 32 : 1024; }
+// The longest block of a kernel. Shorter ones leave each thread more registers.
+constexpr int norm_max_threads(int elements, NormForm form) {
+  return form != NormForm::plain || elements == 8 ? 1024 : elements == 16 ? 256 : 512;
+}
 
-// Few rows: spread each over many threads, latency is all. Many rows: fewer threads with more loads in flight each, and
-// several blocks per multiprocessor so that one block's loads cover another's reduction.
-inline NormPlan plan_norm(int64_t rows, int64_t d, int element_bytes, bool aligned, int multiprocessors) {
-  const int64_t span = aligned ? d : d + 16 / element_bytes - 1;  // an unaligned row may begin anywhere in 16 bytes
+// Blocks per multiprocessor that the registers must allow for, so that some blocks' loads run while others reduce: as many as
+// there can be without spills, of which the code for other chips than Hopper has some a little earlier. 6 blocks of 256 threads
+// leave 40 registers to a thread, 5 leave 48, 4 leave 64; 2 blocks of 512 leave 64.
+constexpr int norm_min_blocks(int elements, NormForm form, DType type, bool layer_norm, bool steered) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  constexpr int kMore = 1;
+#else
+  constexpr int kMore = 0;
+#endif
+  if (form != NormForm::plain || elements == 8) return 1;
+  const bool wide = type == DType::f32 && (layer_norm || steered);
+  if (elements == 32) return wide || (type == DType::f16 && steered) ? 1 : 1 + kMore;
+  if (wide || layer_norm) return 4;
+  return (steered ? 4 : 5) + kMore;
+}
+
+// Few rows: spread each over many threads, latency is all. Many rows: more elements a thread rather than more than 256 threads,
+// since the more warps a reduction waits for, the longer it waits.
+inline NormPlan plan_norm(int64_t rows, int64_t d, int element_bytes, NormForm form, int multiprocessors) {
+  // An unaligned row may begin anywhere in 16 bytes.
+  const int64_t span = form == NormForm::unaligned ? d + 16 / element_bytes - 1 : d;
   const auto threads_for = [&](int elements) { return ((span + elements - 1) / elements + 31) / 32 * 32; };
   const bool few = rows <= 2 * int64_t(multiprocessors);
+  const auto most = [&](int elements) { return norm_max_threads(elements, form); };
 
   int elements = 8;
-  if (aligned && span <= 32 * 32) {
-    while (threads_for(elements) > 32) elements *= 2;
-  } else if (aligned && (!few || threads_for(8) > norm_max_threads(8))) {
-    elements = 16;
-  }
-  if (threads_for(elements) > norm_max_threads(elements)) return {8, 1024, 1, aligned, false};
+  if (form != NormForm::unaligned && threads_for(8) > (few ? most(8) : 256)) elements = 16;
+  if (form == NormForm::plain && threads_for(elements) > most(elements)) elements = 32;
+  if (threads_for(elements) > most(elements)) return {8, 1024, 1, form, false};
   const int threads = static_cast<int>(threads_for(elements));
-  return {elements, threads, threads == 32 && !few ? kRowsPerBlock : 1, aligned, true};
+  return {elements, threads, threads == 32 && !few ? kRowsPerBlock : 1, form, true};
 }
 
 }  // namespace ras::cuda

@@ -45,12 +45,13 @@ static bool run(Call& c) {
   a.num_probes = int(c.num_probes);
   a.rows = int(c.size[2]);
   a.d = int(c.d);
+  a.inv_d = 1.f / float(a.d);
   a.eps = float(c.eps);
   a.weight_offset = float(c.weight_offset);
   a.hf_rounding = c.hf_rounding;
   a.lerp = c.lerp;
-  const NormPlan plan = plan_norm(c.size[0] * c.size[1] * c.size[2], c.d, sizeof(T), is_aligned(a), int(c.multiprocessors));
-  const int64_t chosen[5] = {plan.elements, plan.threads, plan.rows_per_block, plan.aligned, plan.resident};
+  const NormPlan plan = plan_norm(c.size[0] * c.size[1] * c.size[2], c.d, sizeof(T), norm_form(a), int(c.multiprocessors));
+  const int64_t chosen[5] = {plan.elements, plan.threads, plan.rows_per_block, int64_t(plan.form), plan.resident};
   std::copy(chosen, chosen + 5, c.plan);
 
   const dim3 grid((a.rows + plan.rows_per_block - 1) / plan.rows_per_block, unsigned(c.size[1]), unsigned(c.size[0]));
@@ -74,9 +75,9 @@ extern "C" int norm_run(Call* c) {
   return false;
 }
 
-extern "C" void norm_plan(int64_t rows, int64_t d, int64_t element_bytes, int64_t aligned, int64_t multiprocessors,
+extern "C" void norm_plan(int64_t rows, int64_t d, int64_t element_bytes, int64_t form, int64_t multiprocessors,
                           int64_t out[5]) {
-  const NormPlan plan = plan_norm(rows, d, int(element_bytes), aligned != 0, int(multiprocessors));
-  const int64_t chosen[5] = {plan.elements, plan.threads, plan.rows_per_block, plan.aligned, plan.resident};
+  const NormPlan plan = plan_norm(rows, d, int(element_bytes), NormForm(form), int(multiprocessors));
+  const int64_t chosen[5] = {plan.elements, plan.threads, plan.rows_per_block, int64_t(plan.form), plan.resident};
   std::copy(chosen, chosen + 5, out);
 }

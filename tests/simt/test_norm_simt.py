@@ -4,14 +4,16 @@ import ctypes
 import os
 import subprocess
 import sys
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-SIZES = [1, 7, 768, 769, 5120, 8191]  # one element, fewer than a vector, a row per warp, odd, block per row, odd and large
+SIZES = [1, 7, 256, 769, 5120, 8191]  # one element, fewer than a vector, a row per warp, odd, block per row, odd and large
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 PRECISION = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+FORMS = IntEnum("FORMS", ("unaligned", "aligned", "plain"), start=0)  # enum class NormForm
 POINTER, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -113,7 +115,7 @@ class Case:
                 setattr(call, name, array.ctypes.data)
         outputs.update({name: array for name, array in (("h", h), ("probe_dots", dots)) if array is not None})
         emulator.run("norm_run", ctypes.byref(call), inputs=inputs, outputs=outputs)
-        self.plan = dict(zip(("elements", "threads", "rows_per_block", "aligned", "resident"), call.plan, strict=True))
+        self.plan = dict(zip(("elements", "threads", "rows_per_block", "form", "resident"), call.plan, strict=True))
         return decode(y, self.dtype), None if h is None else decode(h, self.dtype), dots
 
     def expected(self):
@@ -278,7 +280,7 @@ def test_strided_rows(norm, d, pad, skip):
     case = Case((2, 3, 2), d, "bfloat16", layer_norm=True)
     case.x, case.residual = (strided(pad, skip)(case, (2, 3, 2, d)) for _ in range(2))
     case.verify(norm)
-    assert case.plan["aligned"] == (pad == 8)
+    assert bool(case.plan["form"]) == (pad == 8)
 
 
 @pytest.mark.parametrize("strides", [(304, 152, 72), (304, 152, 73), (304, 145, 72), (289, 144, 72)])
@@ -287,7 +289,7 @@ def test_alignment_of_every_stride(norm, strides):
     case = Case((2, 2, 2), 64, "bfloat16")
     case.x = np.lib.stride_tricks.as_strided(case.dense((700,)), (2, 2, 2, 64), (*(2 * s for s in strides), 2))
     case.verify(norm)
-    assert case.plan["aligned"] == (strides == (304, 152, 72))
+    assert bool(case.plan["form"]) == (strides == (304, 152, 72))
 
 
 @pytest.mark.parametrize("name", ["residual", "weight", "bias", "vectors", "probes"])
@@ -300,7 +302,7 @@ def test_alignment_of_every_operand(norm, name, pad, skip):
     wide[:] = dense
     setattr(case, name, wide)
     case.verify(norm)
-    assert case.plan["aligned"] == (skip == 0 and (pad == 8 or dense.ndim == 1))
+    assert bool(case.plan["form"]) == (skip == 0 and (pad == 8 or dense.ndim == 1))
 
 
 def test_outputs_that_are_not_aligned(norm):
@@ -308,7 +310,7 @@ def test_outputs_that_are_not_aligned(norm):
     case = Case((1, 1, 3), 65, "bfloat16")
     case.x, case.residual = (strided(7, 0)(case, (1, 1, 3, 65)) for _ in range(2))
     case.verify(norm)
-    assert not case.plan["aligned"]
+    assert not case.plan["form"]
 
 
 def test_offsets_beyond_32_bits(norm):
@@ -325,7 +327,7 @@ def test_offsets_beyond_32_bits(norm):
 
 def test_several_rows_per_block(norm):
     """More rows than the chip has room for: four warps with a row each, the last block half empty."""
-    case = Case((1, 1, 6), 512, "bfloat16", multiprocessors=1, probes=2)
+    case = Case((1, 1, 6), 256, "bfloat16", multiprocessors=1, probes=2)
     case.verify(norm)
     assert case.plan["rows_per_block"] == 4
 
@@ -347,18 +349,46 @@ def test_plan_covers_every_width_with_few_registers(norm):
     for d in [*range(1, 300), *range(300, 40000, 487), 4096, 5120, 8192, 16384, 32768]:
         for rows in (1, 64, 264, 265, 8192):
             for element_bytes in (2, 4):
-                for aligned in (0, 1):
-                    if aligned and d * element_bytes % 16:
+                for form in FORMS:
+                    if form != FORMS.unaligned and d * element_bytes % 16:
                         continue
-                    norm.library.norm_plan(INT(rows), INT(d), INT(element_bytes), INT(aligned), INT(132), out)
+                    norm.library.norm_plan(INT(rows), INT(d), INT(element_bytes), INT(form), INT(132), out)
                     elements, threads, rows_per_block, _, resident = out
                     assert threads % 32 == 0
-                    assert 0 < threads * rows_per_block <= 1024
                     assert rows_per_block == 1 or threads == 32
-                    assert elements in ((8, 16, 32) if aligned and resident else (8,))
-                    assert elements < 32 or threads == 32
-                    reach = d if aligned else d + 16 // element_bytes - 1
+                    assert elements in ((8,), (8, 16), (8, 16, 32))[form if resident else 0]
+                    most = {8: 1024, 16: 256, 32: 512}[elements] if form == FORMS.plain else 1024
+                    assert 0 < threads * rows_per_block <= most
+                    assert rows <= 264 or not resident or form != FORMS.plain or threads <= (256 if d <= 8192 else 512)
+                    reach = d + 16 // element_bytes - 1 if form == FORMS.unaligned else d
                     assert (elements * threads >= reach) == bool(resident)
+                    assert resident or reach > (16384 if form != FORMS.unaligned else 8192)
+
+
+@pytest.mark.parametrize(("multiprocessors", "elements"), [(132, 8), (1, 16)])
+@pytest.mark.parametrize("settings", [{}, {"probes": 1}, {"weight_dtype": "float32"}], ids=["plain", "probes", "wide weight"])
+def test_kernels_of_one_form_write_the_same_bits_as_those_of_another(norm, settings, multiprocessors, elements):
+    """Operands of x's type and no probes: the plain kernel. y and h do not depend on who computed them."""
+    case = Case((1, 1, 3), 2304, "bfloat16", multiprocessors=multiprocessors, **settings)
+    y, h, _ = case.verify(norm)
+    assert (case.plan["form"], case.plan["elements"]) == (FORMS.aligned if settings else FORMS.plain, elements)
+    plain = Case((1, 1, 3), 2304, "bfloat16", multiprocessors=multiprocessors)
+    plain.x, plain.residual = case.x, case.residual
+    plain.weight = encode(decode(case.weight, case.weight_dtype), "bfloat16")
+    if settings.get("weight_dtype"):
+        case.weight = decode(plain.weight, "bfloat16").astype(np.float32)
+        y, h, _ = case.run(norm)
+    for actual, expected in zip((y, h), plain.run(norm)[:2], strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer_norm", [False, True], ids=["rms", "layer"])
+@pytest.mark.parametrize("steer", [None, ([0, -1], [0.5, 1.0])], ids=["plain", "steered"])
+def test_widest_slices(norm, dtype, layer_norm, steer):
+    case = Case((1, 1, 2), 8200, dtype, multiprocessors=132, layer_norm=layer_norm, steer=steer)
+    case.verify(norm)
+    assert case.plan["elements"] == 32
 
 
 def run_all_under_address_sanitizer():
@@ -375,7 +405,7 @@ def run_all_under_address_sanitizer():
                     steer = ([0, 1], [0.5, -0.5]) if d % 2 else None
                     Case((1, 1, 2), d, dtype, seed=d, layer_norm=layer_norm, steer=steer, probes=1).verify(norm)
         Case((1, 1, 1), 16392, "bfloat16", steer=([1], [0.5])).verify(norm)
-        Case((1, 1, 6), 512, "float32", multiprocessors=1, lerp=True, steer=([0] * 6, [0.5] * 6)).verify(norm)
+        Case((1, 1, 6), 256, "float32", multiprocessors=1, lerp=True, steer=([0] * 6, [0.5] * 6)).verify(norm)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ StatsArgs<T> stats_args(const Tensor& lse, const ScoreArgs<T>& score) {
   return a;
 }
 
-// How many blocks share the keys: as many as the device holds at once, while each warp has a step and the parts are few to add up.
+// How many blocks share the keys: as many as the device holds at once, while each warp has a step and the parts stay few.
 int plan_shares(int64_t blocks, int per_multiprocessor, int keys, const Tensor& on) {
   const int64_t wanted = int64_t(per_multiprocessor) * device_of(on).multiprocessors / std::max<int64_t>(blocks, 1);
   return int(std::clamp<int64_t>(std::min<int64_t>(wanted, keys / (kBlockWarps * kStepKeys)), 1, 64));

@@ -57,7 +57,7 @@ __device__ void open_rows(const StatsArgs<T>& args, const Tile& tile, int64_t pa
 constexpr int kSharedRegions = 32;
 inline int mass_parts(int regions, int splits) { return regions <= kSharedRegions ? splits : splits * kBlockWarps; }
 
-// Which of the steps first, first + apart, ... below `end`, 32 of them, have a key with a region. All ids are on their way at once.
+// Which of 32 steps first, first + apart, ... below `end` have a key with a region. All ids are on their way at once.
 template <typename Tile>
 __device__ unsigned steps_with_regions(const Tile& tile, int first, int apart, int end) {
   constexpr int kLoads = kStepKeys;  // a load brings two steps
@@ -81,7 +81,8 @@ __device__ void prefetch_keys(const Tile<T, kDim, 2, false>& tile, int step) {
   constexpr int kLine = 128 / sizeof(T), kLines = kDim / kLine;
   for (int i = tile.lane; i < kStepKeys * kLines; i += kWarp) {
     const int key = step + i / kLines, d = i % kLines * kLine;
-    if (key >= tile.start && key < tile.end && tile.in_dim(d)) prefetch_l2(tile.keys + int64_t(key) * tile.args.key_stride.row + d);
+    const bool ok = key >= tile.start && key < tile.end && tile.in_dim(d);
+    if (ok) prefetch_l2(tile.keys + int64_t(key) * tile.args.key_stride.row + d);
   }
 }
 
@@ -132,13 +133,15 @@ region_mass_kernel(const __grid_constant__ StatsArgs<T> args) {
 
   __syncthreads();
   const int64_t heads = int64_t(score.kv_heads) * score.group, rows = score.query_rows - score.first_row;
+  // The split once more: kept through the loop, it would take the register that some chip lacks.
+  const int64_t part = blockIdx.x - tile_row / kTileRows * args.splits;
   const int there = (min(score.packed_rows, tile_row + kTileRows) - tile_row) * score.regions;
   for (int i = threadIdx.x; i < there; i += kBlockWarps * kWarp) {
     float sum = 0.f;
 #pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) sum += sums[w][i];
     const int packed = tile_row + i / score.regions, head = tile.first_head + packed % score.pack;
-    const int64_t row = ((int64_t(split) * score.batch + batch) * heads + head) * rows + packed / score.pack;
+    const int64_t row = ((part * score.batch + batch) * heads + head) * rows + packed / score.pack;
     args.part[row * score.regions + i % score.regions] = sum;
   }
 }
@@ -197,6 +200,7 @@ template <typename T, int kDim, bool kMass>
 __global__ void __launch_bounds__(kBlockWarps * kWarp, key_blocks(kDim, kMass))
 key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
   wait_for_previous_kernel();
+  if constexpr (kMass) allow_next_kernel();  // sum_parts, likewise
   const ScoreArgs<T>& score = args.score;
   // The sets of a split, which read the same keys, run side by side.
   const int warp = threadIdx.x / kWarp, set = blockIdx.x % args.sets, split = blockIdx.x / args.sets, batch = blockIdx.z;

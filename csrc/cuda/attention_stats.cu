@@ -17,24 +17,30 @@ StatsArgs<T> stats_args(const Tensor& lse, const ScoreArgs<T>& score) {
   return a;
 }
 
-// Calls start(parts [splits * kBlockWarps, masses]) and adds the parts up, where masses are wanted at all.
+// How many blocks share the keys: as many as the device holds at once, while each warp has a step and the parts stay few.
+int plan_shares(int64_t blocks, int per_multiprocessor, int keys, const Tensor& on) {
+  const int64_t wanted = int64_t(per_multiprocessor) * device_of(on).multiprocessors / std::max<int64_t>(blocks, 1);
+  return int(std::clamp<int64_t>(std::min<int64_t>(wanted, keys / (kBlockWarps * kStepKeys)), 1, 64));
+}
+
+// Calls start(), which leaves `parts` parts of the masses in a.part, and adds them up, where masses are wanted at all.
 template <typename T, typename Start>
-void with_mass_parts(StatsArgs<T>& a, const Tensor& mass, const Tensor& on, Start&& start) {
-  const int parts = a.splits * kBlockWarps;
-  const Tensor part = new_float(on, {mass.numel() ? parts : 0, mass.numel()});
+void with_mass_parts(StatsArgs<T>& a, int parts, const Tensor& mass, const Tensor& on, Start&& start) {
+  const bool alone = parts == 1 || !mass.numel();
+  const Tensor part = alone ? mass : new_float(on, {parts, mass.numel()});
   a.part = data_of<float>(part);
   start();
-  if (!mass.numel()) return;
+  if (alone) return;
   const SumArgs sum{a.part, data_of<float>(mass), mass.numel(), parts};
-  launch(sum_parts, sum, unsigned((sum.size + 255) / 256), 256, 0, on);
+  launch(sum_parts, sum, unsigned((sum.size + kWarp - 1) / kWarp), kSumWarps * kWarp, 0, on);
 }
 
 template <typename T>
 void run_mass(const Tensor& query, StatsArgs<T> a, const Tensor& mass) {
   const ScoreArgs<T>& score = a.score;
   const int64_t tiles = (score.packed_rows + kTileRows - 1) / kTileRows;
-  a.splits = plan_splits(tiles * score.kv_heads * score.batch, score.keys, query);
-  with_mass_parts(a, mass, query, [&] {
+  a.splits = plan_shares(tiles * score.kv_heads * score.batch, mass_blocks(score.dim), score.keys, query);
+  with_mass_parts(a, mass_parts(score.regions, a.splits), mass, query, [&] {
     with_mass_kernel<T>(score.dim, [&](auto kernel) {
       launch(kernel, a, dim3(unsigned(tiles * a.splits), score.kv_heads, score.batch), kBlockWarps * kWarp, 0, query);
     });
@@ -48,11 +54,12 @@ void run_keys(const Tensor& query, StatsArgs<T> a, Reduce reduce, const Tensor& 
   score.pack = heads_side_by_side(rows, score.group);
   score.packed_rows = rows * score.pack;
   a.sets = score.group / score.pack;
-  a.splits = plan_splits(int64_t(a.sets) * score.kv_heads * score.batch, score.keys, query);
+  const bool masses = mass.numel() != 0;
+  a.splits = plan_shares(int64_t(a.sets) * score.kv_heads * score.batch, key_blocks(score.dim, masses), score.keys, query);
   a.scores = data_of<float>(scores);
   a.reduce = reduce;
-  with_mass_parts(a, mass, query, [&] {
-    with_key_kernel<T>(score.dim, mass.numel() != 0, [&](auto kernel) {
+  with_mass_parts(a, a.splits * kBlockWarps, mass, query, [&] {
+    with_key_kernel<T>(score.dim, masses, [&](auto kernel) {
       launch(kernel, a, dim3(unsigned(a.sets * a.splits), score.kv_heads, score.batch), kBlockWarps * kWarp, 0, query);
     });
   });

@@ -2,6 +2,7 @@
 // and over the rows (what each key receives: the heat map).
 //
 // region_mass_kernel keeps a tile of rows in registers and walks the keys; it reads only steps in which some key has a region.
+// All warps that share a tile take turns at the steps, so that even one short image is divided among all of them.
 // key_attention_kernel keeps 16 keys in registers and walks the rows: what these keys receive is complete after the last row and
 // is written once. It sums the masses of the same rows on the way where they are wanted as well. Up to 8 heads that share the keys
 // go side by side where there are too few rows to fill a tile: the number divides 8, so that a lane's rows are all of one head.
@@ -19,7 +20,7 @@ struct StatsArgs {
   ScoreArgs<T> score;
   const float* lse;           // [B, Hq, Lq] by strides
   AttentionStrides lse_stride;
-  float* part;                // masses: [parts, B, Hq, rows, R], parts = splits * kBlockWarps
+  float* part;                // masses: [parts, B, Hq, rows, R]
   float* scores;              // [B, Hq, Lk]
   int splits, sets;           // a set: score.pack query heads
   Reduce reduce;              // over the rows, to scores
@@ -51,36 +52,98 @@ __device__ void open_rows(const StatsArgs<T>& args, const Tile& tile, int64_t pa
 
 // ---------------------------------------------------------------------------------------------------- region mass
 
-// Grid (row tiles * splits, Hkv, B), kBlockWarps warps that share a tile of 16 packed rows and take turns at the keys.
+// Up to so many regions the warps of a block of region_mass_kernel add their sums up in shared memory. With more, each leaves a
+// part of its own.
+constexpr int kSharedRegions = 32;
+inline int mass_parts(int regions, int splits) { return regions <= kSharedRegions ? splits : splits * kBlockWarps; }
+
+// Which of 32 steps first, first + apart, ... below `end` have a key with a region. All ids are on their way at once.
+template <typename Tile>
+__device__ unsigned steps_with_regions(const Tile& tile, int first, int apart, int end) {
+  constexpr int kLoads = kStepKeys;  // a load brings two steps
+  int ids[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int index = first + (2 * i + tile.lane / kStepKeys) * apart;
+    ids[i] = index < end ? tile.load_id(index * kStepKeys) : -1;
+  }
+  unsigned found = 0;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const unsigned keys = __ballot_sync(kFullWarp, ids[i] >= 0);
+    found |= unsigned((keys & 0xffffu) != 0) << (2 * i) | unsigned(keys >> 16 != 0) << (2 * i + 1);
+  }
+  return found;
+}
+
+template <typename T, int kDim>
+__device__ void prefetch_keys(const Tile<T, kDim, 2, false>& tile, int step) {
+  constexpr int kLine = 128 / sizeof(T), kLines = kDim / kLine;
+  for (int i = tile.lane; i < kStepKeys * kLines; i += kWarp) {
+    const int key = step + i / kLines, d = i % kLines * kLine;
+    const bool ok = key >= tile.start && key < tile.end && tile.in_dim(d);
+    if (ok) prefetch_l2(tile.keys + int64_t(key) * tile.args.key_stride.row + d);
+  }
+}
+
+// Grid (row tiles * splits, Hkv, B), kBlockWarps warps that share a tile of 16 packed rows. Leaves mass_parts() parts.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kBlockWarps * kWarp, mass_blocks(kDim))
 region_mass_kernel(const __grid_constant__ StatsArgs<T> args) {
   wait_for_previous_kernel();
+  allow_next_kernel();  // sum_parts, which waits for this one's end: it need not wait for its launch as well
+  __shared__ float sums[kBlockWarps][kTileRows * kSharedRegions];
+  const ScoreArgs<T>& score = args.score;
   const int warp = threadIdx.x / kWarp, kv_head = blockIdx.y, batch = blockIdx.z;
   const int split = blockIdx.x % args.splits, tile_row = blockIdx.x / args.splits * kTileRows;
-  Tile<T, kDim, 2, false> tile(args.score, batch, kv_head);
+  const bool shared = score.regions <= kSharedRegions;
+  Tile<T, kDim, 2, false> tile(score, batch, kv_head);
   tile.take_rows(tile_row);
   float shift[2];
   RegionSums<2, false> regions;
-  open_rows(args, tile, split * kBlockWarps + warp, shift, regions);
+  open_rows(args, tile, shared ? split : split * kBlockWarps + warp, shift, regions);
+  if (shared) {
+    regions.slab = sums[warp];
+    for (int half = 0; half < 2; ++half) regions.offset[half] = (tile.g + 8 * half) * score.regions;
+  }
   regions.clear();
 
-  const SplitSteps steps(tile.low, tile.high, split, args.splits);
-  for (int index = steps.first + warp; index < steps.last; index += kBlockWarps) {
-    const int step = index * kStepKeys, id = tile.load_id(step);
-    if (!__any_sync(kFullWarp, id >= 0)) continue;
-    uint4 keys[2][kDim / 32];
-    tile.load_keys(keys, step);
-    float p[2][4];
-    tile.score(p, keys, step, id);
+  const int apart = kBlockWarps * args.splits, end = (tile.high + kStepKeys - 1) / kStepKeys;
+  for (int first = tile.low / kStepKeys + warp * args.splits + split; first < end; first += kWarp * apart) {
+    unsigned left = steps_with_regions(tile, first, apart, end);
+    const auto lowest = [&](unsigned steps) { return (first + (__ffs(steps) - 1) * apart) * kStepKeys; };
+    // Into L2 at once; registers for the keys of a second step would cost more warps than they gain.
+    for (unsigned later = left & (left - 1); later != 0; later &= later - 1) prefetch_keys(tile, lowest(later));
+    for (; left != 0; left &= left - 1) {
+      const int step = lowest(left), id = tile.load_id(step);
+      uint4 keys[2][kDim / 32];
+      tile.load_keys(keys, step);
+      float p[2][4];
+      tile.score(p, keys, step, id);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) p[half][i] = exp2f(p[half][i] - shift[half]);
+        for (int i = 0; i < 4; ++i) p[half][i] = exp2f(p[half][i] - shift[half]);
+      }
+      regions.add(p, id, shift);
     }
-    regions.add(p, id, shift);
   }
   regions.close(shift);
+  if (!shared) return;
+
+  __syncthreads();
+  const int64_t heads = int64_t(score.kv_heads) * score.group, rows = score.query_rows - score.first_row;
+  // The split once more: kept through the loop, it would take the register that some chip lacks.
+  const int64_t part = blockIdx.x - tile_row / kTileRows * args.splits;
+  const int there = (min(score.packed_rows, tile_row + kTileRows) - tile_row) * score.regions;
+  for (int i = threadIdx.x; i < there; i += kBlockWarps * kWarp) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) sum += sums[w][i];
+    const int packed = tile_row + i / score.regions, head = tile.first_head + packed % score.pack;
+    const int64_t row = ((part * score.batch + batch) * heads + head) * rows + packed / score.pack;
+    args.part[row * score.regions + i % score.regions] = sum;
+  }
 }
 
 // mass[i] = sum over parts of part[p, i]
@@ -91,12 +154,23 @@ struct SumArgs {
   int parts;
 };
 
-__global__ void sum_parts(const __grid_constant__ SumArgs args) {
+constexpr int kSumWarps = 8;
+
+// A block for every 32 elements: its warps share the parts, which may be many more than the elements.
+__global__ void __launch_bounds__(kSumWarps * kWarp) sum_parts(const __grid_constant__ SumArgs args) {
   wait_for_previous_kernel();
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= args.size) return;
+  __shared__ float sums[kSumWarps][kWarp];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t i = int64_t(blockIdx.x) * kWarp + lane;
   float sum = 0.f;
-  for (int p = 0; p < args.parts; ++p) sum += args.part[p * args.size + i];
+  if (i < args.size) {
+#pragma unroll 8
+    for (int p = warp; p < args.parts; p += kSumWarps) sum += args.part[p * args.size + i];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || i >= args.size) return;
+  for (int w = 1; w < kSumWarps; ++w) sum += sums[w][lane];
   args.mass[i] = sum;
 }
 
@@ -126,6 +200,7 @@ template <typename T, int kDim, bool kMass>
 __global__ void __launch_bounds__(kBlockWarps * kWarp, key_blocks(kDim, kMass))
 key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
   wait_for_previous_kernel();
+  if constexpr (kMass) allow_next_kernel();  // sum_parts, likewise
   const ScoreArgs<T>& score = args.score;
   // The sets of a split, which read the same keys, run side by side.
   const int warp = threadIdx.x / kWarp, set = blockIdx.x % args.sets, split = blockIdx.x / args.sets, batch = blockIdx.z;

@@ -89,21 +89,23 @@ static StatsArgs<T> stats_args(const Call& c) {
   return a;
 }
 
-static bool sum(const Call& c) {
-  const SumArgs a{c.part_mass, c.mass, c.batch * c.heads * c.mass_rows * c.regions, int(c.splits) * kBlockWarps};
-  return simt::launch(dim3(unsigned((a.size + 63) / 64)), dim3(64), 0, [&] { sum_parts(a); });
+static bool sum(const Call& c, int parts) {
+  const SumArgs a{c.part_mass, c.mass, c.batch * c.heads * c.mass_rows * c.regions, parts};
+  return simt::launch(dim3(unsigned((a.size + kWarp - 1) / kWarp)), dim3(kSumWarps * kWarp), 0, [&] { sum_parts(a); });
 }
 
 template <typename T>
 static bool mass(const Call& c) {
-  const auto a = stats_args<T>(c);
+  auto a = stats_args<T>(c);
+  const int parts = mass_parts(a.score.regions, a.splits);
+  if (parts == 1) a.part = c.mass;
   const unsigned tiles = unsigned((a.score.packed_rows + kTileRows - 1) / kTileRows);
   bool ok = false;
   with_mass_kernel<T>(a.score.dim, [&](auto kernel) {
     ok = simt::launch(dim3(tiles * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kBlockWarps * kWarp), 0,
                       [&] { kernel(a); });
   });
-  return ok && sum(c);
+  return ok && (parts == 1 || sum(c, parts));
 }
 
 // Key scores, and the masses of the same rows where c.mass is set.
@@ -120,7 +122,7 @@ static bool keys(const Call& c) {
     ok = simt::launch(dim3(a.sets * a.splits, unsigned(c.kv_heads), unsigned(c.batch)), dim3(kBlockWarps * kWarp), 0,
                       [&] { kernel(a); });
   });
-  return ok && (!c.mass || sum(c));
+  return ok && (!c.mass || sum(c, a.splits * kBlockWarps));
 }
 
 extern "C" int decode_run(const Call* c) { return c->half ? decode<__half>(*c) : decode<__nv_bfloat16>(*c); }

@@ -27,7 +27,7 @@ struct StatsArgs {
 };
 
 // Blocks per multiprocessor, for the launch bounds: as many as the registers of each kernel allow.
-constexpr int mass_blocks(int dim) { return dim > 128 ? 3 : 5; }
+constexpr int mass_blocks(int dim) { return dim > 128 ? 2 : 5; }
 constexpr int key_blocks(int dim, bool mass) { return dim > 128 ? 2 : 5 - dim / 128 - mass; }
 
 // The tile's rows: `shift` turns base-2 scores into probabilities, exp2(score - shift), which are 0 in rows that do not exist;

@@ -2,7 +2,8 @@
 //
 // A block of 384 threads owns 128 query rows of one head and walks the keys 128 at a time.
 //   * One thread of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that
-//     says "full" and one that says "empty". The rest of the warpgroup lends its registers to the others.
+//     says "full" and one that says "empty". A second warp tells which region each step's keys lie in. The rest of the warpgroup
+//     lends its registers to the others.
 //   * Warpgroups 1 and 2 own 64 rows each. A turn starts S = Q K^T of this tile and O += P V of the tile before, and does the
 //     softmax of S while the tensor cores are still on O. The two take turns at starting (named barriers), so that one has its
 //     products running while the other is at its exponentials.
@@ -30,7 +31,8 @@ constexpr int kPrefillThreads = 3 * kWarpgroup;
 constexpr int kPrefillRows = 128;  // of a block: 64 of each consumer
 constexpr int kPrefillKeys = 128;  // of a step
 constexpr int kStages = 2;
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // (24 + 2 * 240) * 128 = 64512 of 65536
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // (40 + 2 * 232) * 128 = 64512 of 65536
+constexpr int kMixed = -2;         // in place of a region: a step's keys lie in several, -1 (none) being one
 
 // Shared memory holds a tile as panels of 64 columns, 128 bytes a row: the widest rows that TMA swizzles, and wgmma reads
 // without bank conflicts. 8 rows are the 1024 bytes in which the swizzle repeats.
@@ -47,7 +49,9 @@ template <typename T, int kDim>
 struct PrefillShared {
   PanelTile<T, kPrefillRows, kDim> query;
   PanelTile<T, kPrefillKeys, kDim> key[kStages], value[kStages];
+  int ids[kStages][kPrefillKeys], region[kStages];  // of a step's keys; of all of them, or kMixed
   Mbarrier query_full, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+  Mbarrier ids_full[kStages], ids_empty[kStages];
 };
 
 template <typename T>
@@ -81,12 +85,14 @@ template <typename T>
 struct PrefillTile {
   const PrefillArgs<T>& args;
   int head, batch, first_row, steps;
+  bool tracked;  // whether masses of the block's rows are wanted
 
   __device__ explicit PrefillTile(const PrefillArgs<T>& args)
       : args(args), head(blockIdx.y), batch(blockIdx.z), first_row(int(gridDim.x - 1 - blockIdx.x) * kPrefillRows) {
     const int last_row = min(first_row + kPrefillRows, args.query_rows) - 1;
     // At least one step, if only to find that no row sees a key.
     steps = max((last_key(last_row) + kPrefillKeys) / kPrefillKeys, 1);
+    tracked = first_row + kPrefillRows > args.query_rows - args.mass_rows;
   }
 
   // The last key that a row sees; before the first: none.
@@ -115,6 +121,34 @@ __device__ void produce(PrefillShared<T, kDim>& shared, const PrefillTile<T>& ti
     load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
     mbarrier_wait(shared.value_empty[stage], before);
     load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+  }
+}
+
+// By one warp. The consumers, who have the softmax to do, would spend a tenth of their instructions on it.
+template <typename T, int kDim>
+__device__ void tell_regions(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile) {
+  const PrefillArgs<T>& args = tile.args;
+  const int32_t* all = args.region_ids + tile.batch * args.ids_batch_stride;
+  const int lane = threadIdx.x % kWarp;
+  for (int step = 0; step < tile.steps; ++step) {
+    const int stage = step % kStages, before = step / kStages % 2 ^ 1;
+    int ids[kPrefillKeys / kWarp];
+    bool alike = true;
+#pragma unroll
+    for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
+      // Beyond the last key nothing has weight: the last one's region keeps a step of one region what it is.
+      const int id = all[min(step * kPrefillKeys + kWarp * w + lane, args.keys - 1)];
+      ids[w] = id >= 0 && id < args.regions ? id : -1;
+      alike = alike && ids[w] == ids[0];
+    }
+    const int first = __shfl_sync(kFullWarp, ids[0], 0);
+    const bool uniform = __all_sync(kFullWarp, alike && ids[0] == first);
+    mbarrier_wait(shared.ids_empty[stage], before);
+#pragma unroll
+    for (int w = 0; w < kPrefillKeys / kWarp; ++w) shared.ids[stage][kWarp * w + lane] = ids[w];
+    if (lane == 0) shared.region[stage] = uniform ? first : kMixed;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.ids_full[stage]);
   }
 }
 
@@ -147,8 +181,6 @@ struct Consumer {
   float top[2], sum[2];         // of the scores so far, base 2: maximum (of the row), this lane's share of the sum
   float out[kOut];
   RegionSums<2, true> regions;
-  bool tracked;                 // whether masses of the block's rows are wanted
-  int ids[4];                   // regions of the step's keys: lane, lane + 32, ...
 
   __device__ Consumer(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile)
       : shared(shared), tile(tile), which(int(threadIdx.x) / kWarpgroup - 1) {
@@ -175,7 +207,6 @@ struct Consumer {
   __device__ void begin_regions() {
     const PrefillArgs<T>& args = tile.args;
     const int first = args.query_rows - args.mass_rows;
-    tracked = tile.first_row + kPrefillRows > first;
     regions.slab = args.shared_sums ? reinterpret_cast<float*>(&shared + 1) : args.mass;
     regions.regions = args.regions;
     bool wanted[2];
@@ -235,6 +266,7 @@ struct Consumer {
   }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
+  template <bool kTracked>
   __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
     const int first_key = step * kPrefillKeys, warp_row = row - int(threadIdx.x) % kWarp / 4;
     if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) mask(scores, first_key);
@@ -259,32 +291,23 @@ struct Consumer {
       }
       sum[half] = sum[half] * shrink[half] + part[half];
     }
-    if constexpr (kMass) {
-      if (tracked) track(scores, part, shrink);
-    }
-  }
-
-  // Asked for before the products are waited for, needed after the exponentials.
-  __device__ void load_ids(int step) {
-    const int32_t* all = tile.args.region_ids + tile.batch * tile.args.ids_batch_stride;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int key = step * kPrefillKeys + kWarp * w + int(threadIdx.x) % kWarp;
-      ids[w] = all[min(key, tile.args.keys - 1)];
-    }
+    if constexpr (kTracked) track(scores, part, shrink, step);
   }
 
   // 32 keys at a time unless all 128 lie in one region.
-  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2]) {
-    regions.rescale(shrink);
-    bool uniform = true;
+  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2], int step) {
+    const int stage = step % kStages, lane = int(threadIdx.x) % kWarp;
+    mbarrier_wait(shared.ids_full[stage], step / kStages % 2);
+    const int region = shared.region[stage];
+    int ids[kPrefillKeys / kWarp];
+    if (region == kMixed) {
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if (ids[w] < 0 || ids[w] >= tile.args.regions) ids[w] = -1;
-      uniform = uniform && ids[w] == ids[0];
+      for (int w = 0; w < kPrefillKeys / kWarp; ++w) ids[w] = shared.ids[stage][kWarp * w + lane];
     }
-    const int first = __shfl_sync(kFullWarp, ids[0], 0);
-    if (__all_sync(kFullWarp, uniform && ids[0] == first)) return regions.run(first, part, top);
+    __syncwarp();
+    release(shared.ids_empty[stage]);
+    regions.rescale(shrink);
+    if (region != kMixed) return regions.run(region, part, top);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       float some[2][8];
@@ -300,25 +323,27 @@ struct Consumer {
   }
 
   // Scores become probabilities, and on return the step's values have arrived.
+  template <bool kTracked>
   __device__ void softmax_and_await_values(float (&scores)[kScores], float (&shrink)[2], int step) {
-    softmax(scores, shrink, step);
+    softmax<kTracked>(scores, shrink, step);
     // Waited for as late as here, because a loop is what keeps ptxas from moving the exponentials behind the wgmma_wait that
     // follows, beside idle tensor cores.
     keep_in_registers(scores);
     mbarrier_wait(shared.value_full[step % kStages], step / kStages % 2);
   }
 
+  // kTracked: masses of the block's rows are wanted. The others run the code of a kernel without masses.
+  template <bool kTracked>
   __device__ void walk() {
     float scores[kScores], shrink[2];
     uint32_t p[kScores / 2];
-    if (kMass) load_ids(0);
     mbarrier_wait(shared.query_full, 0);
     mbarrier_wait(shared.key_full[0], 0);
     wgmma_fence();
     start_scores(scores, 0);
     wgmma_wait<0>(scores);
     release(shared.key_empty[0]);
-    softmax_and_await_values(scores, shrink, 0);
+    softmax_and_await_values<kTracked>(scores, shrink, 0);
     pack(p, scores);
     for (int step = 1; step < tile.steps; ++step) {
       const int stage = step % kStages, before = (step - 1) % kStages;
@@ -328,10 +353,9 @@ struct Consumer {
       start_scores(scores, stage);
       start_out(p, before);
       pass_turn(step);
-      if (kMass) load_ids(step);
       wgmma_wait<1>(scores);
       release(shared.key_empty[stage]);
-      softmax_and_await_values(scores, shrink, step);
+      softmax_and_await_values<kTracked>(scores, shrink, step);
       wgmma_wait<0>(out, p);
       release(shared.value_empty[before]);
 #pragma unroll
@@ -345,7 +369,7 @@ struct Consumer {
 
   __device__ void finish() {
     if constexpr (kMass) {
-      if (tracked) regions.close(top);
+      if (tile.tracked) regions.close(top);
       __syncwarp();
     }
 #pragma unroll
@@ -398,6 +422,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
       mbarrier_init(shared.value_full[stage], 1);
       mbarrier_init(shared.key_empty[stage], kReaders);
       mbarrier_init(shared.value_empty[stage], kReaders);
+      mbarrier_init(shared.ids_full[stage], 1);
+      mbarrier_init(shared.ids_empty[stage], kReaders);
     }
     mbarrier_init_fence();
   }
@@ -407,10 +433,11 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   if (threadIdx.x < kWarpgroup) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x == 0) produce(shared, tile);
+    if (kMass && tile.tracked && threadIdx.x / kWarp == 1) tell_regions(shared, tile);
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     Consumer<T, kDim, kMass> consumer(shared, tile);
-    consumer.walk();
+    kMass && tile.tracked ? consumer.template walk<kMass>() : consumer.template walk<false>();
     consumer.finish();
   }
 }

@@ -33,11 +33,12 @@ thread_local char anchor[16];
 
 // ---------------------------------------------------------------------------------------------------------- memory
 
-// When and by whom a byte was touched. Two touches are ordered if a block barrier, or a warp barrier of their common
-// warp, lies between them; touches of different blocks never are.
+// When and by whom a byte was touched. Two touches are ordered if a block barrier, a warp barrier of their common warp, or an
+// arrival and a wait at an mbarrier or a named barrier lie between them; touches of different blocks never are. An arrival is
+// taken for one of the whole warp.
 struct Touch {
   uint32_t block = 0;  // linear index + 1; 0: never
-  uint32_t thread = 0, barriers = 0, warp_barriers = 0;
+  uint32_t thread = 0, barriers = 0, warp_barriers = 0, time = 0;
 };
 
 // Of the reads since the last write, those of the two latest distinct threads are enough: a third is a hazard exactly
@@ -186,7 +187,8 @@ bool ordered(const Touch& before, const Touch& now) {
   if (before.block == 0) return true;
   if (before.block != now.block) return false;
   if (before.thread == now.thread || before.barriers != now.barriers) return true;
-  return before.thread / kWarp == now.thread / kWarp && before.warp_barriers != now.warp_barriers;
+  if (before.thread / kWarp != now.thread / kWarp) return warp_knows(int(before.thread / kWarp), before.time);
+  return before.warp_barriers != now.warp_barriers;
 }
 
 void hazard(const Buffer& buffer, size_t offset, const Touch& before, const char* first, const char* second) {
@@ -195,7 +197,7 @@ void hazard(const Buffer& buffer, size_t offset, const Touch& before, const char
 }
 
 void record(Buffer& buffer, size_t offset, size_t bytes, bool write) {
-  const Touch now{block_number + 1, current->linear, current->barriers, current->warp_barriers};
+  const Touch now{block_number + 1, current->linear, current->barriers, current->warp_barriers, warp_time()};
   for (size_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = buffer.history[i];
     if (!ordered(byte.write, now)) hazard(buffer, i, byte.write, "write", write ? "a write" : "a read");

@@ -22,5 +22,9 @@ void note_progress();
 // emulator_hopper.cpp: a new block starts; __syncthreads has been reached by all.
 void start_hopper();
 void meet_all_warps();
+// The running warp's time, which its arrivals at mbarriers and named barriers advance, and whether it has learned through them
+// of what another warp did up to a time of that one's.
+uint32_t warp_time();
+bool warp_knows(int other, uint32_t time);
 
 }  // namespace simt

@@ -297,6 +297,10 @@ void meet_all_warps() {
   }
 }
 
+uint32_t warp_time() { return clocks[warp()][warp()]; }
+
+bool warp_knows(int other, uint32_t time) { return knows(other, time); }
+
 void mbarrier_init(void* address, unsigned arrivals) {
   if (offset_of(address) % 8) fail("an mbarrier at byte %zu of shared memory: it needs a multiple of 8", offset_of(address));
   Barrier barrier{int(barriers.size()), arrivals, arrivals};

@@ -22,11 +22,12 @@ void run_decode(const Tensor& query, const Tensor& key, const Tensor& value, con
   a.mass_rows = int(mass_rows);
   with_decode_kernel<T>(score.dim, score.packed_rows, a.mass != nullptr, [&](auto kernel, int tile_rows) {
     const int64_t tiles = (score.packed_rows + tile_rows - 1) / tile_rows, blocks = tiles * score.kv_heads * score.batch;
-    a.splits = plan_splits(blocks, score.keys, query);
+    a.splits = plan_decode(blocks, resident_blocks(kernel, kBlockWarps * kWarp, query), score.keys);
     const int64_t rows = query.size(0) * query.size(1) * query.size(2), parts = a.splits > 1 ? a.splits * rows : 0;
     const Tensor part_out = new_float(query, {parts, score.dim}), part_lse = new_float(query, {parts});
     const Tensor part_mass = new_float(query, {a.mass ? parts : 0, score.regions});
-    const Tensor slab = new_float(query, {a.mass ? blocks * a.splits * kBlockWarps * tile_rows : 0, score.regions});
+    const bool in_memory = a.mass && score.regions > kSharedRegions;
+    const Tensor slab = new_float(query, {in_memory ? blocks * a.splits * kBlockWarps * tile_rows : 0, score.regions});
     a.part_out = data_of<float>(part_out);
     a.part_lse = data_of<float>(part_lse);
     a.part_mass = data_of<float>(part_mass);

@@ -16,6 +16,8 @@
 // Framework-free: attention_decode.cu is the launcher.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_tile.cuh"
 
 namespace ras::cuda {
@@ -31,10 +33,12 @@ struct DecodeArgs {
   float* part_out;            // [splits, B, Hq, Lq, dim], used when splits > 1
   float* part_lse;            // [splits, B, Hq, Lq], base 2
   float* part_mass;           // [splits, B, Hq, Lq, R]: base-2 logarithms of region sums
-  float* slab;                // [blocks, kBlockWarps, 8 kRowTiles, R] scratch, used when mass is wanted
+  float* slab;                // [blocks, kBlockWarps, 8 kRowTiles, R] scratch for the masses of more than kSharedRegions regions
   const float* sinks;         // [Hq] or null
   int mass_rows, splits;
 };
+
+constexpr int kMostSplits = 128;
 
 // Where query row `row` of head `head` = b * Hq + h lies in `out`.
 template <typename T>
@@ -64,9 +68,10 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   constexpr int kGroups = kDim / 64;      // of 64 output dimensions
   constexpr int kRows = 8 * kRowTiles;
   constexpr bool kPrefetch = kDim <= 128; // beyond, the next keys would not fit into registers
-  __shared__ float tops[kBlockWarps][kRows], sums[kBlockWarps][kRows];
-  __shared__ float block_top[kRows], block_sum[kRows];
-  __shared__ float block_out[kRows][kDim];
+  constexpr int kPitch = kDim + 4;  // of a row in shared memory: what a warp stores at once meets each bank twice, not eight times
+  __shared__ float tops[kBlockWarps][kRows], sums[kBlockWarps][kRows], weights[kBlockWarps][kRows];
+  __shared__ float block_lse[kRows];
+  __shared__ __align__(16) float warp_out[kBlockWarps][kRows][kPitch];
   wait_for_previous_kernel();
 
   const int warp = threadIdx.x / kWarp, kv_head = blockIdx.y, batch = blockIdx.z;
@@ -89,8 +94,9 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   RegionSums<kRowTiles, true> regions;
   float* slab = nullptr;
   if constexpr (kMass) {
+    __shared__ float shared_slab[kBlockWarps * kRows * kSharedRegions];
     const int64_t block = (int64_t(batch) * score.kv_heads + kv_head) * gridDim.x + blockIdx.x;
-    slab = args.slab + block * kBlockWarps * kRows * score.regions;
+    slab = score.regions <= kSharedRegions ? shared_slab : args.slab + block * kBlockWarps * kRows * score.regions;
     regions.slab = slab + int64_t(warp) * kRows * score.regions;
     regions.regions = score.regions;
 #pragma unroll
@@ -193,12 +199,24 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     }
   }
 
-  // Merges the warps: maxima and sums first, then the outputs, one warp after the other.
+  // Merges the warps: each leaves its rows' maxima, sums and outputs, whose weights are known when all have.
   if constexpr (kMass) regions.close(top);
 #pragma unroll
   for (int half = 0; half < kRowTiles; ++half) {
     const float total = quad_sum(sum[half]);
     if (tile.c == 0) tops[warp][tile.g + 8 * half] = top[half], sums[warp][tile.g + 8 * half] = total;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+        for (int u = 0; u < 4; u += 2) {
+          const float (&o)[4] = out[group][u][half], (&next)[4] = out[group][u + 1][half];
+          *reinterpret_cast<float4*>(&warp_out[warp][8 * half + 2 * tile.c + odd][64 * group + 8 * tile.g + 2 * u]) =
+              make_float4(o[odd], o[2 + odd], next[odd], next[2 + odd]);
+        }
+      }
+    }
   }
   __syncthreads();
   const int rows = min(kRows, score.packed_rows - tile_row);
@@ -210,60 +228,47 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     if (args.sinks && split == 0 && r < rows) most = args.sinks[head_of(r) % heads] * kLog2e;
     const float sink = most;
     for (int w = 0; w < kBlockWarps; ++w) most = fmaxf(most, tops[w][r]);
-    float total = exp2f(sink - finite_or_zero(most));
-    for (int w = 0; w < kBlockWarps; ++w) total += sums[w][r] * exp2f(tops[w][r] - finite_or_zero(most));
-    block_top[r] = most;
-    block_sum[r] = total;
+    const float shift = finite_or_zero(most);
+    float total = exp2f(sink - shift);
+    for (int w = 0; w < kBlockWarps; ++w) total += sums[w][r] * exp2f(tops[w][r] - shift);
+    for (int w = 0; w < kBlockWarps; ++w) weights[w][r] = exp2f(tops[w][r] - shift) / (total == 0.f ? 1.f : total);
+    block_lse[r] = most + log2f(total);
   }
   __syncthreads();
-  for (int w = 0; w < kBlockWarps; ++w) {
-    if (w == warp) {
-#pragma unroll
-      for (int half = 0; half < kRowTiles; ++half) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int r = 8 * half + 2 * tile.c + odd;
-          const float weight = exp2f(tops[w][r] - finite_or_zero(block_top[r]));
-#pragma unroll
-          for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              float& o = block_out[r][64 * group + 8 * tile.g + i];
-              o = (w == 0 ? 0.f : o) + weight * out[group][i / 2][half][2 * (i % 2) + odd];
-            }
-          }
-        }
-      }
-    }
-    __syncthreads();
-  }
 
   // Writes output, LSE and masses of the block's rows.
   allow_next_kernel();
   const auto stat_row = [&](int r) { return head_of(r) * score.query_rows + row_of(r); };
   const int64_t part = int64_t(split) * score.batch * heads * score.query_rows;
-  for (int i = threadIdx.x; i < rows * score.dim; i += blockDim.x) {
-    const int r = i / score.dim, d = i % score.dim;
-    const float o = block_out[r][d] / (block_sum[r] == 0.f ? 1.f : block_sum[r]);
+  const int quads = score.dim / 4;
+  for (int i = threadIdx.x; i < rows * quads; i += blockDim.x) {
+    const int r = i / quads, d = i % quads * 4;
+    float o[4] = {};
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) {
+      const float4 part = *reinterpret_cast<const float4*>(&warp_out[w][r][d]);
+      const float weight = weights[w][r];
+      o[0] += weight * part.x, o[1] += weight * part.y, o[2] += weight * part.z, o[3] += weight * part.w;
+    }
     if (args.splits == 1) {
-      out_row(args, head_of(r), row_of(r))[d] = from_float<T>(o);
+      *reinterpret_cast<uint2*>(out_row(args, head_of(r), row_of(r)) + d) = {pack_pair<T>(o[0], o[1]), pack_pair<T>(o[2], o[3])};
     } else {
-      args.part_out[(part + stat_row(r)) * score.dim + d] = o;
+      *reinterpret_cast<float4*>(args.part_out + (part + stat_row(r)) * score.dim + d) = make_float4(o[0], o[1], o[2], o[3]);
     }
   }
   if (threadIdx.x < rows) {
     const int r = threadIdx.x;
-    const float lse = block_top[r] + log2f(block_sum[r]);
     if (args.splits == 1) {
-      args.lse[stat_row(r)] = lse * kLn2;
+      args.lse[stat_row(r)] = block_lse[r] * kLn2;
     } else {
-      args.part_lse[part + stat_row(r)] = lse;
+      args.part_lse[part + stat_row(r)] = block_lse[r];
     }
   }
   if constexpr (kMass) {
     for (int i = threadIdx.x; i < rows * score.regions; i += blockDim.x) {
       const int r = i / score.regions, region = i % score.regions;
       float total = -INFINITY;
+#pragma unroll
       for (int w = 0; w < kBlockWarps; ++w) total = log2_add(total, slab[(int64_t(w) * kRows + r) * score.regions + region]);
       if (args.splits > 1) {
         args.part_mass[(part + stat_row(r)) * score.regions + region] = total;
@@ -271,7 +276,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       }
       const int mass_row = row_of(r) - (score.query_rows - args.mass_rows);
       if (mass_row < 0) continue;
-      const float lse = block_top[r] + log2f(block_sum[r]);
+      const float lse = block_lse[r];
       args.mass[(head_of(r) * args.mass_rows + mass_row) * score.regions + region] = exp2f(total - finite_or_zero(lse));
     }
   }
@@ -280,17 +285,34 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
 // Merges the splits of one query row. Grid: B * Hq * Lq blocks.
 template <typename T>
 __global__ void merge_splits(const __grid_constant__ DecodeArgs<T> args) {
+  constexpr int kAtOnce = 16;  // loads in flight
+  __shared__ float weights[kMostSplits];
   wait_for_previous_kernel();
   const ScoreArgs<T>& score = args.score;
   const int64_t row = blockIdx.x, rows = int64_t(gridDim.x);
-  float lse = -INFINITY;
-  for (int s = 0; s < args.splits; ++s) lse = log2_add(lse, args.part_lse[s * rows + row]);
-  const float shift = finite_or_zero(lse);
+  const int lane = threadIdx.x % kWarp;
+  // Every warp looks at all splits, a lane at every 32nd.
+  float parts[kMostSplits / kWarp], most = -INFINITY, total = 0.f;
+#pragma unroll
+  for (int i = 0; i < kMostSplits / kWarp; ++i) {
+    const int s = lane + kWarp * i;
+    parts[i] = s < args.splits ? args.part_lse[s * rows + row] : -INFINITY;
+  }
+#pragma unroll
+  for (float part : parts) most = fmaxf(most, part);
+  most = warp_max(most);
+#pragma unroll
+  for (float part : parts) total += exp2f(part - finite_or_zero(most));
+  const float lse = most + log2f(warp_sum(total)), shift = finite_or_zero(lse);
+  if (threadIdx.x < kWarp) {
+#pragma unroll
+    for (int i = 0; i < kMostSplits / kWarp; ++i) weights[lane + kWarp * i] = exp2f(parts[i] - shift);
+  }
+  __syncthreads();
   for (int d = threadIdx.x; d < score.dim; d += blockDim.x) {
     float o = 0.f;
-    for (int s = 0; s < args.splits; ++s) {
-      o += exp2f(args.part_lse[s * rows + row] - shift) * args.part_out[(s * rows + row) * score.dim + d];
-    }
+#pragma unroll kAtOnce
+    for (int s = 0; s < args.splits; ++s) o += weights[s] * args.part_out[(s * rows + row) * score.dim + d];
     out_row(args, row / score.query_rows, row % score.query_rows)[d] = from_float<T>(o);
   }
   if (threadIdx.x == 0) args.lse[row] = lse * kLn2;
@@ -298,9 +320,25 @@ __global__ void merge_splits(const __grid_constant__ DecodeArgs<T> args) {
   if (!args.mass || mass_row < 0) return;
   for (int region = threadIdx.x; region < score.regions; region += blockDim.x) {
     float mass = 0.f;
+#pragma unroll kAtOnce
     for (int s = 0; s < args.splits; ++s) mass += exp2f(args.part_mass[(s * rows + row) * score.regions + region] - shift);
     args.mass[(row / score.query_rows * args.mass_rows + mass_row) * score.regions + region] = mass;
   }
+}
+
+// Into how many splits to cut the keys, where `blocks` share a device that holds `slots` of them at a time: what takes the
+// fewest turns of the longest warps, a block's start and end counted as three, and the merging of splits as one.
+inline int plan_decode(int64_t blocks, int64_t slots, int keys) {
+  const int64_t steps = (keys + kStepKeys - 1) / kStepKeys;
+  const auto turns = [&](int64_t splits) {
+    const int64_t share = (steps + splits - 1) / splits, waves = (blocks * splits + slots - 1) / slots;
+    return waves * ((share + kBlockWarps - 1) / kBlockWarps + 3) + (splits > 1);
+  };
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= std::min<int64_t>(kMostSplits, steps / kBlockWarps); ++splits) {
+    if (turns(splits) < turns(best)) best = splits;
+  }
+  return int(best);
 }
 
 // Calls start(kernel, rows of a tile) for the instance that fits.

@@ -52,9 +52,6 @@ __device__ void open_rows(const StatsArgs<T>& args, const Tile& tile, int64_t pa
 
 // ---------------------------------------------------------------------------------------------------- region mass
 
-// Up to so many regions the warps of a block of region_mass_kernel add their sums up in shared memory. With more, each leaves a
-// part of its own.
-constexpr int kSharedRegions = 32;
 inline int mass_parts(int regions, int splits) { return regions <= kSharedRegions ? splits : splits * kBlockWarps; }
 
 // Which of 32 steps first, first + apart, ... below `end` have a key with a region. All ids are on their way at once.

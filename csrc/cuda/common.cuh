@@ -105,6 +105,12 @@ __device__ inline float warp_sum(float v) {
   return v;
 }
 
+__device__ inline float warp_max(float v) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) v = fmaxf(v, __shfl_xor_sync(kFullWarp, v, offset));
+  return v;
+}
+
 // Programmatic dependent launch: a kernel may start while the one before it still runs. Before wait_for_previous_kernel()
 // it may touch nothing that the other could write (prefetches into L2 are harmless: L2 is coherent, L1 is not).
 __device__ inline void wait_for_previous_kernel() {

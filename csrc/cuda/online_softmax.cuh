@@ -10,6 +10,7 @@ namespace ras::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kSharedRegions = 32;  // up to this many regions a block of warps sums in shared memory
 
 template <typename T>
 __device__ inline uint32_t pack_pair(float low, float high) {

@@ -46,6 +46,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 struct Device {
   int multiprocessors;
   std::unordered_map<const void*, bool> waiting;  // kernels asked about so far: kernel_waits
+  std::unordered_map<const void*, int> resident;  // and resident_blocks
 };
 
 // Facts about a device, asked for once per thread: a query costs as much as a small launch.
@@ -69,6 +70,18 @@ inline bool kernel_waits(const void* kernel, const Tensor& on) {
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "kernel query");
   return waiting[kernel] = attributes.ptxVersion >= 90;
+}
+
+// How many blocks of `kernel`, which has no dynamic shared memory, the device holds at a time.
+template <typename Args>
+int resident_blocks(void (*kernel)(Args), int threads, const Tensor& on) {
+  Device& device = device_of(on);
+  int& blocks = device.resident[reinterpret_cast<const void*>(kernel)];
+  if (blocks == 0) {
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "occupancy query");
+    blocks *= device.multiprocessors;
+  }
+  return blocks;
 }
 
 // Launches `kernel(args)`, where it waits as a programmatic dependent of the kernel before it: the kernel must call

@@ -49,9 +49,9 @@ template <typename T, int kDim>
 struct PrefillShared {
   PanelTile<T, kPrefillRows, kDim> query;
   PanelTile<T, kPrefillKeys, kDim> key[kStages], value[kStages];
-  int ids[kStages][kPrefillKeys], region[kStages];  // of a step's keys; of all of them, or kMixed
+  int region[kStages];  // of a step's keys, or kMixed
   Mbarrier query_full, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
-  Mbarrier ids_full[kStages], ids_empty[kStages];
+  Mbarrier region_full[kStages], region_empty[kStages];
 };
 
 template <typename T>
@@ -62,6 +62,7 @@ struct PrefillArgs {
   float* mass;                    // [B, Hq, mass_rows, R]
   const int32_t* region_ids;      // [B, Lk]
   int64_t ids_batch_stride;
+  int dim;                        // D, at most the kernel's own; TMA fills what lies between with zeros
   int group;                      // query heads of a key/value head
   int query_rows, keys;           // Lq, Lk > 0
   int regions, mass_rows;
@@ -97,6 +98,18 @@ struct PrefillTile {
 
   // The last key that a row sees; before the first: none.
   __device__ int last_key(int row) const { return args.causal ? row + args.keys - args.query_rows : args.keys - 1; }
+
+  // Of the step's keys lane, lane + 32, ...; ids outside 0 .. regions - 1 count as none. Beyond the last key nothing has weight:
+  // its region keeps a step of one region what it is.
+  __device__ void load_ids(int (&ids)[kPrefillKeys / kWarp], int step) const {
+    const int32_t* all = args.region_ids + batch * args.ids_batch_stride;
+#pragma unroll
+    for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
+      const int id = all[min(step * kPrefillKeys + kWarp * w + int(threadIdx.x) % kWarp, args.keys - 1)];
+      ids[w] = id >= 0 && id < args.regions ? id : -1;
+    }
+  }
+
   __device__ int64_t stat_row(int row) const { return (int64_t(batch) * gridDim.y + head) * args.query_rows + row; }
 };
 
@@ -124,31 +137,27 @@ __device__ void produce(PrefillShared<T, kDim>& shared, const PrefillTile<T>& ti
   }
 }
 
+// The region that a step's 128 ids, of which each lane has four, have in common, or kMixed.
+__device__ inline int common_region(const int (&ids)[kPrefillKeys / kWarp]) {
+  const int first = __shfl_sync(kFullWarp, ids[0], 0);
+  bool alike = true;
+#pragma unroll
+  for (int id : ids) alike = alike && id == first;
+  return __all_sync(kFullWarp, alike) ? first : kMixed;
+}
+
 // By one warp. The consumers, who have the softmax to do, would spend a tenth of their instructions on it.
 template <typename T, int kDim>
 __device__ void tell_regions(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile) {
-  const PrefillArgs<T>& args = tile.args;
-  const int32_t* all = args.region_ids + tile.batch * args.ids_batch_stride;
-  const int lane = threadIdx.x % kWarp;
   for (int step = 0; step < tile.steps; ++step) {
     const int stage = step % kStages, before = step / kStages % 2 ^ 1;
     int ids[kPrefillKeys / kWarp];
-    bool alike = true;
-#pragma unroll
-    for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
-      // Beyond the last key nothing has weight: the last one's region keeps a step of one region what it is.
-      const int id = all[min(step * kPrefillKeys + kWarp * w + lane, args.keys - 1)];
-      ids[w] = id >= 0 && id < args.regions ? id : -1;
-      alike = alike && ids[w] == ids[0];
-    }
-    const int first = __shfl_sync(kFullWarp, ids[0], 0);
-    const bool uniform = __all_sync(kFullWarp, alike && ids[0] == first);
-    mbarrier_wait(shared.ids_empty[stage], before);
-#pragma unroll
-    for (int w = 0; w < kPrefillKeys / kWarp; ++w) shared.ids[stage][kWarp * w + lane] = ids[w];
-    if (lane == 0) shared.region[stage] = uniform ? first : kMixed;
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared.ids_full[stage]);
+    tile.load_ids(ids, step);
+    const int region = common_region(ids);
+    if (threadIdx.x % kWarp != 0) continue;
+    mbarrier_wait(shared.region_empty[stage], before);
+    shared.region[stage] = region;
+    mbarrier_arrive(shared.region_full[stage]);
   }
 }
 
@@ -181,6 +190,7 @@ struct Consumer {
   float top[2], sum[2];         // of the scores so far, base 2: maximum (of the row), this lane's share of the sum
   float out[kOut];
   RegionSums<2, true> regions;
+  int region, ids[kPrefillKeys / kWarp];  // of the step's keys; where they are mixed, of each
 
   __device__ Consumer(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile)
       : shared(shared), tile(tile), which(int(threadIdx.x) / kWarpgroup - 1) {
@@ -291,21 +301,24 @@ struct Consumer {
       }
       sum[half] = sum[half] * shrink[half] + part[half];
     }
-    if constexpr (kTracked) track(scores, part, shrink, step);
+    if constexpr (kTracked) track(scores, part, shrink);
+  }
+
+  // Before the products are waited for; the ids are needed after the exponentials. One lane reads, and says so, for its warp.
+  __device__ void learn_region(int step) {
+    const int stage = step % kStages;
+    region = 0;
+    if (threadIdx.x % kWarp == 0) {
+      mbarrier_wait(shared.region_full[stage], step / kStages % 2);
+      region = shared.region[stage];
+      mbarrier_arrive(shared.region_empty[stage]);
+    }
+    region = __shfl_sync(kFullWarp, region, 0);
+    if (region == kMixed) tile.load_ids(ids, step);
   }
 
   // 32 keys at a time unless all 128 lie in one region.
-  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2], int step) {
-    const int stage = step % kStages, lane = int(threadIdx.x) % kWarp;
-    mbarrier_wait(shared.ids_full[stage], step / kStages % 2);
-    const int region = shared.region[stage];
-    int ids[kPrefillKeys / kWarp];
-    if (region == kMixed) {
-#pragma unroll
-      for (int w = 0; w < kPrefillKeys / kWarp; ++w) ids[w] = shared.ids[stage][kWarp * w + lane];
-    }
-    __syncwarp();
-    release(shared.ids_empty[stage]);
+  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2]) {
     regions.rescale(shrink);
     if (region != kMixed) return regions.run(region, part, top);
 #pragma unroll
@@ -341,6 +354,7 @@ struct Consumer {
     mbarrier_wait(shared.key_full[0], 0);
     wgmma_fence();
     start_scores(scores, 0);
+    if constexpr (kTracked) learn_region(0);
     wgmma_wait<0>(scores);
     release(shared.key_empty[0]);
     softmax_and_await_values<kTracked>(scores, shrink, 0);
@@ -353,6 +367,7 @@ struct Consumer {
       start_scores(scores, stage);
       start_out(p, before);
       pass_turn(step);
+      if constexpr (kTracked) learn_region(step);
       wgmma_wait<1>(scores);
       release(shared.key_empty[stage]);
       softmax_and_await_values<kTracked>(scores, shrink, step);
@@ -391,7 +406,7 @@ struct Consumer {
   __device__ void store_out(int half, float factor) const {
     const int c = threadIdx.x % 4;
     const int64_t at = (int64_t(tile.batch) * tile.args.query_rows + row + 8 * half) * gridDim.y + tile.head;
-    T* to = tile.args.out + at * kDim + 8 * c;
+    T* to = tile.args.out + at * tile.args.dim + 8 * c;
 #pragma unroll
     for (int t = 0; t < kDim / 8; t += 4) {
       uint32_t group[4];
@@ -401,7 +416,7 @@ struct Consumer {
         group[i] = pack_pair<T>(out[o] * factor, out[o + 1] * factor);
       }
       transpose_quad(group, c);
-      if (exists(half)) *reinterpret_cast<uint4*>(to + 8 * t) = {group[0], group[1], group[2], group[3]};
+      if (exists(half) && 8 * (t + c) < tile.args.dim) *reinterpret_cast<uint4*>(to + 8 * t) = {group[0], group[1], group[2], group[3]};
     }
   }
 };
@@ -422,8 +437,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
       mbarrier_init(shared.value_full[stage], 1);
       mbarrier_init(shared.key_empty[stage], kReaders);
       mbarrier_init(shared.value_empty[stage], kReaders);
-      mbarrier_init(shared.ids_full[stage], 1);
-      mbarrier_init(shared.ids_empty[stage], kReaders);
+      mbarrier_init(shared.region_full[stage], 1);
+      mbarrier_init(shared.region_empty[stage], kReaders);
     }
     mbarrier_init_fence();
   }
@@ -444,7 +459,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
 
 // ------------------------------------------------------------------------------------------------------------ host
 
-constexpr bool prefill_supports_head_dim(int dim) { return dim == 64 || dim == 128; }
+constexpr bool prefill_supports_head_dim(int dim) { return dim > 0 && dim <= 128 && dim % 8 == 0; }
 
 struct MappedTensor {
   const void* data;
@@ -479,7 +494,8 @@ void with_prefill_kernel(int dim, PrefillArgs<T>& args, Start&& start) {
     const auto kernel = args.mass ? prefill_kernel<T, kDim, true> : prefill_kernel<T, kDim, false>;
     start(kernel, kBytes + (args.shared_sums ? sums : 0));
   };
-  dim == 64 ? pick(std::integral_constant<int, 64>{}) : pick(std::integral_constant<int, 128>{});
+  args.dim = dim;
+  dim <= 64 ? pick(std::integral_constant<int, 64>{}) : pick(std::integral_constant<int, 128>{});
 }
 
 }  // namespace ras::cuda

@@ -53,6 +53,8 @@ inline NormPlan plan_norm(int64_t rows, int64_t d, int element_bytes, NormForm f
   const int64_t span = form == NormForm::unaligned ? d + 16 / element_bytes - 1 : d;
   const auto threads_for = [&](int elements) { return ((span + elements - 1) / elements + 31) / 32 * 32; };
   const bool few = rows <= 2 * int64_t(multiprocessors);
+  // Few long rows: 16 elements on up to 1024 threads, which the aligned kernels have, were faster than 32 on fewer.
+  if (few && form == NormForm::plain && threads_for(8) > 1024) form = NormForm::aligned;
   const auto most = [&](int elements) { return norm_max_threads(elements, form); };
 
   int elements = 8;

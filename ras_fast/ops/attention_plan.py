@@ -17,9 +17,13 @@ from torch import Tensor
 
 from ras_fast import backend
 
-DECODE_ROWS = 64  # packed rows of a key/value head up to which one pass over the cache costs what reading it costs
-FEW_ROWS = 8  # recomputing Q Kᵀ of 1/8 of the rows adds 1/16 of attention's operations
-SCORED_ROWS = 64  # key scores of more rows take Triton's larger tiles, which fetch fewer bytes an operation
+# CUDA's thresholds were measured on an H200.
+DECODE_ROWS = 128  # packed rows of a key/value head up to which the decode kernel is the fastest
+FEW_ROWS = 8  # masses of 1/8 of the rows are recomputed faster than a fused kernel other than Hopper's gives them
+SCORED_ROWS = 8  # key scores of more rows take Triton's larger tiles, which fetch fewer bytes an operation
+HOPPER_ROWS = 128  # of a tile of the Hopper kernel; with fewer, too many multiprocessors have nothing to do
+# Of rows of at most HOPPER_NARROW dimensions, cuDNN's attention makes up for a recomputation from HOPPER_SHORT rows on.
+HOPPER_NARROW, HOPPER_SHORT = 64, 2048
 MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros
 
 
@@ -148,10 +152,11 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     why_not = cuda_kernels_refuse(query, key, value)
     if packed <= DECODE_ROWS and not why_not:
         return Plan("decode", f"{packed} packed rows (at most {DECODE_ROWS}): one read of the cache decides")
-    not_hopper = hopper_refuses(query, key, value, case) if case.rows else "it is for masses"
-    if not not_hopper:
-        return Plan("hopper", "masses come with the row sums, and rows without masses cost nothing")
     few = case.rows * FEW_ROWS <= length_q
+    narrow = few and query.shape[3] <= HOPPER_NARROW and length_q >= HOPPER_SHORT
+    not_hopper = "it is for masses" if not case.rows else hopper_refuses(query, key, value, case)
+    if not not_hopper and not narrow and length_q >= HOPPER_ROWS:
+        return Plan("hopper", "masses come with the row sums, and rows without masses cost nothing")
     square = not case.is_causal or length_q == length_k
     flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
     if case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value))):
@@ -163,7 +168,7 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     reason = "masses of many rows" if not few else "masks, a dtype, a head dimension or an alignment that flash attention lacks"
     if packed <= DECODE_ROWS:
         return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}")
-    return Plan("triton", f"{reason}; the Hopper kernel is out: {not_hopper}")
+    return Plan("triton", f"{reason}; the Hopper kernel is out: {not_hopper or 'too few rows'}")
 
 
 def plan_statistics(query: Tensor, key: Tensor, scored_rows: int = 0) -> str:
@@ -220,8 +225,8 @@ def hopper_refuses(query: Tensor, key: Tensor, value: Tensor, case: Case) -> str
         return "the library is not built for sm_90a"
     if not case.plain:
         return "it has no window, softcap, kv_start, kv_end, sinks or region_bias, and no scale that is not positive"
-    if query.shape[3] not in (64, 128):
-        return f"it takes head dimensions 64 and 128, not {query.shape[3]}"
+    if query.shape[3] > 128:
+        return f"it takes head dimensions up to 128, not {query.shape[3]}"
     if any(stride == 0 < size - 1 for t in (query, key, value) for size, stride in zip(t.shape, t.stride(), strict=True)):
         return "it takes no expanded tensors"
     return ""

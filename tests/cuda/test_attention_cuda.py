@@ -147,7 +147,7 @@ def test_prefill(mass_rows, kernel, hopper, monkeypatch):
 
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0 and a library built for sm_90a")
 @pytest.mark.parametrize("dtype", ATOL)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [40, 64, 80, 128])
 @pytest.mark.parametrize("regions", [0, 2, 40])
 @pytest.mark.parametrize(("length_q", "length_k"), [(128, 128), (640, 640), (300, 1111), (700, 333), (2048, 2048)])
 def test_hopper_prefill(length_q, length_k, regions, dim, dtype):

@@ -30,8 +30,8 @@ def kernel(tensors, rows, **case):
 
 def test_few_rows_go_to_the_decode_kernel(built):
     assert kernel(states(1, 4096), 1) == ("decode" if built else "triton")
-    assert kernel(states(16, 4096), 16) == ("decode" if built else "triton")
-    assert kernel(states(17, 4096), 17) == "triton"
+    assert kernel(states(32, 4096), 32) == ("decode" if built else "triton")
+    assert kernel(states(33, 4096), 33) == "triton"
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(64, "flash"), (128, "flash"), (129, "triton"), (1024, "triton")])
@@ -81,8 +81,8 @@ def test_statistics_from_an_lse(built, triton, monkeypatch):
     monkeypatch.setattr(backend, "triton_is_installed", lambda: triton)
     plan, other = attention_plan.plan_statistics, "triton" if triton else "torch"
     query, key, _ = states(512, 512)
-    assert plan(query, key) == plan(query, key, 64) == ("cuda" if built else other)
-    assert plan(query, key, 65) == ("triton" if triton else "cuda" if built else "torch")
+    assert plan(query, key) == plan(query, key, 8) == ("cuda" if built else other)
+    assert plan(query, key, 9) == ("triton" if triton else "cuda" if built else "torch")
     query, key, _ = states(512, 512, dtype=torch.float32)
     assert plan(query, key) == plan(query, key, 1) == other
 
@@ -180,7 +180,7 @@ HOPPER_REFUSALS = {
     "compute capability": {"hopper": False},
     "not built for sm_90a": {"kernel": False},
     "no window": {"case": {"window": 7}},
-    "not 80": {"dim": 80},
+    "not 256": {"dim": 256},
     "float32": {"dtype": torch.float32},
     "expanded": {"expanded": True},
 }
@@ -199,6 +199,18 @@ def test_the_hopper_kernel_is_chosen_for_masses_where_it_can_run(monkeypatch, wh
     plan = attention_plan.plan_cuda(*arguments)
     assert plan.kernel == ("triton" if why else "hopper")
     assert why in plan.why
+
+
+@pytest.mark.parametrize(
+    ("length_q", "dim", "rows", "expected"),
+    [(128, 128, 1, "hopper"), (127, 128, 127, "triton"), (4096, 128, 1, "hopper"), (2047, 64, 1, "hopper"),
+     (2048, 64, 1, "flash"), (2048, 64, 257, "hopper"), (2048, 72, 1, "hopper"), (2048, 128, 0, "flash")],
+)  # fmt: skip
+def test_where_the_hopper_kernel_is_the_fastest(monkeypatch, length_q, dim, rows, expected):
+    monkeypatch.setattr(backend, "load_library", lambda kind: "")
+    monkeypatch.setattr(attention_plan, "is_hopper", lambda device: True)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    assert kernel(states(length_q, length_q, dim), rows) == expected
 
 
 # (query rows, whether the library is built, whether the processor has matrix instructions, keywords)

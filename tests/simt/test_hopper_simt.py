@@ -60,7 +60,7 @@ def emulator(load_emulator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [8, 40, 64, 80, 128])
 def test_instances(emulator, dim, dtype):
     PrefillCase(130, 300, 2, 1, dim=dim, dtype=dtype, ids=runs(300, 5, 140, 290)).check(emulator)
 

@@ -349,11 +349,13 @@ def test_plan_covers_every_width_with_few_registers(norm):
     for d in [*range(1, 300), *range(300, 40000, 487), 4096, 5120, 8192, 16384, 32768]:
         for rows in (1, 64, 264, 265, 8192):
             for element_bytes in (2, 4):
-                for form in FORMS:
-                    if form != FORMS.unaligned and d * element_bytes % 16:
+                for asked in FORMS:
+                    if asked != FORMS.unaligned and d * element_bytes % 16:
                         continue
-                    norm.library.norm_plan(INT(rows), INT(d), INT(element_bytes), INT(form), INT(132), out)
-                    elements, threads, rows_per_block, _, resident = out
+                    norm.library.norm_plan(INT(rows), INT(d), INT(element_bytes), INT(asked), INT(132), out)
+                    elements, threads, rows_per_block, form, resident = out
+                    # Few rows too long for 8 elements a thread leave the plain kernels.
+                    assert form == asked or (rows <= 264 and d > 8192 and form == FORMS.aligned)
                     assert threads % 32 == 0
                     assert rows_per_block == 1 or threads == 32
                     assert elements in ((8,), (8, 16), (8, 16, 32))[form if resident else 0]
@@ -384,9 +386,9 @@ def test_kernels_of_one_form_write_the_same_bits_as_those_of_another(norm, setti
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layer_norm", [False, True], ids=["rms", "layer"])
-@pytest.mark.parametrize("steer", [None, ([0, -1], [0.5, 1.0])], ids=["plain", "steered"])
+@pytest.mark.parametrize("steer", [None, ([0, -1, 0], [0.5, 1.0, 1.0])], ids=["plain", "steered"])
 def test_widest_slices(norm, dtype, layer_norm, steer):
-    case = Case((1, 1, 2), 8200, dtype, multiprocessors=132, layer_norm=layer_norm, steer=steer)
+    case = Case((1, 1, 3), 8200, dtype, multiprocessors=1, layer_norm=layer_norm, steer=steer)
     case.verify(norm)
     assert case.plan["elements"] == 32
 

@@ -45,35 +45,37 @@ def test_no_spill_and_no_serialised_product(compiled):
 
 @pytest.mark.parametrize("instance", sorted(INSTANCES), ids=str)
 def test_instructions(sass, instance):
-    dim = instance[1]
+    _, dim, mass = instance
+    walks = 1 + mass  # with masses one for tiles of which none are wanted
     names = [line.split()[0] for line in sass[instance]]
     # Q K^T first and in the loop, P V in the loop and last; a copy of each panel of Q, K and V.
-    assert sum(name.startswith("HGMMA") for name in names) == 2 * dim // 16 + 2 * 128 // 16
+    assert sum(name.startswith("HGMMA") for name in names) == walks * (2 * dim // 16 + 2 * 128 // 16)
     assert sum(name.startswith("UTMALDG") for name in names) == 3 * (dim // 64)
     assert not any(name.startswith(("HMMA", "LDL", "STL")) for name in names)
     waits = [i for i, name in enumerate(names) if name.startswith("WARPGROUP.DEPBAR")]
-    assert len(waits) == 4
+    assert len(waits) == 4 * walks
     # In the loop, the exponentials lie between the wait for S and the wait for O: the tensor cores are busy meanwhile.
-    between = sum(name.startswith("MUFU.EX2") for name in names[waits[1] : waits[2]])
-    assert between >= 64
+    for first in range(0, len(waits), 4):
+        between = sum(name.startswith("MUFU.EX2") for name in names[waits[first + 1] : waits[first + 2]])
+        assert between >= 64
 
 
 @pytest.mark.parametrize("instance", sorted(INSTANCES), ids=str)
 def test_each_role_keeps_to_its_registers(sass, instance):
-    """The 240 and 24 of setmaxnreg: ptxas numbers registers from 0."""
+    """The 232 and 40 of setmaxnreg: ptxas numbers registers from 0."""
     lines = sass[instance]
     [grow] = [i for i, line in enumerate(lines) if "USETMAXREG.TRY_ALLOC" in line]
     [shrink] = [i for i, line in enumerate(lines) if "USETMAXREG.DEALLOC" in line]
-    assert lines[grow].endswith("0xf0")
-    assert lines[shrink].endswith("0x18")
+    assert lines[grow].endswith("0xe8")
+    assert lines[shrink].endswith("0x28")
 
     def highest(part):
         return max(int(number) for line in part for number in re.findall(r"\bR(\d+)\b", line))
 
-    assert highest(lines) < 240
+    assert highest(lines) < 232
     producer = lines[shrink:] if shrink > grow else lines[shrink:grow]
     copies = [i for i, line in enumerate(producer) if "UTMALDG" in line]
-    assert highest(producer[: copies[-1] + 1]) < 24
+    assert highest(producer[: copies[-1] + 1]) < 40
 
 
 def registers_of(line):

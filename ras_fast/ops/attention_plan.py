@@ -153,13 +153,14 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     if packed <= DECODE_ROWS and not why_not:
         return Plan("decode", f"{packed} packed rows (at most {DECODE_ROWS}): one read of the cache decides")
     few = case.rows * FEW_ROWS <= length_q
-    narrow = few and query.shape[3] <= HOPPER_NARROW and length_q >= HOPPER_SHORT
-    not_hopper = "it is for masses" if not case.rows else hopper_refuses(query, key, value, case)
-    if not not_hopper and not narrow and length_q >= HOPPER_ROWS:
-        return Plan("hopper", "masses come with the row sums, and rows without masses cost nothing")
     square = not case.is_causal or length_q == length_k
     flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
-    if case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value))):
+    flash = case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value)))
+    narrow = query.shape[3] <= HOPPER_NARROW and length_q >= HOPPER_SHORT
+    not_hopper = "it is for masses" if not case.rows else hopper_refuses(query, key, value, case)
+    if not not_hopper and length_q >= HOPPER_ROWS and not (flash and narrow):
+        return Plan("hopper", "masses come with the row sums, and rows without masses cost nothing")
+    if flash:
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
     if not backend.triton_is_installed():
         return Plan("torch", "Triton is not installed")

@@ -1,7 +1,5 @@
-// Host side that the attention launchers share: arguments from tensors, and how the keys are cut.
+// Host side that the attention launchers share: arguments from tensors, and the outputs.
 #pragma once
-
-#include <algorithm>
 
 #include "attention_tile.cuh"
 #include "common/masks.h"
@@ -52,13 +50,6 @@ ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTenso
   a.scale = float(masks.scale);
   a.softcap = float(masks.softcap);
   return a;
-}
-
-// Enough blocks to fill the device twice over, but at least two steps of keys for every warp of a block.
-inline int plan_splits(int64_t blocks, int keys, const Tensor& on) {
-  const int64_t wanted = 2 * device_of(on).multiprocessors / std::max<int64_t>(blocks, 1);
-  const int64_t most = keys / (2 * kBlockWarps * kStepKeys);
-  return int(std::clamp<int64_t>(std::min(wanted, most), 1, 128));
 }
 
 // What attention writes: out [B, Hq, Lq, D], laid out as [B, Lq, Hq, D], LSE [B, Hq, Lq] and masses [B, Hq, mass_rows, R].

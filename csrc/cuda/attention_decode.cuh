@@ -33,7 +33,7 @@ struct DecodeArgs {
   float* part_out;            // [splits, B, Hq, Lq, dim], used when splits > 1
   float* part_lse;            // [splits, B, Hq, Lq], base 2
   float* part_mass;           // [splits, B, Hq, Lq, R]: base-2 logarithms of region sums
-  float* slab;                // [blocks, kBlockWarps, 8 kRowTiles, R] scratch for the masses of more than kSharedRegions regions
+  float* slab;                // [blocks, kBlockWarps, 8 kRowTiles, R] scratch, used for masses of more than kSharedRegions
   const float* sinks;         // [Hq] or null
   int mass_rows, splits;
 };
@@ -68,7 +68,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   constexpr int kGroups = kDim / 64;      // of 64 output dimensions
   constexpr int kRows = 8 * kRowTiles;
   constexpr bool kPrefetch = kDim <= 128; // beyond, the next keys would not fit into registers
-  constexpr int kPitch = kDim + 4;  // of a row in shared memory: what a warp stores at once meets each bank twice, not eight times
+  constexpr int kPitch = kDim + 4;        // of an output row: a warp's stores meet each bank twice, not eight times
   __shared__ float tops[kBlockWarps][kRows], sums[kBlockWarps][kRows], weights[kBlockWarps][kRows];
   __shared__ float block_lse[kRows];
   __shared__ __align__(16) float warp_out[kBlockWarps][kRows][kPitch];
@@ -251,7 +251,8 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       o[0] += weight * part.x, o[1] += weight * part.y, o[2] += weight * part.z, o[3] += weight * part.w;
     }
     if (args.splits == 1) {
-      *reinterpret_cast<uint2*>(out_row(args, head_of(r), row_of(r)) + d) = {pack_pair<T>(o[0], o[1]), pack_pair<T>(o[2], o[3])};
+      auto* to = reinterpret_cast<uint2*>(out_row(args, head_of(r), row_of(r)) + d);
+      *to = {pack_pair<T>(o[0], o[1]), pack_pair<T>(o[2], o[3])};
     } else {
       *reinterpret_cast<float4*>(args.part_out + (part + stat_row(r)) * score.dim + d) = make_float4(o[0], o[1], o[2], o[3]);
     }

@@ -2,6 +2,8 @@
 // are in attention_stats.cuh. Which calls come here is decided in ras_fast/ops/attention_cuda.py.
 #include "attention_stats.cuh"
 
+#include <algorithm>
+
 #include "attention_args.h"
 #include "tensor.h"
 

@@ -71,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
   const int64_t dim = query.size(3);
   STD_TORCH_CHECK(!kv_start && !kv_end && window == 0 && softcap == 0 && !sinks && !region_bias && scale > 0,
                   "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or region_bias");
-  STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)), "ras_fast: hopper_prefill takes head dimensions in whole eights up to 128, not ", dim);
+  STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)),
+                  "ras_fast: hopper_prefill takes head dimensions in whole eights up to 128, not ", dim);
   STD_TORCH_CHECK(query.size(1) <= 65535 && query.size(0) <= 65535, "ras_fast: batch or heads are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);

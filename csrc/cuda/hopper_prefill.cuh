@@ -2,8 +2,8 @@
 //
 // A block of 384 threads owns 128 query rows of one head and walks the keys 128 at a time.
 //   * One thread of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that
-//     says "full" and one that says "empty". A second warp tells which region each step's keys lie in. The rest of the warpgroup
-//     lends its registers to the others.
+//     says "full" and one that says "empty". A second warp tells which region each step's keys lie in. The rest of the
+//     warpgroup lends its registers to the others.
 //   * Warpgroups 1 and 2 own 64 rows each. A turn starts S = Q K^T of this tile and O += P V of the tile before, and does the
 //     softmax of S while the tensor cores are still on O. The two take turns at starting (named barriers), so that one has its
 //     products running while the other is at its exponentials.
@@ -416,7 +416,8 @@ struct Consumer {
         group[i] = pack_pair<T>(out[o] * factor, out[o + 1] * factor);
       }
       transpose_quad(group, c);
-      if (exists(half) && 8 * (t + c) < tile.args.dim) *reinterpret_cast<uint4*>(to + 8 * t) = {group[0], group[1], group[2], group[3]};
+      if (!exists(half) || 8 * (t + c) >= tile.args.dim) continue;
+      *reinterpret_cast<uint4*>(to + 8 * t) = {group[0], group[1], group[2], group[3]};
     }
   }
 };

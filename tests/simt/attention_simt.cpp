@@ -75,7 +75,7 @@ static bool decode(const Call& c) {
                       [&] { kernel(a); });
   });
   const unsigned rows = unsigned(c.batch * c.heads * c.query_rows);
-  return ok && (a.splits == 1 || simt::launch(dim3(rows), dim3(kWarp), 0, [&] { merge_splits<T>(a); }));
+  return ok && (a.splits == 1 || simt::launch(dim3(rows), dim3(kBlockWarps * kWarp), 0, [&] { merge_splits<T>(a); }));
 }
 
 template <typename T>
@@ -125,6 +125,7 @@ static bool keys(const Call& c) {
   return ok && (!c.mass || sum(c, a.splits * kBlockWarps));
 }
 
+extern "C" int decode_plan(int64_t blocks, int64_t slots, int64_t keys) { return plan_decode(blocks, slots, int(keys)); }
 extern "C" int decode_run(const Call* c) { return c->half ? decode<__half>(*c) : decode<__nv_bfloat16>(*c); }
 extern "C" int mass_run(const Call* c) { return c->half ? mass<__half>(*c) : mass<__nv_bfloat16>(*c); }
 extern "C" int keys_run(const Call* c) { return c->half ? keys<__half>(*c) : keys<__nv_bfloat16>(*c); }

@@ -8,7 +8,8 @@ namespace {
 
 enum Fault {
   kNone, kNoWaitForCopy, kWrongParity, kEarlyRelease, kNoRelease, kNoWaitForRelease, kNoWgmmaWait, kNoFence, kNoCommit,
-  kTooFewBytes, kTooManyBytes, kNoInitFence, kNoSync, kWrongGroupStride, kNoSwizzle, kUnalignedTile, kLonelyTurn
+  kTooFewBytes, kTooManyBytes, kNoInitFence, kNoSync, kWrongGroupStride, kNoSwizzle, kUnalignedTile, kLonelyTurn,
+  kEarlyRead, kLateWrite
 };
 
 using Half = __half;
@@ -17,6 +18,7 @@ constexpr int kTile = 64 * 64 * sizeof(Half);
 struct Shared {
   alignas(1024) Half a[64][64], b[64][64];
   Mbarrier full_a, full_b, empty_b;
+  volatile int note;  // an ordinary variable that full_a hands over as well
 };
 
 uint64_t descriptor(const void* start, int group_bytes, bool swizzled) {
@@ -25,7 +27,9 @@ uint64_t descriptor(const void* start, int group_bytes, bool swizzled) {
 
 void produce(Shared& shared, const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& c, Fault fault) {
   const int bytes = kTile + (fault == kTooManyBytes ? 16 : fault == kTooFewBytes ? -16 : 0);
+  if (fault != kLateWrite) shared.note = 1;
   mbarrier_arrive_expect_tx(shared.full_a, bytes);
+  if (fault == kLateWrite) shared.note = 1;
   tma_load(fault == kUnalignedTile ? shared.a[4] : shared.a[0], a, shared.full_a, 0, 0, 0, 0);
   mbarrier_arrive_expect_tx(shared.full_b, kTile);
   tma_load(shared.b, b, shared.full_b, 0, 0, 0, 0);
@@ -47,7 +51,9 @@ void consume(Shared& shared, float* out, Fault fault) {
   const auto release = [&] {
     if (threadIdx.x % 32 == 0 && fault != kNoRelease) mbarrier_arrive(shared.empty_b);
   };
+  int note = fault == kEarlyRead ? shared.note : 0;
   mbarrier_wait(shared.full_a, 0);
+  if (fault != kEarlyRead) note = shared.note;
   if (fault != kNoWaitForCopy) mbarrier_wait(shared.full_b, fault == kWrongParity);
   if (fault != kNoFence) wgmma_fence();
   multiply(d, shared, false, fault);
@@ -62,7 +68,7 @@ void consume(Shared& shared, float* out, Fault fault) {
   if (fault != kNoCommit) wgmma_commit();
   if (fault != kNoWgmmaWait) wgmma_wait<0>(d);
   const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-  for (int i = 0; i < 32; ++i) out[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2] = d[i];
+  for (int i = 0; i < 32; ++i) out[(row + i / 2 % 2 * 8) * 64 + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2] = note * d[i];
 }
 
 void kernel(const CUtensorMap& a, const CUtensorMap& b, const CUtensorMap& c, float* out, Fault fault) {

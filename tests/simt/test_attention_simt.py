@@ -166,11 +166,43 @@ def test_head_dimensions(emulator, dim, dtype):
     Case(dim=dim, dtype=dtype, ids=runs(90, 5, 37, 64)).check(emulator)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3, 40])
 @pytest.mark.parametrize(("length_q", "heads", "kv_heads"), [(1, 2, 2), (1, 14, 2), (3, 8, 2), (5, 8, 2)])
 def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
     """1, 7, 12 and 20 packed rows: one row tile, two, and more than one block; the splits' output, LSE and mass merge."""
     Case(length_q, 200, heads, kv_heads, ids=runs(200, 5, 100, 170), splits=splits).check(emulator)
+
+
+def test_most_splits(emulator):
+    """As many as merge_splits has weights for, most of them without a key; more regions than fit into shared memory."""
+    Case(2, 300, ids=runs(300, 5, 100, 170), regions=40, splits=128).check(emulator)
+
+
+def plan(emulator, *sizes):
+    return emulator.library.decode_plan(*map(ctypes.c_int64, sizes))
+
+
+@pytest.mark.parametrize("slots", [1, 264, 396])
+@pytest.mark.parametrize("keys", [1, 63, 64, 1024, 4096, 32768, 1 << 20])
+@pytest.mark.parametrize("blocks", [1, 8, 64, 397, 512, 100000])
+def test_planned_splits(emulator, blocks, keys, slots):
+    """Every warp of a block has a step of 16 keys, there are weights for all, and no warp takes more steps for it."""
+    splits, steps = plan(emulator, blocks, slots, keys), -(-keys // 16)
+    assert splits == 1 or 1 < splits <= min(128, steps // 4)
+
+    def turns(splits):
+        waves, share = -(-blocks * splits // slots), -(-steps // splits)
+        return waves * -(-share // 4)
+
+    assert turns(splits) <= turns(1)
+    if keys == 32768 and blocks <= slots // 8:  # a small grid fills the device, as far as splits go
+        assert blocks * splits > slots // 2 or splits == 128
+
+
+def test_planned_splits_leave_no_small_last_wave(emulator):
+    """512 blocks where 396 fit: a second wave of 116 would take as long as the first."""
+    assert plan(emulator, 512, 396, 32768) == 3
+    assert plan(emulator, 512, 528, 32768) == 1
 
 
 @pytest.mark.parametrize("options", [

@@ -23,6 +23,8 @@ FAULTS = {  # in the order of enum Fault: what is planted, and what the emulator
     "a descriptor without swizzle": "only 128-byte swizzle",
     "a tile at a multiple of 512 bytes": "it needs a multiple of 1024",
     "a turn that nobody else takes": "named barrier 1 is reached by 128 of 256",
+    "a variable read without a wait": "hazard: a .* no barrier in between|before anyone wrote it",
+    "a variable written behind the arrival": "hazard: a .* no barrier in between|before anyone wrote it",
 }
 
 

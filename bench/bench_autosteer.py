@@ -66,8 +66,9 @@ def measure(model, processor, batch: int, rounds: int, steps: int) -> dict[str, 
             "gate on": Decoder(model, patch, autosteer_profile(model, processor, True), batch),
         }
         for turn in range(rounds):
-            for name in sorted(decoders, key=lambda name: (list(decoders).index(name) + turn) % 3):  # none is always the first
-                times[name].append(decoders[name].seconds(steps))
+            first = turn % len(decoders)  # none is always the first
+            for name, decoder in [*decoders.items()][first:] + [*decoders.items()][:first]:
+                times[name].append(decoder.seconds(steps))
             times["M h"].append(harness.compare({"M h": lambda: ops.gated_linear(x, m, gate)}, seconds=0.05)["M h"])
     # Each round's ratio to its own unattached step: what slows the machine slows both.
     share = {

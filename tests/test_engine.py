@@ -454,7 +454,7 @@ def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, proc
         hooks = [[list(getattr(module, kind)) for kind in kinds] for module in model.modules()]
         return hooks, [module.__dict__.get("forward") for module in model.modules()], set(vars(model))
 
-    def replace_methods(patch, profile):
+    def replace_methods(patch, method):
         vars(patch.model)["generate"] = None
         raise KeyboardInterrupt
 
@@ -466,9 +466,9 @@ def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, proc
     handle = ras_fast.patch(model) if own else None
     before = state()
     if place == "patch":
-        monkeypatch.setattr("ras_fast.engine.one_pass.attach", interrupt)
+        monkeypatch.setattr("ras_fast.engine.one_pass.attached", interrupt)
     elif place == "methods":
-        monkeypatch.setattr("ras_fast.engine.one_pass.attach", replace_methods)
+        monkeypatch.setattr("ras_fast.engine.one_pass.attached", replace_methods)
     elif place == "hooks":
         monkeypatch.setattr(RemovableHandle, "remove", remove)
         monkeypatch.setattr(RemovableHandle, "__exit__", remove)

@@ -4,6 +4,8 @@
 
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+
 #include "attention_args.h"
 #include "tensor.h"
 
@@ -43,6 +45,8 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
   a.value = panels_of<T>(value, kPrefillKeys, "value");
   a.out = data_of<T>(out);
   a.lse = data_of<float>(lse);
+  a.batch = int(query.size(0));
+  a.heads = int(query.size(1));
   a.group = int(query.size(1) / key.size(1));
   a.query_rows = int(query.size(2));
   a.keys = int(key.size(2));
@@ -58,7 +62,8 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
   with_prefill_kernel<T>(int(query.size(3)), a, [&](auto kernel, size_t shared_bytes) {
     // Always the most, not what this call needs: another thread's call with fewer regions may come before the launch.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kPrefillMostShared)), "shared memory");
-    const dim3 grid(unsigned((a.query_rows + kPrefillRows - 1) / kPrefillRows), unsigned(query.size(1)), unsigned(query.size(0)));
+    const int64_t tiles = prefill_row_tiles(a.query_rows) * query.size(0) * query.size(1);
+    const auto grid = unsigned(std::min<int64_t>(tiles, device_of(query).multiprocessors));
     launch(kernel, a, grid, kPrefillThreads, shared_bytes, query);
   });
 }
@@ -73,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
                   "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or region_bias");
   STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)),
                   "ras_fast: hopper_prefill takes head dimensions in whole eights up to 128, not ", dim);
-  STD_TORCH_CHECK(query.size(1) <= 65535 && query.size(0) <= 65535, "ras_fast: batch or heads are too many for one launch");
+  STD_TORCH_CHECK(prefill_row_tiles(int(query.size(2))) * query.size(0) * query.size(1) < (int64_t(1) << 30),
+                  "ras_fast: batch, heads or rows are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);
   if (lse.numel() == 0) return {out, lse, mass};

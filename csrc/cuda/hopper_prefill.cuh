@@ -1,6 +1,7 @@
 // Attention of many query rows with the mass of every region, for Hopper: the tensor cores never wait for memory or softmax.
 //
-// A block of 384 threads owns 128 query rows of one head and walks the keys 128 at a time.
+// A block of 384 threads walks the keys of one tile after the other, 128 at a time; a tile is 128 query rows of one head. The
+// next tile's first copies are on their way while this one's results are written.
 //   * One thread of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that
 //     says "full" and one that says "empty". A second warp tells which region each step's keys lie in. The rest of the
 //     warpgroup lends its registers to the others.
@@ -11,7 +12,7 @@
 // that P V wants.
 //
 // Region mass is the row sum that online softmax has anyway, kept open while the keys stay in one region (RegionSums in
-// online_softmax.cuh); only 32 keys that mix regions are summed one region at a time. Registers do not depend on R.
+// online_softmax.cuh); only a step whose keys mix regions is summed one region at a time. Registers do not depend on R.
 //
 // Framework-free: hopper_prefill.cu is the launcher. Layouts: PTX ISA, "wgmma", "Register Fragments" and "Matrix Descriptor".
 #pragma once
@@ -50,7 +51,7 @@ struct PrefillShared {
   PanelTile<T, kPrefillRows, kDim> query;
   PanelTile<T, kPrefillKeys, kDim> key[kStages], value[kStages];
   int region[kStages];  // of a step's keys, or kMixed
-  Mbarrier query_full, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+  Mbarrier query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
   Mbarrier region_full[kStages], region_empty[kStages];
 };
 
@@ -63,7 +64,7 @@ struct PrefillArgs {
   const int32_t* region_ids;      // [B, Lk]
   int64_t ids_batch_stride;
   int dim;                        // D, at most the kernel's own; TMA fills what lies between with zeros
-  int group;                      // query heads of a key/value head
+  int batch, heads, group;        // B, Hq, query heads of a key/value head
   int query_rows, keys;           // Lq, Lk > 0
   int regions, mass_rows;
   bool shared_sums;               // whether the sums by region fit into shared memory behind PrefillShared
@@ -81,15 +82,21 @@ __device__ inline uint64_t wgmma_descriptor(const void* start, int panel_bytes) 
 
 // ------------------------------------------------------------------------------------------------------ what to do
 
-// The block's share: grid (row tiles, Hq, B). The last rows see the most keys under a causal mask, and start first.
+__host__ __device__ constexpr int prefill_row_tiles(int rows) { return (rows + kPrefillRows - 1) / kPrefillRows; }
+
+// 128 query rows of one head, and the steps that its keys take.
 template <typename T>
 struct PrefillTile {
   const PrefillArgs<T>& args;
   int head, batch, first_row, steps;
-  bool tracked;  // whether masses of the block's rows are wanted
+  bool tracked;  // whether masses of the tile's rows are wanted
 
-  __device__ explicit PrefillTile(const PrefillArgs<T>& args)
-      : args(args), head(blockIdx.y), batch(blockIdx.z), first_row(int(gridDim.x - 1 - blockIdx.x) * kPrefillRows) {
+  // In the order of `index` all heads' last rows come first: under a causal mask they see the most keys.
+  __device__ PrefillTile(const PrefillArgs<T>& args, int index) : args(args) {
+    const int heads = args.heads * args.batch, before = index / heads, of_all = index - before * heads;
+    batch = of_all / args.heads;
+    head = of_all - batch * args.heads;
+    first_row = (prefill_row_tiles(args.query_rows) - 1 - before) * kPrefillRows;
     const int last_row = min(first_row + kPrefillRows, args.query_rows) - 1;
     // At least one step, if only to find that no row sees a key.
     steps = max((last_key(last_row) + kPrefillKeys) / kPrefillKeys, 1);
@@ -110,7 +117,25 @@ struct PrefillTile {
     }
   }
 
-  __device__ int64_t stat_row(int row) const { return (int64_t(batch) * gridDim.y + head) * args.query_rows + row; }
+  __device__ int64_t stat_row(int row) const { return (int64_t(batch) * args.heads + head) * args.query_rows + row; }
+};
+
+// Calls use(tile) for each of the block's tiles, of which every round of the grid has one. Rounds change direction: who got the
+// longest tile of one gets the shortest of the next.
+template <typename T, typename Use>
+__device__ void for_each_tile(const PrefillArgs<T>& args, Use use) {
+  const int blocks = gridDim.x, tiles = prefill_row_tiles(args.query_rows) * args.heads * args.batch;
+  for (int round = 0;; ++round) {
+    const int index = round * blocks + (round % 2 ? blocks - 1 - int(blockIdx.x) : int(blockIdx.x));
+    if (index >= tiles) return;
+    use(PrefillTile<T>(args, index));
+  }
+}
+
+// A step by its number among all steps of the block: the stage whose buffers it uses, and the parity of their barriers' phase.
+struct StageOf {
+  int stage, parity;
+  __device__ explicit StageOf(int number) : stage(number % kStages), parity(number / kStages % 2) {}
 };
 
 // -------------------------------------------------------------------------------------------------------- producer
@@ -124,17 +149,21 @@ __device__ void load_tile(PanelTile<T, kRows, kDim>& to, const CUtensorMap& map,
 }
 
 template <typename T, int kDim>
-__device__ void produce(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile) {
-  const PrefillArgs<T>& args = tile.args;
-  const int kv_head = tile.head / args.group;
-  load_tile(shared.query, args.query, shared.query_full, tile.first_row, tile.head, tile.batch);
-  for (int step = 0; step < tile.steps; ++step) {
-    const int stage = step % kStages, before = step / kStages % 2 ^ 1;  // parity of the stage's last use
-    mbarrier_wait(shared.key_empty[stage], before);
-    load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
-    mbarrier_wait(shared.value_empty[stage], before);
-    load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
-  }
+__device__ void produce(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
+  int number = 0, tiles = 0;
+  for_each_tile(args, [&](const PrefillTile<T>& tile) {
+    const int kv_head = tile.head / args.group;
+    mbarrier_wait(shared.query_empty, tiles++ % 2 ^ 1);
+    load_tile(shared.query, args.query, shared.query_full, tile.first_row, tile.head, tile.batch);
+#pragma unroll 1
+    for (int step = 0; step < tile.steps; ++step, ++number) {
+      const auto [stage, parity] = StageOf(number);
+      mbarrier_wait(shared.key_empty[stage], parity ^ 1);
+      load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      mbarrier_wait(shared.value_empty[stage], parity ^ 1);
+      load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+    }
+  });
 }
 
 // The region that a step's 128 ids, of which each lane has four, have in common, or kMixed.
@@ -148,17 +177,22 @@ __device__ inline int common_region(const int (&ids)[kPrefillKeys / kWarp]) {
 
 // By one warp. The consumers, who have the softmax to do, would spend a tenth of their instructions on it.
 template <typename T, int kDim>
-__device__ void tell_regions(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile) {
-  for (int step = 0; step < tile.steps; ++step) {
-    const int stage = step % kStages, before = step / kStages % 2 ^ 1;
-    int ids[kPrefillKeys / kWarp];
-    tile.load_ids(ids, step);
-    const int region = common_region(ids);
-    if (threadIdx.x % kWarp != 0) continue;
-    mbarrier_wait(shared.region_empty[stage], before);
-    shared.region[stage] = region;
-    mbarrier_arrive(shared.region_full[stage]);
-  }
+__device__ void tell_regions(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
+  int number = 0;
+  for_each_tile(args, [&](const PrefillTile<T>& tile) {
+    if (!tile.tracked) return;
+#pragma unroll 1
+    for (int step = 0; step < tile.steps; ++step, ++number) {
+      const auto [stage, parity] = StageOf(number);
+      int ids[kPrefillKeys / kWarp];
+      tile.load_ids(ids, step);
+      const int region = common_region(ids);
+      if (threadIdx.x % kWarp != 0) continue;
+      mbarrier_wait(shared.region_empty[stage], parity ^ 1);
+      shared.region[stage] = region;
+      mbarrier_arrive(shared.region_full[stage]);
+    }
+  });
 }
 
 // -------------------------------------------------------------------------------------------------------- consumers
@@ -177,24 +211,26 @@ __device__ inline void transpose_quad(uint32_t (&v)[4], int c) {
   }
 }
 
-// A thread of a consumer warpgroup, lane (g, c) of its warp: rows `row` and row + 8. scores[4 t + 2 half + e] belongs to row
-// + 8 half and key 8 t + 2 c + e of the step; out likewise with dimensions for keys.
+// A thread of a consumer warpgroup with a tile, lane (g, c) of its warp: rows `row` and row + 8. scores[4 t + 2 half + e] belongs
+// to row + 8 half and key 8 t + 2 c + e of the step; out likewise with dimensions for keys.
 template <typename T, int kDim, bool kMass>
 struct Consumer {
   static constexpr int kScores = kPrefillKeys / 2, kOut = kDim / 2;
 
   PrefillShared<T, kDim>& shared;
   const PrefillTile<T>& tile;
-  int which;                    // 0 or 1
-  int row;
+  const int which;              // 0 or 1
+  const int row;
   float top[2], sum[2];         // of the scores so far, base 2: maximum (of the row), this lane's share of the sum
   float out[kOut];
   RegionSums<2, true> regions;
   int region, ids[kPrefillKeys / kWarp];  // of the step's keys; where they are mixed, of each
 
   __device__ Consumer(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile)
-      : shared(shared), tile(tile), which(int(threadIdx.x) / kWarpgroup - 1) {
-    row = tile.first_row + (int(threadIdx.x) - kWarpgroup) / kWarp * 16 + int(threadIdx.x) % kWarp / 4;
+      : shared(shared),
+        tile(tile),
+        which(int(threadIdx.x) / kWarpgroup - 1),
+        row(tile.first_row + (int(threadIdx.x) - kWarpgroup) / kWarp * 16 + int(threadIdx.x) % kWarp / 4) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = -INFINITY;
@@ -209,7 +245,7 @@ struct Consumer {
 
   __device__ float* mass_of(int half) const {
     const PrefillArgs<T>& args = tile.args;
-    const int64_t head = int64_t(tile.batch) * gridDim.y + tile.head;
+    const int64_t head = int64_t(tile.batch) * args.heads + tile.head;
     return args.mass + (head * args.mass_rows + row + 8 * half - (args.query_rows - args.mass_rows)) * args.regions;
   }
 
@@ -254,12 +290,8 @@ struct Consumer {
   }
 
   // The consumers start their products in turns: 0, 1, 0, 1, ... A barrier's name is that of who waits at it.
-  __device__ void wait_for_turn(int step) const {
-    if (which == 1 || step > 1) bar_sync(1 + which, 2 * kWarpgroup);
-  }
-  __device__ void pass_turn(int step) const {
-    if (which == 0 || step + 1 < tile.steps) bar_arrive(2 - which, 2 * kWarpgroup);
-  }
+  __device__ void wait_for_turn() const { bar_sync(1 + which, 2 * kWarpgroup); }
+  __device__ void pass_turn() const { bar_arrive(2 - which, 2 * kWarpgroup); }
 
   __device__ void mask(float (&scores)[kScores], int first_key) const {
 #pragma unroll
@@ -273,6 +305,18 @@ struct Consumer {
         }
       }
     }
+  }
+
+  // Before the products are waited for; the ids are needed after the exponentials. One lane reads, and says so, for its warp.
+  __device__ void learn_region(int step, StageOf told) {
+    region = 0;
+    if (threadIdx.x % kWarp == 0) {
+      mbarrier_wait(shared.region_full[told.stage], told.parity);
+      region = shared.region[told.stage];
+      mbarrier_arrive(shared.region_empty[told.stage]);
+    }
+    region = __shfl_sync(kFullWarp, region, 0);
+    if (region == kMixed) tile.load_ids(ids, step);
   }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
@@ -304,30 +348,56 @@ struct Consumer {
     if constexpr (kTracked) track(scores, part, shrink);
   }
 
-  // Before the products are waited for; the ids are needed after the exponentials. One lane reads, and says so, for its warp.
-  __device__ void learn_region(int step) {
-    const int stage = step % kStages;
-    region = 0;
-    if (threadIdx.x % kWarp == 0) {
-      mbarrier_wait(shared.region_full[stage], step / kStages % 2);
-      region = shared.region[stage];
-      mbarrier_arrive(shared.region_empty[stage]);
-    }
-    region = __shfl_sync(kFullWarp, region, 0);
-    if (region == kMixed) tile.load_ids(ids, step);
+  // Which of the keys 32 w .. 32 w + 31 lie in `of`, as bits.
+  __device__ void find(int of, unsigned (&found)[kPrefillKeys / kWarp]) const {
+#pragma unroll
+    for (int w = 0; w < kPrefillKeys / kWarp; ++w) found[w] = __ballot_sync(kFullWarp, ids[w] == of);
   }
 
-  // 32 keys at a time unless all 128 lie in one region.
+  // The sums of this lane's probabilities of the keys `found`.
+  __device__ void add_up(const float (&p)[kScores], const unsigned (&found)[kPrefillKeys / kWarp], float (&sums)[2]) const {
+    sums[0] = sums[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kScores; i += 4) {
+      const unsigned mine = found[2 * i / kWarp] >> (2 * i % kWarp + 2 * (threadIdx.x % 4));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (mine >> j % 2 & 1) sums[j / 2] += p[i + j];
+      }
+    }
+  }
+
+  // Where the region changes, the open sum is folded, and then one by one those of the regions that this step mixes.
   __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2]) {
     regions.rescale(shrink);
-    if (region != kMixed) return regions.run(region, part, top);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      float some[2][8];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) some[i / 2 % 2][i / 4 * 2 + i % 2] = p[16 * w + i];
-      regions.add(some, ids[w], top);
+    if (region == regions.current) {
+      regions.open[0] += part[0];
+      regions.open[1] += part[1];
+      return;
     }
+    unsigned left[kPrefillKeys / kWarp] = {};
+    if (region == kMixed) {
+#pragma unroll
+      for (int w = 0; w < kPrefillKeys / kWarp; ++w) left[w] = __ballot_sync(kFullWarp, ids[w] >= 0);
+    }
+    for (int next = regions.current;;) {
+      if (next >= 0) regions.fold(next, regions.open, top);
+      next = -1;
+#pragma unroll
+      for (int w = kPrefillKeys / kWarp - 1; w >= 0; --w) {
+        if (left[w] != 0) next = __shfl_sync(kFullWarp, ids[w], __ffs(left[w]) - 1);
+      }
+      if (next < 0) break;
+      unsigned found[kPrefillKeys / kWarp];
+      find(next, found);
+      add_up(p, found, regions.open);
+#pragma unroll
+      for (int w = 0; w < kPrefillKeys / kWarp; ++w) left[w] &= ~found[w];
+    }
+    const bool mixed = region == kMixed;
+    regions.current = mixed ? -1 : region;
+    regions.open[0] = mixed ? 0.f : part[0];
+    regions.open[1] = mixed ? 0.f : part[1];
   }
 
   __device__ void pack(uint32_t (&p)[kScores / 2], const float (&scores)[kScores]) const {
@@ -337,49 +407,57 @@ struct Consumer {
 
   // Scores become probabilities, and on return the step's values have arrived.
   template <bool kTracked>
-  __device__ void softmax_and_await_values(float (&scores)[kScores], float (&shrink)[2], int step) {
+  __device__ void softmax_and_await_values(float (&scores)[kScores], float (&shrink)[2], int step, StageOf at) {
     softmax<kTracked>(scores, shrink, step);
     // Waited for as late as here, because a loop is what keeps ptxas from moving the exponentials behind the wgmma_wait that
     // follows, beside idle tensor cores.
     keep_in_registers(scores);
-    mbarrier_wait(shared.value_full[step % kStages], step / kStages % 2);
+    mbarrier_wait(shared.value_full[at.stage], at.parity);
   }
 
-  // kTracked: masses of the block's rows are wanted. The others run the code of a kernel without masses.
+  // The steps of the tile, `number` and `told` being how many came before, of all and of those with masses.
+  // kTracked: masses of the tile's rows are wanted. The others run the code of a kernel without masses.
   template <bool kTracked>
-  __device__ void walk() {
+  __device__ void walk(int number, int told) {
     float scores[kScores], shrink[2];
     uint32_t p[kScores / 2];
-    mbarrier_wait(shared.query_full, 0);
-    mbarrier_wait(shared.key_full[0], 0);
-    wgmma_fence();
-    start_scores(scores, 0);
-    if constexpr (kTracked) learn_region(0);
-    wgmma_wait<0>(scores);
-    release(shared.key_empty[0]);
-    softmax_and_await_values<kTracked>(scores, shrink, 0);
-    pack(p, scores);
-    for (int step = 1; step < tile.steps; ++step) {
-      const int stage = step % kStages, before = (step - 1) % kStages;
-      mbarrier_wait(shared.key_full[stage], step / kStages % 2);
-      wait_for_turn(step);
+    {
+      const StageOf at(number);
+      mbarrier_wait(shared.key_full[at.stage], at.parity);
+      wait_for_turn();
       wgmma_fence();
-      start_scores(scores, stage);
-      start_out(p, before);
-      pass_turn(step);
-      if constexpr (kTracked) learn_region(step);
+      start_scores(scores, at.stage);
+      pass_turn();
+      if constexpr (kTracked) learn_region(0, StageOf(told));
+      wgmma_wait<0>(scores);
+      release(shared.key_empty[at.stage]);
+      softmax_and_await_values<kTracked>(scores, shrink, 0, at);
+      pack(p, scores);
+    }
+    for (int step = 1; step < tile.steps; ++step) {
+      const StageOf at(number + step), before(number + step - 1);
+      mbarrier_wait(shared.key_full[at.stage], at.parity);
+      wait_for_turn();
+      wgmma_fence();
+      start_scores(scores, at.stage);
+      start_out(p, before.stage);
+      pass_turn();
+      if constexpr (kTracked) learn_region(step, StageOf(told + step));
       wgmma_wait<1>(scores);
-      release(shared.key_empty[stage]);
-      softmax_and_await_values<kTracked>(scores, shrink, step);
+      release(shared.key_empty[at.stage]);
+      softmax_and_await_values<kTracked>(scores, shrink, step, at);
       wgmma_wait<0>(out, p);
-      release(shared.value_empty[before]);
+      release(shared.value_empty[before.stage]);
 #pragma unroll
       for (int i = 0; i < kOut; ++i) out[i] *= shrink[i / 2 % 2];
       pack(p, scores);
     }
+    release(shared.query_empty);
+    const StageOf last(number + tile.steps - 1);
     wgmma_fence();
-    start_out(p, (tile.steps - 1) % kStages);
+    start_out(p, last.stage);
     wgmma_wait<0>(out, p);
+    release(shared.value_empty[last.stage]);
   }
 
   __device__ void finish() {
@@ -405,7 +483,7 @@ struct Consumer {
   // such group, and stores 16 bytes at a time.
   __device__ void store_out(int half, float factor) const {
     const int c = threadIdx.x % 4;
-    const int64_t at = (int64_t(tile.batch) * tile.args.query_rows + row + 8 * half) * gridDim.y + tile.head;
+    const int64_t at = (int64_t(tile.batch) * tile.args.query_rows + row + 8 * half) * tile.args.heads + tile.head;
     T* to = tile.args.out + at * tile.args.dim + 8 * c;
 #pragma unroll
     for (int t = 0; t < kDim / 8; t += 4) {
@@ -422,6 +500,26 @@ struct Consumer {
   }
 };
 
+template <bool kMass, typename T, int kDim>
+__device__ void consume(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
+  const int which = int(threadIdx.x) / kWarpgroup - 1;
+  int number = 0, told = 0, tiles = 0;
+  if (which == 1) bar_arrive(1, 2 * kWarpgroup);  // the first turn is the other's
+  for_each_tile(args, [&](const PrefillTile<T>& tile) {
+    Consumer<T, kDim, kMass> consumer(shared, tile);
+    mbarrier_wait(shared.query_full, tiles++ % 2);
+    if (kMass && tile.tracked) {
+      consumer.template walk<kMass>(number, told);
+      told += tile.steps;
+    } else {
+      consumer.template walk<false>(number, 0);
+    }
+    number += tile.steps;
+    consumer.finish();
+  });
+  if (which == 0) bar_sync(1, 2 * kWarpgroup);  // the turn that nobody takes
+}
+
 // ---------------------------------------------------------------------------------------------------------- kernel
 
 template <typename T, int kDim, bool kMass>
@@ -433,6 +531,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
     tma_prefetch_descriptor(args.value);
     constexpr int kReaders = 2 * kWarpgroup / kWarp;
     mbarrier_init(shared.query_full, 1);
+    mbarrier_init(shared.query_empty, kReaders);
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(shared.key_full[stage], 1);
       mbarrier_init(shared.value_full[stage], 1);
@@ -445,16 +544,13 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   }
   __syncthreads();
   wait_for_previous_kernel();
-  const PrefillTile<T> tile(args);
   if (threadIdx.x < kWarpgroup) {
     setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(shared, tile);
-    if (kMass && tile.tracked && threadIdx.x / kWarp == 1) tell_regions(shared, tile);
+    if (threadIdx.x == 0) produce(shared, args);
+    if (kMass && threadIdx.x / kWarp == 1) tell_regions(shared, args);
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
-    Consumer<T, kDim, kMass> consumer(shared, tile);
-    kMass && tile.tracked ? consumer.template walk<kMass>() : consumer.template walk<false>();
-    consumer.finish();
+    consume<kMass>(shared, args);
   }
 }
 

@@ -10,7 +10,7 @@ struct Call {
   float *lse, *mass;
   const int32_t* region_ids;
   int64_t query_stride[3], key_stride[3], value_stride[3], ids_stride;
-  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, causal;
+  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, causal, blocks;
   double scale;
 };
 
@@ -31,6 +31,8 @@ static bool prefill(const Call& c) {
   a.mass = c.mass;
   a.region_ids = c.region_ids;
   a.ids_batch_stride = c.ids_stride;
+  a.batch = int(c.batch);
+  a.heads = int(c.heads);
   a.group = int(c.heads / c.kv_heads);
   a.query_rows = int(c.query_rows);
   a.keys = int(c.keys);
@@ -40,9 +42,8 @@ static bool prefill(const Call& c) {
   a.scale_log2 = float(c.scale) * kLog2e;
   bool ok = false;
   with_prefill_kernel<T>(int(c.dim), a, [&](auto kernel, size_t shared_bytes) {
-    const unsigned tiles = unsigned((c.query_rows + kPrefillRows - 1) / kPrefillRows);
     ok = shared_bytes <= 227 * 1024 &&  // what sm_90 has for a block
-         simt::launch(dim3(tiles, unsigned(c.heads), unsigned(c.batch)), dim3(kPrefillThreads), shared_bytes, [&] { kernel(a); });
+         simt::launch(dim3(unsigned(c.blocks)), dim3(kPrefillThreads), shared_bytes, [&] { kernel(a); });
   });
   return ok;
 }

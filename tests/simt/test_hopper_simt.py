@@ -18,15 +18,16 @@ class Call(ctypes.Structure):
         *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "region_ids")],
         *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")], ("ids_stride", INT),
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
-                                   "causal")],
+                                   "causal", "blocks")],
         ("scale", DOUBLE),
     ]  # fmt: skip
 
 
 class PrefillCase(Case):
-    def run(self, emulator):
-        """(out, lse, mass). Outputs start as NaN."""
+    def run(self, emulator, blocks=2):
+        """(out, lse, mass). Outputs start as NaN. The blocks share the tiles of 128 rows."""
         (batch, heads, length_q, dim), kv_heads, length_k = self.query.shape, self.key.shape[1], self.key.shape[2]
+        blocks = min(blocks, -(-length_q // 128) * heads * batch)
         tensors = {"query": self.query, "key": self.key, "value": self.value, "region_ids": self.ids}
         results = {
             "out": torch.full((batch, length_q, heads, dim), torch.nan, dtype=self.dtype),
@@ -35,7 +36,7 @@ class PrefillCase(Case):
         }
         call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
                     query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, causal=self.masks[1],
-                    scale=self.masks[0], ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
+                    scale=self.masks[0], blocks=blocks, ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
@@ -45,9 +46,9 @@ class PrefillCase(Case):
         emulator.run("prefill_run", ctypes.byref(call), inputs=inputs, outputs=outputs)
         return results["out"].transpose(1, 2), results["lse"], results["mass"]
 
-    def check(self, emulator):
+    def check(self, emulator, **options):
         exact_out, exact_lse, exact_mass = self.reference()
-        out, lse, mass = self.run(emulator)
+        out, lse, mass = self.run(emulator, **options)
         torch.testing.assert_close(out.double(), exact_out, atol=ATOL[self.dtype], rtol=0)
         torch.testing.assert_close(lse, exact_lse, atol=1e-5, rtol=1e-6)
         if self.ids is not None:
@@ -71,6 +72,14 @@ def test_tails(emulator, length_q, length_k, causal):
     """Lq < Lk, Lq > Lk (rows without a key), one key, whole tiles and one more."""
     ids = torch.randint(-1, 3, (1, length_k // 40 + 1), dtype=torch.int32).repeat_interleave(40, 1)[:, :length_k].contiguous()
     PrefillCase(length_q, length_k, 1, 1, ids=ids, regions=3, causal=causal).check(emulator)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("mass_rows", [150, 300])
+def test_blocks_that_share_the_tiles(emulator, blocks, mass_rows):
+    """One block for all twelve tiles, rounds that are not full, one tile each; tiles with masses beside tiles without."""
+    case = PrefillCase(300, 300, 4, 2, ids=runs(300, 5, 140, 290), regions=3, mass_rows=mass_rows)
+    case.check(emulator, blocks=blocks)
 
 
 def test_without_regions(emulator):

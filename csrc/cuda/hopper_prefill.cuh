@@ -316,14 +316,14 @@ struct Consumer {
       mbarrier_arrive(shared.region_empty[told.stage]);
     }
     region = __shfl_sync(kFullWarp, region, 0);
-    if (region == kMixed) tile.load_ids(ids, step);
+    if (region == kMixed) [[unlikely]] tile.load_ids(ids, step);
   }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
   template <bool kTracked>
   __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
     const int first_key = step * kPrefillKeys, warp_row = row - int(threadIdx.x) % kWarp / 4;
-    if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) mask(scores, first_key);
+    if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) [[unlikely]] mask(scores, first_key);
     float part[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -370,7 +370,7 @@ struct Consumer {
   // Where the region changes, the open sum is folded, and then one by one those of the regions that this step mixes.
   __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2]) {
     regions.rescale(shrink);
-    if (region == regions.current) {
+    if (region == regions.current) [[likely]] {
       regions.open[0] += part[0];
       regions.open[1] += part[1];
       return;

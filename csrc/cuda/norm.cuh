@@ -93,7 +93,7 @@ struct Slice {
     uint4 bits{0, 0, 0, 0};
     if (wanted && touches(e)) {
       if (whole(row, e)) {
-        bits = __ldcs(reinterpret_cast<const uint4*>(row + e));
+        bits = *reinterpret_cast<const uint4*>(row + e);
       } else {
         auto* value = reinterpret_cast<T*>(&bits);
 #pragma unroll

@@ -26,7 +26,7 @@ from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.methods.pairs import groups_of_equal
-from ras_fast.methods.prompt_state import PromptState, last_logits_only
+from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import given_cache
 from ras_fast.patching.state import Monitor
@@ -76,7 +76,7 @@ class AttentionRisk:
         if self.prototypes.dim() != 2 or not len(self.prototypes) or not self.prototypes.any(-1).all():
             raise ValueError(f"prototypes have shape {tuple(self.prototypes.shape)}; they need to be [steps, d], none 0")
         self.own_steps = len(self.prototypes)
-        self.profile = profile
+        self.profile, self._check = profile, ModelCheck(profile)
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None
 
@@ -93,7 +93,7 @@ class AttentionRisk:
         """
         _check_model(patch, self.gate.heads)
         self.gate = AttentionGate(self.profile, next(patch.text_model.parameters()).device)
-        run = _Run(self, patch, PromptState(self.profile, self.profile.digest()), Steering())
+        run = _Run(self, patch, PromptState(self._check, self.profile.digest()), Steering())
         patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)

@@ -29,7 +29,7 @@ from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
 from ras_fast.methods.pairs import digest, groups_of_equal
-from ras_fast.methods.prompt_state import PromptState, last_logits_only
+from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.ops._registry import outside_autocast
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
@@ -77,7 +77,7 @@ class AutoSteer:
         self.refusal, self.right = profile.tensors["refusal"], profile.tensors.get("refusal_right")
         self._check_shapes()
         # The refusal head of a 7 B model is 64 MB: hashing it and moving it to the device are not for every `attach`.
-        self._digest = profile.digest()
+        self._digest, self._check = profile.digest(), ModelCheck(profile)
         self._placed: dict[tuple[torch.device, torch.dtype], tuple[dict[str, Tensor], Tensor, Tensor | None]] = {}
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None
@@ -109,7 +109,7 @@ class AutoSteer:
         """
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
-        run = _Run(self, PromptState(self.profile, self._digest), *self._on(weight.device, weight.dtype))
+        run = _Run(self, PromptState(self._check, self._digest), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
             stack.enter_context(run.state.watch(patch))
             stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ras_fast import parallel
 from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
-from ras_fast.methods.prompt_state import PromptState, last_logits_only
+from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.steering import Probe, Steering
@@ -290,7 +290,7 @@ class Projection:
     def __init__(self, profile: RasProfile):
         if profile.method != "projection":
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'projection'")
-        self.profile, config = profile, profile.config
+        self.profile, self._check, config = profile, ModelCheck(profile), profile.config
         self.alpha, self.layers, self.vectors = number(config, "alpha"), config.get("layers"), profile.tensors["vectors"]
         if not isinstance(self.layers, list) or not all(map(is_integer, self.layers)):
             raise ValueError(f"layers is {self.layers!r}; it needs to be a list of decoder layers' indices")
@@ -334,7 +334,7 @@ class Projection:
         """
         self.check(len(patch.layers), self.vectors.shape[1])
         strengths, device = self._strengths(alpha), next(patch.text_model.parameters()).device
-        state = PromptState(self.profile, self.profile.digest(strengths))
+        state = PromptState(self._check, self.profile.digest(strengths))
         run = _Run(self, state, Steering(), strengths.to(device))
         try:
             for layer, vector in zip(self.layers, self.vectors, strict=True):

@@ -20,10 +20,26 @@ from ras_fast.profile import RasProfile, modules_of, weights_of
 _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model
 
 
+class ModelCheck:
+    """Compares a method's profile with a model, again only when the model's weights or adapters have changed: the comparison
+    reads a row of every weight, which for a large model is as long as a few tokens of an answer."""
+
+    def __init__(self, profile: RasProfile) -> None:
+        self.profile = profile
+        self._passed: tuple[list, tuple] = [], ()  # `weights_of` the model that was compared last
+
+    def __call__(self, model: nn.Module) -> None:
+        """Raises ValueError where the profile is not this model's."""
+        weights = weights_of(modules_of(model))
+        if weights[1] != self._passed[1]:
+            self.profile.check(model)
+            self._passed = weights
+
+
 class PromptState:
     """A method's decision about each sequence, made when its prompt is read and found again at each decode step.
 
-    profile: of the method; another model's is refused by `watch`, and by each `generate` inside its block.
+    check: of the method's profile; another model's is refused by `watch`, and by each `generate` inside its block.
     name: what values are kept under on a cache. To be another one wherever something else would be decided, or a cache that one
         profile judged would count as judged by the next. None: the method's.
     value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
@@ -32,14 +48,13 @@ class PromptState:
         of the prompt, and not a decode step.
     """
 
-    def __init__(self, profile: RasProfile, name: str | None = None) -> None:
-        self.profile, self.name = profile, name or profile.method
+    def __init__(self, check: ModelCheck, name: str | None = None) -> None:
+        self.check, self.name = check, name or check.profile.method
         self.value: Any = None
         self.prefills = False
         self._patch: Patch | None = None
         self._cache: Any = None
         self._mask: Any = None
-        self._checked: tuple[list, tuple] = [], ()  # `weights_of` the model when the profile was compared with it
 
     def decide(self, value: PerSequence) -> None:
         """Sets the value for this forward and for those to come with its cache. No host sync."""
@@ -79,7 +94,7 @@ class PromptState:
         and for a text model that was compiled by itself.
         """
         self._patch = patch
-        self.check_model()
+        self.check(patch.model)
         _refuse_compiled(patch.model, patch.text_model)
         cache_name(patch.text_model)  # or what is decided could not be found again
         with ExitStack() as stack:
@@ -89,13 +104,6 @@ class PromptState:
             stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
             stack.enter_context(replaced(patch.model, "generate", partial(_Generate, self, patch.model)))
             yield self
-
-    def check_model(self) -> None:
-        """Raises ValueError where the model's weights or adapters have changed, and are no longer those of the profile."""
-        weights = weights_of(modules_of(self._patch.model))
-        if weights[1] != self._checked[1]:
-            self.profile.check(self._patch.model)
-            self._checked = weights
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._patch.applied:
@@ -134,7 +142,7 @@ class _Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with lock_of(self.model):
-            self.state.check_model()
+            self.state.check(self.model)
             return self.generate(*args, **kwargs)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import ras_fast
-from ras_fast.methods.prompt_state import PromptState
+from ras_fast.methods.prompt_state import ModelCheck, PromptState
 from ras_fast.patching.cache_values import Rows, cache_name, given_cache, keep, kept, returned_cache
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
@@ -120,7 +120,7 @@ def test_a_prompt_is_decided_once(own_cache):
             prompts.append(kwargs["hidden_states"].shape if "hidden_states" in kwargs else args[0].shape)
             state.decide(Rows(torch.tensor([7, 8])))
 
-    state = PromptState(SimpleNamespace(method="gate", check=lambda model: None))
+    state = PromptState(ModelCheck(SimpleNamespace(method="gate", check=lambda model: None)))
     with ras_fast.patch(model) as patched, torch.no_grad():
         with state.watch(patched), patched.layers[1].register_forward_pre_hook(decide, with_kwargs=True):
             past = model(**batch, past_key_values=past, use_cache=True).past_key_values
@@ -144,7 +144,7 @@ def test_a_static_cache_that_is_used_again_starts_afresh():
         if state.value is None:
             state.decide(Rows(torch.zeros(1)))
 
-    state = PromptState(SimpleNamespace(method="gate", check=lambda model: None))
+    state = PromptState(ModelCheck(SimpleNamespace(method="gate", check=lambda model: None)))
     past = StaticCache(model.config.text_config, max_cache_len=64)
     with ras_fast.patch(model) as patched, state.watch(patched):
         handle = patched.layers[0].register_forward_pre_hook(decide)

@@ -2,9 +2,9 @@
 //
 // A block of 384 threads walks the keys of one tile after the other, 128 at a time; a tile is 128 query rows of one head. The
 // next tile's first copies are on their way while this one's results are written.
-//   * One thread of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that
-//     says "full" and one that says "empty". A second warp tells which region each step's keys lie in. The rest of the
-//     warpgroup lends its registers to the others.
+//   * One warp of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that says
+//     "full" and one that says "empty". With the keys it tells which region they lie in. The rest of the warpgroup lends its
+//     registers to the others.
 //   * Warpgroups 1 and 2 own 64 rows each. A turn starts S = Q K^T of this tile and O += P V of the tile before, and does the
 //     softmax of S while the tensor cores are still on O. The two take turns at starting (named barriers), so that one has its
 //     products running while the other is at its exponentials.
@@ -12,7 +12,7 @@
 // that P V wants.
 //
 // Region mass is the row sum that online softmax has anyway, kept open while the keys stay in one region (RegionSums in
-// online_softmax.cuh); only a step whose keys mix regions is summed one region at a time. Registers do not depend on R.
+// online_softmax.cuh); only a step whose keys mix regions is summed once for each. Registers do not depend on R.
 //
 // Framework-free: hopper_prefill.cu is the launcher. Layouts: PTX ISA, "wgmma", "Register Fragments" and "Matrix Descriptor".
 #pragma once
@@ -50,9 +50,8 @@ template <typename T, int kDim>
 struct PrefillShared {
   PanelTile<T, kPrefillRows, kDim> query;
   PanelTile<T, kPrefillKeys, kDim> key[kStages], value[kStages];
-  int region[kStages];  // of a step's keys, or kMixed
+  int region[kStages];  // of a stage's keys, or kMixed; written before they are full, read before they are empty
   Mbarrier query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
-  Mbarrier region_full[kStages], region_empty[kStages];
 };
 
 template <typename T>
@@ -106,15 +105,24 @@ struct PrefillTile {
   // The last key that a row sees; before the first: none.
   __device__ int last_key(int row) const { return args.causal ? row + args.keys - args.query_rows : args.keys - 1; }
 
-  // Of the step's keys lane, lane + 32, ...; ids outside 0 .. regions - 1 count as none. Beyond the last key nothing has weight:
-  // its region keeps a step of one region what it is.
+  // Of the step's keys lane, lane + 32, ... Beyond the last key nothing has weight: its region keeps a step of one region what
+  // it is.
   __device__ void load_ids(int (&ids)[kPrefillKeys / kWarp], int step) const {
     const int32_t* all = args.region_ids + batch * args.ids_batch_stride;
 #pragma unroll
     for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
-      const int id = all[min(step * kPrefillKeys + kWarp * w + int(threadIdx.x) % kWarp, args.keys - 1)];
-      ids[w] = id >= 0 && id < args.regions ? id : -1;
+      ids[w] = all[min(step * kPrefillKeys + kWarp * w + int(threadIdx.x) % kWarp, args.keys - 1)];
     }
+  }
+
+  // The region that these ids of all lanes have in common, -1 for none, or kMixed. Ids outside 0 .. regions - 1 count as none.
+  __device__ int common_region(const int (&ids)[kPrefillKeys / kWarp]) const {
+    const auto region_of = [&](int id) { return unsigned(id) < unsigned(args.regions) ? id : -1; };
+    const int first = __shfl_sync(kFullWarp, region_of(ids[0]), 0);
+    bool alike = true;
+#pragma unroll
+    for (int id : ids) alike = alike && region_of(id) == first;
+    return __all_sync(kFullWarp, alike) ? first : kMixed;
   }
 
   __device__ int64_t stat_row(int row) const { return (int64_t(batch) * args.heads + head) * args.query_rows + row; }
@@ -148,49 +156,31 @@ __device__ void load_tile(PanelTile<T, kRows, kDim>& to, const CUtensorMap& map,
   for (int i = 0; i < kDim / kPanelColumns; ++i) tma_load(to.panel[i], map, full, i * kPanelColumns, row, head, batch);
 }
 
-template <typename T, int kDim>
+// By one warp, of which a lane asks for the copies. The consumers, who have the softmax to do, would spend a tenth of their
+// instructions on finding the regions; here the next step's ids are on their way while this one waits for room.
+template <bool kMass, typename T, int kDim>
 __device__ void produce(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
+  const bool copies = threadIdx.x % kWarp == 0;
   int number = 0, tiles = 0;
   for_each_tile(args, [&](const PrefillTile<T>& tile) {
     const int kv_head = tile.head / args.group;
+    const bool tells = kMass && tile.tracked;
+    int ids[kPrefillKeys / kWarp];
+    if (tells) tile.load_ids(ids, 0);
     mbarrier_wait(shared.query_empty, tiles++ % 2 ^ 1);
-    load_tile(shared.query, args.query, shared.query_full, tile.first_row, tile.head, tile.batch);
+    if (copies) load_tile(shared.query, args.query, shared.query_full, tile.first_row, tile.head, tile.batch);
 #pragma unroll 1
     for (int step = 0; step < tile.steps; ++step, ++number) {
       const auto [stage, parity] = StageOf(number);
+      const int region = tells ? tile.common_region(ids) : 0;
+      if (tells) tile.load_ids(ids, step + 1);
       mbarrier_wait(shared.key_empty[stage], parity ^ 1);
-      load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      if (copies) {
+        shared.region[stage] = region;
+        load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      }
       mbarrier_wait(shared.value_empty[stage], parity ^ 1);
-      load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
-    }
-  });
-}
-
-// The region that a step's 128 ids, of which each lane has four, have in common, or kMixed.
-__device__ inline int common_region(const int (&ids)[kPrefillKeys / kWarp]) {
-  const int first = __shfl_sync(kFullWarp, ids[0], 0);
-  bool alike = true;
-#pragma unroll
-  for (int id : ids) alike = alike && id == first;
-  return __all_sync(kFullWarp, alike) ? first : kMixed;
-}
-
-// By one warp. The consumers, who have the softmax to do, would spend a tenth of their instructions on it.
-template <typename T, int kDim>
-__device__ void tell_regions(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
-  int number = 0;
-  for_each_tile(args, [&](const PrefillTile<T>& tile) {
-    if (!tile.tracked) return;
-#pragma unroll 1
-    for (int step = 0; step < tile.steps; ++step, ++number) {
-      const auto [stage, parity] = StageOf(number);
-      int ids[kPrefillKeys / kWarp];
-      tile.load_ids(ids, step);
-      const int region = common_region(ids);
-      if (threadIdx.x % kWarp != 0) continue;
-      mbarrier_wait(shared.region_empty[stage], parity ^ 1);
-      shared.region[stage] = region;
-      mbarrier_arrive(shared.region_full[stage]);
+      if (copies) load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
     }
   });
 }
@@ -307,23 +297,22 @@ struct Consumer {
     }
   }
 
-  // Before the products are waited for; the ids are needed after the exponentials. One lane reads, and says so, for its warp.
-  __device__ void learn_region(int step, StageOf told) {
-    region = 0;
-    if (threadIdx.x % kWarp == 0) {
-      mbarrier_wait(shared.region_full[told.stage], told.parity);
-      region = shared.region[told.stage];
-      mbarrier_arrive(shared.region_empty[told.stage]);
-    }
+  // Once the keys are full; one lane reads for its warp, and is the one that will call them empty.
+  __device__ void read_region(int stage) {
+    if (threadIdx.x % kWarp == 0) region = shared.region[stage];
+  }
+
+  // Later, while the tensor cores are busy.
+  __device__ void spread_region(int step) {
     region = __shfl_sync(kFullWarp, region, 0);
-    if (region == kMixed) [[unlikely]] tile.load_ids(ids, step);
+    if (region == kMixed) tile.load_ids(ids, step);
   }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
   template <bool kTracked>
   __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
     const int first_key = step * kPrefillKeys, warp_row = row - int(threadIdx.x) % kWarp / 4;
-    if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) [[unlikely]] mask(scores, first_key);
+    if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) mask(scores, first_key);
     float part[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -348,13 +337,7 @@ struct Consumer {
     if constexpr (kTracked) track(scores, part, shrink);
   }
 
-  // Which of the keys 32 w .. 32 w + 31 lie in `of`, as bits.
-  __device__ void find(int of, unsigned (&found)[kPrefillKeys / kWarp]) const {
-#pragma unroll
-    for (int w = 0; w < kPrefillKeys / kWarp; ++w) found[w] = __ballot_sync(kFullWarp, ids[w] == of);
-  }
-
-  // The sums of this lane's probabilities of the keys `found`.
+  // This lane's probabilities of the keys `found`, key 32 w + i being bit i of found[w], added up.
   __device__ void add_up(const float (&p)[kScores], const unsigned (&found)[kPrefillKeys / kWarp], float (&sums)[2]) const {
     sums[0] = sums[1] = 0.f;
 #pragma unroll
@@ -367,37 +350,37 @@ struct Consumer {
     }
   }
 
-  // Where the region changes, the open sum is folded, and then one by one those of the regions that this step mixes.
+  // A step's probabilities p, part being their sums.
   __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2]) {
     regions.rescale(shrink);
-    if (region == regions.current) [[likely]] {
-      regions.open[0] += part[0];
-      regions.open[1] += part[1];
-      return;
-    }
-    unsigned left[kPrefillKeys / kWarp] = {};
-    if (region == kMixed) {
+    if (region >= 0) return regions.run(region, part, top);
+    if (region == kMixed) track_each(p);
+  }
+
+  // In the order in which the regions begin, so that the one that goes on behind the step is left open.
+  __device__ void track_each(const float (&p)[kScores]) {
+    unsigned left[kPrefillKeys / kWarp];
 #pragma unroll
-      for (int w = 0; w < kPrefillKeys / kWarp; ++w) left[w] = __ballot_sync(kFullWarp, ids[w] >= 0);
+    for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
+      left[w] = __ballot_sync(kFullWarp, unsigned(ids[w]) < unsigned(regions.regions));
     }
-    for (int next = regions.current;;) {
-      if (next >= 0) regions.fold(next, regions.open, top);
-      next = -1;
+#pragma unroll 1
+    while ((left[0] | left[1] | left[2] | left[3]) != 0) {
+      int next = 0;
 #pragma unroll
       for (int w = kPrefillKeys / kWarp - 1; w >= 0; --w) {
         if (left[w] != 0) next = __shfl_sync(kFullWarp, ids[w], __ffs(left[w]) - 1);
       }
-      if (next < 0) break;
       unsigned found[kPrefillKeys / kWarp];
-      find(next, found);
-      add_up(p, found, regions.open);
+      float sums[2];
 #pragma unroll
-      for (int w = 0; w < kPrefillKeys / kWarp; ++w) left[w] &= ~found[w];
+      for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
+        found[w] = __ballot_sync(kFullWarp, ids[w] == next);
+        left[w] &= ~found[w];
+      }
+      add_up(p, found, sums);
+      regions.run(next, sums, top);
     }
-    const bool mixed = region == kMixed;
-    regions.current = mixed ? -1 : region;
-    regions.open[0] = mixed ? 0.f : part[0];
-    regions.open[1] = mixed ? 0.f : part[1];
   }
 
   __device__ void pack(uint32_t (&p)[kScores / 2], const float (&scores)[kScores]) const {
@@ -415,20 +398,21 @@ struct Consumer {
     mbarrier_wait(shared.value_full[at.stage], at.parity);
   }
 
-  // The steps of the tile, `number` and `told` being how many came before, of all and of those with masses.
+  // The steps of the tile; `number` of others came before.
   // kTracked: masses of the tile's rows are wanted. The others run the code of a kernel without masses.
   template <bool kTracked>
-  __device__ void walk(int number, int told) {
+  __device__ void walk(int number) {
     float scores[kScores], shrink[2];
     uint32_t p[kScores / 2];
     {
       const StageOf at(number);
       mbarrier_wait(shared.key_full[at.stage], at.parity);
+      if constexpr (kTracked) read_region(at.stage);
       wait_for_turn();
       wgmma_fence();
       start_scores(scores, at.stage);
       pass_turn();
-      if constexpr (kTracked) learn_region(0, StageOf(told));
+      if constexpr (kTracked) spread_region(0);
       wgmma_wait<0>(scores);
       release(shared.key_empty[at.stage]);
       softmax_and_await_values<kTracked>(scores, shrink, 0, at);
@@ -437,19 +421,22 @@ struct Consumer {
     for (int step = 1; step < tile.steps; ++step) {
       const StageOf at(number + step), before(number + step - 1);
       mbarrier_wait(shared.key_full[at.stage], at.parity);
+      if constexpr (kTracked) read_region(at.stage);
       wait_for_turn();
       wgmma_fence();
       start_scores(scores, at.stage);
       start_out(p, before.stage);
       pass_turn();
-      if constexpr (kTracked) learn_region(step, StageOf(told + step));
+      if constexpr (kTracked) spread_region(step);
       wgmma_wait<1>(scores);
       release(shared.key_empty[at.stage]);
       softmax_and_await_values<kTracked>(scores, shrink, step, at);
       wgmma_wait<0>(out, p);
       release(shared.value_empty[before.stage]);
+      if (!__all_sync(kFullWarp, shrink[0] == 1.f && shrink[1] == 1.f)) {
 #pragma unroll
-      for (int i = 0; i < kOut; ++i) out[i] *= shrink[i / 2 % 2];
+        for (int i = 0; i < kOut; ++i) out[i] *= shrink[i / 2 % 2];
+      }
       pack(p, scores);
     }
     release(shared.query_empty);
@@ -503,17 +490,12 @@ struct Consumer {
 template <bool kMass, typename T, int kDim>
 __device__ void consume(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
   const int which = int(threadIdx.x) / kWarpgroup - 1;
-  int number = 0, told = 0, tiles = 0;
+  int number = 0, tiles = 0;
   if (which == 1) bar_arrive(1, 2 * kWarpgroup);  // the first turn is the other's
   for_each_tile(args, [&](const PrefillTile<T>& tile) {
     Consumer<T, kDim, kMass> consumer(shared, tile);
     mbarrier_wait(shared.query_full, tiles++ % 2);
-    if (kMass && tile.tracked) {
-      consumer.template walk<kMass>(number, told);
-      told += tile.steps;
-    } else {
-      consumer.template walk<false>(number, 0);
-    }
+    kMass && tile.tracked ? consumer.template walk<kMass>(number) : consumer.template walk<false>(number);
     number += tile.steps;
     consumer.finish();
   });
@@ -537,8 +519,6 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
       mbarrier_init(shared.value_full[stage], 1);
       mbarrier_init(shared.key_empty[stage], kReaders);
       mbarrier_init(shared.value_empty[stage], kReaders);
-      mbarrier_init(shared.region_full[stage], 1);
-      mbarrier_init(shared.region_empty[stage], kReaders);
     }
     mbarrier_init_fence();
   }
@@ -546,8 +526,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   wait_for_previous_kernel();
   if (threadIdx.x < kWarpgroup) {
     setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(shared, args);
-    if (kMass && threadIdx.x / kWarp == 1) tell_regions(shared, args);
+    if (threadIdx.x < kWarp) produce<kMass>(shared, args);
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     consume<kMass>(shared, args);

@@ -32,25 +32,27 @@ struct Rows {
   __device__ const T* row(int r) const { return data + blockIdx.z * stride_z + blockIdx.y * stride_y + r * stride; }
 };
 
+// What every call reads comes first: a launch that finds its arguments in no cache waits for each 64 bytes of them.
 template <typename T>
 struct NormArgs {
   Rows<T> x, residual;        // residual.data may be null
   T* y;                       // [tokens, d], tokens = grid z * grid y * rows
   T* h;                       // [tokens, d]; null: h equals x and is not written
-  float* probe_dots;          // [tokens, num_probes + 1]: h . probe, and last ||h||^2; may be null
-  Operand weight, bias;       // bias.data may be null
-  Operand steer_vectors;      // [num_slots, d]
-  Operand probes;             // [num_probes, d]
-  const int32_t* steer_slot;  // [tokens]: -1 none; outside -1 .. num_slots - 1 the row becomes NaN
-  const float* steer_alpha;   // [tokens]
-  int64_t slot_stride, alpha_stride;
-  int num_slots, num_probes;
+  Operand weight;
   int rows;                   // in the innermost of the three dimensions
   int d;
   float inv_d;                // 1 / d
   float eps, weight_offset;
   bool hf_rounding;
   bool lerp;
+  Operand bias;               // bias.data may be null
+  float* probe_dots;          // [tokens, num_probes + 1]: h . probe, and last ||h||^2; may be null
+  Operand steer_vectors;      // [num_slots, d]
+  const int32_t* steer_slot;  // [tokens]: -1 none; outside -1 .. num_slots - 1 the row becomes NaN
+  const float* steer_alpha;   // [tokens]
+  int64_t slot_stride, alpha_stride;
+  Operand probes;             // [num_probes, d]
+  int num_slots, num_probes;
 };
 
 // ------------------------------------------------------------------------------------------------- a thread's slice

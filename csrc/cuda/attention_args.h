@@ -47,8 +47,7 @@ ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTenso
   a.regions = int(regions);
   a.window = int(masks.window);
   a.causal = masks.causal;
-  a.scale = float(masks.scale);
-  a.softcap = float(masks.softcap);
+  set_scale(a, float(masks.scale), float(masks.softcap));
   return a;
 }
 

@@ -33,7 +33,7 @@ void run_decode(const Tensor& query, const Tensor& key, const Tensor& value, con
     a.part_mass = data_of<float>(part_mass);
     a.slab = data_of<float>(slab);
     launch(kernel, a, dim3(unsigned(tiles * a.splits), score.kv_heads, score.batch), kBlockWarps * kWarp, 0, query);
-    if (a.splits > 1) launch(merge_splits<T>, a, unsigned(rows), kBlockWarps * kWarp, 0, query);
+    if (a.splits > 1) launch(merge_splits<T>, a, merge_grid(rows, score.dim), kMergeThreads, 0, query);
   });
 }
 

@@ -40,11 +40,11 @@ struct DecodeArgs {
 
 constexpr int kMostSplits = 128;
 
-// Where query row `row` of head `head` = b * Hq + h lies in `out`.
+// Where a query row begins in `out`.
 template <typename T>
-__device__ T* out_row(const DecodeArgs<T>& args, int64_t head, int64_t row) {
-  const int heads = args.score.kv_heads * args.score.group;
-  return args.out + ((head / heads * args.score.query_rows + row) * heads + head % heads) * args.score.dim;
+__device__ int64_t out_row(const DecodeArgs<T>& args, int batch, const Place& at) {
+  const ScoreArgs<T>& score = args.score;
+  return ((int64_t(batch) * score.query_rows + at.row) * score.kv_heads * score.group + at.head) * score.dim;
 }
 
 // Blocks per multiprocessor, for the launch bounds: as many as the registers of each kernel allow. Without an explicit number
@@ -70,17 +70,17 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   constexpr bool kPrefetch = kDim <= 128; // beyond, the next keys would not fit into registers
   constexpr int kPitch = kDim + 4;        // of an output row: a warp's stores meet each bank twice, not eight times
   __shared__ float tops[kBlockWarps][kRows], sums[kBlockWarps][kRows], weights[kBlockWarps][kRows];
-  __shared__ float block_lse[kRows];
+  __shared__ float lse[kRows];
   __shared__ __align__(16) float warp_out[kBlockWarps][kRows][kPitch];
   wait_for_previous_kernel();
 
   const int warp = threadIdx.x / kWarp, kv_head = blockIdx.y, batch = blockIdx.z;
-  const int split = blockIdx.x % args.splits, tile_row = blockIdx.x / args.splits * kRows;
   const ScoreArgs<T>& score = args.score;
+  const int row_tile = score.packed_rows <= kRows ? 0 : int(blockIdx.x / unsigned(args.splits));
+  const int split = blockIdx.x - row_tile * args.splits, tile_row = row_tile * kRows;
   Tile<T, kDim, kRowTiles, true> tile(score, batch, kv_head);
   tile.take_rows(tile_row);
   const T* values = args.value + batch * args.value_stride.batch + kv_head * args.value_stride.head;
-  const int heads = score.kv_heads * score.group;
 
   float top[kRowTiles], sum[kRowTiles];
   float out[kGroups][4][kRowTiles][4] = {};  // out^T: dimension 64 group + 8 g + 2 u + m / 8, packed rows 2 c and 2 c + 1
@@ -115,11 +115,11 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = step + 8 * (i / 2) + 2 * tile.c + i % 2;
-        const bool ok = key >= tile.start && key < tile.end;
+        const bool ok = (key >= tile.start) & (key < tile.end);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           const int d = 64 * group + 8 * tile.g;
-          value[i][group] = load_eight(values + int64_t(key) * args.value_stride.row + d, ok && tile.in_dim(d));
+          value[i][group] = load_eight(values + int64_t(key) * args.value_stride.row + d, ok & tile.in_dim(d));
         }
       }
     };
@@ -220,29 +220,42 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   }
   __syncthreads();
   const int rows = min(kRows, score.packed_rows - tile_row);
-  const auto head_of = [&](int r) { return int64_t(batch) * heads + kv_head * score.group + (tile_row + r) % score.group; };
-  const auto row_of = [&](int r) { return (tile_row + r) / score.group; };
-  if (threadIdx.x < kRows) {
+  const int heads = score.kv_heads * score.group;
+  const auto stat_row = [&](const Place& at) { return (int64_t(batch) * heads + at.head) * score.query_rows + at.row; };
+  const int64_t part = int64_t(split) * score.batch * heads * score.query_rows;
+  if (threadIdx.x < rows) {
     const int r = threadIdx.x;
-    float most = -INFINITY;
-    if (args.sinks && split == 0 && r < rows) most = args.sinks[head_of(r) % heads] * kLog2e;
-    const float sink = most;
+    const Place at = tile.place(tile_row + r);
+    const float sink = args.sinks && split == 0 ? args.sinks[at.head] * kLog2e : -INFINITY;
+    float most = sink;
+#pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) most = fmaxf(most, tops[w][r]);
     const float shift = finite_or_zero(most);
-    float total = exp2f(sink - shift);
-    for (int w = 0; w < kBlockWarps; ++w) total += sums[w][r] * exp2f(tops[w][r] - shift);
-    for (int w = 0; w < kBlockWarps; ++w) weights[w][r] = exp2f(tops[w][r] - shift) / (total == 0.f ? 1.f : total);
-    block_lse[r] = most + log2f(total);
+    float weight[kBlockWarps], total = exp2f(sink - shift);
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) {
+      weight[w] = exp2f(tops[w][r] - shift);
+      total += sums[w][r] * weight[w];
+    }
+    const float factor = 1.f / (total == 0.f ? 1.f : total);
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) weights[w][r] = weight[w] * factor;
+    lse[r] = most + log2f(total);
+    if (args.splits == 1) {
+      args.lse[stat_row(at)] = lse[r] * kLn2;
+    } else {
+      args.part_lse[part + stat_row(at)] = lse[r];
+    }
   }
   __syncthreads();
 
-  // Writes output, LSE and masses of the block's rows.
+  // Writes output and masses of the block's rows.
   allow_next_kernel();
-  const auto stat_row = [&](int r) { return head_of(r) * score.query_rows + row_of(r); };
-  const int64_t part = int64_t(split) * score.batch * heads * score.query_rows;
-  const int quads = score.dim / 4;
-  for (int i = threadIdx.x; i < rows * quads; i += blockDim.x) {
-    const int r = i / quads, d = i % quads * 4;
+  constexpr int kQuads = kDim / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * kQuads; i += kBlockWarps * kWarp) {
+    const int r = i / kQuads, d = i % kQuads * 4;
+    if (!tile.in_dim(d)) continue;
     float o[4] = {};
 #pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) {
@@ -250,55 +263,71 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       const float weight = weights[w][r];
       o[0] += weight * part.x, o[1] += weight * part.y, o[2] += weight * part.z, o[3] += weight * part.w;
     }
+    const Place at = tile.place(tile_row + r);
     if (args.splits == 1) {
-      auto* to = reinterpret_cast<uint2*>(out_row(args, head_of(r), row_of(r)) + d);
-      *to = {pack_pair<T>(o[0], o[1]), pack_pair<T>(o[2], o[3])};
+      T* to = args.out + out_row(args, batch, at) + d;
+      *reinterpret_cast<uint2*>(to) = {pack_pair<T>(o[0], o[1]), pack_pair<T>(o[2], o[3])};
     } else {
-      *reinterpret_cast<float4*>(args.part_out + (part + stat_row(r)) * score.dim + d) = make_float4(o[0], o[1], o[2], o[3]);
-    }
-  }
-  if (threadIdx.x < rows) {
-    const int r = threadIdx.x;
-    if (args.splits == 1) {
-      args.lse[stat_row(r)] = block_lse[r] * kLn2;
-    } else {
-      args.part_lse[part + stat_row(r)] = block_lse[r];
+      *reinterpret_cast<float4*>(args.part_out + (part + stat_row(at)) * score.dim + d) = make_float4(o[0], o[1], o[2], o[3]);
     }
   }
   if constexpr (kMass) {
-    for (int i = threadIdx.x; i < rows * score.regions; i += blockDim.x) {
-      const int r = i / score.regions, region = i % score.regions;
-      float total = -INFINITY;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * score.regions; i += kBlockWarps * kWarp) {
+      const int r = unsigned(i) / unsigned(score.regions), region = i - r * score.regions;
+      float sums[kBlockWarps];
 #pragma unroll
-      for (int w = 0; w < kBlockWarps; ++w) total = log2_add(total, slab[(int64_t(w) * kRows + r) * score.regions + region]);
+      for (int w = 0; w < kBlockWarps; ++w) sums[w] = slab[(int64_t(w) * kRows + r) * score.regions + region];
+      const float sum = log2_sum(sums);
+      const Place at = tile.place(tile_row + r);
       if (args.splits > 1) {
-        args.part_mass[(part + stat_row(r)) * score.regions + region] = total;
+        args.part_mass[(part + stat_row(at)) * score.regions + region] = sum;
         continue;
       }
-      const int mass_row = row_of(r) - (score.query_rows - args.mass_rows);
-      if (mass_row < 0) continue;
-      const float lse = block_lse[r];
-      args.mass[(head_of(r) * args.mass_rows + mass_row) * score.regions + region] = exp2f(total - finite_or_zero(lse));
+      const int from_end = score.query_rows - at.row;  // masses are wanted of the last mass_rows rows
+      if (from_end > args.mass_rows) continue;
+      const int64_t mass_row = (int64_t(batch) * heads + at.head + 1) * args.mass_rows - from_end;
+      args.mass[mass_row * score.regions + region] = exp2f(sum - finite_or_zero(lse[r]));
     }
   }
 }
 
-// Merges the splits of one query row. Grid: B * Hq * Lq blocks.
-template <typename T>
-__global__ void merge_splits(const __grid_constant__ DecodeArgs<T> args) {
-  constexpr int kAtOnce = 16;  // loads in flight
-  __shared__ float weights[kMostSplits];
-  wait_for_previous_kernel();
-  const ScoreArgs<T>& score = args.score;
-  const int64_t row = blockIdx.x, rows = int64_t(gridDim.x);
-  const int lane = threadIdx.x % kWarp;
-  // Every warp looks at all splits, a lane at every 32nd.
-  float parts[kMostSplits / kWarp], most = -INFINITY, total = 0.f;
+constexpr int kMergeDims = 64;
+constexpr int kMergeThreads = 256;
+
+// A lane's part of the splits: every 32nd, from its own on. -inf where there is none.
+__device__ inline void load_splits(float (&parts)[kMostSplits / kWarp], const float* from, int64_t apart, int splits) {
 #pragma unroll
   for (int i = 0; i < kMostSplits / kWarp; ++i) {
-    const int s = lane + kWarp * i;
-    parts[i] = s < args.splits ? args.part_lse[s * rows + row] : -INFINITY;
+    const int s = threadIdx.x % kWarp + kWarp * i;
+    parts[i] = s < splits ? from[s * apart] : -INFINITY;
   }
+}
+
+// Merges the splits of 64 dimensions of one query row. Grid (B * Hq * Lq, dim / 64 rounded up), kMergeThreads threads: 16 of
+// them read a split's dimensions, and all splits are on their way at once.
+template <typename T>
+__global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_constant__ DecodeArgs<T> args) {
+  constexpr int kQuads = kMergeDims / 4, kGroups = kMergeThreads / kQuads, kLoads = kMostSplits / kGroups;
+  __shared__ float weights[kMostSplits];
+  __shared__ float4 sums[kGroups][kQuads];
+  wait_for_previous_kernel();
+  const ScoreArgs<T>& score = args.score;
+  const int64_t row = blockIdx.x, rows = gridDim.x;
+  float parts[kMostSplits / kWarp];
+  load_splits(parts, args.part_lse + row, rows, args.splits);
+
+  const int group = threadIdx.x / kQuads, quad = threadIdx.x % kQuads, first_dim = blockIdx.y * kMergeDims;
+  float4 loads[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int s = group + kGroups * i, d = first_dim + 4 * quad;
+    const bool ok = s < args.splits && d < score.dim;
+    loads[i] = ok ? *reinterpret_cast<const float4*>(args.part_out + (s * rows + row) * score.dim + d) : float4{0, 0, 0, 0};
+  }
+
+  // Every warp looks at all splits.
+  float most = -INFINITY, total = 0.f;
 #pragma unroll
   for (float part : parts) most = fmaxf(most, part);
   most = warp_max(most);
@@ -307,25 +336,46 @@ __global__ void merge_splits(const __grid_constant__ DecodeArgs<T> args) {
   const float lse = most + log2f(warp_sum(total)), shift = finite_or_zero(lse);
   if (threadIdx.x < kWarp) {
 #pragma unroll
-    for (int i = 0; i < kMostSplits / kWarp; ++i) weights[lane + kWarp * i] = exp2f(parts[i] - shift);
+    for (int i = 0; i < kMostSplits / kWarp; ++i) weights[threadIdx.x + kWarp * i] = exp2f(parts[i] - shift);
   }
   __syncthreads();
-  for (int d = threadIdx.x; d < score.dim; d += blockDim.x) {
-    float o = 0.f;
-#pragma unroll kAtOnce
-    for (int s = 0; s < args.splits; ++s) o += weights[s] * args.part_out[(s * rows + row) * score.dim + d];
-    out_row(args, row / score.query_rows, row % score.query_rows)[d] = from_float<T>(o);
+  float4 sum{};
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const float weight = weights[group + kGroups * i];
+    sum.x += weight * loads[i].x, sum.y += weight * loads[i].y, sum.z += weight * loads[i].z, sum.w += weight * loads[i].w;
   }
-  if (threadIdx.x == 0) args.lse[row] = lse * kLn2;
-  const int64_t mass_row = row % score.query_rows - (score.query_rows - args.mass_rows);
-  if (!args.mass || mass_row < 0) return;
-  for (int region = threadIdx.x; region < score.regions; region += blockDim.x) {
-    float mass = 0.f;
-#pragma unroll kAtOnce
-    for (int s = 0; s < args.splits; ++s) mass += exp2f(args.part_mass[(s * rows + row) * score.regions + region] - shift);
-    args.mass[(row / score.query_rows * args.mass_rows + mass_row) * score.regions + region] = mass;
+  sums[group][quad] = sum;
+  __syncthreads();
+
+  const int batch_head = unsigned(blockIdx.x) / unsigned(score.query_rows), q = blockIdx.x - batch_head * score.query_rows;
+  if (threadIdx.x < kMergeDims && first_dim + threadIdx.x < score.dim) {
+    float o = 0.f;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) o += reinterpret_cast<const float*>(sums[i])[threadIdx.x];
+    const int heads = score.kv_heads * score.group, batch = unsigned(batch_head) / unsigned(heads);
+    const Place at{batch_head - batch * heads, q};
+    args.out[out_row(args, batch, at) + first_dim + threadIdx.x] = from_float<T>(o);
+  }
+  if (threadIdx.x == 0 && blockIdx.y == 0) args.lse[row] = lse * kLn2;
+
+  // A warp for each region.
+  const int from_end = score.query_rows - q;
+  if (!args.mass || from_end > args.mass_rows) return;
+  constexpr int kWarps = kMergeThreads / kWarp;
+  float* mass = args.mass + (int64_t(batch_head + 1) * args.mass_rows - from_end) * score.regions;
+#pragma unroll 1
+  for (int region = threadIdx.x / kWarp + kWarps * blockIdx.y; region < score.regions; region += kWarps * gridDim.y) {
+    load_splits(parts, args.part_mass + row * score.regions + region, rows * score.regions, args.splits);
+    float sum = 0.f;
+#pragma unroll
+    for (float part : parts) sum += exp2f(part - shift);
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) mass[region] = sum;
   }
 }
+
+inline dim3 merge_grid(int64_t rows, int dim) { return dim3(unsigned(rows), unsigned((dim + kMergeDims - 1) / kMergeDims)); }
 
 // Into how many splits to cut the keys, where `blocks` share a device that holds `slots` of them at a time: what takes the
 // fewest turns of the longest warps, a block's start and end counted as three, and the merging of splits as one.

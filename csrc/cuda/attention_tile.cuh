@@ -39,7 +39,7 @@ struct ScoreArgs {
   int first_row, packed_rows; // packed_rows = (Lq - first_row) * pack
   int regions, window;        // window 0: none
   bool causal;
-  float scale, softcap;       // softcap 0: none
+  float scale, softcap;       // base-2 scores are scale q k, or softcap tanh(scale q k) unless softcap is 0: see set_scale
   int pack;                   // last, where padding would be: one more word before it, and sm_100 spills in decode
 };
 
@@ -88,13 +88,17 @@ __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const 
 // Keeps the compiler from moving later loads before this point: two fragments at once would not fit into registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
-// 8 neighbouring elements, or zeros.
+// 8 neighbouring elements, or zeros. Callers join conditions with &, which makes a predicate; && makes a branch around each load.
 template <typename T>
 __device__ inline uint4 load_eight(const T* from, bool ok) {
   return ok ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
 }
 
 // ------------------------------------------------------------------------------------------------------- scoring
+
+struct Place {
+  int head, row;
+};
 
 // A tile of 16 packed rows: lane (g, c) of a warp owns rows g and g + 8, and in a step the keys
 // 8 t + 2 c and 8 t + 2 c + 1 for t = 0, 1. Rows from 8 on exist only with kRowTiles == 2.
@@ -114,8 +118,13 @@ struct Tile {
 
   __device__ int packed(int half) const { return tile_row + g + 8 * half; }
   __device__ bool exists(int half) const { return packed(half) < args.packed_rows; }
-  __device__ int head(int half) const { return first_head + packed(half) % args.pack; }
-  __device__ int row(int half) const { return args.first_row + packed(half) / args.pack; }
+  // A packed row's query head and row. With a single query row, as in most of decode, nothing need be divided.
+  __device__ Place place(int packed) const {
+    const int before = args.packed_rows == args.pack ? 0 : int(unsigned(packed) / unsigned(args.pack));
+    return {first_head + packed - before * args.pack, args.first_row + before};
+  }
+  __device__ int head(int half) const { return place(packed(half)).head; }
+  __device__ int row(int half) const { return place(packed(half)).row; }
   __device__ int limit(int row) const { return row + end - args.query_rows; }
   __device__ int64_t bound(int row) const {
     return kRowBounds ? batch * args.bounds_batch_stride + row * args.bounds_row_stride : batch;
@@ -136,13 +145,14 @@ struct Tile {
   // The tile that begins at packed row `at`.
   __device__ void take_rows(int at) {
     tile_row = at;
-    const int first = args.first_row + tile_row / args.pack;
-    const int last = args.first_row + (min(tile_row + 8 * kRowTiles, args.packed_rows) - 1) / args.pack;
+    const int first = place(tile_row).row, last = place(min(tile_row + 8 * kRowTiles, args.packed_rows) - 1).row;
     start = full_low = first_valid(first);
     end = full_high = end_valid(first);
+#pragma unroll 1
     for (int r = first + 1; kRowBounds && args.bounds_row_stride && r <= last; ++r) {
-      start = min(start, first_valid(r)), full_low = max(full_low, first_valid(r));
-      end = max(end, end_valid(r)), full_high = min(full_high, end_valid(r));
+      const int valid = first_valid(r), past = end_valid(r);
+      start = min(start, valid), full_low = max(full_low, valid);
+      end = max(end, past), full_high = min(full_high, past);
     }
     low = start;
     high = end;
@@ -156,10 +166,11 @@ struct Tile {
     }
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      const T* from = args.query + batch * args.query_stride.batch + head(half) * args.query_stride.head +
-                      row(half) * args.query_stride.row + 8 * c;
+      const auto [head, row] = place(packed(half));
+      const T* from = args.query + batch * args.query_stride.batch + head * args.query_stride.head +
+                      row * args.query_stride.row + 8 * c;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) query[half][i] = load_eight(from + 32 * i, exists(half) && in_dim(32 * i + 8 * c));
+      for (int i = 0; i < kLoads; ++i) query[half][i] = load_eight(from + 32 * i, exists(half) & in_dim(32 * i + 8 * c));
     }
   }
 
@@ -167,10 +178,10 @@ struct Tile {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const int key = step + 8 * t + g;
-      const bool ok = key >= start && key < end;
+      const bool ok = (key >= start) & (key < end);
       const T* from = keys + int64_t(key) * args.key_stride.row + 8 * c;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) fragment[t][i] = load_eight(from + 32 * i, ok && in_dim(32 * i + 8 * c));
+      for (int i = 0; i < kLoads; ++i) fragment[t][i] = load_eight(from + 32 * i, ok & in_dim(32 * i + 8 * c));
     }
   }
 
@@ -197,27 +208,52 @@ struct Tile {
         s[half][2 * t + 1] = sum[2 * half + 1];
       }
     }
-    const bool masked = step < full_low || step + kStepKeys > full_high;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int offset = 8 * (i / 2) + 2 * c + i % 2, key = step + offset;
-      const int region = args.region_bias ? __shfl_sync(kFullWarp, id, offset) : -1;
+    for (int half = 0; half < kRowTiles; ++half) {
 #pragma unroll
-      for (int half = 0; half < kRowTiles; ++half) {
-        float& x = s[half][i];
-        x *= args.scale;
-        if (args.softcap != 0.f) x = args.softcap * tanhf(x / args.softcap);
-        x *= kLog2e;
-        if (region >= 0 && exists(half)) {
-          x += kLog2e * args.region_bias[batch * args.bias_batch_stride + head(half) * args.bias_head_stride + region];
-        }
-        if (masked) {
-          const int r = kRowBounds ? min(row(half), args.query_rows - 1) : row(half), own = limit(r);
-          const bool alike = !kRowBounds || !args.bounds_row_stride;
-          const bool seen = key >= (alike ? start : first_valid(r)) && key < (alike ? end : end_valid(r)) &&
-                            (!args.causal || key <= own) && (!args.window || key > own - args.window);
-          if (!seen) x = -INFINITY;
-        }
+      for (int i = 0; i < 4; ++i) s[half][i] *= args.scale;
+    }
+    if (args.softcap != 0.f) cap(s);
+    if (args.region_bias) add_bias(s, id);
+    if (step < full_low || step + kStepKeys > full_high) mask(s, step);
+  }
+
+  // Where score i of a lane lies among the keys of a step.
+  __device__ int offset(int i) const { return 8 * (i / 2) + 2 * c + i % 2; }
+
+  // The steps of score() that few calls or few steps need, each behind one test.
+  __device__ void cap(float (&s)[kRowTiles][4]) const {
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[half][i] = args.softcap * tanhf(s[half][i]);
+    }
+  }
+
+  __device__ void add_bias(float (&s)[kRowTiles][4], int id) const {
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) {
+      const float* bias = args.region_bias + batch * args.bias_batch_stride + head(half) * args.bias_head_stride;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int region = __shfl_sync(kFullWarp, id, offset(i));
+        if (region >= 0 && exists(half)) s[half][i] += kLog2e * bias[region];
+      }
+    }
+  }
+
+  __device__ void mask(float (&s)[kRowTiles][4], int step) const {
+    const bool alike = !kRowBounds || !args.bounds_row_stride;
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) {
+      const int r = min(row(half), args.query_rows - 1);
+      int first = alike ? start : first_valid(r), past = alike ? end : end_valid(r);
+      if (args.causal) past = min(past, limit(r) + 1);
+      if (args.window) first = max(first, limit(r) - args.window + 1);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = step + offset(i);
+        if (key < first || key >= past) s[half][i] = -INFINITY;
       }
     }
   }
@@ -228,13 +264,19 @@ struct SplitSteps {
   int first, last;
   __device__ SplitSteps(int low, int high, int split, int splits) {
     const int begin = low / kStepKeys, steps = max((high + kStepKeys - 1) / kStepKeys - begin, 0);
-    const int share = (steps + splits - 1) / splits;
+    const int share = unsigned(steps + splits - 1) / unsigned(splits);
     first = begin + min(split * share, steps);
     last = begin + min((split + 1) * share, steps);
   }
 };
 
 // ------------------------------------------------------------------------------------------------------------ host
+
+template <typename T>
+void set_scale(ScoreArgs<T>& args, float scale, float softcap) {
+  args.scale = softcap == 0.f ? scale * kLog2e : scale / softcap;
+  args.softcap = softcap * kLog2e;
+}
 
 // Whether these kernels take such tensors: whole 16-byte loads need a head dimension of whole eights.
 constexpr bool supports_head_dim(int dim) { return dim % 8 == 0 && dim <= 256; }

@@ -32,10 +32,16 @@ __device__ inline float quad_max(float v) {
 // exp2(-inf - finite_or_zero(-inf)) is 0 and never NaN.
 __device__ inline float finite_or_zero(float v) { return v == -INFINITY ? 0.f : v; }
 
-// log2(2^a + 2^b)
-__device__ inline float log2_add(float a, float b) {
-  const float top = finite_or_zero(fmaxf(a, b));
-  return top + log2f(exp2f(a - top) + exp2f(b - top));
+// log2 of the sum of 2^v
+template <int kCount>
+__device__ inline float log2_sum(const float (&v)[kCount]) {
+  float top = -INFINITY, sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) top = fmaxf(top, v[i]);
+  top = finite_or_zero(top);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum += exp2f(v[i] - top);
+  return top + log2f(sum);
 }
 
 // Sums probabilities by region while a warp walks the keys. While the keys stay in one region, each lane adds to a running sum
@@ -63,6 +69,7 @@ struct RegionSums {
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
       if (!ok[half]) continue;
+#pragma unroll 1
       for (int r = threadIdx.x % 4; r < regions; r += 4) slab[offset[half] + r] = kLog ? -INFINITY : 0.f;
     }
     __syncwarp();
@@ -75,7 +82,7 @@ struct RegionSums {
       const float sum = quad_sum(part[half]);
       if (!ok[half] || threadIdx.x % 4 != 0) continue;
       float& total = slab[offset[half] + region];
-      total = kLog ? log2_add(total, log2f(sum) + top[half]) : total + sum;
+      total = kLog ? log2_sum({total, log2f(sum) + top[half]}) : total + sum;
     }
   }
 
@@ -88,8 +95,9 @@ struct RegionSums {
     for (int half = 0; half < kRowTiles; ++half) open[half] *= factor[half];
   }
 
-  // Adds a step whose keys all lie in `region`; part: this lane's part of its row sums.
+  // Adds keys of one region; part: this lane's part of their row sums. Keys without a region (-1) leave the run as it is.
   __device__ void run(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
+    if (region < 0) return;
     if (region != current) close(top);
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) open[half] = part[half] + (region == current ? open[half] : 0.f);
@@ -100,21 +108,20 @@ struct RegionSums {
   // lane 4 g + c; id: the region of key lane % (4 kCount).
   template <int kCount>
   __device__ void add(const float (&p)[kRowTiles][kCount], int id, const float (&top)[kRowTiles]) {
-    const int first = __shfl_sync(kFullWarp, id, 0);
-    if (__all_sync(kFullWarp, id == first)) {
-      float part[kRowTiles] = {};
+    if (__all_sync(kFullWarp, id == current)) {
 #pragma unroll
       for (int half = 0; half < kRowTiles; ++half) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) part[half] += p[half][i];
+        for (int i = 0; i < kCount; ++i) open[half] += p[half][i];
       }
-      return run(first, part, top);
+      return;
     }
     const int c = threadIdx.x % 4;
     int mine[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) mine[i] = __shfl_sync(kFullWarp, id, 8 * (i / 2) + 2 * c + i % 2);
     unsigned left = __ballot_sync(kFullWarp, id >= 0);
+#pragma unroll 1
     while (left != 0) {
       const int region = __shfl_sync(kFullWarp, id, __ffs(left) - 1);
       float part[kRowTiles] = {};
@@ -123,7 +130,7 @@ struct RegionSums {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) part[half] += mine[i] == region ? p[half][i] : 0.f;
       }
-      fold(region, part, top);
+      run(region, part, top);
       left &= ~__ballot_sync(kFullWarp, id == region);
     }
   }

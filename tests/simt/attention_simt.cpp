@@ -47,8 +47,7 @@ static ScoreArgs<T> score_args(const Call& c, int64_t rows) {
   a.regions = int(c.regions);
   a.window = int(c.window);
   a.causal = c.causal != 0;
-  a.scale = float(c.scale);
-  a.softcap = float(c.softcap);
+  set_scale(a, float(c.scale), float(c.softcap));
   return a;
 }
 
@@ -75,7 +74,7 @@ static bool decode(const Call& c) {
                       [&] { kernel(a); });
   });
   const unsigned rows = unsigned(c.batch * c.heads * c.query_rows);
-  return ok && (a.splits == 1 || simt::launch(dim3(rows), dim3(kBlockWarps * kWarp), 0, [&] { merge_splits<T>(a); }));
+  return ok && (a.splits == 1 || simt::launch(merge_grid(rows, c.dim), dim3(kMergeThreads), 0, [&] { merge_splits<T>(a); }));
 }
 
 template <typename T>

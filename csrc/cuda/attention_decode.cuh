@@ -146,7 +146,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       const float (&s)[4] = p[half];
       const float next = fmaxf(top[half], quad_max(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]))));
       grown |= next > top[half];
-      factor[half] = exp2f(top[half] - finite_or_zero(next));
+      factor[half] = exp2_approximate(top[half] - finite_or_zero(next));
       top[half] = next;
     }
     if (__any_sync(kFullWarp, grown)) {
@@ -170,7 +170,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     for (int half = 0; half < kRowTiles; ++half) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        p[half][i] = exp2f(p[half][i] - finite_or_zero(top[half]));
+        p[half][i] = exp2_approximate(p[half][i] - finite_or_zero(top[half]));
         sum[half] += p[half][i];
       }
     }
@@ -231,16 +231,16 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
 #pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) most = fmaxf(most, tops[w][r]);
     const float shift = finite_or_zero(most);
-    float weight[kBlockWarps], total = exp2f(sink - shift);
+    float weight[kBlockWarps], total = exp2_approximate(sink - shift);
 #pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) {
-      weight[w] = exp2f(tops[w][r] - shift);
+      weight[w] = exp2_approximate(tops[w][r] - shift);
       total += sums[w][r] * weight[w];
     }
     const float factor = 1.f / (total == 0.f ? 1.f : total);
 #pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) weights[w][r] = weight[w] * factor;
-    lse[r] = most + log2f(total);
+    lse[r] = most + log2_approximate(total);
     if (args.splits == 1) {
       args.lse[stat_row(at)] = lse[r] * kLn2;
     } else {
@@ -287,7 +287,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       const int from_end = score.query_rows - at.row;  // masses are wanted of the last mass_rows rows
       if (from_end > args.mass_rows) continue;
       const int64_t mass_row = (int64_t(batch) * heads + at.head + 1) * args.mass_rows - from_end;
-      args.mass[mass_row * score.regions + region] = exp2f(sum - finite_or_zero(lse[r]));
+      args.mass[mass_row * score.regions + region] = exp2_approximate(sum - finite_or_zero(lse[r]));
     }
   }
 }
@@ -332,11 +332,11 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
   for (float part : parts) most = fmaxf(most, part);
   most = warp_max(most);
 #pragma unroll
-  for (float part : parts) total += exp2f(part - finite_or_zero(most));
-  const float lse = most + log2f(warp_sum(total)), shift = finite_or_zero(lse);
+  for (float part : parts) total += exp2_approximate(part - finite_or_zero(most));
+  const float lse = most + log2_approximate(warp_sum(total)), shift = finite_or_zero(lse);
   if (threadIdx.x < kWarp) {
 #pragma unroll
-    for (int i = 0; i < kMostSplits / kWarp; ++i) weights[threadIdx.x + kWarp * i] = exp2f(parts[i] - shift);
+    for (int i = 0; i < kMostSplits / kWarp; ++i) weights[threadIdx.x + kWarp * i] = exp2_approximate(parts[i] - shift);
   }
   __syncthreads();
   float4 sum{};
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
     load_splits(parts, args.part_mass + row * score.regions + region, rows * score.regions, args.splits);
     float sum = 0.f;
 #pragma unroll
-    for (float part : parts) sum += exp2f(part - shift);
+    for (float part : parts) sum += exp2_approximate(part - shift);
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) mass[region] = sum;
   }

@@ -120,7 +120,7 @@ region_mass_kernel(const __grid_constant__ StatsArgs<T> args) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[half][i] = exp2f(p[half][i] - shift[half]);
+        for (int i = 0; i < 4; ++i) p[half][i] = exp2_approximate(p[half][i] - shift[half]);
       }
       regions.add(p, id, shift);
     }
@@ -229,7 +229,7 @@ key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          p[half][i] = exp2f(p[half][i] - shift[half]);
+          p[half][i] = exp2_approximate(p[half][i] - shift[half]);
           received[i] = args.reduce == Reduce::max ? max_or_nan(received[i], p[half][i]) : received[i] + p[half][i];
         }
       }

@@ -454,14 +454,14 @@ struct Consumer {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float total = quad_sum(sum[half]), lse = top[half] + log2f(total);
+      const float total = quad_sum(sum[half]), lse = top[half] + log2_approximate(total);
       store_out(half, 1.f / (total == 0.f ? 1.f : total));
       if (!exists(half)) continue;
       if (threadIdx.x % 4 == 0) tile.args.lse[tile.stat_row(row + 8 * half)] = lse * kLn2;
       if constexpr (kMass) {
         if (!regions.ok[half]) continue;
         const float *sums = regions.slab + regions.offset[half], shift = finite_or_zero(lse);
-        for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass_of(half)[r] = exp2f(sums[r] - shift);
+        for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass_of(half)[r] = exp2_approximate(sums[r] - shift);
       }
     }
   }

@@ -144,10 +144,4 @@ __device__ inline void wgmma_registers(float (&d)[kCount], const uint32_t* a, ui
 #undef RAS_WGMMA
 }
 
-__device__ inline float exp2_approximate(float v) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
-
 }  // namespace ras::cuda

@@ -50,6 +50,5 @@ void wgmma_registers(float (&d)[kCount], const uint32_t* a, uint64_t b) {
   simt::wgmma({d, 2 * kCount, a, 0, b, true, true, std::is_same_v<T, __half>});
 }
 
-inline float exp2_approximate(float v) { return std::exp2(v); }
 
 }  // namespace ras::cuda

@@ -157,7 +157,7 @@ __device__ void load_tile(PanelTile<T, kRows, kDim>& to, const CUtensorMap& map,
 }
 
 // By one warp, of which a lane asks for the copies. The consumers, who have the softmax to do, would spend a tenth of their
-// instructions on finding the regions; here the next step's ids are on their way while this one waits for room.
+// instructions on finding the regions; here a step's ids are on their way with its keys, most of them before.
 template <bool kMass, typename T, int kDim>
 __device__ void produce(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
   const bool copies = threadIdx.x % kWarp == 0;
@@ -172,15 +172,19 @@ __device__ void produce(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& ar
 #pragma unroll 1
     for (int step = 0; step < tile.steps; ++step, ++number) {
       const auto [stage, parity] = StageOf(number);
-      const int region = tells ? tile.common_region(ids) : 0;
-      if (tells) tile.load_ids(ids, step + 1);
       mbarrier_wait(shared.key_empty[stage], parity ^ 1);
-      if (copies) {
-        shared.region[stage] = region;
-        load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      if (copies) load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      if constexpr (kMass) {
+        const int region = tells ? tile.common_region(ids) : -1;
+        if (copies) {
+          shared.region[stage] = region;
+          mbarrier_arrive(shared.key_full[stage]);
+        }
+        if (tells) tile.load_ids(ids, step + 1);
       }
       mbarrier_wait(shared.value_empty[stage], parity ^ 1);
-      if (copies) load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      if (!copies) continue;
+      load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
     }
   });
 }
@@ -303,14 +307,12 @@ struct Consumer {
   }
 
   // Later, while the tensor cores are busy.
-  __device__ void spread_region(int step) {
-    region = __shfl_sync(kFullWarp, region, 0);
-    if (region == kMixed) tile.load_ids(ids, step);
-  }
+  __device__ void spread_region() { region = __shfl_sync(kFullWarp, region, 0); }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
   template <bool kTracked>
   __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
+    if (kTracked && region == kMixed) tile.load_ids(ids, step);
     const int first_key = step * kPrefillKeys, warp_row = row - int(threadIdx.x) % kWarp / 4;
     if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) mask(scores, first_key);
     float part[2];
@@ -412,7 +414,7 @@ struct Consumer {
       wgmma_fence();
       start_scores(scores, at.stage);
       pass_turn();
-      if constexpr (kTracked) spread_region(0);
+      if constexpr (kTracked) spread_region();
       wgmma_wait<0>(scores);
       release(shared.key_empty[at.stage]);
       softmax_and_await_values<kTracked>(scores, shrink, 0, at);
@@ -427,7 +429,7 @@ struct Consumer {
       start_scores(scores, at.stage);
       start_out(p, before.stage);
       pass_turn();
-      if constexpr (kTracked) spread_region(step);
+      if constexpr (kTracked) spread_region();
       wgmma_wait<1>(scores);
       release(shared.key_empty[at.stage]);
       softmax_and_await_values<kTracked>(scores, shrink, step, at);
@@ -515,7 +517,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
     mbarrier_init(shared.query_full, 1);
     mbarrier_init(shared.query_empty, kReaders);
     for (int stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(shared.key_full[stage], 1);
+      mbarrier_init(shared.key_full[stage], kMass ? 2 : 1);  // the copies, and the region
       mbarrier_init(shared.value_full[stage], 1);
       mbarrier_init(shared.key_empty[stage], kReaders);
       mbarrier_init(shared.value_empty[stage], kReaders);

@@ -114,12 +114,11 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     const auto load_values = [&] {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int key = step + 8 * (i / 2) + 2 * tile.c + i % 2;
-        const bool ok = (key >= tile.start) & (key < tile.end);
+        const T* from = values + tile.valid_key(step + tile.offset(i)) * args.value_stride.row;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           const int d = 64 * group + 8 * tile.g;
-          value[i][group] = load_eight(values + int64_t(key) * args.value_stride.row + d, ok & tile.in_dim(d));
+          value[i][group] = load_eight(from + d, tile.in_dim(d));
         }
       }
     };

@@ -40,7 +40,7 @@ __device__ void open_rows(const StatsArgs<T>& args, const Tile& tile, int64_t pa
   bool exists[2];
   for (int half = 0; half < 2; ++half) {
     exists[half] = tile.exists(half);
-    const auto [head, row] = tile.place(tile.packed(half));
+    const auto [head, row] = tile.own_place(half);
     regions.offset[half] = (((part * score.batch + tile.batch) * heads + head) * rows + row - score.first_row) * score.regions;
     const int64_t at = tile.batch * args.lse_stride.batch + head * args.lse_stride.head + row * args.lse_stride.row;
     shift[half] = exists[half] ? finite_or_zero(args.lse[at] * kLog2e) : INFINITY;
@@ -207,7 +207,7 @@ key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
   RegionSums<2, false> regions;
   if constexpr (kMass) {
     for (int row = 0; row < score.packed_rows; row += kTileRows) {
-      tile.tile_row = row;
+      tile.move_to(row);
       open_rows(args, tile, part, shift, regions);
       regions.clear();
     }

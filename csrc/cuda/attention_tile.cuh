@@ -88,10 +88,39 @@ __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const 
 // Keeps the compiler from moving later loads before this point: two fragments at once would not fit into registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
-// 8 neighbouring elements, or zeros. Callers join conditions with &, which makes a predicate; && makes a branch around each load.
+// v itself. What is computed from it stays in its place: moved before a loop, it would hold registers through all of it.
+__device__ inline int in_place(int v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
+// 8 neighbouring elements, or zeros.
 template <typename T>
 __device__ inline uint4 load_eight(const T* from, bool ok) {
   return ok ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+}
+
+// The same by loads of two elements. An mma's rows g and g + 8 alternate in its registers: 16 bytes at once would have to be moved
+// there, and whatever the compiler puts behind these moves, other loads as well, would wait for the load.
+template <typename T>
+__device__ inline uint32_t load_two(const T* from, bool ok) {
+#if defined(__CUDA_ARCH__)
+  uint32_t v;
+  asm volatile("{.reg .pred ok;\nsetp.ne.b32 ok, %2, 0;\nmov.b32 %0, 0;\n@ok ld.global.b32 %0, [%1];}"
+               : "=&r"(v)
+               : "l"(from), "r"(int(ok))
+               : "memory");
+  return v;
+#else
+  return ok ? *reinterpret_cast<const uint32_t*>(from) : 0;
+#endif
+}
+
+template <typename T>
+__device__ inline uint4 load_apart(const T* from, bool ok) {
+  return {load_two(from, ok), load_two(from + 2, ok), load_two(from + 4, ok), load_two(from + 6, ok)};
 }
 
 // ------------------------------------------------------------------------------------------------------- scoring
@@ -111,6 +140,7 @@ struct Tile {
   const T* keys;             // of this batch element and head
   const int32_t* ids;
   int lane, g, c, batch, first_head, tile_row;
+  int before[kRowTiles];     // query rows before those of this lane
   int start, end;            // keys that are valid for some row of the tile; before take_rows: for the first row
   int low, high;             // keys that some row of the tile sees
   int full_low, full_high;   // keys that every row sees
@@ -118,13 +148,15 @@ struct Tile {
 
   __device__ int packed(int half) const { return tile_row + g + 8 * half; }
   __device__ bool exists(int half) const { return packed(half) < args.packed_rows; }
-  // A packed row's query head and row. With a single query row, as in most of decode, nothing need be divided.
-  __device__ Place place(int packed) const {
-    const int before = args.packed_rows == args.pack ? 0 : int(unsigned(packed) / unsigned(args.pack));
+  // How many query rows lie before that of a packed row. With a single one, as in most of decode, nothing need be divided.
+  __device__ int rows_before(int packed) const {
+    return args.packed_rows == args.pack ? 0 : int(unsigned(packed) / unsigned(args.pack));
+  }
+  __device__ Place place(int packed, int before) const {
     return {first_head + packed - before * args.pack, args.first_row + before};
   }
-  __device__ int head(int half) const { return place(packed(half)).head; }
-  __device__ int row(int half) const { return place(packed(half)).row; }
+  __device__ Place place(int packed) const { return place(packed, rows_before(packed)); }
+  __device__ Place own_place(int half) const { return place(packed(half), before[half]); }
   __device__ int limit(int row) const { return row + end - args.query_rows; }
   __device__ int64_t bound(int row) const {
     return kRowBounds ? batch * args.bounds_batch_stride + row * args.bounds_row_stride : batch;
@@ -142,9 +174,15 @@ struct Tile {
     end = end_valid(args.first_row);
   }
 
+  __device__ void move_to(int at) {
+    tile_row = at;
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) before[half] = rows_before(packed(half));
+  }
+
   // The tile that begins at packed row `at`.
   __device__ void take_rows(int at) {
-    tile_row = at;
+    move_to(at);
     const int first = place(tile_row).row, last = place(min(tile_row + 8 * kRowTiles, args.packed_rows) - 1).row;
     start = full_low = first_valid(first);
     end = full_high = end_valid(first);
@@ -166,22 +204,23 @@ struct Tile {
     }
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      const auto [head, row] = place(packed(half));
+      const auto [head, row] = own_place(half);
       const T* from = args.query + batch * args.query_stride.batch + head * args.query_stride.head +
                       row * args.query_stride.row + 8 * c;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) query[half][i] = load_eight(from + 32 * i, exists(half) & in_dim(32 * i + 8 * c));
+      for (int i = 0; i < kLoads; ++i) query[half][i] = load_apart(from + 32 * i, exists(half) & in_dim(32 * i + 8 * c));
     }
   }
+
+  // The key itself, or for one that no row may see, whose score is masked, another in its place: a load needs no condition then.
+  __device__ int64_t valid_key(int key) const { return max(min(max(key, start), end - 1), 0); }
 
   __device__ void load_keys(uint4 (&fragment)[2][kLoads], int step) const {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      const int key = step + 8 * t + g;
-      const bool ok = (key >= start) & (key < end);
-      const T* from = keys + int64_t(key) * args.key_stride.row + 8 * c;
+      const T* from = keys + valid_key(step + 8 * t + g) * args.key_stride.row + 8 * c;
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) fragment[t][i] = load_eight(from + 32 * i, ok & in_dim(32 * i + 8 * c));
+      for (int i = 0; i < kLoads; ++i) fragment[t][i] = load_eight(from + 32 * i, in_dim(32 * i + 8 * c));
     }
   }
 
@@ -233,7 +272,7 @@ struct Tile {
   __device__ void add_bias(float (&s)[kRowTiles][4], int id) const {
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      const float* bias = args.region_bias + batch * args.bias_batch_stride + head(half) * args.bias_head_stride;
+      const float* bias = args.region_bias + batch * args.bias_batch_stride + place(packed(half), in_place(before[half])).head * args.bias_head_stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int region = __shfl_sync(kFullWarp, id, offset(i));
@@ -246,7 +285,7 @@ struct Tile {
     const bool alike = !kRowBounds || !args.bounds_row_stride;
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      const int r = min(row(half), args.query_rows - 1);
+      const int r = min(place(packed(half), in_place(before[half])).row, args.query_rows - 1);
       int first = alike ? start : first_valid(r), past = alike ? end : end_valid(r);
       if (args.causal) past = min(past, limit(r) + 1);
       if (args.window) first = max(first, limit(r) - args.window + 1);

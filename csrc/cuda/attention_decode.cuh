@@ -80,7 +80,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   const int split = blockIdx.x - row_tile * args.splits, tile_row = row_tile * kRows;
   Tile<T, kDim, kRowTiles, true> tile(score, batch, kv_head);
   tile.take_rows(tile_row);
-  const T* values = args.value + batch * args.value_stride.batch + kv_head * args.value_stride.head;
+  const T* values = args.value + batch * args.value_stride.batch + kv_head * args.value_stride.head + 8 * tile.g;
 
   float top[kRowTiles], sum[kRowTiles];
   float out[kGroups][4][kRowTiles][4] = {};  // out^T: dimension 64 group + 8 g + 2 u + m / 8, packed rows 2 c and 2 c + 1
@@ -117,8 +117,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
         const T* from = values + tile.valid_key(step + tile.offset(i)) * args.value_stride.row;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-          const int d = 64 * group + 8 * tile.g;
-          value[i][group] = load_eight(from + d, tile.in_dim(d));
+          value[i][group] = load_eight(from + 64 * group, tile.in_dim(64 * group + 8 * tile.g));
         }
       }
     };
@@ -128,6 +127,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       tile.load_keys(keys, step);
     }
     const int id = kMass || score.region_bias ? tile.load_id(step) : -1;
+    if (!kPrefetch) __syncwarp();  // all keys are asked for before the first product: ptxas would mix the two
     float p[kRowTiles][4];
     tile.score(p, keys, step, id);
     if (!kPrefetch) {

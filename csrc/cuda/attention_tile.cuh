@@ -96,10 +96,24 @@ __device__ inline int in_place(int v) {
   return v;
 }
 
-// 8 neighbouring elements, or zeros.
+// 8 neighbouring elements, or zeros, which are written before the load begins. Left to choose between both afterwards, the
+// compiler takes more registers.
 template <typename T>
 __device__ inline uint4 load_eight(const T* from, bool ok) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile(
+      "{.reg .pred ok;\n"
+      "setp.ne.b32 ok, %5, 0;\n"
+      "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@ok ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(from), "r"(int(ok))
+      : "memory");
+  return v;
+#else
   return ok ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+#endif
 }
 
 // The same by loads of two elements. An mma's rows g and g + 8 alternate in its registers: 16 bytes at once would have to be moved
@@ -226,7 +240,7 @@ struct Tile {
 
   // The region of key `step + lane % 16`; ids outside 0 .. regions - 1 count as none.
   __device__ int load_id(int step) const {
-    const int id = ids[max(min(step + lane % kStepKeys, args.keys - 1), 0)];
+    const int id = ids[valid_key(step + lane % kStepKeys)];
     return id >= 0 && id < args.regions ? id : -1;
   }
 

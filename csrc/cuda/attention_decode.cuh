@@ -47,23 +47,16 @@ __device__ int64_t out_row(const DecodeArgs<T>& args, int batch, const Place& at
   return ((int64_t(batch) * score.query_rows + at.row) * score.kv_heads * score.group + at.head) * score.dim;
 }
 
-// Blocks per multiprocessor, for the launch bounds: as many as the registers of each kernel allow. Without an explicit number
-// ptxas spills a value or two to fit one block more.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kMassTakesABlock = false;
-#else
-constexpr bool kMassTakesABlock = true;  // sm_80's code for the masses at 128 dimensions needs 179 registers, not 168
-#endif
-constexpr int decode_blocks(int dim, int row_tiles, bool mass) {
-  return dim > 128 ? 2 : 5 - dim / 64 - (row_tiles > 1 || (mass && dim > 64 && kMassTakesABlock));
-}
+// Blocks per multiprocessor, for the launch bounds. At 128 dimensions three would fit into the registers too, and be slower: a
+// batch of 64 queries with 8 heads is two waves of 2 * 132 blocks, but one and a third of 3 * 132.
+constexpr int decode_blocks(int dim, int row_tiles) { return dim > 64 ? 2 : 4 - (row_tiles > 1); }
 
 // Grid (row tiles * splits, Hkv, B), kBlockWarps warps; a row tile has 8 kRowTiles packed rows.
 //
 // In this order: the warps walk their keys (scores, online softmax, region sums, P V), a step of 16 keys each time; the block
 // merges its warps in shared memory; it writes the results, or with several splits their parts for merge_splits.
 template <typename T, int kDim, int kRowTiles, bool kMass>
-__global__ void __launch_bounds__(kBlockWarps * kWarp, decode_blocks(kDim, kRowTiles, kMass))
+__global__ void __launch_bounds__(kBlockWarps * kWarp, decode_blocks(kDim, kRowTiles))
 decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   constexpr int kGroups = kDim / 64;      // of 64 output dimensions
   constexpr int kRows = 8 * kRowTiles;

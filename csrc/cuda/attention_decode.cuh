@@ -120,7 +120,8 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       tile.load_keys(keys, step);
     }
     const int id = kMass || score.region_bias ? tile.load_id(step) : -1;
-    if (!kPrefetch) __syncwarp();  // all keys are asked for before the first product: ptxas would mix the two
+    // All keys are asked for before the first product: ptxas would mix the two. With masses a chip lacks the registers for it.
+    if (!kPrefetch && !kMass) __syncwarp();
     float p[kRowTiles][4];
     tile.score(p, keys, step, id);
     if (!kPrefetch) {

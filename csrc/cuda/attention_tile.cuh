@@ -116,8 +116,8 @@ __device__ inline uint4 load_eight(const T* from, bool ok) {
 #endif
 }
 
-// The same by loads of two elements. An mma's rows g and g + 8 alternate in its registers: 16 bytes at once would have to be moved
-// there, and whatever the compiler puts behind these moves, other loads as well, would wait for the load.
+// The same by loads of two elements. An mma's rows g and g + 8 alternate in its registers: 16 bytes at once would have to be
+// moved there, and whatever the compiler puts behind these moves, other loads as well, would wait for the load.
 template <typename T>
 __device__ inline uint32_t load_two(const T* from, bool ok) {
 #if defined(__CUDA_ARCH__)
@@ -226,7 +226,7 @@ struct Tile {
     }
   }
 
-  // The key itself, or for one that no row may see, whose score is masked, another in its place: a load needs no condition then.
+  // The key itself, or another in the place of one that no row may see and whose score is masked: loads need no condition then.
   __device__ int64_t valid_key(int key) const { return max(min(max(key, start), end - 1), 0); }
 
   __device__ void load_keys(uint4 (&fragment)[2][kLoads], int step) const {
@@ -286,7 +286,8 @@ struct Tile {
   __device__ void add_bias(float (&s)[kRowTiles][4], int id) const {
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      const float* bias = args.region_bias + batch * args.bias_batch_stride + place(packed(half), in_place(before[half])).head * args.bias_head_stride;
+      const Place at = place(packed(half), in_place(before[half]));
+      const float* bias = args.region_bias + batch * args.bias_batch_stride + at.head * args.bias_head_stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int region = __shfl_sync(kFullWarp, id, offset(i));

@@ -51,6 +51,15 @@ __device__ int64_t out_row(const DecodeArgs<T>& args, int batch, const Place& at
 // batch of 64 queries with 8 heads is two waves of 2 * 132 blocks, but one and a third of 3 * 132.
 constexpr int decode_blocks(int dim, int row_tiles) { return dim > 64 ? 2 : 4 - (row_tiles > 1); }
 
+// Where the next keys are not on their way before the products. With masses only Hopper's code has the registers for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+template <int kDim, bool kMass>
+constexpr bool kKeysFirst = kDim > 128;
+#else
+template <int kDim, bool kMass>
+constexpr bool kKeysFirst = kDim > 128 && !kMass;
+#endif
+
 // Grid (row tiles * splits, Hkv, B), kBlockWarps warps; a row tile has 8 kRowTiles packed rows.
 //
 // In this order: the warps walk their keys (scores, online softmax, region sums, P V), a step of 16 keys each time; the block
@@ -120,8 +129,8 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       tile.load_keys(keys, step);
     }
     const int id = kMass || score.region_bias ? tile.load_id(step) : -1;
-    // All keys are asked for before the first product: ptxas would mix the two. With masses a chip lacks the registers for it.
-    if (!kPrefetch && !kMass) __syncwarp();
+    // All keys are asked for before the first product: ptxas would mix the two.
+    if (kKeysFirst<kDim, kMass>) __syncwarp();
     float p[kRowTiles][4];
     tile.score(p, keys, step, id);
     if (!kPrefetch) {

@@ -315,27 +315,27 @@ struct Consumer {
     if (kTracked && region == kMixed) tile.load_ids(ids, step);
     const int first_key = step * kPrefillKeys, warp_row = row - int(threadIdx.x) % kWarp / 4;
     if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) mask(scores, first_key);
-    // Four neighbours at a time, two of each row: chains of instructions that wait for each other are four, not one.
-    float highest[4] = {scores[0], scores[1], scores[2], scores[3]};
-#pragma unroll
-    for (int i = 4; i < kScores; ++i) highest[i % 4] = fmaxf(highest[i % 4], scores[i]);
-    float rows[2] = {fmaxf(highest[0], highest[1]), fmaxf(highest[2], highest[3])}, shift[2];
-    quad_max(rows);
+    float part[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 2 * half; i < kScores; i += 4) highest = fmaxf(highest, fmaxf(scores[i], scores[i + 1]));
       const float old = top[half];
-      top[half] = fmaxf(old, rows[half] * tile.args.scale_log2);
-      shift[half] = finite_or_zero(top[half]);
-      shrink[half] = exp2_approximate(old - shift[half]);
-    }
-    float part[2] = {};
+      top[half] = fmaxf(old, quad_max(highest) * tile.args.scale_log2);
+      const float shift = finite_or_zero(top[half]);
+      shrink[half] = exp2_approximate(old - shift);
+      part[half] = 0.f;
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      scores[i] = exp2_approximate(fmaf(scores[i], tile.args.scale_log2, -shift[i / 2 % 2]));
-      part[i / 2 % 2] += scores[i];
-    }
+      for (int i = 2 * half; i < kScores; i += 4) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) sum[half] = sum[half] * shrink[half] + part[half];
+        for (int e = 0; e < 2; ++e) {
+          scores[i + e] = exp2_approximate(fmaf(scores[i + e], tile.args.scale_log2, -shift));
+          part[half] += scores[i + e];
+        }
+      }
+      sum[half] = sum[half] * shrink[half] + part[half];
+    }
     if constexpr (kTracked) track(scores, part, shrink);
   }
 

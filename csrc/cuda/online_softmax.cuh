@@ -29,15 +29,6 @@ __device__ inline float quad_max(float v) {
   return fmaxf(v, __shfl_xor_sync(kFullWarp, v, 2));
 }
 
-// Of two rows at once: neither waits for the other's shuffles.
-__device__ inline void quad_max(float (&v)[2]) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const float first = __shfl_xor_sync(kFullWarp, v[0], bit), second = __shfl_xor_sync(kFullWarp, v[1], bit);
-    v[0] = fmaxf(v[0], first), v[1] = fmaxf(v[1], second);
-  }
-}
-
 // One instruction each, wrong by 2^-22 of the result and of 1; what lies below 2^-126 counts as 0. exp2f and log2f take 4 and 20.
 __device__ inline float exp2_approximate(float v) {
 #if defined(__CUDA_ARCH__)

@@ -99,10 +99,11 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     __shared__ float shared_slab[kBlockWarps * kRows * kSharedRegions];
     const int64_t block = (int64_t(batch) * score.kv_heads + kv_head) * gridDim.x + blockIdx.x;
     slab = score.regions <= kSharedRegions ? shared_slab : args.slab + block * kBlockWarps * kRows * score.regions;
-    regions.slab = slab + int64_t(warp) * kRows * score.regions;
     regions.regions = score.regions;
 #pragma unroll
-    for (int half = 0; half < kRowTiles; ++half) regions.offset[half] = int64_t(tile.g + 8 * half) * score.regions;
+    for (int half = 0; half < kRowTiles; ++half) {
+      regions.totals[half] = slab + int64_t(warp * kRows + tile.g + 8 * half) * score.regions;
+    }
     regions.begin(exists);
     regions.clear();
   }

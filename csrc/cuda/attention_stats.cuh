@@ -41,11 +41,11 @@ __device__ void open_rows(const StatsArgs<T>& args, const Tile& tile, int64_t pa
   for (int half = 0; half < 2; ++half) {
     exists[half] = tile.exists(half);
     const auto [head, row] = tile.own_place(half);
-    regions.offset[half] = (((part * score.batch + tile.batch) * heads + head) * rows + row - score.first_row) * score.regions;
+    const int64_t part_row = ((part * score.batch + tile.batch) * heads + head) * rows + row - score.first_row;
+    regions.totals[half] = args.part + part_row * score.regions;
     const int64_t at = tile.batch * args.lse_stride.batch + head * args.lse_stride.head + row * args.lse_stride.row;
     shift[half] = exists[half] ? finite_or_zero(args.lse[at] * kLog2e) : INFINITY;
   }
-  regions.slab = args.part;
   regions.regions = score.regions;
   regions.begin(exists);
 }
@@ -100,8 +100,7 @@ region_mass_kernel(const __grid_constant__ StatsArgs<T> args) {
   RegionSums<2, false> regions;
   open_rows(args, tile, shared ? split : split * kBlockWarps + warp, shift, regions);
   if (shared) {
-    regions.slab = sums[warp];
-    for (int half = 0; half < 2; ++half) regions.offset[half] = (tile.g + 8 * half) * score.regions;
+    for (int half = 0; half < 2; ++half) regions.totals[half] = sums[warp] + (tile.g + 8 * half) * score.regions;
   }
   regions.clear();
 

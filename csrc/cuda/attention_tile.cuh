@@ -88,14 +88,6 @@ __device__ inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const 
 // Keeps the compiler from moving later loads before this point: two fragments at once would not fit into registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
-// v itself. What is computed from it stays in its place: moved before a loop, it would hold registers through all of it.
-__device__ inline int in_place(int v) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(v));
-#endif
-  return v;
-}
-
 // 8 neighbouring elements, or zeros, which are written before the load begins. Left to choose between both afterwards, the
 // compiler takes more registers.
 template <typename T>

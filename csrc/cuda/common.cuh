@@ -111,6 +111,14 @@ __device__ inline float warp_max(float v) {
   return v;
 }
 
+// v itself. What is computed from it stays in its place: moved before a loop, it would hold registers through all of it.
+__device__ inline int in_place(int v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // Programmatic dependent launch: a kernel may start while the one before it still runs. Before wait_for_previous_kernel()
 // it may touch nothing that the other could write (prefetches into L2 are harmless: L2 is coherent, L1 is not).
 __device__ inline void wait_for_previous_kernel() {

@@ -39,8 +39,11 @@ CUtensorMap panels_of(const Tensor& tensor, int box_rows, const char* name) {
 template <typename T>
 void run(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& ids, double scale, bool causal,
          const Tensor& out, const Tensor& lse, const Tensor& mass) {
+  const int dim = int(query.size(3)), query_rows = int(query.size(2)), multiprocessors = device_of(query).multiprocessors;
+  const int64_t heads = query.size(0) * query.size(1);
+  const int consumers = prefill_consumers(dim, query_rows, heads, multiprocessors), tile_rows = 64 * consumers;
   PrefillArgs<T> a{};
-  a.query = panels_of<T>(query, kPrefillRows, "query");
+  a.query = panels_of<T>(query, tile_rows, "query");
   a.key = panels_of<T>(key, kPrefillKeys, "key");
   a.value = panels_of<T>(value, kPrefillKeys, "value");
   a.out = data_of<T>(out);
@@ -48,7 +51,7 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
   a.batch = int(query.size(0));
   a.heads = int(query.size(1));
   a.group = int(query.size(1) / key.size(1));
-  a.query_rows = int(query.size(2));
+  a.query_rows = query_rows;
   a.keys = int(key.size(2));
   a.causal = causal;
   a.scale_log2 = float(scale) * kLog2e;
@@ -59,12 +62,11 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
     a.regions = int(mass.size(3));
     a.mass_rows = int(mass.size(2));
   }
-  with_prefill_kernel<T>(int(query.size(3)), a, [&](auto kernel, size_t shared_bytes) {
+  with_prefill_kernel<T>(dim, consumers, a, [&](auto kernel, int threads, size_t shared_bytes) {
     // Always the most, not what this call needs: another thread's call with fewer regions may come before the launch.
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kPrefillMostShared)), "shared memory");
-    const int64_t tiles = prefill_row_tiles(a.query_rows) * query.size(0) * query.size(1);
-    const auto grid = unsigned(std::min<int64_t>(tiles, device_of(query).multiprocessors));
-    launch(kernel, a, grid, kPrefillThreads, shared_bytes, query);
+    const auto grid = unsigned(std::min<int64_t>(row_tiles(query_rows, tile_rows) * heads, multiprocessors));
+    launch(kernel, a, grid, threads, shared_bytes, query);
   });
 }
 
@@ -75,10 +77,10 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
                                                   const MaybeTensor& region_bias, int64_t mass_rows) {
   const int64_t dim = query.size(3);
   STD_TORCH_CHECK(!kv_start && !kv_end && window == 0 && softcap == 0 && !sinks && !region_bias && scale > 0,
-                  "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or region_bias");
+                  "ras_fast: hopper_prefill takes a positive scale, no kv_start, kv_end, window, softcap, sinks or region_bias");
   STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)),
                   "ras_fast: hopper_prefill takes head dimensions in whole eights up to 128, not ", dim);
-  STD_TORCH_CHECK(prefill_row_tiles(int(query.size(2))) * query.size(0) * query.size(1) < (int64_t(1) << 30),
+  STD_TORCH_CHECK(row_tiles(int(query.size(2)), PrefillShape<2>::kRows) * query.size(0) * query.size(1) < (int64_t(1) << 30),
                   "ras_fast: batch, heads or rows are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);

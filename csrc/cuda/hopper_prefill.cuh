@@ -1,13 +1,15 @@
 // Attention of many query rows with the mass of every region, for Hopper: the tensor cores never wait for memory or softmax.
 //
-// A block of 384 threads walks the keys of one tile after the other, 128 at a time; a tile is 128 query rows of one head. The
-// next tile's first copies are on their way while this one's results are written.
+// A block walks the keys of one tile after the other, 128 at a time; a tile is 64 query rows of one head for each warpgroup but
+// the first. The next tile's first copies are on their way while this one's results are written.
 //   * One warp of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that says
 //     "full" and one that says "empty". With the keys it tells which region they lie in. The rest of the warpgroup lends its
 //     registers to the others.
-//   * Warpgroups 1 and 2 own 64 rows each. A turn starts S = Q K^T of this tile and O += P V of the tile before, and does the
-//     softmax of S while the tensor cores are still on O. The two take turns at starting (named barriers), so that one has its
-//     products running while the other is at its exponentials.
+//   * The other warpgroups, the consumers, own 64 rows each. A turn starts S = Q K^T of this step and O += P V of the step
+//     before, and does the softmax of S while the tensor cores are still on O. They take turns at starting (named barriers), so
+//     that one has its products running while the other is at its exponentials.
+// Where O is narrow (D <= 64) and tiles are many, three consumers share a block: each is most of the time at the end of its own
+// chain of instructions, and a third fills the gaps. Their registers do not suffice for a softmax beside a product of their own.
 // S, P and O live in registers: 64 + 32 + D/2 a thread. P needs no exchange: the accumulator layout of S is the operand layout
 // that P V wants.
 //
@@ -28,12 +30,18 @@
 namespace ras::cuda {
 
 constexpr int kWarpgroup = 128;
-constexpr int kPrefillThreads = 3 * kWarpgroup;
-constexpr int kPrefillRows = 128;  // of a block: 64 of each consumer
 constexpr int kPrefillKeys = 128;  // of a step
 constexpr int kStages = 2;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // (40 + 2 * 232) * 128 = 64512 of 65536
 constexpr int kMixed = -2;         // in place of a region: a step's keys lie in several, -1 (none) being one
+
+// A block by the number of its consumers. Registers are a thread's: (40 + 2 * 232) * 128 = 64512 of 65536, (32 + 3 * 160) * 128
+// all of them.
+template <int kConsumers>
+struct PrefillShape {
+  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+};
 
 // Shared memory holds a tile as panels of 64 columns, 128 bytes a row: the widest rows that TMA swizzles, and wgmma reads
 // without bank conflicts. 8 rows are the 1024 bytes in which the swizzle repeats.
@@ -46,9 +54,9 @@ struct alignas(kPatternBytes) PanelTile {
   T panel[kDim / kPanelColumns][kRows][kPanelColumns];
 };
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kConsumers>
 struct PrefillShared {
-  PanelTile<T, kPrefillRows, kDim> query;
+  PanelTile<T, PrefillShape<kConsumers>::kRows, kDim> query;
   PanelTile<T, kPrefillKeys, kDim> key[kStages], value[kStages];
   int region[kStages];  // of a stage's keys, or kMixed; written before they are full, read before they are empty
   Mbarrier query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
@@ -71,8 +79,8 @@ struct PrefillArgs {
   float scale_log2;               // scale * log2(e), positive
 };
 
-// A shared-memory operand with 128-byte swizzle: where it starts, and the bytes from one panel of 64 columns, and from one group
-// of 8 rows, to the next.
+// A shared-memory operand with 128-byte swizzle: where it starts, and the bytes from one panel of 64 columns, and from one
+// group of 8 rows, to the next.
 __device__ inline uint64_t wgmma_descriptor(const void* start, int panel_bytes) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
   const auto field = [](uint64_t bytes) { return (bytes >> 4) & 0x3fff; };
@@ -81,25 +89,25 @@ __device__ inline uint64_t wgmma_descriptor(const void* start, int panel_bytes) 
 
 // ------------------------------------------------------------------------------------------------------ what to do
 
-__host__ __device__ constexpr int prefill_row_tiles(int rows) { return (rows + kPrefillRows - 1) / kPrefillRows; }
+__host__ __device__ constexpr int row_tiles(int rows, int tile_rows) { return (rows + tile_rows - 1) / tile_rows; }
 
-// 128 query rows of one head, and the steps that its keys take.
-template <typename T>
+// kRows query rows of one head, and the steps that its keys take.
+template <typename T, int kRows>
 struct PrefillTile {
   const PrefillArgs<T>& args;
-  int head, batch, first_row, steps;
+  int index, head, batch, first_row, steps;
   bool tracked;  // whether masses of the tile's rows are wanted
 
   // In the order of `index` all heads' last rows come first: under a causal mask they see the most keys.
-  __device__ PrefillTile(const PrefillArgs<T>& args, int index) : args(args) {
+  __device__ PrefillTile(const PrefillArgs<T>& args, int index) : args(args), index(index) {
     const int heads = args.heads * args.batch, before = index / heads, of_all = index - before * heads;
     batch = of_all / args.heads;
     head = of_all - batch * args.heads;
-    first_row = (prefill_row_tiles(args.query_rows) - 1 - before) * kPrefillRows;
-    const int last_row = min(first_row + kPrefillRows, args.query_rows) - 1;
+    first_row = (row_tiles(args.query_rows, kRows) - 1 - before) * kRows;
+    const int last_row = min(first_row + kRows, args.query_rows) - 1;
     // At least one step, if only to find that no row sees a key.
     steps = max((last_key(last_row) + kPrefillKeys) / kPrefillKeys, 1);
-    tracked = first_row + kPrefillRows > args.query_rows - args.mass_rows;
+    tracked = first_row + kRows > args.query_rows - args.mass_rows;
   }
 
   // The last key that a row sees; before the first: none.
@@ -128,15 +136,15 @@ struct PrefillTile {
   __device__ int64_t stat_row(int row) const { return (int64_t(batch) * args.heads + head) * args.query_rows + row; }
 };
 
-// Calls use(tile) for each of the block's tiles, of which every round of the grid has one. Rounds change direction: who got the
+// Calls use(tile, round) for each of the block's tiles, of which every round of the grid has one. Rounds change direction: who got the
 // longest tile of one gets the shortest of the next.
-template <typename T, typename Use>
+template <int kRows, typename T, typename Use>
 __device__ void for_each_tile(const PrefillArgs<T>& args, Use use) {
-  const int blocks = gridDim.x, tiles = prefill_row_tiles(args.query_rows) * args.heads * args.batch;
+  const int blocks = gridDim.x, block = blockIdx.x, tiles = row_tiles(args.query_rows, kRows) * args.heads * args.batch;
   for (int round = 0;; ++round) {
-    const int index = round * blocks + (round % 2 ? blocks - 1 - int(blockIdx.x) : int(blockIdx.x));
+    const int index = round * blocks + (round % 2 ? blocks - 1 - block : block);
     if (index >= tiles) return;
-    use(PrefillTile<T>(args, index));
+    use(PrefillTile<T, kRows>(args, index), round);
   }
 }
 
@@ -158,16 +166,17 @@ __device__ void load_tile(PanelTile<T, kRows, kDim>& to, const CUtensorMap& map,
 
 // By one warp, of which a lane asks for the copies. The consumers, who have the softmax to do, would spend a tenth of their
 // instructions on finding the regions; here a step's ids are on their way with its keys, most of them before.
-template <bool kMass, typename T, int kDim>
-__device__ void produce(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
+template <bool kMass, typename T, int kDim, int kConsumers>
+__device__ void produce(PrefillShared<T, kDim, kConsumers>& shared, const PrefillArgs<T>& args) {
+  constexpr int kRows = PrefillShape<kConsumers>::kRows;
   const bool copies = threadIdx.x % kWarp == 0;
-  int number = 0, tiles = 0;
-  for_each_tile(args, [&](const PrefillTile<T>& tile) {
+  int number = 0;
+  for_each_tile<kRows>(args, [&](const PrefillTile<T, kRows>& tile, int round) {
     const int kv_head = tile.head / args.group;
     const bool tells = kMass && tile.tracked;
     int ids[kPrefillKeys / kWarp];
     if (tells) tile.load_ids(ids, 0);
-    mbarrier_wait(shared.query_empty, tiles++ % 2 ^ 1);
+    mbarrier_wait(shared.query_empty, round % 2 ^ 1);
     if (copies) load_tile(shared.query, args.query, shared.query_full, tile.first_row, tile.head, tile.batch);
 #pragma unroll 1
     for (int step = 0; step < tile.steps; ++step, ++number) {
@@ -205,26 +214,26 @@ __device__ inline void transpose_quad(uint32_t (&v)[4], int c) {
   }
 }
 
-// A thread of a consumer warpgroup with a tile, lane (g, c) of its warp: rows `row` and row + 8. scores[4 t + 2 half + e] belongs
-// to row + 8 half and key 8 t + 2 c + e of the step; out likewise with dimensions for keys.
-template <typename T, int kDim, bool kMass>
+__device__ inline int which_consumer() { return in_place(int(threadIdx.x)) / kWarpgroup - 1; }
+
+// A thread of a consumer warpgroup with a tile, lane (g, c) of its warp: the warp's rows g and g + 8. scores[4 t + 2 half + e]
+// belongs to row g + 8 half and key 8 t + 2 c + e of the step; out likewise with dimensions for keys.
+template <typename T, int kDim, int kConsumers, bool kMass>
 struct Consumer {
   static constexpr int kScores = kPrefillKeys / 2, kOut = kDim / 2;
+  static constexpr bool kRoomy = kConsumers == 2;  // registers for what waits a whole step, or a whole tile
+  using Tile = PrefillTile<T, PrefillShape<kConsumers>::kRows>;
 
-  PrefillShared<T, kDim>& shared;
-  const PrefillTile<T>& tile;
-  const int which;              // 0 or 1
-  const int row;
+  PrefillShared<T, kDim, kConsumers>& shared;
+  const Tile& tile;
+  int last_key;                 // that the warp's first row sees
   float top[2], sum[2];         // of the scores so far, base 2: maximum (of the row), this lane's share of the sum
   float out[kOut];
   RegionSums<2, true> regions;
   int region, ids[kPrefillKeys / kWarp];  // of the step's keys; where they are mixed, of each
 
-  __device__ Consumer(PrefillShared<T, kDim>& shared, const PrefillTile<T>& tile)
-      : shared(shared),
-        tile(tile),
-        which(int(threadIdx.x) / kWarpgroup - 1),
-        row(tile.first_row + (int(threadIdx.x) - kWarpgroup) / kWarp * 16 + int(threadIdx.x) % kWarp / 4) {
+  __device__ Consumer(PrefillShared<T, kDim, kConsumers>& shared, const Tile& tile)
+      : shared(shared), tile(tile), last_key(tile.last_key(warp_row(tile))) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = -INFINITY;
@@ -235,62 +244,90 @@ struct Consumer {
     if constexpr (kMass) begin_regions();
   }
 
-  __device__ bool exists(int half) const { return row + 8 * half < tile.args.query_rows; }
+  // The tile, or, where registers are short, its numbers found again: between its ends they would wait in registers.
+  __device__ Tile same_tile() const {
+    if constexpr (kRoomy) return tile;
+    return Tile(tile.args, in_place(tile.index));
+  }
+  __device__ static int warp_row(const Tile& tile) {
+    return tile.first_row + (int(threadIdx.x) / kWarp - kWarpgroup / kWarp) * 16;
+  }
+  __device__ static int row_of(const Tile& tile, int half) { return warp_row(tile) + int(threadIdx.x) % kWarp / 4 + 8 * half; }
 
-  __device__ float* mass_of(int half) const {
+  __device__ static float* mass_of(const Tile& tile, int half) {
     const PrefillArgs<T>& args = tile.args;
     const int64_t head = int64_t(tile.batch) * args.heads + tile.head;
-    return args.mass + (head * args.mass_rows + row + 8 * half - (args.query_rows - args.mass_rows)) * args.regions;
+    return args.mass + (head * args.mass_rows + row_of(tile, half) - (args.query_rows - args.mass_rows)) * args.regions;
   }
 
-  // Sums wait in shared memory, or, where R is too large for that, in the masses' own place.
-  __device__ void begin_regions() {
+  // Where the sums by region are: in shared memory, or, where R is too large for that, in the masses' own place. Where
+  // registers are short this is said again whenever a region is folded.
+  __device__ void find_totals() {
     const PrefillArgs<T>& args = tile.args;
-    const int first = args.query_rows - args.mass_rows;
-    regions.slab = args.shared_sums ? reinterpret_cast<float*>(&shared + 1) : args.mass;
-    regions.regions = args.regions;
-    bool wanted[2];
+    const int warp_row = ((kRoomy ? int(threadIdx.x) : in_place(int(threadIdx.x))) - kWarpgroup) / kWarp * 16;
+    float* own = reinterpret_cast<float*>(&shared + 1) + (warp_row + int(threadIdx.x) % kWarp / 4) * args.regions;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      wanted[half] = exists(half) && row + 8 * half >= first;
-      const int64_t in_tile = int64_t(row + 8 * half - tile.first_row) * args.regions;
-      regions.offset[half] = args.shared_sums ? in_tile : mass_of(half) - args.mass;
+      regions.totals[half] = own + 8 * half * args.regions;
+      regions.ok[half] = true;
     }
-    regions.begin(wanted);
+    if (args.shared_sums) return;
+    const Tile here = same_tile();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      regions.totals[half] = mass_of(here, half);
+      regions.ok[half] = is_wanted(here, half);
+    }
+  }
+
+  __device__ static bool is_wanted(const Tile& tile, int half) {
+    const int row = row_of(tile, half), rows = tile.args.query_rows;
+    return row < rows && row >= rows - tile.args.mass_rows;
+  }
+
+  __device__ void begin_regions() {
+    regions.regions = tile.args.regions;
+    find_totals();
+    regions.begin(regions.ok);
     regions.clear();
   }
 
-  // One lane of each warp says that the warp has read a tile; the producer waits for all eight.
+  // One lane of each warp says that the warp has read a tile; the producer waits for all warps.
   __device__ void release(Mbarrier& empty) const {
     if (threadIdx.x % kWarp == 0) mbarrier_arrive(empty);
   }
 
   __device__ void start_scores(float (&scores)[kScores], int stage) const {
-    const uint64_t query = wgmma_descriptor(shared.query.panel[0][64 * which], 0);
-    const uint64_t key = wgmma_descriptor(shared.key[stage].panel[0], 0);
+    const uint64_t query = wgmma_descriptor(shared.query.panel[0][64 * which_consumer()], 0);
+    const uint64_t key = wgmma_descriptor(shared.key[in_place(stage)].panel[0], 0);
 #pragma unroll
     for (int k = 0; k < kDim; k += 16) {  // in units of 16 bytes, as descriptors count
-      const int column = k % kPanelColumns * sizeof(T) / 16, panel = k / kPanelColumns * kPrefillRows * kPanelRowBytes / 16;
-      wgmma_shared<T>(scores, query + column + panel, key + column + panel, k > 0);
+      const int column = k % kPanelColumns * sizeof(T) / 16, panel = k / kPanelColumns;
+      wgmma_shared<T>(scores, query + column + panel * int(sizeof(shared.query.panel[0]) / 16),
+                      key + column + panel * int(sizeof(shared.key[stage].panel[0]) / 16), k > 0);
     }
     wgmma_commit();
   }
 
   __device__ void start_out(const uint32_t (&p)[kScores / 2], int stage) {
-    const uint64_t value = wgmma_descriptor(shared.value[stage].panel[0], sizeof(shared.value[stage].panel[0]));
+    const uint64_t value = wgmma_descriptor(shared.value[in_place(stage)].panel[0], sizeof(shared.value[stage].panel[0]));
 #pragma unroll
     for (int k = 0; k < kPrefillKeys; k += 16) wgmma_registers<T>(out, p + k / 4, value + k * kPanelRowBytes / 16);
     wgmma_commit();
   }
 
   // The consumers start their products in turns: 0, 1, 0, 1, ... A barrier's name is that of who waits at it.
-  __device__ void wait_for_turn() const { bar_sync(1 + which, 2 * kWarpgroup); }
-  __device__ void pass_turn() const { bar_arrive(2 - which, 2 * kWarpgroup); }
+  __device__ void wait_for_turn() const { bar_sync(1 + which_consumer(), 2 * kWarpgroup); }
+  __device__ void pass_turn() const {
+    const int next = which_consumer() + 1;
+    bar_arrive(next == kConsumers ? 1 : 1 + next, 2 * kWarpgroup);
+  }
 
   __device__ void mask(float (&scores)[kScores], int first_key) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int last = tile.last_key(row + 8 * half) - first_key - 2 * (int(threadIdx.x) % 4);
+      const int lane = in_place(int(threadIdx.x)) % kWarp;
+      const int own = last_key + (tile.args.causal ? lane / 4 + 8 * half : 0), last = own - first_key - lane % 4 * 2;
 #pragma unroll
       for (int i = 2 * half; i < kScores; i += 4) {
 #pragma unroll
@@ -301,20 +338,20 @@ struct Consumer {
     }
   }
 
-  // Once the keys are full; one lane reads for its warp, and is the one that will call them empty.
+  // Of a step's keys, once they are full. One lane reads for its warp, and is the one that will call the keys empty.
   __device__ void read_region(int stage) {
     if (threadIdx.x % kWarp == 0) region = shared.region[stage];
   }
 
-  // Later, while the tensor cores are busy.
+  // While the tensor cores are busy.
   __device__ void spread_region() { region = __shfl_sync(kFullWarp, region, 0); }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
   template <bool kTracked>
   __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
-    if (kTracked && region == kMixed) tile.load_ids(ids, step);
-    const int first_key = step * kPrefillKeys, warp_row = row - int(threadIdx.x) % kWarp / 4;
-    if (first_key + kPrefillKeys - 1 > tile.last_key(warp_row)) mask(scores, first_key);
+    if (kTracked && kRoomy && region == kMixed) tile.load_ids(ids, step);
+    const int first_key = step * kPrefillKeys;
+    if (first_key + kPrefillKeys - 1 > last_key) mask(scores, first_key);
     float part[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -336,52 +373,46 @@ struct Consumer {
       }
       sum[half] = sum[half] * shrink[half] + part[half];
     }
-    if constexpr (kTracked) track(scores, part, shrink);
-  }
-
-  // This lane's probabilities of the keys `found`, key 32 w + i being bit i of found[w], added up.
-  __device__ void add_up(const float (&p)[kScores], const unsigned (&found)[kPrefillKeys / kWarp], float (&sums)[2]) const {
-    sums[0] = sums[1] = 0.f;
-#pragma unroll
-    for (int i = 0; i < kScores; i += 4) {
-      const unsigned mine = found[2 * i / kWarp] >> (2 * i % kWarp + 2 * (threadIdx.x % 4));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (mine >> j % 2 & 1) sums[j / 2] += p[i + j];
-      }
-    }
+    if constexpr (kTracked) track(scores, part, shrink, step);
   }
 
   // A step's probabilities p, part being their sums.
-  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2]) {
+  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2], int step) {
     regions.rescale(shrink);
+    if (region == regions.current) return regions.add_open(part);
+    if constexpr (!kRoomy) find_totals();
     if (region >= 0) return regions.run(region, part, top);
-    if (region == kMixed) track_each(p);
+    if (region == kMixed) track_each(p, step);
   }
 
   // In the order in which the regions begin, so that the one that goes on behind the step is left open.
-  __device__ void track_each(const float (&p)[kScores]) {
-    unsigned left[kPrefillKeys / kWarp];
-#pragma unroll
-    for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
-      left[w] = __ballot_sync(kFullWarp, unsigned(ids[w]) < unsigned(regions.regions));
-    }
-#pragma unroll 1
-    while ((left[0] | left[1] | left[2] | left[3]) != 0) {
-      int next = 0;
+  __device__ void track_each(const float (&p)[kScores], int step) {
+    if constexpr (!kRoomy) same_tile().load_ids(ids, step);
+    while (true) {
+      int next = -1;
 #pragma unroll
       for (int w = kPrefillKeys / kWarp - 1; w >= 0; --w) {
-        if (left[w] != 0) next = __shfl_sync(kFullWarp, ids[w], __ffs(left[w]) - 1);
+        const unsigned left = __ballot_sync(kFullWarp, unsigned(ids[w]) < unsigned(regions.regions));
+        if (left != 0) next = __shfl_sync(kFullWarp, ids[w], __ffs(left) - 1);
       }
-      unsigned found[kPrefillKeys / kWarp];
-      float sums[2];
+      if (next < 0) return;
+      float sums[2] = {};
 #pragma unroll
       for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
-        found[w] = __ballot_sync(kFullWarp, ids[w] == next);
-        left[w] &= ~found[w];
+        const bool found = ids[w] == next;
+        add_keys(p + kWarp / 2 * w, __ballot_sync(kFullWarp, found), sums);
+        if (found) ids[w] = -1;
       }
-      add_up(p, found, sums);
       regions.run(next, sums, top);
+    }
+  }
+
+  // Adds this lane's 16 probabilities of 32 keys, of those whose bits are set.
+  __device__ void add_keys(const float* p, unsigned keys, float (&sums)[2]) const {
+    const unsigned mine = keys >> 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < kWarp / 2; ++i) {
+      if (mine >> (i / 4 * 8 + i % 2) & 1) sums[i / 2 % 2] += p[i];
     }
   }
 
@@ -409,11 +440,12 @@ struct Consumer {
     {
       const StageOf at(number);
       mbarrier_wait(shared.key_full[at.stage], at.parity);
-      if constexpr (kTracked) read_region(at.stage);
+      if constexpr (kTracked && kRoomy) read_region(at.stage);
       wait_for_turn();
       wgmma_fence();
       start_scores(scores, at.stage);
       pass_turn();
+      if constexpr (kTracked && !kRoomy) read_region(at.stage);
       if constexpr (kTracked) spread_region();
       wgmma_wait<0>(scores);
       release(shared.key_empty[at.stage]);
@@ -423,18 +455,26 @@ struct Consumer {
     for (int step = 1; step < tile.steps; ++step) {
       const StageOf at(number + step), before(number + step - 1);
       mbarrier_wait(shared.key_full[at.stage], at.parity);
-      if constexpr (kTracked) read_region(at.stage);
+      if constexpr (kTracked && kRoomy) read_region(at.stage);
       wait_for_turn();
       wgmma_fence();
       start_scores(scores, at.stage);
       start_out(p, before.stage);
       pass_turn();
+      if constexpr (kTracked && !kRoomy) read_region(at.stage);
       if constexpr (kTracked) spread_region();
-      wgmma_wait<1>(scores);
+      if constexpr (kRoomy) {
+        wgmma_wait<1>(scores);
+      } else {
+        wgmma_wait<0>(scores, out, p);
+        release(shared.value_empty[before.stage]);
+      }
       release(shared.key_empty[at.stage]);
       softmax_and_await_values<kTracked>(scores, shrink, step, at);
-      wgmma_wait<0>(out, p);
-      release(shared.value_empty[before.stage]);
+      if constexpr (kRoomy) {
+        wgmma_wait<0>(out, p);
+        release(shared.value_empty[before.stage]);
+      }
       if (!__all_sync(kFullWarp, shrink[0] == 1.f && shrink[1] == 1.f)) {
 #pragma unroll
         for (int i = 0; i < kOut; ++i) out[i] *= shrink[i / 2 % 2];
@@ -450,29 +490,31 @@ struct Consumer {
   }
 
   __device__ void finish() {
+    const Tile tile = same_tile();
     if constexpr (kMass) {
+      if constexpr (!kRoomy) find_totals();
       if (tile.tracked) regions.close(top);
       __syncwarp();
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float total = quad_sum(sum[half]), lse = top[half] + log2_approximate(total);
-      store_out(half, 1.f / (total == 0.f ? 1.f : total));
-      if (!exists(half)) continue;
-      if (threadIdx.x % 4 == 0) tile.args.lse[tile.stat_row(row + 8 * half)] = lse * kLn2;
+      store_out(tile, half, 1.f / (total == 0.f ? 1.f : total));
+      if (row_of(tile, half) >= tile.args.query_rows) continue;
+      if (threadIdx.x % 4 == 0) tile.args.lse[tile.stat_row(row_of(tile, half))] = lse * kLn2;
       if constexpr (kMass) {
-        if (!regions.ok[half]) continue;
-        const float *sums = regions.slab + regions.offset[half], shift = finite_or_zero(lse);
-        for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass_of(half)[r] = exp2_approximate(sums[r] - shift);
+        if (!is_wanted(tile, half)) continue;
+        const float *sums = regions.totals[half], shift = finite_or_zero(lse);
+        for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass_of(tile, half)[r] = exp2_approximate(sums[r] - shift);
       }
     }
   }
 
   // The four lanes of a row hold two neighbours of every 8 dimensions each. They trade until lane c has all 8 of every fourth
   // such group, and stores 16 bytes at a time.
-  __device__ void store_out(int half, float factor) const {
-    const int c = threadIdx.x % 4;
-    const int64_t at = (int64_t(tile.batch) * tile.args.query_rows + row + 8 * half) * tile.args.heads + tile.head;
+  __device__ void store_out(const Tile& tile, int half, float factor) const {
+    const int c = threadIdx.x % 4, row = row_of(tile, half);
+    const int64_t at = (int64_t(tile.batch) * tile.args.query_rows + row) * tile.args.heads + tile.head;
     T* to = tile.args.out + at * tile.args.dim + 8 * c;
 #pragma unroll
     for (int t = 0; t < kDim / 8; t += 4) {
@@ -483,37 +525,39 @@ struct Consumer {
         group[i] = pack_pair<T>(out[o] * factor, out[o + 1] * factor);
       }
       transpose_quad(group, c);
-      if (!exists(half) || 8 * (t + c) >= tile.args.dim) continue;
+      if (row >= tile.args.query_rows || 8 * (t + c) >= tile.args.dim) continue;
       *reinterpret_cast<uint4*>(to + 8 * t) = {group[0], group[1], group[2], group[3]};
     }
   }
 };
 
-template <bool kMass, typename T, int kDim>
-__device__ void consume(PrefillShared<T, kDim>& shared, const PrefillArgs<T>& args) {
-  const int which = int(threadIdx.x) / kWarpgroup - 1;
-  int number = 0, tiles = 0;
-  if (which == 1) bar_arrive(1, 2 * kWarpgroup);  // the first turn is the other's
-  for_each_tile(args, [&](const PrefillTile<T>& tile) {
-    Consumer<T, kDim, kMass> consumer(shared, tile);
-    mbarrier_wait(shared.query_full, tiles++ % 2);
+template <bool kMass, typename T, int kDim, int kConsumers>
+__device__ void consume(PrefillShared<T, kDim, kConsumers>& shared, const PrefillArgs<T>& args) {
+  constexpr int kRows = PrefillShape<kConsumers>::kRows;
+  int number = 0;
+  if (which_consumer() == kConsumers - 1) bar_arrive(1, 2 * kWarpgroup);  // the first turn is consumer 0's
+  for_each_tile<kRows>(args, [&](const PrefillTile<T, kRows>& tile, int round) {
+    Consumer<T, kDim, kConsumers, kMass> consumer(shared, tile);
+    mbarrier_wait(shared.query_full, round % 2);
     kMass && tile.tracked ? consumer.template walk<kMass>(number) : consumer.template walk<false>(number);
     number += tile.steps;
     consumer.finish();
   });
-  if (which == 0) bar_sync(1, 2 * kWarpgroup);  // the turn that nobody takes
+  if (which_consumer() == 0) bar_sync(1, 2 * kWarpgroup);  // the turn that nobody takes
 }
 
 // ---------------------------------------------------------------------------------------------------------- kernel
 
-template <typename T, int kDim, bool kMass>
-__global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __grid_constant__ PrefillArgs<T> args) {
-  auto& shared = *reinterpret_cast<PrefillShared<T, kDim>*>(dynamic_shared());
+template <typename T, int kDim, int kConsumers, bool kMass>
+__global__ void __launch_bounds__(PrefillShape<kConsumers>::kThreads, 1)
+prefill_kernel(const __grid_constant__ PrefillArgs<T> args) {
+  using Shape = PrefillShape<kConsumers>;
+  auto& shared = *reinterpret_cast<PrefillShared<T, kDim, kConsumers>*>(dynamic_shared());
   if (threadIdx.x == 0) {
     tma_prefetch_descriptor(args.query);
     tma_prefetch_descriptor(args.key);
     tma_prefetch_descriptor(args.value);
-    constexpr int kReaders = 2 * kWarpgroup / kWarp;
+    constexpr int kReaders = kConsumers * kWarpgroup / kWarp;
     mbarrier_init(shared.query_full, 1);
     mbarrier_init(shared.query_empty, kReaders);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -527,10 +571,10 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   __syncthreads();
   wait_for_previous_kernel();
   if (threadIdx.x < kWarpgroup) {
-    setmaxnreg_dec<kProducerRegisters>();
+    setmaxnreg_dec<Shape::kProducerRegisters>();
     if (threadIdx.x < kWarp) produce<kMass>(shared, args);
   } else {
-    setmaxnreg_inc<kConsumerRegisters>();
+    setmaxnreg_inc<Shape::kConsumerRegisters>();
     consume<kMass>(shared, args);
   }
 }
@@ -561,19 +605,30 @@ CUresult encode_panels(Encode encode, CUtensorMap* map, const MappedTensor& t, i
 
 constexpr size_t kPrefillMostShared = 227 * 1024;  // that a block may have on sm_90
 
-// Calls start(kernel, bytes of shared memory) for the instance that fits; says in `args` where the sums by region go.
+// How many consumers a block has: a third one wants rows of 64 dimensions at most, and enough tiles for all multiprocessors to
+// end alike.
+inline int prefill_consumers(int dim, int query_rows, int64_t heads, int multiprocessors) {
+  const bool many = row_tiles(query_rows, PrefillShape<3>::kRows) * heads >= 4 * int64_t(multiprocessors);
+  return dim <= 64 && many ? 3 : 2;
+}
+
+// Calls start(kernel, threads, bytes of shared memory) for the instance that fits; says in `args` where the sums by region go.
 template <typename T, typename Start>
-void with_prefill_kernel(int dim, PrefillArgs<T>& args, Start&& start) {
-  const auto pick = [&](auto width) {
-    constexpr int kDim = decltype(width)::value;
-    constexpr size_t kBytes = sizeof(PrefillShared<T, kDim>);
-    const size_t sums = sizeof(float) * kPrefillRows * args.regions;
+void with_prefill_kernel(int dim, int consumers, PrefillArgs<T>& args, Start&& start) {
+  const auto pick = [&](auto width, auto number) {
+    constexpr int kDim = decltype(width)::value, kConsumers = decltype(number)::value;
+    using Shape = PrefillShape<kConsumers>;
+    constexpr size_t kBytes = sizeof(PrefillShared<T, kDim, kConsumers>);
+    const size_t sums = sizeof(float) * Shape::kRows * args.regions;
     args.shared_sums = kBytes + sums <= kPrefillMostShared;
-    const auto kernel = args.mass ? prefill_kernel<T, kDim, true> : prefill_kernel<T, kDim, false>;
-    start(kernel, kBytes + (args.shared_sums ? sums : 0));
+    const auto kernel = args.mass ? prefill_kernel<T, kDim, kConsumers, true> : prefill_kernel<T, kDim, kConsumers, false>;
+    start(kernel, Shape::kThreads, kBytes + (args.shared_sums ? sums : 0));
   };
+  using std::integral_constant;
   args.dim = dim;
-  dim <= 64 ? pick(std::integral_constant<int, 64>{}) : pick(std::integral_constant<int, 128>{});
+  if (dim > 64) return pick(integral_constant<int, 128>{}, integral_constant<int, 2>{});
+  if (consumers == 2) return pick(integral_constant<int, 64>{}, integral_constant<int, 2>{});
+  pick(integral_constant<int, 64>{}, integral_constant<int, 3>{});
 }
 
 }  // namespace ras::cuda

@@ -29,7 +29,8 @@ __device__ inline float quad_max(float v) {
   return fmaxf(v, __shfl_xor_sync(kFullWarp, v, 2));
 }
 
-// One instruction each, wrong by 2^-22 of the result and of 1; what lies below 2^-126 counts as 0. exp2f and log2f take 4 and 20.
+// One instruction each, wrong by 2^-22 of the result and of 1; what lies below 2^-126 counts as 0. exp2f and log2f take 4 and
+// 20.
 __device__ inline float exp2_approximate(float v) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -66,12 +67,11 @@ __device__ inline float log2_sum(const float (&v)[kCount]) {
 }
 
 // Sums probabilities by region while a warp walks the keys. While the keys stay in one region, each lane adds to a running sum
-// (`open`); when the region changes, that sum is added to the region's total in memory (`slab`).
-// kLog: the slab holds base-2 logarithms, and probabilities are in units of 2^top; else it holds sums.
+// (`open`); when the region changes, that sum is added to the region's total in memory (`totals`).
+// kLog: totals are base-2 logarithms, and probabilities are in units of 2^top; else they are sums.
 template <int kRowTiles, bool kLog>
 struct RegionSums {
-  float* slab;      // element (row, region) of this warp's tile: slab[offset[row / 8] + region]
-  int64_t offset[kRowTiles];
+  float* totals[kRowTiles];  // of row g + 8 half: [regions]
   bool ok[kRowTiles];
   int regions;
   float open[kRowTiles];  // this lane's part of the running sum of region `current`
@@ -91,18 +91,18 @@ struct RegionSums {
     for (int half = 0; half < kRowTiles; ++half) {
       if (!ok[half]) continue;
 #pragma unroll 1
-      for (int r = threadIdx.x % 4; r < regions; r += 4) slab[offset[half] + r] = kLog ? -INFINITY : 0.f;
+      for (int r = threadIdx.x % 4; r < regions; r += 4) totals[half][r] = kLog ? -INFINITY : 0.f;
     }
     __syncwarp();
   }
 
-  // One lane owns each row of the slab, so what it reads is what it wrote.
+  // One lane owns each row of the totals, so what it reads is what it wrote.
   __device__ void fold(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
       const float sum = quad_sum(part[half]);
       if (!ok[half] || threadIdx.x % 4 != 0) continue;
-      float& total = slab[offset[half] + region];
+      float& total = totals[half][region];
       total = kLog ? log2_sum({total, log2_approximate(sum) + top[half]}) : total + sum;
     }
   }
@@ -114,6 +114,11 @@ struct RegionSums {
   __device__ void rescale(const float (&factor)[kRowTiles]) {
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) open[half] *= factor[half];
+  }
+
+  __device__ void add_open(const float (&part)[kRowTiles]) {
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) open[half] += part[half];
   }
 
   // Adds keys of one region; part: this lane's part of their row sums. Keys without a region (-1) leave the run as it is.

@@ -3,9 +3,9 @@
 CPU: a single query row per sequence has its own decode kernel. More rows take the prefill kernel, which computes in float,
 unless the processor has matrix instructions for half precision, which torch's flash attention uses.
 
-CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. Masses take the Hopper kernel
-where it can run, whose row sums give them without further work. Elsewhere masses of few of many rows take torch's flash
-attention and a recomputation, as scores of the keys do everywhere, and masses of many rows the Triton kernel.
+CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. More take the Hopper kernel
+where it can run, whose row sums give the masses. Elsewhere few of many rows take torch's flash attention, and for their masses a
+recomputation, as scores of the keys do everywhere, and masses of many rows the Triton kernel.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ DECODE_ROWS = 128  # packed rows of a key/value head up to which the decode kern
 FEW_ROWS = 8  # masses of 1/8 of the rows are recomputed faster than a fused kernel other than Hopper's gives them
 SCORED_ROWS = 8  # key scores of more rows take Triton's larger tiles, which fetch fewer bytes an operation
 HOPPER_ROWS = 128  # of a tile of the Hopper kernel; with fewer, too many multiprocessors have nothing to do
-# Of rows of at most HOPPER_NARROW dimensions, cuDNN's attention makes up for a recomputation from HOPPER_SHORT rows on.
-HOPPER_NARROW, HOPPER_SHORT = 64, 2048
 MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros
 
 
@@ -156,10 +154,9 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     square = not case.is_causal or length_q == length_k
     flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
     flash = case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value)))
-    narrow = query.shape[3] <= HOPPER_NARROW and length_q >= HOPPER_SHORT
-    not_hopper = "it is for masses" if not case.rows else hopper_refuses(query, key, value, case)
-    if not not_hopper and length_q >= HOPPER_ROWS and not (flash and narrow):
-        return Plan("hopper", "masses come with the row sums, and rows without masses cost nothing")
+    not_hopper = hopper_refuses(query, key, value, case)
+    if not not_hopper and length_q >= HOPPER_ROWS:
+        return Plan("hopper", "the fastest attention, and masses come with its row sums")
     if flash:
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
     if not backend.triton_is_installed():

@@ -10,7 +10,7 @@ struct Call {
   float *lse, *mass;
   const int32_t* region_ids;
   int64_t query_stride[3], key_stride[3], value_stride[3], ids_stride;
-  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, causal, blocks;
+  int64_t half, batch, heads, kv_heads, dim, query_rows, keys, regions, mass_rows, causal, blocks, consumers;
   double scale;
 };
 
@@ -21,7 +21,7 @@ static bool prefill(const Call& c) {
     const MappedTensor tensor{data, c.batch, heads, rows, c.dim, {stride[0], stride[1], stride[2]}};
     return encode_panels<T>(cuTensorMapEncodeTiled, &to, tensor, box) == CUDA_SUCCESS;
   };
-  if (!map(a.query, c.query, c.heads, c.query_rows, c.query_stride, kPrefillRows) ||
+  if (!map(a.query, c.query, c.heads, c.query_rows, c.query_stride, 64 * int(c.consumers)) ||
       !map(a.key, c.key, c.kv_heads, c.keys, c.key_stride, kPrefillKeys) ||
       !map(a.value, c.value, c.kv_heads, c.keys, c.value_stride, kPrefillKeys)) {
     return false;
@@ -41,9 +41,9 @@ static bool prefill(const Call& c) {
   a.causal = c.causal != 0;
   a.scale_log2 = float(c.scale) * kLog2e;
   bool ok = false;
-  with_prefill_kernel<T>(int(c.dim), a, [&](auto kernel, size_t shared_bytes) {
+  with_prefill_kernel<T>(int(c.dim), int(c.consumers), a, [&](auto kernel, int threads, size_t shared_bytes) {
     ok = shared_bytes <= 227 * 1024 &&  // what sm_90 has for a block
-         simt::launch(dim3(unsigned(c.blocks)), dim3(kPrefillThreads), shared_bytes, [&] { kernel(a); });
+         simt::launch(dim3(unsigned(c.blocks)), dim3(unsigned(threads)), shared_bytes, [&] { kernel(a); });
   });
   return ok;
 }

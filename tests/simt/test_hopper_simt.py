@@ -18,16 +18,16 @@ class Call(ctypes.Structure):
         *[(name, POINTER) for name in ("query", "key", "value", "out", "lse", "mass", "region_ids")],
         *[(name, INT * 3) for name in ("query_stride", "key_stride", "value_stride")], ("ids_stride", INT),
         *[(name, INT) for name in ("half", "batch", "heads", "kv_heads", "dim", "query_rows", "keys", "regions", "mass_rows",
-                                   "causal", "blocks")],
+                                   "causal", "blocks", "consumers")],
         ("scale", DOUBLE),
     ]  # fmt: skip
 
 
 class PrefillCase(Case):
-    def run(self, emulator, blocks=2):
-        """(out, lse, mass). Outputs start as NaN. The blocks share the tiles of 128 rows."""
+    def run(self, emulator, blocks=2, consumers=2):
+        """(out, lse, mass). Outputs start as NaN. The blocks share the tiles, of 64 rows for each consumer."""
         (batch, heads, length_q, dim), kv_heads, length_k = self.query.shape, self.key.shape[1], self.key.shape[2]
-        blocks = min(blocks, -(-length_q // 128) * heads * batch)
+        blocks = min(blocks, -(-length_q // (64 * consumers)) * heads * batch)
         tensors = {"query": self.query, "key": self.key, "value": self.value, "region_ids": self.ids}
         results = {
             "out": torch.full((batch, length_q, heads, dim), torch.nan, dtype=self.dtype),
@@ -36,7 +36,7 @@ class PrefillCase(Case):
         }
         call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
                     query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, causal=self.masks[1],
-                    scale=self.masks[0], blocks=blocks, ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
+                    scale=self.masks[0], blocks=blocks, consumers=consumers, ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}
@@ -61,25 +61,26 @@ def emulator(load_emulator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dim", [8, 40, 64, 80, 128])
-def test_instances(emulator, dim, dtype):
-    PrefillCase(130, 300, 2, 1, dim=dim, dtype=dtype, ids=runs(300, 5, 140, 290)).check(emulator)
+@pytest.mark.parametrize(("dim", "consumers"), [(8, 2), (40, 3), (64, 2), (64, 3), (80, 2), (128, 2)])
+def test_instances(emulator, dim, consumers, dtype):
+    PrefillCase(130, 300, 2, 1, dim=dim, dtype=dtype, ids=runs(300, 5, 140, 290)).check(emulator, consumers=consumers)
 
 
+@pytest.mark.parametrize("consumers", [2, 3])
 @pytest.mark.parametrize(("length_q", "length_k"), [(1, 1), (128, 128), (129, 127), (65, 513), (200, 129), (300, 100)])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_tails(emulator, length_q, length_k, causal):
+def test_tails(emulator, length_q, length_k, causal, consumers):
     """Lq < Lk, Lq > Lk (rows without a key), one key, whole tiles and one more."""
     ids = torch.randint(-1, 3, (1, length_k // 40 + 1), dtype=torch.int32).repeat_interleave(40, 1)[:, :length_k].contiguous()
-    PrefillCase(length_q, length_k, 1, 1, ids=ids, regions=3, causal=causal).check(emulator)
+    PrefillCase(length_q, length_k, 1, 1, ids=ids, regions=3, causal=causal).check(emulator, consumers=consumers)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 12])
-@pytest.mark.parametrize("mass_rows", [150, 300])
-def test_blocks_that_share_the_tiles(emulator, blocks, mass_rows):
-    """One block for all twelve tiles, rounds that are not full, one tile each; tiles with masses beside tiles without."""
+@pytest.mark.parametrize(("mass_rows", "consumers"), [(150, 2), (300, 2), (150, 3)])
+def test_blocks_that_share_the_tiles(emulator, blocks, mass_rows, consumers):
+    """One block for all twelve (or eight) tiles, rounds that are not full, one tile each; tiles with masses beside others."""
     case = PrefillCase(300, 300, 4, 2, ids=runs(300, 5, 140, 290), regions=3, mass_rows=mass_rows)
-    case.check(emulator, blocks=blocks)
+    case.check(emulator, blocks=blocks, consumers=consumers)
 
 
 def test_without_regions(emulator):
@@ -91,15 +92,16 @@ def test_heads_and_batch(emulator, heads, kv_heads):
     PrefillCase(70, 140, heads, kv_heads, batch=2, ids=runs(140, 5, 37, 64, batch=2)).check(emulator)
 
 
+@pytest.mark.parametrize("consumers", [2, 3])
 @pytest.mark.parametrize("regions", [1, 7, 64, 300])
-def test_scattered_regions(emulator, regions):
+def test_scattered_regions(emulator, regions, consumers):
     """Every 32 keys mix regions; ids outside the range count as none; the highest region has no token. The sums of 300
     regions do not fit into shared memory."""
     ids = torch.randint(-1, max(regions - 1, 1), (1, 260), dtype=torch.int32)
     case = PrefillCase(40, 260, 1, 1, ids=ids, regions=regions)
     expected = case.reference()[2]
     case.ids = torch.where(ids == -1, regions, ids)
-    torch.testing.assert_close(case.run(emulator)[2], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(case.run(emulator, consumers=consumers)[2], expected, atol=1e-5, rtol=0)
 
 
 def test_regions_that_repeat_every_32_keys(emulator):

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from ras_fast.inputs import Query, encode
+from ras_fast.profile import modules_of
 
 BROKEN = -1  # in place of a token, where nothing may be read
 
@@ -81,10 +82,14 @@ def lock_of(model) -> ModelLock:
 
 def check_mode(model) -> None:
     """Raises ValueError for a model with a part in training mode, whose dropout would make every answer another one."""
-    modules = model.named_modules()  # PEFT adds some that do nothing, in training mode
-    part = next((name for name, module in modules if module.training and not isinstance(module, torch.nn.Identity)), None)
-    if part is not None:
-        raise ValueError(f"model is in training mode{part and f' at {part}'}; it needs to be in eval mode: call model.eval()")
+
+    def trains(module: torch.nn.Module) -> bool:
+        return module.training and not isinstance(module, torch.nn.Identity)  # PEFT adds some that do nothing, in training mode
+
+    if not any(map(trains, modules_of(model))):
+        return
+    part = next(name for name, module in model.named_modules() if trains(module))
+    raise ValueError(f"model is in training mode{part and f' at {part}'}; it needs to be in eval mode: call model.eval()")
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def test_instructions(sass, instance):
     waits = [i for i, name in enumerate(names) if name.startswith("WARPGROUP.DEPBAR")]
     waits_of_walk = 6 - consumers
     assert len(waits) == waits_of_walk * walks
-    # In the loop, the exponentials lie between the wait for S and the wait for O: the tensor cores are busy meanwhile. With three
-    # consumers these are one wait, and the exponentials come after it.
+    # In the loop, the exponentials lie between the wait for S and the wait for O: the tensor cores are busy meanwhile. With
+    # three consumers these are one wait, and the exponentials come after it.
     for first in range(0, len(waits), waits_of_walk):
         between = sum(name.startswith("MUFU.EX2") for name in names[waits[first + 1] : waits[first + 2]])
         assert between >= 64

@@ -4,8 +4,8 @@ CPU: a single query row per sequence has its own decode kernel. More rows take t
 unless the processor has matrix instructions for half precision, which torch's flash attention uses.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. More take the Hopper kernel
-where it can run, whose row sums give the masses. Elsewhere few of many rows take torch's flash attention, and for their masses a
-recomputation, as scores of the keys do everywhere, and masses of many rows the Triton kernel.
+where it can run, whose row sums give the masses. Elsewhere few of many rows take torch's flash attention and a recomputation
+of their masses, as scores of the keys do everywhere, and masses of many rows the Triton kernel.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ class PrefillCase(Case):
         }
         call = Call(half=self.dtype == torch.float16, batch=batch, heads=heads, kv_heads=kv_heads, dim=dim,
                     query_rows=length_q, keys=length_k, regions=self.regions, mass_rows=self.rows, causal=self.masks[1],
-                    scale=self.masks[0], blocks=blocks, consumers=consumers, ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
+                    scale=self.masks[0], blocks=blocks, consumers=consumers,
+                    ids_stride=0 if self.ids is None else self.ids.stride(0))  # fmt: skip
         for name in ("query", "key", "value"):
             getattr(call, f"{name}_stride")[:] = tensors[name].stride()[:3]
         inputs = {name: array(tensor) for name, tensor in tensors.items() if tensor is not None}

@@ -412,15 +412,18 @@ def is_per_token(name: str, inputs: Inputs) -> bool:
     return inputs[name].shape == inputs["input_ids"].shape and not name.startswith(_OF_IMAGES)
 
 
-def batches(inputs: Iterable[Inputs], size: int) -> Iterator[tuple[list[int], list[Inputs]]]:
-    """Groups inputs from `encode` into batches that `left_padded` can join: (their numbers, the inputs), up to ``size`` each.
+def fit(inputs: Inputs) -> tuple:
+    """Inputs of which this is the same can be joined: they have the same tensors, and those that are not `is_per_token` have
+    the same sizes from the second dimension on."""
+    return tuple((name, None if is_per_token(name, inputs) else inputs[name].shape[1:]) for name in sorted(inputs))
 
-    Inputs fit together when they have the same tensors, and those that are not `is_per_token` have the same sizes from the
-    second dimension on.
-    """
+
+def batches(inputs: Iterable[Inputs], size: int) -> Iterator[tuple[list[int], list[Inputs]]]:
+    """Groups inputs from `encode` into batches that `left_padded` can join (`fit`): (their numbers, the inputs), up to ``size``
+    each."""
     waiting: dict[tuple, list[tuple[int, Inputs]]] = defaultdict(list)
     for number, one in enumerate(inputs):
-        kind = tuple((name, None if is_per_token(name, one) else one[name].shape[1:]) for name in sorted(one))
+        kind = fit(one)
         waiting[kind].append((number, one))
         if len(waiting[kind]) == size:
             yield _unzip(waiting.pop(kind))

@@ -615,10 +615,9 @@ def test_a_model_that_overflows_fails_closed_for_its_row_alone(model, processor,
     before = guard.generate(prompts, images, max_new_tokens=6)
     prefill = batch.Batch.prefill
 
-    def overflowing(self, row, *args):
-        prefill(self, row, *args)
-        if row == 1:
-            self.pool.layers[0].values[row, :, self.origin + 4] = value
+    def overflowing(self, *args):
+        prefill(self, *args)
+        self.pool.layers[0].values[1, :, self.origin + 4] = value
 
     monkeypatch.setattr(batch.Batch, "prefill", overflowing)
     outputs = guard.generate(prompts, images, max_new_tokens=6)
@@ -1261,6 +1260,23 @@ def test_the_same_image_twice_in_a_batch_is_encoded_once(model, processor, profi
     assert_same(guard.generate(prompts, images, max_new_tokens=5), expected)
     assert encoded == [0, 3]
     assert len(guard.cache) == 0
+
+
+def test_neighbours_whose_prefixes_fit_together_are_encoded_in_one_forward(model, processor, profile, reference, monkeypatch):
+    """Other questions about other images; a query without one, and one with two, stand between."""
+    images = [random_image(0), random_image(1), None, [random_image(2), random_image(3)], random_image(4), random_image(5)]
+    prompts = [random_words(i, 3 + i) for i in range(6)]
+    expected = reference.generate(prompts, images, max_new_tokens=5)
+    guard = SafeGenerator(model, processor, profile, fused=False, batch_size=6)
+    encoded, prefill = [], batch.Batch.prefill
+
+    def noted(self, row, inputs, *args):
+        encoded.append([*range(row, row + len(inputs))])
+        prefill(self, row, inputs, *args)
+
+    monkeypatch.setattr(batch.Batch, "prefill", noted)
+    assert_same(guard.generate(prompts, images, max_new_tokens=5), expected)
+    assert encoded == [[0, 1], [2], [3], [4, 5]]
 
 
 def test_a_profiles_region_bias_holds_in_every_stage(model, processor):

@@ -180,21 +180,25 @@ class Batch:
 
     # Filling it
 
-    def prefill(self, row: int, inputs: dict[str, Tensor], length: int, kind: int) -> None:
-        """The first ``length`` tokens of a prompt, which hold all its images, as the beginning of a row's branch."""
-        cut = {name: own[:, :length] if is_per_token(name, inputs) else own for name, own in inputs.items()}
-        places, own = torch.arange(length, device=self.runner.device)[None], slice(row, row + 1)
+    def prefill(self, row: int, prompts: list[dict[str, Tensor]], length: int, kind: int) -> None:
+        """The first ``length`` tokens of prompts that `fit` together, which hold all their images, as the beginnings of the
+        branches of ``row`` and the rows after it, in one forward."""
+        cuts = [{name: own[:, :length] if is_per_token(name, one) else own for name, own in one.items()} for one in prompts]
+        cut = {name: torch.cat([one[name] for one in cuts]) for name in cuts[0]}
+        own = slice(row, row + len(prompts))
+        places = torch.arange(length, device=self.runner.device).expand(len(prompts), -1)
         if kind == SCRATCH:
             self.shared[own] = 0
         slots = self._slots(kind, places, own)
-        keep(self.pool, REGIONS, None)  # that of the batch is not this row's
+        keep(self.pool, REGIONS, None)  # that of the batch is not these rows'
         self.pool.aim(slots, rows=own, segments=[recurrence.whole(kind)])
         _, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions, own)
         if kind == ANSWER:
-            self.regions[row], self.prefixes[row] = regions, length
-            self._after_prefix[row] = self.pool.states(row, ANSWER)
+            for i in range(len(prompts)):
+                self.regions[row + i] = None if regions is None else regions.select(torch.tensor([i]))
+                self.prefixes[row + i], self._after_prefix[row + i] = length, self.pool.states(row + i, ANSWER)
 
     def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor]) -> Branch:
         """Reads whole prompts, left-padded in ``inputs``, in one forward; returns the branch of the answers, whose first tokens

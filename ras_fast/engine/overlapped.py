@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ras_fast.decoding import Decoding, TooLong
 from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
-from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch
+from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch, Prefix
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
-from ras_fast.inputs import ImageTokens, Query, common_length, image_placeholder, is_per_token, short_ids
+from ras_fast.inputs import ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
@@ -194,25 +194,44 @@ class Overlapped(Plan):
         return scratch, max(len(job.draft.prompt) for job in jobs) + wanted + self.runner.sync_every
 
     def _encode_prefixes(self, batch: Batch, jobs: list[Job]) -> None:
-        """Computes, or finds, the keys and values of each prompt up to the end of its last image."""
-        for row, job in enumerate(jobs):
-            if job.prefix:
-                self._encode_prefix(batch, jobs, row)
-
-    def _encode_prefix(self, batch: Batch, jobs: list[Job], row: int) -> None:
-        job = jobs[row]
-        cached = bool(job.query.images and self.cache.limit)
-        key = _key("prefix", job, job.prefix)
-        found = self.cache.get(key) if cached else None
-        twin = next((i for i, other in enumerate(jobs[:row]) if _same_prefix(job, other)), None)
-        if found is not None or twin is not None:
+        """Computes, or finds, the keys and values of each prompt up to the end of its last image; for neighbours that fit
+        together in one forward."""
+        found = {row: self._cached_prefix(job) for row, job in enumerate(jobs) if job.prefix}
+        twins = {row: next((i for i, other in enumerate(jobs[:row]) if _same_prefix(jobs[row], other)), None) for row in found}
+        missing = [row for row in found if found[row] is None and twins[row] is None]
+        for rows in self._neighbours(jobs, missing):
+            batch.prefill(rows[0], [jobs[row].inputs for row in rows], len(jobs[rows[0]].prefix), ANSWER)
+        for row in missing:
+            if self._caches_prefix(jobs[row]):
+                entry = batch.extract(row)
+                self.cache.put(_key("prefix", jobs[row], jobs[row].prefix), entry, entry.nbytes)
+        for row in [row for row in found if row not in missing]:
             self.counters["cache_hits"] += 1
-            batch.insert(row, found if found is not None else batch.extract(twin))
-            return
-        batch.prefill(row, job.inputs, len(job.prefix), ANSWER)
-        if cached:
-            entry = batch.extract(row)
-            self.cache.put(key, entry, entry.nbytes)
+            batch.insert(row, found[row] if found[row] is not None else batch.extract(twins[row]))
+
+    def _caches_prefix(self, job: Job) -> bool:
+        return bool(job.query.images and self.cache.limit)
+
+    def _cached_prefix(self, job: Job) -> Prefix | None:
+        return self.cache.get(_key("prefix", job, job.prefix)) if self._caches_prefix(job) else None
+
+    def _neighbours(self, jobs: list[Job], rows: list[int]) -> Iterator[list[int]]:
+        """Groups of consecutive rows whose prefixes are equally long and fit together. Families that give image tokens
+        positions of their own compute them for one prompt at a time."""
+
+        def goes_on(before: int, row: int) -> bool:
+            own, other = jobs[row], jobs[before]
+            alike = len(own.prefix) == len(other.prefix) and fit(own.inputs) == fit(other.inputs)
+            return row == before + 1 and alike and not self.runner.offsets
+
+        group: list[int] = []
+        for row in rows:
+            if group and not goes_on(group[-1], row):
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
 
     def _context_and_draft(self, batch: Batch, jobs: list[Job], contexts) -> Branch:
         """Stage 1 with the answers drafted beside it. Returns the drafts' branch."""
@@ -405,7 +424,7 @@ class Overlapped(Plan):
             if entry:
                 self.counters["shared" if shares else "not_shared"] += 1
                 if not shares:
-                    batch.prefill(row, self.encode(entry[0])[0], length - 1, SCRATCH)
+                    batch.prefill(row, [self.encode(entry[0])[0]], length - 1, SCRATCH)
         prompts = [entry[1].prompt if entry else [] for entry in entries]
         # Whole prompts are computed ahead but for their last token.
         counts = [length if shares else min(length, 1) for shares, length in plans]

@@ -398,7 +398,7 @@ def _split(groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def _choose_layer(layer, scores: dict[int, float], states, training, validation, seed: int):
     """(the layer, its prober, what is known about it)."""
-    telling = [i for i, safe, toxic in zip(scores, states["safe"], states["toxic"], strict=True) if bool((safe != toxic).any())]
+    telling = [i for i, safe, toxic in zip(scores, states["safe"], states["toxic"], strict=True) if _differ(safe, toxic)]
     if not telling:
         raise ValueError(
             f"layer is {layer!r}, but what enters layers {list(scores)} at a prompt's end is the same for both questions of "
@@ -411,6 +411,11 @@ def _choose_layer(layer, scores: dict[int, float], states, training, validation,
         trained[i] = train_prober(states["safe"][n], states["toxic"][n], training, validation, seed=seed)
     chosen = min(trained, key=lambda i: trained[i][1]["loss"])
     return (chosen, *trained[chosen])
+
+
+def _differ(safe: Tensor, toxic: Tensor) -> bool:
+    """Whether states [n, d] are others but for rounding: the rows of a batch need not be summed in the same order."""
+    return bool((safe - toxic).norm() > 1e-5 * safe.norm())
 
 
 def train_prober(

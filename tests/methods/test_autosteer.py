@@ -542,7 +542,7 @@ def test_the_threshold_keeps_to_what_may_be_refused():
 def test_full_rank_is_the_full_head_and_low_rank_says_what_it_keeps(model, processor, few_epochs):
     full, whole, half = (calibrate(model, processor, rank=rank) for rank in (None, D, 4))
     product = whole.tensors["refusal"] @ whole.tensors["refusal_right"]
-    torch.testing.assert_close(product, full.tensors["refusal"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(product, full.tensors["refusal"], atol=1e-4, rtol=1e-4)
     assert whole.config["head"]["energy"] == pytest.approx(1, abs=1e-5)
     assert 0 < half.config["head"]["energy"] < 1
     assert half.tensors["refusal_right"].shape == (4, D)

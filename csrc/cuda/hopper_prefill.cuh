@@ -9,7 +9,7 @@
 //     before, and does the softmax of S while the tensor cores are still on O. They take turns at starting (named barriers), so
 //     that one has its products running while the other is at its exponentials.
 // Where O is narrow (D <= 64) and tiles are many, three consumers share a block: each is most of the time at the end of its own
-// chain of instructions, and a third fills the gaps. Their registers do not suffice for a softmax beside a product of their own.
+// chain of instructions, and a third fills the gaps. They lack the registers for a softmax beside a product of their own.
 // S, P and O live in registers: 64 + 32 + D/2 a thread. P needs no exchange: the accumulator layout of S is the operand layout
 // that P V wants.
 //
@@ -136,8 +136,8 @@ struct PrefillTile {
   __device__ int64_t stat_row(int row) const { return (int64_t(batch) * args.heads + head) * args.query_rows + row; }
 };
 
-// Calls use(tile, round) for each of the block's tiles, of which every round of the grid has one. Rounds change direction: who got the
-// longest tile of one gets the shortest of the next.
+// Calls use(tile, round) for each of the block's tiles, of which every round of the grid has one. Rounds change direction: who
+// got the longest tile of one gets the shortest of the next.
 template <int kRows, typename T, typename Use>
 __device__ void for_each_tile(const PrefillArgs<T>& args, Use use) {
   const int blocks = gridDim.x, block = blockIdx.x, tiles = row_tiles(args.query_rows, kRows) * args.heads * args.batch;

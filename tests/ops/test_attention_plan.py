@@ -118,6 +118,7 @@ def test_a_plan_is_carried_out_on_cuda(monkeypatch):
     """As far as torch's own kernel, on tensors without memory."""
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: SDPBackend.FLASH_ATTENTION.value)
     monkeypatch.setattr(attention_reference, "laid_out", lambda out: out)  # asks for a device
+    monkeypatch.setattr(attention_plan, "is_hopper", lambda device: False)  # likewise
     masks = (0.1, True, None, None, 0, 0.0)
     with FakeTensorMode(), Calls() as calls:
         query, key, value = (torch.empty(2, heads, 640, 64, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2))

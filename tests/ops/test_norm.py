@@ -260,7 +260,8 @@ def test_tables_whose_rows_overlap(backend, dtype, converted):
         for rows in (table, table.contiguous())
     )
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+        # The reference's products of a matrix depend on how it lies in memory, by a rounding.
+        torch.testing.assert_close(one, other, rtol=0 if backend != "torch" else 1e-6, atol=0 if backend != "torch" else 1e-6)
 
 
 @BACKENDS

@@ -65,7 +65,7 @@ def test_a_hybrid_has_statistics_where_it_attends(text):
                 pass
             with pytest.raises(ValueError, match=r"bias is for layer 2; the model has layers 1, 3"):
                 patched.set_region_bias({2: torch.zeros(4)})
-    assert relative_error(got.logits[valid], eager.logits[valid]) < 1e-5
+    assert relative_error(got.logits[valid], eager.logits[valid]) < 2e-5  # a recurrence carries roundings on
     assert sorted(statistics.mass) == [1, 3]
     for layer, probabilities, mass in zip((1, 3), eager.attentions, got.attentions, strict=True):
         sums = image_sums(probabilities, ids, 2)

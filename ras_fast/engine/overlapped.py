@@ -197,17 +197,19 @@ class Overlapped(Plan):
         """Computes, or finds, the keys and values of each prompt up to the end of its last image; for neighbours that fit
         together in one forward."""
         found = {row: self._cached_prefix(job) for row, job in enumerate(jobs) if job.prefix}
-        twins = {row: next((i for i, other in enumerate(jobs[:row]) if _same_prefix(jobs[row], other)), None) for row in found}
-        missing = [row for row in found if found[row] is None and twins[row] is None]
+        unknown = [row for row in found if found[row] is None]
+        twins = {row: next((i for i in unknown if i < row and _same_prefix(jobs[row], jobs[i])), None) for row in unknown}
+        missing = [row for row in unknown if twins[row] is None]
         for rows in self._neighbours(jobs, missing):
             batch.prefill(rows[0], [jobs[row].inputs for row in rows], len(jobs[rows[0]].prefix), ANSWER)
         for row in missing:
             if self._caches_prefix(jobs[row]):
                 entry = batch.extract(row)
                 self.cache.put(_key("prefix", jobs[row], jobs[row].prefix), entry, entry.nbytes)
-        for row in [row for row in found if row not in missing]:
-            self.counters["cache_hits"] += 1
-            batch.insert(row, found[row] if found[row] is not None else batch.extract(twins[row]))
+        for row, entry in found.items():
+            if row not in missing:
+                self.counters["cache_hits"] += 1
+                batch.insert(row, batch.extract(twins[row]) if entry is None else entry)
 
     def _caches_prefix(self, job: Job) -> bool:
         return bool(job.query.images and self.cache.limit)

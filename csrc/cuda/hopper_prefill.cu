@@ -41,7 +41,7 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
          const Tensor& out, const Tensor& lse, const Tensor& mass) {
   const int dim = int(query.size(3)), query_rows = int(query.size(2)), multiprocessors = device_of(query).multiprocessors;
   const int64_t heads = query.size(0) * query.size(1);
-  const int consumers = prefill_consumers(dim, query_rows, heads, multiprocessors), tile_rows = 64 * consumers;
+  const int consumers = prefill_consumers(dim, query_rows, heads, multiprocessors), tile_rows = kConsumerRows * consumers;
   PrefillArgs<T> a{};
   a.query = panels_of<T>(query, tile_rows, "query");
   a.key = panels_of<T>(key, kPrefillKeys, "key");
@@ -77,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
                                                   const MaybeTensor& region_bias, int64_t mass_rows) {
   const int64_t dim = query.size(3);
   STD_TORCH_CHECK(!kv_start && !kv_end && window == 0 && softcap == 0 && !sinks && !region_bias && scale > 0,
-                  "ras_fast: hopper_prefill takes a positive scale, no kv_start, kv_end, window, softcap, sinks or region_bias");
+                  "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or "
+                  "region_bias");
   STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)),
                   "ras_fast: hopper_prefill takes head dimensions in whole eights up to 128, not ", dim);
   STD_TORCH_CHECK(row_tiles(int(query.size(2)), PrefillShape<2>::kRows) * query.size(0) * query.size(1) < (int64_t(1) << 30),

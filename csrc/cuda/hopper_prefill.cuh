@@ -30,6 +30,7 @@
 namespace ras::cuda {
 
 constexpr int kWarpgroup = 128;
+constexpr int kConsumerRows = 64;  // of a consumer warpgroup: the height of a wgmma
 constexpr int kPrefillKeys = 128;  // of a step
 constexpr int kStages = 2;
 constexpr int kMixed = -2;         // in place of a region: a step's keys lie in several, -1 (none) being one
@@ -38,7 +39,7 @@ constexpr int kMixed = -2;         // in place of a region: a step's keys lie in
 // all of them.
 template <int kConsumers>
 struct PrefillShape {
-  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kRows = kConsumerRows * kConsumers;
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 };
@@ -298,7 +299,7 @@ struct Consumer {
   }
 
   __device__ void start_scores(float (&scores)[kScores], int stage) const {
-    const uint64_t query = wgmma_descriptor(shared.query.panel[0][64 * which_consumer()], 0);
+    const uint64_t query = wgmma_descriptor(shared.query.panel[0][kConsumerRows * which_consumer()], 0);
     const uint64_t key = wgmma_descriptor(shared.key[in_place(stage)].panel[0], 0);
 #pragma unroll
     for (int k = 0; k < kDim; k += 16) {  // in units of 16 bytes, as descriptors count
@@ -339,12 +340,15 @@ struct Consumer {
   }
 
   // Of a step's keys, once they are full. One lane reads for its warp, and is the one that will call the keys empty.
-  __device__ void read_region(int stage) {
-    if (threadIdx.x % kWarp == 0) region = shared.region[stage];
+  __device__ void read_region(StageOf at) {
+    if (threadIdx.x % kWarp == 0) region = shared.region[at.stage];
   }
 
-  // While the tensor cores are busy.
-  __device__ void spread_region() { region = __shfl_sync(kFullWarp, region, 0); }
+  // The region to all lanes, while the tensor cores are busy. Where registers are short it is read only now.
+  __device__ void tell_region(StageOf at) {
+    if constexpr (!kRoomy) read_region(at);
+    region = __shfl_sync(kFullWarp, region, 0);
+  }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
   template <bool kTracked>
@@ -431,6 +435,16 @@ struct Consumer {
     mbarrier_wait(shared.value_full[at.stage], at.parity);
   }
 
+  // Up to the start of a step's scores; the turn is still this consumer's.
+  template <bool kTracked>
+  __device__ void begin_step(float (&scores)[kScores], StageOf at) {
+    mbarrier_wait(shared.key_full[at.stage], at.parity);
+    if constexpr (kTracked && kRoomy) read_region(at);
+    wait_for_turn();
+    wgmma_fence();
+    start_scores(scores, at.stage);
+  }
+
   // The steps of the tile; `number` of others came before.
   // kTracked: masses of the tile's rows are wanted. The others run the code of a kernel without masses.
   template <bool kTracked>
@@ -439,14 +453,9 @@ struct Consumer {
     uint32_t p[kScores / 2];
     {
       const StageOf at(number);
-      mbarrier_wait(shared.key_full[at.stage], at.parity);
-      if constexpr (kTracked && kRoomy) read_region(at.stage);
-      wait_for_turn();
-      wgmma_fence();
-      start_scores(scores, at.stage);
+      begin_step<kTracked>(scores, at);
       pass_turn();
-      if constexpr (kTracked && !kRoomy) read_region(at.stage);
-      if constexpr (kTracked) spread_region();
+      if constexpr (kTracked) tell_region(at);
       wgmma_wait<0>(scores);
       release(shared.key_empty[at.stage]);
       softmax_and_await_values<kTracked>(scores, shrink, 0, at);
@@ -454,15 +463,10 @@ struct Consumer {
     }
     for (int step = 1; step < tile.steps; ++step) {
       const StageOf at(number + step), before(number + step - 1);
-      mbarrier_wait(shared.key_full[at.stage], at.parity);
-      if constexpr (kTracked && kRoomy) read_region(at.stage);
-      wait_for_turn();
-      wgmma_fence();
-      start_scores(scores, at.stage);
+      begin_step<kTracked>(scores, at);
       start_out(p, before.stage);
       pass_turn();
-      if constexpr (kTracked && !kRoomy) read_region(at.stage);
-      if constexpr (kTracked) spread_region();
+      if constexpr (kTracked) tell_region(at);
       if constexpr (kRoomy) {
         wgmma_wait<1>(scores);
       } else {

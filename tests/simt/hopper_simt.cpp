@@ -21,7 +21,7 @@ static bool prefill(const Call& c) {
     const MappedTensor tensor{data, c.batch, heads, rows, c.dim, {stride[0], stride[1], stride[2]}};
     return encode_panels<T>(cuTensorMapEncodeTiled, &to, tensor, box) == CUDA_SUCCESS;
   };
-  if (!map(a.query, c.query, c.heads, c.query_rows, c.query_stride, 64 * int(c.consumers)) ||
+  if (!map(a.query, c.query, c.heads, c.query_rows, c.query_stride, kConsumerRows * int(c.consumers)) ||
       !map(a.key, c.key, c.kv_heads, c.keys, c.key_stride, kPrefillKeys) ||
       !map(a.value, c.value, c.kv_heads, c.keys, c.value_stride, kPrefillKeys)) {
     return false;

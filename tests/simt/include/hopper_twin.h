@@ -50,5 +50,4 @@ void wgmma_registers(float (&d)[kCount], const uint32_t* a, uint64_t b) {
   simt::wgmma({d, 2 * kCount, a, 0, b, true, true, std::is_same_v<T, __half>});
 }
 
-
 }  // namespace ras::cuda

@@ -31,9 +31,9 @@ X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "portable": "",
 }
-# An unsteered row must come out of every instance of the norm kernel with the same bits. Left to itself the compiler fuses a
-# product and a sum into one instruction in some instances and not in others.
-PLAIN_ARITHMETIC = {"norm_kernel": "-ffp-contract=off"}
+# An unsteered row must come out of every instance of the norm kernel with the same bits, and a rotated head with those of eager
+# code. Left to itself the compiler fuses a product and a sum into one instruction, in some instances and not in others.
+PLAIN_ARITHMETIC = dict.fromkeys(("norm_kernel", "rotary_kernel"), "-ffp-contract=off")
 
 
 class BuildError(RuntimeError):

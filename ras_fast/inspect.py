@@ -28,7 +28,7 @@ from ras_fast.build import find_cuda_tool
 CUDA_LIBRARY = Path(__file__).resolve().parent / "_lib/libras_fast_cuda.so"
 # Modules of ras_fast.triton_kernels with an aot_cases(arch), a list of dicts: name, kernel, signature, constexprs,
 # divisible_by_16 (names of arguments), num_warps, num_stages and, where it is set, maxnreg.
-TRITON_MODULES = ("norm", "attention", "gated_linear")
+TRITON_MODULES = ("norm", "attention", "gated_linear", "rotary")
 TRITON_ARCHS = (80, 90, 100, 120)
 
 

@@ -6,6 +6,7 @@ Attention's reference, and what each backend makes of a call, have files of thei
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass, region_statistics
 from ras_fast.ops.gated_linear import gated_linear
 from ras_fast.ops.norm import add_layer_norm, add_layer_norm_, add_rms_norm, add_rms_norm_
+from ras_fast.ops.rotary import rotary_embedding
 from ras_fast.ops.similarity import refusal_similarity
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "region_attention",
     "region_mass",
     "region_statistics",
+    "rotary_embedding",
 ]

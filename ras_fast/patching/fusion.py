@@ -1,4 +1,4 @@
-"""Which layers and norms can be fused: recognised by the order of a traced layer's calls, and then proved.
+"""Which layers, norms and rotary embeddings can be fused: recognised in a traced layer's calls, and then proved.
 
 A layer is recognised by the order in which it calls its children (n: norm, b: anything else, attention first, then MLP):
 
@@ -6,7 +6,7 @@ A layer is recognised by the order in which it calls its children (n: norm, b: a
     nbnnbn   sandwich norms, as Gemma: h += norm(attention(norm(h))); h += norm(mlp(norm(h)))
     nbb      parallel, as Cohere: h += attention(n) + mlp(n), n = norm(h)
 
-and then checked: the fused norm and layer are compared with the original ones before they are kept.
+and then checked: fused norms, layers and attention modules are compared with the original ones before they are kept.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ras_fast.patching.layers import FusedCrossLayer, FusedLayer, FusedNorm, SteeredLayer, gates
 from ras_fast.patching.report import Report
+from ras_fast.patching.rotary import FusedRotation, proved_rotation
 from ras_fast.patching.structure import looks_like_norm
 from ras_fast.patching.trace import Call, LayerTrace, Trace, compare, difference, first, reproduce, with_states
 from ras_fast.patching.undo import Undo, forward_slot
@@ -61,7 +62,7 @@ def fuse(text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> 
     if why is None:
         return fused
     undo.restore(before)
-    report.fused_layers = report.fused_norms = 0
+    report.fused_layers = report.fused_norms = report.rotations = 0
     report.unfused = {type(text_model).__name__: f"with fused layers it {why}"}
     return Fused()
 
@@ -79,6 +80,7 @@ class _Fusion:
 
     def run(self) -> Fused:
         self._fuse_norms()
+        self._fuse_rotations()
         self.fused.final_norm = self._fused_norm(self.text_model, self.recorded.final_norm)
         names = {id(module): name for name, module in self.text_model.named_modules()}
         for index, record in enumerate(self.recorded.layers):
@@ -103,6 +105,19 @@ class _Fusion:
                 self.norms[id(module)] = candidate = _fuse_norm(module, call)
             if isinstance(candidate, FusedNorm):
                 self.undo.set(module, forward_slot(module), candidate)
+
+    def _fuse_rotations(self) -> None:
+        names = {id(module): name for name, module in self.text_model.named_modules()}
+        for record in self.recorded.layers:
+            for call in (call for call in record.calls if call.mixes):
+                attention = getattr(record.module, call.name)
+                slot = forward_slot(attention)
+                fused = None if slot is None else proved_rotation(attention, call)
+                if isinstance(fused, FusedRotation):
+                    self.undo.set(attention, slot, fused)
+                    self.report.rotations += 1
+                elif fused is not None:
+                    self.report.unfused[names[id(attention)]] = fused
 
     def _fused_norm(self, parent: nn.Module, call: Call | None) -> FusedNorm | None:
         """The fused form of the child that was called; None where it has none."""

@@ -36,7 +36,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
         model: a transformers model (or a wrapper of one, such as PEFT's) in eval mode. A text-only model gets norms alone.
         regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
-        norms: fuse each residual add with the norm after it.
+        norms: fuse each residual add with the norm after it, and what rotates queries and keys into one kernel.
         backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
             does: for the whole process, not for this model alone. Of several patched models the last one counts.
 

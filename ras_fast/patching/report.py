@@ -12,6 +12,7 @@ class Report:
     """What `patch` did.
 
     fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
+    rotations: attention modules whose rotary embedding is one kernel.
     unfused: what stayed as it was, by module name, and why.
     regions: None where image statistics are on, else why they are not.
     blind: where they are on, the decoder layers without: those that do not go through transformers' attention interface.
@@ -22,6 +23,7 @@ class Report:
     fused_layers: int
     fused_norms: int
     norms: int
+    rotations: int = 0
     unfused: dict[str, str] = field(default_factory=dict)
     regions: str | None = None
     blind: list[int] = field(default_factory=list)
@@ -29,7 +31,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
-            f"{self.fused_norms} of {self.norms} residual adds with their norm",
+            f"{self.fused_norms} of {self.norms} residual adds with their norm, {self.rotations} rotary embeddings",
             f"image statistics: {self._statistics()}",
         ]
         return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])

@@ -34,10 +34,10 @@ def test_the_tensors_device_is_current_during_the_launch(monkeypatch, index, ent
 
 
 def test_every_launcher_looks():
-    from ras_fast.triton_kernels import attention, gated_linear, norm
+    from ras_fast.triton_kernels import attention, gated_linear, norm, rotary
 
     launchers = (
         attention.region_attention, attention.region_mass, attention.key_attention, attention.region_statistics,
-        norm._launch, gated_linear.gated_linear,
+        norm._launch, gated_linear.gated_linear, rotary.rotary_embedding,
     )  # fmt: skip
     assert all(hasattr(launcher, "__wrapped__") for launcher in launchers)

@@ -8,8 +8,8 @@ from transformers import CONFIG_MAPPING
 
 import ras_fast
 
-# The gated norm behind the delta rule divides rows near zero: by the usual epsilon of 1e-6, one rounding of the first layer's input
-# (1.2e-7) moves the logits by up to 2e-5, whoever computes them.
+# The gated norm behind the delta rule divides rows near zero: under the usual epsilon of 1e-6, one rounding (1.2e-7) of the
+# first layer's input moves the logits by up to 2e-5, whoever computes them.
 LINEAR = {"rms_norm_eps": 1e-3, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
           "linear_num_key_heads": 2, "linear_num_value_heads": 4}  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}

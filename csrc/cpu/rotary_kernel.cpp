@@ -1,0 +1,51 @@
+// x · cos + rotate_half(x) · sin for every head of a token: the token's row of cosines and sines stays in L1 for all heads.
+//
+// Compiled without contraction: both products and their sum are rounded, as in Hugging Face's eager code.
+#include "cpu/rotary.h"
+
+#include "cpu/pair.h"
+
+namespace ras::cpu::RAS_FAST_ISA {
+namespace {
+
+template <class T>
+void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t rotated) {
+  const int64_t half = rotated / 2;
+  each_pair(half, [&](int64_t i, auto count) {
+    const auto product = [&](int64_t element, const T* table, int64_t at) {
+      return rounded(T{}, load_pair(x + element, count) * load_pair(table + at, count));
+    };
+    const Pair minus = -1.0f * product(half + i, sin, i);
+    store_pair(out + i, product(i, cos, i) + minus, count);
+    store_pair(out + half + i, product(half + i, cos, half + i) + product(i, sin, half + i), count);
+  });
+}
+
+template <class T>
+void rotate_heads(const RotaryArgs& args, const RotaryHeads& heads, int64_t batch, int64_t token, const T* cos, const T* sin) {
+  const T* x = static_cast<const T*>(heads.data) + batch * heads.batch_stride + token * heads.token_stride;
+  T* out = static_cast<T*>(heads.out) + (batch * args.length + token) * heads.heads * args.dim;
+  for (int64_t head = 0; head < heads.heads; ++head, x += heads.head_stride, out += args.dim) {
+    rotate(x, cos, sin, out, args.rotated);
+    std::memcpy(out + args.rotated, x + args.rotated, (args.dim - args.rotated) * sizeof(T));
+  }
+}
+
+}  // namespace
+
+void rotary_tokens(const RotaryArgs& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t batch = i / args.length, token = i % args.length;
+      const auto row = [&](const RotaryTable& table) {
+        return static_cast<const T*>(table.data) + batch * table.batch_stride + token * table.token_stride;
+      };
+      const T *cos = row(args.cos), *sin = row(args.sin);
+      rotate_heads<T>(args, args.query, batch, token, cos, sin);
+      rotate_heads<T>(args, args.key, batch, token, cos, sin);
+    }
+  });
+}
+
+}  // namespace ras::cpu::RAS_FAST_ISA

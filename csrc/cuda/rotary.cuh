@@ -1,0 +1,146 @@
+// Rotary position embedding of all query and key heads in one launch: x · cos + rotate_half(x) · sin.
+//
+// Of a head the first r dimensions are rotated, i together with i + r/2, and the others copied. A thread takes 16 bytes of
+// dimensions below r/2 and their partners, or 16 bytes to copy: every element is read once and written once, and the token's row
+// of cosines and sines comes from L1 for all heads but the first. Products and sums are rounded one by one, as in eager code.
+//
+// Framework-free: rotary.cu is the launcher.
+#pragma once
+
+#include <algorithm>
+
+#include "common.cuh"
+
+namespace ras::cuda {
+
+// Queries or keys: [B, H, L, D] in any strides, and where they go, [B, L, H, D].
+template <typename T>
+struct RotaryHeads {
+  const T* data;
+  T* out;
+  int64_t batch_stride, token_stride, head_stride;
+  int heads;
+};
+
+template <typename T>
+struct RotaryTable {
+  const T* data;  // [B, L, rotated]
+  int64_t batch_stride, token_stride;
+};
+
+template <typename T>
+struct RotaryArgs {
+  RotaryHeads<T> query, key;
+  RotaryTable<T> cos, sin;
+  int length, dim, rotated;
+};
+
+constexpr int kRotaryThreads = 256;
+
+// What the threads of a head share out: runs of kVec dimensions below r/2, and beyond r.
+template <typename T>
+__host__ __device__ int rotary_units(const RotaryArgs<T>& args, int vec) {
+  return (args.rotated / 2 + args.dim - args.rotated) / vec;
+}
+
+// kVec neighbouring elements as floats: 16 bytes of T, or one.
+template <typename T, int kVec>
+struct Run {
+  float value[kVec];
+
+  __device__ static Run load(const T* from) {
+    Run run;
+    if constexpr (kVec == 1) {
+      run.value[0] = to_float(*from);
+    } else {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from);
+      unpack<T>(bits, run.value);
+    }
+    return run;
+  }
+
+  __device__ void store(T* to) const {
+    if constexpr (kVec == 1) {
+      *to = from_float<T>(value[0]);
+    } else {
+      *reinterpret_cast<uint4*>(to) = pack<T>(value);
+    }
+  }
+
+  // Rounded to T. By an instruction of its own: a product that is added the compiler would fuse into the sum.
+  __device__ friend Run operator*(const Run& a, const Run& b) {
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) run.value[i] = __fmul_rn(a.value[i], b.value[i]);
+    if constexpr (kVec == 1) {
+      run.value[0] = to_float(from_float<T>(run.value[0]));
+    } else {
+      round_all<T, kVec>(run.value);
+    }
+    return run;
+  }
+
+  // a + sign * b; the sign is 1 or -1, so nothing is rounded but the sum.
+  __device__ friend Run sum(const Run& a, const Run& b, float sign) {
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) run.value[i] = fmaf(sign, b.value[i], a.value[i]);
+    return run;
+  }
+};
+
+// Grid (B·L tokens, units of all heads / kRotaryThreads, rounded up).
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_constant__ RotaryArgs<T> args) {
+  const int units = rotary_units(args, kVec), half = args.rotated / 2;
+  const unsigned index = blockIdx.y * kRotaryThreads + threadIdx.x;
+  int head = index / unsigned(units);
+  const int first = (index - head * units) * kVec;
+  if (head >= args.query.heads + args.key.heads) return;
+  const bool is_key = head >= args.query.heads;
+  const RotaryHeads<T>& heads = is_key ? args.key : args.query;
+  if (is_key) head -= args.query.heads;
+  const int batch = blockIdx.x / unsigned(args.length), token = blockIdx.x - batch * args.length;
+  const T* x = heads.data + batch * heads.batch_stride + token * heads.token_stride + head * heads.head_stride;
+  T* out = heads.out + (int64_t(blockIdx.x) * heads.heads + head) * args.dim;
+  wait_for_previous_kernel();
+
+  if (first >= half) {
+    using Bits = Pack<T, kVec>;
+    *reinterpret_cast<Bits*>(out + first + half) = *reinterpret_cast<const Bits*>(x + first + half);
+    return;
+  }
+  const auto load_row = [&](const RotaryTable<T>& table, int at) {
+    return Run<T, kVec>::load(table.data + batch * table.batch_stride + token * table.token_stride + at);
+  };
+  const auto low = Run<T, kVec>::load(x + first), high = Run<T, kVec>::load(x + first + half);
+  const auto low_cos = load_row(args.cos, first), high_cos = load_row(args.cos, first + half);
+  const auto low_sin = load_row(args.sin, first), high_sin = load_row(args.sin, first + half);
+  sum(low * low_cos, high * low_sin, -1.f).store(out + first);
+  sum(high * high_cos, low * high_sin, 1.f).store(out + first + half);
+}
+
+// How many neighbouring dimensions an access may hold: 16 bytes of them, where halves, rows and bases are multiples of that.
+template <typename T>
+int rotary_width(const RotaryArgs<T>& args) {
+  constexpr int kVec = kAccessBytes / sizeof(T);
+  const auto whole = [](int64_t elements) { return elements % kVec == 0; };
+  const auto based = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kAccessBytes == 0; };
+  const auto table = [&](const RotaryTable<T>& t) { return based(t.data) && whole(t.batch_stride) && whole(t.token_stride); };
+  const auto heads = [&](const RotaryHeads<T>& h) {
+    return based(h.data) && whole(h.batch_stride) && whole(h.token_stride) && whole(h.head_stride);
+  };
+  const bool aligned = whole(args.rotated / 2) && whole(args.dim) && heads(args.query) && heads(args.key) && table(args.cos) &&
+                       table(args.sin);
+  return aligned ? kVec : 1;
+}
+
+// Calls start(kernel, grid) for the instance that fits.
+template <typename T, typename Start>
+void with_rotary_kernel(const RotaryArgs<T>& args, int64_t tokens, Start&& start) {
+  const int vec = rotary_width(args), all = rotary_units(args, vec) * (args.query.heads + args.key.heads);
+  const dim3 grid(unsigned(tokens), unsigned((all + kRotaryThreads - 1) / kRotaryThreads));
+  vec == 1 ? start(rotary_kernel<T, 1>, grid) : start(rotary_kernel<T, kAccessBytes / sizeof(T)>, grid);
+}
+
+}  // namespace ras::cuda

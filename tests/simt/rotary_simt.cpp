@@ -1,0 +1,50 @@
+// The rotary kernel of csrc/cuda/rotary.cuh behind a C function: fills RotaryArgs and launches as rotary.cu does, without torch.
+#include "cuda/rotary.cuh"
+
+using namespace ras::cuda;
+using ras::DType;
+
+// Mirrored by a ctypes structure in test_rotary_simt.py: 8-byte fields only, so that there is nothing to pad.
+struct Heads {
+  const void* data;
+  void* out;
+  int64_t batch_stride, token_stride, head_stride, heads;
+};
+struct Table {
+  const void* data;
+  int64_t batch_stride, token_stride;
+};
+struct Call {
+  Heads query, key;
+  Table cos, sin;
+  int64_t batch, length, dim, rotated, dtype;
+  int64_t width;  // out: elements of an access
+};
+
+template <typename T>
+static bool run(Call& c) {
+  const auto heads = [](const Heads& h) {
+    return RotaryHeads<T>{static_cast<const T*>(h.data), static_cast<T*>(h.out), h.batch_stride, h.token_stride, h.head_stride,
+                          int(h.heads)};
+  };
+  const auto table = [](const Table& t) {
+    return RotaryTable<T>{static_cast<const T*>(t.data), t.batch_stride, t.token_stride};
+  };
+  const RotaryArgs<T> a{heads(c.query), heads(c.key),    table(c.cos),     table(c.sin),
+                        int(c.length),  int(c.dim), int(c.rotated)};
+  c.width = rotary_width(a);
+  bool ok = false;
+  with_rotary_kernel(a, c.batch * c.length, [&](auto kernel, dim3 grid) {
+    ok = simt::launch(grid, dim3(kRotaryThreads), 0, [&] { kernel(a); });
+  });
+  return ok;
+}
+
+extern "C" int rotary_run(Call* c) {
+  switch (DType(c->dtype)) {
+    case DType::f32: return run<float>(*c);
+    case DType::f16: return run<__half>(*c);
+    case DType::bf16: return run<__nv_bfloat16>(*c);
+  }
+  return false;
+}

@@ -72,6 +72,26 @@ def norm_flashinfer(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> 
     return lambda: flashinfer.fused_add_rmsnorm(x, residual, weight, eps)
 
 
+# Rotary embedding: candidates rotate query [B, Hq, L, D] and key [B, Hkv, L, D] by cos and sin [B, L, D].
+
+
+def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False)
+    peers = {
+        "eager": lambda: apply_rotary_pos_emb(query, key, cos, sin),
+        "compile": lambda: compiled(query, key, cos, sin),
+    }
+    if query.is_cuda and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.rope import rope_forward
+
+        # Works in place: on private copies, whose values do not matter for its time.
+        own_query, own_key = query.transpose(1, 2).clone().transpose(1, 2), key.transpose(1, 2).clone().transpose(1, 2)
+        peers["liger"] = lambda: rope_forward(own_query, own_key, cos, sin)
+    return peers
+
+
 def norm_quack(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Call | None:
     """quack's RMSNorm with residual."""
     if not (x.is_cuda and importlib.util.find_spec("quack")):

@@ -5,15 +5,16 @@
 # build/gpu) gets summary.txt and results-<part>.tar.gz: logs, figures, tuned configurations, the profiler's report. The archive
 # is renewed after every section, so a run that is cut short loses one section. Unpacked at the top of the tree, it is what the
 # next part's table of aims continues from. A section that fails is reported and the rest goes on; exit status: failed sections.
-# Needs no network. PYTHON (default python3) must have torch with CUDA, triton, transformers, pillow, ninja and pytest; matplotlib
-# draws the roofline, pytest-xdist makes the tests quick. nvcc must be there; wheels in wheels/ (Liger, …) are used.
+# RAS_FAST_COMMIT names the commit in the figures of a tree that came without its history. Needs no network. PYTHON (default
+# python3) must have torch with CUDA, triton, transformers, pillow, ninja and pytest; matplotlib draws the roofline, pytest-xdist
+# makes the tests quick. nvcc must be there; wheels in wheels/ (Liger, …) are used.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 part=${1:-all}
 out=${2:-${OUT:-build/gpu}}
 python=${PYTHON:-python3}
 limit=${LIMIT:-530}
-case $part in all | tests | bench | profile) ;; *) sed -n '2,9p' "$0" && exit 2 ;; esac
+case $part in all | tests | bench | profile) ;; *) sed -n '2,10p' "$0" && exit 2 ;; esac
 logs=bench/results/logs
 mkdir -p "$out" "$logs" build
 summary="$out/summary.txt"
@@ -74,7 +75,7 @@ run_tests() {
 
 # A kernel that waits for itself would take everything with it: it comes alone, each test named before it runs, and afterwards
 # only if it came through.
-families=(norm attention)
+families=(norm attention rotary)
 without=(--without hopper "hopper no mass")
 try_hopper() {
   section hopper 80 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
@@ -83,6 +84,7 @@ try_hopper() {
 
 run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
+  section rotary 30 "$python" bench/bench_rotary.py --seconds 0.15
   section engine 190 "$python" bench/bench_engine.py --gpu-7b --tokens 128 --budget 140
   section attention 240 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
 }
@@ -96,7 +98,7 @@ run_profile() {
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
     --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
     --section ComputeWorkloadAnalysis --launch-count 30 \
-    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|region_mass|selected_rows|sum_parts' \
+    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|rotary_kernel|region_mass|selected_rows|sum_parts' \
     "$python" bench/profile_targets.py "${families[@]}"
   # Beside configs.json, not over it: an entry is taken over when its figures have been looked at.
   section tune 380 "$python" -m ras_fast.cli bench --tune --out bench/results/logs/configs.json
@@ -122,7 +124,7 @@ try_hopper
 [ "$part" = tests ] || [ "$part" = bench ] || run_profile
 
 {
-  for name in norm attention engine crossovers autosteer tune; do
+  for name in norm rotary attention engine crossovers autosteer tune; do
     [ -s "$logs/$name.log" ] && echo "== $name" && tail -n 34 "$logs/$name.log" | cut -c -240
   done
   [ -f "$logs/ncu.ncu-rep" ] && echo "== ncu" && profile_table

@@ -48,7 +48,12 @@ def hopper():
     torch.ops.ras_fast.hopper_prefill(*states(1, 4096, 4096), *MASKS, 4096)
 
 
-FAMILIES = {"norm": norm, "attention": attention, "hopper": hopper}
+def rotary():
+    for rows in (4096, 2):
+        ops.rotary_embedding(rand(1, rows, 32, 128).transpose(1, 2), rand(1, rows, 8, 128).transpose(1, 2), *rand(2, 1, rows, 128))
+
+
+FAMILIES = {"norm": norm, "attention": attention, "rotary": rotary, "hopper": hopper}
 
 if __name__ == "__main__":
     with torch.no_grad():

@@ -45,6 +45,13 @@ def test_add_rms_norm(measure, tokens, steered):
     measure(lambda: ops.add_rms_norm(x, residual, weight, 1e-6, **kwargs))
 
 
+@pytest.mark.parametrize("tokens", [1, 1024])
+def test_rotary_embedding(measure, tokens):
+    query, key = (normal(1, tokens, heads, 128).transpose(1, 2) for heads in (32, 8))
+    cos, sin = normal(2, 1, tokens, 128)
+    measure(lambda: ops.rotary_embedding(query, key, cos, sin))
+
+
 @pytest.mark.parametrize(("rows", "keys"), [(1024, 1024), (1, 2048)], ids=["prefill", "decode"])
 def test_region_attention(measure, rows, keys):
     query, key, value = normal(1, 32, rows, 128), normal(1, 8, keys, 128), normal(1, 8, keys, 128)

@@ -65,9 +65,18 @@ def hopper():
             yield torch.ops.ras_fast.hopper_prefill(query, key, value, ids, regions, *masks, rows if regions else 0)
 
 
+def rotary():
+    for dtype in (torch.float32, torch.bfloat16):
+        for heads, kv_heads, length, dim, rotated in ((4, 2, 3, 64, 64), (40, 8, 1, 128, 128), (3, 1, 5, 72, 30)):
+            query, key = rand(2, length, heads, dim, dtype=dtype), rand(2, length, kv_heads, dim, dtype=dtype)
+            table = rand(2, length, rotated, dtype=dtype)
+            yield ops.rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), table, table)
+
+
 # Each with an op that only it has a CUDA kernel of.
 FAMILIES = {
     "norm": (norm, "add_rms_norm"), "attention": (attention, "decode_attention"), "hopper": (hopper, "hopper_prefill"),
+    "rotary": (rotary, "rotary_embedding"),
 }  # fmt: skip
 
 

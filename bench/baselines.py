@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from ras_fast.ops import attention_cuda
 
@@ -72,26 +73,6 @@ def norm_flashinfer(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> 
     return lambda: flashinfer.fused_add_rmsnorm(x, residual, weight, eps)
 
 
-# Rotary embedding: candidates rotate query [B, Hq, L, D] and key [B, Hkv, L, D] by cos and sin [B, L, D].
-
-
-def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False)
-    peers = {
-        "eager": lambda: apply_rotary_pos_emb(query, key, cos, sin),
-        "compile": lambda: compiled(query, key, cos, sin),
-    }
-    if query.is_cuda and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.ops.rope import rope_forward
-
-        # Works in place: on private copies, whose values do not matter for its time.
-        own_query, own_key = query.transpose(1, 2).clone().transpose(1, 2), key.transpose(1, 2).clone().transpose(1, 2)
-        peers["liger"] = lambda: rope_forward(own_query, own_key, cos, sin)
-    return peers
-
-
 def norm_quack(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Call | None:
     """quack's RMSNorm with residual."""
     if not (x.is_cuda and importlib.util.find_spec("quack")):
@@ -102,11 +83,40 @@ def norm_quack(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Call 
 
 
 def _llama_norm(weight: Tensor, eps: float) -> torch.nn.Module:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
     module = LlamaRMSNorm(weight.shape[0], eps).to(weight)
     module.weight.data.copy_(weight)
     return module
+
+
+# Rotary embedding: candidates rotate query [B, Hq, L, D] and key [B, Hkv, L, D] by cos and sin [B, L, D].
+
+
+def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
+    makers = {"eager": rotary_eager, "compile": rotary_compiled, "liger": rotary_liger}
+    made = {name: make(query, key, cos, sin) for name, make in makers.items()}
+    return {name: call for name, call in made.items() if call is not None}
+
+
+def rotary_eager(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call:
+    """What Hugging Face's Llama does, op by op."""
+    return lambda: apply_rotary_pos_emb(query, key, cos, sin)
+
+
+def rotary_compiled(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call:
+    """torch.compile of the same, specialised to the shape."""
+    torch._dynamo.reset()
+    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False, fullgraph=True)
+    return lambda: compiled(query, key, cos, sin)
+
+
+def rotary_liger(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call | None:
+    """Liger's kernel, which works in place: on private copies, whose values do not matter for its time."""
+    if not (query.is_cuda and importlib.util.find_spec("liger_kernel")):
+        return None
+    from liger_kernel.ops.rope import rope_forward
+
+    query, key = (x.transpose(1, 2).clone().transpose(1, 2) for x in (query, key))
+    return lambda: rope_forward(query, key, cos, sin)
 
 
 # Attention with region mass. Each returns a callable that gives (out, mass of the last `rows` query rows), or None where it

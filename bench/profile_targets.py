@@ -50,7 +50,8 @@ def hopper():
 
 def rotary():
     for rows in (4096, 2):
-        ops.rotary_embedding(rand(1, rows, 32, 128).transpose(1, 2), rand(1, rows, 8, 128).transpose(1, 2), *rand(2, 1, rows, 128))
+        query, key = (rand(1, rows, heads, 128).transpose(1, 2) for heads in (32, 8))
+        ops.rotary_embedding(query, key, *rand(2, 1, rows, 128))
 
 
 FAMILIES = {"norm": norm, "attention": attention, "rotary": rotary, "hopper": hopper}

@@ -2,8 +2,8 @@
 
 Every candidate of a row gets the same tensors in the same run (Liger, which works in place, copies of its own): queries and
 keys as a projection leaves them. "eager" is Hugging Face's function, "compile" the same compiled. GB/s counts the bytes that
-must move, queries and keys in and out; "share" is that over a plain copy's bandwidth of the same run. On a GPU a row is timed as
-eager calls or as a replayed CUDA graph.
+must move, queries and keys in and out; "share" is that over a plain copy's bandwidth in the same run. On a GPU a row is timed
+as eager calls or as a replayed CUDA graph.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 // Decode is bound by reading the cache once, so every choice here serves that:
 //   * The query heads that share a key/value head are packed into one tile of up to 16 rows, the height of an mma.
 //   * Keys and values go from memory straight into mma fragments: no shared memory, no barrier in the loop. For keys see
-//     attention_tile.cuh. For P V the roles are swapped (out^T = V^T P^T): a thread holds 8 neighbouring dimensions of four
+//     attention_tile.cuh. For P V the roles are swapped (out^T = V^T P^T): a thread holds neighbouring dimensions of four
 //     keys, pairs them key by key with byte permutes, and the probabilities leave the first product in exactly the layout in
 //     which the second wants them.
 //   * A warp walks its own keys, 16 a step, and asks for the next keys before it computes on the values of the last.
@@ -60,6 +60,34 @@ template <int kDim, bool kMass>
 constexpr bool kKeysFirst = kDim > 128 && !kMass;
 #endif
 
+// The dimensions of a value that lane group g holds: 8 neighbours of every 64, and 4 neighbours of 32 that are left. They are
+// counted in pairs, of which one is an mma's for all groups.
+template <int kDim>
+struct ValuePairs {
+  static constexpr int kCount = kDim / 16, kFull = kDim / 64 * 4;
+  static_assert(kCount == kFull || kCount == kFull + 2);
+
+  // The first dimension of a pair.
+  __device__ static int dim(int pair, int g) {
+    const int first = pair / 4 * 64 + pair % 4 * 2;
+    return first + (pair < kFull ? 8 : 4) * g;
+  }
+
+  // from: dimension 8 g of a value.
+  template <typename T, int kRowTiles>
+  __device__ static void load(uint32_t (&pairs)[kCount], const T* from, const Tile<T, kDim, kRowTiles, true>& tile) {
+#pragma unroll
+    for (int pair = 0; pair < kFull; pair += 4) {
+      const uint4 v = load_eight(from + 16 * pair, tile.in_dim(16 * pair + 8 * tile.g));
+      pairs[pair] = v.x, pairs[pair + 1] = v.y, pairs[pair + 2] = v.z, pairs[pair + 3] = v.w;
+    }
+    if constexpr (kFull < kCount) {
+      const uint2 v = load_four(from + 16 * kFull - 4 * tile.g, tile.in_dim(16 * kFull + 4 * tile.g));
+      pairs[kFull] = v.x, pairs[kFull + 1] = v.y;
+    }
+  }
+};
+
 // Grid (row tiles * splits, Hkv, B), kBlockWarps warps; a row tile has 8 kRowTiles packed rows.
 //
 // In this order: the warps walk their keys (scores, online softmax, region sums, P V), a step of 16 keys each time; the block
@@ -67,7 +95,7 @@ constexpr bool kKeysFirst = kDim > 128 && !kMass;
 template <typename T, int kDim, int kRowTiles, bool kMass>
 __global__ void __launch_bounds__(kBlockWarps * kWarp, decode_blocks(kDim, kRowTiles))
 decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
-  constexpr int kGroups = kDim / 64;      // of 64 output dimensions
+  using Pairs = ValuePairs<kDim>;
   constexpr int kRows = 8 * kRowTiles;
   constexpr bool kPrefetch = kDim <= 128; // beyond, the next keys would not fit into registers
   constexpr int kPitch = kDim + 4;        // of an output row: a warp's stores meet each bank twice, not eight times
@@ -85,7 +113,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   const T* values = args.value + batch * args.value_stride.batch + kv_head * args.value_stride.head + 8 * tile.g;
 
   float top[kRowTiles], sum[kRowTiles];
-  float out[kGroups][4][kRowTiles][4] = {};  // out^T: dimension 64 group + 8 g + 2 u + m / 8, packed rows 2 c and 2 c + 1
+  float out[Pairs::kCount][kRowTiles][4] = {};  // out^T: packed rows 2 c and 2 c + 1 of a pair's first dimension, of its second
   bool exists[kRowTiles];
 #pragma unroll
   for (int half = 0; half < kRowTiles; ++half) {
@@ -113,15 +141,11 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   if (kPrefetch && steps.first + warp < steps.last) tile.load_keys(keys, (steps.first + warp) * kStepKeys);
   for (int index = steps.first + warp; index < steps.last; index += kBlockWarps) {
     const int step = index * kStepKeys;
-    uint4 value[4][kGroups];
+    uint32_t value[4][Pairs::kCount];
     const auto load_values = [&] {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const T* from = values + tile.valid_key(step + tile.offset(i)) * args.value_stride.row;
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          value[i][group] = load_eight(from + 64 * group, tile.in_dim(64 * group + 8 * tile.g));
-        }
+        Pairs::load(value[i], values + tile.valid_key(step + tile.offset(i)) * args.value_stride.row, tile);
       }
     };
     if (kPrefetch) {
@@ -159,12 +183,9 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
         const float even = __shfl_sync(kFullWarp, factor[half], 8 * tile.c);
         const float odd = __shfl_sync(kFullWarp, factor[half], 8 * tile.c + 4);
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-          for (int u = 0; u < 4; ++u) {
-            float (&o)[4] = out[group][u][half];
-            o[0] *= even, o[1] *= odd, o[2] *= even, o[3] *= odd;
-          }
+        for (int pair = 0; pair < Pairs::kCount; ++pair) {
+          float (&o)[4] = out[pair][half];
+          o[0] *= even, o[1] *= odd, o[2] *= even, o[3] *= odd;
         }
       }
       if constexpr (kMass) regions.rescale(factor);
@@ -187,18 +208,11 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       probability[half][1] = pack_pair<T>(p[half][2], p[half][3]);
     }
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const auto word = [&](int key, int u) {
-        const uint4& v = value[key][group];
-        return u == 0 ? v.x : u == 1 ? v.y : u == 2 ? v.z : v.w;
-      };
+    for (int pair = 0; pair < Pairs::kCount; ++pair) {
+      const uint32_t a[4] = {low_halves(value[0][pair], value[1][pair]), high_halves(value[0][pair], value[1][pair]),
+                             low_halves(value[2][pair], value[3][pair]), high_halves(value[2][pair], value[3][pair])};
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const uint32_t a[4] = {low_halves(word(0, u), word(1, u)), high_halves(word(0, u), word(1, u)),
-                               low_halves(word(2, u), word(3, u)), high_halves(word(2, u), word(3, u))};
-#pragma unroll
-        for (int half = 0; half < kRowTiles; ++half) mma_16x8x16<T>(out[group][u][half], a, probability[half]);
-      }
+      for (int half = 0; half < kRowTiles; ++half) mma_16x8x16<T>(out[pair][half], a, probability[half]);
     }
   }
 
@@ -211,13 +225,10 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-        for (int u = 0; u < 4; u += 2) {
-          const float (&o)[4] = out[group][u][half], (&next)[4] = out[group][u + 1][half];
-          *reinterpret_cast<float4*>(&warp_out[warp][8 * half + 2 * tile.c + odd][64 * group + 8 * tile.g + 2 * u]) =
-              make_float4(o[odd], o[2 + odd], next[odd], next[2 + odd]);
-        }
+      for (int pair = 0; pair < Pairs::kCount; pair += 2) {
+        const float (&o)[4] = out[pair][half], (&next)[4] = out[pair + 1][half];
+        *reinterpret_cast<float4*>(&warp_out[warp][8 * half + 2 * tile.c + odd][Pairs::dim(pair, tile.g)]) =
+            make_float4(o[odd], o[2 + odd], next[odd], next[2 + odd]);
       }
     }
   }

@@ -75,7 +75,7 @@ __device__ unsigned steps_with_regions(const Tile& tile, int first, int apart, i
 
 template <typename T, int kDim>
 __device__ void prefetch_keys(const Tile<T, kDim, 2, false>& tile, int step) {
-  constexpr int kLine = 128 / sizeof(T), kLines = kDim / kLine;
+  constexpr int kLine = 128 / sizeof(T), kLines = (kDim + kLine - 1) / kLine;
   for (int i = tile.lane; i < kStepKeys * kLines; i += kWarp) {
     const int key = step + i / kLines, d = i % kLines * kLine;
     const bool ok = key >= tile.start && key < tile.end && tile.in_dim(d);

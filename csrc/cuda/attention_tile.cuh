@@ -108,6 +108,22 @@ __device__ inline uint4 load_eight(const T* from, bool ok) {
 #endif
 }
 
+// 4 neighbouring elements, or zeros, likewise.
+template <typename T>
+__device__ inline uint2 load_four(const T* from, bool ok) {
+#if defined(__CUDA_ARCH__)
+  uint2 v;
+  asm volatile(
+      "{.reg .pred ok;\nsetp.ne.b32 ok, %3, 0;\nmov.b32 %0, 0; mov.b32 %1, 0;\n@ok ld.global.v2.b32 {%0, %1}, [%2];}"
+      : "=&r"(v.x), "=&r"(v.y)
+      : "l"(from), "r"(int(ok))
+      : "memory");
+  return v;
+#else
+  return ok ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+#endif
+}
+
 // The same by loads of two elements. An mma's rows g and g + 8 alternate in its registers: 16 bytes at once would have to be
 // moved there, and whatever the compiler puts behind these moves, other loads as well, would wait for the load.
 template <typename T>
@@ -331,6 +347,7 @@ constexpr bool supports_head_dim(int dim) { return dim % 8 == 0 && dim <= 256; }
 template <typename Use>
 void with_width(int dim, Use&& use) {
   if (dim <= 64) return use(std::integral_constant<int, 64>{});
+  if (dim <= 96) return use(std::integral_constant<int, 96>{});
   if (dim <= 128) return use(std::integral_constant<int, 128>{});
   use(std::integral_constant<int, 256>{});
 }

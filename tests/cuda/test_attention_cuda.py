@@ -46,7 +46,7 @@ def check(query, key, value, ids, masks=(), mass_rows=None, sinks=None, bias=Non
 
 
 @pytest.mark.parametrize("dtype", ATOL)
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("length_q", "length_k"), [(1, 3000), (1, 17), (3, 500), (16, 1000)])
 def test_decode(length_q, length_k, dim, dtype):
     query, key, value = states(length_q, length_k, dim, dtype)

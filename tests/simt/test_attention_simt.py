@@ -160,10 +160,16 @@ def emulator(load_emulator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 112, 128, 256])
 def test_head_dimensions(emulator, dim, dtype):
-    """The three instances, and one (80) that fills its instance only in part."""
+    """The four instances, and such as fill theirs only in part."""
     Case(dim=dim, dtype=dtype, ids=runs(90, 5, 37, 64)).check(emulator)
+
+
+@pytest.mark.parametrize("dim", [72, 96])
+def test_values_of_one_and_a_half_groups(emulator, dim):
+    """Two row tiles whose splits merge: 96 dimensions are 64 and the half of 64."""
+    Case(3, 200, 8, 2, dim=dim, ids=runs(200, 5, 100, 170), splits=3).check(emulator)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 40])

@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_con
   const unsigned index = blockIdx.y * kRotaryThreads + threadIdx.x;
   int head = index / unsigned(units);
   const int first = (index - head * units) * kVec;
+  wait_for_previous_kernel();  // also by threads without work: the kernel after this one waits for this one alone
   if (head >= args.query.heads + args.key.heads) return;
   const bool is_key = head >= args.query.heads;
   const RotaryHeads<T>& heads = is_key ? args.key : args.query;
@@ -103,8 +104,6 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_con
   const int batch = blockIdx.x / unsigned(args.length), token = blockIdx.x - batch * args.length;
   const T* x = heads.data + batch * heads.batch_stride + token * heads.token_stride + head * heads.head_stride;
   T* out = heads.out + (int64_t(blockIdx.x) * heads.heads + head) * args.dim;
-  wait_for_previous_kernel();
-
   if (first >= half) {
     using Bits = Pack<T, kVec>;
     *reinterpret_cast<Bits*>(out + first + half) = *reinterpret_cast<const Bits*>(x + first + half);

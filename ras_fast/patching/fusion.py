@@ -70,11 +70,13 @@ def fuse(text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> 
 class _Fusion:
     """One run of `fuse`.
 
+    names: of the text model's modules, by their ids.
     norms: by id of a norm module, its fused form, which is in place of its forward, or why there is none.
     """
 
     def __init__(self, text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> None:
         self.text_model, self.recorded, self.undo, self.report = text_model, recorded, undo, report
+        self.names = {id(module): name for name, module in text_model.named_modules()}
         self.norms: dict[int, FusedNorm | str] = {}
         self.fused = Fused()
 
@@ -82,12 +84,11 @@ class _Fusion:
         self._fuse_norms()
         self._fuse_rotations()
         self.fused.final_norm = self._fused_norm(self.text_model, self.recorded.final_norm)
-        names = {id(module): name for name, module in self.text_model.named_modules()}
         for index, record in enumerate(self.recorded.layers):
             why = self._fuse_layer(index)
             if why is not None:
-                self.report.unfused[names[id(record.module)]] = why
-        self.report.unfused |= {names[module]: why for module, why in self.norms.items() if isinstance(why, str)}
+                self.report.unfused[self.names[id(record.module)]] = why
+        self.report.unfused |= {self.names[module]: why for module, why in self.norms.items() if isinstance(why, str)}
         if any(record.crosses for record in self.recorded.layers):
             handle = self.text_model.register_forward_hook(self.fused.forget_skipped)
             self.undo.hooked(self.text_model._forward_hooks, handle=handle)
@@ -107,7 +108,6 @@ class _Fusion:
                 self.undo.set(module, forward_slot(module), candidate)
 
     def _fuse_rotations(self) -> None:
-        names = {id(module): name for name, module in self.text_model.named_modules()}
         for record in self.recorded.layers:
             for call in (call for call in record.calls if call.mixes):
                 attention = getattr(record.module, call.name)
@@ -117,7 +117,7 @@ class _Fusion:
                     self.undo.set(attention, slot, fused)
                     self.report.rotations += 1
                 elif fused is not None:
-                    self.report.unfused[names[id(attention)]] = fused
+                    self.report.unfused[self.names[id(attention)]] = fused
 
     def _fused_norm(self, parent: nn.Module, call: Call | None) -> FusedNorm | None:
         """The fused form of the child that was called; None where it has none."""

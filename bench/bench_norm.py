@@ -8,8 +8,6 @@ replayed CUDA graph; "empty" is a kernel without work.
 
 from __future__ import annotations
 
-import argparse
-
 import baselines
 import harness
 import torch
@@ -20,6 +18,11 @@ WIDTHS = (768, 4096, 5120, 8192, 16384)
 TOKENS = (1, 8, 64, 512, 8192)
 QUICK = [(1, 4096), (1024, 4096)]
 OURS = ("ras_fast", "steer no row", "steer all", "in place")
+
+
+def case(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[dict, int, dict]:
+    tokens, width = shape
+    return {"T": tokens, "d": width}, 4 * tokens * width, candidates(tokens, width, dtype, device)
 
 
 def candidates(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict:
@@ -48,31 +51,7 @@ def candidates(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict
     return ours | {"clone": x.clone} | baselines.norm_peers(x, residual, weight, 1e-6)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="only the two shapes of the headline figures, bf16")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
-    args = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    shapes = QUICK if args.quick else [(tokens, width) for width in WIDTHS for tokens in TOKENS]
-    limits = harness.ceilings()
-    rows = []
-    for dtype in (torch.bfloat16,) if args.quick else (torch.bfloat16, torch.float32):
-        for tokens, width in shapes:
-            calls = candidates(tokens, width, dtype, "cuda" if gpu else "cpu")
-            for graph in (False, True) if gpu else (False,):
-                times = harness.compare(calls, seconds=args.seconds, graph=graph, ours=OURS)
-                moved = 4 * tokens * width * dtype.itemsize
-                row = {"dtype": str(dtype)[6:], "T": tokens, "d": width, **({"graph": graph} if gpu else {})}
-                row |= {f"{name} µs": seconds * 1e6 for name, seconds in times.items()}
-                row |= {"MB": moved / 1e6, "GB/s": moved / times["ras_fast"] / 1e9}
-                row["share"] = row["GB/s"] / limits["copy GB/s"]
-                rows.append(row)
-            path = harness.save("norm_quick" if args.quick else "norm", rows, limits)  # now: the run may be cut short
-    print(harness.table(rows))
-    print(f"\ncopy bandwidth {limits['copy GB/s']:.1f} GB/s; written to {path}")
-
-
 if __name__ == "__main__":
     with torch.no_grad():
-        main()
+        shapes = [(tokens, width) for width in WIDTHS for tokens in TOKENS]
+        harness.bound_by_memory(__doc__, "norm", shapes, QUICK, case, ours=OURS)

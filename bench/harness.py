@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import json
@@ -11,11 +12,13 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+Shape = TypeVar("Shape")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -181,6 +184,45 @@ def matmul_rate() -> float:
 def ceilings() -> dict[str, float]:
     """What the machine can do, measured in the same run as what is compared with it."""
     return {"copy GB/s": copy_bandwidth() / 1e9, "matmul GFLOP/s": matmul_rate() / 1e9}
+
+
+def bound_by_memory(
+    about: str,
+    name: str,
+    shapes: Iterable[Shape],
+    quick: Iterable[Shape],
+    case: Callable[[Shape, torch.dtype, str], tuple[dict[str, object], int, dict[str, Callable[[], object]]]],
+    ours: tuple[str, ...] = ("ras_fast",),
+) -> None:
+    """The command line of a benchmark of calls that memory bounds, in bf16 and fp32, on a GPU eagerly and as a graph.
+
+    Args:
+        about: what it says of itself.
+        name: of the file of results.
+        quick: the shapes of the headline figures, which `--quick` measures in bf16 alone.
+        case: (columns that name the shape, elements that must move, candidates) for a shape, dtype and device.
+        ours: candidates that have to run.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the shapes of the headline figures, bf16")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    limits, rows = ceilings(), []
+    for dtype in (torch.bfloat16,) if args.quick else (torch.bfloat16, torch.float32):
+        for shape in quick if args.quick else shapes:
+            columns, elements, calls = case(shape, dtype, "cuda" if gpu else "cpu")
+            moved = elements * dtype.itemsize
+            for graph in (False, True) if gpu else (False,):
+                times = compare(calls, seconds=args.seconds, graph=graph, ours=ours)
+                row = {"dtype": str(dtype)[6:], **columns, **({"graph": graph} if gpu else {})}
+                row |= {f"{name} µs": seconds * 1e6 for name, seconds in times.items()}
+                row |= {"MB": moved / 1e6, "GB/s": moved / times["ras_fast"] / 1e9}
+                row["share"] = row["GB/s"] / limits["copy GB/s"]
+                rows.append(row)
+            path = save(f"{name}_quick" if args.quick else name, rows, limits)  # now: the run may be cut short
+    print(table(rows))
+    print(f"\ncopy bandwidth {limits['copy GB/s']:.1f} GB/s; written to {path}")
 
 
 def save(name: str, rows: list[dict[str, object]], limits: dict[str, float] | None = None) -> Path:

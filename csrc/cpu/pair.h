@@ -16,6 +16,7 @@ struct Pair {
 
   Pair& operator+=(Pair other) { return *this = *this + other; }
   friend Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+  friend Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
   friend Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
   friend Pair operator+(Pair x, float y) { return {x.a + y, x.b + y}; }
   friend Pair operator*(float x, Pair y) { return {x * y.a, x * y.b}; }

@@ -15,8 +15,7 @@ void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t rotated) {
     const auto product = [&](int64_t element, const T* table, int64_t at) {
       return rounded(T{}, load_pair(x + element, count) * load_pair(table + at, count));
     };
-    const Pair minus = -1.0f * product(half + i, sin, i);
-    store_pair(out + i, product(i, cos, i) + minus, count);
+    store_pair(out + i, product(i, cos, i) - product(half + i, sin, i), count);
     store_pair(out + half + i, product(half + i, cos, half + i) + product(i, sin, half + i), count);
   });
 }

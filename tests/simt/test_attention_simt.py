@@ -172,7 +172,7 @@ def test_values_of_one_and_a_half_groups(emulator, dim):
     Case(3, 200, 8, 2, dim=dim, ids=runs(200, 5, 100, 170), splits=3).check(emulator)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 40])
+@pytest.mark.parametrize("splits", [1, 3, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("length_q", "heads", "kv_heads"), [(1, 2, 2), (1, 14, 2), (3, 8, 2), (5, 8, 2)])
 def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
     """1, 7, 12 and 20 packed rows: one row tile, two, and more than one block; the splits' output, LSE and mass merge."""

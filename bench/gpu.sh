@@ -84,7 +84,7 @@ try_hopper() {
 
 run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
-  section rotary 30 "$python" bench/bench_rotary.py --seconds 0.15
+  section rotary 30 "$python" bench/bench_rotary.py --quick --seconds 0.15
   section engine 190 "$python" bench/bench_engine.py --gpu-7b --tokens 128 --budget 140
   section attention 240 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
 }

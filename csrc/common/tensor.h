@@ -52,6 +52,14 @@ inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes
   return strides;
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+// The strides of [B, H, L, D] that in memory is [B, L, H, D].
+inline std::vector<int64_t> head_strides(const Tensor& x) {
+  const int64_t heads = x.size(1), length = x.size(2), dim = x.size(3);
+  return {length * heads * dim, dim, heads * dim, 1};
+}
+
 // An uninitialised tensor. The C shim rather than stable::new_empty: that one looks its operator up by name, which costs more
 // than a decode step's whole row on a CPU, or a small launch on a GPU.
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype,

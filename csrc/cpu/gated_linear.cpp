@@ -64,15 +64,14 @@ void apply(GatedArgs args, const std::vector<const void*>& source, bool source_f
   args.outputs = weight.size(0);
   auto* outputs = pick_gated_outputs();
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (args.length * args.count));
-  if (args.outputs <= grain) return outputs(args, 0, args.outputs);
-  torch::stable::parallel_for(0, args.outputs, grain, [&](int64_t begin, int64_t end) { outputs(args, begin, end); });
+  share_out(args.outputs, grain, [&](int64_t begin, int64_t end) { outputs(args, begin, end); });
 }
 
 }  // namespace
 
 Tensor gated_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& right, const Tensor& gate) {
   guard(x, weight, right, gate);
-  Tensor out = empty({x.sizes().begin(), x.sizes().end()}, raw_dtype(x));
+  Tensor out = empty(sizes_of(x), raw_dtype(x));
   const Rows on = split(x, gate, out);
   if (on.x.empty()) return out;
   GatedArgs args{.dtype = dtype_of(x), .count = int64_t(on.x.size())};

@@ -6,9 +6,6 @@
 namespace ras::cpu {
 namespace {
 
-// Below this many elements one thread is faster than waking a second (docs/kernels.md, "Threads").
-constexpr int64_t kElementsPerThread = 1 << 15;
-
 // The caller's tables, all in one dtype: x's, or float when one of them has another.
 struct Tables {
   MaybeTensor weight, bias, vectors, probes;
@@ -74,18 +71,14 @@ Tensor launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, Table
 
   auto* rows = pick_norm_rows();
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / args.d);
-  if (tokens <= grain) {
-    rows(args, 0, tokens);
-  } else {
-    torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) { rows(args, begin, end); });
-  }
+  share_out(tokens, grain, [&](int64_t begin, int64_t end) { rows(args, begin, end); });
   return dots;
 }
 
 std::tuple<Tensor, Tensor, Tensor> functional(const NormArgs& args, const Tensor& x, const MaybeTensor& residual,
                                               const Tables& tables, const MaybeTensor& slot, const MaybeTensor& alpha) {
   guard(x, residual, tables, slot, alpha);
-  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  const std::vector<int64_t> sizes = sizes_of(x);
   const bool stores_h = residual || (tables.vectors && !args.lerp);
   const Tensor y = empty(sizes, raw_dtype(x)), h = empty(stores_h ? sizes : std::vector<int64_t>{0}, raw_dtype(x));
   return {y, h, launch(args, x, residual, tables, slot, alpha, y, stores_h ? MaybeTensor(h) : std::nullopt)};

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> prefill_attention(const Tensor& query, const 
   set_values(args, query, key, value, sinks);
   args.mass_rows = mass_rows;
 
-  const int64_t batch = args.batch, heads = args.heads, rows = args.length_q, dim = args.dim;
-  Tensor out = empty_strided({batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}, raw_dtype(query));
+  const int64_t batch = args.batch, heads = args.heads, rows = args.length_q;
+  Tensor out = empty_heads(query);
   Tensor lse = empty_float({batch, heads, rows});
   Tensor mass = empty_float({batch, heads, mass_rows, num_regions});
   args.out = data_of<void>(out);

@@ -16,6 +16,9 @@ inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   return empty_strided(sizes, contiguous_strides(sizes), dtype);
 }
 
+// Like heads x [B, H, L, D], in memory [B, L, H, D], as projections leave them.
+inline Tensor empty_heads(const Tensor& x) { return empty_strided(sizes_of(x), head_strides(x), raw_dtype(x)); }
+
 inline Tensor empty_float(const std::vector<int64_t>& sizes) { return empty(sizes, aoti_torch_dtype_float32()); }
 
 inline bool is(const Tensor& tensor, int32_t dtype, std::initializer_list<int64_t> sizes) {
@@ -39,6 +42,16 @@ inline RowMap row_map(const Tensor& tensor) {
     map.strides[map.dims++] = stride;
   }
   return map;
+}
+
+// Below this many elements a call stays on its own thread: waking a second takes longer (docs/kernels.md, "Threads").
+constexpr int64_t kElementsPerThread = 1 << 15;
+
+// body(begin, end) for parts of 0 .. count, each of at least `grain` unless all stay on this thread.
+template <class Body>
+void share_out(int64_t count, int64_t grain, const Body& body) {
+  if (count <= grain) return body(0, count);
+  torch::stable::parallel_for(0, count, grain, body);
 }
 
 }  // namespace ras::cpu

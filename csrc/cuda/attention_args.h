@@ -53,9 +53,8 @@ ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTenso
 
 // What attention writes: out [B, Hq, Lq, D], laid out as [B, Lq, Hq, D], LSE [B, Hq, Lq] and masses [B, Hq, mass_rows, R].
 inline std::tuple<Tensor, Tensor, Tensor> new_outputs(const Tensor& query, int64_t mass_rows, int64_t regions) {
-  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
-  return {new_strided(query, {batch, heads, rows, dim}, {rows * heads * dim, dim, heads * dim, 1}),
-          new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, regions})};
+  const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2);
+  return {new_heads(query), new_float(query, {batch, heads, rows}), new_float(query, {batch, heads, mass_rows, regions})};
 }
 
 template <typename Run>

@@ -108,22 +108,6 @@ __device__ inline uint4 load_eight(const T* from, bool ok) {
 #endif
 }
 
-// 4 neighbouring elements, or zeros, likewise.
-template <typename T>
-__device__ inline uint2 load_four(const T* from, bool ok) {
-#if defined(__CUDA_ARCH__)
-  uint2 v;
-  asm volatile(
-      "{.reg .pred ok;\nsetp.ne.b32 ok, %3, 0;\nmov.b32 %0, 0; mov.b32 %1, 0;\n@ok ld.global.v2.b32 {%0, %1}, [%2];}"
-      : "=&r"(v.x), "=&r"(v.y)
-      : "l"(from), "r"(int(ok))
-      : "memory");
-  return v;
-#else
-  return ok ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
-#endif
-}
-
 // The same by loads of two elements. An mma's rows g and g + 8 alternate in its registers: 16 bytes at once would have to be
 // moved there, and whatever the compiler puts behind these moves, other loads as well, would wait for the load.
 template <typename T>
@@ -143,6 +127,22 @@ __device__ inline uint32_t load_two(const T* from, bool ok) {
 template <typename T>
 __device__ inline uint4 load_apart(const T* from, bool ok) {
   return {load_two(from, ok), load_two(from + 2, ok), load_two(from + 4, ok), load_two(from + 6, ok)};
+}
+
+// 4 neighbouring elements, or zeros, as load_eight.
+template <typename T>
+__device__ inline uint2 load_four(const T* from, bool ok) {
+#if defined(__CUDA_ARCH__)
+  uint2 v;
+  asm volatile(
+      "{.reg .pred ok;\nsetp.ne.b32 ok, %3, 0;\nmov.b32 %0, 0; mov.b32 %1, 0;\n@ok ld.global.v2.b32 {%0, %1}, [%2];}"
+      : "=&r"(v.x), "=&r"(v.y)
+      : "l"(from), "r"(int(ok))
+      : "memory");
+  return v;
+#else
+  return ok ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+#endif
 }
 
 // ------------------------------------------------------------------------------------------------------- scoring

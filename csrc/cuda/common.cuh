@@ -36,6 +36,16 @@ inline constexpr DType kTypeOf<__half> = DType::f16;
 template <>
 inline constexpr DType kTypeOf<__nv_bfloat16> = DType::bf16;
 
+// Calls use(T{}) with the element type that `dtype` names.
+template <typename Use>
+auto for_dtype(DType dtype, Use&& use) {
+  switch (dtype) {
+    case DType::f16: return use(__half{});
+    case DType::bf16: return use(__nv_bfloat16{});
+    default: return use(float{});
+  }
+}
+
 // Two values at a time: hardware converts pairs in one instruction, and single values several times slower.
 template <typename T>
 struct PairOf;

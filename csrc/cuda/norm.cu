@@ -132,11 +132,7 @@ void guard(const Inputs& in) {
 void run(const Inputs& in, const Outputs& out, const Flags& flags) {
   if (in.x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(in.x.get_device_index());
-  switch (dtype_of(in.x)) {
-    case DType::f32: return run_as<float>(in, out, flags);
-    case DType::f16: return run_as<__half>(in, out, flags);
-    case DType::bf16: return run_as<__nv_bfloat16>(in, out, flags);
-  }
+  for_dtype(dtype_of(in.x), [&](auto zero) { run_as<decltype(zero)>(in, out, flags); });
 }
 
 Tensor new_probe_dots(const Inputs& in) {
@@ -146,7 +142,7 @@ Tensor new_probe_dots(const Inputs& in) {
 
 std::tuple<Tensor, Tensor, Tensor> functional(const Inputs& in, const Flags& flags) {
   guard(in);
-  const std::vector<int64_t> sizes(in.x.sizes().begin(), in.x.sizes().end());
+  const std::vector<int64_t> sizes = sizes_of(in.x);
   const bool stores_h = in.residual || (in.vectors && !flags.lerp);
   const Tensor y = new_like(in.x, sizes), h = new_like(in.x, stores_h ? sizes : std::vector<int64_t>{0});
   const Tensor dots = new_probe_dots(in);

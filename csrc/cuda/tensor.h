@@ -26,6 +26,9 @@ inline Tensor new_like(const Tensor& like, const std::vector<int64_t>& sizes) {
   return new_strided(like, sizes, contiguous_strides(sizes));
 }
 
+// Like heads x [B, H, L, D], in memory [B, L, H, D], as projections leave them.
+inline Tensor new_heads(const Tensor& x) { return new_strided(x, sizes_of(x), head_strides(x)); }
+
 inline Tensor new_float(const Tensor& like, const std::vector<int64_t>& sizes) {
   return empty_strided(sizes, contiguous_strides(sizes), aoti_torch_dtype_float32(), aoti_torch_device_type_cuda(),
                        like.get_device_index());

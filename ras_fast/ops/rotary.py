@@ -48,7 +48,8 @@ def _validate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
     if not 0 < rotated <= dim or rotated % 2:
         _check.fail("cos", f"of shape {tuple(cos.shape)}", f"[B or 1, L, r] with r even, 0 < r <= D = {dim}")
     for name, table in (("cos", cos), ("sin", sin)):
-        _check.shape(name, table, (1 if table.shape[0] == 1 else batch, length, rotated), "[B or 1, L, r]")
+        rows = 1 if table.dim() == 3 and table.shape[0] == 1 else batch
+        _check.shape(name, table, (rows, length, rotated), "[B or 1, L, r]")
     for name, tensor in (("query", query), ("key", key), ("cos", cos), ("sin", sin)):
         _check.dtype(name, tensor, query.dtype)
         _check.last_dim_contiguous(name, tensor)

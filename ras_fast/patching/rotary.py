@@ -28,10 +28,10 @@ class FusedRotation:
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
-        forward = _with_global(type(attention).forward, ROTATION, self._rotate)
-        if forward is None:
+        found = _with_global(type(attention).forward, ROTATION, self._rotate)
+        if found is None:
             raise ValueError(f"{type(attention).__name__} does not call {ROTATION}")
-        self._forward, self._original = forward
+        self._forward, self._original = found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # torch.compile fuses the original by itself, and looks names up in the modelling file whatever a copy says.
@@ -72,7 +72,8 @@ def _op_takes(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """Whether `ops.rotary_embedding` takes these, apart from what the original would refuse as well."""
     if query.dim() != 4 or key.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
-    tables = cos.shape[1] == query.shape[2] and cos.shape[2] <= query.shape[3]
+    rows = cos.shape[0] in (1, query.shape[0])
+    tables = rows and cos.shape[1] == query.shape[2] and cos.shape[2] <= query.shape[3]
     dtypes = query.dtype == key.dtype == cos.dtype == sin.dtype
     return tables and dtypes and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad))
 

@@ -1,8 +1,8 @@
 """The rotary kernels on a GPU: the bits of Hugging Face's eager code, in graphs, next to kernels that they overlap with."""
 
 import pytest
+import rotations
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import ras_fast
 from ras_fast import ops
@@ -17,17 +17,8 @@ def rand(*shape, dtype):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-def inputs(batch, heads, kv_heads, length, dim, rotated, dtype, tables):
-    query, key = (rand(batch, length, n, dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
-    return query, key, *rand(2, tables, length, rotated, dtype=dtype)
-
-
-def check(got, query, key, cos, sin):
-    rotated = cos.shape[-1]
-    turned = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cos, sin)
-    for one, other, x in zip(got, turned, (query, key), strict=True):
-        assert one.transpose(1, 2).is_contiguous()
-        torch.testing.assert_close(one, torch.cat([other, x[..., rotated:]], -1), rtol=0, atol=0, equal_nan=True)
+def inputs(*shape):
+    return rotations.inputs(*shape, device="cuda")
 
 
 @BACKENDS
@@ -37,7 +28,7 @@ def test_bits_of_eager_code(backend, dim, rotated, dtype):
     for shape in ((2, 6, 2, 5), (3, 9, 9, 1), (1, 40, 8, 1000), (0, 4, 2, 3)):
         for tables in {1, shape[0]} - {0}:
             given = inputs(*shape, dim, rotated, dtype, tables)
-            check(ops.rotary_embedding(*given), *given)
+            rotations.check(ops.rotary_embedding(*given), *given)
 
 
 @BACKENDS
@@ -51,7 +42,7 @@ def test_strides_and_values_that_are_not_finite(backend, dtype):
         (query.contiguous(), key.contiguous(), cos.repeat_interleave(2, 1)[:, ::2], sin),
         (query[:1].expand(3, -1, -1, -1), key[1:].expand(3, -1, -1, -1), cos[:1].expand(3, -1, -1), sin[:1]),
     ):
-        check(ops.rotary_embedding(*given), *given)
+        rotations.check(ops.rotary_embedding(*given), *given)
 
 
 @BACKENDS
@@ -75,4 +66,4 @@ def test_in_a_graph_behind_what_writes_its_inputs(backend):
         for tensor in (query, key, cos, sin):
             tensor.copy_(torch.randn_like(tensor))
         graph.replay()
-        check(got, query @ weight, key @ weight, cos + 1, sin)
+        rotations.check(got, query @ weight, key @ weight, cos + 1, sin)

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import rotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from rotations import inputs
 
 from ras_fast import ops
 
@@ -18,29 +19,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DIMS = [(2, 2), (6, 6), (14, 10), (16, 16), (72, 72), (80, 32), (128, 128), (256, 64)]
 
 
-def inputs(batch, heads, kv_heads, length, dim, rotated, dtype, tables=None):
-    """(query, key, cos, sin) as a model has them: heads before tokens, of memory that has tokens before heads."""
-    query, key = (torch.randn(batch, length, n, dim).to(dtype).transpose(1, 2) for n in (heads, kv_heads))
-    cos, sin = torch.randn(2, batch if tables is None else tables, length, rotated).to(dtype)
-    return query, key, cos, sin
-
-
-def huggingface(query, key, cos, sin):
-    rotated = cos.shape[-1]
-    turned = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cos, sin)
-    return [torch.cat([t, x[..., rotated:]], -1) for t, x in zip(turned, (query, key), strict=True)]
-
-
 def skip_if_interpreted(backend, dtype):
     if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter cuts bfloat16 off where the hardware rounds")
 
 
-def check(query, key, cos, sin):
-    for got, wanted in zip(ops.rotary_embedding(query, key, cos, sin), huggingface(query, key, cos, sin), strict=True):
-        assert got.dtype == wanted.dtype
-        assert got.transpose(1, 2).is_contiguous()
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+def check(*given):
+    rotations.check(ops.rotary_embedding(*given), *given)
 
 
 @BACKENDS
@@ -136,6 +121,7 @@ QUERY, KEY, TABLE = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 3, 16), torch.ze
         ((QUERY, KEY, TABLE[:, :2], TABLE), "cos is of shape"),
         ((QUERY, KEY, TABLE, TABLE[..., :8]), r"sin is of shape \(2, 3, 8\); it must be \[B or 1, L, r\] = \(2, 3, 16\)"),
         ((QUERY, KEY, TABLE, TABLE.expand(3, 2, 3, 16)), "sin is of shape"),
+        ((QUERY, KEY, TABLE, torch.tensor(0.0)), "sin is of shape"),
         ((QUERY, KEY, TABLE, TABLE.half()), "sin is of dtype"),
         ((QUERY, KEY, TABLE, torch.zeros(2, 3, 32)[..., ::2]), "sin is of strides"),
         ((QUERY, KEY, TABLE, TABLE.to("meta")), "sin is on device"),

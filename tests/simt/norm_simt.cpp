@@ -67,12 +67,7 @@ static bool run(Call& c) {
 }
 
 extern "C" int norm_run(Call* c) {
-  switch (DType(c->dtype)) {
-    case DType::f32: return run<float>(*c);
-    case DType::f16: return run<__half>(*c);
-    case DType::bf16: return run<__nv_bfloat16>(*c);
-  }
-  return false;
+  return for_dtype(DType(c->dtype), [&](auto zero) { return run<decltype(zero)>(*c); });
 }
 
 extern "C" void norm_plan(int64_t rows, int64_t d, int64_t element_bytes, int64_t form, int64_t multiprocessors,

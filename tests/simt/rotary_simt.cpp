@@ -30,8 +30,7 @@ static bool run(Call& c) {
   const auto table = [](const Table& t) {
     return RotaryTable<T>{static_cast<const T*>(t.data), t.batch_stride, t.token_stride};
   };
-  const RotaryArgs<T> a{heads(c.query), heads(c.key),    table(c.cos),     table(c.sin),
-                        int(c.length),  int(c.dim), int(c.rotated)};
+  const RotaryArgs<T> a{heads(c.query), heads(c.key), table(c.cos), table(c.sin), int(c.length), int(c.dim), int(c.rotated)};
   c.width = rotary_width(a);
   bool ok = false;
   with_rotary_kernel(a, c.batch * c.length, [&](auto kernel, dim3 grid) {
@@ -41,10 +40,5 @@ static bool run(Call& c) {
 }
 
 extern "C" int rotary_run(Call* c) {
-  switch (DType(c->dtype)) {
-    case DType::f32: return run<float>(*c);
-    case DType::f16: return run<__half>(*c);
-    case DType::bf16: return run<__nv_bfloat16>(*c);
-  }
-  return false;
+  return for_dtype(DType(c->dtype), [&](auto zero) { return run<decltype(zero)>(*c); });
 }

@@ -1,11 +1,11 @@
-"""The CUDA rotary kernel (csrc/cuda/rotary.cuh), run by the host emulation, against the reference, bit for bit."""
+"""The CUDA rotary kernel (csrc/cuda/rotary.cuh), run by the host emulation, against Hugging Face's eager code, bit for bit."""
 
 import ctypes
 
 import pytest
+import rotations
 import torch
-
-from ras_fast.ops.rotary import _reference
+from rotations import inputs
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}  # numpy has no bfloat16
@@ -55,17 +55,11 @@ def check(emulator, query, key, cos, sin, width):
         outputs={name: x.view(BITS[dtype]).numpy() for name, x in zip(("query out", "key out"), outputs, strict=True)},
     )  # fmt: skip
     assert call.width == width
-    for got, wanted in zip(outputs, _reference(query, key, cos, sin), strict=True):
-        torch.testing.assert_close(got.transpose(1, 2), wanted, rtol=0, atol=0, equal_nan=True)
+    rotations.check([output.transpose(1, 2) for output in outputs], query, key, cos, sin)
 
 
 def rand(*shape, dtype):
     return torch.randn(*shape).to(dtype)
-
-
-def inputs(batch, heads, kv_heads, length, dim, rotated, dtype, tables):
-    query, key = (rand(batch, length, n, dim, dtype=dtype).transpose(1, 2) for n in (heads, kv_heads))
-    return query, key, *rand(2, tables, length, rotated, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,7 @@ from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
 from ras_fast.patching.image_statistics import link
 from ras_fast.patching.layers import FusedNorm, SteeredLayer
+from ras_fast.patching.linear import speed_up_linears
 from ras_fast.patching.report import Report
 from ras_fast.patching.state import Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
@@ -26,7 +27,9 @@ from ras_fast.regions import RegionMap
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
 
 
-def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend: str = "auto") -> Patch:
+def patch(
+    model: nn.Module, *, regions: bool = True, norms: bool = True, linears: bool = True, backend: str = "auto"
+) -> Patch:
     """Makes a Hugging Face model fast and observable, in place.
 
     The text model runs on a few random tokens, then every fused layer and every attention on what its original was given there,
@@ -37,6 +40,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
         regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
         norms: fuse each residual add with the norm after it, and what rotates queries and keys into one kernel.
+        linears: run the decoder layers' and the head's `torch.nn.Linear`s by `ops.linear` where rows are few, as in decode steps.
         backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
             does: for the whole process, not for this model alone. Of several patched models the last one counts.
 
@@ -53,7 +57,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, backend
     handle = Patch(model)
     try:
         with _without_autocast(model):
-            handle._apply(regions, norms, backend)
+            handle._apply(regions, norms, linears, backend)
             handle.applied = True
     except BaseException:
         handle.unpatch()
@@ -362,7 +366,7 @@ class Patch:
         weight = next((place.norm if isinstance(place, FusedNorm) else place.layer).parameters())
         return directions.detach() if weight.is_meta else directions.detach().to(weight.device)
 
-    def _apply(self, regions: bool, norms: bool, backend: str) -> None:
+    def _apply(self, regions: bool, norms: bool, linears: bool, backend: str) -> None:
         root, text_model, decoder_layers = find_decoder(self.model)
         if _PATCH in text_model.__dict__:
             raise ValueError(f"{type(root).__name__} is patched already: call unpatch() on its handle first")
@@ -384,6 +388,8 @@ class Patch:
         report.regions = "not asked for"
         if regions:
             self._state, report.regions = link(root, text_model, recorded, self._undo)
+        if linears:
+            speed_up_linears(root, decoder_layers, self._undo, report)
         if self._state is not None:
             report.blind = [index for index in range(report.layers) if index not in self._state.layers]
 

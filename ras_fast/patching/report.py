@@ -13,6 +13,7 @@ class Report:
 
     fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
     rotations: attention modules whose rotary embedding is one kernel.
+    linears: linear layers that take few rows, as those of a decode step, by `ops.linear`.
     unfused: what stayed as it was, by module name, and why.
     regions: None where image statistics are on, else why they are not.
     blind: where they are on, the decoder layers without: those that do not go through transformers' attention interface.
@@ -24,6 +25,7 @@ class Report:
     fused_norms: int
     norms: int
     rotations: int = 0
+    linears: int = 0
     unfused: dict[str, str] = field(default_factory=dict)
     regions: str | None = None
     blind: list[int] = field(default_factory=list)
@@ -31,7 +33,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
-            f"{self.fused_norms} of {self.norms} residual adds with their norm, {self.rotations} rotary embeddings",
+            f"{self.fused_norms} of {self.norms} residual adds with their norm, {self.rotations} rotary embeddings, "
+            f"{self.linears} linear layers",
             f"image statistics: {self._statistics()}",
         ]
         return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])

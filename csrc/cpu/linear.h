@@ -1,0 +1,39 @@
+// What the launchers (linear.cpp) hand to the kernels (linear_kernel.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/dispatch.h"
+
+namespace ras::cpu {
+
+constexpr int64_t kLinearPad = 32;  // a widened row's length is a multiple of this: the widest pair
+
+// rows of floats [count, padded] in the pair order of `dtype`, from rows of `dtype`, or of float when `source_float`.
+struct WidenArgs {
+  DType dtype;
+  bool source_float;
+  int64_t count, length, padded;
+  const void* const* source;
+  float* target;
+};
+
+// For each of `count` rows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in float.
+struct LinearArgs {
+  DType dtype;
+  int64_t count, length, padded;  // rows, and their size, that of weight's rows
+  const float* rows;              // widened
+  const void* weight;
+  int64_t weight_stride;
+  float* partial;  // [count, outputs] or null
+  int64_t outputs;
+  const void* const* base;  // by row, or null: 0
+  const float* factor;      // by row, or null: 1
+  void* const* out;         // by row
+};
+
+RAS_FAST_DECLARE(linear_widen, const WidenArgs& args)
+RAS_FAST_DECLARE(linear_outputs, const LinearArgs& args, int64_t begin, int64_t end)
+
+}  // namespace ras::cpu

@@ -1,0 +1,157 @@
+"""Linear maps of few rows: a projection of a decode step, and a matrix applied to the rows that a gate lets through
+(docs/kernels.md, "Linear").
+
+Shapes: T rows (the product of x's leading dimensions), K and N inputs and outputs; of the gated one d hidden size, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ras_fast.ops import _check
+from ras_fast.ops._registry import call, define, triton_kernel
+
+# With more rows torch's matrix products are faster (bench/bench_linear.py).
+FEW_ROWS = {"cpu": 32, "cuda": 16}
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, at the speed at which W can be read while rows are few, as in a decode step.
+
+    Sums are float32, rounded once. Up to `FEW_ROWS` rows of x by its device type a row's result is the same bits whatever rows
+    are computed with it; more rows, and on a GPU float32 or sizes that are not whole eights, are `torch.nn.functional.linear`'s.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16 (float64 by the reference alone); any strides with a contiguous last dimension.
+        weight: [N, K], dtype of `x`, contiguous last dimension.
+        bias: [N], dtype of `x`, contiguous.
+
+    Returns:
+        [..., N], dtype of `x`, contiguous.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or stride; the message names it.
+        RuntimeError: an input requires grad and grad mode is on.
+    """
+    _check.no_grad("linear", x, weight, bias)
+    if are_few(x):
+        return linear_of_few(x, weight, bias)
+    _validate_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def are_few(x: Tensor) -> bool:
+    """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
+    device, columns = x.device.type, x.shape[-1]
+    if x.numel() > FEW_ROWS.get(device, 0) * columns:
+        return False
+    return device == "cpu" or (x.dtype in (torch.float16, torch.bfloat16) and columns % 8 == 0)
+
+
+def linear_of_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear`, where rows are few and no gradient is asked for."""
+    return call("linear", _validate_linear, x, weight, bias)
+
+
+def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check.floating("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        _check.fail("x", f"of shape {tuple(x.shape)}", "[..., K] with K > 0")
+    _check.last_dim_contiguous("x", x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        _check.fail("weight", f"of shape {tuple(weight.shape)}", f"[N, K] with K = {x.shape[-1]}")
+    if bias is not None:
+        _check.shape("bias", bias, (weight.shape[0],), "[N]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _check.dtype(name, tensor, x.dtype)
+            _check.last_dim_contiguous(name, tensor)
+            _check.device(name, tensor, x.device)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check.one_device("linear", x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias).contiguous()
+
+
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=_fake_linear,
+    reference=_reference_linear,
+)
+
+
+def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, *, right: Tensor | None = None) -> Tensor:
+    """x + gate · (M x) for each row: AutoSteer's refusal head (arXiv 2507.13255). M is `weight`, or `weight` @ `right`.
+
+    The gates are read on the device. A row whose gate is 0 is returned bit for bit, whatever M holds, and costs no work; where
+    every gate is 0, M is not read. The sum is rounded once. A gate that is NaN or infinite makes its own row not finite, so
+    that it is not silently unsteered, and changes no other row. float64 is taken as well, by the reference alone.
+
+    Args:
+        x: [..., d], float32, float16 or bfloat16; any strides with a contiguous last dimension.
+        weight: M [d, d], or [d, r] with `right`; dtype of `x`, contiguous last dimension. Row i gives output element i, as
+            in `torch.nn.Linear`.
+        gate: [T] float32.
+        right: [r, d] with r > 0, dtype of `x`, contiguous last dimension.
+
+    Returns:
+        [..., d], dtype of `x`, contiguous.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device.
+        RuntimeError: an input requires grad and grad mode is on.
+    """
+    _check.no_grad("gated_linear", x, weight, gate, right)
+    return call("gated_linear", _validate_gated, x, weight, right, gate)
+
+
+def _validate_gated(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        _check.fail("x", f"of shape {tuple(x.shape)}", "[..., d] with d > 0")
+    d = x.shape[-1]
+    _check.floating("x", x)
+    _check.last_dim_contiguous("x", x)
+    if weight.dim() != 2 or weight.shape[0] != d or weight.shape[1] == 0:
+        _check.fail("weight", f"of shape {tuple(weight.shape)}", f"[d, d], or [d, r] with r > 0 beside right, with d = {d}")
+    if right is None:
+        _check.shape("weight", weight, (d, d), "[d, d]")
+    else:
+        _check.shape("right", right, (weight.shape[1], d), "[r, d] with weight [d, r]")
+    for name, tensor in (("weight", weight), ("right", right)):
+        if tensor is not None:
+            _check.dtype(name, tensor, x.dtype)
+            _check.last_dim_contiguous(name, tensor)
+            _check.device(name, tensor, x.device)
+    _check.shape("gate", gate, (x.numel() // d,), "[T]")
+    _check.dtype("gate", gate, torch.float32)
+    _check.last_dim_contiguous("gate", gate)
+    _check.device("gate", gate, x.device)
+
+
+def _reference_gated(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tensor) -> Tensor:
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.reshape(-1, x.shape[-1])
+    moved = rows.to(acc) if right is None else F.linear(rows.to(acc), right.to(acc))
+    moved = rows.to(acc) + gate.to(acc)[:, None] * F.linear(moved, weight.to(acc))
+    # Left out, not multiplied by zero: M x may overflow in a row that is off.
+    return torch.where((gate == 0)[:, None], rows, moved.to(x.dtype)).view(x.shape)
+
+
+def _fake_gated(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tensor) -> Tensor:
+    _check.one_device("gated_linear", x, weight, right, gate)
+    return x.new_empty(x.shape)
+
+
+define(
+    "gated_linear(Tensor x, Tensor weight, Tensor? right, Tensor gate) -> Tensor",
+    fake=_fake_gated,
+    reference=_reference_gated,
+    triton=triton_kernel("gated_linear", "gated_linear"),
+)

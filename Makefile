@@ -24,6 +24,7 @@ test-all: setup
 bench: setup
 	$(BIN)/python bench/bench_norm.py
 	$(BIN)/python bench/bench_rotary.py
+	$(BIN)/python bench/bench_linear.py
 	$(BIN)/python bench/bench_attention.py
 	$(BIN)/python bench/bench_engine.py
 	$(BIN)/python bench/bench_patch.py

@@ -119,6 +119,24 @@ def rotary_liger(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call |
     return lambda: rope_forward(query, key, cos, sin)
 
 
+# Few rows times a weight [N, K]: (call, weights), where a call takes one of the weights.
+
+
+def linear_peers(x: Tensor, weights: list[Tensor]) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
+    peers = {"torch": (lambda weight: torch.nn.functional.linear(x, weight), weights)}
+    packed = None if x.is_cuda else _packed(x, weights)
+    return peers if packed is None else peers | {"packed": packed}
+
+
+def _packed(x: Tensor, weights: list[Tensor]) -> tuple[Callable[[Tensor], Tensor], list[Tensor]] | None:
+    """oneDNN's product with a weight in oneDNN's own layout, as torch.compile's freezing calls it; None where it cannot."""
+    try:
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, len(x)) for weight in weights]
+    except RuntimeError:  # half precision without the processor's own instructions
+        return None
+    return lambda weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""), packed
+
+
 # Attention with region mass. Each returns a callable that gives (out, mass of the last `rows` query rows), or None where it
 # cannot run here. The regions are contiguous spans of keys (start, end); attention is causal, aligned bottom-right.
 

@@ -75,7 +75,7 @@ run_tests() {
 
 # A kernel that waits for itself would take everything with it: it comes alone, each test named before it runs, and afterwards
 # only if it came through.
-families=(norm attention rotary)
+families=(norm attention rotary linear)
 without=(--without hopper "hopper no mass")
 try_hopper() {
   section hopper 80 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
@@ -85,6 +85,7 @@ try_hopper() {
 run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
   section rotary 30 "$python" bench/bench_rotary.py --quick --seconds 0.15
+  section linear 30 "$python" bench/bench_linear.py --quick --seconds 0.15
   section engine 190 "$python" bench/bench_engine.py --gpu-7b --tokens 128 --budget 140
   section attention 240 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
 }
@@ -98,7 +99,7 @@ run_profile() {
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
     --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
     --section ComputeWorkloadAnalysis --launch-count 30 \
-    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|rotary_kernel|region_mass|selected_rows|sum_parts' \
+    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|rotary_kernel|linear_kernel|region_mass|selected_rows|sum_parts' \
     "$python" bench/profile_targets.py "${families[@]}"
   # Beside configs.json, not over it: an entry is taken over when its figures have been looked at.
   section tune 380 "$python" -m ras_fast.cli bench --tune --out bench/results/logs/configs.json
@@ -124,7 +125,7 @@ try_hopper
 [ "$part" = tests ] || [ "$part" = bench ] || run_profile
 
 {
-  for name in norm rotary attention engine crossovers autosteer tune; do
+  for name in norm rotary linear attention engine crossovers autosteer tune; do
     [ -s "$logs/$name.log" ] && echo "== $name" && tail -n 34 "$logs/$name.log" | cut -c -240
   done
   [ -f "$logs/ncu.ncu-rep" ] && echo "== ncu" && profile_table

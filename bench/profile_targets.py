@@ -54,7 +54,12 @@ def rotary():
         ops.rotary_embedding(query, key, *rand(2, 1, rows, 128))
 
 
-FAMILIES = {"norm": norm, "attention": attention, "rotary": rotary, "hopper": hopper}
+def linear():
+    for rows, outputs in ((2, 4096), (2, 11008), (16, 4096)):
+        ops.linear(rand(rows, 4096), rand(outputs, 4096))
+
+
+FAMILIES = {"norm": norm, "attention": attention, "rotary": rotary, "linear": linear, "hopper": hopper}
 
 if __name__ == "__main__":
     with torch.no_grad():

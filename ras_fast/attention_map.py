@@ -76,7 +76,7 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
 
 def _patched(model) -> Patch:
     try:
-        handle = patch(model, norms=False)
+        handle = patch(model, norms=False, linears=False)
     except TypeError as error:
         raise NoImageStatistics(f"no image statistics: {error}") from error
     if handle.report().regions is not None:

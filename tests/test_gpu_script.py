@@ -207,7 +207,7 @@ def test_profile_part(tree):
     assert "bench --tune --out" in (tree[0] / "bench/results/logs/tune.log").read_text()
 
 
-@pytest.mark.parametrize(("status", "families"), [(0, "norm attention rotary hopper"), (1, "norm attention rotary")])
+@pytest.mark.parametrize(("status", "families"), [(0, "norm attention rotary linear hopper"), (1, "norm attention rotary linear")])
 def test_a_kernel_that_fails_its_tests_is_left_out(tree, status, families):
     logs = tree[0] / "bench/results/logs"
     for part, log, script in (("profile", "ncu", "profile_targets"), ("tests", "racecheck", "small_shapes")):

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/row_map.h"
 
 namespace ras {
 
@@ -58,6 +59,24 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.size
 inline std::vector<int64_t> head_strides(const Tensor& x) {
   const int64_t heads = x.size(1), length = x.size(2), dim = x.size(3);
   return {length * heads * dim, dim, heads * dim, 1};
+}
+
+// Where the rows of a tensor [..., d] start.
+inline RowMap row_map(const Tensor& tensor) {
+  RowMap map;
+  map.data = data_of<const void>(tensor);
+  for (int64_t i = tensor.dim() - 2; i >= 0; --i) {
+    const int64_t size = tensor.size(i), stride = tensor.stride(i);
+    if (size == 1) continue;
+    if (map.dims && map.strides[map.dims - 1] * map.sizes[map.dims - 1] == stride) {
+      map.sizes[map.dims - 1] *= size;
+      continue;
+    }
+    STD_TORCH_CHECK(map.dims < kMaxDims, "ras_fast: at most ", kMaxDims, " non-mergeable leading dimensions are supported");
+    map.sizes[map.dims] = size;
+    map.strides[map.dims++] = stride;
+  }
+  return map;
 }
 
 // An uninitialised tensor. The C shim rather than stable::new_empty: that one looks its operator up by name, which costs more

@@ -3,7 +3,6 @@
 
 #include <cstring>
 
-#include "cpu/row_map.h"
 #include "cpu/tensor.h"
 
 namespace ras::cpu {

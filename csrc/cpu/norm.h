@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/row_map.h"
 #include "cpu/dispatch.h"
-#include "cpu/row_map.h"
 
 namespace ras::cpu {
 

@@ -4,7 +4,6 @@
 #include <initializer_list>
 
 #include "common/tensor.h"
-#include "cpu/row_map.h"
 
 namespace ras::cpu {
 
@@ -26,23 +25,6 @@ inline bool is(const Tensor& tensor, int32_t dtype, std::initializer_list<int64_
 }
 
 inline bool rows_contiguous(const Tensor& tensor) { return tensor.is_cpu() && last_dim_contiguous(tensor); }
-
-inline RowMap row_map(const Tensor& tensor) {
-  RowMap map;
-  map.data = data_of<const void>(tensor);
-  for (int64_t i = tensor.dim() - 2; i >= 0; --i) {
-    const int64_t size = tensor.size(i), stride = tensor.stride(i);
-    if (size == 1) continue;
-    if (map.dims && map.strides[map.dims - 1] * map.sizes[map.dims - 1] == stride) {
-      map.sizes[map.dims - 1] *= size;
-      continue;
-    }
-    STD_TORCH_CHECK(map.dims < kMaxDims, "ras_fast: at most ", kMaxDims, " non-mergeable leading dimensions are supported");
-    map.sizes[map.dims] = size;
-    map.strides[map.dims++] = stride;
-  }
-  return map;
-}
 
 // Below this many elements a call stays on its own thread: waking a second takes longer (docs/kernels.md, "Threads").
 constexpr int64_t kElementsPerThread = 1 << 15;

@@ -14,14 +14,14 @@ from ras_fast.ops import _check
 from ras_fast.ops._registry import call, define, triton_kernel
 
 # With more rows torch's matrix products are faster (bench/bench_linear.py).
-FEW_ROWS = {"cpu": 32, "cuda": 16}
+FEW_ROWS = 16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, at the speed at which W can be read while rows are few, as in a decode step.
 
-    Sums are float32, rounded once. Up to `FEW_ROWS` rows of x by its device type a row's result is the same bits whatever rows
-    are computed with it; more rows, and on a GPU float32 or sizes that are not whole eights, are `torch.nn.functional.linear`'s.
+    Sums are float32, rounded once. Up to `FEW_ROWS` rows a row's result is the same bits whatever rows are computed with it; more
+    rows, and float32 on a GPU, are `torch.nn.functional.linear`'s.
 
     Args:
         x: [..., K], float32, float16 or bfloat16 (float64 by the reference alone); any strides with a contiguous last dimension.
@@ -44,10 +44,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def are_few(x: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
-    device, columns = x.device.type, x.shape[-1]
-    if x.numel() > FEW_ROWS.get(device, 0) * columns:
+    if x.dim() and x.numel() > FEW_ROWS * x.shape[-1]:
         return False
-    return device == "cpu" or (x.dtype in (torch.float16, torch.bfloat16) and columns % 8 == 0)
+    return x.device.type == "cpu" or x.dtype in (torch.float16, torch.bfloat16)
 
 
 def linear_of_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     # A parameter of another type is quantised or distributed, and multiplies in a way of its own.
     if type(weight) is not nn.Parameter or type(x) is not Tensor or not are_few(x) or x.dtype != weight.dtype:
         return False
-    if x.stride(-1) != 1 or torch.is_autocast_enabled(x.device.type):
+    if not 0 < x.dim() <= 3 or x.stride(-1) != 1 or torch.is_autocast_enabled(x.device.type):
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 

@@ -73,10 +73,16 @@ def rotary():
             yield ops.rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), table, table)
 
 
+def linear():
+    for dtype in (torch.float16, torch.bfloat16):
+        for rows, inputs, outputs in ((1, 8, 1), (3, 1544, 40), (16, 1024, 33), (5, 127, 20), (2, 256, 9000)):
+            yield ops.linear(rand(rows, inputs, dtype=dtype), rand(outputs, inputs, dtype=dtype), rand(outputs, dtype=dtype))
+
+
 # Each with an op that only it has a CUDA kernel of.
 FAMILIES = {
     "norm": (norm, "add_rms_norm"), "attention": (attention, "decode_attention"), "hopper": (hopper, "hopper_prefill"),
-    "rotary": (rotary, "rotary_embedding"),
+    "rotary": (rotary, "rotary_embedding"), "linear": (linear, "linear"),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace ras::cpu {
+namespace ras {
 
 constexpr int kMaxDims = 8;
 
@@ -24,4 +24,4 @@ struct RowMap {
   }
 };
 
-}  // namespace ras::cpu
+}  // namespace ras

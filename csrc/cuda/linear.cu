@@ -1,0 +1,55 @@
+// CUDA launcher of linear: shapes, pointers and the launch; the kernel is in linear.cuh. Which calls come here is decided in
+// ras_fast/ops/linear.py.
+#include "linear.cuh"
+
+#include "tensor.h"
+
+namespace ras::cuda {
+namespace {
+
+void guard_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0 && rows_beside(x, x) && weight.dim() == 2 &&
+                      weight.size(1) == x.size(x.dim() - 1) && raw_dtype(weight) == raw_dtype(x) && rows_beside(x, weight) &&
+                      (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && raw_dtype(*bias) == raw_dtype(x) &&
+                                 rows_beside(x, *bias))),
+                  "ras_fast linear: x must be [..., K], weight [N, K] and bias [N], on one GPU, of one dtype, with contiguous "
+                  "last dimensions");
+  STD_TORCH_CHECK(dtype_of(x) != DType::f32, "ras_fast linear: the CUDA kernel takes float16 and bfloat16");
+  STD_TORCH_CHECK(weight.size(0) < (int64_t(1) << 31) - 64 && weight.size(1) < (int64_t(1) << 31) - 4096 &&
+                      x.numel() / x.size(x.dim() - 1) <= 65535 * kLinearRows,
+                  "ras_fast linear: rows, inputs or outputs are too many for one launch");
+}
+
+template <typename T>
+void run(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& out) {
+  const RowMap rows = row_map(x);
+  STD_TORCH_CHECK(rows.dims <= 2, "ras_fast linear: x has more than 2 leading dimensions that cannot be merged; call "
+                                  ".contiguous() on it");
+  LinearArgs<T> args{data_of<const T>(x), data_of<const T>(weight), data_of<const T>(bias), data_of<T>(out)};
+  args.rows = int(out.numel() / weight.size(0));
+  args.group = rows.dims == 0 ? 1 : int(rows.sizes[0]);
+  args.row_stride = rows.strides[0];
+  args.group_stride = rows.strides[1];
+  args.weight_stride = weight.stride(0);
+  args.inputs = int(weight.size(1));
+  args.outputs = int(weight.size(0));
+  with_linear_kernel(args, device_of(x).multiprocessors,
+                     [&](auto kernel, dim3 grid) { launch(kernel, args, grid, kLinearWarps * kWarp, 0, x); });
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  guard_linear(x, weight, bias);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = weight.size(0);
+  const Tensor out = new_like(x, sizes);
+  if (out.numel() == 0) return out;
+  dtype_of(x) == DType::f16 ? run<__half>(x, weight, bias, out) : run<__nv_bfloat16>(x, weight, bias, out);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) { m.impl("linear", TORCH_BOX(&linear)); }
+
+}  // namespace ras::cuda

@@ -1,0 +1,168 @@
+// y = x Wᵀ + b for few rows x: a product bound by reading W.
+//
+// A block owns 16 or 32 outputs, and its warps share their rows of W: each takes every eighth run of columns, goes from memory
+// straight into mma fragments by 16-byte loads, and asks for the next run before it multiplies this one. Sums run over columns, so
+// any order of these will do if x uses the same: a lane's 8 neighbouring columns are its share of two mma steps. W is the operand
+// whose registers are then as they were loaded, x the other: half of its 16 rows may be missing, which costs nothing, as tensor
+// cores wait for memory. A row's result does not depend on the other rows.
+//
+// Framework-free: linear.cu is the launcher.
+#pragma once
+
+#include "mma.cuh"
+
+namespace ras::cuda {
+
+template <typename T>
+struct LinearArgs {
+  const T* x;       // [rows, inputs]: row r starts at r / group * group_stride + r % group * row_stride
+  const T* weight;  // [outputs, inputs]
+  const T* bias;    // [outputs] or null
+  T* out;           // [rows, outputs]
+  int64_t group_stride, row_stride, weight_stride;
+  int rows, group, inputs, outputs;
+
+  __device__ const T* row(int r) const {
+    const int before = r < group ? 0 : int(unsigned(r) / unsigned(group));
+    return x + before * group_stride + (r - before * group) * row_stride;
+  }
+};
+
+constexpr int kLinearWarps = 8;
+constexpr int kLinearTile = 16;    // outputs of two mma
+constexpr int kLinearRows = 8;     // half of their rows
+constexpr int kLinearAhead = 1024; // columns that are prefetched before the previous kernel ends: 25 MB by all resident blocks
+
+// 8 columns from `column` on of a row of `length`; what is missing is 0.
+template <typename T, bool kAligned>
+__device__ inline uint4 load_columns(const T* row, int column, int length, bool ok) {
+  if constexpr (kAligned) {
+    return load_eight(row + column, ok && column < length);
+  } else {
+    Pack<T, 8> values;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values.value[i] = ok && column + i < length ? row[column + i] : from_float<T>(0.f);
+    return *reinterpret_cast<const uint4*>(&values);
+  }
+}
+
+// A run of columns of a warp's outputs and rows: a lane (g, c) has columns 32 i + 8 c to 32 i + 8 c + 7 of outputs g and g + 8 of each
+// tile, and of rows g and g + 8.
+template <typename T, int kOutputTiles, int kRowTiles>
+struct LinearRun {
+  static constexpr int kLoads = 2 / kOutputTiles, kColumns = 32 * kLoads;
+  uint4 weight[2 * kOutputTiles][kLoads], x[kRowTiles][kLoads];
+
+  __device__ void add_to(float (&sums)[2 * kOutputTiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint4 low = x[0][i], high = kRowTiles == 2 ? x[kRowTiles - 1][i] : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int t = 0; t < 2 * kOutputTiles; ++t) {
+        const uint4 w = weight[t][i];
+        mma_16x8x16<T>(sums[t], {low.x, high.x, low.y, high.y}, {w.x, w.y});
+        mma_16x8x16<T>(sums[t], {low.z, high.z, low.w, high.w}, {w.z, w.w});
+      }
+    }
+  }
+};
+
+// Grid (outputs / (16 kOutputTiles), rows / (8 kRowTiles)), rounded up.
+template <typename T, int kOutputTiles, int kRowTiles, bool kAligned>
+__global__ void __launch_bounds__(kLinearWarps * kWarp, !kAligned ? 1 : kOutputTiles + kRowTiles == 2 ? 3 : 2)
+linear_kernel(const __grid_constant__ LinearArgs<T> args) {
+  using Run = LinearRun<T, kOutputTiles, kRowTiles>;
+  constexpr int kOutputs = kLinearTile * kOutputTiles, kRows = kLinearRows * kRowTiles;
+  constexpr int kApart = kLinearWarps * Run::kColumns;
+  __shared__ float parts[kLinearWarps][kRows][kOutputs + 8];  // + 8: rows of neighbouring g lie 8 banks apart, or 24
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
+  const int first_output = blockIdx.x * kOutputs, first_row = blockIdx.y * kRows;
+  const auto weight_row = [&](int output) { return args.weight + min(output, args.outputs - 1) * args.weight_stride; };
+  if (kAligned && threadIdx.x < kOutputs)
+    prefetch_l2(weight_row(first_output + threadIdx.x), min(args.inputs, kLinearAhead) * unsigned(sizeof(T)));
+  wait_for_previous_kernel();
+  allow_next_kernel();  // its blocks ask for their rows of W while this one's end
+
+  const T *weight[2 * kOutputTiles], *x[kRowTiles];
+#pragma unroll
+  for (int t = 0; t < 2 * kOutputTiles; ++t)
+    weight[t] = weight_row(first_output + 8 * t + g) + warp * Run::kColumns + 8 * c;
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+    x[r] = args.row(min(first_row + kLinearRows * r + g, args.rows - 1)) + warp * Run::kColumns + 8 * c;
+  int left = args.inputs - 8 * c - warp * Run::kColumns;  // columns behind those that the pointers are at
+  // The run `ahead` columns behind the pointers.
+  const auto load = [&](Run& run, int ahead) {
+#pragma unroll
+    for (int i = 0; i < Run::kLoads; ++i) {
+      const int at = ahead + 32 * i;
+#pragma unroll
+      for (int t = 0; t < 2 * kOutputTiles; ++t) run.weight[t][i] = load_columns<T, kAligned>(weight[t], at, left, true);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+        run.x[r][i] = load_columns<T, kAligned>(x[r], at, left, first_row + kLinearRows * r + g < args.rows);
+    }
+  };
+  float sums[2 * kOutputTiles][4] = {};
+  Run even, odd;
+  const int runs = (args.inputs - warp * Run::kColumns + kApart - 1) / kApart;
+  if (runs > 0) load(even, 0);
+  if (runs > 1) load(odd, kApart);
+  // Each run is asked for as soon as the one before it in its registers is done. What follows a branch, the compiler does not let
+  // go before it: left alone it lets both products wait before it loads anything.
+#pragma unroll 1
+  for (int run = 0; run < runs; run += 2) {
+    even.add_to(sums);
+    if (run + 2 < runs) load(even, 2 * kApart);
+    if (run + 1 < runs) odd.add_to(sums);
+    if (run + 3 < runs) load(odd, 3 * kApart);
+    left -= 2 * kApart;
+#pragma unroll
+    for (int t = 0; t < 2 * kOutputTiles; ++t) weight[t] += 2 * kApart;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) x[r] += 2 * kApart;
+  }
+
+#pragma unroll
+  for (int t = 0; t < 2 * kOutputTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) parts[warp][g + 8 * (i / 2)][8 * t + 2 * c + i % 2] = sums[t][i];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * kOutputs; i += kLinearWarps * kWarp) {
+    const int r = i / kOutputs, o = i % kOutputs, row = first_row + r, output = first_output + o;
+    if (row >= args.rows || output >= args.outputs) continue;
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kLinearWarps; ++w) sum += parts[w][r][o];
+    if (args.bias) sum += to_float(args.bias[output]);
+    args.out[int64_t(row) * args.outputs + output] = from_float<T>(sum);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ host
+
+template <typename T>
+bool linear_aligned(const LinearArgs<T>& args) {
+  constexpr int kVec = kAccessBytes / sizeof(T);
+  const auto based = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kAccessBytes == 0; };
+  const auto whole = [](int64_t elements) { return elements % kVec == 0; };
+  return based(args.x) && based(args.weight) && whole(args.inputs) && whole(args.group_stride) && whole(args.row_stride) &&
+         whole(args.weight_stride);
+}
+
+// Calls start(kernel, grid) for the instance that fits.
+template <typename T, typename Start>
+void with_linear_kernel(const LinearArgs<T>& args, int multiprocessors, Start&& start) {
+  const auto run = [&](auto kernel, int output_tiles, int row_tiles) {
+    const int outputs = kLinearTile * output_tiles, rows = kLinearRows * row_tiles;
+    start(kernel, dim3((args.outputs + outputs - 1) / outputs, (args.rows + rows - 1) / rows));
+  };
+  if (!linear_aligned(args)) return run(linear_kernel<T, 1, 1, false>, 1, 1);
+  // Two tiles of outputs halve what is read of x, where there are blocks enough without.
+  const bool wide = args.outputs >= 4 * kLinearTile * multiprocessors, tall = args.rows > kLinearRows;
+  if (wide) return tall ? run(linear_kernel<T, 2, 2, true>, 2, 2) : run(linear_kernel<T, 2, 1, true>, 2, 1);
+  tall ? run(linear_kernel<T, 1, 2, true>, 1, 2) : run(linear_kernel<T, 1, 1, true>, 1, 1);
+}
+
+}  // namespace ras::cuda

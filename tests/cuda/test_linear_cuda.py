@@ -1,0 +1,88 @@
+"""The linear kernel on a GPU: against float64, beside any other rows, in graphs, next to kernels that it overlaps with."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ras_fast
+from ras_fast import ops
+
+CUDA = ras_fast.backends()["cuda"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=str(CUDA))]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def rand(*shape, dtype, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def inputs(rows, width, outputs, dtype):
+    return rand(rows, width, dtype=dtype), rand(outputs, width, dtype=dtype, scale=width**-0.5), rand(outputs, dtype=dtype)
+
+
+def check(x, weight, bias):
+    got, exact = torch.ops.ras_fast.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    error, own = (got.double() - exact).abs().max(), (F.linear(x, weight, bias).double() - exact).abs().max()
+    assert got.is_contiguous()
+    assert error <= 2 * own + 1e-3
+    return got
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 37])
+@pytest.mark.parametrize(("width", "outputs"), [(8, 1), (520, 40), (4096, 4096), (11008, 4096), (4096, 11008), (127, 33)])
+def test_against_float64(width, outputs, rows, dtype):
+    check(*inputs(rows, width, outputs, dtype))
+
+
+@DTYPES
+def test_strides(dtype):
+    x, (_, weight, bias) = rand(6, 5, 136, dtype=dtype), inputs(1, 128, 24, dtype)
+    for view in (x[:, 0, :128], x[:, -2:, 8:], x[:1, :1, :128].expand(3, 4, -1), x[:, :, 1:129]):
+        check(view, weight, bias)
+    check(x[..., :128], rand(24, 136, dtype=dtype)[:, :128], bias)
+
+
+@DTYPES
+def test_a_row_is_the_same_beside_any_others(dtype):
+    for outputs in (4096, 11008):
+        x, weight, _ = inputs(16, 4096, outputs, dtype)
+        wanted = ops.linear(x, weight)
+        for rows in (1, 3, 8, 11):
+            assert torch.equal(ops.linear(x[:rows], weight), wanted[:rows])
+            assert torch.equal(ops.linear(x[-rows:], weight), wanted[-rows:])
+
+
+def test_other_calls_are_torchs():
+    x, weight, bias = inputs(17, 64, 32, torch.bfloat16)
+    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    x, weight, bias = inputs(2, 64, 32, torch.float32)
+    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_in_a_graph_behind_what_writes_its_inputs():
+    """On Hopper the kernel starts before the one that makes its rows has ended, or has even written its weight."""
+    x, weight, _ = inputs(2, 4096, 4096, torch.bfloat16)
+
+    def call():
+        states = x
+        for _ in range(4):
+            states = ops.linear(states, weight)
+        return states, ops.linear(x + 1, weight * 2)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call()
+    for _ in range(20):
+        x.copy_(torch.randn_like(x))
+        weight.copy_(torch.randn_like(weight) * 4096**-0.5)
+        graph.replay()
+        torch.cuda.synchronize()
+        for one, other in zip(got, call(), strict=True):
+            assert torch.equal(one, other)
+        check(x, weight, torch.zeros_like(weight[0]))

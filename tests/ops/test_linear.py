@@ -1,0 +1,164 @@
+"""linear: every backend against float64, a row beside any others, strides and what is not finite."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ras_fast import ops
+from ras_fast.ops.linear import FEW_ROWS, are_few
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# One element, a prime, one short of and one past a vector, more than a thread's share of work.
+WIDTHS = [1, 7, 31, 33, 513, 1088]
+
+
+def rand(*shape, dtype=torch.float32, scale=1.0):
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def inputs(rows, width, outputs, dtype=torch.float32):
+    return rand(rows, width, dtype=dtype), rand(outputs, width, dtype=dtype, scale=width**-0.5), rand(outputs, dtype=dtype)
+
+
+def check(x, weight, bias):
+    got, exact = ops.linear(x, weight, bias), F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert got.dtype == x.dtype
+    assert got.shape == exact.shape
+    assert got.is_contiguous()
+    eps = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(got.double(), exact, atol=2e-5 + 2 * eps * (x.dtype != torch.float32), rtol=eps)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_against_float64(backend, width, dtype):
+    for rows, outputs in ((1, 1), (2, 131), (5, 40), (16, 3), (17, 40)):
+        x, weight, bias = inputs(rows, width, outputs, dtype)
+        check(x, weight, bias)
+        check(x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_beside_any_others(dtype):
+    x, weight, bias = inputs(FEW_ROWS, 1001, 77, dtype)
+    wanted = ops.linear(x, weight, bias)
+    for rows in range(1, len(x)):
+        assert torch.equal(ops.linear(x[:rows], weight, bias), wanted[:rows])
+        assert torch.equal(ops.linear(x[-rows:], weight, bias), wanted[-rows:])
+
+
+@BACKENDS
+def test_strides_and_leading_dimensions(backend):
+    wide, (_, weight, bias) = rand(3, 5, 2, 130), inputs(1, 70, 20)
+    for x in (wide[:, 1, :, :70], wide.permute(2, 0, 1, 3)[:, :, 2, 60:], wide[:, -2:, 1, 5:75], wide[0, 0, 0, :70]):
+        check(x, weight, bias)
+        check(x, rand(20, 140)[:, 70:], bias)
+    check(wide[:1, :1, :1, :70].expand(2, 3, 2, 70), weight, bias)
+
+
+@BACKENDS
+def test_nothing_to_do(backend):
+    assert ops.linear(rand(0, 5, 8), rand(3, 8)).shape == (0, 5, 3)
+    assert ops.linear(rand(2, 8), rand(0, 8)).shape == (2, 0)
+
+
+@BACKENDS
+def test_what_is_not_finite_stays_in_its_row_and_output(backend):
+    x, weight, bias = inputs(4, 40, 9)
+    x[1, 7], weight[5, 3], bias[2] = torch.nan, torch.inf, torch.inf
+    finite = torch.isfinite(ops.linear(x, weight, bias))
+    assert finite.all(1).tolist() == [False] * 4
+    assert finite.all(0).tolist() == [False] * 9
+    assert finite[[0, 2, 3]][:, [0, 1, 3, 4, 6, 7, 8]].all()
+
+
+@BACKENDS
+def test_one_rounding(backend):
+    """Sums that no half precision could hold, and a tie to even."""
+    x = torch.tensor([[1.0, 2.0**-11, 60000.0, -60000.0]]).half()
+    assert ops.linear(x, torch.tensor([[1.0, 1, 4, 4]]).half()).item() == 1.0
+    assert ops.linear(x, torch.tensor([[1.0, 1, 0, 0], [1.0, 3, 0, 0]]).half()).tolist() == [[1.0, 1 + 2**-9]]
+
+
+def test_many_rows_are_torchs():
+    x, weight, bias = inputs(FEW_ROWS + 1, 64, 32)
+    assert not are_few(x)
+    assert are_few(x[1:])
+    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    with pytest.raises(ValueError, match="bias is of shape"):
+        ops.linear(x, weight, bias[:5])
+
+
+def test_float64_takes_the_reference():
+    x, weight, bias = (tensor.double() for tensor in inputs(3, 16, 8))
+    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(0, 16), width=st.integers(1, 90), outputs=st.integers(0, 40), dtype=st.sampled_from(DTYPES),
+    biased=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_any_shape_on_the_cpu(rows, width, outputs, dtype, biased, seed):
+    torch.manual_seed(seed)
+    x, weight, bias = inputs(rows, width, outputs, dtype)
+    check(x, weight, bias if biased else None)
+
+
+@pytest.mark.parametrize("bias", [None, rand(5)])
+def test_opcheck(bias):
+    for x in (rand(3, 12), rand(2, 2, 12)):
+        torch.library.opcheck(torch.ops.ras_fast.linear.default, (x, rand(5, 12), bias))
+
+
+def test_one_graph():
+    x, weight, bias = inputs(2, 16, 8)
+    compiled = torch.compile(lambda x: ops.linear(x, weight, bias), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), ops.linear(x, weight, bias))
+
+
+X, WEIGHT, BIAS = torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.zeros(()), WEIGHT), "x is of shape"),
+        ((X[:, :0], WEIGHT[:, :0]), r"x is of shape \(2, 0\); it must be \[..., K\] with K > 0"),
+        ((X.int(), WEIGHT), "x is of dtype"),
+        ((X.T.contiguous().T, WEIGHT), "x is of strides"),
+        ((X, WEIGHT[:, :5]), r"weight is of shape \(4, 5\); it must be \[N, K\] with K = 8"),
+        ((X, WEIGHT[0]), "weight is of shape"),
+        ((X, WEIGHT.half()), "weight is of dtype"),
+        ((X, torch.zeros(4, 16)[:, ::2]), "weight is of strides"),
+        ((X, WEIGHT.to("meta")), "weight is on device"),
+        ((X, WEIGHT, BIAS[:3]), r"bias is of shape \(3,\); it must be \[N\] = \(4,\)"),
+        ((X, WEIGHT, BIAS.half()), "bias is of dtype"),
+        ((X, WEIGHT, torch.zeros(8)[::2]), "bias is of strides"),
+    ],
+)
+def test_wrong_arguments_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        ops.linear(*args)
+
+
+def test_gradients_are_refused():
+    with pytest.raises(RuntimeError, match="no backward"):
+        ops.linear(X.clone().requires_grad_(), WEIGHT)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_other_instruction_sets(isa):
+    """This module's comparisons on the CPU under a narrower build of the kernel."""
+    environment = os.environ | {"RAS_FAST_CPU_ISA": isa}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "float64 and cpu or strides and cpu or beside"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,0 +1,127 @@
+"""The CUDA linear kernel (csrc/cuda/linear.cuh), run by the host emulation, against float64."""
+
+import ctypes
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+POINTERS = ("x", "weight", "bias", "out")
+INTEGERS = ("group_stride", "row_stride", "weight_stride", "rows", "group", "inputs", "outputs", "half", "multiprocessors", "blocks",
+            "aligned")  # fmt: skip
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+class Call(ctypes.Structure):
+    """Mirrors struct Call of linear_simt.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in INTEGERS]
+
+
+@pytest.fixture(scope="module")
+def emulator(load_emulator):
+    return load_emulator("linear_simt")
+
+
+def rand(*shape, dtype, scale=1.0):
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def inputs(rows, width, outputs, dtype):
+    return rand(rows, width, dtype=dtype), rand(outputs, width, dtype=dtype, scale=width**-0.5), rand(outputs, dtype=dtype)
+
+
+def run(emulator, x, weight, bias, *, multiprocessors=100, wide=False, aligned=True):
+    """x [rows, K] or [groups, rows, K]; wide: whether a block is to have 32 outputs."""
+    rows, outputs = x.numel() // x.shape[-1], len(weight)
+    out = torch.full((rows, outputs), torch.nan, dtype=x.dtype)
+    group = x.shape[-2] if x.dim() == 3 else rows
+    call = Call(x.data_ptr(), weight.data_ptr(), bias.data_ptr() if bias is not None else None, out.data_ptr(),
+                x.stride(0) if x.dim() == 3 else 0, x.stride(-2), weight.stride(0), rows, group, x.shape[-1], outputs,
+                x.dtype == torch.float16, multiprocessors)  # fmt: skip
+    given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    emulator.run("linear_run", ctypes.byref(call), outputs={"out": out.view(torch.int16).numpy()},
+                 inputs={name: tensor.view(torch.int16).numpy() for name, tensor in given.items()})  # fmt: skip
+    assert call.aligned == aligned
+    assert call.blocks == -(-outputs // (32 if wide else 16))
+    return out
+
+
+def check(emulator, x, weight, bias, **options):
+    got = run(emulator, x, weight, bias, **options)
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double()).view(got.shape)
+    eps = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=eps / 2 + 1e-5)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16])
+def test_rows(emulator, rows, dtype):
+    x, weight, bias = inputs(rows, 1088, 40, dtype)
+    check(emulator, x, weight, bias)
+    check(emulator, x, weight, None, multiprocessors=0, wide=True)
+
+
+@pytest.mark.parametrize("width", [8, 24, 512, 520, 1024, 1544, 2560])
+@pytest.mark.parametrize("wide", [False, True])
+def test_widths(emulator, width, wide):
+    """Fewer columns than one run of the first warp, none for some warps, one, two and more for all."""
+    x, weight, bias = inputs(3, width, 17, torch.bfloat16)
+    check(emulator, x, weight, bias, multiprocessors=0 if wide else 100, wide=wide)
+
+
+@pytest.mark.parametrize("outputs", [1, 15, 16, 33])
+def test_outputs(emulator, outputs):
+    check(emulator, *inputs(2, 264, outputs, torch.float16))
+    check(emulator, *inputs(11, 264, outputs, torch.float16), multiprocessors=0, wide=True)
+
+
+def test_a_block_has_32_outputs_where_blocks_are_enough(emulator):
+    x, weight, bias = inputs(1, 64, 127, torch.bfloat16)
+    check(emulator, x, weight, bias, multiprocessors=2)
+    check(emulator, *inputs(1, 64, 128, torch.bfloat16), multiprocessors=2, wide=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_widths_and_rows_that_do_not_start_at_16_bytes(emulator, dtype):
+    x, weight, bias = inputs(5, 130, 20, dtype)
+    check(emulator, x[:, :127], weight[:, :127], bias, aligned=False)
+    check(emulator, x[:, 1:129], weight[:, :128], bias, aligned=False)
+    check(emulator, x[:, :128], weight[:, 2:], bias, aligned=False)
+    check(emulator, *inputs(19, 65, 20, dtype), aligned=False)
+
+
+def test_strides(emulator):
+    """Every other row, the last rows of several sequences, rows that repeat."""
+    x, weight, bias = rand(6, 5, 136, dtype=torch.bfloat16), *inputs(1, 128, 24, torch.bfloat16)[1:]
+    check(emulator, x[:, 0, :128], weight, bias)
+    check(emulator, x[:, -2:, 8:], weight, bias)
+    check(emulator, x[:1, :1, :128].expand(3, 4, -1), weight, bias)
+    check(emulator, x[0, :, :128], rand(24, 136, dtype=torch.bfloat16)[:, :128], bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_beside_any_others(emulator, dtype):
+    x, weight, bias = inputs(16, 1096, 33, dtype)
+    for options in ({}, {"multiprocessors": 0, "wide": True}):
+        wanted = check(emulator, x, weight, bias, **options)
+        for rows in (1, 3, 8, 11):
+            assert torch.equal(run(emulator, x[:rows], weight, bias, **options), wanted[:rows])
+            assert torch.equal(run(emulator, x[-rows:], weight, bias, **options), wanted[-rows:])
+
+
+def test_more_rows_than_a_block(emulator):
+    check(emulator, *inputs(37, 72, 20, torch.bfloat16))
+    check(emulator, *inputs(37, 72, 40, torch.bfloat16), multiprocessors=0, wide=True)
+
+
+def test_what_is_not_finite_stays_in_its_row_and_output(emulator):
+    x, weight, bias = inputs(10, 256, 20, torch.bfloat16)
+    x[3, 7], weight[5, 9] = torch.nan, torch.inf
+    got = run(emulator, x, weight, bias)
+    finite = torch.isfinite(got)
+    assert not finite[3].any()
+    assert not finite[:, 5].any()
+    assert finite[:3, :5].all()
+    assert finite[4:, 6:].all()

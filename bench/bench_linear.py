@@ -1,10 +1,10 @@
 """A linear layer of a decode step beside its peers: `python bench/bench_linear.py [--quick]`.
 
-Few rows against a weight that no cache holds: on the CPU calls go in turn through copies of it, on a GPU the L2 cache is cold.
-"torch" is `torch.nn.functional.linear`, "packed" what torch.compile's freezing makes of it on a CPU: oneDNN's product with a second
-copy of the weight in a layout of its own. GB/s counts the bytes that must move, weight, input and output; "share" is that
-over a plain copy's bandwidth in the same run, which a call that writes next to nothing may exceed. On a GPU a row is timed
-as eager calls or as a replayed CUDA graph.
+Few rows against a weight that no cache holds: on the CPU calls go in turn through copies of it, on a GPU the L2 cache is
+cold. "torch" is `torch.nn.functional.linear`, "packed" what torch.compile's freezing makes of it on a CPU: oneDNN's product
+with a second copy of the weight in a layout of its own. GB/s counts the bytes that must move, weight, input and output;
+"share" is that over a plain copy's bandwidth in the same run, which a call that writes next to nothing may exceed. On a GPU a
+row is timed as eager calls or as a replayed CUDA graph.
 """
 
 from __future__ import annotations

@@ -25,12 +25,12 @@ void apply(LinearArgs args, const std::vector<const void*>& source, bool source_
   args.weight_stride = weight.stride(0);
   args.outputs = weight.size(0);
   auto* outputs = pick_linear_outputs();
-  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, args.length * args.count));
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (args.length * args.count));
   share_out(args.outputs, grain, [&](int64_t begin, int64_t end) { outputs(args, begin, end); });
 }
 
 void guard_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  STD_TORCH_CHECK(x.dim() > 0 && rows_contiguous(x) && weight.dim() == 2 &&
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0 && rows_contiguous(x) && weight.dim() == 2 &&
                       is(weight, raw_dtype(x), {weight.size(0), x.size(x.dim() - 1)}) && rows_contiguous(weight) &&
                       (!bias || (is(*bias, raw_dtype(x), {weight.size(0)}) && rows_contiguous(*bias))),
                   "ras_fast linear: x must be [..., K], weight [N, K] and bias [N], on the CPU, of one dtype, with contiguous "

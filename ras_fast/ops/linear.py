@@ -20,11 +20,11 @@ FEW_ROWS = 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, at the speed at which W can be read while rows are few, as in a decode step.
 
-    Sums are float32, rounded once. Up to `FEW_ROWS` rows a row's result is the same bits whatever rows are computed with it; more
-    rows, and float32 on a GPU, are `torch.nn.functional.linear`'s.
+    Sums are float32, rounded once. Up to `FEW_ROWS` rows a row's result is the same bits whatever rows are computed with it;
+    more rows, and float32 on a GPU, are `torch.nn.functional.linear`'s.
 
     Args:
-        x: [..., K], float32, float16 or bfloat16 (float64 by the reference alone); any strides with a contiguous last dimension.
+        x: [..., K], float32, float16 or bfloat16 (float64: the reference alone); any strides with a contiguous last dimension.
         weight: [N, K], dtype of `x`, contiguous last dimension.
         bias: [N], dtype of `x`, contiguous.
 

@@ -36,7 +36,7 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report: Report) -> None:
-    """Every `torch.nn.Linear` of the decoder layers, and the one that gives the logits; not those of classes derived from it."""
+    """Every `torch.nn.Linear` of the decoder layers, and the one that gives the logits; not classes derived from it."""
     modules = [*layers.modules(), root.get_output_embeddings()]
     names = {id(module): name for name, module in root.named_modules()}
     for module in {id(module): module for module in modules if type(module) is nn.Linear}.values():

@@ -3,13 +3,12 @@
 import copy
 import pickle
 import sys
-from collections import Counter
 from functools import wraps
 
 import pytest
 import torch
+from calls import Calls
 from families import FAMILIES
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama
 
 import ras_fast
@@ -18,18 +17,6 @@ from ras_fast.patching.rotary import ROTATION, FusedRotation, _with_global
 
 # Layers that rotate: all; those that attend; none whose pairs are neighbours (Cohere), or by one tensor at a time (Gemma 4).
 ROTATED = {"llava": 3, "qwen2_vl": 3, "qwen3_vl": 3, "gemma3": 3, "qwen3_5": 2, "mllama": 2, "aya_vision": 0, "gemma4": 0}
-
-
-class Calls(TorchDispatchMode):
-    """Counts the ops of the forwards inside, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count[func.name()] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -713,8 +713,8 @@ def test_without_regions_or_without_norms(model):
             assert relative_error(model(**batch).logits, expected) < 1e-5
             with pytest.raises(RuntimeError, match="image statistics are off: not asked for"):
                 _ = patched.region_map
-        with ras_fast.patch(model, norms=False) as patched:
-            assert patched.report().fused_norms == 0
+        with ras_fast.patch(model, norms=False, linears=False) as patched:
+            assert patched.report().fused_norms == patched.report().linears == 0
             assert torch.equal(model(**batch).logits, expected)
             assert relative_error(model(**batch, output_attentions=True).logits, expected) < 1e-5
 

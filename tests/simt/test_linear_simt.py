@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import linear
 
 POINTERS = ("x", "weight", "bias", "out")
-INTEGERS = ("group_stride", "row_stride", "weight_stride", "rows", "group", "inputs", "outputs", "half", "multiprocessors", "blocks",
-            "aligned")  # fmt: skip
+INTEGERS = ("group_stride", "row_stride", "weight_stride", "rows", "group", "inputs", "outputs", "half", "multiprocessors",
+            "blocks", "aligned")  # fmt: skip
 DTYPES = [torch.float16, torch.bfloat16]
 
 

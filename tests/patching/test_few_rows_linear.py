@@ -1,0 +1,167 @@
+"""Linear layers that take few rows by `ops.linear`: which ones, when, and that everything else keeps its own."""
+
+import copy
+import pickle
+from functools import wraps
+
+import pytest
+import torch
+from calls import Calls
+from families import FAMILIES
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import ras_fast
+from ras_fast.ops.linear import FEW_ROWS
+from ras_fast.patching.linear import FewRowsLinear
+
+
+@pytest.fixture
+def llava():
+    return FAMILIES["llava"].model("llava")
+
+
+def ids(length):
+    return {"input_ids": torch.randint(3, 60, (2, length)), "use_cache": False}
+
+
+def decoder_linears(model):
+    layers = [module for module in model.model.language_model.layers.modules() if isinstance(module, nn.Linear)]
+    return [*layers, model.lm_head]
+
+
+def count(call):
+    with torch.no_grad(), Calls() as calls:
+        call()
+    return calls.count["ras_fast::linear"]
+
+
+def test_few_rows_take_the_op_and_many_do_not(llava):
+    linears = decoder_linears(llava)
+    assert len(linears) == 3 * 7 + 1
+    few, many = ids(FEW_ROWS // 2), ids(FEW_ROWS // 2 + 1)
+    with torch.no_grad():
+        expected = [llava(**given).logits for given in (few, many)]
+        with ras_fast.patch(llava, regions=False, norms=False) as patched:
+            assert patched.report().linears == len(linears)
+            assert "22 linear layers" in str(patched.report())
+            assert count(lambda: llava(**few)) == len(linears)
+            assert count(lambda: llava(**many)) == 0
+            torch.testing.assert_close(llava(**few).logits, expected[0], atol=1e-5, rtol=1e-5)
+            assert torch.equal(llava(**many).logits, expected[1])
+            assert count(lambda: llava(**many, logits_to_keep=2)) == 1
+    assert not any("forward" in module.__dict__ for module in llava.modules())
+
+
+def test_others_keep_theirs(llava):
+    with ras_fast.patch(llava, linears=False) as patched:
+        assert patched.report().linears == 0
+        assert count(lambda: llava(**ids(3))) == 0
+    with ras_fast.patch(llava):
+        mine = {id(module) for module in decoder_linears(llava)}
+        assert {id(m) for m in llava.modules() if isinstance(m.__dict__.get("forward"), FewRowsLinear)} == mine
+
+
+def test_a_row_does_not_depend_on_the_batch(llava):
+    """In half precision torch's own products round otherwise from batch to batch."""
+    rows = torch.randint(3, 60, (8, 2))
+    llava.bfloat16()
+    with torch.no_grad(), ras_fast.patch(llava):
+        together = llava(input_ids=rows, use_cache=False).logits
+        for row, logits in zip(rows, together, strict=True):
+            assert torch.equal(llava(input_ids=row[None], use_cache=False).logits[0], logits)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_is_not_a_plain_linear_is_left_alone(llava):
+    layers = llava.model.language_model.layers
+    layers[0].mlp.gate_proj.__class__ = Doubled
+    parametrizations.weight_norm(layers[1].mlp.up_proj)
+    own = layers[2].mlp.down_proj.forward
+    layers[2].mlp.down_proj.forward = wraps(own)(lambda x: own(x))
+    given = ids(5)
+    with torch.no_grad():
+        expected = llava(**given).logits
+        with ras_fast.patch(llava) as patched:
+            assert patched.report().linears == 19
+            assert "forward of its own" in patched.report().unfused["model.language_model.layers.2.mlp.down_proj"]
+            torch.testing.assert_close(llava(**given).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_change_after_the_patch(llava):
+    given = ids(4)
+    with torch.no_grad(), ras_fast.patch(llava, regions=False):
+        parametrizations.weight_norm(llava.model.language_model.layers[1].mlp.up_proj)
+        assert count(lambda: llava(**given)) == 21
+        llava.lm_head.weight.data.mul_(2)
+        doubled = llava(**given).logits
+        llava.lm_head.weight = nn.Parameter(llava.lm_head.weight / 2)
+        torch.testing.assert_close(2 * llava(**given).logits, doubled)
+        llava.bfloat16()
+        assert count(lambda: llava(**given)) == 21
+        assert llava(**given).logits.dtype == torch.bfloat16
+
+
+def test_gradients_and_autocast_take_the_original(llava):
+    linear, x = llava.lm_head, torch.randn(2, 64, requires_grad=True)
+    fast = FewRowsLinear(linear)
+    fast(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.detach().sum(0).expand(2, -1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert count(lambda: fast(x)) == 0
+        assert fast(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert count(lambda: fast(x)) == 1
+        assert count(lambda: fast(x.T.contiguous().T)) == 0
+        assert count(lambda: fast(x[None, None])) == 0
+        with pytest.raises(RuntimeError, match="dtype"):
+            fast(x.half())
+
+
+def test_compiled_it_is_torchs(llava):
+    given, called = ids(4), []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad(), ras_fast.patch(llava, regions=False, norms=False):
+        compiled = torch.compile(llava, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(**given).logits, llava(**given).logits, atol=1e-5, rtol=1e-5)
+    assert any("linear" in name for name in called)
+    assert not any("ras_fast" in name for name in called)
+
+
+def test_copies_and_pickles(llava):
+    given = ids(4)
+    with torch.no_grad(), ras_fast.patch(llava):
+        expected = llava(**given).logits
+        for again in (copy.deepcopy(llava), pickle.loads(pickle.dumps(llava))):
+            assert all(linear.forward.linear is linear for linear in decoder_linears(again))
+            assert count(lambda again=again: again(**given)) == 22
+            assert torch.equal(again(**given).logits, expected)
+
+
+def test_lora_and_its_base_layers(llava):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(llava, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    given = ids(4)
+    with torch.no_grad():
+        expected = adapted(**given).logits
+        with ras_fast.patch(adapted) as patched:
+            assert patched.report().linears == 22 + 2 * 3
+            torch.testing.assert_close(adapted(**given).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_product_that_differs_is_refused(llava, monkeypatch):
+    def wrong(x, weight, bias):
+        return 1.01 * nn.functional.linear(x, weight)
+
+    monkeypatch.setattr("ras_fast.patching.linear.linear_of_few", wrong)
+    with ras_fast.patch(llava) as patched:
+        assert patched.report().linears == 0
+        assert "differs from the original" in patched.report().unfused["lm_head"]

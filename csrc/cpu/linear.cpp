@@ -13,20 +13,30 @@ constexpr int64_t kWorkPerThread = 1 << 16;
 
 int64_t padded(int64_t length) { return (length + kLinearPad - 1) / kLinearPad * kLinearPad; }
 
+// Rows that go by each time the weight is read. Widened they stay in a core's second cache.
+constexpr int64_t kRowsAtOnce = 16;
+
 // `weight` applied to the rows at `source`; see LinearArgs for the rest.
 void apply(LinearArgs args, const std::vector<const void*>& source, bool source_float, const Tensor& weight) {
-  args.count = int64_t(source.size());
   args.length = weight.size(1);
   args.padded = padded(args.length);
-  std::vector<float> rows(args.count * args.padded);
-  pick_linear_widen()({args.dtype, source_float, args.count, args.length, args.padded, source.data(), rows.data()});
-  args.rows = rows.data();
   args.weight = data_of<const void>(weight);
   args.weight_stride = weight.stride(0);
   args.outputs = weight.size(0);
+  const int64_t count = int64_t(source.size());
+  std::vector<float> rows(std::min(count, kRowsAtOnce) * args.padded);
+  args.rows = rows.data();
   auto* outputs = pick_linear_outputs();
-  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (args.length * args.count));
-  share_out(args.outputs, grain, [&](int64_t begin, int64_t end) { outputs(args, begin, end); });
+  for (int64_t first = 0; first < count; first += kRowsAtOnce) {
+    args.count = std::min(count - first, kRowsAtOnce);
+    pick_linear_widen()({args.dtype, source_float, args.count, args.length, args.padded, &source[first], rows.data()});
+    const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (args.length * args.count));
+    share_out(args.outputs, grain, [&](int64_t begin, int64_t end) { outputs(args, begin, end); });
+    if (args.partial) args.partial += args.count * args.outputs;
+    if (args.base) args.base += args.count;
+    if (args.factor) args.factor += args.count;
+    args.out += args.count;
+  }
 }
 
 void guard_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {

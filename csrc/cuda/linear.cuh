@@ -1,10 +1,10 @@
 // y = x Wᵀ + b for few rows x: a product bound by reading W.
 //
-// A block owns 16 or 32 outputs, and its warps share their rows of W: each takes every eighth run of columns, goes from memory
-// straight into mma fragments by 16-byte loads, and asks for the next run before it multiplies this one. Sums run over columns, so
-// any order of these will do if x uses the same: a lane's 8 neighbouring columns are its share of two mma steps. W is the operand
-// whose registers are then as they were loaded, x the other: half of its 16 rows may be missing, which costs nothing, as tensor
-// cores wait for memory. A row's result does not depend on the other rows.
+// A block owns 16 or 32 outputs, and its warps share their rows of W: each takes every eighth span of columns, goes from memory
+// straight into mma fragments by 16-byte loads, and has asked for the next run before it multiplies this one. Sums run over
+// columns, so any order of these will do if x uses the same: a lane's 8 neighbouring columns are its share of two mma steps. W is
+// the operand whose registers are then as they were loaded, x the other: half of its 16 rows may be missing, which costs nothing,
+// as tensor cores wait for memory. A row's result depends neither on the other rows nor on which instance runs.
 //
 // Framework-free: linear.cu is the launcher.
 #pragma once
@@ -31,6 +31,7 @@ struct LinearArgs {
 constexpr int kLinearWarps = 8;
 constexpr int kLinearTile = 16;    // outputs of two mma
 constexpr int kLinearRows = 8;     // half of their rows
+constexpr int kLinearSpan = 64;    // columns that a warp adds up one after the other: 128 bytes of each row
 constexpr int kLinearAhead = 1024; // columns that are prefetched before the previous kernel ends: 25 MB by all resident blocks
 
 // 8 columns from `column` on of a row of `length`; what is missing is 0.
@@ -46,11 +47,11 @@ __device__ inline uint4 load_columns(const T* row, int column, int length, bool 
   }
 }
 
-// A run of columns of a warp's outputs and rows: a lane (g, c) has columns 32 i + 8 c to 32 i + 8 c + 7 of outputs g and g + 8 of each
-// tile, and of rows g and g + 8.
+// A span of columns, or half of one, of a warp's outputs and rows: a lane (g, c) has columns 32 i + 8 c to 32 i + 8 c + 7 of outputs
+// g and g + 8 of each tile, and of rows g and g + 8.
 template <typename T, int kOutputTiles, int kRowTiles>
 struct LinearRun {
-  static constexpr int kLoads = 2 / kOutputTiles, kColumns = 32 * kLoads;
+  static constexpr int kLoads = 2 / kOutputTiles;
   uint4 weight[2 * kOutputTiles][kLoads], x[kRowTiles][kLoads];
 
   __device__ void add_to(float (&sums)[2 * kOutputTiles][4]) const {
@@ -73,8 +74,8 @@ __global__ void __launch_bounds__(kLinearWarps * kWarp, !kAligned ? 1 : kOutputT
 linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   using Run = LinearRun<T, kOutputTiles, kRowTiles>;
   constexpr int kOutputs = kLinearTile * kOutputTiles, kRows = kLinearRows * kRowTiles;
-  constexpr int kApart = kLinearWarps * Run::kColumns;
-  __shared__ float parts[kLinearWarps][kRows][kOutputs + 8];  // + 8: rows of neighbouring g lie 8 banks apart, or 24
+  constexpr int kApart = kLinearWarps * kLinearSpan, kNext = Run::kLoads == 2 ? kApart : 32, kBoth = 2 * kApart / kOutputTiles;
+  __shared__ alignas(8) float parts[kLinearWarps][kRows][kOutputs + 8];  // + 8: rows of neighbouring g in other banks
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
   const int first_output = blockIdx.x * kOutputs, first_row = blockIdx.y * kRows;
   const auto weight_row = [&](int output) { return args.weight + min(output, args.outputs - 1) * args.weight_stride; };
@@ -86,11 +87,11 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   const T *weight[2 * kOutputTiles], *x[kRowTiles];
 #pragma unroll
   for (int t = 0; t < 2 * kOutputTiles; ++t)
-    weight[t] = weight_row(first_output + 8 * t + g) + warp * Run::kColumns + 8 * c;
+    weight[t] = weight_row(first_output + 8 * t + g) + warp * kLinearSpan + 8 * c;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
-    x[r] = args.row(min(first_row + kLinearRows * r + g, args.rows - 1)) + warp * Run::kColumns + 8 * c;
-  int left = args.inputs - 8 * c - warp * Run::kColumns;  // columns behind those that the pointers are at
+    x[r] = args.row(min(first_row + kLinearRows * r + g, args.rows - 1)) + warp * kLinearSpan + 8 * c;
+  int left = args.inputs - 8 * c - warp * kLinearSpan;  // columns behind those that the pointers are at
   // The run `ahead` columns behind the pointers.
   const auto load = [&](Run& run, int ahead) {
 #pragma unroll
@@ -105,28 +106,29 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   };
   float sums[2 * kOutputTiles][4] = {};
   Run even, odd;
-  const int runs = (args.inputs - warp * Run::kColumns + kApart - 1) / kApart;
+  const int runs = kOutputTiles * ((args.inputs - warp * kLinearSpan + kApart - 1) / kApart);
   if (runs > 0) load(even, 0);
-  if (runs > 1) load(odd, kApart);
-  // Each run is asked for as soon as the one before it in its registers is done. What follows a branch, the compiler does not let
-  // go before it: left alone it lets both products wait before it loads anything.
+  if (runs > 1) load(odd, kNext);
+  // Each run is asked for as soon as the one before it in its registers is done. The compiler lets nothing go before a branch that
+  // it follows: without them both products wait before anything is loaded.
 #pragma unroll 1
   for (int run = 0; run < runs; run += 2) {
     even.add_to(sums);
-    if (run + 2 < runs) load(even, 2 * kApart);
+    if (run + 2 < runs) load(even, kBoth);
     if (run + 1 < runs) odd.add_to(sums);
-    if (run + 3 < runs) load(odd, 3 * kApart);
-    left -= 2 * kApart;
+    if (run + 3 < runs) load(odd, kBoth + kNext);
+    left -= kBoth;
 #pragma unroll
-    for (int t = 0; t < 2 * kOutputTiles; ++t) weight[t] += 2 * kApart;
+    for (int t = 0; t < 2 * kOutputTiles; ++t) weight[t] += kBoth;
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) x[r] += 2 * kApart;
+    for (int r = 0; r < kRowTiles; ++r) x[r] += kBoth;
   }
 
 #pragma unroll
   for (int t = 0; t < 2 * kOutputTiles; ++t) {
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) parts[warp][g + 8 * (i / 2)][8 * t + 2 * c + i % 2] = sums[t][i];
+    for (int half = 0; half < kRowTiles; ++half)
+      *reinterpret_cast<float2*>(&parts[warp][g + 8 * half][8 * t + 2 * c]) = make_float2(sums[t][2 * half], sums[t][2 * half + 1]);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kOutputs; i += kLinearWarps * kWarp) {
@@ -159,8 +161,9 @@ void with_linear_kernel(const LinearArgs<T>& args, int multiprocessors, Start&& 
     start(kernel, dim3((args.outputs + outputs - 1) / outputs, (args.rows + rows - 1) / rows));
   };
   if (!linear_aligned(args)) return run(linear_kernel<T, 1, 1, false>, 1, 1);
-  // Two tiles of outputs halve what is read of x, where there are blocks enough without.
-  const bool wide = args.outputs >= 4 * kLinearTile * multiprocessors, tall = args.rows > kLinearRows;
+  // Two tiles of outputs halve what is read of x. For 16 rows, where that is as much as is read of W, three blocks for four
+  // multiprocessors will do; for 8 the blocks have to be enough to fill them as well.
+  const bool tall = args.rows > kLinearRows, wide = 2 * args.outputs >= (tall ? 3 : 8) * kLinearTile * multiprocessors;
   if (wide) return tall ? run(linear_kernel<T, 2, 2, true>, 2, 2) : run(linear_kernel<T, 2, 1, true>, 2, 1);
   tall ? run(linear_kernel<T, 1, 2, true>, 1, 2) : run(linear_kernel<T, 1, 1, true>, 1, 1);
 }

@@ -10,18 +10,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ras_fast.backend import forced_backend
 from ras_fast.ops import _check
 from ras_fast.ops._registry import call, define, triton_kernel
 
-# With more rows torch's matrix products are faster (bench/bench_linear.py).
+# With more rows torch's matrix products are faster, where they have instructions for the dtype (bench/bench_linear.py).
 FEW_ROWS = 16
+
+
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    known = torch.ops.mkldnn
+    able = {torch.bfloat16: known._is_mkldnn_bf16_supported(), torch.float16: known._is_mkldnn_fp16_supported()}
+    return frozenset(dtype for dtype, takes in able.items() if not takes)
+
+
+# What oneDNN does not multiply on this processor: torch's own loops are many times slower, however many the rows.
+SLOW_DTYPES = _slow_dtypes()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, at the speed at which W can be read while rows are few, as in a decode step.
 
     Sums are float32, rounded once. Up to `FEW_ROWS` rows a row's result is the same bits whatever rows are computed with it;
-    more rows, and float32 on a GPU, are `torch.nn.functional.linear`'s.
+    more rows, and float32 on a GPU, are `torch.nn.functional.linear`'s, but for half precision on processors that have no
+    instructions for it.
 
     Args:
         x: [..., K], float32, float16 or bfloat16 (float64: the reference alone); any strides with a contiguous last dimension.
@@ -36,21 +50,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: an input requires grad and grad mode is on.
     """
     _check.no_grad("linear", x, weight, bias)
-    if are_few(x):
-        return linear_of_few(x, weight, bias)
+    if beats_torch(x):
+        return linear_by_kernel(x, weight, bias)
     _validate_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def are_few(x: Tensor) -> bool:
+def beats_torch(x: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
-    if x.dim() and x.numel() > FEW_ROWS * x.shape[-1]:
+    if forced_backend() == "triton":  # which has no kernel for it
         return False
-    return x.device.type == "cpu" or x.dtype in (torch.float16, torch.bfloat16)
+    few = not x.dim() or x.numel() <= FEW_ROWS * x.shape[-1]
+    if x.device.type == "cpu":
+        return few or x.dtype in SLOW_DTYPES
+    return few and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def linear_of_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear`, where rows are few and no gradient is asked for."""
+def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear`, where `beats_torch` and no gradient is asked for."""
     return call("linear", _validate_linear, x, weight, bias)
 
 

@@ -40,7 +40,7 @@ def patch(
         regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
         norms: fuse each residual add with the norm after it, and what rotates queries and keys into one kernel.
-        linears: run the decoder layers' and the head's `torch.nn.Linear` by `ops.linear` where rows are few, as in a step.
+        linears: run the decoder layers' and the head's `torch.nn.Linear` by `ops.linear` where that is faster, as in a step.
         backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
             does: for the whole process, not for this model alone. Of several patched models the last one counts.
 

@@ -13,7 +13,7 @@ class Report:
 
     fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
     rotations: attention modules whose rotary embedding is one kernel.
-    linears: linear layers that take few rows, as those of a decode step, by `ops.linear`.
+    linears: linear layers that run by `ops.linear` where that is faster, as in a decode step.
     unfused: what stayed as it was, by module name, and why.
     regions: None where image statistics are on, else why they are not.
     blind: where they are on, the decoder layers without: those that do not go through transformers' attention interface.

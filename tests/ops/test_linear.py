@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ras_fast import ops
-from ras_fast.ops.linear import FEW_ROWS, are_few
+from ras_fast.ops.linear import FEW_ROWS, beats_torch
 
-BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch", "triton"], indirect=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One element, a prime, one short of and one past a vector, more than a thread's share of work.
 WIDTHS = [1, 7, 31, 33, 513, 1088]
@@ -90,8 +90,8 @@ def test_one_rounding(backend):
 
 def test_many_rows_are_torchs():
     x, weight, bias = inputs(FEW_ROWS + 1, 64, 32)
-    assert not are_few(x)
-    assert are_few(x[1:])
+    assert not beats_torch(x)
+    assert beats_torch(x[1:])
     assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     with pytest.raises(ValueError, match="bias is of shape"):
         ops.linear(x, weight, bias[:5])

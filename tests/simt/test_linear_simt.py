@@ -78,9 +78,9 @@ def test_outputs(emulator, outputs):
 
 
 def test_a_block_has_32_outputs_where_blocks_are_enough(emulator):
-    x, weight, bias = inputs(1, 64, 127, torch.bfloat16)
-    check(emulator, x, weight, bias, multiprocessors=2)
-    check(emulator, *inputs(1, 64, 128, torch.bfloat16), multiprocessors=2, wide=True)
+    for rows, few, enough in ((8, 127, 128), (9, 47, 48)):
+        check(emulator, *inputs(rows, 64, few, torch.bfloat16), multiprocessors=2)
+        check(emulator, *inputs(rows, 64, enough, torch.bfloat16), multiprocessors=2, wide=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,12 +103,17 @@ def test_strides(emulator):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_beside_any_others(emulator, dtype):
-    x, weight, bias = inputs(16, 1096, 33, dtype)
-    for options in ({}, {"multiprocessors": 0, "wide": True}):
-        wanted = check(emulator, x, weight, bias, **options)
+    """Whichever instance runs."""
+    wide = {"multiprocessors": 0, "wide": True}
+    for width in (1096, 1088 + 24):
+        x, weight, bias = inputs(16, width, 33, dtype)
+        wanted = check(emulator, x, weight, bias)
+        assert torch.equal(run(emulator, x, weight, bias, **wide), wanted)
         for rows in (1, 3, 8, 11):
-            assert torch.equal(run(emulator, x[:rows], weight, bias, **options), wanted[:rows])
-            assert torch.equal(run(emulator, x[-rows:], weight, bias, **options), wanted[-rows:])
+            assert torch.equal(run(emulator, x[:rows], weight, bias), wanted[:rows])
+            assert torch.equal(run(emulator, x[-rows:], weight, bias, **wide), wanted[-rows:])
+    shifted = torch.cat([x.new_zeros(16, 1), x], 1)[:, 1:]
+    assert torch.equal(run(emulator, shifted, weight, bias, aligned=False), wanted)
 
 
 def test_more_rows_than_a_block(emulator):

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import ras_fast
 from ras_fast.ops.linear import FEW_ROWS
-from ras_fast.patching.linear import FewRowsLinear
+from ras_fast.patching.linear import FastLinear
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_others_keep_theirs(llava):
         assert count(lambda: llava(**ids(3))) == 0
     with ras_fast.patch(llava):
         mine = {id(module) for module in decoder_linears(llava)}
-        assert {id(m) for m in llava.modules() if isinstance(m.__dict__.get("forward"), FewRowsLinear)} == mine
+        assert {id(m) for m in llava.modules() if isinstance(m.__dict__.get("forward"), FastLinear)} == mine
 
 
 def test_a_row_does_not_depend_on_the_batch(llava):
@@ -108,7 +108,7 @@ def test_weights_that_change_after_the_patch(llava):
 
 def test_gradients_and_autocast_take_the_original(llava):
     linear, x = llava.lm_head, torch.randn(2, 64, requires_grad=True)
-    fast = FewRowsLinear(linear)
+    fast = FastLinear(linear)
     fast(x).sum().backward()
     torch.testing.assert_close(x.grad, linear.weight.detach().sum(0).expand(2, -1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -161,7 +161,7 @@ def test_a_product_that_differs_is_refused(llava, monkeypatch):
     def wrong(x, weight, bias):
         return 1.01 * nn.functional.linear(x, weight)
 
-    monkeypatch.setattr("ras_fast.patching.linear.linear_of_few", wrong)
+    monkeypatch.setattr("ras_fast.patching.linear.linear_by_kernel", wrong)
     with ras_fast.patch(llava) as patched:
         assert patched.report().linears == 0
         assert "differs from the original" in patched.report().unfused["lm_head"]

@@ -22,7 +22,7 @@ from ras_fast import ops
 # Outputs and inputs of LLaVA-1.5's layers (7 B) and its head, and of a small model's layers.
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (32064, 4096), (1024, 1024), (2816, 1024), (1024, 2816))
 ROWS = (1, 2, 8, 16)
-QUICK = [(4096, 4096, rows) for rows in ROWS]
+QUICK = [*((4096, 4096, rows) for rows in ROWS), (11008, 4096, 2)]
 CACHE = 300e6  # more bytes than any cache of a processor
 
 

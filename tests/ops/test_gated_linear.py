@@ -140,9 +140,11 @@ def test_ties_round_to_even(backend):
 @BACKENDS
 def test_many_rows(backend):
     """More rows than a tile, and more work than a thread's share."""
-    x, (weight, _) = rand(37, 300), factors(300, None, torch.float32)
-    gate = (torch.rand(37) > 0.6).float()
-    torch.testing.assert_close(ops.gated_linear(x, weight, gate).double(), exact(x, weight, gate, None), atol=1e-5, rtol=1e-5)
+    for rank in (None, 7):
+        x, (weight, right) = rand(70, 300), factors(300, rank, torch.float32)
+        gate = (torch.rand(70) > 0.4).float()
+        got, wanted = ops.gated_linear(x, weight, gate, right=right), exact(x, weight, gate, right)
+        torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=60)

@@ -88,13 +88,25 @@ def test_one_rounding(backend):
     assert ops.linear(x, torch.tensor([[1.0, 1, 0, 0], [1.0, 3, 0, 0]]).half()).tolist() == [[1.0, 1 + 2**-9]]
 
 
-def test_many_rows_are_torchs():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_than_go_by_at_once(dtype):
+    x, weight, bias = inputs(37, 200, 40, dtype)
+    got = torch.ops.ras_fast.linear(x, weight, bias)
+    assert torch.equal(got, torch.cat([ops.linear(part, weight, bias) for part in x.split(FEW_ROWS)]))
+
+
+def test_many_rows_are_torchs_where_it_is_not_slow(monkeypatch):
     x, weight, bias = inputs(FEW_ROWS + 1, 64, 32)
-    assert not beats_torch(x)
     assert beats_torch(x[1:])
+    assert not beats_torch(x)
     assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     with pytest.raises(ValueError, match="bias is of shape"):
         ops.linear(x, weight, bias[:5])
+    monkeypatch.setattr("ras_fast.ops.linear.SLOW_DTYPES", {torch.bfloat16})
+    assert beats_torch(x.bfloat16())
+    assert not beats_torch(x.half())
+    monkeypatch.setattr("ras_fast.ops.linear.forced_backend", lambda: "triton")
+    assert not beats_torch(x[1:])
 
 
 def test_float64_takes_the_reference():

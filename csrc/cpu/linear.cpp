@@ -1,4 +1,4 @@
-// CPU launchers of linear and gated_linear: they widen the rows once and share the outputs out over the threads.
+// CPU launchers of linear, linear_glu and gated_linear: they widen the rows once and share the outputs out over the threads.
 #include "cpu/linear.h"
 
 #include <cstring>
@@ -85,10 +85,8 @@ Rows split(const Tensor& x, const Tensor& gate, const Tensor& out) {
   return on;
 }
 
-}  // namespace
-
-Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  guard_linear(x, weight, bias);
+// Of all rows of x, in tensors as guard_linear has them.
+Tensor outputs_of(LinearArgs args, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = weight.size(0);
   const Tensor out = empty(sizes, raw_dtype(x));
@@ -101,11 +99,27 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
     source[t] = static_cast<const char*>(map.data) + map.offset(int64_t(t)) * size;
     target[t] = data_of<char>(out) + int64_t(t) * weight.size(0) * size;
   }
-  LinearArgs args{.dtype = dtype_of(x)};
+  args.dtype = dtype_of(x);
   args.base = bias ? base.data() : nullptr;
   args.out = target.data();
   apply(args, source, false, weight);
   return out;
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  guard_linear(x, weight, bias);
+  return outputs_of({}, x, weight, bias);
+}
+
+Tensor linear_glu(const Tensor& x, const Tensor& gate, const Tensor& up, std::string activation) {
+  guard_linear(x, gate, {});
+  guard_linear(x, up, {});
+  LinearArgs args{.up = data_of<const void>(up), .up_stride = up.stride(0), .activation = activation_of(activation)};
+  STD_TORCH_CHECK(up.size(0) == gate.size(0) && args.activation != Activation::none,
+                  "ras_fast linear_glu: gate and up must be of one size, activation silu or gelu_tanh");
+  return outputs_of(args, x, gate, {});
 }
 
 Tensor gated_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& right, const Tensor& gate) {
@@ -134,6 +148,7 @@ Tensor gated_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& ri
 
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_glu", TORCH_BOX(&linear_glu));
   m.impl("gated_linear", TORCH_BOX(&gated_linear));
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "cpu/dispatch.h"
 
@@ -19,7 +20,8 @@ struct WidenArgs {
   float* target;
 };
 
-// For each of `count` rows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in float.
+// For each of `count` rows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in float, or with `up`
+// activation(weight[i]·row)·(up[i]·row).
 struct LinearArgs {
   DType dtype;
   int64_t count, length, padded;  // rows, and their size, that of weight's rows
@@ -27,6 +29,9 @@ struct LinearArgs {
   const void* weight;
   int64_t weight_stride;
   float* partial;  // [count, outputs] or null
+  const void* up;  // or null
+  int64_t up_stride;
+  Activation activation;
   int64_t outputs;
   const void* const* base;  // by row, or null: 0
   const float* factor;      // by row, or null: 1

@@ -1,9 +1,11 @@
-// out = base + factor·(M row) for a few rows: matrix-vector products bound by reading M.
+// Products of a matrix M with a few rows, bound by reading M.
 //
 // Rows are widened to float once. M comes from memory once, a block of its rows at a time, and meets all others while it is in the
 // cache, so that it is widened once for a block of them. A product is summed in the same order whatever is computed beside it: a
 // row's result does not depend on the other rows.
 #include "cpu/linear.h"
+
+#include <cmath>
 
 #include "cpu/pair.h"
 
@@ -29,6 +31,45 @@ void widen_typed(const WidenArgs& args) {
   }
 }
 
+// A row of M, and how many elements further the next block has one in its place.
+template <class T>
+struct MatrixRow {
+  const T* data;
+  int64_t ahead;
+};
+
+// dots[r][o] = matrix[o]·row (first + r).
+template <class T, int kOut, int kCount>
+void dots_of(const LinearArgs& args, const MatrixRow<T> (&matrix)[kOut], int64_t first, float (&dots)[kCount][kOut]) {
+  const float* rows = args.rows + first * args.padded;
+  Pair sums[kOut][kCount] = {};
+  each_pair(args.length, [&](int64_t at, auto count) {
+    Pair values[kOut];
+    for (int o = 0; o < kOut; ++o) {
+      values[o] = load_pair(matrix[o].data + at, count);
+      // The processor itself looks ahead too little to add and to wait for memory at a time.
+      if (first == 0) __builtin_prefetch(matrix[o].data + at + matrix[o].ahead, 0, 2);
+    }
+    for (int r = 0; r < kCount; ++r) {
+      const Pair row = load_pair(rows + r * args.padded + at);
+      for (int o = 0; o < kOut; ++o) sums[o][r] += values[o] * row;
+    }
+  });
+  for (int r = 0; r < kCount; ++r)
+    for (int o = 0; o < kOut; ++o) dots[r][o] = sum(sums[o][r]);
+}
+
+// use(r, dots) for each row r, whose products with kOut rows of M are `dots`.
+template <class T, int kOut, int kCount = kRows, class Use>
+void each_row(const LinearArgs& args, const MatrixRow<T> (&matrix)[kOut], Use&& use, int64_t first = 0) {
+  for (; first + kCount <= args.count; first += kCount) {
+    float dots[kCount][kOut];
+    dots_of(args, matrix, first, dots);
+    for (int r = 0; r < kCount; ++r) use(first + r, dots[r]);
+  }
+  if constexpr (kCount > 1) each_row<T, kOut, kCount / 2>(args, matrix, use, first);
+}
+
 template <class T>
 void put(const LinearArgs& args, int64_t row, int64_t i, float dot) {
   if (args.partial) {
@@ -40,40 +81,43 @@ void put(const LinearArgs& args, int64_t row, int64_t i, float dot) {
   store(static_cast<T*>(args.out[row]) + i, splat(dot), 1);
 }
 
-// Outputs i .. i + kOut of rows first .. first + kCount.
-template <class T, int kOut, int kCount>
-void block_of(const LinearArgs& args, int64_t i, int64_t first) {
-  const T* weight = static_cast<const T*>(args.weight) + i * args.weight_stride;
-  const float* rows = args.rows + first * args.padded;
-  Pair sums[kOut][kCount] = {};
-  each_pair(args.length, [&](int64_t at, auto count) {
-    Pair values[kOut];
-    for (int o = 0; o < kOut; ++o) {
-      const T* from = weight + o * args.weight_stride + at;
-      values[o] = load_pair(from, count);
-      // The next block's rows of M: the processor itself looks ahead too little to add and to wait for memory at a time.
-      if (first == 0) __builtin_prefetch(from + kOut * args.weight_stride, 0, 2);
-    }
-    for (int r = 0; r < kCount; ++r) {
-      const Pair row = load_pair(rows + r * args.padded + at);
-      for (int o = 0; o < kOut; ++o) sums[o][r] += values[o] * row;
-    }
+// Outputs i .. i + kOut.
+template <class T, int kOut>
+void outputs_of(const LinearArgs& args, int64_t i) {
+  MatrixRow<T> matrix[kOut];
+  for (int o = 0; o < kOut; ++o)
+    matrix[o] = {static_cast<const T*>(args.weight) + (i + o) * args.weight_stride, kOut * args.weight_stride};
+  each_row(args, matrix, [&](int64_t row, const float(&dots)[kOut]) {
+    for (int o = 0; o < kOut; ++o) put<T>(args, row, i + o, dots[o]);
   });
-  for (int r = 0; r < kCount; ++r)
-    for (int o = 0; o < kOut; ++o) put<T>(args, first + r, i + o, sum(sums[o][r]));
 }
 
-template <class T, int kOut, int kCount = kRows>
-void all_rows(const LinearArgs& args, int64_t i, int64_t first = 0) {
-  for (; first + kCount <= args.count; first += kCount) block_of<T, kOut, kCount>(args, i, first);
-  if constexpr (kCount > 1) all_rows<T, kOut, kCount / 2>(args, i, first);
+template <class T>
+float rounded_to(float value) {
+  return rounded(T{}, splat(value))[0];
+}
+
+// Output i of a gated linear layer, rounded where eager code rounds.
+template <class T>
+void gated_of(const LinearArgs& args, int64_t i) {
+  const MatrixRow<T> matrix[2] = {{static_cast<const T*>(args.weight) + i * args.weight_stride, args.weight_stride},
+                                  {static_cast<const T*>(args.up) + i * args.up_stride, args.up_stride}};
+  each_row(args, matrix, [&](int64_t row, const float(&dots)[2]) {
+    const float gate = activated(args.activation, rounded_to<T>(dots[0]), [](float v) { return std::exp(v); },
+                                 [](float v) { return std::tanh(v); });
+    store(static_cast<T*>(args.out[row]) + i, splat(rounded_to<T>(gate) * rounded_to<T>(dots[1])), 1);
+  });
 }
 
 template <class T>
 void outputs_typed(const LinearArgs& args, int64_t begin, int64_t end) {
   int64_t i = begin;
-  for (; i + kOutputs <= end; i += kOutputs) all_rows<T, kOutputs>(args, i);
-  for (; i < end; ++i) all_rows<T, 1>(args, i);
+  if (args.up) {
+    for (; i < end; ++i) gated_of<T>(args, i);
+    return;
+  }
+  for (; i + kOutputs <= end; i += kOutputs) outputs_of<T, kOutputs>(args, i);
+  for (; i < end; ++i) outputs_of<T, 1>(args, i);
 }
 
 }  // namespace

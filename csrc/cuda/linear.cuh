@@ -1,4 +1,4 @@
-// y = x Wᵀ + b for few rows x: a product bound by reading W.
+// y = x Wᵀ + b, or activation(x Gᵀ) · (x Uᵀ), for few rows x: products bound by reading W, or G and U.
 //
 // A block owns 16 or 32 outputs, and its warps share their rows of W: each takes every eighth span of columns, goes from memory
 // straight into mma fragments by 16-byte loads, and has asked for the next run before it multiplies this one. Sums run over
@@ -9,6 +9,7 @@
 // Framework-free: linear.cu is the launcher.
 #pragma once
 
+#include "common/activation.h"
 #include "mma.cuh"
 
 namespace ras::cuda {
@@ -17,10 +18,12 @@ template <typename T>
 struct LinearArgs {
   const T* x;       // [rows, inputs]: row r starts at r / group * group_stride + r % group * row_stride
   const T* weight;  // [outputs, inputs]
+  const T* up;      // like weight, in a gated linear layer: out is activation(x weightᵀ) · (x upᵀ)
   const T* bias;    // [outputs] or null
   T* out;           // [rows, outputs]
-  int64_t group_stride, row_stride, weight_stride;
+  int64_t group_stride, row_stride, weight_stride, up_stride;
   int rows, group, inputs, outputs;
+  Activation activation;
 
   __device__ const T* row(int r) const {
     const int before = r < group ? 0 : int(unsigned(r) / unsigned(group));
@@ -68,26 +71,37 @@ struct LinearRun {
   }
 };
 
-// Grid (outputs / (16 kOutputTiles), rows / (8 kRowTiles)), rounded up.
-template <typename T, int kOutputTiles, int kRowTiles, bool kAligned>
+template <typename T>
+__device__ float rounded_to(float value) {
+  return to_float(from_float<T>(value));
+}
+
+// Grid (outputs / (16 kOutputTiles), or / 16 in a gated layer, whose second tile is of `up`; rows / (8 kRowTiles)), rounded up.
+template <typename T, int kOutputTiles, int kRowTiles, bool kAligned, bool kGated>
 __global__ void __launch_bounds__(kLinearWarps * kWarp, !kAligned ? 1 : kOutputTiles + kRowTiles == 2 ? 3 : 2)
 linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   using Run = LinearRun<T, kOutputTiles, kRowTiles>;
-  constexpr int kOutputs = kLinearTile * kOutputTiles, kRows = kLinearRows * kRowTiles;
+  constexpr int kProducts = kLinearTile * kOutputTiles, kRows = kLinearRows * kRowTiles;
+  constexpr int kOutputs = kGated ? kLinearTile : kProducts;
   constexpr int kApart = kLinearWarps * kLinearSpan, kNext = Run::kLoads == 2 ? kApart : 32, kBoth = 2 * kApart / kOutputTiles;
-  __shared__ alignas(8) float parts[kLinearWarps][kRows][kOutputs + 8];  // + 8: rows of neighbouring g in other banks
+  __shared__ alignas(8) float parts[kLinearWarps][kRows][kProducts + 8];  // + 8: rows of neighbouring g in other banks
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
   const int first_output = blockIdx.x * kOutputs, first_row = blockIdx.y * kRows;
-  const auto weight_row = [&](int output) { return args.weight + min(output, args.outputs - 1) * args.weight_stride; };
-  if (kAligned && threadIdx.x < kOutputs)
-    prefetch_l2(weight_row(first_output + threadIdx.x), min(args.inputs, kLinearAhead) * unsigned(sizeof(T)));
+  // Of the block's rows of W, those of `up` last.
+  const auto weight_row = [&](int product) {
+    const bool second = kGated && product >= kLinearTile;
+    const int output = min(first_output + product - (second ? kLinearTile : 0), args.outputs - 1);
+    return second ? args.up + output * args.up_stride : args.weight + output * args.weight_stride;
+  };
+  if (kAligned && threadIdx.x < kProducts)
+    prefetch_l2(weight_row(threadIdx.x), min(args.inputs, kLinearAhead) * unsigned(sizeof(T)));
   wait_for_previous_kernel();
   allow_next_kernel();  // its blocks ask for their rows of W while this one's end
 
   const T *weight[2 * kOutputTiles], *x[kRowTiles];
 #pragma unroll
   for (int t = 0; t < 2 * kOutputTiles; ++t)
-    weight[t] = weight_row(first_output + 8 * t + g) + warp * kLinearSpan + 8 * c;
+    weight[t] = weight_row(8 * t + g) + warp * kLinearSpan + 8 * c;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
     x[r] = args.row(min(first_row + kLinearRows * r + g, args.rows - 1)) + warp * kLinearSpan + 8 * c;
@@ -134,11 +148,21 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   for (int i = threadIdx.x; i < kRows * kOutputs; i += kLinearWarps * kWarp) {
     const int r = i / kOutputs, o = i % kOutputs, row = first_row + r, output = first_output + o;
     if (row >= args.rows || output >= args.outputs) continue;
-    float sum = 0.f;
+    const auto product = [&](int at) {
+      float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < kLinearWarps; ++w) sum += parts[w][r][o];
-    if (args.bias) sum += to_float(args.bias[output]);
-    args.out[int64_t(row) * args.outputs + output] = from_float<T>(sum);
+      for (int w = 0; w < kLinearWarps; ++w) sum += parts[w][r][at];
+      return sum;
+    };
+    float result = product(o);
+    if constexpr (kGated) {  // rounded where eager code rounds
+      const float gate = activated(args.activation, rounded_to<T>(result), [](float v) { return expf(v); },
+                                   [](float v) { return tanhf(v); });
+      result = rounded_to<T>(gate) * rounded_to<T>(product(o + kLinearTile));
+    } else if (args.bias) {
+      result += to_float(args.bias[output]);
+    }
+    args.out[int64_t(row) * args.outputs + output] = from_float<T>(result);
   }
 }
 
@@ -149,23 +173,27 @@ bool linear_aligned(const LinearArgs<T>& args) {
   constexpr int kVec = kAccessBytes / sizeof(T);
   const auto based = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kAccessBytes == 0; };
   const auto whole = [](int64_t elements) { return elements % kVec == 0; };
-  return based(args.x) && based(args.weight) && whole(args.inputs) && whole(args.group_stride) && whole(args.row_stride) &&
-         whole(args.weight_stride);
+  return based(args.x) && based(args.weight) && based(args.up) && whole(args.inputs) && whole(args.group_stride) &&
+         whole(args.row_stride) && whole(args.weight_stride) && whole(args.up_stride);
 }
 
 // Calls start(kernel, grid) for the instance that fits.
 template <typename T, typename Start>
 void with_linear_kernel(const LinearArgs<T>& args, int multiprocessors, Start&& start) {
-  const auto run = [&](auto kernel, int output_tiles, int row_tiles) {
-    const int outputs = kLinearTile * output_tiles, rows = kLinearRows * row_tiles;
+  const auto run = [&](auto kernel, int outputs, int rows) {
     start(kernel, dim3((args.outputs + outputs - 1) / outputs, (args.rows + rows - 1) / rows));
   };
-  if (!linear_aligned(args)) return run(linear_kernel<T, 1, 1, false>, 1, 1);
+  const bool aligned = linear_aligned(args), tall = args.rows > kLinearRows;
+  if (args.up) {
+    if (!aligned) return run(linear_kernel<T, 2, 1, false, true>, 16, 8);
+    return tall ? run(linear_kernel<T, 2, 2, true, true>, 16, 16) : run(linear_kernel<T, 2, 1, true, true>, 16, 8);
+  }
+  if (!aligned) return run(linear_kernel<T, 1, 1, false, false>, 16, 8);
   // Two tiles of outputs halve what is read of x. For 16 rows, where that is as much as is read of W, three blocks for four
   // multiprocessors will do; for 8 the blocks have to be enough to fill them as well.
-  const bool tall = args.rows > kLinearRows, wide = 2 * args.outputs >= (tall ? 3 : 8) * kLinearTile * multiprocessors;
-  if (wide) return tall ? run(linear_kernel<T, 2, 2, true>, 2, 2) : run(linear_kernel<T, 2, 1, true>, 2, 1);
-  tall ? run(linear_kernel<T, 1, 2, true>, 1, 2) : run(linear_kernel<T, 1, 1, true>, 1, 1);
+  const bool wide = 2 * args.outputs >= (tall ? 3 : 8) * kLinearTile * multiprocessors;
+  if (wide) return tall ? run(linear_kernel<T, 2, 2, true, false>, 32, 16) : run(linear_kernel<T, 2, 1, true, false>, 32, 8);
+  tall ? run(linear_kernel<T, 1, 2, true, false>, 16, 16) : run(linear_kernel<T, 1, 1, true, false>, 16, 8);
 }
 
 }  // namespace ras::cuda

@@ -1,10 +1,12 @@
-"""Linear maps of few rows: a projection of a decode step, and a matrix applied to the rows that a gate lets through
-(docs/kernels.md, "Linear").
+"""Linear maps of few rows: a projection of a decode step, the first half of a gated MLP, and a matrix applied to the rows
+that a gate lets through (docs/kernels.md, "Linear").
 
 Shapes: T rows (the product of x's leading dimensions), K and N inputs and outputs; of the gated one d hidden size, r rank.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ras_fast.ops._registry import call, define, triton_kernel
 
 # With more rows torch's matrix products are faster, where they have instructions for the dtype (bench/bench_linear.py).
 FEW_ROWS = 16
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def _slow_dtypes() -> frozenset[torch.dtype]:
@@ -56,6 +59,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """activation(x Gᵀ) · (x Uᵀ), the first half of a gated MLP (SwiGLU and GEGLU, arXiv 2002.05202), in one pass over both.
+
+    Products, activation and their product are rounded to the dtype of `x` one by one, where Hugging Face's eager code rounds.
+    As :func:`linear`: rows beyond `FEW_ROWS`, and float32 on a GPU, are torch's.
+
+    Args:
+        x: [..., K], as for :func:`linear`.
+        gate, up: G and U, [N, K], dtype of `x`, contiguous last dimension.
+        activation: "silu" or "gelu_tanh".
+
+    Returns:
+        [..., N], dtype of `x`, contiguous.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or stride, or `activation` is unknown.
+        RuntimeError: an input requires grad and grad mode is on.
+    """
+    _check.no_grad("linear_glu", x, gate, up)
+    if beats_torch(x):
+        return glu_by_kernel(x, gate, up, activation)
+    _validate_glu(x, gate, up, activation)
+    return _reference_glu(x, gate, up, activation)
+
+
 def beats_torch(x: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
     if forced_backend() == "triton":  # which has no kernel for it
@@ -69,6 +97,11 @@ def beats_torch(x: Tensor) -> bool:
 def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear`, where `beats_torch` and no gradient is asked for."""
     return call("linear", _validate_linear, x, weight, bias)
+
+
+def glu_by_kernel(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`linear_glu`, likewise."""
+    return call("linear_glu", _validate_glu, x, gate, up, activation)
 
 
 def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -87,9 +120,28 @@ def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             _check.device(name, tensor, x.device)
 
 
+def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    _validate_linear(x, gate, None)
+    _check.shape("up", up, tuple(gate.shape), "[N, K]")
+    _check.dtype("up", up, x.dtype)
+    _check.last_dim_contiguous("up", up)
+    _check.device("up", up, x.device)
+    if activation not in ACTIVATIONS:
+        _check.fail("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
+
+
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check.one_device("linear", x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    _check.one_device("linear_glu", x, gate, up)
+    return x.new_empty((*x.shape[:-1], gate.shape[0]))
+
+
+def _reference_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)
 
 
 def _reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,6 +152,11 @@ define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_fake_linear,
     reference=_reference_linear,
+)
+define(
+    "linear_glu(Tensor x, Tensor gate, Tensor up, str activation) -> Tensor",
+    fake=_fake_glu,
+    reference=_reference_glu,
 )
 
 

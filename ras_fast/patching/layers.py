@@ -65,7 +65,7 @@ class FusedNorm:
         if not x.is_inference():
             return self._version == x._version
         # Inference tensors do not count their writes, so any hook in between may have written.
-        return not any(map(_has_foreign_hooks, self.between))
+        return not any(map(has_foreign_hooks, self.between))
 
     def add(self, x: Tensor, residual: Tensor | None, site: Site | None = None, probe: Probe | None = None) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
@@ -130,7 +130,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def _has_foreign_hooks(module: nn.Module) -> bool:
+def has_foreign_hooks(module: nn.Module) -> bool:
     """Whether the module has hooks other than those of transformers, which only record outputs."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return not all(map(only_records, hooks))

@@ -20,13 +20,13 @@ class FastLinear:
     def __call__(self, x: Tensor) -> Tensor:
         parameters = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if torch.compiler.is_compiling() or not _takes(x, weight):
+        if torch.compiler.is_compiling() or not takes(x, weight):
             return type(self.linear).forward(self.linear, x)
         return linear_by_kernel(x, weight, bias)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the op takes these, apart from what the original would refuse as well."""
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the ops take these and are faster, apart from what the original would refuse as well."""
     # A parameter of another type is quantised or distributed, and multiplies in a way of its own.
     if type(weight) is not nn.Parameter or type(x) is not Tensor or not beats_torch(x) or x.dtype != weight.dtype:
         return False
@@ -49,11 +49,16 @@ def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report:
             report.unfused[names[id(module)]] = why
 
 
+def some_rows(weight: Tensor) -> Tensor:
+    """Two random rows [2, K] for a weight [N, K]."""
+    return torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+
+
 @torch.no_grad()
 def _differs(fast: FastLinear) -> str | None:
     """How it does something else than the original, on random rows."""
     weight = fast.linear.weight
     if weight.is_meta:
         return "has its weights offloaded"
-    rows = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    rows = some_rows(weight)
     return reproduce(fast, (rows,), {}, nn.Linear.forward(fast.linear, rows))[1]

@@ -15,6 +15,7 @@ from ras_fast.patching.fusion import Fused, fuse
 from ras_fast.patching.image_statistics import link
 from ras_fast.patching.layers import FusedNorm, SteeredLayer
 from ras_fast.patching.linear import speed_up_linears
+from ras_fast.patching.mlp import fuse_mlps
 from ras_fast.patching.report import Report
 from ras_fast.patching.state import Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
@@ -40,7 +41,8 @@ def patch(
         regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
         norms: fuse each residual add with the norm after it, and what rotates queries and keys into one kernel.
-        linears: run the decoder layers' and the head's `torch.nn.Linear` by `ops.linear` where that is faster, as in a step.
+        linears: run the decoder layers' and the head's `torch.nn.Linear` by `ops.linear` where that is faster, as in a step,
+            and the first half of gated MLPs as one.
         backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
             does: for the whole process, not for this model alone. Of several patched models the last one counts.
 
@@ -390,6 +392,7 @@ class Patch:
             self._state, report.regions = link(root, text_model, recorded, self._undo)
         if linears:
             speed_up_linears(root, decoder_layers, self._undo, report)
+            fuse_mlps(decoder_layers, self._undo, report)
         if self._state is not None:
             report.blind = [index for index in range(report.layers) if index not in self._state.layers]
 

@@ -14,6 +14,7 @@ class Report:
     fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
     rotations: attention modules whose rotary embedding is one kernel.
     linears: linear layers that run by `ops.linear` where that is faster, as in a decode step.
+    mlps: gated MLPs whose two projections and activation are one kernel in a decode step.
     unfused: what stayed as it was, by module name, and why.
     regions: None where image statistics are on, else why they are not.
     blind: where they are on, the decoder layers without: those that do not go through transformers' attention interface.
@@ -26,6 +27,7 @@ class Report:
     norms: int
     rotations: int = 0
     linears: int = 0
+    mlps: int = 0
     unfused: dict[str, str] = field(default_factory=dict)
     regions: str | None = None
     blind: list[int] = field(default_factory=list)
@@ -34,7 +36,7 @@ class Report:
         lines = [
             f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
             f"{self.fused_norms} of {self.norms} residual adds with their norm, {self.rotations} rotary embeddings, "
-            f"{self.linears} linear layers",
+            f"{self.linears} linear layers, {self.mlps} gated MLPs",
             f"image statistics: {self._statistics()}",
         ]
         return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])

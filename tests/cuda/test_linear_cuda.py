@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 import ras_fast
 from ras_fast import ops
+from ras_fast.ops.linear import ACTIVATIONS
 
 CUDA = ras_fast.backends()["cuda"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=str(CUDA))]
@@ -33,6 +34,19 @@ def check(x, weight, bias):
 @pytest.mark.parametrize(("width", "outputs"), [(8, 1), (520, 40), (4096, 4096), (11008, 4096), (4096, 11008), (127, 33)])
 def test_against_float64(width, outputs, rows, dtype):
     check(*inputs(rows, width, outputs, dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 37])
+@pytest.mark.parametrize(("width", "outputs"), [(8, 1), (520, 40), (4096, 11008), (127, 33)])
+def test_gated(width, outputs, rows, activation, dtype):
+    x, gate, _ = inputs(rows, width, outputs, dtype)
+    up = rand(outputs, width, dtype=dtype, scale=width**-0.5)
+    got = torch.ops.ras_fast.linear_glu(x, gate, up, activation)
+    exact = ACTIVATIONS[activation](F.linear(x.double(), gate.double())) * F.linear(x.double(), up.double())
+    own = ACTIVATIONS[activation](F.linear(x, gate)) * F.linear(x, up)
+    assert (got.double() - exact).abs().max() <= 2 * (own.double() - exact).abs().max() + 1e-2
 
 
 @DTYPES

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ras_fast import ops
-from ras_fast.ops.linear import FEW_ROWS, beats_torch
+from ras_fast.ops.linear import ACTIVATIONS, FEW_ROWS, beats_torch
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch", "triton"], indirect=True)
+MODULE = sys.modules["ras_fast.ops.linear"]  # `ras_fast.ops.linear` is the function
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # One element, a prime, one short of and one past a vector, more than a thread's share of work.
 WIDTHS = [1, 7, 31, 33, 513, 1088]
@@ -102,10 +103,10 @@ def test_many_rows_are_torchs_where_it_is_not_slow(monkeypatch):
     assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     with pytest.raises(ValueError, match="bias is of shape"):
         ops.linear(x, weight, bias[:5])
-    monkeypatch.setattr("ras_fast.ops.linear.SLOW_DTYPES", {torch.bfloat16})
+    monkeypatch.setattr(MODULE, "SLOW_DTYPES", {torch.bfloat16})
     assert beats_torch(x.bfloat16())
     assert not beats_torch(x.half())
-    monkeypatch.setattr("ras_fast.ops.linear.forced_backend", lambda: "triton")
+    monkeypatch.setattr(MODULE, "forced_backend", lambda: "triton")
     assert not beats_torch(x[1:])
 
 
@@ -125,16 +126,49 @@ def test_any_shape_on_the_cpu(rows, width, outputs, dtype, biased, seed):
     check(x, weight, bias if biased else None)
 
 
+def check_glu(x, gate, up, activation):
+    got, rows = ops.linear_glu(x, gate, up, activation=activation), x.dtype
+    assert got.dtype == x.dtype
+    assert got.is_contiguous()
+    products = [F.linear(x.double(), weight.double()).to(rows) for weight in (gate, up)]
+    exact = ACTIVATIONS[activation](products[0].double()) * products[1].double()
+    assert got.shape == exact.shape
+    eps = torch.finfo(rows).eps  # a product near a tie may be rounded the other way
+    most = float(exact.abs().max()) if exact.numel() else 0.0
+    torch.testing.assert_close(got.double(), exact, atol=1e-5 + eps * most, rtol=3 * eps)
+
+
+@BACKENDS
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_against_float64(backend, dtype, activation):
+    for rows, width, outputs in ((1, 1, 1), (2, 513, 131), (5, 64, 40), (16, 33, 3), (19, 40, 9), (0, 8, 8), (2, 8, 0)):
+        x, gate, _ = inputs(rows, width, outputs, dtype)
+        check_glu(3 * x, gate, inputs(rows, width, outputs, dtype)[1], activation)
+    wide = rand(3, 5, 130, dtype=dtype)
+    check_glu(wide[:, -2:, 3:73], rand(9, 140, dtype=dtype)[:, :70], rand(9, 75, dtype=dtype)[:, 5:], activation)
+
+
+def test_gated_values_at_the_ends():
+    x, one = torch.tensor([[-200.0], [200.0], [torch.nan], [0.0]]), torch.ones(1, 1)
+    for activation in ACTIVATIONS:
+        got = ops.linear_glu(x, one, one, activation=activation).flatten()
+        torch.testing.assert_close(got, torch.tensor([0.0, 40000.0, torch.nan, 0.0]), equal_nan=True)
+
+
 @pytest.mark.parametrize("bias", [None, rand(5)])
 def test_opcheck(bias):
     for x in (rand(3, 12), rand(2, 2, 12)):
         torch.library.opcheck(torch.ops.ras_fast.linear.default, (x, rand(5, 12), bias))
+        torch.library.opcheck(torch.ops.ras_fast.linear_glu.default, (x, rand(5, 12), rand(5, 12), "silu"))
 
 
 def test_one_graph():
     x, weight, bias = inputs(2, 16, 8)
     compiled = torch.compile(lambda x: ops.linear(x, weight, bias), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), ops.linear(x, weight, bias))
+    gated = torch.compile(lambda x: ops.linear_glu(x, weight, weight), fullgraph=True, backend="eager")
+    assert torch.equal(gated(x), ops.linear_glu(x, weight, weight))
 
 
 X, WEIGHT, BIAS = torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4)
@@ -162,9 +196,27 @@ def test_wrong_arguments_are_named(args, message):
         ops.linear(*args)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+def test_wrong_arguments_of_a_gated_layer_are_named(rows):
+    x = torch.zeros(rows, 8)
+    for args, activation, message in (
+        ((x.int(), WEIGHT, WEIGHT), "silu", "x is of dtype"),
+        ((x, WEIGHT[:, :5], WEIGHT), "silu", "weight is of shape"),
+        ((x, WEIGHT, WEIGHT[:3]), "silu", r"up is of shape \(3, 8\); it must be \[N, K\] = \(4, 8\)"),
+        ((x, WEIGHT, WEIGHT.half()), "silu", "up is of dtype"),
+        ((x, WEIGHT, torch.zeros(4, 16)[:, ::2]), "silu", "up is of strides"),
+        ((x, WEIGHT, WEIGHT.to("meta")), "silu", "up is on device"),
+        ((x, WEIGHT, WEIGHT), "relu", "activation is 'relu'; it must be one of silu, gelu_tanh"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.linear_glu(*args, activation=activation)
+
+
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="no backward"):
         ops.linear(X.clone().requires_grad_(), WEIGHT)
+    with pytest.raises(RuntimeError, match="no backward"):
+        ops.linear_glu(X, WEIGHT.clone().requires_grad_(), WEIGHT)
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])

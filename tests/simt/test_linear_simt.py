@@ -1,14 +1,16 @@
 """The CUDA linear kernel (csrc/cuda/linear.cuh), run by the host emulation, against float64."""
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, silu
 
-POINTERS = ("x", "weight", "bias", "out")
-INTEGERS = ("group_stride", "row_stride", "weight_stride", "rows", "group", "inputs", "outputs", "half", "multiprocessors",
-            "blocks", "aligned")  # fmt: skip
+POINTERS = ("x", "weight", "up", "bias", "out")
+INTEGERS = ("group_stride", "row_stride", "weight_stride", "up_stride", "rows", "group", "inputs", "outputs", "activation",
+            "half", "multiprocessors", "blocks", "aligned")  # fmt: skip
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2}
 DTYPES = [torch.float16, torch.bfloat16]
 
 
@@ -31,15 +33,17 @@ def inputs(rows, width, outputs, dtype):
     return rand(rows, width, dtype=dtype), rand(outputs, width, dtype=dtype, scale=width**-0.5), rand(outputs, dtype=dtype)
 
 
-def run(emulator, x, weight, bias, *, multiprocessors=100, wide=False, aligned=True):
+def run(emulator, x, weight, bias, up=None, activation="none", *, multiprocessors=100, wide=False, aligned=True):
     """x [rows, K] or [groups, rows, K]; wide: whether a block is to have 32 outputs."""
     rows, outputs = x.numel() // x.shape[-1], len(weight)
     out = torch.full((rows, outputs), torch.nan, dtype=x.dtype)
     group = x.shape[-2] if x.dim() == 3 else rows
-    call = Call(x.data_ptr(), weight.data_ptr(), bias.data_ptr() if bias is not None else None, out.data_ptr(),
-                x.stride(0) if x.dim() == 3 else 0, x.stride(-2), weight.stride(0), rows, group, x.shape[-1], outputs,
+    optional = {"up": up, "bias": bias}
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in optional.values()]
+    call = Call(x.data_ptr(), weight.data_ptr(), *pointers, out.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2),
+                weight.stride(0), 0 if up is None else up.stride(0), rows, group, x.shape[-1], outputs, ACTIVATIONS[activation],
                 x.dtype == torch.float16, multiprocessors)  # fmt: skip
-    given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    given = {"x": x, "weight": weight} | {name: tensor for name, tensor in optional.items() if tensor is not None}
     emulator.run("linear_run", ctypes.byref(call), outputs={"out": out.view(torch.int16).numpy()},
                  inputs={name: tensor.view(torch.int16).numpy() for name, tensor in given.items()})  # fmt: skip
     assert call.aligned == aligned
@@ -53,6 +57,18 @@ def check(emulator, x, weight, bias, **options):
     eps = torch.finfo(x.dtype).eps
     torch.testing.assert_close(got.double(), exact, atol=1e-5, rtol=eps / 2 + 1e-5)
     return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 8, 1), (3, 1096, 33), (16, 520, 16), (19, 264, 17), (4, 65, 20)])
+def test_gated(emulator, rows, width, outputs, dtype):
+    x, gate, _ = inputs(rows, width, outputs, dtype)
+    up = inputs(rows, width + 8, outputs, dtype)[1][:, :width]
+    products = [linear(x.double(), weight.double()).to(dtype) for weight in (gate, up)]
+    for activation, function in (("silu", silu), ("gelu_tanh", partial(gelu, approximate="tanh"))):
+        got = run(emulator, x, gate, None, up, activation, aligned=width % 8 == 0)
+        exact, eps = function(products[0].double()) * products[1].double(), torch.finfo(dtype).eps
+        torch.testing.assert_close(got.double(), exact, atol=2 * eps, rtol=3 * eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

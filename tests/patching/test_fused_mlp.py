@@ -1,0 +1,137 @@
+"""Gated MLPs whose two projections and activation are one kernel: which ones, when, and that hooks see what they saw."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from calls import Calls
+from families import FAMILIES
+from torch import nn
+
+import ras_fast
+from ras_fast.ops.linear import FEW_ROWS
+from ras_fast.patching.mlp import FusedMLP
+
+# Gated MLPs of three layers; both projections in one matrix (GLM) is another thing.
+FUSED = {"llava": 3, "qwen2_vl": 3, "gemma3": 3, "glm4v": 0, "aya_vision": 3}
+
+
+@pytest.fixture
+def llava():
+    return FAMILIES["llava"].model("llava")
+
+
+def mlps(model):
+    return [layer.mlp for layer in model.model.language_model.layers]
+
+
+def ids(length):
+    return {"input_ids": torch.randint(3, 60, (2, length)), "use_cache": False}
+
+
+def count(call):
+    with torch.no_grad(), Calls() as calls:
+        call()
+    return calls.count["ras_fast::linear_glu"]
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_which_families(family):
+    model = FAMILIES[family].model(family)
+    given = ids(3)
+    with torch.no_grad():
+        expected = model(**given).logits
+        with ras_fast.patch(model, regions=False) as patched:
+            assert patched.report().mlps == FUSED[family]
+            assert f"{FUSED[family]} gated MLPs" in str(patched.report())
+            assert count(lambda: model(**given)) == FUSED[family]
+            torch.testing.assert_close(model(**given).logits, expected, atol=2e-5, rtol=1e-4)
+    assert not any(isinstance(module.__dict__.get("forward"), FusedMLP) for module in model.modules())
+
+
+def test_few_rows_alone(llava):
+    with ras_fast.patch(llava):
+        assert count(lambda: llava(**ids(FEW_ROWS // 2))) == 3
+        assert count(lambda: llava(**ids(FEW_ROWS // 2 + 1))) == 0
+    with ras_fast.patch(llava, linears=False) as patched:
+        assert patched.report().mlps == 0
+        assert count(lambda: llava(**ids(2))) == 0
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn", "down_proj"])
+def test_hooks_see_what_they_saw(llava, name):
+    given, seen = ids(2), []
+    with torch.no_grad():
+        expected = llava(**given).logits
+        with ras_fast.patch(llava):
+            hook = getattr(mlps(llava)[1], name).register_forward_hook(lambda module, args, output: seen.append(output))
+            torch.testing.assert_close(llava(**given).logits, expected, atol=1e-5, rtol=1e-5)
+            assert count(lambda: llava(**given)) == (3 if name == "down_proj" else 2)
+            hook.remove()
+            assert count(lambda: llava(**given)) == 3
+    assert len(seen) == 2
+
+
+def test_what_changes_after_the_patch(llava):
+    with torch.no_grad(), ras_fast.patch(llava):
+        first, second, third = mlps(llava)
+        first.gate_proj.bias = nn.Parameter(torch.randn(first.gate_proj.out_features))
+        second.up_proj = nn.Linear(64, second.up_proj.out_features, bias=False)
+        third.gate_proj.double()
+        x = torch.randn(2, 64)
+        assert count(lambda: first(x)) == count(lambda: second(x)) == 0
+        gate = first.act_fn(first.gate_proj(x))
+        torch.testing.assert_close(first(x), first.down_proj(gate * first.up_proj(x)))
+        with pytest.raises(RuntimeError, match="dtype"):
+            third(x)
+
+
+def test_copies_and_pickles(llava):
+    given = ids(2)
+    with torch.no_grad(), ras_fast.patch(llava):
+        expected = llava(**given).logits
+        for again in (copy.deepcopy(llava), pickle.loads(pickle.dumps(llava))):
+            assert all(mlp.forward.mlp is mlp for mlp in mlps(again))
+            assert count(lambda again=again: again(**given)) == 3
+            assert torch.equal(again(**given).logits, expected)
+
+
+def test_lora_projections_keep_their_mlp(llava):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(llava, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False)).eval()
+    given = ids(3)
+    with torch.no_grad():
+        expected = adapted(**given).logits
+        with ras_fast.patch(adapted) as patched:
+            assert patched.report().mlps == 0
+            torch.testing.assert_close(adapted(**given).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+class Scaled(nn.Module):
+    """Looks like a gated MLP, and is none."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
+
+
+def test_what_only_looks_alike_is_refused(llava):
+    layers = llava.model.language_model.layers
+    layers[0].mlp = Scaled(layers[0].mlp)
+    layers[1].mlp.act_fn = nn.Sigmoid()
+    with ras_fast.patch(llava) as patched:
+        assert patched.report().mlps == 1
+
+
+def test_gradients_and_compilation_take_the_original(llava):
+    mlp, x = mlps(llava)[0], torch.randn(2, 64, requires_grad=True)
+    with ras_fast.patch(llava):
+        mlp(x).sum().backward()
+        assert x.grad is not None
+        compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x.detach()), mlp(x.detach()), atol=1e-5, rtol=1e-5)

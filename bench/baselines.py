@@ -128,6 +128,12 @@ def linear_peers(x: Tensor, weights: list[Tensor]) -> dict[str, tuple[Callable[[
     return peers if packed is None else peers | {"packed": packed}
 
 
+def gated_peers(x: Tensor, weights: list[Tensor]) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
+    """Weights are [2, N, K]."""
+    linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
+    return {"torch": (lambda both: silu(linear(x, both[0])) * linear(x, both[1]), weights)}
+
+
 def _packed(x: Tensor, weights: list[Tensor]) -> tuple[Callable[[Tensor], Tensor], list[Tensor]] | None:
     """oneDNN's product with a weight in oneDNN's own layout, as torch.compile's freezing calls it; None where it cannot."""
     try:

@@ -1,10 +1,10 @@
-"""A linear layer of a decode step beside its peers: `python bench/bench_linear.py [--quick]`.
+"""Linear layers of a decode step beside their peers: `python bench/bench_linear.py [--quick]`.
 
 Few rows against a weight that no cache holds: on the CPU calls go in turn through copies of it, on a GPU the L2 cache is
 cold. "torch" is `torch.nn.functional.linear`, "packed" what torch.compile's freezing makes of it on a CPU: oneDNN's product
 with a second copy of the weight in a layout of its own. GB/s counts the bytes that must move, weight, input and output;
-"share" is that over a plain copy's bandwidth in the same run, which a call that writes next to nothing may exceed. On a GPU a
-row is timed as eager calls or as a replayed CUDA graph.
+"share" is that over a plain copy's bandwidth in the same run, which a call that writes next to nothing may exceed. A gated row
+is the first half of an MLP, silu(x Gᵀ) · (x Uᵀ). On a GPU a row is timed as eager calls or as a replayed CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ras_fast import ops
 # Outputs and inputs of LLaVA-1.5's layers (7 B) and its head, and of a small model's layers.
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (32064, 4096), (1024, 1024), (2816, 1024), (1024, 2816))
 ROWS = (1, 2, 8, 16)
-QUICK = [*((4096, 4096, rows) for rows in ROWS), (11008, 4096, 2)]
+GATED = ((11008, 4096), (2816, 1024))
+QUICK = [*((4096, 4096, rows, False) for rows in ROWS), (11008, 4096, 2, False), (11008, 4096, 2, True)]
 CACHE = 300e6  # more bytes than any cache of a processor
 
 
@@ -31,19 +32,24 @@ def in_turn(call: Callable[[Tensor], Tensor], weights: list[Tensor]) -> Callable
     return lambda: call(next(following))
 
 
-def case(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[dict, int, dict]:
-    """Outputs, inputs and rows."""
-    outputs, inputs, rows = shape
-    copies = 1 if device == "cuda" else 1 + int(CACHE / (outputs * inputs * dtype.itemsize))
-    weights = [torch.randn(outputs, inputs, device=device, dtype=dtype) for _ in range(copies)]
+def case(shape: tuple[int, int, int, bool], dtype: torch.dtype, device: str) -> tuple[dict, int, dict]:
+    """Outputs, inputs, rows, and whether the layer is gated."""
+    outputs, inputs, rows, gated = shape
+    products = 2 if gated else 1
+    copies = 1 if device == "cuda" else 1 + int(CACHE / (products * outputs * inputs * dtype.itemsize))
+    weights = [torch.randn(products, outputs, inputs, device=device, dtype=dtype) for _ in range(copies)]
     x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    candidates = {"ras_fast": (lambda weight: ops.linear(x, weight), weights)} | baselines.linear_peers(x, weights)
-    columns = {"N": outputs, "K": inputs, "T": rows}
+    if gated:
+        candidates = {"ras_fast": (lambda both: ops.linear_glu(x, *both), weights)} | baselines.gated_peers(x, weights)
+    else:
+        weights = [weight[0] for weight in weights]
+        candidates = {"ras_fast": (lambda weight: ops.linear(x, weight), weights)} | baselines.linear_peers(x, weights)
+    columns = {"N": outputs, "K": inputs, "T": rows, "gated": gated}
     calls = {name: in_turn(call, given) for name, (call, given) in candidates.items()}
-    return columns, outputs * inputs + rows * (outputs + inputs), calls
+    return columns, products * outputs * inputs + rows * (outputs + inputs), calls
 
 
 if __name__ == "__main__":
     with torch.no_grad():
-        shapes = [(*size, rows) for size in SIZES for rows in ROWS]
+        shapes = [(*size, rows, gated) for gated, sizes in ((False, SIZES), (True, GATED)) for size in sizes for rows in ROWS]
         harness.bound_by_memory(__doc__, "linear", shapes, QUICK, case)

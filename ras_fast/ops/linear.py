@@ -16,8 +16,8 @@ from ras_fast.backend import forced_backend
 from ras_fast.ops import _check
 from ras_fast.ops._registry import call, define, triton_kernel
 
-# With more rows torch's matrix products are faster, where they have instructions for the dtype (bench/bench_linear.py).
-FEW_ROWS = 16
+# By device type: with more rows torch's products are faster, where they have instructions for the dtype (docs/kernels.md).
+FEW_ROWS = {"cpu": 32, "cuda": 16}
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -36,9 +36,9 @@ SLOW_DTYPES = _slow_dtypes()
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, at the speed at which W can be read while rows are few, as in a decode step.
 
-    Sums are float32, rounded once. Up to `FEW_ROWS` rows a row's result is the same bits whatever rows are computed with it;
-    more rows, and float32 on a GPU, are `torch.nn.functional.linear`'s, but for half precision on processors that have no
-    instructions for it.
+    Sums are float32, rounded once. Up to `FEW_ROWS` rows (by device type) a row's result is the same bits whatever rows are
+    computed with it; more rows, and float32 on a GPU, are `torch.nn.functional.linear`'s, but for half precision on processors
+    that have no instructions for it.
 
     Args:
         x: [..., K], float32, float16 or bfloat16 (float64: the reference alone); any strides with a contiguous last dimension.
@@ -88,8 +88,9 @@ def beats_torch(x: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
     if forced_backend() == "triton":  # which has no kernel for it
         return False
-    few = not x.dim() or x.numel() <= FEW_ROWS * x.shape[-1]
-    if x.device.type == "cpu":
+    device = x.device.type
+    few = not x.dim() or x.numel() <= FEW_ROWS.get(device, 0) * x.shape[-1]
+    if device == "cpu":
         return few or x.dtype in SLOW_DTYPES
     return few and x.dtype in (torch.float16, torch.bfloat16)
 

@@ -49,7 +49,7 @@ def test_against_float64(backend, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_beside_any_others(dtype):
-    x, weight, bias = inputs(FEW_ROWS, 1001, 77, dtype)
+    x, weight, bias = inputs(FEW_ROWS["cpu"], 1001, 77, dtype)
     wanted = ops.linear(x, weight, bias)
     for rows in range(1, len(x)):
         assert torch.equal(ops.linear(x[:rows], weight, bias), wanted[:rows])
@@ -93,11 +93,11 @@ def test_one_rounding(backend):
 def test_more_rows_than_go_by_at_once(dtype):
     x, weight, bias = inputs(37, 200, 40, dtype)
     got = torch.ops.ras_fast.linear(x, weight, bias)
-    assert torch.equal(got, torch.cat([ops.linear(part, weight, bias) for part in x.split(FEW_ROWS)]))
+    assert torch.equal(got, torch.cat([ops.linear(part, weight, bias) for part in x.split(FEW_ROWS["cpu"])]))
 
 
 def test_many_rows_are_torchs_where_it_is_not_slow(monkeypatch):
-    x, weight, bias = inputs(FEW_ROWS + 1, 64, 32)
+    x, weight, bias = inputs(FEW_ROWS["cpu"] + 1, 64, 32)
     assert beats_torch(x[1:])
     assert not beats_torch(x)
     assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))

@@ -40,7 +40,7 @@ def count(call):
 def test_few_rows_take_the_op_and_many_do_not(llava):
     linears = decoder_linears(llava)
     assert len(linears) == 3 * 7 + 1
-    few, many = ids(FEW_ROWS // 2), ids(FEW_ROWS // 2 + 1)
+    few, many = ids(FEW_ROWS["cpu"] // 2), ids(FEW_ROWS["cpu"] // 2 + 1)
     with torch.no_grad():
         expected = [llava(**given).logits for given in (few, many)]
         with ras_fast.patch(llava, regions=False, norms=False) as patched:

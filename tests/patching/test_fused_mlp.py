@@ -52,8 +52,8 @@ def test_which_families(family):
 
 def test_few_rows_alone(llava):
     with ras_fast.patch(llava):
-        assert count(lambda: llava(**ids(FEW_ROWS // 2))) == 3
-        assert count(lambda: llava(**ids(FEW_ROWS // 2 + 1))) == 0
+        assert count(lambda: llava(**ids(FEW_ROWS["cpu"] // 2))) == 3
+        assert count(lambda: llava(**ids(FEW_ROWS["cpu"] // 2 + 1))) == 0
     with ras_fast.patch(llava, linears=False) as patched:
         assert patched.report().mlps == 0
         assert count(lambda: llava(**ids(2))) == 0

@@ -6,6 +6,7 @@ Shapes: T rows (the product of x's leading dimensions), K and N inputs and outpu
 
 from __future__ import annotations
 
+import platform
 from functools import partial
 
 import torch
@@ -18,15 +19,16 @@ from ras_fast.ops._registry import call, define, triton_kernel
 
 # By device type: with more rows torch's products are faster, where they have instructions for the dtype (docs/kernels.md).
 FEW_ROWS = {"cpu": 32, "cuda": 16}
+HALVES = (torch.float16, torch.bfloat16)
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def _slow_dtypes() -> frozenset[torch.dtype]:
-    if not torch.backends.mkldnn.is_available():
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return frozenset()
     known = torch.ops.mkldnn
-    able = {torch.bfloat16: known._is_mkldnn_bf16_supported(), torch.float16: known._is_mkldnn_fp16_supported()}
-    return frozenset(dtype for dtype, takes in able.items() if not takes)
+    able = (known._is_mkldnn_fp16_supported(), known._is_mkldnn_bf16_supported())
+    return frozenset(dtype for dtype, is_able in zip(HALVES, able, strict=True) if not is_able)
 
 
 # What oneDNN does not multiply on this processor: torch's own loops are many times slower, however many the rows.
@@ -41,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     that have no instructions for it.
 
     Args:
-        x: [..., K], float32, float16 or bfloat16 (float64: the reference alone); any strides with a contiguous last dimension.
+        x: [..., K], float32, float16 or bfloat16 (float64: torch's); any strides with a contiguous last dimension.
         weight: [N, K], dtype of `x`, contiguous last dimension.
         bias: [N], dtype of `x`, contiguous.
 
@@ -91,8 +93,8 @@ def beats_torch(x: Tensor) -> bool:
     device = x.device.type
     few = not x.dim() or x.numel() <= FEW_ROWS.get(device, 0) * x.shape[-1]
     if device == "cpu":
-        return few or x.dtype in SLOW_DTYPES
-    return few and x.dtype in (torch.float16, torch.bfloat16)
+        return x.dtype in SLOW_DTYPES or (few and x.dtype in (torch.float32, *HALVES))
+    return few and x.dtype in HALVES
 
 
 def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -121,6 +121,10 @@ def test_gradients_and_autocast_take_the_original(llava):
         assert count(lambda: fast(x[None, None])) == 0
         with pytest.raises(RuntimeError, match="dtype"):
             fast(x.half())
+        for dtype in (torch.float64, torch.complex64):
+            other = nn.Linear(8, 3, dtype=dtype)
+            given = torch.randn(2, 8, dtype=dtype)
+            assert torch.equal(FastLinear(other)(given), other(given))
 
 
 def test_compiled_it_is_torchs(llava):

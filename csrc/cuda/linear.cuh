@@ -191,7 +191,7 @@ void with_linear_kernel(const LinearArgs<T>& args, int multiprocessors, Start&& 
   if (!aligned) return run(linear_kernel<T, 1, 1, false, false>, 16, 8);
   // Two tiles of outputs halve what is read of x. For 16 rows, where that is as much as is read of W, three blocks for four
   // multiprocessors will do; for 8 the blocks have to be enough to fill them as well.
-  const bool wide = 2 * args.outputs >= (tall ? 3 : 8) * kLinearTile * multiprocessors;
+  const bool wide = args.outputs >= (tall ? 3 : 8) * kLinearTile / 2 * multiprocessors;
   if (wide) return tall ? run(linear_kernel<T, 2, 2, true, false>, 32, 16) : run(linear_kernel<T, 2, 1, true, false>, 32, 8);
   tall ? run(linear_kernel<T, 1, 2, true, false>, 16, 16) : run(linear_kernel<T, 1, 1, true, false>, 16, 8);
 }

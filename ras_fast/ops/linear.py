@@ -20,6 +20,7 @@ from ras_fast.ops._registry import call, define, triton_kernel
 # By device type: with more rows torch's products are faster, where they have instructions for the dtype (docs/kernels.md).
 FEW_ROWS = {"cpu": 32, "cuda": 16}
 HALVES = (torch.float16, torch.bfloat16)
+KERNEL_DTYPES = (torch.float32, *HALVES)
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -56,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _check.no_grad("linear", x, weight, bias)
     if beats_torch(x):
-        return linear_by_kernel(x, weight, bias)
+        return call("linear", _validate_linear, x, weight, bias)
     _validate_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -81,30 +82,30 @@ def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu")
     """
     _check.no_grad("linear_glu", x, gate, up)
     if beats_torch(x):
-        return glu_by_kernel(x, gate, up, activation)
+        return call("linear_glu", _validate_glu, x, gate, up, activation)
     _validate_glu(x, gate, up, activation)
     return _reference_glu(x, gate, up, activation)
 
 
 def beats_torch(x: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
-    if forced_backend() == "triton":  # which has no kernel for it
-        return False
     device = x.device.type
-    few = not x.dim() or x.numel() <= FEW_ROWS.get(device, 0) * x.shape[-1]
+    if device not in FEW_ROWS or forced_backend() not in ("auto", "torch", device):  # Triton has no kernel for it
+        return False
+    few = not x.dim() or x.numel() <= FEW_ROWS[device] * x.shape[-1]
     if device == "cpu":
-        return x.dtype in SLOW_DTYPES or (few and x.dtype in (torch.float32, *HALVES))
+        return x.dtype in SLOW_DTYPES or (few and x.dtype in KERNEL_DTYPES)
     return few and x.dtype in HALVES
 
 
 def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear`, where `beats_torch` and no gradient is asked for."""
-    return call("linear", _validate_linear, x, weight, bias)
+    """`linear`, where `beats_torch` and no gradient is asked for. Raises RuntimeError for what the kernel does not take."""
+    return call("linear", None, x, weight, bias)
 
 
 def glu_by_kernel(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`linear_glu`, likewise."""
-    return call("linear_glu", _validate_glu, x, gate, up, activation)
+    return call("linear_glu", None, x, gate, up, activation)
 
 
 def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from ras_fast.ops.linear import beats_torch, linear_by_kernel
+from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, linear_by_kernel
 from ras_fast.patching.report import Report
 from ras_fast.patching.trace import reproduce
 from ras_fast.patching.undo import Undo, forward_slot
+
+ELSEWHERE = object()  # a parameter that is something else now, such as a parametrised or pruned one
 
 
 class FastLinear:
@@ -17,29 +22,35 @@ class FastLinear:
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
 
-    def __call__(self, x: Tensor) -> Tensor:
-        parameters = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if torch.compiler.is_compiling() or not takes(x, weight):
-            return type(self.linear).forward(self.linear, x)
-        return linear_by_kernel(x, weight, bias)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
+        weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
+        if len(args) == 1 and not kwargs and takes(args[0], weight, bias):
+            try:
+                return linear_by_kernel(args[0], weight, bias)
+            except RuntimeError:  # of tensors that the kernel refuses: the original takes them, or says in its words why not
+                pass
+        return type(self.linear).forward(self.linear, *args, **kwargs)
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the ops take these and are faster, apart from what the original would refuse as well."""
+def takes(x: Tensor, *parameters: Any) -> bool:
+    """Whether the ops are faster for these, and nothing else is asked for than their product."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+        return False
     # A parameter of another type is quantised or distributed, and multiplies in a way of its own.
-    if type(weight) is not nn.Parameter or type(x) is not Tensor or not beats_torch(x) or x.dtype != weight.dtype:
+    given = [parameter for parameter in parameters if parameter is not None]
+    if not all(type(parameter) is nn.Parameter for parameter in given) or not beats_torch(x):
         return False
-    if not 0 < x.dim() <= 3 or x.stride(-1) != 1 or torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in given)))
 
 
 def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report: Report) -> None:
     """Every `torch.nn.Linear` of the decoder layers, and the one that gives the logits; not classes derived from it."""
     modules = [*layers.modules(), root.get_output_embeddings()]
     names = {id(module): name for name, module in root.named_modules()}
-    for module in {id(module): module for module in modules if type(module) is nn.Linear}.values():
+    for module in {id(module): module for module in modules if _is_plain(module)}.values():
         slot, fast = forward_slot(module), FastLinear(module)
         why = "has a forward of its own on the instance already" if slot is None else _differs(fast)
         if why is None:
@@ -47,6 +58,11 @@ def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report:
             report.linears += 1
         else:
             report.unfused[names[id(module)]] = why
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    weight = module._parameters.get("weight") if type(module) is nn.Linear else None
+    return type(weight) is nn.Parameter and weight.dtype in KERNEL_DTYPES
 
 
 def some_rows(weight: Tensor) -> Tensor:

@@ -6,37 +6,53 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 
 from ras_fast.ops.linear import ACTIVATIONS, glu_by_kernel
 from ras_fast.patching.layers import has_foreign_hooks
-from ras_fast.patching.linear import FastLinear, some_rows, takes
+from ras_fast.patching.linear import ELSEWHERE, FastLinear, some_rows, takes
 from ras_fast.patching.report import Report
-from ras_fast.patching.trace import difference, reproduce
+from ras_fast.patching.trace import reproduce
 from ras_fast.patching.undo import Undo, forward_slot
+
+_SCALES = (1.0, 1e3)  # of the rows on which an MLP is compared: some clamp what is large
 
 
 class FusedMLP:
     """Stands in for the `forward` of one MLP, down_proj(act_fn(gate_proj(x)) · up_proj(x)): `ops.linear_glu` where that is
-    faster, else the original, as where a module that would not be called has hooks or is more than its product."""
+    faster, else the original, as where a module that would not be called has hooks or is more than its product.
 
-    def __init__(self, mlp: nn.Module, activation: str) -> None:
-        self.mlp, self.activation = mlp, activation
+    Args:
+        mlp: the module.
+        act_fn: its activation, which ACTIVATIONS knows as `activation`.
+    """
+
+    def __init__(self, mlp: nn.Module, act_fn: nn.Module, activation: str) -> None:
+        self.mlp, self.act_fn, self.activation = mlp, act_fn, activation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            (x,), modules = args, self.mlp._modules
-            gate, up = modules["gate_proj"], modules["up_proj"]
-            if _is_plain(gate) and _is_plain(up) and not has_foreign_hooks(modules["act_fn"]):
-                gate, up = gate._parameters["weight"], up._parameters["weight"]
-                if takes(x, gate) and takes(x, up):
-                    return modules["down_proj"](glu_by_kernel(x, gate, up, self.activation))
+        modules = self.mlp._modules
+        gate, up = modules["gate_proj"], modules["up_proj"]
+        if len(args) == 1 and not kwargs and _is_plain(gate) and _is_plain(up) and self._is_left_alone(modules["act_fn"]):
+            weights = gate._parameters.get("weight"), up._parameters.get("weight")
+            if takes(args[0], *weights):
+                try:
+                    states = glu_by_kernel(args[0], *weights, self.activation)
+                except RuntimeError:  # as in FastLinear
+                    pass
+                else:
+                    return modules["down_proj"](states)
         return type(self.mlp).forward(self.mlp, *args, **kwargs)
+
+    def _is_left_alone(self, act_fn: nn.Module) -> bool:
+        hooks = has_foreign_hooks(act_fn) or every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+        return act_fn is self.act_fn and "forward" not in act_fn.__dict__ and not hooks
 
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling it is no more than a product with its weight."""
-    plain = isinstance(linear.__dict__.get("forward"), FastLinear) and "weight" in linear._parameters
-    return plain and linear._parameters["bias"] is None and not has_foreign_hooks(linear)
+    plain = isinstance(linear.__dict__.get("forward"), FastLinear) and linear._parameters.get("bias", ELSEWHERE) is None
+    return plain and not has_foreign_hooks(linear)
 
 
 def fuse_mlps(layers: nn.ModuleList, undo: Undo, report: Report) -> None:
@@ -53,13 +69,20 @@ def _fused(module: nn.Module) -> FusedMLP | None:
     parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
     if None in parts or not all(map(_is_plain, parts[:2])):
         return None
-    rows = some_rows(parts[0].weight)
-    activation = next((name for name, known in ACTIVATIONS.items() if difference(parts[3](rows), known(rows)) is None), None)
-    if activation is None:
-        return None
-    fused = FusedMLP(module, activation)
+    gate, _, _, act_fn = parts
     try:
-        expected = type(module).forward(module, rows)
-    except Exception:  # of a module that wants more than rows
+        activation = next(name for name in ACTIVATIONS if _is_activation(act_fn, name, gate.weight.device))
+        fused = FusedMLP(module, act_fn, activation)
+        for rows in (scale * some_rows(gate.weight) for scale in _SCALES):
+            expected = type(module).forward(module, rows)
+            if bool(expected.isfinite().all()) and reproduce(fused, (rows,), {}, expected)[1] is not None:
+                return None
+    except Exception:  # whatever a module raises that wants something else than rows
         return None
-    return fused if reproduce(fused, (rows,), {}, expected)[1] is None else None
+    return fused
+
+
+def _is_activation(act_fn: nn.Module, name: str, device: torch.device) -> bool:
+    """In float32: in half precision another one might pass for it."""
+    x = torch.linspace(-30, 30, 6001, device=device)
+    return torch.allclose(act_fn(x), ACTIVATIONS[name](x), rtol=1e-5, atol=1e-6)

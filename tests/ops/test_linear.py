@@ -223,6 +223,6 @@ def test_gradients_are_refused():
 def test_other_instruction_sets(isa):
     """This module's comparisons on the CPU under a narrower build of the kernel."""
     environment = os.environ | {"RAS_FAST_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "float64 and cpu or strides and cpu or beside"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "cpu or beside or more_rows or ends"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -8,6 +8,8 @@ import torch
 from calls import Calls
 from families import FAMILIES
 from torch import nn
+from torch.nn.utils import prune
+from transformers.activations import ACT2FN
 
 import ras_fast
 from ras_fast.ops.linear import FEW_ROWS
@@ -77,6 +79,7 @@ def test_what_changes_after_the_patch(llava):
     with torch.no_grad(), ras_fast.patch(llava):
         first, second, third = mlps(llava)
         first.gate_proj.bias = nn.Parameter(torch.randn(first.gate_proj.out_features))
+        prune.identity(first.gate_proj, "bias")
         second.up_proj = nn.Linear(64, second.up_proj.out_features, bias=False)
         third.gate_proj.double()
         x = torch.randn(2, 64)
@@ -85,6 +88,20 @@ def test_what_changes_after_the_patch(llava):
         torch.testing.assert_close(first(x), first.down_proj(gate * first.up_proj(x)))
         with pytest.raises(RuntimeError, match="dtype"):
             third(x)
+        third.float().act_fn = nn.ReLU()
+        torch.testing.assert_close(third(x), third.down_proj(third.gate_proj(x).relu() * third.up_proj(x)))
+
+
+def test_global_hooks_see_everything(llava):
+    seen = []
+    with torch.no_grad(), ras_fast.patch(llava):
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+        try:
+            llava(**ids(2))
+        finally:
+            hook.remove()
+    assert seen.count("Linear") == 22
+    assert sum("SiLU" in name for name in seen) == 3
 
 
 def test_copies_and_pickles(llava):
@@ -117,6 +134,43 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
+
+
+class Clamped(Scaled):
+    """Of a few families: what is large is cut off."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=16) * self.up_proj(x).clamp(-16, 16))
+
+
+class Together(nn.Module):
+    """An activation of both projections."""
+
+    def forward(self, gate, up):
+        return gate.sigmoid() * up
+
+
+class ByBoth(Scaled):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x), self.up_proj(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gelu", "quick_gelu", "gelu_10", "relu", "gelu_pytorch_tanh", "silu"])
+def test_which_activations(llava, name, dtype):
+    for mlp in mlps(llava):
+        mlp.act_fn = ACT2FN[name]
+    with ras_fast.patch(llava.to(dtype)) as patched:
+        assert patched.report().mlps == (3 if name in ("gelu_pytorch_tanh", "silu") else 0)
+
+
+def test_clamped_ones_and_such_as_take_both_are_refused(llava):
+    layers = llava.model.language_model.layers
+    layers[0].mlp = Clamped(layers[0].mlp)
+    layers[1].mlp = ByBoth(layers[1].mlp)
+    layers[1].mlp.act_fn = Together()
+    with ras_fast.patch(llava) as patched:
+        assert patched.report().mlps == 1
 
 
 def test_what_only_looks_alike_is_refused(llava):

@@ -84,7 +84,7 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   constexpr int kProducts = kLinearTile * kOutputTiles, kRows = kLinearRows * kRowTiles;
   constexpr int kOutputs = kGated ? kLinearTile : kProducts;
   constexpr int kApart = kLinearWarps * kLinearSpan, kNext = Run::kLoads == 2 ? kApart : 32, kBoth = 2 * kApart / kOutputTiles;
-  __shared__ alignas(8) float parts[kLinearWarps][kRows][kProducts + 8];  // + 8: rows of neighbouring g in other banks
+  alignas(8) __shared__ float parts[kLinearWarps][kRows][kProducts + 8];  // + 8: rows of neighbouring g in other banks
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
   const int first_output = blockIdx.x * kOutputs, first_row = blockIdx.y * kRows;
   // Of the block's rows of W, those of `up` last.

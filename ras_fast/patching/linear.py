@@ -25,7 +25,7 @@ class FastLinear:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
         weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
-        if len(args) == 1 and not kwargs and takes(args[0], weight, bias):
+        if len(args) == 1 and not kwargs and takes(args[0], weight, *([] if bias is None else [bias])):
             try:
                 return linear_by_kernel(args[0], weight, bias)
             except RuntimeError:  # of tensors that the kernel refuses: the original takes them, or says in its words why not
@@ -38,12 +38,11 @@ def takes(x: Tensor, *parameters: Any) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
         return False
     # A parameter of another type is quantised or distributed, and multiplies in a way of its own.
-    given = [parameter for parameter in parameters if parameter is not None]
-    if not all(type(parameter) is nn.Parameter for parameter in given) or not beats_torch(x):
+    if not all(type(parameter) is nn.Parameter for parameter in parameters) or not beats_torch(x):
         return False
     if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in given)))
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters)))
 
 
 def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report: Report) -> None:

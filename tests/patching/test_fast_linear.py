@@ -137,6 +137,7 @@ def test_what_the_kernel_refuses_takes_the_original():
         assert torch.equal(fast(input=x), expected)
         linear.weight = nn.Parameter(linear.weight.T.contiguous().T)
         assert torch.equal(fast(x), linear(x))
+        assert torch.equal(fast(x.T.contiguous().T), linear(x))
         for bias in (torch.randn(12)[::2], torch.randn(1).expand(6), torch.randn(1)):
             linear.bias = nn.Parameter(bias)
             assert torch.equal(fast(x), linear(x))
@@ -196,7 +197,6 @@ def test_gradients_and_autocast_take_the_original(llava):
         assert fast(x).dtype == torch.bfloat16
     with torch.no_grad():
         assert count(lambda: fast(x)) == 1
-        assert count(lambda: fast(x.T.contiguous().T)) == 0
         assert count(lambda: fast(x[None, None])) == 1
         with pytest.raises(RuntimeError, match="dtype"):
             fast(x.half())

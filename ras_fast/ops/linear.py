@@ -17,8 +17,9 @@ from ras_fast.backend import forced_backend
 from ras_fast.ops import _check
 from ras_fast.ops._registry import call, define, triton_kernel
 
-# By device type: with more rows torch's products are faster, where they have instructions for the dtype (docs/kernels.md).
-FEW_ROWS = {"cpu": 32, "cuda": 16}
+# (elements of a weight from which on, rows up to which): with more rows torch's products are faster (docs/kernels.md). A CPU's
+# caches hold a small weight, and reading it then is not what takes the time.
+FEW_ROWS = {"cpu": ((1 << 21, 32), (1 << 19, 8), (0, 2)), "cuda": ((0, 16),)}
 HALVES = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (torch.float32, *HALVES)
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -39,9 +40,9 @@ SLOW_DTYPES = _slow_dtypes()
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, at the speed at which W can be read while rows are few, as in a decode step.
 
-    Sums are float32, rounded once. Up to `FEW_ROWS` rows (by device type) a row's result is the same bits whatever rows are
-    computed with it; more rows, and float32 on a GPU, are `torch.nn.functional.linear`'s, but for half precision on processors
-    that have no instructions for it.
+    Sums are float32, rounded once. Up to `few_rows` rows a row's result is the same bits whatever rows are computed with it;
+    more rows, and float32 on a GPU, are `torch.nn.functional.linear`'s, but for half precision on processors that have no
+    instructions for it.
 
     Args:
         x: [..., K], float32, float16 or bfloat16 (float64: torch's); any strides with a contiguous last dimension.
@@ -56,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: an input requires grad and grad mode is on.
     """
     _check.no_grad("linear", x, weight, bias)
-    if beats_torch(x):
+    if beats_torch(x, weight):
         return call("linear", _validate_linear, x, weight, bias)
     _validate_linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -66,7 +67,7 @@ def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu")
     """activation(x Gᵀ) · (x Uᵀ), the first half of a gated MLP (SwiGLU and GEGLU, arXiv 2002.05202), in one pass over both.
 
     Products, activation and their product are rounded to the dtype of `x` one by one, where Hugging Face's eager code rounds.
-    As :func:`linear`: rows beyond `FEW_ROWS`, and float32 on a GPU, are torch's.
+    As :func:`linear`: more rows than `few_rows`, and float32 on a GPU, are torch's.
 
     Args:
         x: [..., K], as for :func:`linear`.
@@ -81,21 +82,29 @@ def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu")
         RuntimeError: an input requires grad and grad mode is on.
     """
     _check.no_grad("linear_glu", x, gate, up)
-    if beats_torch(x):
+    if beats_torch(x, gate):
         return call("linear_glu", _validate_glu, x, gate, up, activation)
     _validate_glu(x, gate, up, activation)
     return _reference_glu(x, gate, up, activation)
 
 
-def beats_torch(x: Tensor) -> bool:
+def few_rows(weight: Tensor) -> int:
+    """Up to how many rows this package's kernel is faster than torch's product with a weight [N, K]."""
+    elements = weight.numel()
+    return next((rows for least, rows in FEW_ROWS.get(weight.device.type, ()) if elements >= least), 0)
+
+
+def beats_torch(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
     device = x.device.type
-    if device not in FEW_ROWS or forced_backend() not in ("auto", "torch", device):  # Triton has no kernel for it
+    if forced_backend() not in ("auto", "torch", device):  # Triton has no kernel for it
         return False
-    few = not x.dim() or x.numel() <= FEW_ROWS[device] * x.shape[-1]
-    if device == "cpu":
-        return x.dtype in SLOW_DTYPES or (few and x.dtype in KERNEL_DTYPES)
-    return few and x.dtype in HALVES
+    if x.dtype in SLOW_DTYPES and device == "cpu":
+        return True
+    few = few_rows(weight)
+    if not few or (x.dim() and x.numel() > few * x.shape[-1]):
+        return False
+    return x.dtype in (KERNEL_DTYPES if device == "cpu" else HALVES)
 
 
 def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -38,7 +38,7 @@ def takes(x: Tensor, *parameters: Any) -> bool:
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
         return False
     # A parameter of another type is quantised or distributed, and multiplies in a way of its own.
-    if not all(type(parameter) is nn.Parameter for parameter in parameters) or not beats_torch(x):
+    if not all(type(parameter) is nn.Parameter for parameter in parameters) or not beats_torch(x, parameters[0]):
         return False
     if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
         return False

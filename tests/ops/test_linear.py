@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ras_fast import ops
-from ras_fast.ops.linear import ACTIVATIONS, FEW_ROWS, beats_torch
+from ras_fast.ops.linear import ACTIVATIONS, beats_torch, few_rows
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "torch", "triton"], indirect=True)
 MODULE = sys.modules["ras_fast.ops.linear"]  # `ras_fast.ops.linear` is the function
@@ -49,7 +49,8 @@ def test_against_float64(backend, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_beside_any_others(dtype):
-    x, weight, bias = inputs(FEW_ROWS["cpu"], 1001, 77, dtype)
+    x, weight, bias = inputs(32, 2100, 1000, dtype)
+    assert few_rows(weight) == len(x)
     wanted = ops.linear(x, weight, bias)
     for rows in range(1, len(x)):
         assert torch.equal(ops.linear(x[:rows], weight, bias), wanted[:rows])
@@ -93,21 +94,23 @@ def test_one_rounding(backend):
 def test_more_rows_than_go_by_at_once(dtype):
     x, weight, bias = inputs(37, 200, 40, dtype)
     got = torch.ops.ras_fast.linear(x, weight, bias)
-    assert torch.equal(got, torch.cat([ops.linear(part, weight, bias) for part in x.split(FEW_ROWS["cpu"])]))
+    assert torch.equal(got, torch.cat([torch.ops.ras_fast.linear(part, weight, bias) for part in x.split(16)]))
 
 
 def test_many_rows_are_torchs_where_it_is_not_slow(monkeypatch):
-    x, weight, bias = inputs(FEW_ROWS["cpu"] + 1, 64, 32)
-    assert beats_torch(x[1:])
-    assert not beats_torch(x)
-    assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    for width, outputs, few in ((64, 32, 2), (1024, 512, 8), (2048, 1024, 32)):
+        x, weight, bias = inputs(few + 1, width, outputs)
+        assert few_rows(weight) == few
+        assert beats_torch(x[1:], weight)
+        assert not beats_torch(x, weight)
+        assert torch.equal(ops.linear(x, weight, bias), F.linear(x, weight, bias))
     with pytest.raises(ValueError, match="bias is of shape"):
         ops.linear(x, weight, bias[:5])
     monkeypatch.setattr(MODULE, "SLOW_DTYPES", {torch.bfloat16})
-    assert beats_torch(x.bfloat16())
-    assert not beats_torch(x.half())
+    assert beats_torch(x.bfloat16(), weight)
+    assert not beats_torch(x.half(), weight)
     monkeypatch.setattr(MODULE, "forced_backend", lambda: "triton")
-    assert not beats_torch(x[1:])
+    assert not beats_torch(x[1:], weight)
 
 
 def test_float64_takes_the_reference():

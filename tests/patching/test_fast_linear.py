@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import ras_fast
-from ras_fast.ops.linear import FEW_ROWS
 from ras_fast.patching.linear import FastLinear
 
 
@@ -22,6 +21,7 @@ def llava():
 
 
 def ids(length):
+    """Of two prompts; two rows are few for a small weight, and four many."""
     return {"input_ids": torch.randint(3, 60, (2, length)), "use_cache": False}
 
 
@@ -40,7 +40,7 @@ def count(call):
 def test_few_rows_take_the_op_and_many_do_not(llava):
     linears = decoder_linears(llava)
     assert len(linears) == 3 * 7 + 1
-    few, many = ids(FEW_ROWS["cpu"] // 2), ids(FEW_ROWS["cpu"] // 2 + 1)
+    few, many = ids(1), ids(2)
     with torch.no_grad():
         expected = [llava(**given).logits for given in (few, many)]
         with ras_fast.patch(llava, regions=False, norms=False) as patched:
@@ -50,14 +50,14 @@ def test_few_rows_take_the_op_and_many_do_not(llava):
             assert count(lambda: llava(**many)) == 0
             torch.testing.assert_close(llava(**few).logits, expected[0], atol=1e-5, rtol=1e-5)
             assert torch.equal(llava(**many).logits, expected[1])
-            assert count(lambda: llava(**many, logits_to_keep=2)) == 1
+            assert count(lambda: llava(**many, logits_to_keep=1)) == 1
     assert not any("forward" in module.__dict__ for module in llava.modules())
 
 
 def test_others_keep_theirs(llava):
     with ras_fast.patch(llava, linears=False) as patched:
         assert patched.report().linears == 0
-        assert count(lambda: llava(**ids(3))) == 0
+        assert count(lambda: llava(**ids(1))) == 0
     with ras_fast.patch(llava):
         mine = {id(module) for module in decoder_linears(llava)}
         assert {id(m) for m in llava.modules() if isinstance(m.__dict__.get("forward"), FastLinear)} == mine
@@ -65,7 +65,7 @@ def test_others_keep_theirs(llava):
 
 def test_a_row_does_not_depend_on_the_batch(llava):
     """In half precision torch's own products round otherwise from batch to batch."""
-    rows = torch.randint(3, 60, (8, 2))
+    rows = torch.randint(3, 60, (2, 1))
     llava.bfloat16()
     with torch.no_grad(), ras_fast.patch(llava):
         together = llava(input_ids=rows, use_cache=False).logits
@@ -84,7 +84,7 @@ def test_what_is_not_a_plain_linear_is_left_alone(llava):
     parametrizations.weight_norm(layers[1].mlp.up_proj)
     own = layers[2].mlp.down_proj.forward
     layers[2].mlp.down_proj.forward = wraps(own)(lambda x: own(x))
-    given = ids(5)
+    given = ids(1)
     with torch.no_grad():
         expected = llava(**given).logits
         with ras_fast.patch(llava) as patched:
@@ -94,7 +94,7 @@ def test_what_is_not_a_plain_linear_is_left_alone(llava):
 
 
 def test_weights_that_change_after_the_patch(llava):
-    given = ids(4)
+    given = ids(1)
     with torch.no_grad(), ras_fast.patch(llava, regions=False):
         parametrizations.weight_norm(llava.model.language_model.layers[1].mlp.up_proj)
         assert count(lambda: llava(**given)) == 21
@@ -175,7 +175,7 @@ def test_derivatives_by_transforms():
 def test_a_backend_forced_for_another_device(llava):
     with ras_fast.patch(llava, regions=False, norms=False), pytest.MonkeyPatch.context() as patches:
         patches.setattr("ras_fast.backend._forced", "cuda")
-        assert count(lambda: llava(**ids(3))) == 0
+        assert count(lambda: llava(**ids(1))) == 0
 
 
 def test_a_layer_without_a_weight_is_left_alone(llava):
@@ -207,7 +207,7 @@ def test_gradients_and_autocast_take_the_original(llava):
 
 
 def test_compiled_it_is_torchs(llava):
-    given, called = ids(4), []
+    given, called = ids(1), []
 
     def backend(graph, _):
         called.extend(str(node.target) for node in graph.graph.nodes)
@@ -221,7 +221,7 @@ def test_compiled_it_is_torchs(llava):
 
 
 def test_copies_and_pickles(llava):
-    given = ids(4)
+    given = ids(1)
     with torch.no_grad(), ras_fast.patch(llava):
         expected = llava(**given).logits
         for again in (copy.deepcopy(llava), pickle.loads(pickle.dumps(llava))):
@@ -233,7 +233,7 @@ def test_copies_and_pickles(llava):
 def test_lora_and_its_base_layers(llava):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(llava, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
-    given = ids(4)
+    given = ids(1)
     with torch.no_grad():
         expected = adapted(**given).logits
         with ras_fast.patch(adapted) as patched:

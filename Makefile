@@ -15,11 +15,14 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/ras-fast demo
 
+# Files in turn to as many workers as there are processors, up to four. Their threads sleep while they wait for each other.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m ""
+	$(PYTEST) -m ""
 
 bench: setup
 	$(BIN)/python bench/bench_norm.py

@@ -7,7 +7,8 @@ Shapes: T rows (the product of x's leading dimensions), K and N inputs and outpu
 from __future__ import annotations
 
 import platform
-from functools import partial
+import sys
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -88,23 +89,24 @@ def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu")
     return _reference_glu(x, gate, up, activation)
 
 
-def few_rows(weight: Tensor) -> int:
-    """Up to how many rows this package's kernel is faster than torch's product with a weight [N, K]."""
-    elements = weight.numel()
-    return next((rows for least, rows in FEW_ROWS.get(weight.device.type, ()) if elements >= least), 0)
+@cache
+def few_rows(device: str, dtype: torch.dtype, elements: int) -> int:
+    """Up to how many rows this package's kernel is faster than torch's product, on a type of device, with a weight of so many
+    elements; 0 where there is no kernel."""
+    if device == "cpu" and dtype in SLOW_DTYPES:
+        return sys.maxsize
+    if dtype not in (KERNEL_DTYPES if device == "cpu" else HALVES):
+        return 0
+    return next((rows for least, rows in FEW_ROWS.get(device, ()) if elements >= least), 0)
 
 
 def beats_torch(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
     device = x.device.type
-    if forced_backend() not in ("auto", "torch", device):  # Triton has no kernel for it
-        return False
-    if x.dtype in SLOW_DTYPES and device == "cpu":
-        return True
-    few = few_rows(weight)
+    few = few_rows(device, x.dtype, weight.numel())
     if not few or (x.dim() and x.numel() > few * x.shape[-1]):
         return False
-    return x.dtype in (KERNEL_DTYPES if device == "cpu" else HALVES)
+    return forced_backend() in ("auto", "torch", device)  # Triton has no kernel for it
 
 
 def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

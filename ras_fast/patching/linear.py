@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, linear_by_kernel
+from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, linear_by_kernel
 from ras_fast.patching.report import Report
 from ras_fast.patching.trace import reproduce
 from ras_fast.patching.undo import Undo, forward_slot
@@ -20,25 +20,34 @@ class FastLinear:
     """Stands in for the `forward` of one `torch.nn.Linear`: `ops.linear` where that is faster, else the original."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
+        self.linear, self.most = linear, most_elements(linear.weight)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
-        weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
-        if len(args) == 1 and not kwargs and takes(args[0], weight, *([] if bias is None else [bias])):
-            try:
-                return linear_by_kernel(args[0], weight, bias)
-            except RuntimeError:  # of tensors that the kernel refuses: the original takes them, or says in its words why not
-                pass
-        return type(self.linear).forward(self.linear, *args, **kwargs)
+    def __call__(self, input: Tensor) -> Tensor:
+        linear = self.linear
+        if type(input) is Tensor and input.numel() <= self.most:
+            own = linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
+            weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
+            if takes(input, weight, *([] if bias is None else [bias])):
+                try:
+                    return linear_by_kernel(input, weight, bias)
+                except RuntimeError:  # of what the kernel refuses: the original takes it, or says in its words why not
+                    pass
+        return type(linear).forward(linear, input)
+
+
+def most_elements(weight: Tensor) -> int:
+    """Of x, up to which the ops may be faster as things are; asked before anything else, so that a prompt pays nearly nothing."""
+    return few_rows(weight.device.type, weight.dtype, weight.numel()) * weight.shape[1]
 
 
 def takes(x: Tensor, *parameters: Any) -> bool:
     """Whether the ops are faster for these, and nothing else is asked for than their product."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+    if torch.compiler.is_compiling() or x.is_nested:
         return False
-    # A parameter of another type is quantised or distributed, and multiplies in a way of its own.
-    if not all(type(parameter) is nn.Parameter for parameter in parameters) or not beats_torch(x, parameters[0]):
+    for parameter in parameters:  # one of another type is quantised or distributed, and multiplies in a way of its own
+        if type(parameter) is not nn.Parameter:
+            return False
+    if not beats_torch(x, parameters[0]) or x.layout is not torch.strided:
         return False
     if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
         return False

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from ras_fast.ops.linear import ACTIVATIONS, glu_by_kernel
 from ras_fast.patching.layers import has_foreign_hooks
-from ras_fast.patching.linear import ELSEWHERE, FastLinear, some_rows, takes
+from ras_fast.patching.linear import ELSEWHERE, FastLinear, most_elements, some_rows, takes
 from ras_fast.patching.report import Report
 from ras_fast.patching.trace import reproduce
 from ras_fast.patching.undo import Undo, forward_slot
@@ -29,20 +29,29 @@ class FusedMLP:
 
     def __init__(self, mlp: nn.Module, act_fn: nn.Module, activation: str) -> None:
         self.mlp, self.act_fn, self.activation = mlp, act_fn, activation
+        self.most = most_elements(mlp.gate_proj.weight)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mlp = self.mlp
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].numel() <= self.most:
+            states = self._states(args[0])
+            if states is not None:
+                return mlp._modules["down_proj"](states)
+        return type(mlp).forward(mlp, *args, **kwargs)
+
+    def _states(self, x: Tensor) -> Tensor | None:
+        """act_fn(gate_proj(x)) · up_proj(x) by the op; None where the original is to run."""
         modules = self.mlp._modules
         gate, up = modules["gate_proj"], modules["up_proj"]
-        if len(args) == 1 and not kwargs and _is_plain(gate) and _is_plain(up) and self._is_left_alone(modules["act_fn"]):
-            weights = gate._parameters.get("weight"), up._parameters.get("weight")
-            if takes(args[0], *weights):
-                try:
-                    states = glu_by_kernel(args[0], *weights, self.activation)
-                except RuntimeError:  # as in FastLinear
-                    pass
-                else:
-                    return modules["down_proj"](states)
-        return type(self.mlp).forward(self.mlp, *args, **kwargs)
+        if not (_is_plain(gate) and _is_plain(up) and self._is_left_alone(modules["act_fn"])):
+            return None
+        weights = gate._parameters.get("weight"), up._parameters.get("weight")
+        if not takes(x, *weights):
+            return None
+        try:
+            return glu_by_kernel(x, *weights, self.activation)
+        except RuntimeError:  # as in FastLinear
+            return None
 
     def _is_left_alone(self, act_fn: nn.Module) -> bool:
         hooks = has_foreign_hooks(act_fn) or every_module._global_forward_hooks or every_module._global_forward_pre_hooks

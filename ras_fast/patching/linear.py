@@ -36,7 +36,7 @@ class FastLinear:
 
 
 def most_elements(weight: Tensor) -> int:
-    """Of x, up to which the ops may be faster as things are; asked before anything else, so that a prompt pays nearly nothing."""
+    """Of x, up to which the ops may be faster as things are. Asked before anything else: a prompt pays nearly nothing."""
     return few_rows(weight.device.type, weight.dtype, weight.numel()) * weight.shape[1]
 
 

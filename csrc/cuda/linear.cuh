@@ -35,7 +35,7 @@ constexpr int kLinearWarps = 8;
 constexpr int kLinearTile = 16;    // outputs of two mma
 constexpr int kLinearRows = 8;     // half of their rows
 constexpr int kLinearSpan = 64;    // columns that a warp adds up one after the other: 128 bytes of each row
-constexpr int kLinearAhead = 1024; // columns that are prefetched before the previous kernel ends: 25 MB by all resident blocks
+constexpr int kLinearAhead = 1024; // columns that are prefetched before the previous kernel ends: 17 MB by all resident blocks
 
 // 8 columns from `column` on of a row of `length`; what is missing is 0.
 template <typename T, bool kAligned>

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "common/linear.h"
 #include "cpu/tensor.h"
 
 namespace ras::cpu {
@@ -37,14 +38,6 @@ void apply(LinearArgs args, const std::vector<const void*>& source, bool source_
     if (args.factor) args.factor += args.count;
     args.out += args.count;
   }
-}
-
-void guard_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0 && rows_contiguous(x) && weight.dim() == 2 &&
-                      is(weight, raw_dtype(x), {weight.size(0), x.size(x.dim() - 1)}) && rows_contiguous(weight) &&
-                      (!bias || (is(*bias, raw_dtype(x), {weight.size(0)}) && rows_contiguous(*bias))),
-                  "ras_fast linear: x must be [..., K], weight [N, K] and bias [N], on the CPU, of one dtype, with contiguous "
-                  "last dimensions");
 }
 
 void guard_gated(const Tensor& x, const Tensor& weight, const MaybeTensor& right, const Tensor& gate) {
@@ -85,7 +78,7 @@ Rows split(const Tensor& x, const Tensor& gate, const Tensor& out) {
   return on;
 }
 
-// Of all rows of x, in tensors as guard_linear has them.
+// Of all rows of x, in tensors that are guarded.
 Tensor outputs_of(LinearArgs args, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = weight.size(0);
@@ -109,17 +102,13 @@ Tensor outputs_of(LinearArgs args, const Tensor& x, const Tensor& weight, const 
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  guard_linear(x, weight, bias);
+  guard_linear(x, weight, bias, rows_contiguous);
   return outputs_of({}, x, weight, bias);
 }
 
 Tensor linear_glu(const Tensor& x, const Tensor& gate, const Tensor& up, std::string activation) {
-  guard_linear(x, gate, {});
-  guard_linear(x, up, {});
-  LinearArgs args{.up = data_of<const void>(up), .up_stride = up.stride(0), .activation = activation_of(activation)};
-  STD_TORCH_CHECK(up.size(0) == gate.size(0) && args.activation != Activation::none,
-                  "ras_fast linear_glu: gate and up must be of one size, activation silu or gelu_tanh");
-  return outputs_of(args, x, gate, {});
+  const Activation known = guard_glu(x, gate, up, activation, rows_contiguous);
+  return outputs_of({.up = data_of<const void>(up), .up_stride = up.stride(0), .activation = known}, x, gate, {});
 }
 
 Tensor gated_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& right, const Tensor& gate) {

@@ -2,18 +2,13 @@
 // decided in ras_fast/ops/linear.py.
 #include "linear.cuh"
 
+#include "common/linear.h"
 #include "tensor.h"
 
 namespace ras::cuda {
 namespace {
 
-void guard_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0 && rows_beside(x, x) && weight.dim() == 2 &&
-                      weight.size(1) == x.size(x.dim() - 1) && raw_dtype(weight) == raw_dtype(x) && rows_beside(x, weight) &&
-                      (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && raw_dtype(*bias) == raw_dtype(x) &&
-                                 rows_beside(x, *bias))),
-                  "ras_fast linear: x must be [..., K], weight [N, K] and bias [N], on one GPU, of one dtype, with contiguous "
-                  "last dimensions");
+void guard_sizes(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(dtype_of(x) != DType::f32, "ras_fast linear: the CUDA kernel takes float16 and bfloat16");
   STD_TORCH_CHECK(weight.size(0) < (int64_t(1) << 31) - 64 && weight.size(1) < (int64_t(1) << 31) - 4096 &&
                       x.numel() / x.size(x.dim() - 1) <= 65535 * kLinearRows,
@@ -52,6 +47,7 @@ void run(const Tensor& x, const Weights& weights, const Tensor& out) {
 }
 
 Tensor outputs_of(const Tensor& x, const Weights& weights) {
+  guard_sizes(x, weights.weight);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = weights.weight.size(0);
@@ -64,16 +60,12 @@ Tensor outputs_of(const Tensor& x, const Weights& weights) {
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  guard_linear(x, weight, bias);
+  guard_linear(x, weight, bias, [&](const Tensor& tensor) { return rows_beside(x, tensor); });
   return outputs_of(x, {weight, {}, bias, Activation::none});
 }
 
 Tensor linear_glu(const Tensor& x, const Tensor& gate, const Tensor& up, std::string activation) {
-  guard_linear(x, gate, {});
-  guard_linear(x, up, {});
-  const Activation known = activation_of(activation);
-  STD_TORCH_CHECK(up.size(0) == gate.size(0) && known != Activation::none,
-                  "ras_fast linear_glu: gate and up must be of one size, activation silu or gelu_tanh");
+  const Activation known = guard_glu(x, gate, up, activation, [&](const Tensor& tensor) { return rows_beside(x, tensor); });
   return outputs_of(x, {gate, up, {}, known});
 }
 

@@ -120,29 +120,35 @@ def glu_by_kernel(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tenso
 
 
 def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _validate_product(x, "weight", weight)
+    if bias is not None:
+        _check.shape("bias", bias, (weight.shape[0],), "[N]")
+        _validate_like(x, bias=bias)
+
+
+def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    _validate_product(x, "gate", gate)
+    _check.shape("up", up, tuple(gate.shape), "[N, K]")
+    _validate_like(x, up=up)
+    if activation not in ACTIVATIONS:
+        _check.fail("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
+
+
+def _validate_product(x: Tensor, name: str, weight: Tensor) -> None:
     _check.floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         _check.fail("x", f"of shape {tuple(x.shape)}", "[..., K] with K > 0")
     _check.last_dim_contiguous("x", x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        _check.fail("weight", f"of shape {tuple(weight.shape)}", f"[N, K] with K = {x.shape[-1]}")
-    if bias is not None:
-        _check.shape("bias", bias, (weight.shape[0],), "[N]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            _check.dtype(name, tensor, x.dtype)
-            _check.last_dim_contiguous(name, tensor)
-            _check.device(name, tensor, x.device)
+        _check.fail(name, f"of shape {tuple(weight.shape)}", f"[N, K] with K = {x.shape[-1]}")
+    _validate_like(x, **{name: weight})
 
 
-def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    _validate_linear(x, gate, None)
-    _check.shape("up", up, tuple(gate.shape), "[N, K]")
-    _check.dtype("up", up, x.dtype)
-    _check.last_dim_contiguous("up", up)
-    _check.device("up", up, x.device)
-    if activation not in ACTIVATIONS:
-        _check.fail("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
+def _validate_like(x: Tensor, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _check.dtype(name, tensor, x.dtype)
+        _check.last_dim_contiguous(name, tensor)
+        _check.device(name, tensor, x.device)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,11 +218,7 @@ def _validate_gated(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tenso
         _check.shape("weight", weight, (d, d), "[d, d]")
     else:
         _check.shape("right", right, (weight.shape[1], d), "[r, d] with weight [d, r]")
-    for name, tensor in (("weight", weight), ("right", right)):
-        if tensor is not None:
-            _check.dtype(name, tensor, x.dtype)
-            _check.last_dim_contiguous(name, tensor)
-            _check.device(name, tensor, x.device)
+    _validate_like(x, weight=weight, **({} if right is None else {"right": right}))
     _check.shape("gate", gate, (x.numel() // d,), "[T]")
     _check.dtype("gate", gate, torch.float32)
     _check.last_dim_contiguous("gate", gate)

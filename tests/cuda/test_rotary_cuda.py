@@ -6,6 +6,7 @@ import torch
 
 import ras_fast
 from ras_fast import ops
+from ras_fast.engine.workspace import capture
 
 CUDA = ras_fast.backends()["cuda"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=str(CUDA))]
@@ -54,16 +55,9 @@ def test_in_a_graph_behind_what_writes_its_inputs(backend):
     def call():
         return ops.rotary_embedding(query @ weight, key @ weight, cos + 1, sin)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = call()
+    replay = capture(call)
     for _ in range(20):
         for tensor in (query, key, cos, sin):
             tensor.copy_(torch.randn_like(tensor))
-        graph.replay()
+        got = replay()
         rotations.check(got, query @ weight, key @ weight, cos + 1, sin)

@@ -1,11 +1,9 @@
 """Attention and its statistics: the CPU path and the reference against an explicit float64 loop-free twin."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from itertools import accumulate
 
+import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -805,12 +803,7 @@ def test_gradients_are_refused_not_dropped():
         ops.region_attention(q.clone().requires_grad_(), k, v)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@instruction_sets.NARROWER
 def test_other_instruction_sets(isa):
-    """The comparisons with the reference under a narrower build; a subprocess, because the choice is made once a process."""
-    environment = os.environ | {"RAS_FAST_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    selected = "test_blocks_of_keys"
-    done = subprocess.run([*command, "-k", selected], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert " passed" in done.stdout
+    """The comparisons with the reference under a narrower build."""
+    instruction_sets.check(isa, __file__, "test_blocks_of_keys")

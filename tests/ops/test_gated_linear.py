@@ -1,9 +1,6 @@
 """gated_linear: every backend against float64, and what happens to rows that are off, NaN, or strided."""
 
-import os
-import subprocess
-import sys
-
+import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,10 +202,7 @@ def test_gradients_are_refused():
         ops.gated_linear(X.clone().requires_grad_(), WEIGHT, GATE)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@instruction_sets.NARROWER
 def test_other_instruction_sets(isa):
     """This module's float64 comparisons under a narrower build of the kernel."""
-    environment = os.environ | {"RAS_FAST_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "float64 and cpu or strides and cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
+    instruction_sets.check(isa, __file__, "float64 and cpu or strides and cpu")

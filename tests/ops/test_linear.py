@@ -1,9 +1,8 @@
 """linear: every backend against float64, a row beside any others, strides and what is not finite."""
 
-import os
-import subprocess
 import sys
 
+import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,7 +204,8 @@ def test_wrong_arguments_of_a_gated_layer_are_named(rows):
     x = torch.zeros(rows, 8)
     for args, activation, message in (
         ((x.int(), WEIGHT, WEIGHT), "silu", "x is of dtype"),
-        ((x, WEIGHT[:, :5], WEIGHT), "silu", "weight is of shape"),
+        ((x, WEIGHT[:, :5], WEIGHT), "silu", "gate is of shape"),
+        ((x, WEIGHT.half(), WEIGHT), "silu", "gate is of dtype"),
         ((x, WEIGHT, WEIGHT[:3]), "silu", r"up is of shape \(3, 8\); it must be \[N, K\] = \(4, 8\)"),
         ((x, WEIGHT, WEIGHT.half()), "silu", "up is of dtype"),
         ((x, WEIGHT, torch.zeros(4, 16)[:, ::2]), "silu", "up is of strides"),
@@ -223,10 +223,7 @@ def test_gradients_are_refused():
         ops.linear_glu(X, WEIGHT.clone().requires_grad_(), WEIGHT)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@instruction_sets.NARROWER
 def test_other_instruction_sets(isa):
     """This module's comparisons on the CPU under a narrower build of the kernel."""
-    environment = os.environ | {"RAS_FAST_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "cpu or beside or more_rows or ends"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
+    instruction_sets.check(isa, __file__, "cpu or beside or more_rows or ends")

@@ -1,10 +1,8 @@
 """add_rms_norm and add_layer_norm: the CPU kernel and the reference against float64, and the contract's edge cases."""
 
 import copy
-import os
-import subprocess
-import sys
 
+import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -464,14 +462,11 @@ def test_in_place_compiles_without_graph_breaks():
     torch.testing.assert_close(residual, expected_residual)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@instruction_sets.NARROWER
 def test_every_instruction_set_passes(isa):
-    """The same source is compiled thrice; a subprocess, because the choice is made once a process."""
+    """The same source is compiled thrice."""
     selected = "test_steered or test_unsteered_rows or test_in_place_writes or test_unsteered and 769"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", f"({selected}) and cpu"]
-    done = subprocess.run(command, env=os.environ | {"RAS_FAST_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert " passed" in done.stdout
+    instruction_sets.check(isa, __file__, f"({selected}) and cpu")
 
 
 x, w = torch.zeros(2, 8), torch.zeros(8)

@@ -1,9 +1,6 @@
 """rotary_embedding: every backend against Hugging Face's eager code, bit for bit."""
 
-import os
-import subprocess
-import sys
-
+import instruction_sets
 import pytest
 import rotations
 import torch
@@ -137,10 +134,7 @@ def test_gradients_are_refused():
         ops.rotary_embedding(QUERY.clone().requires_grad_(), KEY, TABLE, TABLE)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@instruction_sets.NARROWER
 def test_other_instruction_sets(isa):
     """This module's comparisons on the CPU under a narrower build of the kernel."""
-    environment = os.environ | {"RAS_FAST_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "cpu and (eager or strides or special)"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    instruction_sets.check(isa, __file__, "cpu and (eager or strides or special)")

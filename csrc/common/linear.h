@@ -1,0 +1,30 @@
+// What the launchers of linear and linear_glu on every device refuse.
+#pragma once
+
+#include "common/activation.h"
+#include "common/tensor.h"
+
+namespace ras {
+
+// beside(tensor): whether it lies on the launcher's device with a contiguous last dimension.
+template <class Beside>
+void guard_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Beside& beside) {
+  const auto like_x = [&](const Tensor& tensor) { return beside(tensor) && raw_dtype(tensor) == raw_dtype(x); };
+  STD_TORCH_CHECK(beside(x) && x.size(x.dim() - 1) > 0 && like_x(weight) && weight.dim() == 2 &&
+                      weight.size(1) == x.size(x.dim() - 1) &&
+                      (!bias || (like_x(*bias) && bias->dim() == 1 && bias->size(0) == weight.size(0))),
+                  "ras_fast linear: x must be [..., K], weight [N, K] and bias [N], on this device, of one dtype, with "
+                  "contiguous last dimensions");
+}
+
+template <class Beside>
+Activation guard_glu(const Tensor& x, const Tensor& gate, const Tensor& up, const std::string& name, const Beside& beside) {
+  guard_linear(x, gate, {}, beside);
+  guard_linear(x, up, {}, beside);
+  const Activation activation = activation_of(name);
+  STD_TORCH_CHECK(up.size(0) == gate.size(0) && activation != Activation::none,
+                  "ras_fast linear_glu: gate and up must be of one size, activation silu or gelu_tanh");
+  return activation;
+}
+
+}  // namespace ras

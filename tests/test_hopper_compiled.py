@@ -9,7 +9,7 @@ from ras_fast import build, inspect
 
 NVCC = build.find_cuda_tool("nvcc")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="needs nvcc")]
-SHAPES = ((64, 2), (64, 3), (128, 2))  # head dimension, consumers
+SHAPES = ((64, 2), (64, 3), (128, 2), (256, 2))  # head dimension, consumers
 INSTANCES = {(dtype, *shape, mass) for dtype in ("half", "bfloat16") for shape in SHAPES for mass in (False, True)}
 
 
@@ -48,10 +48,11 @@ def test_no_spill_and_no_serialised_product(compiled):
 @pytest.mark.parametrize("instance", sorted(INSTANCES), ids=str)
 def test_instructions(sass, instance):
     _, dim, consumers, mass = instance
-    walks = 1 + mass  # with masses one for tiles of which none are wanted
+    keys = 128 if dim <= 128 else 80  # of a step
+    walks = 1 + (mass and dim <= 128)  # with masses one for tiles of which none are wanted
     names = [line.split()[0] for line in sass[instance]]
     # Q K^T first and in the loop, P V in the loop and last; a copy of each panel of Q, K and V.
-    assert sum(name.startswith("HGMMA") for name in names) == walks * (2 * dim // 16 + 2 * 128 // 16)
+    assert sum(name.startswith("HGMMA") for name in names) == walks * (2 * dim // 16 + 2 * keys // 16)
     assert sum(name.startswith("UTMALDG") for name in names) == 3 * (dim // 64)
     assert not any(name.startswith(("HMMA", "LDL", "STL")) for name in names)
     waits = [i for i, name in enumerate(names) if name.startswith("WARPGROUP.DEPBAR")]
@@ -61,7 +62,7 @@ def test_instructions(sass, instance):
     # three consumers these are one wait, and the exponentials come after it.
     for first in range(0, len(waits), waits_of_walk):
         between = sum(name.startswith("MUFU.EX2") for name in names[waits[first + 1] : waits[first + 2]])
-        assert between >= 64
+        assert between >= keys // 2
 
 
 @pytest.mark.parametrize("instance", sorted(INSTANCES), ids=str)

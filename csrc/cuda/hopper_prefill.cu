@@ -44,8 +44,8 @@ void run(const Tensor& query, const Tensor& key, const Tensor& value, const Mayb
   const int consumers = prefill_consumers(dim, query_rows, heads, multiprocessors), tile_rows = kConsumerRows * consumers;
   PrefillArgs<T> a{};
   a.query = panels_of<T>(query, tile_rows, "query");
-  a.key = panels_of<T>(key, kPrefillKeys, "key");
-  a.value = panels_of<T>(value, kPrefillKeys, "value");
+  a.key = panels_of<T>(key, prefill_keys(dim), "key");
+  a.value = panels_of<T>(value, prefill_keys(dim), "value");
   a.out = data_of<T>(out);
   a.lse = data_of<float>(lse);
   a.batch = int(query.size(0));
@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> hopper_prefill(const Tensor& query, const Ten
                   "ras_fast: hopper_prefill takes a positive scale, and no kv_start, kv_end, window, softcap, sinks or "
                   "region_bias");
   STD_TORCH_CHECK(prefill_supports_head_dim(int(dim)),
-                  "ras_fast: hopper_prefill takes head dimensions in whole eights up to 128, not ", dim);
-  STD_TORCH_CHECK(row_tiles(int(query.size(2)), PrefillShape<2>::kRows) * query.size(0) * query.size(1) < (int64_t(1) << 30),
+                  "ras_fast: hopper_prefill takes head dimensions in whole eights up to 256, not ", dim);
+  STD_TORCH_CHECK(row_tiles(int(query.size(2)), 2 * kConsumerRows) * query.size(0) * query.size(1) < (int64_t(1) << 30),
                   "ras_fast: batch, heads or rows are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const auto [out, lse, mass] = new_outputs(query, mass_rows, num_regions);

@@ -1,6 +1,6 @@
 // Attention of many query rows with the mass of every region, for Hopper: the tensor cores never wait for memory or softmax.
 //
-// A block walks the keys of one tile after the other, 128 at a time; a tile is 64 query rows of one head for each warpgroup but
+// A block walks the keys of one tile after the other, 128 (or 80) at a time; a tile is 64 query rows of one head for each warpgroup but
 // the first. The next tile's first copies are on their way while this one's results are written.
 //   * One warp of warpgroup 0 keeps two tiles of keys and two of values on their way (TMA); each tile has a barrier that says
 //     "full" and one that says "empty". With the keys it tells which region they lie in. The rest of the warpgroup lends its
@@ -10,7 +10,7 @@
 //     that one has its products running while the other is at its exponentials.
 // Where O is narrow (D <= 64) and tiles are many, three consumers share a block: each is most of the time at the end of its own
 // chain of instructions, and a third fills the gaps. They lack the registers for a softmax beside a product of their own.
-// S, P and O live in registers: 64 + 32 + D/2 a thread. P needs no exchange: the accumulator layout of S is the operand layout
+// S, P and O live in registers: 64 + 32 + D/2 a thread, for D > 128 40 + 20 + 128. P needs no exchange: the accumulator layout of S is the operand layout
 // that P V wants.
 //
 // Region mass is the row sum that online softmax has anyway, kept open while the keys stay in one region (RegionSums in
@@ -31,15 +31,19 @@ namespace ras::cuda {
 
 constexpr int kWarpgroup = 128;
 constexpr int kConsumerRows = 64;  // of a consumer warpgroup: the height of a wgmma
-constexpr int kPrefillKeys = 128;  // of a step
 constexpr int kStages = 2;
 constexpr int kMixed = -2;         // in place of a region: a step's keys lie in several, -1 (none) being one
 
-// A block by the number of its consumers. Registers are a thread's: (40 + 2 * 232) * 128 = 64512 of 65536, (32 + 3 * 160) * 128
-// all of them.
-template <int kConsumers>
+// The keys of a step. At D = 256 80 are what registers and shared memory have room for, and fewer would have the tensor cores
+// wait for shared memory: a product reads its 64 rows of Q for every 64 keys as for every 80.
+constexpr int prefill_keys(int dim) { return dim <= 128 ? 128 : 80; }
+
+// A block by its width and the number of its consumers. Registers are a thread's: (40 + 2 * 232) * 128 = 64512 of 65536,
+// (32 + 3 * 160) * 128 all of them.
+template <int kDim, int kConsumers>
 struct PrefillShape {
-  static constexpr int kRows = kConsumerRows * kConsumers;
+  static constexpr int kRows = kConsumerRows * kConsumers, kKeys = prefill_keys(kDim);
+  static constexpr int kIdWords = (kKeys + kWarp - 1) / kWarp;  // ids of a step that a lane holds
   static constexpr int kThreads = kWarpgroup * (1 + kConsumers);
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32, kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 };
@@ -57,8 +61,9 @@ struct alignas(kPatternBytes) PanelTile {
 
 template <typename T, int kDim, int kConsumers>
 struct PrefillShared {
-  PanelTile<T, PrefillShape<kConsumers>::kRows, kDim> query;
-  PanelTile<T, kPrefillKeys, kDim> key[kStages], value[kStages];
+  using Shape = PrefillShape<kDim, kConsumers>;
+  PanelTile<T, Shape::kRows, kDim> query;
+  PanelTile<T, Shape::kKeys, kDim> key[kStages], value[kStages];
   int region[kStages];  // of a stage's keys, or kMixed; written before they are full, read before they are empty
   Mbarrier query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
 };
@@ -93,8 +98,10 @@ __device__ inline uint64_t wgmma_descriptor(const void* start, int panel_bytes) 
 __host__ __device__ constexpr int row_tiles(int rows, int tile_rows) { return (rows + tile_rows - 1) / tile_rows; }
 
 // kRows query rows of one head, and the steps that its keys take.
-template <typename T, int kRows>
+template <typename T, typename Shape>
 struct PrefillTile {
+  static constexpr int kRows = Shape::kRows, kKeys = Shape::kKeys, kIdWords = Shape::kIdWords;
+
   const PrefillArgs<T>& args;
   int index, head, batch, first_row, steps;
   bool tracked;  // whether masses of the tile's rows are wanted
@@ -107,25 +114,27 @@ struct PrefillTile {
     first_row = (row_tiles(args.query_rows, kRows) - 1 - before) * kRows;
     const int last_row = min(first_row + kRows, args.query_rows) - 1;
     // At least one step, if only to find that no row sees a key.
-    steps = max((last_key(last_row) + kPrefillKeys) / kPrefillKeys, 1);
+    steps = max((last_key(last_row) + kKeys) / kKeys, 1);
     tracked = first_row + kRows > args.query_rows - args.mass_rows;
   }
 
   // The last key that a row sees; before the first: none.
   __device__ int last_key(int row) const { return args.causal ? row + args.keys - args.query_rows : args.keys - 1; }
 
-  // Of the step's keys lane, lane + 32, ... Beyond the last key nothing has weight: its region keeps a step of one region what
-  // it is.
-  __device__ void load_ids(int (&ids)[kPrefillKeys / kWarp], int step) const {
+  // Of the step's keys lane, lane + 32, ... Beyond the step's last key, and the last of all, nothing has weight: its region keeps
+  // a step of one region what it is.
+  __device__ void load_ids(int (&ids)[kIdWords], int step) const {
     const int32_t* all = args.region_ids + batch * args.ids_batch_stride;
 #pragma unroll
-    for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
-      ids[w] = all[min(step * kPrefillKeys + kWarp * w + int(threadIdx.x) % kWarp, args.keys - 1)];
+    for (int w = 0; w < kIdWords; ++w) {
+      int key = kWarp * w + int(threadIdx.x) % kWarp;
+      if constexpr (kKeys % kWarp != 0) key = min(key, kKeys - 1);
+      ids[w] = all[min(step * kKeys + key, args.keys - 1)];
     }
   }
 
   // The region that these ids of all lanes have in common, -1 for none, or kMixed. Ids outside 0 .. regions - 1 count as none.
-  __device__ int common_region(const int (&ids)[kPrefillKeys / kWarp]) const {
+  __device__ int common_region(const int (&ids)[kIdWords]) const {
     const auto region_of = [&](int id) { return unsigned(id) < unsigned(args.regions) ? id : -1; };
     const int first = __shfl_sync(kFullWarp, region_of(ids[0]), 0);
     bool alike = true;
@@ -139,13 +148,14 @@ struct PrefillTile {
 
 // Calls use(tile, round) for each of the block's tiles, of which every round of the grid has one. Rounds change direction: who
 // got the longest tile of one gets the shortest of the next.
-template <int kRows, typename T, typename Use>
+template <typename Shape, typename T, typename Use>
 __device__ void for_each_tile(const PrefillArgs<T>& args, Use use) {
-  const int blocks = gridDim.x, block = blockIdx.x, tiles = row_tiles(args.query_rows, kRows) * args.heads * args.batch;
+  const int blocks = gridDim.x, block = blockIdx.x;
+  const int tiles = row_tiles(args.query_rows, Shape::kRows) * args.heads * args.batch;
   for (int round = 0;; ++round) {
     const int index = round * blocks + (round % 2 ? blocks - 1 - block : block);
     if (index >= tiles) return;
-    use(PrefillTile<T, kRows>(args, index), round);
+    use(PrefillTile<T, Shape>(args, index), round);
   }
 }
 
@@ -169,13 +179,13 @@ __device__ void load_tile(PanelTile<T, kRows, kDim>& to, const CUtensorMap& map,
 // instructions on finding the regions; here a step's ids are on their way with its keys, most of them before.
 template <bool kMass, typename T, int kDim, int kConsumers>
 __device__ void produce(PrefillShared<T, kDim, kConsumers>& shared, const PrefillArgs<T>& args) {
-  constexpr int kRows = PrefillShape<kConsumers>::kRows;
+  using Shape = PrefillShape<kDim, kConsumers>;
   const bool copies = threadIdx.x % kWarp == 0;
   int number = 0;
-  for_each_tile<kRows>(args, [&](const PrefillTile<T, kRows>& tile, int round) {
+  for_each_tile<Shape>(args, [&](const PrefillTile<T, Shape>& tile, int round) {
     const int kv_head = tile.head / args.group;
     const bool tells = kMass && tile.tracked;
-    int ids[kPrefillKeys / kWarp];
+    int ids[Shape::kIdWords];
     if (tells) tile.load_ids(ids, 0);
     mbarrier_wait(shared.query_empty, round % 2 ^ 1);
     if (copies) load_tile(shared.query, args.query, shared.query_full, tile.first_row, tile.head, tile.batch);
@@ -183,7 +193,7 @@ __device__ void produce(PrefillShared<T, kDim, kConsumers>& shared, const Prefil
     for (int step = 0; step < tile.steps; ++step, ++number) {
       const auto [stage, parity] = StageOf(number);
       mbarrier_wait(shared.key_empty[stage], parity ^ 1);
-      if (copies) load_tile(shared.key[stage], args.key, shared.key_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      if (copies) load_tile(shared.key[stage], args.key, shared.key_full[stage], step * Shape::kKeys, kv_head, tile.batch);
       if constexpr (kMass) {
         const int region = tells ? tile.common_region(ids) : -1;
         if (copies) {
@@ -194,7 +204,7 @@ __device__ void produce(PrefillShared<T, kDim, kConsumers>& shared, const Prefil
       }
       mbarrier_wait(shared.value_empty[stage], parity ^ 1);
       if (!copies) continue;
-      load_tile(shared.value[stage], args.value, shared.value_full[stage], step * kPrefillKeys, kv_head, tile.batch);
+      load_tile(shared.value[stage], args.value, shared.value_full[stage], step * Shape::kKeys, kv_head, tile.batch);
     }
   });
 }
@@ -221,9 +231,10 @@ __device__ inline int which_consumer() { return in_place(int(threadIdx.x)) / kWa
 // belongs to row g + 8 half and key 8 t + 2 c + e of the step; out likewise with dimensions for keys.
 template <typename T, int kDim, int kConsumers, bool kMass>
 struct Consumer {
-  static constexpr int kScores = kPrefillKeys / 2, kOut = kDim / 2;
+  using Shape = PrefillShape<kDim, kConsumers>;
+  using Tile = PrefillTile<T, Shape>;
+  static constexpr int kKeys = Shape::kKeys, kScores = kKeys / 2, kOut = kDim / 2;
   static constexpr bool kRoomy = kConsumers == 2;  // registers for what waits a whole step, or a whole tile
-  using Tile = PrefillTile<T, PrefillShape<kConsumers>::kRows>;
 
   PrefillShared<T, kDim, kConsumers>& shared;
   const Tile& tile;
@@ -231,7 +242,7 @@ struct Consumer {
   float top[2], sum[2];         // of the scores so far, base 2: maximum (of the row), this lane's share of the sum
   float out[kOut];
   RegionSums<2, true> regions;
-  int region, ids[kPrefillKeys / kWarp];  // of the step's keys; where they are mixed, of each
+  int region, ids[Shape::kIdWords];  // of the step's keys; where they are mixed, of each
 
   __device__ Consumer(PrefillShared<T, kDim, kConsumers>& shared, const Tile& tile)
       : shared(shared), tile(tile), last_key(tile.last_key(warp_row(tile))) {
@@ -313,7 +324,7 @@ struct Consumer {
   __device__ void start_out(const uint32_t (&p)[kScores / 2], int stage) {
     const uint64_t value = wgmma_descriptor(shared.value[in_place(stage)].panel[0], sizeof(shared.value[stage].panel[0]));
 #pragma unroll
-    for (int k = 0; k < kPrefillKeys; k += 16) wgmma_registers<T>(out, p + k / 4, value + k * kPanelRowBytes / 16);
+    for (int k = 0; k < kKeys; k += 16) wgmma_registers<T>(out, p + k / 4, value + k * kPanelRowBytes / 16);
     wgmma_commit();
   }
 
@@ -354,8 +365,8 @@ struct Consumer {
   template <bool kTracked>
   __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
     if (kTracked && kRoomy && region == kMixed) tile.load_ids(ids, step);
-    const int first_key = step * kPrefillKeys;
-    if (first_key + kPrefillKeys - 1 > last_key) mask(scores, first_key);
+    const int first_key = step * kKeys;
+    if (first_key + kKeys - 1 > last_key) mask(scores, first_key);
     float part[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -395,27 +406,27 @@ struct Consumer {
     while (true) {
       int next = -1;
 #pragma unroll
-      for (int w = kPrefillKeys / kWarp - 1; w >= 0; --w) {
+      for (int w = Shape::kIdWords - 1; w >= 0; --w) {
         const unsigned left = __ballot_sync(kFullWarp, unsigned(ids[w]) < unsigned(regions.regions));
         if (left != 0) next = __shfl_sync(kFullWarp, ids[w], __ffs(left) - 1);
       }
       if (next < 0) return;
       float sums[2] = {};
 #pragma unroll
-      for (int w = 0; w < kPrefillKeys / kWarp; ++w) {
+      for (int w = 0; w < Shape::kIdWords; ++w) {
         const bool found = ids[w] == next;
-        add_keys(p + kWarp / 2 * w, __ballot_sync(kFullWarp, found), sums);
+        add_keys(p + kWarp / 2 * w, min(kScores - kWarp / 2 * w, kWarp / 2), __ballot_sync(kFullWarp, found), sums);
         if (found) ids[w] = -1;
       }
       regions.run(next, sums, top);
     }
   }
 
-  // Adds this lane's 16 probabilities of 32 keys, of those whose bits are set.
-  __device__ void add_keys(const float* p, unsigned keys, float (&sums)[2]) const {
+  // Adds this lane's probabilities, `count` of them, of 2 count keys (32, or the last 16), of those whose bits are set.
+  __device__ void add_keys(const float* p, int count, unsigned keys, float (&sums)[2]) const {
     const unsigned mine = keys >> 2 * (threadIdx.x % 4);
 #pragma unroll
-    for (int i = 0; i < kWarp / 2; ++i) {
+    for (int i = 0; i < count; ++i) {
       if (mine >> (i / 4 * 8 + i % 2) & 1) sums[i / 2 % 2] += p[i];
     }
   }
@@ -537,13 +548,19 @@ struct Consumer {
 
 template <bool kMass, typename T, int kDim, int kConsumers>
 __device__ void consume(PrefillShared<T, kDim, kConsumers>& shared, const PrefillArgs<T>& args) {
-  constexpr int kRows = PrefillShape<kConsumers>::kRows;
+  using Shape = PrefillShape<kDim, kConsumers>;
   int number = 0;
   if (which_consumer() == kConsumers - 1) bar_arrive(1, 2 * kWarpgroup);  // the first turn is consumer 0's
-  for_each_tile<kRows>(args, [&](const PrefillTile<T, kRows>& tile, int round) {
+  for_each_tile<Shape>(args, [&](const PrefillTile<T, Shape>& tile, int round) {
     Consumer<T, kDim, kConsumers, kMass> consumer(shared, tile);
     mbarrier_wait(shared.query_full, round % 2);
-    kMass && tile.tracked ? consumer.template walk<kMass>(number) : consumer.template walk<false>(number);
+    // Tiles of which no masses are wanted run the code of a kernel without masses, but where products take so long that a few
+    // instructions more of softmax go unnoticed.
+    if (kMass && (kDim > 128 || tile.tracked)) {
+      consumer.template walk<kMass>(number);
+    } else {
+      consumer.template walk<false>(number);
+    }
     number += tile.steps;
     consumer.finish();
   });
@@ -553,9 +570,9 @@ __device__ void consume(PrefillShared<T, kDim, kConsumers>& shared, const Prefil
 // ---------------------------------------------------------------------------------------------------------- kernel
 
 template <typename T, int kDim, int kConsumers, bool kMass>
-__global__ void __launch_bounds__(PrefillShape<kConsumers>::kThreads, 1)
+__global__ void __launch_bounds__(PrefillShape<kDim, kConsumers>::kThreads, 1)
 prefill_kernel(const __grid_constant__ PrefillArgs<T> args) {
-  using Shape = PrefillShape<kConsumers>;
+  using Shape = PrefillShape<kDim, kConsumers>;
   auto& shared = *reinterpret_cast<PrefillShared<T, kDim, kConsumers>*>(dynamic_shared());
   if (threadIdx.x == 0) {
     tma_prefetch_descriptor(args.query);
@@ -585,7 +602,7 @@ prefill_kernel(const __grid_constant__ PrefillArgs<T> args) {
 
 // ------------------------------------------------------------------------------------------------------------ host
 
-constexpr bool prefill_supports_head_dim(int dim) { return dim > 0 && dim <= 128 && dim % 8 == 0; }
+constexpr bool prefill_supports_head_dim(int dim) { return dim > 0 && dim <= 256 && dim % 8 == 0; }
 
 struct MappedTensor {
   const void* data;
@@ -612,7 +629,7 @@ constexpr size_t kPrefillMostShared = 227 * 1024;  // that a block may have on s
 // How many consumers a block has: a third one wants rows of 64 dimensions at most, and enough tiles for all multiprocessors to
 // end alike.
 inline int prefill_consumers(int dim, int query_rows, int64_t heads, int multiprocessors) {
-  const bool many = row_tiles(query_rows, PrefillShape<3>::kRows) * heads >= 4 * int64_t(multiprocessors);
+  const bool many = row_tiles(query_rows, PrefillShape<64, 3>::kRows) * heads >= 4 * int64_t(multiprocessors);
   return dim <= 64 && many ? 3 : 2;
 }
 
@@ -621,7 +638,7 @@ template <typename T, typename Start>
 void with_prefill_kernel(int dim, int consumers, PrefillArgs<T>& args, Start&& start) {
   const auto pick = [&](auto width, auto number) {
     constexpr int kDim = decltype(width)::value, kConsumers = decltype(number)::value;
-    using Shape = PrefillShape<kConsumers>;
+    using Shape = PrefillShape<kDim, kConsumers>;
     constexpr size_t kBytes = sizeof(PrefillShared<T, kDim, kConsumers>);
     const size_t sums = sizeof(float) * Shape::kRows * args.regions;
     args.shared_sums = kBytes + sums <= kPrefillMostShared;
@@ -630,6 +647,7 @@ void with_prefill_kernel(int dim, int consumers, PrefillArgs<T>& args, Start&& s
   };
   using std::integral_constant;
   args.dim = dim;
+  if (dim > 128) return pick(integral_constant<int, 256>{}, integral_constant<int, 2>{});
   if (dim > 64) return pick(integral_constant<int, 128>{}, integral_constant<int, 2>{});
   if (consumers == 2) return pick(integral_constant<int, 64>{}, integral_constant<int, 2>{});
   pick(integral_constant<int, 64>{}, integral_constant<int, 3>{});

@@ -4,8 +4,8 @@ CPU: a single query row per sequence has its own decode kernel. More rows take t
 unless the processor has matrix instructions for half precision, which torch's flash attention uses.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. More take the Hopper kernel
-where it can run, whose row sums give the masses. Elsewhere few of many rows take torch's flash attention and a recomputation
-of their masses, as scores of the keys do everywhere, and masses of many rows the Triton kernel.
+where it can run, whose row sums give the masses. Elsewhere, and in wide heads, few of many rows take torch's flash attention
+and a recomputation of their masses, as scores of the keys do everywhere, and masses of many rows the Triton kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ras_fast import backend
 DECODE_ROWS = 128  # packed rows of a key/value head up to which the decode kernel is the fastest
 FEW_ROWS = 8  # masses of 1/8 of the rows are recomputed faster than a fused kernel other than Hopper's gives them
 SCORED_ROWS = 8  # key scores of more rows take Triton's larger tiles, which fetch fewer bytes an operation
+HOPPER_FIRST_DIM = 128  # head dimension up to which the Hopper kernel is faster than cuDNN without masses; beyond, unmeasured
 HOPPER_ROWS = 128  # of a tile of the Hopper kernel; with fewer, too many multiprocessors have nothing to do
 MIN_FLASH_KEYS = 32  # below it aten's CPU kernel turns a NaN query into zeros
 
@@ -155,7 +156,7 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     flash_takes = query.element_size() == 2 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
     flash = case.plain and few and square and flash_takes and not any(map(_misaligned, (query, key, value)))
     not_hopper = hopper_refuses(query, key, value, case)
-    if not not_hopper and length_q >= HOPPER_ROWS:
+    if not not_hopper and length_q >= HOPPER_ROWS and (query.shape[3] <= HOPPER_FIRST_DIM or not flash):
         return Plan("hopper", "the fastest attention, and masses come with its row sums")
     if flash:
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
@@ -223,8 +224,6 @@ def hopper_refuses(query: Tensor, key: Tensor, value: Tensor, case: Case) -> str
         return "the library is not built for sm_90a"
     if not case.plain:
         return "it has no window, softcap, kv_start, kv_end, sinks or region_bias, and no scale that is not positive"
-    if query.shape[3] > 128:
-        return f"it takes head dimensions up to 128, not {query.shape[3]}"
     if any(stride == 0 < size - 1 for t in (query, key, value) for size, stride in zip(t.shape, t.stride(), strict=True)):
         return "it takes no expanded tensors"
     return ""

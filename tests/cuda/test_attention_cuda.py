@@ -147,7 +147,7 @@ def test_prefill(mass_rows, kernel, hopper, monkeypatch):
 
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0 and a library built for sm_90a")
 @pytest.mark.parametrize("dtype", ATOL)
-@pytest.mark.parametrize("dim", [40, 64, 80, 128])
+@pytest.mark.parametrize("dim", [40, 64, 80, 128, 256])
 @pytest.mark.parametrize("regions", [0, 2, 40])
 @pytest.mark.parametrize(
     ("length_q", "length_k", "heads"),

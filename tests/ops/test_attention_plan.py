@@ -181,7 +181,7 @@ HOPPER_REFUSALS = {
     "compute capability": {"hopper": False},
     "not built for sm_90a": {"kernel": False},
     "no window": {"case": {"window": 7}},
-    "not 256": {"dim": 256},
+    "not 264": {"dim": 264},
     "float32": {"dtype": torch.float32},
     "expanded": {"expanded": True},
 }
@@ -205,7 +205,7 @@ def test_the_hopper_kernel_is_chosen_for_masses_where_it_can_run(monkeypatch, wh
 @pytest.mark.parametrize(
     ("length_q", "dim", "rows", "expected"),
     [(128, 128, 1, "hopper"), (127, 128, 127, "triton"), (127, 128, 1, "flash"), (4096, 64, 1, "hopper"),
-     (4096, 64, 4096, "hopper"), (2048, 128, 0, "hopper"), (2048, 136, 1, "flash")],
+     (4096, 64, 4096, "hopper"), (2048, 128, 0, "hopper"), (2048, 136, 1, "flash"), (2048, 256, 2048, "hopper")],
 )  # fmt: skip
 def test_where_the_hopper_kernel_is_the_fastest(monkeypatch, length_q, dim, rows, expected):
     monkeypatch.setattr(backend, "load_library", lambda kind: "")

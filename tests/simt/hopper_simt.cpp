@@ -22,8 +22,8 @@ static bool prefill(const Call& c) {
     return encode_panels<T>(cuTensorMapEncodeTiled, &to, tensor, box) == CUDA_SUCCESS;
   };
   if (!map(a.query, c.query, c.heads, c.query_rows, c.query_stride, kConsumerRows * int(c.consumers)) ||
-      !map(a.key, c.key, c.kv_heads, c.keys, c.key_stride, kPrefillKeys) ||
-      !map(a.value, c.value, c.kv_heads, c.keys, c.value_stride, kPrefillKeys)) {
+      !map(a.key, c.key, c.kv_heads, c.keys, c.key_stride, prefill_keys(int(c.dim))) ||
+      !map(a.value, c.value, c.kv_heads, c.keys, c.value_stride, prefill_keys(int(c.dim)))) {
     return false;
   }
   a.out = static_cast<T*>(c.out);

@@ -62,25 +62,29 @@ def emulator(load_emulator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("dim", "consumers"), [(8, 2), (40, 3), (64, 2), (64, 3), (80, 2), (128, 2)])
+@pytest.mark.parametrize(("dim", "consumers"), [(8, 2), (40, 3), (64, 2), (64, 3), (80, 2), (128, 2), (136, 2), (256, 2)])
 def test_instances(emulator, dim, consumers, dtype):
     PrefillCase(130, 300, 2, 1, dim=dim, dtype=dtype, ids=runs(300, 5, 140, 290)).check(emulator, consumers=consumers)
 
 
-@pytest.mark.parametrize("consumers", [2, 3])
+# Width and consumers of the blocks: steps of 128 keys and of 80.
+SHAPES = [(64, 2), (64, 3), (256, 2)]
+
+
+@pytest.mark.parametrize(("dim", "consumers"), SHAPES)
 @pytest.mark.parametrize(("length_q", "length_k"), [(1, 1), (128, 128), (129, 127), (65, 513), (200, 129), (300, 100)])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_tails(emulator, length_q, length_k, causal, consumers):
+def test_tails(emulator, length_q, length_k, causal, dim, consumers):
     """Lq < Lk, Lq > Lk (rows without a key), one key, whole tiles and one more."""
     ids = torch.randint(-1, 3, (1, length_k // 40 + 1), dtype=torch.int32).repeat_interleave(40, 1)[:, :length_k].contiguous()
-    PrefillCase(length_q, length_k, 1, 1, ids=ids, regions=3, causal=causal).check(emulator, consumers=consumers)
+    PrefillCase(length_q, length_k, 1, 1, dim=dim, ids=ids, regions=3, causal=causal).check(emulator, consumers=consumers)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 12])
-@pytest.mark.parametrize(("mass_rows", "consumers"), [(150, 2), (300, 2), (150, 3)])
-def test_blocks_that_share_the_tiles(emulator, blocks, mass_rows, consumers):
+@pytest.mark.parametrize(("mass_rows", "dim", "consumers"), [(150, 64, 2), (300, 64, 2), (150, 64, 3), (150, 256, 2)])
+def test_blocks_that_share_the_tiles(emulator, blocks, mass_rows, dim, consumers):
     """One block for all twelve (or eight) tiles, rounds that are not full, one tile each; tiles with masses beside others."""
-    case = PrefillCase(300, 300, 4, 2, ids=runs(300, 5, 140, 290), regions=3, mass_rows=mass_rows)
+    case = PrefillCase(300, 300, 4, 2, dim=dim, ids=runs(300, 5, 140, 290), regions=3, mass_rows=mass_rows)
     case.check(emulator, blocks=blocks, consumers=consumers)
 
 
@@ -93,22 +97,23 @@ def test_heads_and_batch(emulator, heads, kv_heads):
     PrefillCase(70, 140, heads, kv_heads, batch=2, ids=runs(140, 5, 37, 64, batch=2)).check(emulator)
 
 
-@pytest.mark.parametrize("consumers", [2, 3])
+@pytest.mark.parametrize(("dim", "consumers"), SHAPES)
 @pytest.mark.parametrize("regions", [1, 7, 64, 300])
-def test_scattered_regions(emulator, regions, consumers):
+def test_scattered_regions(emulator, regions, dim, consumers):
     """Every 32 keys mix regions; ids outside the range count as none; the highest region has no token. The sums of 300
-    regions do not fit into shared memory."""
+    regions do not fit into shared memory, at D 256 not those of 7."""
     ids = torch.randint(-1, max(regions - 1, 1), (1, 260), dtype=torch.int32)
-    case = PrefillCase(40, 260, 1, 1, ids=ids, regions=regions)
+    case = PrefillCase(40, 260, 1, 1, dim=dim, ids=ids, regions=regions)
     expected = case.reference()[2]
     case.ids = torch.where(ids == -1, regions, ids)
     torch.testing.assert_close(case.run(emulator, consumers=consumers)[2], expected, atol=1e-5, rtol=0)
 
 
-def test_regions_that_repeat_every_32_keys(emulator):
+@pytest.mark.parametrize("dim", [64, 256])
+def test_regions_that_repeat_every_32_keys(emulator, dim):
     """Each lane sees one region, but not that of the other lanes."""
     ids = (torch.arange(260, dtype=torch.int32) % 32 // 16)[None]
-    PrefillCase(40, 260, 1, 1, ids=ids).check(emulator)
+    PrefillCase(40, 260, 1, 1, dim=dim, ids=ids).check(emulator)
 
 
 @pytest.mark.parametrize("mass_rows", [1, 70, 73, 150])

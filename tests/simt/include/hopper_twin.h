@@ -41,9 +41,9 @@ void keep_in_registers(T (&)[kCount]) {}
 template <int kPending, typename... Values>
 void wgmma_wait(Values&...) { simt::wgmma_wait(kPending); }
 
-template <typename T>
-void wgmma_shared(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-  simt::wgmma({d, 128, nullptr, a, b, false, add, std::is_same_v<T, __half>});
+template <typename T, int kCount>
+void wgmma_shared(float (&d)[kCount], uint64_t a, uint64_t b, bool add) {
+  simt::wgmma({d, 2 * kCount, nullptr, a, b, false, add, std::is_same_v<T, __half>});
 }
 template <typename T, int kCount>
 void wgmma_registers(float (&d)[kCount], const uint32_t* a, uint64_t b) {

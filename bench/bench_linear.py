@@ -23,7 +23,10 @@ from ras_fast import ops
 SIZES = ((4096, 4096), (11008, 4096), (4096, 11008), (32064, 4096), (1024, 1024), (2816, 1024), (1024, 2816))
 ROWS = (1, 2, 8, 16)
 GATED = ((11008, 4096), (2816, 1024))
-QUICK = [*((4096, 4096, rows, False) for rows in ROWS), (11008, 4096, 2, False), (11008, 4096, 2, True)]
+QUICK = [
+    *((4096, 4096, rows, False) for rows in ROWS), *((11008, 4096, rows, False) for rows in (2, 8)),
+    *((4096, 11008, rows, False) for rows in (2, 16)), (32064, 4096, 2, False), *((11008, 4096, rows, True) for rows in (2, 16)),
+]  # fmt: skip
 CACHE = 300e6  # more bytes than any cache of a processor
 
 

@@ -84,8 +84,8 @@ try_hopper() {
 
 run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
-  section rotary 30 "$python" bench/bench_rotary.py --quick --seconds 0.15
-  section linear 30 "$python" bench/bench_linear.py --quick --seconds 0.15
+  section rotary 75 "$python" bench/bench_rotary.py --quick --seconds 0.15
+  section linear 45 "$python" bench/bench_linear.py --quick --seconds 0.15
   section engine 190 "$python" bench/bench_engine.py --gpu-7b --tokens 128 --budget 140
   section attention 240 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
 }
@@ -98,7 +98,7 @@ run_profile() {
   section roofline 20 "$python" bench/roofline.py
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
     --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
-    --section ComputeWorkloadAnalysis --launch-count 30 \
+    --section ComputeWorkloadAnalysis --launch-count 48 \
     --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|rotary_kernel|linear_kernel|region_mass|selected_rows|sum_parts' \
     "$python" bench/profile_targets.py "${families[@]}"
   # Beside configs.json, not over it: an entry is taken over when its figures have been looked at.

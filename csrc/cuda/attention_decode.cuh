@@ -326,6 +326,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
   __shared__ float weights[kMostSplits];
   __shared__ float4 sums[kGroups][kQuads];
   wait_for_previous_kernel();
+  allow_next_kernel();  // the product with the output projection's weight, which it asks for ahead
   const ScoreArgs<T>& score = args.score;
   const int64_t row = blockIdx.x, rows = gridDim.x;
   float parts[kMostSplits / kWarp];

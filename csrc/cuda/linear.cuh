@@ -93,8 +93,9 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
     const int output = min(first_output + product - (second ? kLinearTile : 0), args.outputs - 1);
     return second ? args.up + output * args.up_stride : args.weight + output * args.weight_stride;
   };
-  if (kAligned && threadIdx.x < kProducts)
-    prefetch_l2(weight_row(threadIdx.x), min(args.inputs, kLinearAhead) * unsigned(sizeof(T)));
+  constexpr int kShare = kProducts / kLinearWarps;  // the lanes of a warp ask one after the other
+  if (kAligned && lane < kShare)
+    prefetch_l2(weight_row(warp * kShare + lane), min(args.inputs, kLinearAhead) * unsigned(sizeof(T)));
   wait_for_previous_kernel();
   allow_next_kernel();  // its blocks ask for their rows of W while this one's end
 
@@ -189,9 +190,10 @@ void with_linear_kernel(const LinearArgs<T>& args, int multiprocessors, Start&& 
     return tall ? run(linear_kernel<T, 2, 2, true, true>, 16, 16) : run(linear_kernel<T, 2, 1, true, true>, 16, 8);
   }
   if (!aligned) return run(linear_kernel<T, 1, 1, false, false>, 16, 8);
-  // Two tiles of outputs halve what is read of x. For 16 rows, where that is as much as is read of W, three blocks for four
-  // multiprocessors will do; for 8 the blocks have to be enough to fill them as well.
-  const bool wide = args.outputs >= (tall ? 3 : 8) * kLinearTile / 2 * multiprocessors;
+  // Two tiles of outputs halve what is read of x, which up to 4 rows is an eighth of what is read of W, and less than smaller
+  // blocks gain at the end. For 16 rows, where it is as much, three blocks for four multiprocessors will do; for 8 the blocks
+  // have to be enough to fill them as well.
+  const bool wide = args.rows > kLinearRows / 2 && args.outputs >= (tall ? 3 : 8) * kLinearTile / 2 * multiprocessors;
   if (wide) return tall ? run(linear_kernel<T, 2, 2, true, false>, 32, 16) : run(linear_kernel<T, 2, 1, true, false>, 32, 8);
   tall ? run(linear_kernel<T, 1, 2, true, false>, 16, 16) : run(linear_kernel<T, 1, 1, true, false>, 16, 8);
 }

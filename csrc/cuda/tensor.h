@@ -14,7 +14,9 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace ras::cuda {
 
 inline void check(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, "ras_fast: ", what, ": ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call of whoever catches this would seem to have failed
+  STD_TORCH_CHECK(false, "ras_fast: ", what, ": ", cudaGetErrorString(status));
 }
 
 // Uninitialised tensors beside `like`.

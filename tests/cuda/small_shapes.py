@@ -75,7 +75,7 @@ def rotary():
 
 def linear():
     for dtype in (torch.float16, torch.bfloat16):
-        for rows, inputs, outputs in ((1, 8, 1), (3, 1544, 40), (16, 1024, 33), (5, 127, 20), (2, 256, 9000)):
+        for rows, inputs, outputs in ((1, 8, 1), (3, 1544, 40), (16, 1024, 33), (5, 127, 20), (5, 256, 9000), (16, 256, 4000)):
             x, weight = rand(rows, inputs, dtype=dtype), rand(outputs, inputs, dtype=dtype)
             yield ops.linear(x, weight, rand(outputs, dtype=dtype))
             yield ops.linear_glu(x, weight, rand(outputs, inputs, dtype=dtype))

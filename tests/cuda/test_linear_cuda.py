@@ -60,12 +60,14 @@ def test_strides(dtype):
 
 @DTYPES
 def test_a_row_is_the_same_beside_any_others(dtype):
-    for outputs in (4096, 11008):
-        x, weight, _ = inputs(16, 4096, outputs, dtype)
-        wanted = ops.linear(x, weight)
-        for rows in (1, 3, 8, 11):
-            assert torch.equal(ops.linear(x[:rows], weight), wanted[:rows])
-            assert torch.equal(ops.linear(x[-rows:], weight), wanted[-rows:])
+    """Of every instance: blocks of 16 and 32 outputs and of 8 and 16 rows, gated ones, and rows of odd width."""
+    for width, outputs in ((4096, 1024), (4096, 4096), (4096, 11008), (1023, 1024)):
+        x, weight, _ = inputs(16, width, outputs, dtype)
+        for product in (ops.linear, lambda x, weight: torch.ops.ras_fast.linear_glu(x, weight, weight, "silu")):
+            wanted = product(x, weight)
+            for rows in (1, 3, 8, 11):
+                assert torch.equal(product(x[:rows], weight), wanted[:rows])
+                assert torch.equal(product(x[-rows:], weight), wanted[-rows:])
 
 
 def test_other_calls_are_torchs():

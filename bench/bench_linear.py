@@ -25,7 +25,8 @@ ROWS = (1, 2, 8, 16)
 GATED = ((11008, 4096), (2816, 1024))
 QUICK = [
     *((4096, 4096, rows, False) for rows in ROWS), *((11008, 4096, rows, False) for rows in (2, 8)),
-    *((4096, 11008, rows, False) for rows in (2, 16)), (32064, 4096, 2, False), *((11008, 4096, rows, True) for rows in (2, 16)),
+    *((4096, 11008, rows, False) for rows in (2, 16)), (32064, 4096, 2, False),
+    *((11008, 4096, rows, True) for rows in (2, 16)),
 ]  # fmt: skip
 CACHE = 300e6  # more bytes than any cache of a processor
 

@@ -29,7 +29,7 @@ class Backend:
 
     @property
     def state(self) -> str:
-        """"available", or why not and the command that mends it."""
+        """ "available", or why not and the command that mends it."""
         return "available" if self.available else f"{self.reason}; to mend it: {self.fix}"
 
     def __str__(self) -> str:

@@ -29,17 +29,24 @@ BROKEN = -1  # in place of a token, where nothing may be read
 class ModelLock:
     """A re-entrant lock, held by one thread at a time.
 
+    busy_for: whom the thread that holds it has called in the middle of an answer (`at_rest`): until that returns, entering the
+        lock raises RuntimeError.
+
     In a process that was forked while another thread held it, entering it raises RuntimeError: nobody would release it there,
     and the model still carries that thread's hooks.
     """
 
     def __init__(self):
         self._lock, self._left_behind = threading.RLock(), False
+        self.busy_for: object | None = None
 
     def __enter__(self) -> None:
         if self._left_behind:
             raise RuntimeError("this process was forked while another thread was answering with the model; load it anew here")
         self._lock.acquire()
+        if self.busy_for is not None:
+            self._lock.release()
+            raise in_mid_answer(self.busy_for)
 
     def __exit__(self, *exc_info) -> None:
         self._lock.release()
@@ -135,10 +142,12 @@ class Decoding:
         return cls(**settings)
 
     def __post_init__(self):
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if not isinstance(self.max_new_tokens, int) or isinstance(self.max_new_tokens, bool) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
+        if not isinstance(self.do_sample, bool):
+            raise ValueError(f"do_sample is {self.do_sample!r}; it needs to be True or False")
         self._check_numbers()
-        given = (self.stop_strings, self.logits_processors)
+        given = ([] if some is None else some for some in (self.stop_strings, self.logits_processors))
         stops, processors = (tuple(some) if isinstance(some, (list, tuple)) else (some,) for some in given)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError(f"stop_strings is {self.stop_strings!r}; it needs to hold non-empty strings")
@@ -192,18 +201,27 @@ class _Apart(LogitsProcessor):
 
 @contextmanager
 def at_rest(model, caller) -> Iterator[None]:
-    """Inside the block a forward of the model by this thread raises RuntimeError, which names the type of ``caller``."""
-    thread = threading.get_ident()
+    """Inside the block a forward of the model by this thread, which holds its lock, raises RuntimeError, which names the type
+    of ``caller``, and so does whatever takes the lock: another answer, or `SafeGenerator.close`."""
+    thread, lock = threading.get_ident(), lock_of(model)
 
     def refuse(module, args):
         if threading.get_ident() == thread:
-            raise RuntimeError(
-                f"{type(caller).__name__} runs the model in the middle of an answer, whose steering would reach what it asks; "
-                "it needs a model of its own"
-            )
+            raise in_mid_answer(caller)
 
     with transformers_model(model).base_model.register_forward_pre_hook(refuse):
-        yield
+        lock.busy_for = caller
+        try:
+            yield
+        finally:
+            lock.busy_for = None
+
+
+def in_mid_answer(caller) -> RuntimeError:
+    return RuntimeError(
+        f"{type(caller).__name__} runs the model in the middle of an answer, whose steering would reach what it asks; it needs "
+        "a model of its own"
+    )
 
 
 class EndWhenNotFinite(LogitsProcessor):
@@ -364,7 +382,7 @@ def _own_config_set_aside(model) -> Iterator[None]:
     """generate() fills in what is not given from the model's own config, say a ban of repetitions; the engine does not."""
     model = transformers_model(model)
     own = model.generation_config
-    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:  # with the assignment, after which Ctrl-C may come at once
         model.generation_config = GenerationConfig(**tokens)
         yield
@@ -377,6 +395,12 @@ def generate_text(model, processor, query: Query, decoding: Decoding, edit=None)
     inputs, _ = encode(processor, query, model.device, model.dtype)
     tokens, _, _ = reference_generate(model, processor, inputs, decoding, edit=edit)
     return processor.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def check_streamer(streamer) -> None:
+    """Raises ValueError for what is neither None nor a streamer as transformers has them."""
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise ValueError(f"streamer is a {type(streamer).__name__}; it needs the methods put(tokens) and end()")
 
 
 class TooLong(ValueError):
@@ -397,5 +421,5 @@ def check_length(model, tokens: int) -> None:
 
 def eos_ids(model) -> list[int]:
     """The token ids that end an answer, from the model's generation config; empty when it names none."""
-    eos = model.generation_config.eos_token_id
+    eos = getattr(model.generation_config, "eos_token_id", None)
     return [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 PICTURES = ("image", "path", "url")  # keys of an image part that hold the image
 # What `has_question` asks of a chat.
-QUESTION = 'a "user" message with a question, or in that and one "assistant" message without images'
+QUESTION = 'a "user" message with a question, or in that and one "assistant" message of words alone'
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class Query:
 
     def ask_about_images(self, text: str) -> Query:
         """A fresh chat: all images, then ``text``."""
-        return replace(
-            self, messages=[{"role": "user", "content": [*_image_parts(len(self.images)), _text_part(text)]}]
-        )
+        return replace(self, messages=[{"role": "user", "content": [*_image_parts(len(self.images)), _text_part(text)]}])
 
     def prefix_last_question(self, text: str) -> Query:
         """The same chat with ``text`` put before the last question, and that question's images before both; an assistant
@@ -69,10 +67,7 @@ def make_queries(prompts, images, processor) -> list[Query]:
         got = f"{len(images)} entries" if isinstance(images, (list, tuple)) else f"a {type(images).__name__}"
         raise ValueError(f"images is {got}; it needs to be a list with one entry per prompt ({len(prompts)})")
     placeholder = image_placeholder(processor)
-    return [
-        _make_query(i, prompt, entry, placeholder)
-        for i, (prompt, entry) in enumerate(zip(prompts, images, strict=True))
-    ]
+    return [_make_query(i, prompt, entry, placeholder) for i, (prompt, entry) in enumerate(zip(prompts, images, strict=True))]
 
 
 def image_placeholder(processor) -> str:
@@ -177,11 +172,11 @@ def refuse_poisoned(name: str, groups: Iterable[Iterable[Query]]) -> None:
 
 
 def has_question(messages: list[dict]) -> bool:
-    """Whether a chat of parts ends in a user message with a text that is not blank, or in that and one assistant message. After
-    other messages, and images in that last one, a model would answer what its risk is not read from."""
+    """Whether a chat of parts ends in a user message with a text that is not blank, or in that and one assistant message with
+    such a text. After other messages, and images in that last one, a model would answer what its risk is not read from."""
     continues = bool(messages) and messages[-1]["role"] == "assistant"
     asked, begun = (messages[:-1], messages[-1]["content"]) if continues else (messages, [])
-    if any(part["type"] == "image" for part in begun):
+    if any(part["type"] == "image" for part in begun) or continues != any(_has_words(part) for part in begun):
         return False
     return bool(asked) and asked[-1]["role"] == "user" and any(_has_words(part) for part in asked[-1]["content"])
 
@@ -193,12 +188,8 @@ def _has_words(part: dict) -> bool:
 def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
     where = f"prompts[{index}]"
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(chat, (list, tuple)) or not all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in chat
-    ):
-        raise ValueError(
-            f"{where} needs to be a string or a list of messages with 'role' and 'content', got {prompt!r}"
-        )
+    if not isinstance(chat, (list, tuple)) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in chat):
+        raise ValueError(f"{where} needs to be a string or a list of messages with 'role' and 'content', got {prompt!r}")
     for message in chat:
         refuse_unknown(f"{where}: a message", message, ("role", "content"))
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
@@ -243,9 +234,7 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
                 raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
             parts += _split(part["text"], placeholder)
         else:
-            raise ValueError(
-                f"{where} has a content part of type {part.get('type')!r}; 'text' and 'image' are supported"
-            )
+            raise ValueError(f"{where} has a content part of type {part.get('type')!r}; 'text' and 'image' are supported")
     return parts
 
 

@@ -285,9 +285,7 @@ def _locate(directory_or_hub_id, name: str) -> Path:
     directory = Path(directory_or_hub_id)
     if directory.is_dir():
         if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{directory} holds no {name}; a profile directory needs {JSON_NAME}, {TENSORS_NAME}"
-            )
+            raise FileNotFoundError(f"{directory} holds no {name}; a profile directory needs {JSON_NAME}, {TENSORS_NAME}")
         return directory / name
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError

@@ -18,6 +18,7 @@ from ras_fast.decoding import (
     broken_rows,
     check_length,
     check_mode,
+    check_streamer,
     eos_ids,
     lock_of,
     next_tokens,
@@ -66,6 +67,7 @@ class SequentialPipeline:
 
     def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
         """See `SafeGenerator.generate`; a batch is one query here."""
+        check_streamer(streamer)
         try:
             decoding = Decoding.of(decoding)
             queries = make_queries(prompts, images, self.processor)

@@ -143,16 +143,26 @@ def test_custom_processors_run():
         assert chain(torch.zeros(1, 0, dtype=torch.long), torch.tensor([[0.0, 5.0, 4.9]])).argmax() == 2
 
 
-@pytest.mark.parametrize("processors", [None, 5, ["a"], iter([GumbelNoise(0, 0, 0)])])
+@pytest.mark.parametrize("processors", [5, ["a"], iter([GumbelNoise(0, 0, 0)])])
 def test_logits_processors_of_other_types(processors):
     with pytest.raises(ValueError, match="it needs to be a list of LogitsProcessors"):
         Decoding(logits_processors=processors)
 
 
-@pytest.mark.parametrize("stops", [None, 5, [""], ["a", None]])
+@pytest.mark.parametrize("stops", [5, [""], ["a", None]])
 def test_stop_strings_of_other_types(stops):
     with pytest.raises(ValueError, match="it needs to hold non-empty strings"):
         Decoding(stop_strings=stops)
+
+
+def test_none_is_what_transformers_has_for_nothing():
+    assert Decoding(stop_strings=None, logits_processors=None) == Decoding()
+
+
+@pytest.mark.parametrize("setting", [{"do_sample": "no"}, {"do_sample": 1}, {"max_new_tokens": True}], ids=str)
+def test_settings_of_other_types(setting):
+    with pytest.raises(ValueError, match="{} is {!r}; it needs to be".format(*next(iter(setting.items())))):
+        Decoding(**setting)
 
 
 def test_end_tokens_and_stop_strings():

@@ -6,12 +6,13 @@ import signal
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from test_engine_one_pass import autosteer
+from test_engine_one_pass import PROFILES, autosteer
 from tiny_random import IMAGES_LAST, endless_llava, random_image, random_words, tiny_llava, tiny_processor
 from torch.utils.hooks import RemovableHandle
 from transformers import LogitsProcessor, SuppressTokensLogitsProcessor, TextIteratorStreamer
@@ -564,6 +565,28 @@ def test_a_streamer_may_ask_between_steps_but_not_within_one(model, processor):
     pipeline.close()
 
 
+@pytest.mark.parametrize("make", PROFILES)
+def test_a_streamer_that_asks_the_same_model_is_stopped(model, processor, make):
+    """What it asks would be steered, and so would its risk. Nor may it close the generator."""
+    staged = make_profile(model, processor)
+    others = [
+        make(model, processor),
+        staged,
+        replace(staged, tensors=staged.tensors | {"region_bias": torch.full((2, 4), 3.0)}),
+    ]
+    own, *inner = (SafeGenerator(model, processor, profile) for profile in others)
+    expected = own.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)[0].tokens
+    asked = [partial(guard.generate, ["w3"], max_new_tokens=2) for guard in (own, *inner)]
+    for ask in [*asked, own.close]:
+        streamer = Asking(ask)
+        with pytest.raises(RuntimeError, match="Asking runs the model in the middle of an answer"):
+            own.generate(["w1 w2"], [random_image(0)], max_new_tokens=4, streamer=streamer)
+        assert own.generate(["w1 w2"], [random_image(0)], max_new_tokens=4)[0].tokens == expected
+        assert ask == own.close or len(ask())
+    for guard in (own, *inner):
+        guard.close()
+
+
 def test_a_users_own_patch_is_used_and_left(model, processor, profile):
     with ras_fast.patch(model) as handle:
         with SafeGenerator(model, processor, profile) as guard:
@@ -838,6 +861,35 @@ def test_nothing_is_found_in_the_cache_that_another_model_put_there(processor, c
     assert guard.counters["cache_hits"] == 1
     assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
     assert guard.counters["cache_hits"] == 2
+
+
+def test_a_context_that_another_query_broke_is_not_kept(processor):
+    """They share forwards. The next question about that image would be judged without its description."""
+    model = tiny_llava(processor)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids("w77")] = torch.inf
+    profile = make_profile(model, processor)
+    asked = ["w5 w6"], [random_image(3)]
+    expected = SequentialPipeline(model, processor, profile).generate(*asked, max_new_tokens=6)
+    guard = SafeGenerator(model, processor, profile, cache_bytes=10**7)
+    assert guard.generate(["w77 w1"], [random_image(3)], max_new_tokens=6)[0].failed_closed
+    assert_same(guard.generate(*asked, max_new_tokens=6), expected)
+    guard.close()
+
+
+def test_a_model_unpatched_by_a_streamer_gives_no_answer(model, processor, profile):
+    biased = replace(profile, tensors=profile.tensors | {"region_bias": torch.full((2, 4), 3.0)})
+    with (
+        SafeGenerator(model, processor, biased) as guard,
+        pytest.raises(RuntimeError, match="unpatched in the middle of an answer"),
+    ):
+        guard.generate(["w1 w2"], [random_image(0)], streamer=Asking(lambda: [guard._unpatch_model()]))
+
+
+@pytest.mark.parametrize("make", [SequentialPipeline, SafeGenerator])
+def test_what_is_no_streamer_is_refused(model, processor, profile, make):
+    with pytest.raises(ValueError, match=r"streamer is a list; it needs the methods put\(tokens\) and end\(\)"):
+        make(model, processor, profile).generate(["w1"], streamer=[])
 
 
 def test_a_prefix_counts_all_that_it_takes(model, processor, profile):

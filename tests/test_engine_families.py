@@ -227,8 +227,9 @@ def test_a_prompt_whose_last_token_means_something_else_with_its_image_is_refuse
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
-def test_a_gate_that_looks_at_attention_sees_the_token_that_closes_an_image(name, batch_size):
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "ovis2"])
+def test_a_gate_that_looks_at_attention_sees_all_tokens_after_an_image(name, batch_size):
+    """The one that closes it, too; and of Ovis2's prompts, which are not cut behind their images, those that come later."""
     model, processor, profile = built(name)
     profile.config |= {"risk": "moras+attention", "heads": [[0, 1], [1, 0]]}
     profile.tensors |= {

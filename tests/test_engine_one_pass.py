@@ -85,6 +85,23 @@ def test_exact(model, processor, make, batch_size):
         assert len({round(output.risk, 3) for output in outputs}) > 1
 
 
+@pytest.mark.parametrize("make", [conditional, attention, autosteer])
+def test_a_batch_whose_longest_prompt_ends_first(processor, make):
+    """The others' steps, by which some methods steer, count on."""
+    model = endless_llava(processor, layers=2)
+    profile, prompts, images = (
+        make(model, processor),
+        [random_words(100, 5), random_words(500, 3)],
+        [random_image(0), random_image(9)],
+    )
+    (longest, _), _ = attached(model, processor, profile, prompts, images)
+    model.generation_config.eos_token_id = longest[0]
+    expected = [tokens for tokens, _ in attached(model, processor, profile, prompts, images)]
+    assert len(expected[0]) == 1 < len(expected[1])
+    with SafeGenerator(model, processor, profile) as guard:
+        assert [output.tokens for output in guard.generate(prompts, images, max_new_tokens=NEW_TOKENS)] == expected
+
+
 def undefended(model, processor, prompts, images):
     with SafeGenerator(model, processor, projection(model, processor, alpha=1e-30)) as guard:
         return guard.generate(prompts, images, max_new_tokens=NEW_TOKENS)

@@ -89,12 +89,12 @@ def test_figures_can_be_saved_without_git(monkeypatch, tmp_path):
     assert harness._commit() == ""
 
 
-NCU = '''==PROF== Connected to process 7
+NCU = """==PROF== Connected to process 7
 "ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed","launch__registers_per_thread","smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
 "","","us","%","register/thread","inst","inst"
 "0","void ras::cuda::add_norm<__nv_bfloat16, (int)16, (bool)1>(ras::cuda::NormArgs<T1>)","1,062.50","91.25","56","12.5","1.5"
 "1","_attention_kernel","350","8","242","0.5","2"
-'''  # noqa: E501
+"""  # noqa: E501
 
 
 def test_a_line_a_profiled_kernel(tmp_path, capsys):

@@ -63,9 +63,15 @@ def test_an_image_in_the_assistants_prefix_is_refused(processor):
     asked = {"role": "user", "content": "w1"}
     for content in (f"w4 {processor.image_token}", [{"type": "image"}, {"type": "text", "text": "w4"}]):
         begun = [asked, {"role": "assistant", "content": content}]
-        with pytest.raises(ValueError, match=r'prompts\[0\] needs to end in .* one "assistant" message without images'):
+        with pytest.raises(ValueError, match=r'prompts\[0\] needs to end in .* one "assistant" message of words alone'):
             make_queries([begun], [random_image(0)], processor)
         assert make_queries([[*begun, asked]], [random_image(0)], processor)
+
+
+@pytest.mark.parametrize("content", ["", " ", []], ids=repr)
+def test_an_empty_assistants_prefix_is_refused(processor, content):
+    with pytest.raises(ValueError, match=r'prompts\[0\] needs to end in .* one "assistant" message of words alone'):
+        make_queries([[{"role": "user", "content": "w1"}, {"role": "assistant", "content": content}]], None, processor)
 
 
 @pytest.mark.parametrize("ends", [["User"], ["tool"], ["system"], ["assistant", "system"], ["assistant", "assistant"]], ids=str)

@@ -438,7 +438,7 @@ async def until(reached):
         (ask(messages=[{"role": "assistant", "content": "Sure"}]), "a question"),
         (ask(messages=[{"role": role, "content": "w1"} for role in ("user", "assistant", "tool")]), "needs to end in"),
         (ask(messages=[{"role": role, "content": "w1"} for role in ("user", "system")]), "['user', 'system']"),
-        (ask(messages=[{"role": "user", "content": "w1"}, {"role": "assistant", "content": [PICTURE]}]), "without images"),
+        (ask(messages=[{"role": "user", "content": "w1"}, {"role": "assistant", "content": [PICTURE]}]), "of words alone"),
     ],
 )
 def test_what_cannot_be_defended_is_refused(server, body, words):

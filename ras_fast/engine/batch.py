@@ -330,7 +330,8 @@ class Batch:
 
     def forward(self, branches: list[Branch], captured: bool = False) -> Tensor:
         """The states [B, len(branches), d] from which the branches' next tokens are read."""
-        taken = {own.kind: max(own.live_ends, default=0) for own in branches}
+        ends = {own.kind: self._ends(own) for own in branches}
+        taken = {kind: max(reached, default=0) for kind, reached in ends.items()}
         read = max(self.prefixes) if SCRATCH in taken else 0  # of rows whose answer goes on, it is within their own stretch
         end, taken = self.origin + max(read, taken.get(ANSWER, 0)), taken.get(SCRATCH, 0)
         if end >= self.space.capacity or taken > self.origin:
@@ -341,11 +342,16 @@ class Batch:
         else:
             # A step of answers that end alike sees all of a contiguous stretch.
             alike = len(branches) == 1 and branches[0].kind == ANSWER and branches[0].width == 1
-            states = self._compute(branches, end, masked=not alike or len(branches[0].live_ends) > 1)
+            states = self._compute(branches, end, masked=not alike or len(ends[ANSWER]) > 1)
         self.runner.count(self.rows, sum(branch.width for branch in branches))
         for branch in branches:
             branch.advance(self.space)
         return states
+
+    def _ends(self, branch: Branch) -> set[int]:
+        """How far the rows reach that count. Without a scratch those that are done do as well: methods that steer the first
+        tokens tell these by the length of the cache, which must not shrink when the longest row ends."""
+        return branch.live_ends if self.origin else set(branch.ends)
 
     def _compute(self, branches: list[Branch], end: int, masked: bool) -> Tensor:
         """`forward` for keys before slot ``end``: tensors in, tensors out, no host sync."""

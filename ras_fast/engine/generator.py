@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from ras_fast.decoding import Decoding, check_mode, lock_of, transformers_model
+from ras_fast.decoding import Decoding, at_rest, check_mode, check_streamer, lock_of, transformers_model
 from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch
 from ras_fast.engine.kv_cache import ByteBoundedCache
@@ -41,7 +42,7 @@ class SafeGenerator:
     """Defended generation for a multimodal Hugging Face model.
 
     model: in eval mode; also a PEFT model with adapters.
-    profile: a `RasProfile` calibrated on this model; another model's is refused.
+    profile: a `RasProfile` calibrated on this model; another model's is refused. Its tensors are not to be changed meanwhile.
         The profile is compared with the model again whenever that was changed between two calls.
     batch_size: how many queries go through the stages together.
     fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched; `close()` undoes it.
@@ -119,6 +120,7 @@ class SafeGenerator:
         Raises ValueError for input that cannot be used, and RuntimeError where a logits processor runs this model. An
         exception in any stage leaves no answer behind: there is no way from an error to an unsteered answer.
         """
+        check_streamer(streamer)
         try:
             with self._lock, self._undone_by_ctrl_c():
                 decoding = Decoding.of(decoding).apart_from(self.model)
@@ -128,7 +130,7 @@ class SafeGenerator:
                 if streamer is not None and len(queries) != 1:
                     raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
                 check_mode(self.model)
-                return self._answers(queries, decoding, None if streamer is None else _Once(streamer), progress)
+                return self._answers(queries, decoding, None if streamer is None else self._once(streamer), progress)
         finally:
             if streamer is not None:
                 streamer.end()  # whatever happened, or the thread that reads it waits for ever
@@ -158,6 +160,10 @@ class SafeGenerator:
         return "\n".join(lines)
 
     # One call
+
+    def _once(self, streamer) -> _Once:
+        """It may ask this model between steps, unless that would meet what the method has put into it."""
+        return _Once(streamer, partial(at_rest, self.model, streamer) if self.plan.attaches else nullcontext)
 
     def _answers(self, queries, decoding: Decoding, streamer, progress: bool | None) -> list[SafeOutput]:
         batches = [queries[i : i + self.batch_size] for i in range(0, len(queries), self.batch_size)]
@@ -264,11 +270,12 @@ class SafeGenerator:
 class _Once:
     """A streamer that is shown nothing twice: an attempt after a failed one makes the same tokens again.
 
+    around: gives the context in which it is called.
     error: what it has raised itself.
     """
 
-    def __init__(self, streamer):
-        self._streamer, self._shown, self._seen = streamer, 0, 0
+    def __init__(self, streamer, around: Callable[[], AbstractContextManager]):
+        self._streamer, self._around, self._shown, self._seen = streamer, around, 0, 0
         self.error: Exception | None = None
 
     def begin(self) -> None:
@@ -281,7 +288,8 @@ class _Once:
         if len(new):
             self._shown = self._seen
             try:
-                self._streamer.put(new)
+                with self._around():
+                    self._streamer.put(new)
             except Exception as error:
                 self.error = error
                 raise

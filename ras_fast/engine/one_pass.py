@@ -34,7 +34,7 @@ class Job:
 class OnePass(Plan):
     """AutoSteer, attention risk and projection steering. Raises ValueError when the profile does not fit the model."""
 
-    needs_patch = True
+    needs_patch = attaches = True
 
     def __init__(self, runner: Runner, processor, profile: RasProfile, counters, region_mass: bool):
         super().__init__(runner, processor, counters)

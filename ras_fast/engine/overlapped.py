@@ -32,6 +32,7 @@ from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.inputs import ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
 from ras_fast.methods import region_bias
+from ras_fast.methods.attention import prompt_features
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
 from ras_fast.patching import Patch
@@ -99,15 +100,26 @@ class Overlapped(Plan):
         return self.region_mass or self.moras.attention is not None or self.bias is not None
 
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
+        patch = Patch.of(self.runner.model)
+        with region_bias(patch, self.bias):
+            outputs = self._cut_or_not(queries, decoding, streamer)
+        if self.bias is not None and not patch.applied:
+            raise RuntimeError("the model was unpatched in the middle of an answer, which lost its region_bias")
+        return outputs
+
+    def _cut_or_not(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
         clock, counted = Clock(), self.counters.copy()
-        with region_bias(Patch.of(self.runner.model), self.bias):
-            if self._cuts:
-                try:
-                    return self._answer(queries, decoding, streamer, clock, cut=True)
-                except _OtherLogits:  # nothing has been shown yet
-                    self.counters.clear()
-                    self.counters.update(counted)
-            return self._answer(queries, decoding, streamer, clock, cut=False)
+        if self._cuts:
+            try:
+                return self._answer(queries, decoding, streamer, clock, cut=True)
+            except _OtherLogits:  # nothing has been shown yet
+                self.counters.clear()
+                self.counters.update(counted)
+        return self._answer(queries, decoding, streamer, clock, cut=False)
+
+    @property
+    def attaches(self) -> bool:
+        return self.bias is not None
 
     def _answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer, clock: Clock, cut: bool):
         """cut: whether a prompt with images is computed first up to their end, which the stages share, or to its last token."""
@@ -257,7 +269,7 @@ class Overlapped(Plan):
 
     def _keep_contexts(self, jobs: list[Job], contexts) -> None:
         for job, entry in zip(jobs, contexts, strict=True):
-            if entry is not None:
+            if entry is not None and not entry[1].broken:  # another query's numbers may have broken it
                 self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
 
     def _prove(self, jobs: list[Job], draft: Branch, cut: bool) -> None:
@@ -443,7 +455,7 @@ class Overlapped(Plan):
         """Reads how much the drafts' prompts attend to the images, in the forward that is run inside the block. Yields whether
         anything is to be read.
 
-        rows: the last tokens of that forward; they hold all of each prompt that comes after its images.
+        rows: the last tokens of that forward; where prompts are cut after their images, all that come after them.
         """
         gate = self.moras.attention
         if gate is None and not self.region_mass:
@@ -454,15 +466,23 @@ class Overlapped(Plan):
         with patch.collect(rows=1 if gate is None else rows, layers=layers) as statistics:
             yield True
         mass = statistics.mass
+        if self.region_mass:
+            for row, job in enumerate(jobs):
+                job.region_mass = image_mass(mass, row, patch.region_map)
         if gate is not None:
             after = torch.tensor([len(job.draft.prompt) - self._images_end(job.draft.prompt) for job in jobs])
             text = torch.arange(rows, 0, -1) <= after[:, None]
             found = features(mass, gate.heads, text.to(self.runner.device))
             for row, job in enumerate(jobs):
-                job.features = found[row]
-        if self.region_mass:
-            for row, job in enumerate(jobs):
-                job.region_mass = image_mass(mass, row, patch.region_map)
+                read = not job.query.images or len(job.prefix) <= self._images_end(job.draft.prompt)
+                job.features = found[row] if read else self._own_features(patch, job)
+
+    def _own_features(self, patch: Patch, job: Job) -> Tensor:
+        """Of a prompt that was not cut after its images, so that the rows behind them did not come together: by one more
+        forward."""
+        self.runner.count(1, len(job.draft.prompt))
+        with self.runner.own_offsets():
+            return prompt_features(patch, self.processor, job.query, self.moras.attention.heads)[0]
 
     def _features(self, jobs: list[Job]) -> tuple[Tensor, Tensor] | tuple[()]:
         """What the gate needs beside the similarity."""

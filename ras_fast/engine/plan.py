@@ -21,9 +21,10 @@ class Plan:
 
     last_timings: seconds per stage of the latest batch.
     needs_patch: whether the method reads or steers inside the model, which then has to be patched.
+    attaches: whether something in the model is not as its user left it while an answer is shown.
     """
 
-    needs_patch = False
+    needs_patch = attaches = False
 
     def __init__(self, runner: Runner, processor, counters: Counter):
         self.runner, self.processor, self.counters = runner, processor, counters
@@ -78,9 +79,7 @@ class Plan:
         self.counters["queries"] += 1
         self.counters["failed_closed"] += failed_closed is not None
         text = self.processor.tokenizer.decode(sequence.tokens, skip_special_tokens=True)
-        return SafeOutput(
-            text, sequence.tokens, risk, failed_closed=failed_closed, timings=self.last_timings, **more
-        )
+        return SafeOutput(text, sequence.tokens, risk, failed_closed=failed_closed, timings=self.last_timings, **more)
 
 
 def image_mass(mass: dict[int, Tensor], row: int, regions: RegionMap) -> Tensor:

@@ -63,8 +63,10 @@ def one_device(op: str, x: Tensor, *others: Tensor | None) -> None:
 def no_grad(op: str, *tensors: Tensor | None) -> None:
     """Inference only: silently dropping a gradient would be worse than an error."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op} has no backward, and an input requires grad: call it under torch.no_grad() or "
-                           "torch.inference_mode(), or detach the input")
+        raise RuntimeError(
+            f"{op} has no backward, and an input requires grad: call it under torch.no_grad() or "
+            "torch.inference_mode(), or detach the input"
+        )
     forward_mode = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
     if forward_mode and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(f"{op} has no forward-mode derivative, and an input has a tangent: take the input's primal alone")

@@ -40,7 +40,7 @@ def _define(schema: str, fake: Callable[..., Any]) -> None:
 
 
 def name_of(schema: str) -> str:
-    """"region_mass" of "region_mass(Tensor query, …) -> Tensor"."""
+    """ "region_mass" of "region_mass(Tensor query, …) -> Tensor"."""
     return schema[: schema.index("(")]
 
 

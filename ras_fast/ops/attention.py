@@ -358,8 +358,11 @@ def _validate_bias(query: Tensor, region_ids: Tensor | None, num_regions: int, r
         _check.fail("region_bias", "given without region_ids", "given together with region_ids")
     batch, heads = query.shape[:2]
     if tuple(region_bias.shape) not in ((heads, num_regions), (batch, heads, num_regions)):
-        _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}",
-                    f"[Hq, R] or [B, Hq, R] with B = {batch}, Hq = {heads}, R = {num_regions}")
+        _check.fail(
+            "region_bias",
+            f"of shape {tuple(region_bias.shape)}",
+            f"[Hq, R] or [B, Hq, R] with B = {batch}, Hq = {heads}, R = {num_regions}",
+        )
     _check.dtype("region_bias", region_bias, torch.float32)
     _check.device("region_bias", region_bias, query.device)
     _check.last_dim_contiguous("region_bias", region_bias)
@@ -383,9 +386,7 @@ def _mass_fake(
     return query.new_empty((*query.shape[:2], mass_rows, num_regions), dtype=torch.float32)
 
 
-def _key_fake(
-    query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
-):
+def _key_fake(query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias):
     _check.one_device("key_attention", query, key, lse, region_ids, kv_start, kv_end, region_bias)
     return query.new_empty((*query.shape[:2], key.shape[2]), dtype=torch.float32)
 

@@ -92,9 +92,7 @@ class FusedNorm:
             x, residual = x.to(dtype), residual.to(dtype)
         options = _options(x, site, probe)
         if self.kind == "rms":
-            y, h, dots = ops.add_rms_norm(
-                x, residual, self.norm.weight, self.eps, weight_offset=self.weight_offset, **options
-            )
+            y, h, dots = ops.add_rms_norm(x, residual, self.norm.weight, self.eps, weight_offset=self.weight_offset, **options)
         else:
             bias = getattr(self.norm, "bias", None)
             y, h, dots = ops.add_layer_norm(x, residual, self.norm.weight, bias, self.eps, **options)

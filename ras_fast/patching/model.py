@@ -28,9 +28,7 @@ from ras_fast.regions import RegionMap
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
 
 
-def patch(
-    model: nn.Module, *, regions: bool = True, norms: bool = True, linears: bool = True, backend: str = "auto"
-) -> Patch:
+def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, linears: bool = True, backend: str = "auto") -> Patch:
     """Makes a Hugging Face model fast and observable, in place.
 
     The text model runs on a few random tokens, then every fused layer and every attention on what its original was given there,

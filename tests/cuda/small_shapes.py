@@ -56,7 +56,8 @@ def hopper():
     for dtype in (torch.float16, torch.bfloat16):
         # The last two: blocks that walk several tiles, of two and of three consumers.
         for rows, keys, head_dim, regions, heads in ((130, 300, 64, 4, 2), (130, 130, 128, 0, 2), (70, 300, 128, 4, 2),
-                                                     (130, 300, 256, 4, 2), (130, 150, 128, 4, 100), (130, 150, 64, 4, 300)):  # fmt: skip
+                                                     (130, 300, 256, 4, 2), (130, 150, 128, 4, 100),
+                                                     (130, 150, 64, 4, 300)):  # fmt: skip
             query = rand(2, heads, rows, head_dim, dtype=dtype)
             key, value = rand(2, 1, keys, head_dim, dtype=dtype), rand(2, 1, keys, head_dim, dtype=dtype)
             ids = torch.arange(keys, device="cuda", dtype=torch.int32) // 90 - 1

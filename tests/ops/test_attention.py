@@ -625,9 +625,7 @@ def test_ties_round_to_even(backend, length_q, dtype, unit):
 @pytest.mark.parametrize("window", [40, 2**31 - 1, 2**32 + 5, 2**63 - 1])
 def test_windows_beyond_the_keys(backend, window):
     query, key, value = inputs(length_q=30, length_k=40)
-    torch.testing.assert_close(
-        ops.region_attention(query, key, value, window=window), ops.region_attention(query, key, value)
-    )
+    torch.testing.assert_close(ops.region_attention(query, key, value, window=window), ops.region_attention(query, key, value))
 
 
 @BACKENDS
@@ -648,6 +646,7 @@ def test_statistics_stay_float32_under_autocast(backend):
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_traces_with_regions(mode):
     """Tracing has no values: nothing looks whether the ids are in range."""
+
     def mass(query, key, value, ids):
         return ops.region_attention(query, key, value, ids, 2)[2]
 
@@ -731,8 +730,11 @@ ids = torch.zeros(2, 6, dtype=torch.int32)
         ((q, k, v, ids - 2, 2), {}, "region_ids is in -2..-2"),
         ((q, k, v), {"kv_start": torch.zeros(2)}, "kv_start is of dtype"),
         ((q, k, v), {"kv_end": torch.zeros(2, 9, dtype=torch.int32)}, r"kv_end is \[B, Lq\] with is_causal=True"),
-        ((q, k, v), {"kv_start": torch.zeros(2, dtype=torch.int32), "kv_end": torch.zeros(2, 9, dtype=torch.int32),
-                     "is_causal": False}, r"kv_start is of shape \(2,\); it must be \[B, Lq\], as the other bound is"),
+        (
+            (q, k, v),
+            {"kv_start": torch.zeros(2, dtype=torch.int32), "kv_end": torch.zeros(2, 9, dtype=torch.int32), "is_causal": False},
+            r"kv_start is of shape \(2,\); it must be \[B, Lq\], as the other bound is",
+        ),
         ((q, k, v), {"kv_end": torch.zeros(3, dtype=torch.int32)}, "kv_end is of shape"),
         ((q, k, v), {"window": 0}, "window is 0"),
         ((q, k, v), {"window": 3, "is_causal": False}, "window is 3 with is_causal=False"),

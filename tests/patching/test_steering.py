@@ -58,6 +58,7 @@ def test_residual_stream(model, vectors, layer, rows):
 
 def test_final_lerp(model, vectors):
     """Only the last position of each sequence: y ← (1 − α) y + α v."""
+
     def steer(output):
         last = output[:, -1]
         alpha = torch.where(SLOT >= 0, ALPHA, 0)[:, None]

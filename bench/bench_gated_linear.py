@@ -2,7 +2,7 @@
 
 Eight rows, as in a decode step, of which none, one or all are on. "dense" multiplies every row and the product by the gate: no
 host sync, but M is read for nothing. "gathered" selects the rows that are on: it has to ask the device which. "floor" is the
-time that M's bytes take at a plain copy's read bandwidth, measured in the same run; what fits a cache may beat it.
+time that M's bytes take at a plain copy's bandwidth, bytes read and written, measured in the same run; what fits a cache may beat it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    read = harness.copy_bandwidth() / 2
+    read = harness.copy_bandwidth()
     rows = []
     for dtype in (torch.bfloat16,) if args.quick else (torch.bfloat16, torch.float32):
         for width in QUICK if args.quick else WIDTHS:

@@ -2,7 +2,7 @@
 
 Eight rows, as in a decode step, of which none, one or all are on. "dense" multiplies every row and the product by the gate: no
 host sync, but M is read for nothing. "gathered" selects the rows that are on: it has to ask the device which. "floor" is the
-time that M's bytes take at a plain copy's bandwidth, bytes read and written, measured in the same run; what fits a cache may beat it.
+time that M's bytes take at a plain copy's bandwidth (read and written) in the same run; what fits a cache may beat it.
 """
 
 from __future__ import annotations

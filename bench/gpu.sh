@@ -75,7 +75,7 @@ run_tests() {
 
 # A kernel that waits for itself would take everything with it: it comes alone, each test named before it runs, and afterwards
 # only if it came through.
-families=(norm attention rotary linear)
+families=(norm attention rotary linear cache)
 without=(--without hopper "hopper no mass")
 try_hopper() {
   section hopper 80 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
@@ -99,7 +99,7 @@ run_profile() {
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
     --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \
     --section ComputeWorkloadAnalysis --launch-count 48 \
-    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|rotary_kernel|linear_kernel|region_mass|selected_rows|sum_parts' \
+    --kernel-name 'regex:add_norm|attention_kernel|decode_kernel|prefill_kernel|merge|rotary_kernel|linear_kernel|write_cache|region_mass|selected_rows|sum_parts' \
     "$python" bench/profile_targets.py "${families[@]}"
   # Beside configs.json, not over it: an entry is taken over when its figures have been looked at.
   section tune 380 "$python" -m ras_fast.cli bench --tune --out bench/results/logs/configs.json

@@ -59,7 +59,14 @@ def linear():
         ops.linear(rand(rows, 4096), rand(outputs, 4096))
 
 
-FAMILIES = {"norm": norm, "attention": attention, "rotary": rotary, "linear": linear, "hopper": hopper}
+def cache():
+    keys, values = torch.zeros(2, 1, 32, 1024, 128, device="cuda", dtype=torch.bfloat16)
+    for tokens in (2, 640):
+        new = rand(2, 1, tokens, 32, 128).transpose(2, 3)
+        ops.write_cache_(keys, values, torch.arange(tokens, device="cuda")[None], new[0], new[1])
+
+
+FAMILIES = {"norm": norm, "attention": attention, "rotary": rotary, "linear": linear, "cache": cache, "hopper": hopper}
 
 if __name__ == "__main__":
     with torch.no_grad():

@@ -213,7 +213,7 @@ def test_a_kernel_that_fails_its_tests_is_left_out(tree, status, hopper):
     for part, log, script in (("profile", "ncu", "profile_targets"), ("tests", "racecheck", "small_shapes")):
         done, _ = run(tree, part, HOPPER=str(status))
         assert done.returncode == status
-        assert f"{script}.py norm attention rotary linear{hopper}\n" in (logs / f"{log}.log").read_text()
+        assert f"{script}.py norm attention rotary linear cache{hopper}\n" in (logs / f"{log}.log").read_text()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ras_fast.engine.recurrence import Segment, StateLayer, States
+from ras_fast.ops import write_cache_
 
 
 @dataclass
@@ -76,8 +77,7 @@ class PoolLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         view = self.view
         keys, values = self.keys[view.rows], self.values[view.rows]
-        _write(keys, view.slots, key_states)
-        _write(values, view.slots, value_states)
+        write_cache_(keys, values, view.slots, key_states, value_states)
         if view.begin is None:
             return key_states, value_states
         return keys[:, :, view.begin : view.end], values[:, :, view.begin : view.end]
@@ -91,15 +91,6 @@ class PoolLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.capacity
-
-
-def _write(own: Tensor, slots: Tensor, states: Tensor) -> None:
-    """Puts states [b, H, T, D] into slots [b, T] of ``own`` [b, H, capacity, D]."""
-    if own.is_cuda:  # one launch for all rows
-        own.scatter_(2, slots[:, None, :, None].expand_as(states), states)
-        return
-    for row, places, new in zip(own, slots, states, strict=True):  # a CPU scatters element by element, but copies rows
-        row.index_copy_(1, places, new)
 
 
 class KVPool(Cache):

@@ -74,6 +74,16 @@ def rotary():
             yield ops.rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), table, table)
 
 
+def cache():
+    for dtype in (torch.float32, torch.bfloat16):
+        for heads, tokens, dim in ((2, 3, 64), (40, 1, 128), (3, 5, 7)):
+            new = rand(2, 2, tokens, heads, dim, dtype=dtype).transpose(2, 3)
+            held = torch.zeros(2, 2, heads, 9, dim, dtype=dtype, device="cuda")
+            slots = torch.arange(2 * tokens, device="cuda").view(2, tokens) % 9
+            ops.write_cache_(held[0], held[1], slots, new[0], new[1])
+            yield (held,)
+
+
 def linear():
     for dtype in (torch.float16, torch.bfloat16):
         for rows, inputs, outputs in ((1, 8, 1), (3, 1544, 40), (16, 1024, 33), (5, 127, 20), (5, 256, 9000), (16, 256, 4000)):
@@ -85,7 +95,7 @@ def linear():
 # Each with an op that only it has a CUDA kernel of.
 FAMILIES = {
     "norm": (norm, "add_rms_norm"), "attention": (attention, "decode_attention"), "hopper": (hopper, "hopper_prefill"),
-    "rotary": (rotary, "rotary_embedding"), "linear": (linear, "linear"),
+    "rotary": (rotary, "rotary_embedding"), "linear": (linear, "linear"), "cache": (cache, "write_cache_"),
 }  # fmt: skip
 
 

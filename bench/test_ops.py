@@ -92,6 +92,20 @@ def test_region_mass_by_layout(measure, layout):
     measure(lambda: ops.region_mass(query, key, lse, ids, regions, mass_rows=64))
 
 
+@pytest.mark.parametrize("by", ["write_cache_", "index_copy_"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 2), (8, 2), (32, 1), (1, 600)])
+def test_write_cache(measure, batch, tokens, by):
+    """Beside torch's copies, which go row by row."""
+    cache, new = torch.zeros(2, batch, 16, 1024, 64, device=DEVICE).bfloat16(), normal(2, batch, tokens, 16, 64).transpose(2, 3)
+    slots = torch.arange(tokens, device=DEVICE).expand(batch, -1).contiguous()
+
+    def copies():
+        for held, states in zip(cache.flatten(0, 1), new.flatten(0, 1), strict=True):
+            held.index_copy_(1, slots[0], states)
+
+    measure(copies if by == "index_copy_" else lambda: ops.write_cache_(*cache, slots, *new))
+
+
 def test_refusal_similarity(measure):
     logits, prototypes = normal(1, 3, 32000), torch.softmax(torch.randn(3, 32000, device=DEVICE), -1)
     measure(lambda: ops.refusal_similarity(logits, prototypes))

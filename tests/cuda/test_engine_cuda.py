@@ -8,6 +8,7 @@ from tiny_random import tiny_llava
 
 import ras_fast
 from ras_fast.engine import SafeGenerator, batch
+from ras_fast.patching import Patch
 from ras_fast.sequential import SequentialPipeline
 
 CUDA = ras_fast.backends()["cuda"]
@@ -63,3 +64,27 @@ def test_states_in_captured_steps(name, seed):
     for batch_size in (1, 3):
         with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
             assert summary(guard.generate(*queries, max_new_tokens=24)) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_captured_steps_in_half_precision_are_the_uncaptured_ones(processor, monkeypatch, batch_size):
+    """Where the linear layers' kernel runs, too: the same kernels over the same pool, so the same bits."""
+    checked, capture = [], batch.capture
+
+    def beside(function):
+        replay = capture(function)
+
+        def both():
+            states = replay().clone()
+            checked.append(torch.equal(states, function()))  # which writes what is there already
+            return states
+
+        return both
+
+    monkeypatch.setattr(batch, "capture", beside)
+    model = tiny_llava(processor).to("cuda", torch.bfloat16)
+    with SafeGenerator(model, processor, make_profile(model, processor), batch_size=batch_size) as guard:
+        guard.generate(*make_queries(6), max_new_tokens=16)
+        assert Patch.of(model).report().linears > 0
+    assert len(checked) > 16
+    assert all(checked)

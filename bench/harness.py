@@ -53,6 +53,13 @@ def device_name() -> str:
     return f"cpu-{torch.get_num_threads()}-threads{bf16}"
 
 
+def results_folder(about: str) -> Path:
+    """The command line of what reads results, `[DEVICE]`: the folder of that device, or of this machine's."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", nargs="?", help="a folder of bench/results (default: this machine's)")
+    return RESULTS / (parser.parse_args().device or device_name())
+
+
 def compare(
     candidates: dict[str, Callable[[], object]],
     *,

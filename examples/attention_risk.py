@@ -21,7 +21,10 @@ DEFENCES = {"S": "moras", "attention": "attention", "S and attention": "moras+at
 
 def read(folder: Path) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """(scores by name [n], whether harmful [n], kind [n]) of the queries that all three defences were asked."""
-    records = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers = folder / "answers.jsonl"
+    if not answers.is_file():
+        raise SystemExit(f"there is no {answers}; results needs to be the folder of an evaluation")
+    records = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     answered = {name: {r["id"]: r for r in records if r["defence"] == name and "error" not in r} for name in DEFENCES.values()}
     ids = sorted(set.intersection(*map(set, answered.values())))
     if not ids:

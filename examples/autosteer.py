@@ -35,7 +35,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("autosteer-profile"))
     options = parser.parse_args()
 
-    model, processor = load(options.model)
+    try:
+        model, processor = load(options.model)
+    except ValueError as error:
+        raise SystemExit(f"--model: {error}") from error
     if options.pairs:
         pairs, refusal, layer = read_pairs(options.pairs), autosteer.REFUSAL, "sas"
     else:

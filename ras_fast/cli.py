@@ -10,6 +10,8 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ras_fast import loading
@@ -157,10 +159,11 @@ def _layer(text: str) -> int | str:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    _quiet_transformers()
-    from ras_fast import demo
+    with _output_folder(arguments.out):
+        _quiet_transformers()
+        from ras_fast import demo
 
-    return demo.main(arguments.out)
+        return demo.main(arguments.out)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -185,11 +188,17 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ras_fast.inputs import make_queries
 
     images = arguments.image or None
+    if not arguments.prompt.strip():
+        raise ValueError("--prompt is empty; it needs a question")
     if arguments.heatmap:
-        _check_heat_map_path(arguments.heatmap)
+        _check_heat_maps(arguments.heatmap, len(arguments.image))
+    profile = _read_profile(arguments.profile) if arguments.profile else None
     model, processor = _load(arguments)
-    make_queries([arguments.prompt], [images], processor)  # a bad image is reported before minutes of work
-    result = _defended(arguments, model, processor) if arguments.profile else _undefended(arguments, model, processor)
+    try:
+        make_queries([arguments.prompt], [images], processor)  # a bad image is reported before minutes of work
+    except ValueError as error:
+        raise ValueError(str(error).replace("prompts[0]", "--prompt").replace("images[0]", "--image")) from error
+    result = _defended(arguments, profile, model, processor) if profile else _undefended(arguments, model, processor)
     if not arguments.json:
         print(f"{result['text']}\n", flush=True)  # whatever becomes of the pictures
     if images:
@@ -201,11 +210,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _defended(arguments: argparse.Namespace, model, processor) -> dict:
+def _defended(arguments: argparse.Namespace, profile: RasProfile, model, processor) -> dict:
     from ras_fast import SafeGenerator
     from ras_fast.methods import ONE_PASS
 
-    profile = RasProfile.from_pretrained(arguments.profile)
     with SafeGenerator(model, processor, profile, batch_size=1) as guard:
         (out,) = guard.generate([arguments.prompt], [arguments.image or None], max_new_tokens=arguments.max_new_tokens)
     return {
@@ -268,14 +276,21 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
     return {"region_mass": looked.mass.mean((0, 1)).tolist(), "heat_maps": [str(path) for path in paths]}
 
 
-def _check_heat_map_path(path: Path) -> None:
-    """Raises ValueError for a file type that cannot be written, before minutes of work."""
+def _check_heat_maps(path: Path, count: int) -> None:
+    """Raises ValueError for a file type or files that cannot be written, before minutes of work."""
     from matplotlib.figure import Figure
 
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:
         raise ValueError(f"--heatmap {path} needs to end in one of {', '.join(f'.{name}' for name in formats)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _naming("--heatmap", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for file in _heat_map_paths(path, count):
+        with _naming("--heatmap", file):
+            is_new = not file.exists()
+            file.open("ab").close()
+            if is_new:
+                file.unlink()
 
 
 def _heat_map_paths(path: Path, count: int) -> list[Path]:
@@ -310,7 +325,11 @@ def _staged_facts(result: dict) -> str:
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     options = _calibration_options(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes of work
+    with _output_folder(arguments.out):
+        return _calibrate_into(arguments, options)
+
+
+def _calibrate_into(arguments: argparse.Namespace, options: dict) -> int:
     from ras_fast import parallel
 
     parallel.join()
@@ -359,11 +378,11 @@ def _calibration_options(arguments: argparse.Namespace) -> dict:
             raise ValueError(f"{_flag(name)} is of a --condition, which is not given")
     from ras_fast.inputs import read_pairs
 
-    pairs = read_pairs(arguments.data)
+    pairs = _read("--data", arguments.data, read_pairs)
     if "refused" in given:
-        given["refused_texts"] = _read_texts(given.pop("refused"))
+        given["refused_texts"] = _read("--refused", given.pop("refused"), _read_texts)
     if "condition" in given:
-        given["condition_pairs"] = _sides(read_pairs(given.pop("condition")))
+        given["condition_pairs"] = _sides(_read("--condition", given.pop("condition"), read_pairs))
     return {"pairs": _sides(pairs) if arguments.method == "projection" else pairs, **given}
 
 
@@ -397,7 +416,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.defences:
         check_names(arguments.defences.split(","), CALIBRATIONS if calibrates else profiles)
     parallel.join()
-    run.occupy(arguments.out)  # before minutes of work
+    with _naming("--out", arguments.out):
+        run.occupy(arguments.out)  # before minutes of work
     model, processor = _load(arguments)
     judge = load_judge(arguments.judge, model.device) if arguments.judge else dataset.judge
     if calibrates:
@@ -431,7 +451,7 @@ def _given_profiles(arguments: argparse.Namespace) -> dict:
 
     profiles: dict[str, RasProfile] = {}
     for directory in arguments.profile:
-        profile = RasProfile.from_pretrained(directory)
+        profile = _read_profile(directory)
         if name_of(profile) in profiles:
             raise ValueError(f"--profile {directory} is a second one of {name_of(profile)!r}; give one of each")
         profiles[name_of(profile)] = profile
@@ -464,16 +484,57 @@ def _is_wanted(name: str, defences: str | None) -> bool:
     return defences is None or any(f"{wanted}-".startswith(f"{name}-") for wanted in defences.split(","))
 
 
+@contextmanager
+def _naming(option: str, path: Path) -> Iterator[None]:
+    """Has what the system says of a path begin with the option that it was given to."""
+    try:
+        yield
+    except FileExistsError as error:  # where a folder is to be made
+        raise ValueError(f"{option} {path} is a file; it needs to be a folder") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{option} {path} is a folder; it needs to be a file") from error
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be used: {error.strerror}") from error
+
+
+def _read(option: str, path: Path, reader: Callable[[Path], list]) -> list:
+    with _naming(option, path):
+        return reader(path)
+
+
+@contextmanager
+def _output_folder(path: Path) -> Iterator[None]:
+    """Makes the folder of --out, before minutes of work; where they fail and nothing was written, it does not stay."""
+    with _naming("--out", path):
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
+def _read_profile(name: str) -> RasProfile:
+    _quiet_transformers()
+    return RasProfile.from_pretrained(name)
+
+
 def _load(arguments: argparse.Namespace):
     _quiet_transformers()
     return loading.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
 
 
 def _quiet_transformers() -> None:
-    """Silences transformers' warnings, which are for programmers; users of the command line get this package's errors."""
+    """Silences the warnings of transformers and of the hub's client, which are for programmers; users of the command line get
+    this package's errors."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 

@@ -26,8 +26,7 @@ SHOWN_SIDE = 384  # the tiny model's pictures are 96 pixels wide; enlarged for l
 
 
 def main(out: Path, progress: bool = True) -> int:
-    """Prints answers and times, and writes a heat map of each picture into the folder `out`. Returns 0."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Prints answers and times, and writes a heat map of each picture into the folder `out`, which is there. Returns 0."""
     start = time.perf_counter()
     print(ABOUT)
     model, processor = load("tiny")

@@ -140,11 +140,15 @@ def inspect_cuda(library: Path = CUDA_LIBRARY, archs: Sequence[str] = (), match:
     """Every kernel of the built CUDA library; `archs` ("90a", …) and `match` (part of a name) narrow it down.
 
     Raises:
-        InspectError: the library is not built, or cuobjdump is missing.
+        InspectError: the library is not built or holds none of `archs`, or cuobjdump is missing.
     """
     if not library.is_file():
         raise InspectError(f"{library} does not exist: run `ras-fast build` (it needs nvcc, but no GPU)")
-    return [row for row in read_binary(library) if (not archs or row.arch[3:] in archs) and match in row.kernel]
+    rows = read_binary(library)
+    built = dict.fromkeys(row.arch[3:] for row in rows)
+    if archs and not built.keys() & set(archs):
+        raise InspectError(f"--arch is {', '.join(archs)}; {library.name} has kernels for {', '.join(built)}")
+    return [row for row in rows if row.arch[3:] in (archs or built) and match in row.kernel]
 
 
 def inspect_triton(archs: Sequence[int] = TRITON_ARCHS, match: str = "") -> list[KernelFacts]:
@@ -202,11 +206,18 @@ def table(rows: Sequence[KernelFacts]) -> str:
     return "\n".join(text)
 
 
+def _compute_capability(text: str) -> str:
+    if not re.fullmatch(r"[0-9]{2,3}a?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 90 or 90a")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`ras-fast inspect`: prints the table; exit status 1 when a kernel spills, 2 when something is missing."""
     parser = argparse.ArgumentParser(prog="ras-fast inspect", description=__doc__.split("\n\n")[0])
     parser.add_argument("which", nargs="?", choices=("cuda", "triton"), help="only the built library, or the Triton kernels")
-    parser.add_argument("--arch", action="append", default=[], help="only this compute capability, such as 90a; repeatable")
+    parser.add_argument("--arch", type=_compute_capability, action="append", default=[],
+                        help="only this compute capability, such as 90a; repeatable")  # fmt: skip
     parser.add_argument("--match", default="", help="only kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     arguments = parser.parse_args(argv)

@@ -77,7 +77,7 @@ def _resolve(name: str) -> str:
     if path.is_dir():
         return str(path)
     # A hub id is "name" or "owner/name"; anything else can only have been meant as a folder.
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(f"model {name!r}: there is no such folder")
     return name
 

@@ -287,6 +287,10 @@ def _locate(directory_or_hub_id, name: str) -> Path:
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} holds no {name}; a profile directory needs {JSON_NAME}, {TENSORS_NAME}")
         return directory / name
+    if directory.exists():
+        raise FileNotFoundError(f"no profile at {str(directory)!r}: it is a file; it needs to be a folder")
+    if "/" not in str(directory_or_hub_id):
+        raise FileNotFoundError(f"no profile at {str(directory)!r}: there is no such folder, and a hub id is OWNER/NAME")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 

@@ -1,5 +1,8 @@
 """The benchmark's GPU mode, at a size that shows that it runs: its figures are for a GPU to give."""
 
+import sys
+from argparse import ArgumentTypeError
+
 import bench_engine
 import pytest
 import torch
@@ -17,6 +20,23 @@ def test_gpu_mode(capsys, left_out):
     assert said.count("undefended, graphs ") == len(cases)
     assert said.count("MoRAS in sequence") == said.count("AutoSteer, engine, gate on") == min(len(cases), 1)
     assert Patch.of(model) is None
+
+
+@pytest.mark.parametrize("case", ["benign:-1", "benign:0", "refused:4:0", "benign", "odd:4", "benign:4:1:1"])
+def test_a_wrong_case_is_refused(case):
+    with pytest.raises(ArgumentTypeError, match=f"^'{case}' is not benign or refused, then"):
+        bench_engine.case(case)
+
+
+def test_a_case_may_name_its_rounds():
+    assert [bench_engine.case(text) for text in ("benign:64", "refused:16:3")] == [("benign", 64, None), ("refused", 16, 3)]
+
+
+def test_the_gpu_mode_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", "--gpu-7b"])
+    with pytest.raises(SystemExit, match="--gpu-7b needs a CUDA device"):
+        bench_engine.main()
 
 
 def test_the_floor_counts_what_a_decode_step_reads(monkeypatch):

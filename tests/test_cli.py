@@ -2,11 +2,13 @@
 
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,10 +112,12 @@ def test_generate_without_an_image(generate, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--image", "{folder}/broken.png"], "cannot be read"),
-        (["--image", "{folder}/nowhere.png"], "No such file"),
+        (["--image", "{folder}/broken.png"], "--image cannot be read"),
+        (["--image", "{folder}/nowhere.png"], "--image cannot be read: [Errno 2] No such file"),
         (["--profile", "{folder}/foreign"], "another model"),
-        (["--profile", "{folder}/nowhere"], "profile"),
+        (["--profile", "{folder}/nowhere"], "no profile at"),
+        (["--profile", "{folder}/a.png"], "a.png': it is a file; it needs to be a folder"),
+        (["--profile", "nosuch"], "no profile at 'nosuch': there is no such folder, and a hub id is OWNER/NAME"),
         (["--model", "{folder}/nowhere"], "no such folder"),
         (["--model", "tests"], "cannot be read"),
         (["--device", "quantum"], "device is 'quantum'"),
@@ -121,9 +125,9 @@ def test_generate_without_an_image(generate, capsys):
         (["--device", "hpu"], "device is 'hpu', which this torch cannot use"),
         (["--heatmap", "{folder}/heat"], "heat needs to end in one of"),
         (["--heatmap", "{folder}/heat.xyz"], "heat.xyz needs to end in one of"),
-        (["--heatmap", "{folder}/a.png/heat.png"], "a.png"),
-        (["--prompt", " "], "needs to end in"),
-        (["--prompt", "<image> <image> w1"], "placeholder"),
+        (["--heatmap", "{folder}/a.png/heat.png"], "--heatmap {folder}/a.png is a file; it needs to be a folder"),
+        (["--prompt", " "], "--prompt is empty; it needs a question"),
+        (["--prompt", "<image> <image> w1"], "--prompt has 2 image placeholder(s) but --image holds 1"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(generate, folder, capsys, options, words, monkeypatch):
@@ -131,9 +135,44 @@ def test_a_users_mistake_is_one_clear_line(generate, folder, capsys, options, wo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert generate(*(option.format(folder=folder) for option in options)) == 1
     error = capsys.readouterr().err
-    assert words in error
+    assert words.format(folder=folder) in error
     assert error.startswith("ras-fast: error: ")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--heatmap", "{tmp}/taken.png"), "--heatmap {tmp}/taken.png is a folder; it needs to be a file"),
+        (("--image", "{folder}/b.png", "--heatmap", "{tmp}/heat.png"), "--heatmap {tmp}/heat-2.png is a folder"),
+        (("--heatmap", "{tmp}/new/heat.png", "--profile", "{folder}/a.png"), "it is a file"),
+    ],
+    ids=["taken", "second", "another mistake"],
+)
+def test_heat_maps_and_profiles_are_looked_at_before_it_begins(folder, tmp_path, generate, capsys, monkeypatch, options, words):
+    monkeypatch.setattr("ras_fast.loading.load", lambda *arguments, **options: pytest.fail("too late"))
+    for taken in ("taken.png", "heat-2.png"):
+        (tmp_path / taken).mkdir()
+    assert generate(*(option.format(folder=folder, tmp=tmp_path) for option in options)) == 1
+    assert words.format(tmp=tmp_path) in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("option", ["--model", "--profile"])
+def test_the_hubs_retries_are_not_shown(generate, monkeypatch, option):
+    from huggingface_hub.utils import logging
+
+    told = []
+
+    def unreachable(*arguments, **options):
+        told.append(logging.get_logger().isEnabledFor(logging.WARNING))
+        raise OSError("no connection")
+
+    logging.set_verbosity_warning()
+    for name in ("huggingface_hub.hf_hub_download", "transformers.AutoConfig.from_pretrained"):
+        monkeypatch.setattr(name, unreachable)
+    assert generate(option, "owner/nosuch") == 1
+    assert told == [False]
 
 
 def test_a_text_model_is_refused(tmp_path, generate, capsys):
@@ -173,11 +212,15 @@ def test_an_image_whose_tokens_are_no_grid_has_no_heat_map(generate, tmp_path, c
 def test_the_answer_is_printed_whatever_becomes_of_its_picture(generate, tmp_path, capsys, monkeypatch):
     generate("--json")
     expected = json.loads(capsys.readouterr().out)["text"]
-    (tmp_path / "heat.png").mkdir()
+
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ras_fast.viz.save_heat_map", full)
     assert generate("--heatmap", str(tmp_path / "heat.png")) == 1
     captured = capsys.readouterr()
     assert captured.out.startswith(f"{expected}\n")
-    assert "heat.png" in captured.err
+    assert "No space left" in captured.err
 
 
 def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
@@ -269,11 +312,13 @@ def calibrate(folder, *options):
     return cli.main(["calibrate", "--model", str(folder / "model"), "--out", str(folder / "new"), *options])
 
 
-def test_calibrate_says_when_the_model_does_not_refuse(folder, capsys):
+def test_calibrate_says_when_the_model_does_not_refuse(folder, tmp_path, capsys):
     (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')
     (folder / "texts.txt").write_text("w1 w2\n\nw3 w4\n")
-    assert calibrate(folder, "--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt")) == 1
+    data = ("--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt"))
+    assert calibrate(folder, *data, "--out", str(tmp_path / "new" / "profile")) == 1
     assert "refuses 0 of 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibrate_writes_a_profile(folder, capsys, monkeypatch):
@@ -402,7 +447,7 @@ def test_calibrate_does_not_ignore_a_prompt(folder, capsys):
         (("--method", "autosteer", "--layers", "1"), "--layers is not for --method autosteer"),
         (("--method", "ras", "--alpha", "1"), "--alpha is not for --method ras"),
         (("--method", "projection", "--condition-layer", "0"), "--condition-layer is of a --condition"),
-        (("--method", "projection", "--condition", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--method", "projection", "--condition", "nowhere.jsonl"), "--condition nowhere.jsonl cannot be used: No such file"),
         (("--method", "projection", "--layers", "1,7"), "layers [7] are not there"),
         (("--method", "autosteer", "--layer", "best"), "layer is 'best'; it needs to be 'sas'"),
         (("--method", "autosteer", "--layer", "7"), "layer is 7; the model has layers 0..1"),
@@ -420,7 +465,18 @@ def test_calibrate_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
     (folder / "texts.txt").write_text("w1")
     data = ("--data", str(folder / "pairs.jsonl"), "--refused", str(folder / "texts.txt"))
     assert cli.main(["calibrate", "--model", str(folder / "model"), *data, "--out", str(folder / "a.png")]) == 1
-    assert "a.png" in capsys.readouterr().err
+    assert "a.png is a file; it needs to be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("missing", "cannot be used: No such file"), ("model", "is a folder; it needs to be a file")]
+)
+@pytest.mark.parametrize("wrong", ["--data", "--refused"])
+def test_calibrate_names_the_option_of_a_wrong_path(folder, pairs, capsys, wrong, name, words):
+    (folder / "texts.txt").write_text("w1")
+    files = {"--data": "pairs.jsonl", "--refused": "texts.txt", wrong: name}
+    assert calibrate(folder, *(word for flag, name in files.items() for word in (flag, str(folder / name)))) == 1
+    assert f"{wrong} {folder / name} {words}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["--data", "--refused"])
@@ -435,7 +491,7 @@ def test_calibrate_names_a_file_that_is_no_text(folder, capsys, wrong):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--out", "a.png"), "a.png"),
+        (("--out", "a.png"), "a.png is a file; it needs to be a folder"),
         (("--defences", "moras,magic"), "'magic' is unknown"),
         (("--profile", "profile", "--defences", "moras,ras"), "'ras' is unknown"),
         (("--dataset", "questions.jsonl", "--defences", "moras"), "'moras' is unknown"),
@@ -451,8 +507,9 @@ def test_eval_needs_a_folder_and_names_before_it_begins(folder, questions, tmp_p
 
 def test_demo_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
     monkeypatch.setattr("ras_fast.demo.load", lambda name: pytest.fail("too late"))
-    assert cli.main(["demo", "--out", str(folder / "a.png")]) == 1
-    assert "a.png" in capsys.readouterr().err
+    for out, words in (("a.png", "is a file; it needs to be a folder"), ("a.png/new", "cannot be used: Not a directory")):
+        assert cli.main(["demo", "--out", str(folder / out)]) == 1
+        assert f"--out {folder / out} {words}" in capsys.readouterr().err
 
 
 def test_only_the_profiles_that_are_asked_for_are_calibrated():
@@ -773,3 +830,17 @@ def test_the_heat_map_covers_what_the_processor_keeps(sizes, size):
 def test_a_tiled_picture_is_seen_whole():
     processor = SimpleNamespace(image_grid_pinpoints=[[336, 672]], do_center_crop=True, crop_size={"height": 336, "width": 336})
     assert _seen((100, 200), processor) == (0, 0, 100, 200)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("attention_risk", ["nowhere"], "there is no nowhere/answers.jsonl; results needs to be the folder of an evaluation"),
+        ("autosteer", ["--model", "./nosuch"], "--model: model './nosuch': there is no such folder"),
+    ],
+)
+def test_an_example_says_what_is_wrong(monkeypatch, script, arguments, words):
+    path = Path(__file__).resolve().parents[1] / "examples" / f"{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        runpy.run_path(str(path), run_name="__main__")

@@ -11,9 +11,11 @@ import tarfile
 from pathlib import Path
 
 import aims
+import bench_crossovers
 import harness
 import ncu_table
 import pytest
+import roofline
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 NORM = {"dtype": "bfloat16", "T": 8192, "d": 4096, "graph": True, "ras_fast µs": 60.0, "steer all µs": 61.0,
@@ -39,6 +41,24 @@ def write_results(folder, norm=(NORM,), attention=(SELECTED, EVERY, DECODE), aut
 
 def verdicts(folder):
     return {aim.text: aims.judge(aim, folder) for aim in aims.AIMS}
+
+
+@pytest.mark.parametrize("script", [bench_crossovers, roofline, aims])
+def test_help_measures_and_writes_nothing(script, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "compare", lambda *_, **__: pytest.fail("it measures"))
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 0
+    assert "usage: script" in capsys.readouterr().out
+
+
+def test_a_roofline_needs_results_with_ceilings(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no norm\*.json or attention\*.json"):
+        roofline.draw(tmp_path)
+    write_results(tmp_path)
+    with pytest.raises(SystemExit, match=r"attention.json has no ceilings matmul GFLOP/s: run its benchmark again"):
+        roofline.draw(tmp_path)
 
 
 def test_all_aims_met(tmp_path):

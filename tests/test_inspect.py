@@ -87,6 +87,23 @@ def test_nothing_found_is_no_success(monkeypatch, capsys):
     assert "'nrom'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arch", ["foo", "sm_90", "90b"])
+def test_what_is_no_compute_capability_is_refused(capsys, arch):
+    with pytest.raises(SystemExit) as stopped:
+        inspect.main(["triton", "--arch", arch])
+    assert stopped.value.code == 2
+    assert f"argument --arch: '{arch}' is not a compute capability such as 90 or 90a" in capsys.readouterr().err
+
+
+def test_an_architecture_that_the_library_lacks_is_named_beside_those_that_it_has(monkeypatch, tmp_path):
+    library = tmp_path / "library.so"
+    library.touch()
+    monkeypatch.setattr(inspect, "read_binary", lambda path: [facts(arch="sm_80"), facts(), facts(kernel="other")])
+    with pytest.raises(inspect.InspectError, match=r"--arch is 75; library.so has kernels for 80, 90a$"):
+        inspect.inspect_cuda(library, ["75"])
+    assert inspect.inspect_cuda(library, ["75", "90a"], "other") == [facts(kernel="other")]
+
+
 def test_json_has_every_field(monkeypatch, capsys):
     monkeypatch.setattr(inspect, "inspect_cuda", lambda **_: [facts()])
     assert inspect.main(["cuda", "--json"]) == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -22,6 +24,17 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], symbols: str) -> N
     """`tensor` has exactly the sizes `expected`; `symbols` says them in the docstring's letters."""
     if tuple(tensor.shape) != tuple(expected):
         fail(name, f"of shape {tuple(tensor.shape)}", f"{symbols} = {tuple(expected)}")
+
+
+def is_tensor(name: str, value: object, need: str) -> None:
+    """`value` is a tensor; `need` says which one is wanted."""
+    if not isinstance(value, Tensor):
+        fail(name, repr(value), need)
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an integer of Python, of NumPy or of a trace."""
+    return isinstance(value, (int, torch.SymInt, Integral))
 
 
 def floating(name: str, tensor: Tensor) -> None:
@@ -50,7 +63,9 @@ def last_dim_contiguous(name: str, tensor: Tensor) -> None:
 
 def may_read(tensor: Tensor) -> bool:
     """Whether the tensor has values, and an op that looks at them is neither traced nor recorded."""
-    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor) and not is_in_torch_dispatch_mode()
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or is_in_torch_dispatch_mode():
+        return False
+    return not is_functorch_wrapped_tensor(tensor)  # as under torch.vmap
 
 
 def one_device(op: str, x: Tensor, *others: Tensor | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ras_fast import backend
 
@@ -97,11 +98,11 @@ def _select(name: str, like: torch.Tensor) -> tuple[Callable[..., Any], bool]:
     """(implementation, whether it guards itself)."""
     if torch.compiler.is_compiling():  # validation is traced away, and the fake kernels guard nothing
         return _implementation(name, like), False
-    key = (name, backend.forced_backend(), like.device, like.dtype)
+    key = (name, backend.forced_backend(), type(like), like.device, like.dtype)
     found = _selected.get(key)
     if found is None:
         kernel = _implementation(name, like)
-        native = backend.has_kernel(name, like.device.type)
+        native = backend.has_kernel(name, like.device.type) and not issubclass(type(like), FakeTensor)
         found = _selected[key] = kernel, native and kernel is getattr(torch.ops.ras_fast, name).default
     return found
 

@@ -6,7 +6,6 @@ Shapes: B batch, Hq query heads, Hkv key/value heads (Hq % Hkv == 0), Lq, Lk len
 from __future__ import annotations
 
 import inspect
-import math
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from ras_fast.ops._registry import LIBRARY, call, define, name_of, outside_autoc
 from ras_fast.ops.attention_plan import Plan, are_per_row, case_of, op_of, plan_attention
 
 REDUCTIONS = ("mean", "sum", "max")
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def region_attention(
@@ -264,8 +264,8 @@ def _resolve_window(window: int | None, key: Tensor) -> int:
 def _resolve_rows(name: str, rows: int | None, query: Tensor) -> int:
     if rows is None:
         return query.shape[2]
-    if not 0 <= rows <= query.shape[2]:
-        _check.fail(name, rows, f"None or in 0..Lq = {query.shape[2]}")
+    if not (_check.is_integer(rows) and 0 <= rows <= query.shape[2]):
+        _check.fail(name, repr(rows), f"None or an integer in 0..Lq = {query.shape[2]}")
     return rows
 
 
@@ -308,8 +308,8 @@ def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) 
         if num_regions:
             _check.fail("num_regions", num_regions, "0 when region_ids is None")
         return
-    if num_regions < 1:
-        _check.fail("num_regions", num_regions, "at least 1 when region_ids is given")
+    if not (_check.is_integer(num_regions) and num_regions >= 1):
+        _check.fail("num_regions", repr(num_regions), "an integer of at least 1 when region_ids is given")
     _check.shape("region_ids", region_ids, (key.shape[0], key.shape[2]), "[B, Lk]")
     _check.dtype("region_ids", region_ids, torch.int32)
     _check.device("region_ids", region_ids, key.device)
@@ -335,6 +335,7 @@ def _validated_row_bounds(query, is_causal, kv_start, kv_end) -> tuple[Tensor | 
 def _validate_bounds(query, kv_start, kv_end, shape: tuple[int, ...] | None = None, symbols: str = "[B]") -> None:
     for name, bound in (("kv_start", kv_start), ("kv_end", kv_end)):
         if bound is not None:
+            _check.is_tensor(name, bound, f"None or a tensor {symbols}")
             _check.shape(name, bound, (query.shape[0],) if shape is None else shape, symbols)
             _check.dtype(name, bound, torch.int32)
             _check.device(name, bound, query.device)
@@ -343,12 +344,12 @@ def _validate_bounds(query, kv_start, kv_end, shape: tuple[int, ...] | None = No
 
 def _validate_scores(is_causal, window, softcap) -> None:
     if window is not None:
-        if window < 1:
-            _check.fail("window", window, "None or at least 1")
+        if not (_check.is_integer(window) and window >= 1):
+            _check.fail("window", repr(window), "None or an integer of at least 1")
         if not is_causal:
             _check.fail("window", f"{window} with is_causal=False", "used with is_causal=True")
-    if softcap is not None and not 0 < softcap < math.inf:
-        _check.fail("softcap", softcap, "None, or positive and finite")
+    if softcap is not None and not _FLOAT32.tiny <= softcap <= _FLOAT32.max:  # kernels divide by it in float32
+        _check.fail("softcap", softcap, f"None, or in {_FLOAT32.tiny:.2g}..{_FLOAT32.max:.2g}")
 
 
 def _validate_bias(query: Tensor, region_ids: Tensor | None, num_regions: int, region_bias: Tensor | None) -> None:

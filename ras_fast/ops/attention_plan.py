@@ -86,7 +86,7 @@ def case_of(
 
 def are_per_row(*bounds: Tensor | None) -> bool:
     """Whether one of them is [B, Lq], each row's own."""
-    return any(bound is not None and bound.dim() == 2 for bound in bounds)
+    return any(isinstance(bound, Tensor) and bound.dim() == 2 for bound in bounds)
 
 
 def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:

@@ -221,6 +221,7 @@ def _validate(x, residual, weight, bias, vectors, slot, alpha, probes) -> None:
         _check.dtype("residual", residual, x.dtype)
         _check.last_dim_contiguous("residual", residual)
         _check.device("residual", residual, x.device)
+    _check.is_tensor("weight", weight, "a tensor [d]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _check.shape(name, tensor, (d,), "[d]")

@@ -655,6 +655,14 @@ def test_traces_with_regions(mode):
     torch.testing.assert_close(traced(*arguments), mass(*arguments))
 
 
+def test_vmap_over_region_ids():
+    query, key, value = inputs()
+    ids = torch.stack([image_ids(2, 9), image_ids(2, 9).flip(1)])
+    got = torch.vmap(lambda ids: ops.region_attention(query, key, value, ids, 2)[2])(ids)
+    for mass, each in zip(got, ids, strict=True):
+        assert torch.equal(mass, ops.region_attention(query, key, value, each, 2)[2])
+
+
 @pytest.mark.parametrize("name", ["sinks", "region_bias", "lse"])
 def test_a_gradient_is_never_dropped_silently(name):
     query, key, value = inputs(length_q=1)
@@ -723,6 +731,7 @@ ids = torch.zeros(2, 6, dtype=torch.int32)
         ((q[:, :3], k, v), {}, "key is of 2 heads"),
         ((q, k, v[:, :, :5]), {}, "value is of shape"),
         ((q, k, v, ids, 0), {}, "num_regions is 0"),
+        ((q, k, v, ids, 1.5), {}, "num_regions is 1.5"),
         ((q, k, v, None, 3), {}, "num_regions is 3"),
         ((q, k, v, ids.long(), 2), {}, "region_ids is of dtype torch.int64"),
         ((q, k, v, ids[:, :5], 2), {}, "region_ids is of shape"),
@@ -736,14 +745,20 @@ ids = torch.zeros(2, 6, dtype=torch.int32)
             r"kv_start is of shape \(2,\); it must be \[B, Lq\], as the other bound is",
         ),
         ((q, k, v), {"kv_end": torch.zeros(3, dtype=torch.int32)}, "kv_end is of shape"),
+        ((q, k, v), {"kv_start": 0}, r"kv_start is 0; it must be None or a tensor \[B\]"),
         ((q, k, v), {"window": 0}, "window is 0"),
+        ((q, k, v), {"window": 1.5}, "window is 1.5"),
         ((q, k, v), {"window": 3, "is_causal": False}, "window is 3 with is_causal=False"),
         ((q, k, v), {"softcap": -1.0}, "softcap is -1.0"),
         ((q, k, v), {"softcap": float("inf")}, "softcap is inf"),
+        ((q, k, v), {"softcap": 1e-46}, "softcap is 1e-46"),
+        ((q, k, v), {"softcap": 1e39}, r"softcap is 1e\+39"),
         ((q, k, v), {"sinks": torch.zeros(3)}, "sinks is of shape"),
         ((q, k, v), {"region_bias": torch.zeros(4, 2)}, "region_bias is given without region_ids"),
         ((q, k, v, ids, 2), {"region_bias": torch.zeros(4, 3)}, "region_bias is of shape"),
         ((q, k, v, ids, 2), {"mass_rows": 6}, "mass_rows is 6"),
+        ((q, k, v, ids, 2), {"mass_rows": 1.5}, "mass_rows is 1.5"),
+        ((q, k, v, ids, 2), {"mass_rows": "a"}, "mass_rows is 'a'"),
     ],
 )
 def test_bad_arguments_are_named(args, kwargs, message):

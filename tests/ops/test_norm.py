@@ -449,6 +449,23 @@ def test_in_place_without_addresses(device):
         assert ops.add_rms_norm_(x, residual, weight, 1e-6)[0] is x
 
 
+def test_in_place_under_functionalize():
+    """What torch says of it, not that two tensors without addresses overlap."""
+    def block(x, residual):
+        return ops.add_rms_norm_(x, residual, w, 1e-6)[0]
+
+    with pytest.raises(RuntimeError, match="custom"):
+        torch.func.functionalize(block)(torch.randn(3, 8), torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_bad_arguments_are_named_without_values(device):
+    with FakeTensorMode() if device == "fake" else torch.device("meta"):
+        x, weight = torch.empty(3, 8), torch.empty(7)
+        with pytest.raises(ValueError, match="weight is of shape"):
+            ops.add_rms_norm(x, None, weight, 1e-6)
+
+
 def test_in_place_compiles_without_graph_breaks():
     def block(x, residual, weight):
         y, h, _ = ops.add_rms_norm_(x * 2, residual, weight, 1e-6)
@@ -483,6 +500,7 @@ ok = {"steer_vectors": torch.zeros(2, 8), "steer_slot": torch.zeros(2, dtype=tor
         ((x, x.bfloat16(), w, 1e-6), {}, "residual is of dtype"),
         ((x, x.to("meta"), w, 1e-6), {}, "residual is on device meta"),
         ((x, None, torch.zeros(7), 1e-6), {}, "weight is of shape"),
+        ((x, None, None, 1e-6), {}, r"weight is None; it must be a tensor \[d\]"),
         ((x, None, w, 1e-6), {"rounding": "up"}, "rounding is 'up'"),
         ((x, None, w, 1e-6), {"steer_mode": "mul"}, "steer_mode is 'mul'"),
         ((x, None, w, 1e-6), {"steer_vectors": torch.zeros(2, 8)}, "steer_slot is None"),

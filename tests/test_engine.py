@@ -787,7 +787,7 @@ CHANGES = {
     "buffers": lambda model: model.model.language_model.rotary_emb.inv_freq.mul_(1.5),
     "bias": lambda model: Patch.of(model).set_region_bias(torch.ones(4)),
     "steering": lambda model: Patch.of(model).set_steering(0, torch.ones(1, 32)),
-    "steered rows": lambda model: Patch.of(model).steering.set_rows(torch.zeros(1), torch.ones(1)),
+    "steered rows": lambda model: Patch.of(model).steering.set_rows(torch.zeros(1, dtype=torch.int32), torch.ones(1)),
     "backend": lambda model: ras_fast.set_backend("torch"),
     "patch": lambda model: Patch.of(model).unpatch(),
     "module": lambda model: setattr(model, "lm_head", copy.deepcopy(model.lm_head)),
@@ -811,7 +811,7 @@ def test_a_change_of_the_model_is_noticed(processor, change):
     patch = ras_fast.patch(model)
     if change == "steered rows":
         patch.set_steering(0, torch.ones(1, 32))
-        patch.steering.set_rows(-torch.ones(1), torch.zeros(1))
+        patch.steering.set_rows(torch.tensor([-1]), torch.zeros(1))
     watch = Watch(model)
     assert watch.changed()
     watch.note()
@@ -840,7 +840,7 @@ def test_nothing_is_found_in_the_cache_that_another_model_put_there(processor, c
     patch = ras_fast.patch(model)
     if change == "steered rows":
         patch.set_steering(0, 3 * torch.randn(1, 32))
-        patch.steering.set_rows(-torch.ones(1), torch.zeros(1))
+        patch.steering.set_rows(torch.tensor([-1]), torch.zeros(1))
     guard = SafeGenerator(model, processor, profile, cache_bytes=10**7)
     before = guard.generate(prompts, images, max_new_tokens=8)
     assert_same(guard.generate(prompts, images, max_new_tokens=8), before)
@@ -853,7 +853,7 @@ def test_nothing_is_found_in_the_cache_that_another_model_put_there(processor, c
     elif change == "bias":
         patch.set_region_bias(torch.tensor([5.0, -5.0, 5.0, 0.0]))
     else:
-        patch.steering.set_rows(torch.zeros(1), torch.ones(1))
+        patch.steering.set_rows(torch.zeros(1, dtype=torch.int32), torch.ones(1))
     expected = SafeGenerator(model, processor, profile).generate(prompts, images, max_new_tokens=8)
     outputs = guard.generate(prompts, images, max_new_tokens=8)
     assert outputs[0].risk != before[0].risk

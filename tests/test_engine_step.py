@@ -142,7 +142,7 @@ def test_graphs_end_with_the_model_that_they_are_of(processor, graphs, change):
         model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: output * 1.5)
     elif change == "steering":
         handle.set_steering(0, 3 * torch.randn(1, 32))
-        handle.steering.set_rows(torch.zeros(1), torch.ones(1))
+        handle.steering.set_rows(torch.zeros(1, dtype=torch.int32), torch.ones(1))
     elif change == "bias":
         handle.set_region_bias(torch.tensor([5.0, -5.0, 5.0, 0.0]))
     elif change == "weights":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
+from ras_fast.ops._check import FLOATS
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
 from ras_fast.patching.image_statistics import link
@@ -255,9 +256,9 @@ class Patch:
                     f"bias of layer {layer} is {tensor.dtype} {tuple(tensor.shape)}; it must be floating, [Hq] or [Hq, R], "
                     f"with Hq = {heads}"
                 )
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"bias of layer {layer} holds NaN or infinite values; they must be finite")
-            checked[layer] = tensor.detach().float().clone()
+            checked[layer] = tensor.detach().to(torch.float32, copy=True)
+            if not bool(torch.isfinite(checked[layer]).all()):
+                raise ValueError(f"bias of layer {layer} holds NaN or infinite values; they must be finite in float32")
         self._regions().biases = checked
 
     @property
@@ -286,7 +287,7 @@ class Patch:
         Args:
             layer: index of a decoder layer, whose output h becomes h + α·v; or "final", where the last norm's output y becomes
                 (1−α)·y + α·v.
-            vectors: [S, d]; row s is used where `steering.slot` is s.
+            vectors: [S, d], floating; row s is used where `steering.slot` is s. They are copied.
             rows: which positions of a sequence are steered when `steering` has one entry a sequence: "last" (the default
                 for "final") or "all" (the default otherwise).
             steering: which rows are steered here, and how far; None: `Patch.steering`. A layer follows one of them.
@@ -328,7 +329,7 @@ class Patch:
 
         Args:
             layer: index of a decoder layer; what is read is its output h, steered if that layer is.
-            directions: [P, d].
+            directions: [P, d], floating. They are copied.
             receive: called in each forward, before the next layer runs, with [B, L, P+1] float32: h·directions, and ‖h‖² last.
 
         Returns:
@@ -359,12 +360,16 @@ class Patch:
         return place
 
     def _directions(self, name: str, directions: Tensor, place: SteeredLayer | FusedNorm) -> Tensor:
-        """[S, d] on the device where they will be used."""
+        """A copy [S, d] as the kernels take it, on the device where it will be used."""
         d = self.text_model.config.hidden_size
         if directions.dim() != 2 or directions.shape[0] == 0 or directions.shape[1] != d:
             raise ValueError(f"{name} is of shape {tuple(directions.shape)}; it must be [S, d] with S > 0 and d = {d}")
+        if directions.dtype not in FLOATS:
+            raise ValueError(f"{name} is of dtype {directions.dtype}; it must be float32, float16, bfloat16 or float64")
         weight = next((place.norm if isinstance(place, FusedNorm) else place.layer).parameters())
-        return directions.detach() if weight.is_meta else directions.detach().to(weight.device)
+        device = directions.device if weight.is_meta else weight.device
+        dtype = torch.float32 if directions.dtype == torch.float64 != weight.dtype else directions.dtype
+        return directions.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
     def _apply(self, regions: bool, norms: bool, linears: bool, backend: str) -> None:
         root, text_model, decoder_layers = find_decoder(self.model)

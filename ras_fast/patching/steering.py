@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_SLOT_DTYPES = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
+
 
 class Steering:
     """Says for each sequence whether it is steered, by which vector and how far. One object may serve several layers.
@@ -26,17 +28,21 @@ class Steering:
         self.alpha: Tensor | None = None
 
     def set_rows(self, slot: Tensor, alpha: Tensor) -> None:
-        """Sets `slot` and `alpha` for the forwards to come. No host sync.
+        """Sets `slot`, of a signed integer dtype or uint8, and `alpha` for the forwards to come. No host sync.
 
         Raises:
-            ValueError: a tensor is not one-dimensional, or their sizes differ.
+            ValueError: a tensor is not one-dimensional, their sizes differ, or `slot` is of another dtype.
         """
         if slot.dim() != 1 or slot.shape != alpha.shape:
             raise ValueError(f"slot is {tuple(slot.shape)} and alpha {tuple(alpha.shape)}; both must be [B] or [T]")
+        if slot.dtype not in _SLOT_DTYPES:
+            raise ValueError(f"slot is of dtype {slot.dtype}; it must be int8, int16, int32, int64 or uint8")
         if self.slot is None or self.slot.shape != slot.shape or self.slot.device != slot.device:
             with torch.inference_mode(False):  # a later call may come from outside of it
                 self.slot = torch.empty_like(slot, dtype=torch.int32)
                 self.alpha = torch.empty_like(alpha, dtype=torch.float32)
+        if slot.dtype == torch.int64:  # what is out of range stays out of range
+            slot = slot.clamp(-2, torch.iinfo(torch.int32).max)
         self.slot.copy_(slot)
         self.alpha.copy_(alpha)
 

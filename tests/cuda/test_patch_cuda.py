@@ -71,7 +71,7 @@ def test_a_captured_step_is_the_eager_step():
     with torch.no_grad(), ras_fast.patch(model) as patched:
         patched.set_steering(1, torch.randn(1, SIZE, device="cuda"))
         steering = patched.steering
-        steering.set_rows(torch.zeros(2, device="cuda"), torch.zeros(2, device="cuda"))
+        steering.set_rows(torch.zeros(2, dtype=torch.int32, device="cuda"), torch.zeros(2, device="cuda"))
         decoding = Decoding(model, patched)
 
         def decode(step, strength=1.0):

@@ -21,7 +21,7 @@ def run(model):
         assert patched.report().fused_norms == 6
         output = model(**batch, output_attentions=True)
         patched.set_steering(1, vectors)
-        patched.steering.set_rows(torch.zeros(2), torch.full((2,), 0.5))
+        patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.full((2,), 0.5))
         steered = model(**batch).logits
         patched.clear_steering()
         tokens = model.generate(**batch, max_new_tokens=5, do_sample=False)

@@ -71,7 +71,7 @@ def test_steering_and_reading_where_no_norm_follows_are_in_the_graph():
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), ras_fast.patch(model, regions=False) as patched:
         patched.set_steering(0, torch.ones(1, 64))
-        patched.steering.set_rows(torch.zeros(1), torch.ones(1))
+        patched.steering.set_rows(torch.zeros(1, dtype=torch.int32), torch.ones(1))
         patched.set_probe(0, torch.ones(1, 64), dots.append)
         expected = model(input_ids=ids, use_cache=False).logits
         got = torch.compile(model, fullgraph=True, backend=counter)(input_ids=ids, use_cache=False).logits

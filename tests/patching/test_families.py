@@ -85,9 +85,9 @@ def test_every_layer_can_be_steered_and_read(name):
             for index in range(len(layers)):
                 patched.set_steering(index, vector)
                 patched.set_probe(index, vector, functools.partial(dots.__setitem__, index))
-            patched.steering.set_rows(torch.zeros(len(ROWS)), torch.zeros(len(ROWS)))
+            patched.steering.set_rows(torch.zeros(len(ROWS), dtype=torch.int32), torch.zeros(len(ROWS)))
             assert torch.equal(last_states(), plain)
-            patched.steering.set_rows(torch.zeros(len(ROWS)), torch.full((len(ROWS),), 0.5))
+            patched.steering.set_rows(torch.zeros(len(ROWS), dtype=torch.int32), torch.full((len(ROWS),), 0.5))
             got = last_states()
         for index, layer in enumerate(layers):
             layer.register_forward_hook(steer(index))

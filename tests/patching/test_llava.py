@@ -549,7 +549,7 @@ def test_device_map(model):
 def assert_steering_is_a_hook(patched, batch):
     """Of the first layer, by 1."""
     patched.set_steering(0, torch.ones(1, 48))
-    patched.steering.set_rows(torch.zeros(len(ROWS)), torch.ones(len(ROWS)))
+    patched.steering.set_rows(torch.zeros(len(ROWS), dtype=torch.int32), torch.ones(len(ROWS)))
     steered = patched.model(**batch).logits[valid_rows(batch)]
     patched.clear_steering()
     with patched.layers[0].register_forward_hook(lambda module, args, output: output + 1):

@@ -173,6 +173,7 @@ def test_the_callers_tensor_is_copied(model):
         (torch.zeros(HEADS, dtype=torch.int32), "must be floating"),
         (torch.full((HEADS,), torch.nan), "layer 0 holds NaN"),
         (torch.full((HEADS,), -torch.inf), "layer 0 holds NaN or infinite"),
+        (torch.full((HEADS,), 1e39, dtype=torch.float64), "layer 0 holds NaN or infinite"),
         ({LAYERS: torch.zeros(HEADS)}, r"layer 3; the model has layers 0\.\.2"),
         ({"0": torch.zeros(HEADS)}, "layer '0'"),
     ],

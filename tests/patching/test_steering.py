@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import inputs, llava, relative_error
+from torch import Tensor
 
 import ras_fast
 from ras_fast.patching.steering import Steering
@@ -108,7 +109,7 @@ def test_final_steering_survives_a_hook_that_replaces_the_hidden_state(model, ve
     """The fused norm is not handed over then, but what it would have steered still is."""
     with torch.no_grad(), ras_fast.patch(model) as patched:
         patched.set_steering("final", vectors)
-        patched.steering.set_rows(torch.zeros(3), torch.ones(3))
+        patched.steering.set_rows(torch.zeros(3, dtype=torch.int32), torch.ones(3))
         model.model.language_model.layers[2].register_forward_hook(lambda _, args, output: output.clone())
         got = model(**BATCH).logits[:, -1]
         assert relative_error(got, model.lm_head(vectors[:1]).expand_as(got)) < 1e-5
@@ -142,6 +143,13 @@ def test_rows_that_were_set_in_inference_mode(model, vectors):
         assert torch.equal(patched.steering.alpha, 2 * ALPHA)
 
 
+def test_slots_out_of_range_stay_there(model, vectors):
+    """In int32 these would be -1, which is unsteered, and 0."""
+    with ras_fast.patch(model) as patched:
+        patched.steering.set_rows(torch.tensor([2**32 - 1, 2**32, -(2**32), -1]), torch.ones(4))
+        assert patched.steering.slot.tolist() == [2**31 - 1, 2**31 - 1, -2, -1]
+
+
 def test_generation(model, vectors):
     """One row of a batch follows the vector for all tokens, the others do not change."""
     with torch.no_grad(), ras_fast.patch(model) as patched:
@@ -160,14 +168,19 @@ def test_errors(model, vectors):
             patched.set_steering(9, vectors)
         with pytest.raises(ValueError, match=r"d = 48"):
             patched.set_steering(0, vectors[:, :-1])
+        with pytest.raises(ValueError, match=r"vectors is of dtype torch\.int64"):
+            patched.set_steering(0, vectors.long())
         with pytest.raises(ValueError, match="rows is"):
             patched.set_steering(0, vectors, rows="first")
         with pytest.raises(ValueError, match=r"slot is \(2,\) and alpha \(3,\)"):
-            patched.steering.set_rows(torch.zeros(2), torch.zeros(3))
+            patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.zeros(3))
+        for dtype in (torch.float32, torch.complex64, torch.bool):
+            with pytest.raises(ValueError, match=f"slot is of dtype {dtype}"):
+                patched.steering.set_rows(torch.zeros(2, dtype=dtype), torch.zeros(2))
         patched.set_steering(0, vectors)
         with pytest.raises(RuntimeError, match="set_rows"):
             model(**BATCH)
-        patched.steering.set_rows(torch.zeros(2), torch.zeros(2))
+        patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.zeros(2))
         with pytest.raises(ValueError, match="B = 3"):
             model(**BATCH)
     with pytest.raises(RuntimeError, match="is not patched"):
@@ -201,6 +214,24 @@ def test_probe(model, vectors):
             assert relative_error(dots, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("given", [lambda v: v.T.contiguous().T, Tensor.double], ids=["strided", "float64"])
+def test_vectors_and_directions_of_any_layout(model, vectors, given):
+    """They are copied: what the caller writes to their own later is not seen."""
+    def run(vectors):
+        seen = []
+        with torch.no_grad(), ras_fast.patch(model) as patched:
+            patched.set_steering(0, vectors)
+            patched.set_probe(0, vectors, seen.append)
+            patched.steering.set_rows(SLOT, ALPHA)
+            vectors.zero_()
+            return model(**BATCH).logits, *seen
+
+    expected = run(vectors.clone())
+    assert expected[1][..., :2].abs().max() > 1
+    for a, b in zip(run(given(vectors.clone())), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_each_layer_follows_its_own_rows(model, vectors):
     other = Steering()
     with torch.no_grad(), ras_fast.patch(model) as patched:
@@ -225,6 +256,8 @@ def test_probe_errors(model, vectors):
                 patched.set_probe(layer, vectors, print)
         with pytest.raises(ValueError, match="directions is of shape"):
             patched.set_probe(0, vectors[0], print)
+        with pytest.raises(ValueError, match=r"directions is of dtype torch\.int64"):
+            patched.set_probe(0, vectors.long(), print)
         patched.set_probe(0, vectors, print)
         with pytest.raises(ValueError, match="without a probe"):
             patched.set_probe(0, vectors, print)

@@ -24,7 +24,7 @@ from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
 from ras_fast.methods import ONE_PASS
 from ras_fast.patching import Patch, patch
-from ras_fast.patching.layers import only_records
+from ras_fast.patching.structure import only_records
 from ras_fast.profile import RasProfile
 
 

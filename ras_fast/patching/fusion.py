@@ -147,9 +147,6 @@ class _Fusion:
             layer = SteeredLayer(record.module, index, end)
             if _differs(layer, record) is not None:
                 return why
-        if end is not None:
-            following = self.recorded.layers[index + 1 : index + 2]
-            end.between = (record.module, *(layer.module for layer in following), end.norm)
         self.undo.set(record.module, slot, layer)
         self.fused.layers[index] = layer
         return why
@@ -184,8 +181,9 @@ def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
     if not call.is_unary or call.kwargs:
         return "is not called with one positional tensor"
     x = call.x
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(x.shape[-1:]) or not isinstance(eps, float):
+    weight, eps_name = getattr(norm, "weight", None), "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+    has_eps = isinstance(getattr(norm, eps_name, None), float)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(x.shape[-1:]) or not has_eps:
         return "is not a norm over the hidden size"
     if forward_slot(norm) is None:
         return "has a forward of its own on the instance already"
@@ -202,7 +200,7 @@ def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
     if not isinstance(expected, Tensor):
         return f"returns a {type(expected).__name__}"
     for kind, offset in (("rms", 0.0), ("rms", 1.0), ("layer", 0.0)):
-        candidate = FusedNorm(norm, kind, eps, offset)
+        candidate = FusedNorm(norm, kind, eps_name, offset)
         if _norm_agrees(candidate, rows, expected):
             return candidate
     return "is neither RMSNorm, RMSNorm with 1 + weight, nor LayerNorm"

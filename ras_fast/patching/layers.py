@@ -30,15 +30,21 @@ _FOR_ATTENTION = frozenset(
 
 
 class FusedNorm:
-    """Stands in for the `forward` of one norm module; also computes add + norm for the layer before it."""
+    """Stands in for the `forward` of one norm module; also computes add + norm for the layer before it.
 
-    def __init__(self, norm: nn.Module, kind: str, eps: float, weight_offset: float) -> None:
-        self.norm, self.kind, self.eps, self.weight_offset = norm, kind, eps, weight_offset
+    eps_name: the norm's attribute that holds its eps.
+    """
+
+    def __init__(self, norm: nn.Module, kind: str, eps_name: str, weight_offset: float) -> None:
+        self.norm, self.kind, self.eps_name, self.weight_offset = norm, kind, eps_name, weight_offset
         self.site: Site | None = None  # steering of the norm's output
-        self.between: tuple[nn.Module, ...] = (norm,)  # modules whose hooks see the tensor before this norm does
         self._given: Tensor | None = None
         self._version = 0
         self._result: Tensor | None = None
+
+    @property
+    def eps(self) -> float:
+        return getattr(self.norm, self.eps_name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given, result = self._given, self._result
@@ -60,12 +66,7 @@ class FusedNorm:
 
     def _untouched(self, x: Tensor) -> bool:
         """Whether `x` certainly has not been written to since the add."""
-        if torch.compiler.is_compiling():
-            return True
-        if not x.is_inference():
-            return self._version == x._version
-        # Inference tensors do not count their writes, so any hook in between may have written.
-        return not any(map(has_foreign_hooks, self.between))
+        return torch.compiler.is_compiling() or (not x.is_inference() and self._version == x._version)
 
     def add(self, x: Tensor, residual: Tensor | None, site: Site | None = None, probe: Probe | None = None) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
@@ -91,14 +92,20 @@ class FusedNorm:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
         options = _options(x, site, probe)
-        if self.kind == "rms":
-            y, h, dots = ops.add_rms_norm(x, residual, self.norm.weight, self.eps, weight_offset=self.weight_offset, **options)
-        else:
-            bias = getattr(self.norm, "bias", None)
-            y, h, dots = ops.add_layer_norm(x, residual, self.norm.weight, bias, self.eps, **options)
+        if residual is None or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            y, h, dots = self._launch(x, residual, options)
+        else:  # inference tensors do not count their writes, and anything may write to the sum
+            with torch.inference_mode(False), torch.no_grad():
+                y, h, dots = self._launch(x, residual, options)
         if dots is not None:
             probe.receive(dots.view(*x.shape[:-1], -1))
         return y, h
+
+    def _launch(self, x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.kind == "rms":
+            return ops.add_rms_norm(x, residual, self.norm.weight, self.eps, weight_offset=self.weight_offset, **options)
+        bias = getattr(self.norm, "bias", None)
+        return ops.add_layer_norm(x, residual, self.norm.weight, bias, self.eps, **options)
 
 
 def add_alone(x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None) -> Tensor:
@@ -126,17 +133,6 @@ def _options(x: Tensor, site: Site | None, probe: Probe | None) -> dict[str, Any
 
 def _version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks other than those of transformers, which only record outputs."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(map(only_records, hooks))
-
-
-def only_records(hook: Callable) -> bool:
-    """Whether a hook is transformers' own, which it leaves on a module for good to record outputs."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 class SteeredLayer:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
 from ras_fast.ops.linear import ACTIVATIONS, glu_by_kernel
-from ras_fast.patching.layers import has_foreign_hooks
 from ras_fast.patching.linear import ELSEWHERE, FastLinear, most_elements, some_rows, takes
 from ras_fast.patching.report import Report
+from ras_fast.patching.structure import has_foreign_hooks
 from ras_fast.patching.trace import reproduce
 from ras_fast.patching.undo import Undo, forward_slot
 

@@ -1,7 +1,8 @@
-"""Where a transformers model keeps its text model, that its decoder layers, and who knows about images."""
+"""Where a transformers model keeps its text model, that its decoder layers, who knows about images, and what hooks it has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,3 +47,14 @@ def looks_like_norm(module: nn.Module) -> bool:
     """By its name, or because its weight is a vector."""
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() or (isinstance(weight, Tensor) and weight.dim() == 1)
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks other than those of transformers, which only record outputs."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(map(only_records, hooks))
+
+
+def only_records(hook: Callable) -> bool:
+    """Whether a hook is transformers' own, which it leaves on a module for good to record outputs."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ import transformers
 from packaging import version
 from tiny_models import IMAGE, image_sums, inputs, llava, relative_error, valid_rows
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 import ras_fast
 from ras_fast.backend import forced_backend
 from ras_fast.patching import Patch
+from ras_fast.patching.layers import FusedNorm
 from ras_fast.regions import RegionMap
 
 CHUNKS_IMAGES = version.parse(transformers.__version__) >= version.parse("5.23")
@@ -647,6 +650,70 @@ def test_hooks_that_change_hidden_states_are_obeyed(model, in_place, context, pl
             got = model(**batch).logits
     assert relative_error(plain, expected) > 1e-4 or place == "final norm"
     assert relative_error(got, expected) < 1e-5
+
+
+NOISE = torch.linspace(-2, 2, 48)
+
+
+class Noisy(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs).add_(NOISE)
+
+
+def noisy_output(layer):
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs).add_(NOISE)
+
+
+def noisy_input(layer):
+    forward = layer.forward
+    layer.forward = lambda x, **kwargs: forward(x.add_(NOISE), **kwargs)
+
+
+WRITERS = {
+    "around a layer": lambda layers: noisy_output(layers[1]),
+    "around the next layer": lambda layers: noisy_input(layers[2]),
+    "in place of a layer": lambda layers: layers.__setitem__(1, Noisy(layers[1])),
+    "hook of all modules": lambda layers: register_module_forward_hook(
+        lambda module, args, output: output.add_(NOISE) if module is layers[1] else None
+    ),
+}
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_writers_that_come_after_the_patch_are_obeyed(model, writer, context):
+    def run(model):
+        handle = WRITERS[writer](model.model.language_model.layers)
+        with context(), handle or nullcontext():
+            return model(**inputs(["tItt"])).logits
+
+    plain = run(llava())
+    with ras_fast.patch(model):
+        assert relative_error(run(model), plain) < 1e-5
+
+
+def test_inference_mode_keeps_the_stored_norms(model, monkeypatch):
+    """Three layers of two norms and the final one; only the first has no add before it."""
+    calls = []
+    with ras_fast.patch(model), torch.inference_mode():
+        compute = FusedNorm.compute
+        monkeypatch.setattr(FusedNorm, "compute", lambda *args: calls.append(args[0]) or compute(*args))
+        model(**inputs(["tItt"]))
+    assert len(calls) == len(set(map(id, calls))) == 7
+
+
+def test_an_eps_that_is_changed_after_the_patch(model):
+    def run(model):
+        model.model.language_model.norm.variance_epsilon = 10.0
+        return model(**inputs(["tItt"])).logits
+
+    with torch.no_grad(), ras_fast.patch(model):
+        assert relative_error(run(model), run(llava())) < 1e-5
 
 
 # What cannot be

@@ -243,8 +243,9 @@ def explicit_attention(*args: Any, is_causal: bool | None = None, **kwargs: Any)
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if module.training:
         raise RuntimeError(
-            "attn_implementation='ras_fast' is for inference, but the model is in training mode: call eval(), or, where it "
-            "shares its config with a patched model, give it a copy of that"
+            "attn_implementation='ras_fast' is for inference, but the model is in training mode: call eval(). Where it shares "
+            "its config with a patched model, build it from a copy of that made before patch; a later copy also needs "
+            "set_attn_implementation('sdpa')"
         )
     if dropout:
         raise ValueError(f"dropout is {dropout}; with attn_implementation='ras_fast' it must be 0")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +19,21 @@ from ras_fast.patching.undo import Undo
 from ras_fast.regions import RegionMap
 from ras_fast.registration import EXPLICIT, NAME, register
 
+_linked: WeakSet[nn.Module] = WeakSet()  # text models that were ever linked
+
 
 def link(root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo) -> tuple[ModelState | None, str | None]:
-    """(the state that the model's attention is linked to now, None), or (None, why that is impossible)."""
+    """(the state that the model's attention is linked to now, None), or (None, why that is impossible).
+
+    Raises ValueError where the model's config object is that of another linked model: both would set and restore its attention.
+    """
     multimodal = owner(root, text_model)
     why = _why_not(root, multimodal, recorded)
     if why is not None:
         return None, why
+    _refuse_shared_config(text_model)
     register()
+    _linked.add(text_model)
     crosses = any(record.crosses for record in recorded.layers)
     state = ModelState((CrossRegionTracker if crosses else RegionTracker)(multimodal))
     before = undo.mark()
@@ -40,6 +49,22 @@ def link(root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo) ->
         undo.restore(before)
         return None, why
     return state, None
+
+
+def _refuse_shared_config(text_model: nn.Module) -> None:
+    if _shares_config(text_model):
+        gc.collect()  # a model that is gone may still lie in a cycle
+        if _shares_config(text_model):
+            raise ValueError(
+                f"the config object of this {type(text_model).__name__} is that of another patched model: unpatch that first, "
+                "build this one from a copy of the config made before that patch, or use ras_fast.patch(model, regions=False)"
+            )
+
+
+def _shares_config(text_model: nn.Module) -> bool:
+    """Whether another model that is linked now has its config object."""
+    others = (other for other in _linked if other is not text_model and other.config is text_model.config)
+    return any(STATE in module.__dict__ for other in others for module in other.modules())
 
 
 def _why_not(root: nn.Module, multimodal: nn.Module | None, recorded: Trace) -> str | None:

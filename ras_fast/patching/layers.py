@@ -92,7 +92,8 @@ class FusedNorm:
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
         options = _options(x, site, probe)
-        if residual is None or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        adds_nothing = residual is None and site is None
+        if adds_nothing or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             y, h, dots = self._launch(x, residual, options)
         else:  # inference tensors do not count their writes, and anything may write to the sum
             with torch.inference_mode(False), torch.no_grad():

@@ -50,7 +50,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, linears
 
     Raises:
         TypeError: not a transformers model with decoder layers, or its text model does not run from tokens alone.
-        ValueError: in training mode, patched already, or `backend` is unknown.
+        ValueError: in training mode, patched already, with the config object of another patched model, or `backend` is unknown.
         RuntimeError: `backend` is not available here; says what mends it.
 
     A failure half-way leaves the model as it was.

@@ -451,6 +451,7 @@ def test_in_place_without_addresses(device):
 
 def test_in_place_under_functionalize():
     """What torch says of it, not that two tensors without addresses overlap."""
+
     def block(x, residual):
         return ops.add_rms_norm_(x, residual, w, 1e-6)[0]
 

@@ -505,9 +505,32 @@ def test_a_model_with_the_same_config_object(model):
             assert relative_error(other(**batch).logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
             with pytest.raises(ValueError, match=r"call ras_fast\.patch"):
                 other(**batch, output_attentions=True)
-            with pytest.raises(RuntimeError, match="shares its config with a patched model, give it a copy"):
+            with pytest.raises(RuntimeError, match=r"build it from a copy .* a later copy also needs set_attn"):
                 other.train()(**batch)
+            later = type(model)(copy.deepcopy(model.config))
+            later.set_attn_implementation("sdpa")
+            later.train()(**batch)
         other(**batch)
+
+
+def test_models_with_the_same_config_object_are_patched_in_turn(model):
+    other, before = type(model)(model.config).eval(), snapshot(model)
+    with ras_fast.patch(model):
+        with pytest.raises(ValueError, match="config object of this LlamaModel is that of another patched model"):
+            ras_fast.patch(other)
+        with ras_fast.patch(other, regions=False):
+            pass
+        assert model.config.text_config._attn_implementation == "ras_fast"
+    same(before, snapshot(model))
+    with ras_fast.patch(other):
+        pass
+    same(before, snapshot(model))
+
+
+def test_a_patched_model_that_is_gone_lends_its_config(model):
+    ras_fast.patch(type(model)(model.config).eval())
+    with torch.no_grad(), ras_fast.patch(model):
+        assert len(model(**inputs(["tItt"]), output_attentions=True).attentions) == 3
 
 
 def test_patching_twice_is_an_error(model):

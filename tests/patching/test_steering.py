@@ -217,6 +217,7 @@ def test_probe(model, vectors):
 @pytest.mark.parametrize("given", [lambda v: v.T.contiguous().T, Tensor.double], ids=["strided", "float64"])
 def test_vectors_and_directions_of_any_layout(model, vectors, given):
     """They are copied: what the caller writes to their own later is not seen."""
+
     def run(vectors):
         seen = []
         with torch.no_grad(), ras_fast.patch(model) as patched:

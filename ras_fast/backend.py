@@ -15,6 +15,12 @@ from ras_fast import build
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT_VARIABLE = "RAS_FAST_BACKEND"
+CPU_ISA_VARIABLE = "RAS_FAST_CPU_ISA"
+CPU_ISAS = (
+    "avx512",
+    "avx2",
+    "portable",
+)  # the builds of the CPU kernels (csrc/cpu/dispatch.h), which takes other words for avx2
 _LIBRARIES = Path(__file__).resolve().parent / "_lib"
 
 
@@ -182,3 +188,7 @@ try:
     set_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
 except (ValueError, RuntimeError) as error:
     raise type(error)(f"environment variable {ENVIRONMENT_VARIABLE}: {error}") from None
+if os.environ.get(CPU_ISA_VARIABLE, CPU_ISAS[0]) not in CPU_ISAS:
+    raise ValueError(
+        f"environment variable {CPU_ISA_VARIABLE} is {os.environ[CPU_ISA_VARIABLE]!r}; it must be one of {CPU_ISAS}"
+    )

@@ -155,7 +155,7 @@ def common_flags(torch: Torch, csrc: Path) -> str:
 
 
 def marker_flags(csrc: Path) -> str:
-    return f'-DRAS_FAST_SOURCES=\\"{sources_marker(csrc)}\\"'
+    return f"-DRAS_FAST_SOURCES=\\\"{sources_marker(csrc)}\\\""
 
 
 def link_flags(torch: Torch) -> str:
@@ -169,11 +169,8 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     isas = X86_ISAS if x86 else {"portable": ""}
     warnings = "-Wall -Wno-psabi -Wno-maybe-uninitialized"  # the last two: noise from GCC's own vector headers
-    ninja.rule(
-        "cxx",
-        f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -fvisibility=hidden {warnings} "
-        f"-fno-math-errno -fno-trapping-math -DRAS_FAST_X86={int(x86)} $flags -c $in -o $out",
-    )
+    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -fvisibility=hidden {warnings} "
+               f"-fno-math-errno -fno-trapping-math -DRAS_FAST_X86={int(x86)} $flags -c $in -o $out")
     ninja.rule("link", f"{compiler} $in -o $out {link_flags(torch)}", depfile=False)
     kernels = sorted((csrc / "cpu").glob("*_kernel.cpp"))
     launchers = sorted(set((csrc / "cpu").glob("*.cpp")) - set(kernels))
@@ -201,17 +198,11 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     if not cuda_sources:
         raise BuildError(f"no CUDA sources in {csrc / 'cuda'}: reinstall ras_fast")
     # torch/csrc/stable's CUDA entry points are declared under USE_CUDA and resolved at load time by a CUDA build of torch.
-    ninja.rule(
-        "nvcc",
-        f"{_quoted(nvcc)} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs $flags --threads 2 "
-        "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out",
-    )
+    ninja.rule("nvcc", f"{_quoted(nvcc)} -MMD -MF $out.d {common_flags(torch, csrc)} -DUSE_CUDA $archs $flags --threads 2 "
+               "--expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -c $in -o $out")
     # libtorch.so has no symbols of its own, but leads the loader to the CUDA half of torch: many linkers would leave it out.
-    ninja.rule(
-        "link",
-        f"{_quoted(nvcc)} {arch_flags} $in -o $out -cudart static -Xlinker --no-as-needed {link_flags(torch)}",
-        depfile=False,
-    )
+    ninja.rule("link", f"{_quoted(nvcc)} {arch_flags} $in -o $out -cudart static -Xlinker --no-as-needed {link_flags(torch)}",
+               depfile=False)
     objects = [ninja.edge("sources.o", "nvcc", [csrc / "sources.cpp"], flags=marker_flags(csrc))]
     objects += [
         ninja.edge(f"{source.stem}.o", "nvcc", [source], archs=HOPPER_FLAGS if is_hopper(source) else arch_flags)
@@ -233,9 +224,8 @@ def build_binding(out: Path, work: Path, verbose: bool = False) -> Path:
     system = " ".join(f"-isystem {_quoted(folder)}" for folder in (pybind11.get_include(), sysconfig.get_path("include")))
     nvcc = f'-DRAS_FAST_NVCC="{find_cuda_tool("nvcc") or ""}"'
     facts = f"-DRAS_FAST_STABLE_ABI={STABLE_ABI}ULL {_quoted(nvcc)}"
-    ninja.rule(
-        "pybind", f"{compiler} -MMD -MF $out.d -std=c++20 -O2 -fPIC -shared -fvisibility=hidden {system} {facts} $in -o $out"
-    )
+    ninja.rule("pybind", f"{compiler} -MMD -MF $out.d -std=c++20 -O2 -fPIC -shared -fvisibility=hidden {system} "
+               f"{facts} $in -o $out")
     module = out / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     ninja.edge(module, "pybind", [csrc / "binding.cpp"])
     ninja.run(work / "binding", verbose)

@@ -101,7 +101,9 @@ def mixed_batch(processor):
     contents = [[{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}] for images, prompt in rows]
     texts = [processor.apply_chat_template([{"role": "user", "content": c}], add_generation_prompt=True) for c in contents]
     flat = [image for images in MIXED_IMAGES for image in images]
-    return processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+    return processor(
+        text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+    )
 
 
 def skip_mixed_beams(options):

@@ -203,7 +203,9 @@ def _attention_kernel(
     row, member, row_ok, first_row, last_row = _tile_rows(tile, lq, 0, GROUP, PACK, BLOCK_M)
     start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
     limit = row + (end - lq)
-    low, high, full_low, full_high = _visible(first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW)
+    low, high, full_low, full_high = _visible(
+        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+    )
     low, high = _split_range(low, high, split, BLOCK_N)
 
     d = tl.arange(0, BLOCK_D)
@@ -352,7 +354,9 @@ def _selected_rows_kernel(
     row, member, row_ok, first_row, last_row = _tile_rows(tile, rows, lq - rows, GROUP, PACK, BLOCK_M)
     start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
     limit = row + (end - lq)
-    low, high, full_low, full_high = _visible(first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW)
+    low, high, full_low, full_high = _visible(
+        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+    )
     if KEYS:
         low, high = _split_range(0, lk, split, BLOCK_N)
     else:
@@ -456,7 +460,9 @@ def _key_attention_kernel(
         first = tl.maximum(block - (end - rows), 0) // BLOCK_M * BLOCK_M
     for offset in range(first, rows, BLOCK_M):
         row, member, row_ok, first_row, last_row = _tile_rows(offset // BLOCK_M, rows, lq - rows, 1, 1, BLOCK_M)
-        _, _, full_low, full_high = _visible(first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW)
+        _, _, full_low, full_high = _visible(
+            first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+        )
         q_rows = q_head + row.to(tl.int64) * stride_qm
         q = tl.load(q_rows[:, None] + d[None, :], row_ok[:, None] & d_ok[None, :], other=0.0)
         lse = tl.load(lse_head + row.to(tl.int64) * stride_lm, row_ok, other=float("inf"))
@@ -665,7 +671,9 @@ def region_mass(
 
 
 @on_its_device
-def key_attention(query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias):
+def key_attention(
+    query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+):
     """Arguments and result of the op `ras_fast::key_attention`."""
     batch, heads, lq = query.shape[:3]
     lk = key.shape[2]

@@ -55,7 +55,9 @@ def _projection(model, processor, made, progress: bool) -> RasProfile:
         elif unsafe == safe:
             in_pictures.append(((unsafe, image), (safe, other)))
     last = model.config.get_text_config().num_hidden_layers - 1
-    return projection.calibrate(model, processor, pairs=in_words, layers=[last], condition_pairs=in_pictures, progress=progress)
+    return projection.calibrate(
+        model, processor, pairs=in_words, layers=[last], condition_pairs=in_pictures, progress=progress
+    )
 
 
 # name -> (model, processor, profiles made before, progress) -> profile. The prompts are in the tiny model's few words; "ras"

@@ -469,7 +469,6 @@ def _write_trade_off(folder: Path, rows: list[dict]) -> None:
 def _write_risk(folder: Path, asked: dict[str, list[dict]]) -> None:
     if not asked:
         return
-
     def by_kind(records: list[dict]) -> dict[str, tuple[list[float], list[bool]]]:
         kinds = {kind: [r for r in records if r["kind"] == kind] for kind in dict.fromkeys(r["kind"] for r in records)}
         return {

@@ -431,7 +431,6 @@ def train_prober(
 
     Raises ValueError when the loss is not finite in any epoch.
     """
-
     def gather(indices: Tensor) -> tuple[Tensor, Tensor]:
         labels = torch.tensor([0, 1]).repeat_interleave(len(indices))
         return torch.cat([safe[indices], toxic[indices]]), labels

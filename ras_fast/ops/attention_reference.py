@@ -39,7 +39,9 @@ def region_mass(
     return mass_of(_selected(query, key, lse, mass_rows, *masks, region_ids, region_bias), region_ids, num_regions)
 
 
-def key_attention(query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias):
+def key_attention(
+    query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, window, softcap, region_bias
+):
     """Arguments and result of the op `ras_fast::key_attention`."""
     masks = (scale, is_causal, kv_start, kv_end, window, softcap)
     return _reduced(_selected(query, key, lse, rows, *masks, region_ids, region_bias), reduce)

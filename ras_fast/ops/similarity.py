@@ -9,7 +9,9 @@ from ras_fast.ops import _check
 from ras_fast.ops._registry import call, define
 
 
-def refusal_similarity(logits: Tensor, prototype_probs: Tensor, *, gamma: float = 0.3, steps: Tensor | None = None) -> Tensor:
+def refusal_similarity(
+    logits: Tensor, prototype_probs: Tensor, *, gamma: float = 0.3, steps: Tensor | None = None
+) -> Tensor:
     """Cosine of the γ-discounted sums of the predicted and the refusal prototypes' distributions.
 
     With q_n = softmax(logits_n), Q = Σ γⁿ q_n and P = Σ γⁿ p_n over the steps a row produced: S = P·Q / (‖P‖‖Q‖).
@@ -40,9 +42,8 @@ def _validate(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tens
     _check.last_dim_contiguous("logits", logits)
     batch, n, vocabulary = logits.shape
     if prototype_probs.dim() != 2 or prototype_probs.shape[0] < n or prototype_probs.shape[1] != vocabulary:
-        _check.fail(
-            "prototype_probs", f"of shape {tuple(prototype_probs.shape)}", f"[N, V] with N >= n = {n} and V = {vocabulary}"
-        )
+        _check.fail("prototype_probs", f"of shape {tuple(prototype_probs.shape)}",
+                    f"[N, V] with N >= n = {n} and V = {vocabulary}")
     _check.dtype("prototype_probs", prototype_probs, torch.float32)
     _check.last_dim_contiguous("prototype_probs", prototype_probs)
     _check.device("prototype_probs", prototype_probs, logits.device)

@@ -5,3 +5,4 @@ from ras_fast.patching.model import Patch, Report, patch, patched
 from ras_fast.patching.state import gather_heads
 
 __all__ = ["Patch", "Report", "gather_heads", "patch", "patched", "range_mask"]
+

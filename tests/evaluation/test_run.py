@@ -192,7 +192,9 @@ def test_a_defence_with_another_profile_behind_it_is_asked_again(tmp_path):
         assert asked == expected
 
 
-@pytest.mark.parametrize("line", ["[1, 2]", '{"defence": "d", "id": "0"}', "7", '{"half": ', "\0", "\udcff"], ids=ascii)
+@pytest.mark.parametrize(
+    "line", ["[1, 2]", '{"defence": "d", "id": "0"}', "7", '{"half": ', "\0", "\udcff"], ids=ascii
+)
 def test_a_line_that_is_no_answer_is_named(tmp_path, line):
     run.run(dataset(3), {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     lines = (tmp_path / run.ANSWERS).read_text().splitlines()

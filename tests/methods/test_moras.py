@@ -132,7 +132,9 @@ def test_the_safe_question_may_have_a_picture_of_its_own(model, processor, every
     assert same == shared != other
 
 
-def test_a_model_that_tells_unsafe_from_safe_no_better_than_chance_cannot_be_calibrated(model, processor, every_answer_refuses):
+def test_a_model_that_tells_unsafe_from_safe_no_better_than_chance_cannot_be_calibrated(
+    model, processor, every_answer_refuses
+):
     image, unsafe, safe = PAIRS[0]
     s_base, fits = calibrate(model, processor, pairs=[(image, unsafe, safe)], gate=0.5).config["s_base"], []
     for pair in ((image, unsafe, safe), (image, safe, unsafe)):

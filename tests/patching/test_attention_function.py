@@ -195,7 +195,9 @@ def test_output_and_mass(module, window, sizes, kind, options):
 
     model = ModelState(Tracker(ids, 2))
     setattr(module, STATE, AttentionState(model, 0))
-    out, aux = attention(module, query, key, value, mask, scaling=0.3, sliding_window=window, output_attentions=True, **options)
+    out, aux = attention(
+        module, query, key, value, mask, scaling=0.3, sliding_window=window, output_attentions=True, **options
+    )
     assert (out - expected).abs().max() < 1e-5
     assert (aux - sums).abs().max() < 1e-5
 

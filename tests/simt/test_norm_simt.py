@@ -58,25 +58,8 @@ def round_to(values, dtype):
 class Case:
     """A call with random inputs; keyword arguments say how it differs from a plain add + RMS norm in "hf" rounding."""
 
-    def __init__(
-        self,
-        size,
-        d,
-        dtype,
-        *,
-        seed=0,
-        layer_norm=False,
-        hf=True,
-        residual=True,
-        bias=True,
-        steer=None,
-        lerp=False,
-        probes=0,
-        weight_dtype=None,
-        weight_offset=0.0,
-        multiprocessors=132,
-        make=None,
-    ):
+    def __init__(self, size, d, dtype, *, seed=0, layer_norm=False, hf=True, residual=True, bias=True, steer=None,
+                 lerp=False, probes=0, weight_dtype=None, weight_offset=0.0, multiprocessors=132, make=None):
         self.rng = np.random.default_rng(seed)
         self.size, self.d, self.dtype, self.layer_norm, self.hf, self.lerp = size, d, dtype, layer_norm, hf, lerp
         self.weight_offset, self.multiprocessors, self.eps = weight_offset, multiprocessors, 1e-5
@@ -111,24 +94,12 @@ class Case:
         y = self.x.copy() if in_place else encode(np.full((*self.size, self.d), np.nan), self.dtype)
         h = self.residual.copy() if in_place else y.copy() if stores_h else None
         dots = np.full((*self.size, len(self.probes) + 1), np.nan, np.float32) if self.probes is not None else None
-        call = Call(
-            weight=self.matrix(self.weight),
-            bias=self.matrix(self.bias),
-            probes=self.matrix(self.probes),
-            steer_vectors=self.matrix(self.vectors),
-            d=self.d,
-            dtype=DTYPES[self.dtype],
-            multiprocessors=self.multiprocessors,
-            layer_norm=self.layer_norm,
-            hf_rounding=self.hf,
-            lerp=self.lerp,
-            eps=self.eps,
-            weight_offset=self.weight_offset,
-            slot_stride=1,
-            alpha_stride=1,
-            num_slots=3 if self.slot is not None else 0,
-            num_probes=len(self.probes) if self.probes is not None else 0,
-        )
+        call = Call(weight=self.matrix(self.weight), bias=self.matrix(self.bias), probes=self.matrix(self.probes),
+                    steer_vectors=self.matrix(self.vectors), d=self.d, dtype=DTYPES[self.dtype],
+                    multiprocessors=self.multiprocessors, layer_norm=self.layer_norm, hf_rounding=self.hf, lerp=self.lerp,
+                    eps=self.eps, weight_offset=self.weight_offset, slot_stride=1, alpha_stride=1,
+                    num_slots=3 if self.slot is not None else 0,
+                    num_probes=len(self.probes) if self.probes is not None else 0)
         call.size[:] = self.size
         inputs, outputs = {}, {"y": y}
         for name in ("x", "residual", "weight", "bias", "probes", "vectors", "slot", "alpha"):

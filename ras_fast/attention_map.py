@@ -59,7 +59,7 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
         tokens = inputs["input_ids"][0]
         rows = len(tokens) - 1 - int((tokens == token_ids(model.config)["image"]).nonzero().max())
         with handle.collect(rows, scores=True, reduce="max") as statistics:
-            model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False, logits_to_keep=1)
+            model.base_model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False)
         grids = handle.region_map.grids[0]
         if len(grids) != len(query.images):
             cut = f"the model cuts {len(query.images)} image(s) into {len(grids)} tiles, and attention is taken by tile"

@@ -87,11 +87,12 @@ def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list
         if not isinstance(pair, (list, tuple)) or len(pair) not in (3, 4):
             got = f"has {len(pair)} entries" if isinstance(pair, (list, tuple)) else f"is a {type(pair).__name__}"
             raise ValueError(f"pairs[{i}] {got}; it needs to be (image, unsafe, safe[, image])")
-        if len(pair) == 3 and pair[1] == pair[2]:
-            raise ValueError(f"pairs[{i}] asks the same unsafe and safe question about one image; nothing tells them apart")
     unsafe = make_queries([pair[1] for pair in pairs], [pair[0] for pair in pairs], processor)
     safe = make_queries([pair[2] for pair in pairs], [pair[3 if len(pair) == 4 else 0] for pair in pairs], processor)
     refuse_poisoned("pairs", zip(unsafe, safe, strict=True))
+    for i, sides in enumerate(zip(unsafe, safe, strict=True)):
+        if sides[0] == sides[1]:
+            raise ValueError(f"pairs[{i}] asks the same unsafe and safe question about one image; nothing tells them apart")
     return unsafe, safe
 
 
@@ -392,6 +393,7 @@ def common_length(a: list[int], b: list[int]) -> int:
 
 
 Inputs = dict[str, torch.Tensor]
+_PATCH_INDICES = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
 _OF_IMAGES = ("pixel_", "aspect_", "spatial_", "image_grid", "image_size", "video_grid")
 
 
@@ -425,6 +427,17 @@ def _unzip(numbered: list[tuple[int, Inputs]]) -> tuple[list[int], list[Inputs]]
     return list(numbers), list(inputs)
 
 
+def _counted_on(batch: Sequence[Inputs], name: str) -> list[torch.Tensor]:
+    """The tensors of this name; indices of patches (Molmo 2), which count from the first one of each, from that of the batch."""
+    if name not in _PATCH_INDICES:
+        return [one[name] for one in batch]
+    found, before = [], 0
+    for one in batch:
+        found.append(torch.where(one[name] >= 0, one[name] + before, one[name]))
+        before += one[_PATCH_INDICES[name]].shape[:2].numel()
+    return found
+
+
 def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -> Inputs:
     """Joins inputs from `encode` into one left-padded batch with an attention mask.
 
@@ -440,7 +453,7 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
         joined["attention_mask"][row, : longest - length] = 0
     for name in dict.fromkeys(name for one in batch for name in one):
         if any(name in one and not is_per_token(name, one) for one in batch):
-            joined[name] = torch.cat([one[name] for one in batch if name in one])
+            joined[name] = torch.cat(_counted_on([one for one in batch if name in one], name))
             continue
         shape, filler = (len(batch), longest + len(answer)), pad if name == "input_ids" else 0
         joined[name] = torch.full(shape, filler, dtype=torch.long, device=device)

@@ -133,14 +133,14 @@ class Prefix:
     the others, the offset of the positions after it, and where its image tokens are."""
 
     length: int
-    keys_values: list[tuple[Tensor, Tensor]]
+    keys_values: list[tuple[Tensor, Tensor] | None]
     states: list[States]
     offset: Tensor
     regions: RegionMap | None
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.offset, *(tensor for layer in self.keys_values for tensor in layer)]
+        tensors = [self.offset, *(tensor for layer in self.keys_values for tensor in layer or ())]
         tensors += [state for layer in self.states for state in layer.values()]
         tensors += [] if self.regions is None else [self.regions.ids]
         return sum(tensor.nbytes + TENSOR_BYTES for tensor in tensors)

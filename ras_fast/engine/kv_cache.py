@@ -48,8 +48,11 @@ class PoolLayer(CacheLayerMixin):
             self.values = value_states.new_zeros((self.rows, value_states.shape[1], self.capacity, value_states.shape[3]))
         self.is_initialized = True
 
-    def read(self, row: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D]."""
+    def read(self, row: int, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D]. None of a layer that
+        attends to another one's (Gemma 4)."""
+        if not self.is_initialized:
+            return None
         return self.keys[row, :, begin:end].clone(), self.values[row, :, begin:end].clone()
 
     def write(self, row: int, begin: int, keys: Tensor, values: Tensor) -> None:
@@ -131,15 +134,16 @@ class KVPool(Cache):
         view = self.view
         view.rows, view.slots, view.begin, view.end, view.segments = rows, slots, begin, end, segments
 
-    def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer that has
-        them."""
+    def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, Tensor] | None]:
+        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer that is to
+        have them, None where it has not."""
         return [layer.read(row, begin, end) for layer in self._layers(PoolLayer)]
 
-    def write(self, row: int, begin: int, given: list[tuple[Tensor, Tensor]]) -> None:
+    def write(self, row: int, begin: int, given: list[tuple[Tensor, Tensor] | None]) -> None:
         """Puts what `read` gave into the slots from ``begin`` on."""
-        for layer, (keys, values) in zip(self._layers(PoolLayer), given, strict=True):
-            layer.write(row, begin, keys, values)
+        for layer, of_layer in zip(self._layers(PoolLayer), given, strict=True):
+            if of_layer is not None:
+                layer.write(row, begin, *of_layer)
 
     def states(self, row: int, branch: int) -> list[States]:
         """A copy of one state of each layer that has any."""

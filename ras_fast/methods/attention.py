@@ -385,7 +385,7 @@ def prompt_features(patch: Patch, processor, query: Query, heads: Sequence[Head]
     model = patch.model
     inputs, _ = encode(processor, query, model.device, model.dtype)
     with patch.collect(rows=None, layers={layer for layer, _ in heads}) as statistics:
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model.base_model(**inputs, use_cache=False)
     rows, has_images = rows_after_images(patch.region_map.ids, 0, inputs["input_ids"].shape[1])
     return features(statistics.mass, heads, rows)[0], has_images[0]
 

@@ -257,7 +257,7 @@ def _last_states(
     def last_states(query: Query) -> Tensor:
         inputs, _ = encode(processor, query, model.device, model.dtype)
         states.clear()
-        model(**inputs, use_cache=False, logits_to_keep=1)
+        model.base_model(**inputs, use_cache=False)
         return torch.stack(states)
 
     with patched(model) as handle:
@@ -382,7 +382,8 @@ class _Run:
     steering: Steering
     strengths: Tensor  # [1], or one for each prompt of a batch
     probe: Probe | None = None
-    reads_prompt: bool = False
+    reads_piece: bool = False  # whether the forward that runs reads a prompt, or some of it
+    reads_prompt: bool = False  # and whether that is where the prompt is decided about
     prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
 
     @property
@@ -393,7 +394,8 @@ class _Run:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. All is steered until a condition has been read, which is before the first steered layer."""
         batch, length = text_shape(kwargs)[:2]
-        self.reads_prompt = self.state.reads_prompt(length) if self.judges else self.state.value is None
+        self.reads_piece = self.state.reads_prompt(length)
+        self.reads_prompt = self.reads_piece if self.judges else self.state.value is None
         self.prompt_length = length if self.reads_prompt else 0
         if self.reads_prompt:
             if batch % len(self.strengths):
@@ -409,12 +411,12 @@ class _Run:
         """The condition's layer is done, with dots [B, L, 2]."""
         strengths = self.state.value.tensor
         met, failed = self.method.holds(dots.to(strengths.device))
-        if self.reads_prompt:
+        if self.reads_piece:
             padded = self.state.ends_in_padding(*dots.shape[:2], met.device)
             met[:, -1] |= padded
             self.method.failed = failed[:, -1] | padded
         alpha = strengths[:, None] * met
-        if self.reads_prompt:
+        if self.reads_piece:
             self.method.risk = (alpha[:, -1] != 0).float()
         if self.reads_prompt and self.judges:
             self.state.decide(Rows(alpha[:, -1]))

@@ -55,6 +55,7 @@ class PromptState:
         self._patch: Patch | None = None
         self._cache: Any = None
         self._mask: Any = None
+        self._past: int | Tensor = 0  # tokens on the cache before this forward
 
     def decide(self, value: PerSequence) -> None:
         """Sets the value for this forward and for those to come with its cache. No host sync."""
@@ -81,7 +82,7 @@ class PromptState:
         else:  # what the last position sees, booleans or scores to add
             seen = mask[:, 0, -1]
             seen = seen if seen.dtype == torch.bool else seen >= 0
-            own = (0 if self._cache is None else self._cache.get_seq_length()) + length - 1
+            own = self._past + length - 1
         last = seen.shape[1] - 1
         ends = seen[:, min(own, last)] if isinstance(own, int) else seen.index_select(1, own.clamp(max=last).reshape(1))[:, 0]
         return (seen.any(1) & ~ends).to(device).expand(batch)
@@ -105,11 +106,15 @@ class PromptState:
             stack.enter_context(replaced(patch.model, "generate", partial(_Generate, self, patch.model)))
             yield self
 
-    def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._patch.applied:
             raise RuntimeError("the model was unpatched while a method defends it: its answer would not be steered")
         self._mask, self._cache = kwargs.get("attention_mask"), given_cache(kwargs)
+        # A static cache's own tensor counts on while the layers run.
+        self._past = 0 if self._cache is None else self._cache.get_seq_length() + 0
         self.value = kept(self._cache, self.name)
+        # Gemma 4's later layers would run for the last positions alone: methods count on all of them.
+        return (args, kwargs | {"logits_to_keep": 0}) if kwargs.get("logits_to_keep") is not None else None
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A cache that the model made itself gets the value, too."""

@@ -428,7 +428,7 @@ def _unzip(numbered: list[tuple[int, Inputs]]) -> tuple[list[int], list[Inputs]]
 
 
 def _counted_on(batch: Sequence[Inputs], name: str) -> list[torch.Tensor]:
-    """The tensors of this name; indices of patches (Molmo 2), which count from the first one of each, from that of the batch."""
+    """The tensors of this name. Indices of patches (Molmo 2) count from the first one of each, now from that of the batch."""
     if name not in _PATCH_INDICES:
         return [one[name] for one in batch]
     found, before = [], 0

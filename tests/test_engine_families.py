@@ -18,6 +18,8 @@ from ras_fast.attention_map import NoImageStatistics, image_attention
 from ras_fast.engine import SafeGenerator, batch, recurrence
 from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Workspace
+from ras_fast.inputs import encode, make_queries
+from ras_fast.methods import attach
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, from_vectors
 from ras_fast.profile import RasProfile, fingerprint
@@ -389,6 +391,66 @@ def test_stages_that_share_nothing_start_from_no_state(name, monkeypatch):
     with SafeGenerator(model, processor, profile, batch_size=3) as guard:
         assert summary(guard.generate(*queries, max_new_tokens=8)) == expected
         assert guard.counters["not_shared"] >= 6
+
+
+def conditional(model, processor):
+    direction, condition = torch.randn(2, SIZE)
+    return from_vectors(model, processor, direction, alpha=4.0, layers=[2], condition=Condition(0, condition, threshold=0.0))
+
+
+def attention(model, processor):
+    weights = {"attention_weights": torch.randn(6) * 20, "attention_bias": torch.zeros(1), "prototypes": torch.randn(3, SIZE)}
+    return RasProfile("attention", {"heads": [[1, 1], [2, 0]]}, weights, fingerprint(model, processor))
+
+
+def autosteer(model, processor):
+    shapes = {"in.weight": (8, SIZE), "in.bias": (8,), "out.weight": (2, 8), "out.bias": (2,)}
+    tensors = {f"prober_{name}": torch.randn(shape) for name, shape in shapes.items()} | {"refusal": torch.randn(SIZE, SIZE)}
+    return RasProfile("autosteer", {"layer": 1, "strength": 50.0, "threshold": 0.0}, tensors, fingerprint(model, processor))
+
+
+@pytest.mark.parametrize("make", [conditional, attention, autosteer])
+@pytest.mark.parametrize("name", ["molmo2", "gemma4"])
+def test_one_pass_where_prompts_hold_more_than_pixels_or_layers_run_for_some_positions(name, make):
+    """Molmo 2's inputs hold indices of patches; Gemma 4's last layers compute in `generate` what the head asks for alone."""
+    model, processor, _ = built(name)
+    torch.manual_seed(3)
+    profile = make(model, processor)
+    queries = [random_words(60 + i, 3) for i in range(4)], [random_image(i) for i in range(4)]
+    expected = attached(model, processor, profile, *queries)
+    assert len({tuple(tokens) for tokens, _ in expected}) > 1
+    for batch_size in (1, 4):
+        with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
+            outputs = guard.generate(*queries, max_new_tokens=NEW_TOKENS)
+        assert [output.tokens for output in outputs] == [tokens for tokens, _ in expected]
+        assert [output.risk for output in outputs] == pytest.approx([risk for _, risk in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [conditional, attention])
+@pytest.mark.parametrize("name", ["gemma3", "molmo2", "paligemma"])
+def test_a_static_cache_under_a_mask_of_the_familys_own_is_no_padding(name, make):
+    model, processor, _ = built(name)
+    torch.manual_seed(3)
+    profile, risks = make(model, processor), []
+    inputs, _ = encode(processor, make_queries(["w20 w21"], [random_image(0)], processor)[0], "cpu", torch.float32)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with ras_fast.patch(model) as patch:
+        for options in ({}, {"cache_implementation": "static"}):
+            with attach(patch, profile) as method:
+                model.generate(**inputs, max_new_tokens=2, do_sample=False, **options)
+            assert not method.failed.any()
+            risks.append(method.risk.item())
+    assert risks[0] == pytest.approx(risks[1], abs=1e-5)
+
+
+def test_prefixes_where_layers_share_the_keys_of_others():
+    """Of an image that comes twice in a batch, and from the cache."""
+    model, processor, profile = built("gemma4")
+    queries = ["w20 w21", "w22", "w23 w24"], [random_image(0)] * 3
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
+    with SafeGenerator(model, processor, profile, batch_size=2, cache_bytes=10**7) as guard:
+        assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
+        assert guard.counters["cache_hits"] == 2
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])

@@ -135,7 +135,7 @@ class KVPool(Cache):
         view.rows, view.slots, view.begin, view.end, view.segments = rows, slots, begin, end, segments
 
     def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, Tensor] | None]:
-        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer that is to
+        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer that may
         have them, None where it has not."""
         return [layer.read(row, begin, end) for layer in self._layers(PoolLayer)]
 

@@ -170,7 +170,7 @@ def test_the_last_piece_of_a_prompt_is_judged_however_short(model, processor, ma
     assert not method.failed.any()
 
 
-@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("make", [*METHODS, lambda model, processor: projection(model, processor, per="token")])
 def test_each_chunk_of_a_prompt_is_judged_and_no_decode_step_is(model, processor, make):
     text = {"input_ids": torch.arange(20, 29)[None]}
     with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:

@@ -6,7 +6,17 @@ import torch
 from PIL import Image
 from tiny_random import random_image, tiny_processor
 
-from ras_fast.inputs import ImageTokens, _render, batches, encode, is_per_token, left_padded, load_image, make_queries
+from ras_fast.inputs import (
+    ImageTokens,
+    _render,
+    batches,
+    encode,
+    is_per_token,
+    left_padded,
+    load_image,
+    make_queries,
+    question_pairs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,14 @@ def test_an_image_in_the_assistants_prefix_is_refused(processor):
         with pytest.raises(ValueError, match=r'prompts\[0\] needs to end in .* one "assistant" message of words alone'):
             make_queries([begun], [random_image(0)], processor)
         assert make_queries([[*begun, asked]], [random_image(0)], processor)
+
+
+@pytest.mark.parametrize("pair", [(0, "w1", "w1"), (0, "w1", "w1", 0), (None, "w1", "w1")], ids=str)
+def test_a_pair_of_equals_is_refused(processor, pair):
+    apart, pair = (random_image(1), "w1", "w2"), tuple(random_image(one) if isinstance(one, int) else one for one in pair)
+    with pytest.raises(ValueError, match=r"pairs\[1\] asks the same unsafe and safe question"):
+        question_pairs([apart, pair], processor)
+    question_pairs([apart, (random_image(1), "w1", "w1", random_image(2))], processor)
 
 
 @pytest.mark.parametrize("content", ["", " ", []], ids=repr)

@@ -506,7 +506,7 @@ def test_a_layer_that_sees_no_difference_is_not_chosen(layer):
 def test_a_gate_that_tells_nothing_apart_is_refused(model, processor, monkeypatch):
     with pytest.raises(ValueError, match=r"layer is 0, but what enters layers \[0\] .* is the same"):
         calibrate(model, processor, layer=0)
-    same = [(None, f"w1 w{i}", f"w1 w{i}", None) for i in range(10)]
+    same = [(None, f"w1 w{i}", f"w1  w{i}", None) for i in range(10)]  # the same tokens
     with pytest.raises(ValueError, match=r"what enters layers \[0, 1, 2\] .* is the same"):
         calibrate(model, processor, same)
     monkeypatch.setattr(autosteer, "_train_head", lambda *args: pytest.fail("the gate is known before the head"))

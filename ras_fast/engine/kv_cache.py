@@ -42,10 +42,14 @@ class PoolLayer(CacheLayerMixin):
         self.rows, self.capacity, self.view = rows, capacity, view
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Under autocast keys come in float32, in which they were rotated, and values in half precision.
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
         # Zeros, not empty: slots that nobody wrote are masked, and 0 · NaN would still be NaN.
         with torch.inference_mode(False):  # the pool may be written again outside of it
-            self.keys = key_states.new_zeros((self.rows, key_states.shape[1], self.capacity, key_states.shape[3]))
-            self.values = value_states.new_zeros((self.rows, value_states.shape[1], self.capacity, value_states.shape[3]))
+            self.keys, self.values = (
+                states.new_zeros((self.rows, states.shape[1], self.capacity, states.shape[3]), dtype=dtype)
+                for states in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def read(self, row: int, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
@@ -80,7 +84,7 @@ class PoolLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         view = self.view
         keys, values = self.keys[view.rows], self.values[view.rows]
-        write_cache_(keys, values, view.slots, key_states, value_states)
+        write_cache_(keys, values, view.slots, key_states.to(keys.dtype), value_states.to(keys.dtype))
         if view.begin is None:
             return key_states, value_states
         return keys[:, :, view.begin : view.end], values[:, :, view.begin : view.end]

@@ -1,6 +1,6 @@
 """Each GPU kernel family at one large and one decode shape, for a profiler to look at (bench/gpu.sh runs it under ncu).
 
-python bench/profile_targets.py [FAMILY…]
+    python bench/profile_targets.py [FAMILY…]
 """
 
 import sys

@@ -28,7 +28,6 @@ from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_pro
 from ras_fast.methods.pairs import groups_of_equal
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
-from ras_fast.patching.cache_values import given_cache
 from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import text_shape
@@ -134,7 +133,6 @@ class _Run:
     state: PromptState
     steering: Steering
     monitor: Monitor | None = None
-    past: int | Tensor = 0  # tokens before those of the forward that runs
     prompt_length: int = 0  # of the forward that runs; 0: it reads none
     mass: dict[int, Tensor] = field(default_factory=dict)
 
@@ -142,17 +140,15 @@ class _Run:
         """Before the text model. A prompt is at risk 1 until it has been read, which is before the final norm."""
         batch, length = text_shape(kwargs)[:2]
         device = self.method.gate.bias.device
-        cache = given_cache(kwargs)
-        self.past = 0 if cache is None else cache.get_seq_length() + 0  # a static cache's own tensor counts on meanwhile
         self.monitor.active = self.state.reads_prompt(length)
         self.prompt_length = length if self.monitor.active else 0
         if self.monitor.active:
             risk = torch.ones(batch, device=device)
             self.method.failed = torch.ones_like(risk, dtype=torch.bool)
-            self._decide(risk, self.past + length - 1)
+            self._decide(risk, self.state.past + length - 1)
             return
         answer = self.state.value
-        step = torch.zeros(batch, dtype=torch.int64, device=device) + (self.past - answer.start)
+        step = torch.zeros(batch, dtype=torch.int64, device=device) + (self.state.past - answer.start)
         self.steering.set_rows(torch.where(step < self.method.own_steps, step, -1), answer.risk)
 
     def read(self, layer: int, mass: Tensor) -> None:
@@ -160,7 +156,7 @@ class _Run:
         self.mass[layer] = mass.to(self.state.value.risk.device)
         if layer != self.method.gate.layers[-1]:
             return
-        rows, has_images = rows_after_images(self.patch.region_map.ids, self.past, mass.shape[2])
+        rows, has_images = rows_after_images(self.patch.region_map.ids, self.state.past, mass.shape[2])
         risk, failed = self.method.assess(features(self.mass, self.method.gate.heads, rows), has_images)
         self.mass.clear()
         self.method.failed = failed | self.state.ends_in_padding(len(risk), mass.shape[2], risk.device)

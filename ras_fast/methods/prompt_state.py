@@ -44,6 +44,7 @@ class PromptState:
         profile judged would count as judged by the next. None: the method's.
     value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
         has decided yet, so the forward reads a prompt. Without a cache every forward does.
+    past: how many tokens the cache held before the forward that runs.
     prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
         of the prompt, and not a decode step.
     """
@@ -51,11 +52,11 @@ class PromptState:
     def __init__(self, check: ModelCheck, name: str | None = None) -> None:
         self.check, self.name = check, name or check.profile.method
         self.value: Any = None
+        self.past: int | Tensor = 0
         self.prefills = False
         self._patch: Patch | None = None
         self._cache: Any = None
         self._mask: Any = None
-        self._past: int | Tensor = 0  # tokens on the cache before this forward
 
     def decide(self, value: PerSequence) -> None:
         """Sets the value for this forward and for those to come with its cache. No host sync."""
@@ -82,7 +83,7 @@ class PromptState:
         else:  # what the last position sees, booleans or scores to add
             seen = mask[:, 0, -1]
             seen = seen if seen.dtype == torch.bool else seen >= 0
-            own = self._past + length - 1
+            own = self.past + length - 1
         last = seen.shape[1] - 1
         ends = seen[:, min(own, last)] if isinstance(own, int) else seen.index_select(1, own.clamp(max=last).reshape(1))[:, 0]
         return (seen.any(1) & ~ends).to(device).expand(batch)
@@ -111,7 +112,7 @@ class PromptState:
             raise RuntimeError("the model was unpatched while a method defends it: its answer would not be steered")
         self._mask, self._cache = kwargs.get("attention_mask"), given_cache(kwargs)
         # A static cache's own tensor counts on while the layers run.
-        self._past = 0 if self._cache is None else self._cache.get_seq_length() + 0
+        self.past = 0 if self._cache is None else self._cache.get_seq_length() + 0
         self.value = kept(self._cache, self.name)
         # Gemma 4's later layers would run for the last positions alone: methods count on all of them.
         return (args, kwargs | {"logits_to_keep": 0}) if kwargs.get("logits_to_keep") is not None else None

@@ -96,7 +96,6 @@ def attention_mask(
     `attention_mask` is the 2-D padding mask [B, seen] in bool, or None; the rest as transformers' own mask functions.
     `explicit`: None hides nothing, whatever the module says, as with eager attention.
     """
-
     def full_mask() -> Tensor | None:
         # Causal masks must be spelled out here: SDPA's shortcut for them means something else with a static cache.
         options = kwargs | {"allow_is_causal_skip": False, "local_size": local_size}

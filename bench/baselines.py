@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.glm4v import modeling_glm4v
+from transformers.models.llama import modeling_llama
 
 from ras_fast.ops import attention_cuda
 
@@ -83,36 +84,27 @@ def norm_quack(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Call 
 
 
 def _llama_norm(weight: Tensor, eps: float) -> torch.nn.Module:
-    module = LlamaRMSNorm(weight.shape[0], eps).to(weight)
+    module = modeling_llama.LlamaRMSNorm(weight.shape[0], eps).to(weight)
     module.weight.data.copy_(weight)
     return module
 
 
-# Rotary embedding: candidates rotate query [B, Hq, L, D] and key [B, Hkv, L, D] by cos and sin [B, L, D].
+# Rotary embedding: candidates rotate query [B, Hq, L, D] and key [B, Hkv, L, D] by cos and sin [B, L, r].
 
 
-def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Call]:
-    makers = {"eager": rotary_eager, "compile": rotary_compiled, "liger": rotary_liger}
-    made = {name: make(query, key, cos, sin) for name, make in makers.items()}
-    return {name: call for name, call in made.items() if call is not None}
-
-
-def rotary_eager(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call:
-    """What Hugging Face's Llama does, op by op."""
-    return lambda: apply_rotary_pos_emb(query, key, cos, sin)
-
-
-def rotary_compiled(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call:
-    """torch.compile of the same, specialised to the shape."""
+def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> dict[str, Call]:
+    """What Hugging Face's Llama does, or its GLM-4V, op by op and compiled; Liger's kernel, which knows Llama's way alone."""
+    eager = modeling_glm4v.apply_rotary_pos_emb if interleaved else modeling_llama.apply_rotary_pos_emb
     torch._dynamo.reset()
-    compiled = torch.compile(apply_rotary_pos_emb, dynamic=False, fullgraph=True)
-    return lambda: compiled(query, key, cos, sin)
+    compiled = torch.compile(eager, dynamic=False, fullgraph=True)
+    peers = {"eager": lambda: eager(query, key, cos, sin), "compile": lambda: compiled(query, key, cos, sin)}
+    if query.is_cuda and not interleaved and importlib.util.find_spec("liger_kernel"):
+        peers["liger"] = _rotary_liger(query, key, cos, sin)
+    return peers
 
 
-def rotary_liger(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call | None:
-    """Liger's kernel, which works in place: on private copies, whose values do not matter for its time."""
-    if not (query.is_cuda and importlib.util.find_spec("liger_kernel")):
-        return None
+def _rotary_liger(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Call:
+    """It works in place: on private copies, whose values do not matter for its time."""
     from liger_kernel.ops.rope import rope_forward
 
     query, key = (x.transpose(1, 2).clone().transpose(1, 2) for x in (query, key))

@@ -14,20 +14,26 @@ import torch
 
 from ras_fast import ops
 
-HEADS = ((32, 32, 128), (32, 8, 128), (16, 16, 64))  # LLaVA-1.5's (7 B), grouped heads, a small model's
+# LLaVA-1.5's (7 B), grouped heads, a small model's; GLM-4V's, which pairs neighbours and rotates half of a head.
+HEADS = ((32, 32, 128, 128), (32, 8, 128, 128), (16, 16, 64, 64), (32, 2, 128, 64))
 TOKENS = (1, 8, 64, 640, 4096)
-QUICK = [(32, 8, 128, 1), (32, 8, 128, 640)]
+QUICK = [(32, 8, 128, 128, 1), (32, 8, 128, 128, 640)]
 
 
-def case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> tuple[dict, int, dict]:
-    """Query heads, key heads, head dimension and tokens."""
-    query_heads, key_heads, dim, tokens = shape
+def case(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str) -> tuple[dict, int, dict]:
+    """Query heads, key heads, head dimension, rotated dimensions (interleaved where they are fewer) and tokens."""
+    query_heads, key_heads, dim, rotated, tokens = shape
+    interleaved = rotated < dim
     query, key = (torch.randn(1, tokens, n, dim, device=device).to(dtype).transpose(1, 2) for n in (query_heads, key_heads))
-    angles = torch.rand(1, tokens, dim // 2, device=device).repeat(1, 1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    ours = {"ras_fast": lambda: ops.rotary_embedding(query, key, cos, sin), "clone": lambda: (query.clone(), key.clone())}
-    columns = {"Hq": query_heads, "Hkv": key_heads, "D": dim, "T": tokens}
-    return columns, 2 * (query.numel() + key.numel()), ours | baselines.rotary_peers(query, key, cos, sin)
+    angles = torch.rand(1, tokens, rotated // 2, device=device)
+    angles = angles.repeat_interleave(2, -1) if interleaved else angles.repeat(1, 1, 2)
+    given = query, key, angles.cos().to(dtype), angles.sin().to(dtype)
+    ours = {
+        "ras_fast": lambda: ops.rotary_embedding(*given, interleaved=interleaved),
+        "clone": lambda: (query.clone(), key.clone()),
+    }
+    columns = {"Hq": query_heads, "Hkv": key_heads, "D": dim, "rotated": rotated, "T": tokens}
+    return columns, 2 * (query.numel() + key.numel()), ours | baselines.rotary_peers(*given, interleaved)
 
 
 if __name__ == "__main__":

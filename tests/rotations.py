@@ -1,7 +1,7 @@
-"""What the tests of the rotary embedding share: inputs as a model has them, and Hugging Face's eager code."""
+"""What the tests of the rotary embedding share: inputs as a model has them, and eager code as Hugging Face writes it."""
 
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
 
 def inputs(batch, heads, kv_heads, length, dim, rotated, dtype, tables=None, device="cpu"):
@@ -12,15 +12,20 @@ def inputs(batch, heads, kv_heads, length, dim, rotated, dtype, tables=None, dev
     return query, key, cos, sin
 
 
-def eager(query, key, cos, sin):
-    rotated = cos.shape[-1]
-    turned = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cos, sin)
-    return [torch.cat([t, x[..., rotated:]], -1) for t, x in zip(turned, (query, key), strict=True)]
+def rotate_neighbours(x):
+    """rotate_half of GLM and Cohere, whose pairs are neighbours."""
+    return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
 
 
-def check(got, query, key, cos, sin):
+def eager(x, cos, sin, interleaved):
+    turned = rotate_neighbours if interleaved else rotate_half
+    rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat([rotated * cos[:, None] + turned(rotated) * sin[:, None], rest], -1)
+
+
+def check(got, query, key, cos, sin, interleaved=False):
     """The same bits, in memory [B, L, H, D]."""
-    for one, wanted in zip(got, eager(query, key, cos, sin), strict=True):
-        assert one.dtype == wanted.dtype
+    for one, x in zip(got, (query, key), strict=True):
+        assert one.dtype == x.dtype
         assert one.transpose(1, 2).is_contiguous()
-        torch.testing.assert_close(one, wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(one, eager(x, cos, sin, interleaved), rtol=0, atol=0, equal_nan=True)

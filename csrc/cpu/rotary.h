@@ -23,6 +23,7 @@ struct RotaryTable {
 
 struct RotaryArgs {
   DType dtype;
+  bool interleaved;
   RotaryHeads query, key;
   RotaryTable cos, sin;
   int64_t length, dim, rotated;

@@ -8,8 +8,30 @@
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
 
+// rotate_half where pairs are neighbours: element 2i becomes -x[2i + 1], element 2i + 1 becomes x[2i].
+inline vfloat turned(vfloat x) {
+  vint other;
+  vfloat sign;
+  for (int i = 0; i < kLanes; ++i) other[i] = i ^ 1, sign[i] = i % 2 ? 1.0f : -1.0f;
+  return __builtin_shuffle(x, other) * sign;
+}
 template <class T>
-void rotate(const T* x, const T* cos, const T* sin, T* out, int64_t rotated) {
+inline Pair turned(T, Pair x) {
+  return {turned(x.a), turned(x.b)};
+}
+inline Pair turned(bf16, Pair x) { return {-x.b, x.a}; }  // even and odd elements are apart already
+
+template <class T>
+void rotate_neighbours(const T* x, const T* cos, const T* sin, T* out, int64_t rotated) {
+  each_pair(rotated, [&](int64_t i, auto count) {
+    const Pair value = load_pair(x + i, count);
+    const Pair straight = rounded(T{}, value * load_pair(cos + i, count));
+    store_pair(out + i, straight + rounded(T{}, turned(T{}, value) * load_pair(sin + i, count)), count);
+  });
+}
+
+template <class T>
+void rotate_halves(const T* x, const T* cos, const T* sin, T* out, int64_t rotated) {
   const int64_t half = rotated / 2;
   each_pair(half, [&](int64_t i, auto count) {
     const auto product = [&](int64_t element, const T* table, int64_t at) {
@@ -24,6 +46,7 @@ template <class T>
 void rotate_heads(const RotaryArgs& args, const RotaryHeads& heads, int64_t batch, int64_t token, const T* cos, const T* sin) {
   const T* x = static_cast<const T*>(heads.data) + batch * heads.batch_stride + token * heads.token_stride;
   T* out = static_cast<T*>(heads.out) + (batch * args.length + token) * heads.heads * args.dim;
+  auto* rotate = args.interleaved ? rotate_neighbours<T> : rotate_halves<T>;
   for (int64_t head = 0; head < heads.heads; ++head, x += heads.head_stride, out += args.dim) {
     rotate(x, cos, sin, out, args.rotated);
     std::memcpy(out + args.rotated, x + args.rotated, (args.dim - args.rotated) * sizeof(T));

@@ -18,17 +18,18 @@ RotaryTable<T> table_of(const Tensor& table) {
 }
 
 template <typename T>
-void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, const Tensor& query_out,
-         const Tensor& key_out) {
+void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved,
+         const Tensor& query_out, const Tensor& key_out) {
   const RotaryArgs<T> args{heads_of<T>(query, query_out), heads_of<T>(key, key_out), table_of<T>(cos), table_of<T>(sin),
                            int(query.size(2)), int(query.size(3)), int(cos.size(2))};
-  with_rotary_kernel(args, query.size(0) * query.size(2),
+  with_rotary_kernel(args, interleaved, query.size(0) * query.size(2),
                      [&](auto kernel, dim3 grid) { launch(kernel, args, grid, kRotaryThreads, 0, query); });
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin) {
+std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                                            bool interleaved) {
   guard_rotary(query, key, cos, sin, [&](const Tensor& tensor) { return rows_beside(query, tensor); });
   STD_TORCH_CHECK(query.size(0) * query.size(2) < (int64_t(1) << 31) &&
                       (query.size(1) + key.size(1)) * query.size(3) < (int64_t(1) << 24),
@@ -36,7 +37,7 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& query, const Tensor& k
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Tensor query_out = new_heads(query), key_out = new_heads(key);
   if (query.numel() + key.numel() == 0) return {query_out, key_out};
-  for_dtype(dtype_of(query), [&](auto zero) { run<decltype(zero)>(query, key, cos, sin, query_out, key_out); });
+  for_dtype(dtype_of(query), [&](auto zero) { run<decltype(zero)>(query, key, cos, sin, interleaved, query_out, key_out); });
   return {query_out, key_out};
 }
 

@@ -1,7 +1,7 @@
 // Rotary position embedding of all query and key heads in one launch: x · cos + rotate_half(x) · sin.
 //
-// Of a head the first r dimensions are rotated, i together with i + r/2, and the others copied. A thread takes 16 bytes of
-// dimensions below r/2 and their partners, or 16 bytes to copy: every element is read once and written once, and the token's row
+// Of a head the first r dimensions are rotated, i together with i + r/2 or, interleaved, 2i with 2i + 1, and the others copied. A
+// thread takes two runs of 16 bytes to rotate, or one to copy: every element is read once and written once, and the token's row
 // of cosines and sines comes from L1 for all heads but the first. Products and sums are rounded one by one, as in eager code.
 //
 // Framework-free: rotary.cu is the launcher.
@@ -37,7 +37,7 @@ struct RotaryArgs {
 
 constexpr int kRotaryThreads = 256;
 
-// What the threads of a head share out: runs of kVec dimensions below r/2, and beyond r.
+// What the threads of a head share out: two runs of kVec dimensions to rotate, or one beyond r.
 template <typename T>
 __host__ __device__ int rotary_units(const RotaryArgs<T>& args, int vec) {
   return (args.rotated / 2 + args.dim - args.rotated) / vec;
@@ -80,6 +80,15 @@ struct Run {
     return run;
   }
 
+  // rotate_half where pairs are neighbours.
+  __device__ Run turned() const {
+    static_assert(kVec % 2 == 0);
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kVec; i += 2) run.value[i] = -value[i + 1], run.value[i + 1] = value[i];
+    return run;
+  }
+
   // a + sign * b; the sign is 1 or -1, so nothing is rounded but the sum.
   __device__ friend Run sum(const Run& a, const Run& b, float sign) {
     Run run;
@@ -90,7 +99,7 @@ struct Run {
 };
 
 // Grid (B·L tokens, units of all heads / kRotaryThreads, rounded up).
-template <typename T, int kVec>
+template <typename T, int kVec, bool kInterleaved>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_constant__ RotaryArgs<T> args) {
   const int units = rotary_units(args, kVec), half = args.rotated / 2;
   const unsigned index = blockIdx.y * kRotaryThreads + threadIdx.x;
@@ -112,11 +121,17 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_con
   const auto load_row = [&](const RotaryTable<T>& table, int at) {
     return Run<T, kVec>::load(table.data + batch * table.batch_stride + token * table.token_stride + at);
   };
-  const auto low = Run<T, kVec>::load(x + first), high = Run<T, kVec>::load(x + first + half);
-  const auto low_cos = load_row(args.cos, first), high_cos = load_row(args.cos, first + half);
-  const auto low_sin = load_row(args.sin, first), high_sin = load_row(args.sin, first + half);
-  sum(low * low_cos, high * low_sin, -1.f).store(out + first);
-  sum(high * high_cos, low * high_sin, 1.f).store(out + first + half);
+  const int at = kInterleaved ? 2 * first : first, next = at + (kInterleaved ? kVec : half);
+  const auto low = Run<T, kVec>::load(x + at), high = Run<T, kVec>::load(x + next);
+  const auto low_cos = load_row(args.cos, at), high_cos = load_row(args.cos, next);
+  const auto low_sin = load_row(args.sin, at), high_sin = load_row(args.sin, next);
+  if constexpr (kInterleaved && kVec > 1) {
+    sum(low * low_cos, low.turned() * low_sin, 1.f).store(out + at);
+    sum(high * high_cos, high.turned() * high_sin, 1.f).store(out + next);
+  } else {
+    sum(low * low_cos, high * low_sin, -1.f).store(out + at);
+    sum(high * high_cos, low * high_sin, 1.f).store(out + next);
+  }
 }
 
 // How many neighbouring dimensions an access may hold: 16 bytes of them, where halves, rows and bases are multiples of that.
@@ -136,10 +151,15 @@ int rotary_width(const RotaryArgs<T>& args) {
 
 // Calls start(kernel, grid) for the instance that fits.
 template <typename T, typename Start>
-void with_rotary_kernel(const RotaryArgs<T>& args, int64_t tokens, Start&& start) {
+void with_rotary_kernel(const RotaryArgs<T>& args, bool interleaved, int64_t tokens, Start&& start) {
+  constexpr int kWide = kAccessBytes / sizeof(T);
   const int vec = rotary_width(args), all = rotary_units(args, vec) * (args.query.heads + args.key.heads);
   const dim3 grid(unsigned(tokens), unsigned((all + kRotaryThreads - 1) / kRotaryThreads));
-  vec == 1 ? start(rotary_kernel<T, 1>, grid) : start(rotary_kernel<T, kAccessBytes / sizeof(T)>, grid);
+  if (interleaved) {
+    vec == 1 ? start(rotary_kernel<T, 1, true>, grid) : start(rotary_kernel<T, kWide, true>, grid);
+  } else {
+    vec == 1 ? start(rotary_kernel<T, 1, false>, grid) : start(rotary_kernel<T, kWide, false>, grid);
+  }
 }
 
 }  // namespace ras::cuda

@@ -12,9 +12,10 @@ from ras_fast.ops import _check
 from ras_fast.ops._registry import call, define, triton_kernel
 
 
-def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys, rotated by their positions: x · cos + rotate_half(x) · sin (RoPE, arXiv 2104.09864, in the layout of
-    GPT-NeoX and Llama: dimension i is paired with i + r/2).
+def rotary_embedding(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, rotated by their positions: x · cos + rotate_half(x) · sin (RoPE, arXiv 2104.09864).
 
     Of each head the first r dimensions are rotated, the others copied. Both products and their sum are rounded to the dtype of
     `query`, where Hugging Face's eager code rounds: the results are that code's, bit for bit. float64 is taken as well, by the
@@ -24,6 +25,7 @@ def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
         query: [B, Hq, L, D], float32, float16 or bfloat16; any strides with a contiguous last dimension.
         key: [B, Hkv, L, D], like `query`.
         cos, sin: [B or 1, L, r] with r even and 0 < r ≤ D, dtype of `query`, contiguous last dimension.
+        interleaved: dimension 2i is paired with 2i + 1, as in the paper and in GLM; else i with i + r/2, as in Llama.
 
     Returns:
         query and key, rotated. In memory they are [B, L, H, D], as projections leave them.
@@ -33,10 +35,12 @@ def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
         RuntimeError: an input requires grad.
     """
     _check.no_grad("rotary_embedding", query, key, cos, sin)
-    return call("rotary_embedding", _validate, query, key, cos, sin)
+    return call("rotary_embedding", _validate, query, key, cos, sin, interleaved)
 
 
-def _validate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _validate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    if not isinstance(interleaved, bool):
+        _check.fail("interleaved", repr(interleaved), "True or False")
     _check.floating("query", query)
     if query.dim() != 4 or query.shape[-1] == 0:
         _check.fail("query", f"of shape {tuple(query.shape)}", "[B, Hq, L, D] with D > 0")
@@ -56,19 +60,20 @@ def _validate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         _check.device(name, tensor, query.device)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     head, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
-    first, second = head.chunk(2, -1)
-    rotated = head * cos + torch.cat([-second, first], -1) * sin
+    pairs = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).transpose(-1, -2)
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1 if interleaved else -2).flatten(-2)
+    rotated = head * cos + turned * sin
     return torch.cat([rotated, rest], -1).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     cos, sin = cos[:, None], sin[:, None]
-    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+    return _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
 
 
-def _fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     _check.one_device("rotary_embedding", query, key, cos, sin)
 
     def like(x: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ def _fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
 
 
 define(
-    "rotary_embedding(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    "rotary_embedding(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved=False) -> (Tensor, Tensor)",
     fake=_fake,
     reference=_reference,
     triton=triton_kernel("rotary", "rotary_embedding"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,44 +19,68 @@ from ras_fast.patching.undo import Undo, forward_slot
 _SCALES = (1.0, 1e3)  # of the rows on which an MLP is compared: some clamp what is large
 
 
+class Parts(NamedTuple):
+    """Names of an MLP's children: `gate` and `up`, or one linear layer for both, gate first; None: no module, but SiLU."""
+
+    gate: str
+    up: str | None
+    act_fn: str | None
+    down: str
+
+
+KNOWN = (
+    Parts("gate_proj", "up_proj", "act_fn", "down_proj"),  # Llama and most others
+    Parts("gate_proj", "up_proj", "activation_fn", "down_proj"),  # Llama 4
+    Parts("gate_up_proj", None, "activation_fn", "down_proj"),  # GLM, Phi-3
+    Parts("w1", "w3", None, "w2"),  # LFM2
+)
+
+
 class FusedMLP:
-    """Stands in for the `forward` of one MLP, down_proj(act_fn(gate_proj(x)) · up_proj(x)): `ops.linear_glu` where that is
-    faster, else the original, as where a module that would not be called has hooks or is more than its product.
+    """Stands in for the `forward` of one MLP, down(act_fn(gate(x)) · up(x)): `ops.linear_glu` where that is faster, else the
+    original, as where a module that would not be called has hooks or is more than its product.
 
     Args:
         mlp: the module.
-        act_fn: its activation, which ACTIVATIONS knows as `activation`.
+        parts: its children.
+        activation: what its `act_fn` is, in the words of ACTIVATIONS.
     """
 
-    def __init__(self, mlp: nn.Module, act_fn: nn.Module, activation: str) -> None:
-        self.mlp, self.act_fn, self.activation = mlp, act_fn, activation
-        self.most = most_elements(mlp.gate_proj.weight)
+    def __init__(self, mlp: nn.Module, parts: Parts, activation: str) -> None:
+        self.mlp, self.parts, self.activation = mlp, parts, activation
+        self.act_fn = None if parts.act_fn is None else mlp._modules[parts.act_fn]
+        self.most = most_elements(mlp._modules[parts.gate].weight)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mlp = self.mlp
         if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].numel() <= self.most:
             states = self._states(args[0])
             if states is not None:
-                return mlp._modules["down_proj"](states)
+                return mlp._modules[self.parts.down](states)
         return type(mlp).forward(mlp, *args, **kwargs)
 
     def _states(self, x: Tensor) -> Tensor | None:
-        """act_fn(gate_proj(x)) · up_proj(x) by the op; None where the original is to run."""
-        modules = self.mlp._modules
-        gate, up = modules["gate_proj"], modules["up_proj"]
-        if not (_is_plain(gate) and _is_plain(up) and self._is_left_alone(modules["act_fn"])):
+        """act_fn(gate(x)) · up(x) by the op; None where the original is to run."""
+        linears = [self.mlp._modules[name] for name in self.parts[:2] if name is not None]
+        if not (all(map(_is_plain, linears)) and self._is_left_alone()):
             return None
-        weights = gate._parameters.get("weight"), up._parameters.get("weight")
+        weights = [linear._parameters.get("weight") for linear in linears]
         if not takes(x, *weights):
             return None
+        gate, up = weights if len(weights) == 2 else weights[0].chunk(2)
         try:
-            return glu_by_kernel(x, *weights, self.activation)
+            return glu_by_kernel(x, gate, up, self.activation)
         except RuntimeError:  # as in FastLinear
             return None
 
-    def _is_left_alone(self, act_fn: nn.Module) -> bool:
-        hooks = has_foreign_hooks(act_fn) or every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-        return act_fn is self.act_fn and "forward" not in act_fn.__dict__ and not hooks
+    def _is_left_alone(self) -> bool:
+        """Whether nobody would hear that the activation is not called, and it is what it was."""
+        if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+            return False
+        if self.act_fn is None:
+            return True
+        act_fn = self.mlp._modules[self.parts.act_fn]
+        return act_fn is self.act_fn and "forward" not in act_fn.__dict__ and not has_foreign_hooks(act_fn)
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -75,14 +100,16 @@ def fuse_mlps(layers: nn.ModuleList, undo: Undo, report: Report) -> None:
 
 @torch.no_grad()
 def _fused(module: nn.Module) -> FusedMLP | None:
-    parts = [module._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-    if None in parts or not all(map(_is_plain, parts[:2])):
+    children = module._modules
+    parts = next((parts for parts in KNOWN if all(children.get(name) is not None for name in parts if name is not None)), None)
+    if parts is None or not all(_is_plain(children[name]) for name in parts[:2] if name is not None):
         return None
-    gate, _, _, act_fn = parts
+    weight = children[parts.gate].weight
+    act_fn = ACTIVATIONS["silu"] if parts.act_fn is None else children[parts.act_fn]
     try:
-        activation = next(name for name in ACTIVATIONS if _is_activation(act_fn, name, gate.weight.device))
-        fused = FusedMLP(module, act_fn, activation)
-        for rows in (scale * some_rows(gate.weight) for scale in _SCALES):
+        activation = next(name for name in ACTIVATIONS if _is_activation(act_fn, name, weight.device))
+        fused = FusedMLP(module, parts, activation)
+        for rows in (scale * some_rows(weight) for scale in _SCALES):
             expected = type(module).forward(module, rows)
             if bool(expected.isfinite().all()) and reproduce(fused, (rows,), {}, expected)[1] is not None:
                 return None
@@ -91,7 +118,7 @@ def _fused(module: nn.Module) -> FusedMLP | None:
     return fused
 
 
-def _is_activation(act_fn: nn.Module, name: str, device: torch.device) -> bool:
+def _is_activation(act_fn: Callable[[Tensor], Tensor], name: str, device: torch.device) -> bool:
     """In float32: in half precision another one might pass for it."""
     x = torch.linspace(-30, 30, 6001, device=device)
     return torch.allclose(act_fn(x), ACTIVATIONS[name](x), rtol=1e-5, atol=1e-6)

@@ -71,7 +71,8 @@ def rotary():
         for heads, kv_heads, length, dim, rotated in ((4, 2, 3, 64, 64), (40, 8, 1, 128, 128), (3, 1, 5, 72, 30)):
             query, key = rand(2, length, heads, dim, dtype=dtype), rand(2, length, kv_heads, dim, dtype=dtype)
             table = rand(2, length, rotated, dtype=dtype)
-            yield ops.rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), table, table)
+            for interleaved in (False, True):
+                yield ops.rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), table, table, interleaved=interleaved)
 
 
 def cache():

@@ -22,14 +22,18 @@ def inputs(*shape):
     return rotations.inputs(*shape, device="cuda")
 
 
+def check(*given):
+    for interleaved in (False, True):
+        rotations.check(ops.rotary_embedding(*given, interleaved=interleaved), *given, interleaved)
+
+
 @BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "rotated"), [(2, 2), (14, 10), (64, 64), (72, 72), (80, 32), (128, 128), (256, 64)])
 def test_bits_of_eager_code(backend, dim, rotated, dtype):
     for shape in ((2, 6, 2, 5), (3, 9, 9, 1), (1, 40, 8, 1000), (0, 4, 2, 3)):
         for tables in {1, shape[0]} - {0}:
-            given = inputs(*shape, dim, rotated, dtype, tables)
-            rotations.check(ops.rotary_embedding(*given), *given)
+            check(*inputs(*shape, dim, rotated, dtype, tables))
 
 
 @BACKENDS
@@ -43,7 +47,7 @@ def test_strides_and_values_that_are_not_finite(backend, dtype):
         (query.contiguous(), key.contiguous(), cos.repeat_interleave(2, 1)[:, ::2], sin),
         (query[:1].expand(3, -1, -1, -1), key[1:].expand(3, -1, -1, -1), cos[:1].expand(3, -1, -1), sin[:1]),
     ):
-        rotations.check(ops.rotary_embedding(*given), *given)
+        check(*given)
 
 
 @BACKENDS

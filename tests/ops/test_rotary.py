@@ -22,7 +22,9 @@ def skip_if_interpreted(backend, dtype):
 
 
 def check(*given):
-    rotations.check(ops.rotary_embedding(*given), *given)
+    """Pairs that are half the rotated dimensions apart, and neighbours."""
+    for interleaved in (False, True):
+        rotations.check(ops.rotary_embedding(*given, interleaved=interleaved), *given, interleaved)
 
 
 @BACKENDS
@@ -63,8 +65,9 @@ def test_special_values(backend, dtype):
     query[0, 1, 0] = torch.finfo(dtype).smallest_normal / 2
     key[0, 0, 3] = -0.0
     check(query, key, cos, sin)
-    got, _ = ops.rotary_embedding(query, key, cos, sin)
-    assert got.isnan().nonzero().tolist() == [[0, 0, 1, 3], [0, 0, 1, 19]]
+    for interleaved, partner in ((False, 19), (True, 2)):
+        got, _ = ops.rotary_embedding(query, key, cos, sin, interleaved=interleaved)
+        assert got.isnan().nonzero().tolist() == sorted([[0, 0, 1, 3], [0, 0, 1, partner]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,8 +85,9 @@ def test_any_shape_on_the_cpu(batch, heads, kv_heads, length, half, rest, dtype)
 
 
 def test_opcheck():
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(torch.ops.ras_fast.rotary_embedding.default, inputs(2, 4, 2, 3, 16, 8, dtype))
+    for dtype, interleaved in ((torch.float32, False), (torch.bfloat16, True)):
+        given = (*inputs(2, 4, 2, 3, 16, 8, dtype), interleaved)
+        torch.library.opcheck(torch.ops.ras_fast.rotary_embedding.default, given)
 
 
 def test_one_graph():
@@ -127,6 +131,11 @@ QUERY, KEY, TABLE = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 3, 16), torch.ze
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         ops.rotary_embedding(*arguments)
+
+
+def test_what_says_how_pairs_lie_is_true_or_false():
+    with pytest.raises(ValueError, match="interleaved is 'yes'; it must be True or False"):
+        ops.rotary_embedding(QUERY, KEY, TABLE, TABLE, interleaved="yes")
 
 
 def test_gradients_are_refused():

@@ -14,8 +14,9 @@ from transformers.activations import ACT2FN
 import ras_fast
 from ras_fast.patching.mlp import FusedMLP
 
-# Gated MLPs of three layers; both projections in one matrix (GLM) is another thing.
-FUSED = {"llava": 3, "qwen2_vl": 3, "gemma3": 3, "glm4v": 0, "aya_vision": 3}
+# Gated MLPs of the layers; GLM has both projections in one matrix, LFM2 other names and no module for its SiLU, Llama 4 experts
+# in every other layer.
+FUSED = {"llava": 3, "qwen2_vl": 3, "gemma3": 3, "glm4v": 3, "aya_vision": 3, "lfm2_vl": 4}
 
 
 @pytest.fixture
@@ -60,18 +61,41 @@ def test_few_rows_alone(llava):
         assert count(lambda: llava(**ids(1))) == 0
 
 
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn", "down_proj"])
-def test_hooks_see_what_they_saw(llava, name):
-    given, seen = ids(1), []
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llava", "mlp.gate_proj"), ("llava", "mlp.up_proj"), ("llava", "mlp.act_fn"), ("llava", "mlp.down_proj"),
+     ("glm4v", "mlp.gate_up_proj"), ("glm4v", "mlp.activation_fn"), ("glm4v", "mlp.down_proj"),
+     ("lfm2_vl", "feed_forward.w1"), ("lfm2_vl", "feed_forward.w3"), ("lfm2_vl", "feed_forward.w2")],
+)  # fmt: skip
+def test_hooks_see_what_they_saw(family, name):
+    model, given, seen, fused = FAMILIES[family].model(family), ids(1), [], FUSED[family]
+    hooked = model.model.language_model.layers[1].get_submodule(name)
+    is_last = name.endswith(("down_proj", "w2"))
     with torch.no_grad():
-        expected = llava(**given).logits
-        with ras_fast.patch(llava):
-            hook = getattr(mlps(llava)[1], name).register_forward_hook(lambda module, args, output: seen.append(output))
-            torch.testing.assert_close(llava(**given).logits, expected, atol=1e-5, rtol=1e-5)
-            assert count(lambda: llava(**given)) == (3 if name == "down_proj" else 2)
+        expected = model(**given).logits
+        with ras_fast.patch(model):
+            hook = hooked.register_forward_hook(lambda module, args, output: seen.append(output))
+            torch.testing.assert_close(model(**given).logits, expected, atol=2e-5, rtol=1e-4)
+            assert count(lambda: model(**given)) == (fused if is_last else fused - 1)
             hook.remove()
-            assert count(lambda: llava(**given)) == 3
+            assert count(lambda: model(**given)) == fused
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_both_projections_in_one_matrix(length):
+    """Halves of the weight as it is now; a bias that comes later is not forgotten."""
+    model = FAMILIES["glm4v"].model("glm4v")
+    with torch.no_grad(), ras_fast.patch(model, regions=False):
+        mlp, x = mlps(model)[0], torch.randn(length, 64)
+        expected = type(mlp).forward(mlp, x)
+        torch.testing.assert_close(mlp(x), expected, atol=1e-5, rtol=1e-5)
+        mlp.gate_up_proj.weight = nn.Parameter(2 * mlp.gate_up_proj.weight)
+        doubled = type(mlp).forward(mlp, x)
+        assert not torch.allclose(doubled, expected)
+        torch.testing.assert_close(mlp(x), doubled, atol=1e-5, rtol=1e-5)
+        mlp.gate_up_proj.bias = nn.Parameter(torch.randn(mlp.gate_up_proj.out_features))
+        torch.testing.assert_close(mlp(x), type(mlp).forward(mlp, x), atol=1e-5, rtol=1e-5)
 
 
 def test_what_changes_after_the_patch(llava):
@@ -170,6 +194,26 @@ def test_clamped_ones_and_such_as_take_both_are_refused(llava):
     layers[1].mlp.act_fn = Together()
     with ras_fast.patch(llava) as patched:
         assert patched.report().mlps == 1
+
+
+class UpFirst(nn.Module):
+    """Both projections in one matrix, the other one first."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(64, 2 * mlp.gate_proj.out_features, bias=False)
+        self.down_proj, self.activation_fn = mlp.down_proj, mlp.act_fn
+
+    def forward(self, x):
+        up, gate = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(up * self.activation_fn(gate))
+
+
+def test_the_gate_comes_first(llava):
+    layers = llava.model.language_model.layers
+    layers[0].mlp = UpFirst(layers[0].mlp)
+    with ras_fast.patch(llava) as patched:
+        assert patched.report().mlps == 2
 
 
 def test_what_only_looks_alike_is_refused(llava):

@@ -17,7 +17,7 @@ struct Table {
 struct Call {
   Heads query, key;
   Table cos, sin;
-  int64_t batch, length, dim, rotated, dtype;
+  int64_t batch, length, dim, rotated, dtype, interleaved;
   int64_t width;  // out: elements of an access
 };
 
@@ -33,7 +33,7 @@ static bool run(Call& c) {
   const RotaryArgs<T> a{heads(c.query), heads(c.key), table(c.cos), table(c.sin), int(c.length), int(c.dim), int(c.rotated)};
   c.width = rotary_width(a);
   bool ok = false;
-  with_rotary_kernel(a, c.batch * c.length, [&](auto kernel, dim3 grid) {
+  with_rotary_kernel(a, c.interleaved != 0, c.batch * c.length, [&](auto kernel, dim3 grid) {
     ok = simt::launch(grid, dim3(kRotaryThreads), 0, [&] { kernel(a); });
   });
   return ok;

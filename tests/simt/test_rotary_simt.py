@@ -26,7 +26,7 @@ class Call(ctypes.Structure):
     """Mirrors struct Call of rotary_simt.cpp."""
 
     _fields_ = [("query", Heads), ("key", Heads), ("cos", Table), ("sin", Table)] + [
-        (name, INT) for name in ("batch", "length", "dim", "rotated", "dtype", "width")
+        (name, INT) for name in ("batch", "length", "dim", "rotated", "dtype", "interleaved", "width")
     ]
 
 
@@ -44,18 +44,23 @@ def table_of(table):
 
 
 def check(emulator, query, key, cos, sin, width):
-    """width: elements that an access is to have."""
+    """Both kinds of pairs. width: elements that an access is to have."""
+    for interleaved in (False, True):
+        check_pairs(emulator, query, key, cos, sin, interleaved, width)
+
+
+def check_pairs(emulator, query, key, cos, sin, interleaved, width):
     dtype = query.dtype
     outputs = [torch.full((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), torch.nan, dtype=dtype) for x in (query, key)]
     call = Call(heads_of(query, outputs[0]), heads_of(key, outputs[1]), table_of(cos), table_of(sin), query.shape[0],
-                query.shape[2], query.shape[3], cos.shape[-1], DTYPES[dtype])  # fmt: skip
+                query.shape[2], query.shape[3], cos.shape[-1], DTYPES[dtype], interleaved)  # fmt: skip
     inputs = {"query": query, "key": key, "cos": cos, "sin": sin}
     emulator.run(
         "rotary_run", ctypes.byref(call), inputs={name: x.view(BITS[dtype]).numpy() for name, x in inputs.items()},
         outputs={name: x.view(BITS[dtype]).numpy() for name, x in zip(("query out", "key out"), outputs, strict=True)},
     )  # fmt: skip
     assert call.width == width
-    rotations.check([output.transpose(1, 2) for output in outputs], query, key, cos, sin)
+    rotations.check([output.transpose(1, 2) for output in outputs], query, key, cos, sin, interleaved)
 
 
 def rand(*shape, dtype):

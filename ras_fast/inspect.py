@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -155,14 +156,17 @@ def inspect_triton(archs: Sequence[int] = TRITON_ARCHS, match: str = "") -> list
     """Every default configuration of the Triton kernels, compiled ahead of time for each architecture, one process for each.
 
     Raises:
-        InspectError: Triton is missing, or TRITON_INTERPRET=1 has replaced its compiler.
+        InspectError: Triton is missing, TRITON_INTERPRET=1 has replaced its compiler, or it knows none of `archs`.
     """
     if not triton_is_installed():
         raise InspectError("triton is not installed: `pip install triton`")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InspectError("TRITON_INTERPRET=1 replaces Triton's compiler by an interpreter: unset it")
     with ProcessPoolExecutor(min(len(archs), os.cpu_count()), mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [row for rows in pool.map(_inspect_arch, archs, [match] * len(archs)) for row in rows]
+        try:
+            return [row for rows in pool.map(_inspect_arch, archs, [match] * len(archs)) for row in rows]
+        except BrokenProcessPool as error:  # LLVM ends the process that asks it for an architecture it does not know
+            raise InspectError(f"--arch is {', '.join(map(str, archs))}; Triton's compiler died of it") from error
 
 
 def _inspect_arch(arch: int, match: str) -> list[KernelFacts]:

@@ -124,3 +124,15 @@ def test_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(inspect.InspectError, match="unset it"):
         inspect.inspect_triton([90])
+
+
+def _dies(arch, match):
+    os._exit(1)
+
+
+def test_an_architecture_that_triton_dies_of_is_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(inspect, "triton_is_installed", lambda: True)
+    monkeypatch.setattr(inspect, "_inspect_arch", _dies)
+    with pytest.raises(inspect.InspectError, match="--arch is 42; Triton's compiler died of it"):
+        inspect.inspect_triton([42])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ras_fast import backend
 
@@ -17,10 +18,16 @@ _references: dict[str, Callable[..., Any]] = {}
 
 
 def define(
-    schema: str, *, fake: Callable[..., Any], reference: Callable[..., Any], triton: Callable[..., Any] | None = None
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> None:
     """Defines `ras_fast::<name>` from its schema, with its fake kernel and its reference; with `triton` also
-    `ras_fast::<name>_triton`, its twin of the same schema.
+    `ras_fast::<name>_triton`, its twin of the same schema. `flops` counts the operations of its matrix products for
+    `torch.utils.flop_counter`: of the op's arguments, with shapes for tensors.
 
     The reference also serves devices for which no native kernel is built. The launchers in csrc/ add the native
     ones to the same op. The schema lives here, not in C++, because a pure-Python install has the ops, too.
@@ -33,6 +40,9 @@ def define(
         _define(renamed(schema, f"{name}_triton"), fake)
         for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
             LIBRARY.impl(f"{name}_triton", triton, key)
+    if flops is not None:
+        names = (name,) if triton is None else (name, f"{name}_triton")
+        register_flop_formula([getattr(torch.ops.ras_fast, each) for each in names])(flops)
 
 
 def _define(schema: str, fake: Callable[..., Any]) -> None:

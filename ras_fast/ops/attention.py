@@ -418,17 +418,36 @@ _STATISTICS_SCHEMA = (
     "region_statistics(Tensor query, Tensor key, Tensor lse, Tensor region_ids, SymInt num_regions, SymInt rows, str reduce, "
     f"{_MASKS}, Tensor? region_bias) -> (Tensor mass, Tensor scores)"
 )
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: object, **kwargs: object) -> int:
+    """As torch counts SDPA: as if every row saw every key. Statistics are not counted: their products depend on the regions."""
+    batch, heads, rows, dim = query
+    return 2 * batch * heads * rows * key[2] * (dim + value[3])
+
+
 for _schema, _fake in (
     (_ATTENTION_SCHEMA, _attention_fake), (_MASS_SCHEMA, _mass_fake), (_KEY_SCHEMA, _key_fake),
     (_STATISTICS_SCHEMA, _statistics_fake),
 ):  # fmt: skip
     _name = name_of(_schema)
-    define(_schema, fake=_fake, reference=getattr(attention_reference, _name), triton=getattr(attention_triton, _name))
+    define(
+        _schema,
+        fake=_fake,
+        reference=getattr(attention_reference, _name),
+        triton=getattr(attention_triton, _name),
+        flops=_attention_flops if _name == "region_attention" else None,
+    )
     LIBRARY.impl(_name, outside_autocast(getattr(attention_cuda, _name)), "CUDA")
 LIBRARY.impl("region_attention", outside_autocast(attention_cpu.region_attention), "CPU")
 # Single kernels of csrc/, among which attention_cpu.py and attention_cuda.py choose.
 for _name in ("decode_attention", "prefill_attention", "hopper_prefill"):
-    define(renamed(_ATTENTION_SCHEMA, _name), fake=_attention_fake, reference=attention_reference.region_attention)
+    define(
+        renamed(_ATTENTION_SCHEMA, _name),
+        fake=_attention_fake,
+        reference=attention_reference.region_attention,
+        flops=_attention_flops,
+    )
 LIBRARY.define(renamed(_MASS_SCHEMA, "selected_region_mass"))
 LIBRARY.define(renamed(_KEY_SCHEMA, "selected_key_attention"))
 LIBRARY.define(renamed(_STATISTICS_SCHEMA, "selected_statistics"))

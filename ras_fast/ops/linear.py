@@ -6,6 +6,7 @@ Shapes: T rows (the product of x's leading dimensions), K and N inputs and outpu
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from functools import cache, partial
@@ -169,15 +170,23 @@ def _reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias).contiguous()
 
 
+def _flops(x: torch.Size, *matrices: object, **kwargs: object) -> int:
+    """Of x times each matrix, whatever else the op takes."""
+    shapes = (matrix for matrix in matrices if isinstance(matrix, torch.Size) and len(matrix) == 2)
+    return 2 * math.prod(x[:-1]) * sum(map(math.prod, shapes))
+
+
 define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_fake_linear,
     reference=_reference_linear,
+    flops=_flops,
 )
 define(
     "linear_glu(Tensor x, Tensor gate, Tensor up, str activation) -> Tensor",
     fake=_fake_glu,
     reference=_reference_glu,
+    flops=_flops,
 )
 
 
@@ -244,4 +253,5 @@ define(
     fake=_fake_gated,
     reference=_reference_gated,
     triton=triton_kernel("gated_linear", "gated_linear"),
+    flops=_flops,
 )

@@ -107,11 +107,12 @@ def _rotated(form: str, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) ->
     if query.dim() != 4 or key.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return None
     rows = cos.shape[0] in (1, query.shape[0])
-    tables = rows and cos.shape[1] == query.shape[2] and cos.shape[2] <= query.shape[3]
+    tables = rows and cos.shape[1] == query.shape[2] and cos.shape[2] <= query.shape[3] and cos.shape[2] % 2 == 0
     dtypes = query.dtype == key.dtype == cos.dtype == sin.dtype
-    if not (tables and dtypes) or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+    strides = query.stride(3) == key.stride(3) == 1
+    if not (tables and dtypes and strides) or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
         return None
-    return ops.rotary_embedding(query, key, cos, sin, interleaved=form == "neighbours")
+    return ops.rotary_embedding(query, key, cos.contiguous(), sin.contiguous(), interleaved=form == "neighbours")
 
 
 def _with_global(function: Callable, name: str, value: Any) -> tuple[Callable, Any] | None:

@@ -6,6 +6,7 @@ import sys
 from functools import wraps
 
 import pytest
+import rotations
 import torch
 from calls import Calls
 from families import FAMILIES
@@ -156,6 +157,23 @@ def test_a_rotation_that_only_looks_alike_is_refused(llava, monkeypatch):
     with torch.no_grad(), ras_fast.patch(llava, regions=False) as patched:
         assert patched.report().rotations == 0
         assert patched.report().unfused["layers.0.self_attn"] == "rotates in a way of its own"
+
+
+@pytest.mark.parametrize("form", ["halves", "neighbours"])
+def test_tables_and_heads_of_any_strides(llava, form):
+    fused, tables = FusedRotation(attentions(llava)[0], form), torch.randn(2, 1, 16, 5).transpose(2, 3)
+    query, key = torch.randn(2, 2, 5, 4, 16).transpose(2, 3)
+    for heads in (query, key), (query.mT.contiguous().mT, key.mT.contiguous().mT):
+        expected = rotations.eager(heads[0], *tables, form == "neighbours")
+        taken = form == "halves" or heads[0].stride(3) == 1  # what the op does not take is Llama's, whatever the form
+        assert torch.equal(fused._rotate(*heads, *tables)[0], expected) == taken
+
+
+def test_an_odd_number_of_dimensions(llava):
+    """Not a rotation, but what eager code does with it."""
+    given = torch.randn(1, 2, 5, 7), torch.randn(1, 2, 5, 7), torch.randn(1, 5, 7), torch.randn(1, 5, 7)
+    got = FusedRotation(attentions(llava)[0], "halves")._rotate(*given)
+    assert all(map(torch.equal, got, modeling_llama.apply_rotary_pos_emb(*given)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

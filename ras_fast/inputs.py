@@ -448,18 +448,23 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
     """
     lengths = [one["input_ids"].shape[1] for one in batch]
     longest, device = max(lengths), batch[0]["input_ids"].device
-    joined: Inputs = {"attention_mask": torch.ones(len(batch), longest + len(answer), dtype=torch.long, device=device)}
+    padded: Inputs = {"attention_mask": torch.ones(len(batch), longest + len(answer), dtype=torch.long, device=device)}
     for row, length in enumerate(lengths):
-        joined["attention_mask"][row, : longest - length] = 0
+        padded["attention_mask"][row, : longest - length] = 0
     for name in dict.fromkeys(name for one in batch for name in one):
         if any(name in one and not is_per_token(name, one) for one in batch):
-            joined[name] = torch.cat(_counted_on([one for one in batch if name in one], name))
+            padded[name] = torch.cat(_counted_on([one for one in batch if name in one], name))
             continue
         shape, filler = (len(batch), longest + len(answer)), pad if name == "input_ids" else 0
-        joined[name] = torch.full(shape, filler, dtype=torch.long, device=device)
+        padded[name] = torch.full(shape, filler, dtype=torch.long, device=device)
         for row, (one, length) in enumerate(zip(batch, lengths, strict=True)):
             if name in one:
-                joined[name][row, longest - length : longest] = one[name][0]
+                padded[name][row, longest - length : longest] = one[name][0]
     if answer:
-        joined["input_ids"][:, longest:] = torch.tensor(answer, device=device)
-    return joined
+        padded["input_ids"][:, longest:] = torch.tensor(answer, device=device)
+    return padded
+
+
+def joined(batch: Sequence[Inputs]) -> Inputs:
+    """Joins inputs that `fit` together and are equally long."""
+    return {name: torch.cat(_counted_on(batch, name)) for name in batch[0]}

@@ -323,7 +323,7 @@ FAMILIES = {
                                           "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
                         "perceiver_config": {"hidden_size": SIZE, "resampler_n_latents": 4, "resampler_depth": 1,
                                              "resampler_n_heads": 2, "num_key_value_heads": 1, "resampler_head_dim": 8}},
-                       around=([START], [START]), per_row=True),
+                       around=([START], [START]), per_row=True, tokens=4),
     "idefics3": Family({"text_config": TEXT | {"model_type": "llama"}, "image_token_id": IMAGE, "scale_factor": 2,
                         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                                           "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},

@@ -54,7 +54,8 @@ class FamilyProcessor:
         images = images or []
         generator = torch.Generator().manual_seed(sum(sum(image.tobytes()) for image in images) % 2**31)
         batch = self.family.pixels(len(images), generator) if images else {}
-        lengths = iter(self.family._lengths(self.model, batch)) if images else iter(())
+        tokens = self.family.tokens
+        lengths = iter([tokens] * len(images) if tokens or not images else self.family._lengths(self.model, batch))
         before, after = self.family.around
         ids = []
         for token in self.tokenizer(text[0], add_special_tokens=False)["input_ids"]:
@@ -99,6 +100,25 @@ def test_exact(name):
             assert output.rejected_at == reference.rejected_at
             assert output.risk == pytest.approx(reference.risk, abs=1e-4)
     assert guard.counters["shared"] >= 5
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED and FAMILIES[name].pixels])
+def test_neighbours_share_a_forward_over_their_images(name, monkeypatch):
+    model, processor, profile = built(name)
+    queries = [random_words(700 + i, 2 + i) for i in range(4)], [random_image(i) for i in range(4)]
+    expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6)
+    encoded, prefill = [], batch.Batch.prefill
+
+    def noted(self, row, inputs, length, kind):
+        encoded.extend([len(inputs)] * (kind == batch.ANSWER))
+        prefill(self, row, inputs, length, kind)
+
+    with SafeGenerator(model, processor, profile) as guard:
+        monkeypatch.setattr(batch.Batch, "prefill", noted)
+        outputs = guard.generate(*queries, max_new_tokens=6)
+    assert summary(outputs) == summary(expected)
+    assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
+    assert encoded == [4]
 
 
 # Of sizes that are cut and scaled in ways of their own.
@@ -410,7 +430,7 @@ def autosteer(model, processor):
 
 
 @pytest.mark.parametrize("make", [conditional, attention, autosteer])
-@pytest.mark.parametrize("name", ["molmo2", "gemma4"])
+@pytest.mark.parametrize("name", sorted({"molmo2", "gemma4"} & FAMILIES.keys()))
 def test_one_pass_where_prompts_hold_more_than_pixels_or_layers_run_for_some_positions(name, make):
     """Molmo 2's inputs hold indices of patches; Gemma 4's last layers compute in `generate` what the head asks for alone."""
     model, processor, _ = built(name)
@@ -427,7 +447,7 @@ def test_one_pass_where_prompts_hold_more_than_pixels_or_layers_run_for_some_pos
 
 
 @pytest.mark.parametrize("make", [conditional, attention])
-@pytest.mark.parametrize("name", ["gemma3", "molmo2", "paligemma"])
+@pytest.mark.parametrize("name", sorted({"gemma3", "molmo2", "paligemma"} & FAMILIES.keys()))
 def test_a_static_cache_under_a_mask_of_the_familys_own_is_no_padding(name, make):
     model, processor, _ = built(name)
     torch.manual_seed(3)

@@ -31,7 +31,7 @@ from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.recurrence import Segment, States
 from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Feed, Workspace, capture
-from ras_fast.inputs import is_per_token
+from ras_fast.inputs import is_per_token, joined
 from ras_fast.patching.cache_values import Rows, keep, kept, kept_rows
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
@@ -184,7 +184,7 @@ class Batch:
         """The first ``length`` tokens of prompts that `fit` together, which hold all their images, as the beginnings of the
         branches of ``row`` and the rows after it, in one forward."""
         cuts = [{name: own[:, :length] if is_per_token(name, one) else own for name, own in one.items()} for one in prompts]
-        cut = {name: torch.cat([one[name] for one in cuts]) for name in cuts[0]}
+        cut = joined(cuts)
         own = slice(row, row + len(prompts))
         places = torch.arange(length, device=self.runner.device).expand(len(prompts), -1)
         if kind == SCRATCH:

@@ -230,15 +230,11 @@ class Overlapped(Plan):
         return self.cache.get(_key("prefix", job, job.prefix)) if self._caches_prefix(job) else None
 
     def _neighbours(self, jobs: list[Job], rows: list[int]) -> Iterator[list[int]]:
-        """Groups of consecutive rows whose prefixes are equally long and fit together. Alone remain images that are more than
-        pixels (indices of patches, say, count from a prompt's first image), and families that give image tokens positions of
-        their own."""
+        """Groups of consecutive rows whose prefixes are equally long and fit together."""
 
         def goes_on(before: int, row: int) -> bool:
             own, other = jobs[row], jobs[before]
-            alike = len(own.prefix) == len(other.prefix) and fit(own.inputs) == fit(other.inputs)
-            pixels = _image_tensors(own.inputs).keys() <= {"pixel_values"}
-            return row == before + 1 and alike and pixels and not self.runner.offsets
+            return row == before + 1 and len(own.prefix) == len(other.prefix) and fit(own.inputs) == fit(other.inputs)
 
         group: list[int] = []
         for row in rows:

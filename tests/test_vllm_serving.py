@@ -45,7 +45,10 @@ class Server:
         parallel = SimpleNamespace(data_parallel_size=1, _api_process_count=1)
         self.multimodal = SimpleNamespace(mm_processor_cache_gb=0)
         model = SimpleNamespace(
-            get_diff_sampling_param=dict, logits_processors=[None], get_multimodal_config=lambda: self.multimodal
+            get_diff_sampling_param=dict,
+            logits_processors=[None],
+            logprobs_mode="processed_logprobs",
+            get_multimodal_config=lambda: self.multimodal,
         )
         self.state = SimpleNamespace(engine_client=self, online_renderer=SimpleNamespace(chat_template=None))
         self.vllm_config = SimpleNamespace(
@@ -275,6 +278,19 @@ def test_a_servers_own_penalties_are_no_drafts(server):
         model.logits_processors, model.get_diff_sampling_param = processors, lambda defaults=defaults: defaults
         (response,) = run(server, ask())
         assert response.headers["x-ras-draft"] == "none"
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits"])
+def test_logprobs_of_the_unsteered_model_are_shown_to_nobody(server, mode):
+    """They name the tokens that an undefended answer would have had."""
+    server.vllm_config.model_config.logprobs_mode = mode
+    for options in ({"logprobs": True}, {"logprobs": True, "top_logprobs": 5}, {"logprobs": "yes"}):
+        (response,) = run(server, ask(**options))
+        assert response.status == 400
+        assert "--logprobs-mode processed_logprobs" in json.loads(response.body)["error"]["message"]
+    assert not server.requests
+    (response,) = run(server, ask(logprobs=False, top_logprobs=0))
+    assert response.status == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

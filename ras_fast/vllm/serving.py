@@ -86,6 +86,11 @@ class SafeChat:
         except Exception as error:  # vLLM would take some for the client's
             await _refuse(send, 500, str(error))
             return
+        try:
+            guard.check(request)
+        except ValueError as error:
+            await _refuse(send, 400, str(error))
+            return
         async with guard.places:
             client = _Client(self.app, scope, receive)
             try:
@@ -151,6 +156,15 @@ class _Guard:
         # Whether a greedy token is the argmax of the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(processors) == 1
+        self.shows_steered = config.model_config.logprobs_mode.startswith("processed_")
+
+    def check(self, request: Message) -> None:
+        """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered."""
+        if not self.shows_steered and (request.get("logprobs") or request.get("top_logprobs")):
+            raise ValueError(
+                f"logprobs is {request.get('logprobs')!r}; this server's are those of the unsteered model, which tell what it "
+                "would have answered: leave them out, or start the server with --logprobs-mode processed_logprobs"
+            )
 
     async def judge(self, query: tuple) -> Judgement | None:
         """`LogitSteering.judge` of one query. Raises RuntimeError when no worker could."""

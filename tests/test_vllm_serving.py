@@ -464,6 +464,25 @@ def test_what_cannot_be_defended_is_refused(server, body, words):
     assert not server.requests
 
 
+ENDS = {"a question": ("user",), "the assistant's words": ("user", "assistant")}
+
+
+@pytest.mark.parametrize("opens", [None, True, False, 0, "no"])
+@pytest.mark.parametrize("continues", [None, True, False, 1, "yes"])
+@pytest.mark.parametrize("end", ENDS)
+def test_the_first_token_is_that_of_an_answer(server, end, opens, continues):
+    """Not one of the template's, which would then be steered in its place: vLLM takes 0 and "no" for False, 1 and "yes" for
+    True."""
+    messages = [{"role": role, "content": "w1"} for role in ENDS[end]]
+    (response,) = run(server, ask(messages=messages, add_generation_prompt=opens, continue_final_message=continues))
+    begins_a_turn = opens in (None, True) and continues in (None, False)
+    goes_on = end != "a question" and opens in (False, 0) and continues in (True, 1)
+    assert response.status == (200 if begins_a_turn or goes_on else 400)
+    if response.status == 400:
+        assert "add_generation_prompt" in json.loads(response.body)["error"]["message"]
+        assert not server.requests
+
+
 @pytest.mark.parametrize(
     ("method", "path", "passes"),
     [

@@ -77,6 +77,7 @@ class SafeChat:
         try:
             request = _checked(json.loads(await _body(receive)))
             query = to_query(request["messages"])
+            _check_opening(request, query)
             request["messages"] = to_messages(query)
         except (ValueError, RecursionError) as error:
             await _refuse(send, 400, str(error))
@@ -416,6 +417,18 @@ def _checked(request) -> Message:
     if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):
         raise ValueError(f"vllm_xargs is {extra!r}; it needs to be an object without ras_…, which are this server's own")
     return request | {"messages": request.get("messages")}
+
+
+def _check_opening(request: Message, query: Query) -> None:
+    """Raises ValueError unless the first token that is made is one of an answer. A prompt that leaves a user's words open, or
+    lacks what opens an answer, would have the template's own tokens steered in place of the answer's."""
+    opening = request.get("add_generation_prompt", True), request.get("continue_final_message", False)
+    continues = query.messages[-1]["role"] == "assistant"
+    if opening != (True, False) and not (continues and opening == (False, True)):
+        raise ValueError(
+            f"(add_generation_prompt, continue_final_message) is {opening}; it needs to be (True, False), or (False, True) "
+            "where the last message is the assistant's: the first tokens of an answer are steered"
+        )
 
 
 # ASGI

@@ -157,10 +157,19 @@ class _Guard:
         # Whether a greedy token is the argmax of the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(processors) == 1
+        self.controls = _control_tokens(self.processor)
         self.shows_steered = config.model_config.logprobs_mode.startswith("processed_")
 
     def check(self, request: Message) -> None:
-        """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered."""
+        """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered, and for
+        words that its tokenizer reads as control tokens: they could close the question and begin the answer, in the risk stage
+        too."""
+        for i, message in enumerate(request["messages"]):
+            # Templates may put texts next to each other, and a role into the prompt as it is.
+            words = "".join([str(message["role"]), *(part.get("text", "") for part in message["content"])])
+            found = [token for token in self.controls if token in words]
+            if found:
+                raise ValueError(f"messages[{i}] holds {found[0]!r}, a control token of this model; it needs to be words alone")
         if not self.shows_steered and (request.get("logprobs") or request.get("top_logprobs")):
             raise ValueError(
                 f"logprobs is {request.get('logprobs')!r}; this server's are those of the unsteered model, which tell what it "
@@ -173,6 +182,13 @@ class _Guard:
         if not found:
             raise RuntimeError("no worker has kept the logits of a query")
         return found[0][0]
+
+
+def _control_tokens(processor) -> set[str]:
+    """The tokens that a tokenizer finds in a text wherever they are spelt out, and that mean more than these words."""
+    added = getattr(processor.tokenizer, "added_tokens_decoder", {}).values()  # not all of them are among all_special_tokens
+    named = {getattr(processor, "image_token", None) or "", *processor.tokenizer.all_special_tokens}
+    return {token for token in named | {str(token) for token in added if token.special} if token.strip()}
 
 
 class _Answer:

@@ -32,7 +32,8 @@ class Server:
 
     risky: questions whose risk stage looks like a refusal. broken: those whose risk stage has NaN logits. errors: words whose
     requests have status 400. hold: what a judgement waits for.
-    drafts: what a draft's second step waits for. keeps_drafts: False: their logits are lost.
+    drafts: what a draft's second step waits for. resumes: what its last steered step waits for, after a piece of its prompt, as
+    when it was preempted. keeps_drafts: False: their logits are lost.
     pause: turns of the loop between the status of an error and its body.
     """
 
@@ -41,7 +42,7 @@ class Server:
         self.requests, self.headers, self.aborted = [], [], []
         self.risky, self.broken, self.errors = set(), set(), set()
         self.hold: asyncio.Event | None = None
-        self.drafts = self.keeps_drafts = None
+        self.drafts = self.resumes = self.keeps_drafts = None
         self.pause = 0
         self.busy = self.busiest = 0
         self.calls = []
@@ -118,6 +119,9 @@ class Server:
             drafts = marks is not None and marks.record is not None and not self._assesses(request)
             if drafts and step == 1 and self.drafts is not None:
                 await self.drafts.wait()
+            if drafts and step == STEPS - 1 and self.resumes is not None:
+                self.steering.apply(torch.randn_like(logits), [(0, step, marks)])
+                await self.resumes.wait()
             if marks is not None and not (drafts and self.keeps_drafts is False):
                 logits = self.steering.apply(logits, [(0, step, marks)])
             tokens.append(logits[0].argmax().item())
@@ -392,6 +396,19 @@ def test_a_draft_that_is_late_is_waited_for(server, stream):
         return response
 
     assert asyncio.run(scenario()).body == undefended(server, ask(stream=stream))
+
+
+def test_a_draft_that_was_preempted_is_not_judged_by_a_piece_of_its_prompt(server):
+    async def scenario():
+        server.resumes = asyncio.Event()
+        task = asyncio.create_task(post(SafeChat(server), server, ask()))
+        await until(lambda: server.calls.count("ras_judge") > 1)  # it was put off, and asked for again
+        server.resumes.set()
+        response = await task
+        assert response.headers["x-ras-draft"] == "kept"
+        return response
+
+    assert asyncio.run(scenario()).body == undefended(server, ask())
 
 
 def test_a_draft_of_which_nothing_was_kept_is_no_answer(server):

@@ -148,6 +148,26 @@ def test_a_draft_that_is_late_is_waited_for():
     assert len(found[3]) == STEPS
 
 
+@pytest.mark.parametrize("tokens", range(STEPS))
+def test_a_piece_of_a_prompt_is_no_step_of_a_draft(tokens):
+    """A draft that was preempted is read again with its tokens as part of its prompt, and in pieces, each with a row of logits
+    that mean nothing and look like the draft's next step."""
+    steering, (draft, risk, piece) = make_steering(), torch.randn(3, STEPS, VOCABULARY)
+    keep(steering, 1, risk)
+    keep(steering, 2, draft[:tokens])
+    steering.apply(piece[:1].clone(), [(0, tokens, Marks(record=2))])
+    assert steering.judge([(1, 3, 2, None, False)]) == [None]
+    for n in range(tokens, STEPS):
+        assert steering.judge([(1, 3, 2, None, False)]) == [None]
+        steering.apply(draft[n][None].clone(), [(0, n, Marks(record=2))])
+    logits = torch.randn(1, VOCABULARY)
+    after = steering.apply(logits.clone(), [(0, STEPS, Marks(record=2))])  # which nothing is kept of
+    assert same_bits(after, logits)
+    ((*_, drafted, steered),) = steering.judge([(1, 3, 2, None, False)])
+    assert drafted == draft.argmax(-1).tolist()
+    assert len(steered) == STEPS
+
+
 def test_records_make_room_oldest_first_and_are_never_taken_for_others():
     steering, logits = make_steering(slots=2), torch.randn(4, STEPS, VOCABULARY)
     for record in range(3):

@@ -232,10 +232,10 @@ class _Answer:
         return {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}", "draft": fate}, risk, fate == "kept"
 
     async def _judgement(self, draft: _Draft | None, risk_steps: int) -> Judgement:
-        """The judgement, once the draft has come as far as that takes, or is over."""
+        """The judgement, once the draft has come past its steered steps, or is over."""
         record = None if draft is None else self.records[1]
         while True:
-            needed = 0 if draft is None or draft.over() else self.guard.settings["steps"]
+            needed = 0 if draft is None or draft.over() else None
             found = await self.guard.judge((self.records[0], risk_steps, record, needed, False))
             if found is not None:
                 return found

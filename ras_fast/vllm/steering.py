@@ -19,11 +19,12 @@ from ras_fast.vllm.options import Marks
 
 # S, r, whether it failed closed, and of the draft's first steps, as many as are kept: its greedy tokens, and the steered ones.
 Judgement = tuple[float, float, bool, list[int], list[int]]
+Asked = tuple[int, int, int | None, int | None, bool]  # see `LogitSteering.judge`
 
 
 @dataclass
 class Record:
-    """Where a request's first logits are kept, and of how many steps."""
+    """Where a request's first logits are kept, and how many steps have been seen, up to one more than are kept."""
 
     slot: int
     steps: int = 0
@@ -63,10 +64,10 @@ class LogitSteering:
 
         rows: (row, step of that row's answer, marks). Steps outside 0..N−1 and rows that are not named stay as they are.
         """
-        rows = [(row, step, marks) for row, step, marks in rows if 0 <= step < self.steps]
+        rows = [(row, step, marks) for row, step, marks in rows if 0 <= step <= self.steps]
         recorded = [(row, self._record(marks.record, step), step) for row, step, marks in rows if marks.record is not None]
-        kept = [entry for entry in recorded if entry[1] is not None]
-        steered = [(row, step, marks.risk) for row, step, marks in rows if marks.risk is not None]
+        kept = [(row, slot, step) for row, slot, step in recorded if slot is not None and step < self.steps]
+        steered = [(row, step, marks.risk) for row, step, marks in rows if marks.risk is not None and step < self.steps]
         if kept:
             row, slot, step = self._to_device(zip(*kept, strict=True), torch.long)
             self.kept[slot, step] = logits[row].float()
@@ -91,26 +92,29 @@ class LogitSteering:
         broken = ~(logits.amax(-1, keepdim=True) < torch.inf)
         return torch.where(broken & ~full, self._only_end, mixed)
 
-    def judge(self, queries: Sequence[tuple[int, int, int | None, int, bool]]) -> list[Judgement | None]:
+    def judge(self, queries: Sequence[Asked]) -> list[Judgement | None]:
         """The risk of queries, and what steering by it makes of their drafts. Forgets their records.
 
         queries: (record of the risk stage, steps it made, record of the draft or None, steps of it that have to be there,
-            whether S is to be NaN); of the steps at most N count.
+            whether S is to be NaN); of the steps at most N count. Where nobody knows how many tokens the draft has, None for
+            its steps: the one after the N has to be there, too, for what was seen last may be a piece of a prompt that is read
+            again after a preemption.
         Returns None for a query whose draft has not come so far yet; its records stay.
         Raises RuntimeError when logits of a risk stage are missing.
         """
         found: list[Judgement | None] = [None] * len(queries)
-        ready = [i for i, (_, _, draft, needed, _) in enumerate(queries) if self._steps(draft) >= min(needed, self.steps)]
+        wanted = [self.steps + 1 if needed is None else min(needed, self.steps) for _, _, _, needed, _ in queries]
+        ready = [i for i, (query, steps) in enumerate(zip(queries, wanted, strict=True)) if self._steps(query[2]) >= steps]
         if ready:
             for i, judgement in zip(ready, self._judge([queries[i] for i in ready]), strict=True):
                 found[i] = judgement
         return found
 
-    def _judge(self, queries: list[tuple[int, int, int | None, int, bool]]) -> list[Judgement]:
+    def _judge(self, queries: list[Asked]) -> list[Judgement]:
         risks, risk_steps, drafts, _, spoilt = map(list, zip(*queries, strict=True))
         risk_steps = [min(n, self.steps) for n in risk_steps]
         risk_slots = [self._slot_of(*kept) for kept in zip(risks, risk_steps, strict=True)]
-        counts = [self._steps(draft) for draft in drafts]
+        counts = [min(self._steps(draft), self.steps) for draft in drafts]
         # Where nothing is kept of a draft, the risk stage stands in for it, and none of its tokens are read.
         draft_slots = [self.records[d].slot if n else slot for d, n, slot in zip(drafts, counts, risk_slots, strict=True)]
         device = self.table.device
@@ -144,7 +148,7 @@ class LogitSteering:
         return record.slot
 
     def _steps(self, name: int | None) -> int:
-        """How many steps are kept of a record."""
+        """How many steps have been seen of a record."""
         return self.records[name].steps if name in self.records else 0
 
     def _slot_of(self, name: int, count: int) -> int:

@@ -168,6 +168,19 @@ def test_a_piece_of_a_prompt_is_no_step_of_a_draft(tokens):
     assert len(steered) == STEPS
 
 
+@pytest.mark.parametrize("again", range(STEPS - 1))
+def test_what_is_read_again_keeps_all_its_steps(again):
+    """The newer runner has a row for the step at which a piece of a preempted request ends, then one for its next step."""
+    steering, (draft, risk) = make_steering(), torch.randn(2, STEPS, VOCABULARY)
+    for record, logits in ((1, risk), (2, draft)):
+        keep(steering, record, logits[:-1])
+        for step in (again, STEPS - 1):
+            steering.apply(logits[step][None].clone(), [(0, step, Marks(record=record))])
+    ((*_, drafted, steered),) = steering.judge([(1, STEPS, 2, 0, False)])
+    assert drafted == draft.argmax(-1).tolist()
+    assert len(steered) == STEPS
+
+
 def test_records_make_room_oldest_first_and_are_never_taken_for_others():
     steering, logits = make_steering(slots=2), torch.randn(4, STEPS, VOCABULARY)
     for record in range(3):

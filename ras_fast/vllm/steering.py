@@ -24,10 +24,12 @@ Asked = tuple[int, int, int | None, int | None, bool]  # see `LogitSteering.judg
 
 @dataclass
 class Record:
-    """Where a request's first logits are kept, and how many steps have been seen, up to one more than are kept."""
+    """Where a request's first logits are kept, and how many steps have been seen, up to one more than are kept. most: before it
+    was read again, too, if that was more."""
 
     slot: int
     steps: int = 0
+    most: int = 0
 
 
 class LogitSteering:
@@ -142,9 +144,11 @@ class LogitSteering:
                 self.forget([next(iter(self.records))])
             self.records[name] = Record(self._free.pop())
         record = self.records.get(name)
-        if record is None or step > record.steps:
+        # One that was preempted is read again, and a piece of it may end at an earlier step; the steps up to the next one stay.
+        if record is None or step > record.most:
             return None
         record.steps = step + 1
+        record.most = max(record.most, record.steps)
         return record.slot
 
     def _steps(self, name: int | None) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import QUESTION, Query, has_question, refuse_unknown
+from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_unknown
 from ras_fast.methods.moras import context_query, context_text, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
@@ -423,6 +423,9 @@ def _checked(request) -> Message:
     if not isinstance(request, dict):
         raise ValueError(f"the request is a {type(request).__name__}; it needs to be a JSON object")
     request = {name: value for name, value in request.items() if value is not None}
+    for name, value in request.items():
+        if not is_unicode(json.dumps({name: value}, ensure_ascii=False)):
+            raise ValueError(f"{name!a} holds half a character (a lone surrogate); it needs to be whole ones")
     unknown = sorted(set(request) - KNOWN)
     if unknown:
         raise ValueError(f"{', '.join(unknown)} cannot be defended; this server knows {', '.join(sorted(KNOWN))}")

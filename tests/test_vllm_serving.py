@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -546,6 +547,19 @@ def test_other_endpoints_make_no_answers(server, method, path, passes):
     (response,) = run(server, ask(max_tokens=1), path=path, method=method)
     assert response.status == (200 if passes else 403)
     assert len(server.requests) == passes
+
+
+def test_bodies_come_in_pieces(server):
+    """Many: to put each behind all before it took seconds, in which nobody else was served."""
+    body = json.dumps(ask("w1 " + "x" * 2**24)).encode()
+    pieces = [body[at : at + 2**12] for at in range(0, len(body), 2**12)]
+
+    async def receive():
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    begin = time.process_time()
+    assert asyncio.run(serving._body(receive)) == body
+    assert time.process_time() - begin < 2
 
 
 def test_other_protocols_make_no_answers(server):

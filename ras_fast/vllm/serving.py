@@ -454,11 +454,12 @@ def _check_opening(request: Message, query: Query) -> None:
 
 
 async def _body(receive) -> bytes:
-    body, more = b"", True
+    pieces, more = [], True
     while more:
         message = await receive()
-        body, more = body + message.get("body", b""), message.get("more_body", False)
-    return body
+        pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(pieces)
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:

@@ -33,6 +33,7 @@ class Server:
 
     risky: questions whose risk stage looks like a refusal. broken: those whose risk stage has NaN logits. errors: words whose
     requests have status 400. hold: what a judgement waits for.
+    starts: what a draft's first step waits for, unless its client goes.
     drafts: what a draft's second step waits for. resumes: what its last steered step waits for, after a piece of its prompt, as
     when it was preempted. keeps_drafts: False: their logits are lost.
     pause: turns of the loop between the status of an error and its body.
@@ -43,7 +44,7 @@ class Server:
         self.requests, self.headers, self.aborted = [], [], []
         self.risky, self.broken, self.errors = set(), set(), set()
         self.hold: asyncio.Event | None = None
-        self.drafts = self.resumes = self.keeps_drafts = None
+        self.starts = self.drafts = self.resumes = self.keeps_drafts = None
         self.pause = 0
         self.busy = self.busiest = 0
         self.calls = []
@@ -113,6 +114,8 @@ class Server:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for step in range(request.get("max_completion_tokens") or request.get("max_tokens")):
             await asyncio.sleep(0)
+            if step == 0 and self.starts is not None and marks is not None and not self._assesses(request):
+                await asyncio.wait([gone, asyncio.create_task(self.starts.wait())], return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
                 self.aborted.append(request)
                 return
@@ -349,6 +352,27 @@ def test_an_error_of_a_stage_is_the_answer(server, word):
     assert (response.status, json.loads(response.body)) == (400, {"error": "no"})
     assert "ras_judge" not in server.calls
     assert server.busy == 0
+    assert not server.steering.records
+
+
+def test_a_draft_that_begins_after_an_error_takes_no_place(server, monkeypatch):
+    rpc = server.collective_rpc
+
+    async def slow(name, args=()):
+        found = await rpc(name, args)
+        if name == "ras_forget":
+            server.starts.set()
+            for _ in range(9):
+                await asyncio.sleep(0)
+        return found
+
+    async def scenario():
+        server.starts = asyncio.Event()
+        assert (await post(SafeChat(server), server, ask())).status == 400
+
+    monkeypatch.setattr(server, "collective_rpc", slow)
+    server.errors.add(json.dumps(make_profile().config["context_prompt"])[1:-1])
+    asyncio.run(scenario())
     assert not server.steering.records
 
 

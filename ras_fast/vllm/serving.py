@@ -203,6 +203,7 @@ class _Answer:
         try:
             told, risk, kept = await self._judge(draft)
         except BaseException:
+            await self.client.leave()  # a draft that began now would take a place again
             await self.guard.engine.collective_rpc("ras_forget", args=(list(self.records),))
             raise
         send = partial(_send_with, send, told)

@@ -36,13 +36,14 @@ class Server:
     starts: what a draft's first step waits for, unless its client goes.
     drafts: what a draft's second step waits for. resumes: what its last steered step waits for, after a piece of its prompt, as
     when it was preempted. keeps_drafts: False: their logits are lost.
+    cut: words whose requests vLLM ends by itself.
     pause: turns of the loop between the status of an error and its body.
     """
 
     def __init__(self, profile, queries=2):
         self.steering = make_steering(make_profile(), slots=2 * queries)
         self.requests, self.headers, self.aborted = [], [], []
-        self.risky, self.broken, self.errors = set(), set(), set()
+        self.risky, self.broken, self.errors, self.cut = set(), set(), set(), set()
         self.hold: asyncio.Event | None = None
         self.starts = self.drafts = self.resumes = self.keeps_drafts = None
         self.pause = 0
@@ -141,7 +142,8 @@ class Server:
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
             return
         message = {"content": PROCESSOR.tokenizer.decode(tokens, True)}
-        answer = {"choices": [{"message": message, "token_ids": tokens if shows else None}]}
+        reason = "abort" if any(word in json.dumps(request) for word in self.cut) else "stop"
+        answer = {"choices": [{"message": message, "token_ids": tokens if shows else None, "finish_reason": reason}]}
         answer["prompt_token_ids"] = [1, 2, 3] if shows else None
         await self._send(send, 200, json.dumps(answer).encode(), b"application/json")
 
@@ -382,6 +384,22 @@ def test_an_error_of_the_draft_alone_is_the_answer_as_a_whole(server):
     server.pause = 5000
     (response,) = run(server, ask(max_tokens=13))
     assert (response.status, json.loads(response.body)) == (400, {"error": "no"})
+    assert not server.steering.records
+
+
+@pytest.mark.parametrize("word", ["safety_prompt", "context_prompt"])
+def test_no_answer_after_a_stage_that_was_cut_off(server, word):
+    """Its status is 200; what a context lacks then would be missing where the risk is read."""
+    server.cut.add(json.dumps(make_profile().config[word])[1:-1])
+
+    async def scenario():
+        response = Response()
+        with pytest.raises(RuntimeError, match="'abort'"):
+            await post(SafeChat(server), server, ask(), response=response)
+        assert not response.messages
+
+    asyncio.run(scenario())
+    assert "ras_judge" not in server.calls
     assert not server.steering.records
 
 

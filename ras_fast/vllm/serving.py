@@ -243,7 +243,7 @@ class _Answer:
             await asyncio.sleep(POLL)
 
     async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
-        """The tokens that the server inside answers a query with, greedily."""
+        """The tokens that the server inside answers a query with, greedily. Raises RuntimeError where vLLM has cut them off."""
         request = {name: self.request[name] for name in SHARED if name in self.request} | NEUTRAL
         request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
         request |= {"return_token_ids": True, "vllm_xargs": marks}
@@ -257,8 +257,10 @@ class _Answer:
             raise _Gone
         if messages[0]["status"] != 200:
             raise _Failed(messages)
-        answer = json.loads(b"".join(message.get("body", b"") for message in messages))
-        return answer["choices"][0]["token_ids"]
+        (choice,) = json.loads(b"".join(message.get("body", b"") for message in messages))["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a stage of a query with {choice['finish_reason']!r}")
+        return choice["token_ids"]
 
 
 class _Draft:

@@ -27,6 +27,7 @@ def config(monkeypatch):
     return SimpleNamespace(
         speculative_config=None,
         lora_config=None,
+        parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
         model_config=SimpleNamespace(model="m", tokenizer="m"),
         additional_config={"ras_fast": {"profile": "p", "queries": 8}},
         instance_id="test",
@@ -172,7 +173,10 @@ def test_parameters_and_engines_that_are_refused(config):
     config.speculative_config, config.lora_config = None, object()
     with pytest.raises(ValueError, match="lora_config"):
         RasLogitsProcessor(config, CPU, False)
-    config.lora_config, config.model_config.tokenizer = None, "another"
+    config.lora_config, config.parallel_config.enable_batch_sharded_sampling = None, True
+    with pytest.raises(ValueError, match="enable_batch_sharded_sampling"):
+        RasLogitsProcessor(config, CPU, False)
+    config.parallel_config.enable_batch_sharded_sampling, config.model_config.tokenizer = False, "another"
     with pytest.raises(ValueError, match="tokenizer is 'another'"):
         RasLogitsProcessor(config, CPU, False)
     config.model_config.tokenizer, config.additional_config = "m", {}

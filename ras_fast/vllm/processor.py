@@ -31,9 +31,9 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
     reports which batch rows were added, removed and moved, and makes the processor with (config, device, pinned memory). The
     newer one passes the slot of each row to `apply`, and makes the processor with (config, state of the slots).
 
-    Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, for LoRA adapters and
-    another model's tokenizer, and when the profile or the model's head cannot be used (`LogitSteering`, `CheckpointHead`,
-    `RasProfile.check`).
+    Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, for LoRA adapters,
+    sampling that ranks share out and another model's tokenizer, and when the profile or the model's head cannot be used
+    (`LogitSteering`, `CheckpointHead`, `RasProfile.check`).
     """
 
     def __init__(self, vllm_config: VllmConfig, where, is_pin_memory: bool | None = None):
@@ -41,6 +41,8 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
             raise ValueError("speculative_config is set; steering needs one row of logits for each step of a request")
         if vllm_config.lora_config is not None:
             raise ValueError("lora_config is set; a profile is of one model: merge the adapter into it and calibrate on that")
+        if vllm_config.parallel_config.enable_batch_sharded_sampling:
+            raise ValueError("enable_batch_sharded_sampling is set; a query's logits need to be on one rank: leave it out")
         model = vllm_config.model_config
         if model.tokenizer != model.model:
             raise ValueError(f"tokenizer is {model.tokenizer!r}; the profile was calibrated with that of {model.model!r}")

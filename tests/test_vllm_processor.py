@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_vllm_steering import STEPS, VOCABULARY, make_steering, same_bits
+from test_vllm_steering import EOS, STEPS, VOCABULARY, make_profile, make_steering, same_bits, weight
 
 pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 from vllm import SamplingParams
@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdateBuilder, MoveDirectionali
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
 from ras_fast.vllm import processor
+from ras_fast.vllm.options import Marks
 from ras_fast.vllm.processor import RasLogitsProcessor
 
 CPU = torch.device("cpu")
@@ -160,6 +161,23 @@ def test_risks_that_are_no_numbers_are_one_and_counted(config):
     after = steered.apply(torch.full((3, VOCABULARY), torch.nan))
     assert torch.equal(after, steered.steering.table[0].expand(3, -1))
     assert steered.steering.counters["failed_closed"] == 2
+
+
+@pytest.mark.parametrize(("named", "end"), [({}, EOS), ({"eos_token_id": 9}, 9), ({"eos_token_id": [8, 9]}, 8)])
+def test_a_broken_answer_ends_whatever_the_generation_config_names(monkeypatch, tmp_path, named, end):
+    make_profile().save_pretrained(tmp_path)
+    head = SimpleNamespace(rows=lambda count, dtype: None, logits=lambda hidden, dtype: hidden @ weight().T)
+    tokenizer = SimpleNamespace(eos_token_id=EOS)
+    monkeypatch.setattr(processor, "CheckpointHead", lambda *model: head)
+    monkeypatch.setattr(processor, "fingerprint_of_parts", lambda *parts: {})
+    monkeypatch.setattr(processor, "load_processor", lambda config: SimpleNamespace(tokenizer=tokenizer))
+    hf_config = SimpleNamespace(architectures=["A"], get_text_config=lambda: None)
+    model = SimpleNamespace(model="m", revision=None, dtype=torch.float32, hf_config=hf_config)
+    model.try_get_generation_config = lambda: named
+    steering = processor.load_steering(SimpleNamespace(model_config=model), str(tmp_path), 2, CPU)
+    after = steering.apply(torch.full((1, VOCABULARY), torch.nan), [(0, 0, Marks(risk=0.5))])
+    assert after.argmax().item() == end
+    assert after.isneginf().sum() == VOCABULARY - 1
 
 
 def test_parameters_and_engines_that_are_refused(config):

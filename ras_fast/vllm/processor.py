@@ -138,6 +138,7 @@ def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> 
     processor = load_processor(model)
     rows = head.rows(HEAD_ROWS, model.dtype)
     loaded.check_fingerprint(fingerprint_of_parts(model.hf_config.architectures[0], text_config, model.dtype, rows, processor))
-    eos = model.try_get_generation_config().get("eos_token_id")
+    # vLLM ends answers at the tokenizer's, and at those of a generation config that need not name any.
+    eos = model.try_get_generation_config().get("eos_token_id") or processor.tokenizer.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     return LogitSteering(loaded, lambda hidden: head.logits(hidden.cpu(), model.dtype), slots, eos, device)

@@ -355,8 +355,10 @@ def fit(found: Tensor, similarity: Tensor | None, harmful: Tensor, count: int, c
     if similarity is not None:
         inputs = torch.cat([inputs, similarity[:, None].double()], 1)
         cs = torch.cat([cs, cs.new_tensor([C_OF_S])])
-    # A wider input needs a smaller weight, which the one penalty of the regression then weighs less.
-    mean, stretch = inputs.mean(0), cs.sqrt() / inputs.std(0).clamp_min(1e-12)
+    # A wider input needs a smaller weight, which the one penalty of the regression then weighs less. One that varies by little
+    # more than rounding gets none: with the weight that it would need, the least change in use would decide all.
+    mean, spread = inputs.mean(0), inputs.std(0)
+    stretch = torch.where(spread > mean.abs() * 2**-11, cs.sqrt() / spread, 0)
     model = _logistic_regression()(max_iter=1000).fit(((inputs - mean) * stretch).numpy(), harmful.numpy())
     weights = torch.from_numpy(model.coef_[0]) * stretch
     bias = torch.from_numpy(model.intercept_) - (weights * mean).sum()

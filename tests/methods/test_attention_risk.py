@@ -362,6 +362,16 @@ def test_the_fit_is_that_of_standardised_inputs():
         assert np.allclose(got, reference.predict_proba(inputs.numpy())[:, 1], atol=0.01)
 
 
+@pytest.mark.parametrize("rounding", [0.0, 6e-8, 1e-6])
+def test_what_varies_by_rounding_alone_does_not_decide(rounding):
+    """A head that looks at nothing but the image, and in use looks away a little."""
+    found, _, harmful, _ = labelled(1.0)
+    found[:, 1] = 0.9 + rounding * torch.randint(-1, 2, found[:, 1].shape, generator=torch.Generator().manual_seed(1))
+    made = fit(found[:, :2], None, harmful, 2, 3.0)
+    moved = found[:, :2] - torch.tensor([0.0, 0.01])[:, None]
+    assert torch.allclose(made.logit(moved, None), made.logit(found[:, :2], None), atol=0.5)
+
+
 def labelled(strength, pairs=60):
     """Features [n, 4, 3] of which the first head's tell harm with some strength, S that tells more, and the pair of each."""
     generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,7 @@ data = {"refused_texts": tinyworld.refused_texts(11), "pairs": tinyworld.calibra
 profile = moras.calibrate(
     model, processor, **data, context_prompt=tinyworld.CONTEXT_PROMPT, safety_prompt=tinyworld.SAFETY_PROMPT
 )
-attentive = attention.calibrate(model, processor, **data)
+attentive = attention.calibrate(model, processor, **data | {"pairs": tinyworld.calibration_pairs(16)})
 prober = autosteer.calibrate(
     model,
     processor,

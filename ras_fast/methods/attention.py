@@ -38,6 +38,7 @@ FOLDS = 5  # of the cross-validation
 # Inverse strength of the L2 penalty on the features' weights: C of scikit-learn's logistic regression, inputs at unit variance.
 CS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 C_OF_S = 10.0
+CERTAINTY = 1.645  # standard errors: of gates that tell nothing apart about one in 20 gets through
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ def calibrate(
     The profile's config holds "C", the inverse L2 penalty that cross-validation chose from `CS` (0: S alone), and
     "held_out_loss", the loss with each of them.
 
-    Raises ValueError for input that cannot be used, a model without image statistics, and features or S that are not
-    finite. ImportError: there is no scikit-learn.
+    Raises ValueError for input that cannot be used, a model without image statistics, features or S that are not finite, and
+    a gate that does no better than chance on held-out pairs. ImportError: there is no scikit-learn.
     """
     for name, count in (("heads", heads), ("steps", steps)):
         if not isinstance(count, int) or count < 1:
@@ -234,6 +235,7 @@ def calibrate(
                 found = _features(patch, processor, queries, places, progress)
             similarities = None if combine_with is None else _similarities(model, processor, queries, combine_with, progress)
     chosen, facts = select(found, similarities, harmful, pair, heads)
+    check_gate(held_out_losses(found, similarities, harmful, pair, heads, facts["C"]), harmful, pair)
     tensors["attention_weights"], tensors["attention_bias"] = chosen.weights.float(), chosen.bias.float()
     config = {"heads": [list(places[i]) for i in chosen.heads]} | facts
     if combine_with is None:
@@ -321,20 +323,40 @@ def select(
     """
     if not (torch.isfinite(found).all() and (similarity is None or torch.isfinite(similarity).all())):
         raise ValueError("a feature or a similarity of the calibration pairs is not finite")
-    groups = pair.unique(return_inverse=True)[1]
-    fold = (torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[groups]
-
-    def held_out_loss(c: float) -> float:
-        logits = torch.zeros(len(found), dtype=torch.float64)
-        for held in (fold == i for i in range(FOLDS)):
-            seen, held_similarity = (None, None) if similarity is None else (similarity[~held], similarity[held])
-            logits[held] = fit(found[~held], seen, harmful[~held], count, c).logit(found[held], held_similarity)
-        return F.binary_cross_entropy_with_logits(logits, harmful.double()).item()
-
-    losses = {c: held_out_loss(c) for c in (CS if similarity is None else (0.0, *CS))}
+    losses = {
+        c: held_out_losses(found, similarity, harmful, pair, count, c).mean().item()
+        for c in (CS if similarity is None else (0.0, *CS))
+    }
     c = min(losses, key=losses.__getitem__)
     facts = {"C": c, "held_out_loss": {str(c): loss for c, loss in losses.items()}}
     return fit(found, similarity, harmful, count, c), facts
+
+
+def held_out_losses(
+    found: Tensor, similarity: Tensor | None, harmful: Tensor, pair: Tensor, count: int, c: float
+) -> Tensor:
+    """The cross-entropy of each item [n] under the fit to the folds that it is not in; arguments as `select`."""
+    groups = pair.unique(return_inverse=True)[1]
+    fold = (torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0)) % FOLDS)[groups]
+    logits = torch.zeros(len(found), dtype=torch.float64)
+    for held in (fold == i for i in range(FOLDS)):
+        seen, held_similarity = (None, None) if similarity is None else (similarity[~held], similarity[held])
+        logits[held] = fit(found[~held], seen, harmful[~held], count, c).logit(found[held], held_similarity)
+    return F.binary_cross_entropy_with_logits(logits, harmful.double(), reduction="none")
+
+
+def check_gate(losses: Tensor, harmful: Tensor, pair: Tensor) -> None:
+    """Raises ValueError for a gate that tells nothing apart, by its `held_out_losses` [n]. Half of all gates that are fitted to
+    noise have a mean loss below that of chance, so it has to lie below by more than `CERTAINTY` standard errors, over pairs."""
+    groups = pair.unique(return_inverse=True)[1]
+    share = harmful.double().mean()
+    chance = torch.special.entr(share) + torch.special.entr(1 - share)  # of one risk for all
+    gained = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, chance - losses)
+    if not gained.sum() > CERTAINTY * gained.std() * len(gained) ** 0.5:
+        raise ValueError(
+            f"on held-out questions of the pairs the gate has a loss of {losses.mean():.3f}, which is no better than chance "
+            f"({chance:.3f}) beyond doubt: more or clearer pairs are needed, or attention to images does not tell them apart"
+        )
 
 
 def _logistic_regression() -> type:

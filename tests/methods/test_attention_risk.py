@@ -1,7 +1,7 @@
 """Attention risk: features against eager attention, steering against hooks on the unpatched model."""
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -17,14 +17,14 @@ from transformers import StaticCache
 import ras_fast
 from ras_fast.decoding import output_head
 from ras_fast.methods import moras
-from ras_fast.methods.attention import CS, AttentionRisk, calibrate, fisher_ratio, fit, select
+from ras_fast.methods.attention import CS, AttentionRisk, calibrate, check_gate, fisher_ratio, fit, held_out_losses, select
 from ras_fast.methods.attention_gate import features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras
 from ras_fast.profile import RasProfile, fingerprint
 
 D, LAYERS, STEPS = 32, 3, 3
 HEADS = [(2, 1), (0, 3), (2, 0)]
-PAIRS = [(random_image(i), random_words(50 + i, 6), random_words(90 + i, 4)) for i in range(6)]
+PAIRS = [(random_image(i), random_words(50 + i, 6), random_words(90 + i, 4)) for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +410,36 @@ def test_the_freedom_is_chosen_by_held_out_pairs():
     found[0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         select(found, None, harmful, pair, 1)
+
+
+def checked(found, similarity, harmful, pair):
+    c = select(found, similarity, harmful, pair, 4)[1]["C"]
+    check_gate(held_out_losses(found, similarity, harmful, pair, 4, c), harmful, pair)
+
+
+def test_a_gate_at_chance_is_refused():
+    """Of gates that were fitted to noise half have a held-out loss below ln 2; a gate that tells something passes."""
+    harmful, pair, passed = torch.arange(60) % 2 == 0, torch.arange(60) // 2, 0
+    for seed in range(20):
+        found = torch.rand(60, 4, 3, generator=torch.Generator().manual_seed(seed))
+        checked(found + 0.5 * harmful[:, None, None], None, harmful, pair)
+        with suppress(ValueError):
+            checked(found, None, harmful, pair)
+            passed += 1
+    assert passed <= 3
+    constant = torch.full((60, 4, 3), 0.5)
+    for similarity in (None, constant[:, 0, 0]):
+        with pytest.raises(ValueError, match=r"has a loss of 0\.\d+, which is no better than chance \(0\.693\)"):
+            checked(constant, similarity, harmful, pair)
+    with pytest.raises(ValueError, match=r"chance \(0\.451\)"):  # that is to say "harmless" always
+        checked(constant, None, torch.arange(60) % 6 == 0, pair)
+
+
+def test_calibration_refuses_a_gate_at_chance(model, processor, every_answer_refuses):
+    """Both questions of a pair are as long, and of words that say nothing: which is the unsafe one is a matter of chance."""
+    pairs = [(random_image(i), random_words(50 + i, 5), random_words(90 + i, 5)) for i in range(10)]
+    with pytest.raises(ValueError, match="no better than chance"):
+        calibrate(model, processor, pairs=pairs, refused_texts=["w1"], min_refused=1, progress=False)
 
 
 def test_calibration(model, processor, every_answer_refuses, tmp_path):

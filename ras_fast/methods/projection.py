@@ -199,7 +199,8 @@ def calibrate(
         `condition_layer` (None: the one before the first steered), its threshold half-way between their means.
     measure, per: as `Condition`.
 
-    Raises ValueError for input that cannot be used, and when the outcome is not finite.
+    Raises ValueError for input that cannot be used, when the outcome is not finite, and when the condition does not tell its
+    pairs apart.
     """
     if not pairs:
         raise ValueError("pairs is empty; a direction is the mean difference over at least one")
@@ -223,9 +224,21 @@ def calibrate(
     if conditions:
         on, off = (states[:, 0] for states in _last_states(model, processor, conditions, [condition_layer], progress))
         direction = (on - off).mean(0)
-        means = [_measure(states, direction, measure).mean().item() for states in (on, off)]
-        condition = Condition(condition_layer, direction, sum(means) / 2, measure=measure, per=per)
+        measured = [_measure(states, direction, measure) for states in (on, off)]
+        threshold = sum(values.mean().item() for values in measured) / 2
+        _check_condition(condition_layer, measure, *(float((values > threshold).float().mean()) for values in measured))
+        condition = Condition(condition_layer, direction, threshold, measure=measure, per=per)
     return from_vectors(model, processor, vectors, alpha, condition=condition)
+
+
+def _check_condition(layer: int, measure: str, on: float, off: float) -> None:
+    """Raises ValueError for a condition that holds for no larger share of what is to be steered than of the rest. By
+    cosine even the means may lie the wrong way round: that of the first is less where their states vary more."""
+    if on <= off:
+        raise ValueError(
+            f"the condition, by {measure} at layer {layer}, holds for {on:.0%} of the first and {off:.0%} of the second sides "
+            "of condition_pairs: it does not tell them apart; the other measure, another condition_layer or other pairs may"
+        )
 
 
 def _measure(states: Tensor, direction: Tensor, measure: str) -> Tensor:

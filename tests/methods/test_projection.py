@@ -539,6 +539,18 @@ def test_calibrated_condition_lies_between_the_means(model, processor, measure):
     assert means[1] < condition.threshold < means[0]
 
 
+def test_a_condition_that_is_the_wrong_way_round_is_refused(model, processor, monkeypatch):
+    """States that vary have a small cosine with the direction along which their mean is larger."""
+    on, off = torch.zeros(2, 1, D), torch.zeros(2, 1, D)
+    on[..., 0], off[..., 0], on[:, 0, 1] = 3, 1, torch.tensor([10.0, -10.0])
+    monkeypatch.setattr(projection, "_last_states", lambda *arguments: (on, off))
+    options = {"layers": [3], "condition_pairs": PAIRS, "progress": False}
+    with pytest.raises(ValueError, match="by cosine at layer 2, holds for 0% of the first and 100% of the second"):
+        calibrate(model, processor, pairs=PAIRS, **options)
+    condition = Projection(calibrate(model, processor, pairs=PAIRS, **options, measure="projection")).condition
+    assert condition.threshold == 2
+
+
 def test_calibration_errors(model, processor):
     with pytest.raises(ValueError, match="pairs is empty"):
         calibrate(model, processor, pairs=[])

@@ -26,6 +26,7 @@ prober = autosteer.calibrate(
     model,
     processor,
     pairs=tinyworld.contrast_pairs(12),
+    refusal=tinyworld.REFUSAL,
     batch_size=1,
     checkpoint=folder / "autosteer-checkpoint",
     progress=False,

@@ -11,10 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 # What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PICTURES = ("image", "path", "url")  # keys of an image part that hold the image
 # What `has_question` asks of a chat.
 QUESTION = 'a "user" message with a question, or in that and one "assistant" message of words alone'
@@ -286,9 +295,13 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     try:
         image.seek(0)
         image.load()
+        # `ImageOps.exif_transpose` writes all of the EXIF data anew, and raises whatever it likes where some of it is damaged.
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
-    return _to_rgb(ImageOps.exif_transpose(image), name)
+    image = _to_rgb(image if turn is None else image.transpose(turn), name)
+    image.info.clear()  # or it would be turned again where it is handed in again
+    return image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

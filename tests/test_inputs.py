@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny_random import random_image, tiny_processor
 
 from ras_fast.inputs import (
@@ -196,6 +196,23 @@ def test_exif_orientation_is_applied():
     file = io.BytesIO()
     image.save(file, "JPEG", exif=exif)
     assert load_image(Image.open(file)).size == (2, 4)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_with_damaged_exif_data_is_turned_all_the_same(orientation):
+    """Here a text of an unknown type. Pillow's `exif_transpose` would write it anew, and raise a struct.error."""
+    image, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 9), Image.Exif()
+    exif[0x010E], exif[0x0112] = "hello", orientation
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(file))
+    damaged = bytearray(exif.tobytes())
+    damaged[17] = 0  # what the text is
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=bytes(damaged))
+    loaded = load_image(Image.open(file))
+    for got in (loaded, load_image(loaded)):
+        assert (got.size, got.tobytes()) == (wanted.size, wanted.tobytes())
 
 
 def test_first_frame_of_an_animation():

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ras_fast.evaluation.judges import Rule, chooses, holds_all, holds_words, says_yes_or_no
-from ras_fast.inputs import UNREADABLE
+from ras_fast.inputs import UNREADABLE, load_image
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -210,7 +210,7 @@ def _jood(folder: Path, skipped: list[str]) -> Rows:
             turn += 1
             try:
                 image = _blend(picture, other)
-            except UNREADABLE as error:
+            except ValueError as error:
                 skipped.append(f"{path.stem}/{picture.name} with {other.name}: {error}")
                 continue
             for number, text in enumerate(instructions):
@@ -219,9 +219,8 @@ def _jood(folder: Path, skipped: list[str]) -> Rows:
 
 
 def _blend(picture: Path, other: Path) -> Image.Image:
-    with Image.open(picture) as first, Image.open(other) as second:
-        image = first.convert("RGB")
-        return Image.blend(image, second.convert("RGB").resize(image.size), 0.5)
+    image = load_image(picture)
+    return Image.blend(image, load_image(other).resize(image.size), 0.5)
 
 
 def _vlsafe(folder: Path, skipped: list[str]) -> Rows:

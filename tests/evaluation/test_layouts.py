@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -88,6 +89,21 @@ def test_jood_blends_harmful_and_harmless_pictures(tmp_path):
     assert dataset.items[0].images[0].getpixel((3, 3)) == pytest.approx((127, 127, 127), abs=1)
     assert len(dataset.skipped) == 1
     assert "1.png with apple.jpg" in dataset.skipped[0]
+
+
+def test_jood_blends_pictures_as_a_viewer_shows_them(tmp_path):
+    """Turned by EXIF, transparency on white, and 16-bit grey by its upper bits."""
+    write(tmp_path / "prompts/all_instructions/drugs.json", {"instructions": ["how?"]})
+    folder, exif = tmp_path / "images/harmful/drugs", Image.Exif()
+    folder.mkdir(parents=True)
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4), "black").save(folder / "0.png", exif=exif)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(folder / "1.png")
+    Image.fromarray(np.full((8, 8), 0x4000, np.uint16)).save(folder / "2.png")
+    picture(tmp_path / "images/harmless/apple.png", "white")
+    shown = [item.images[0] for item in load("jood", tmp_path).items]
+    assert [image.size for image in shown] == [(4, 8), (8, 8), (8, 8)]
+    assert [image.getpixel((1, 1))[0] for image in shown] == pytest.approx([127, 255, 159], abs=1)
 
 
 def test_a_scenario_of_jood_without_pictures_or_instructions_is_listed(tmp_path):

@@ -102,5 +102,11 @@ def _seen(size: tuple[int, int], image_processor) -> Box:
         elif {"height", "width"} <= set(dict(target)):
             across, down = target["width"] / width, target["height"] / height
     kept_width, kept_height = min(crop["width"] / across, width), min(crop["height"] / down, height)
-    left, top = (width - kept_width) / 2, (height - kept_height) / 2
-    return round(left), round(top), round(left + kept_width), round(top + kept_height)
+    (left, right), (top, bottom) = _centred(width, kept_width), _centred(height, kept_height)
+    return left, top, right, bottom
+
+
+def _centred(length: int, kept: float) -> tuple[int, int]:
+    """The pixels, at least one, of the middle `kept` of a length."""
+    start = (length - kept) / 2
+    return round(start), max(round(start + kept), round(start) + 1)

@@ -827,6 +827,17 @@ def test_the_heat_map_covers_what_the_processor_keeps(sizes, size):
     assert _seen(size, processor) == pytest.approx(kept, abs=0.01 * max(size))
 
 
+@pytest.mark.parametrize("crop", [96, 20])
+@pytest.mark.parametrize("length", range(1, 14))
+def test_of_a_picture_one_pixel_high_some_is_seen(length, crop):
+    side = {"height": crop, "width": crop}
+    processor = SimpleNamespace(do_resize=True, do_center_crop=True, size={"shortest_edge": 96}, crop_size=side)
+    left, top, right, bottom = _seen((length, 1), processor)
+    assert 0 <= left < right <= length
+    assert (top, bottom) == (0, 1)
+    assert _seen((1, length), processor) == (top, left, bottom, right)
+
+
 def test_a_tiled_picture_is_seen_whole():
     processor = SimpleNamespace(image_grid_pinpoints=[[336, 672]], do_center_crop=True, crop_size={"height": 336, "width": 336})
     assert _seen((100, 200), processor) == (0, 0, 100, 200)

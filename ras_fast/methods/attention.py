@@ -203,8 +203,9 @@ def calibrate(
     The profile's config holds "C", the inverse L2 penalty that cross-validation chose from `CS` (0: S alone), and
     "held_out_loss", the loss with each of them.
 
-    Raises ValueError for input that cannot be used, a model without image statistics, features or S that are not finite, and
-    a gate that does no better than chance on held-out pairs. ImportError: there is no scikit-learn.
+    Raises ValueError for input that cannot be used, a model without image statistics, features or S that are not finite, a
+    gate that does no better than chance on held-out pairs, and one whose risk does not rise with S. ImportError: there is no
+    scikit-learn.
     """
     for name, count in (("heads", heads), ("steps", steps)):
         if not isinstance(count, int) or count < 1:
@@ -240,6 +241,11 @@ def calibrate(
     config = {"heads": [list(places[i]) for i in chosen.heads]} | facts
     if combine_with is None:
         return RasProfile("attention", config, tensors, fingerprint(model, processor))
+    if not chosen.similarity_weight > 0:
+        raise ValueError(
+            f"S has the weight {chosen.similarity_weight.item():.3g} in the gate; it needs to be positive, as the risk of a "
+            "prompt without an image is that of S alone: in these pairs S is no higher for the unsafe questions"
+        )
     tensors |= {"similarity_weight": chosen.similarity_weight.float(), "similarity_bias": chosen.similarity_bias.float()}
     config = combine_with.config | config | {"risk": "moras+attention"}
     return replace(combine_with, config=config, tensors=tensors)

@@ -53,7 +53,7 @@ class AttentionGate:
     heads: the n (layer, head) pairs. weights: [3n]. bias: [1]. similarity_weight: [1], u, and similarity_bias: [1], b₀; None
         without S. b₀ is b + w·(mean features): a prompt without images counts as one that looks at them as most do.
 
-    Raises ValueError when these do not fit together.
+    Raises ValueError when these do not fit together, and where the risk does not rise with S.
     """
 
     def __init__(self, profile: RasProfile, device):
@@ -66,6 +66,9 @@ class AttentionGate:
             if tensors[name] is None or tensors[name].shape != (size,):
                 got = None if tensors[name] is None else tuple(tensors[name].shape)
                 raise ValueError(f"{name} has shape {got}; it needs to be ({size},) for {len(self.heads)} heads")
+        if profile.method != "attention" and not tensors["similarity_weight"].item() > 0:
+            got = tensors["similarity_weight"].item()
+            raise ValueError(f"similarity_weight is {got}; it needs to be positive: the risk rises with S")
         self.weights, self.bias, self.similarity_weight, self.similarity_bias = (
             *(tensor.to(device, torch.float32) for tensor in tensors.values()),
             *[None] * (4 - len(tensors)),

@@ -545,7 +545,7 @@ def test_combined_risk(model):
     assert risk[[0, 2]].tolist() == (logit[[0, 2]] > 0).float().tolist()
 
 
-def test_calibration_beside_moras(model, processor, every_answer_refuses):
+def test_calibration_beside_moras(model, processor, every_answer_refuses, monkeypatch):
     options = {"context_prompt": "w1 w2", "safety_prompt": "w4 w5", "max_context_tokens": 4, "min_refused": 2}
     told_apart = [(image, unsafe, safe) for image, safe, unsafe in PAIRS]  # by chance, the other way round
     base = moras.calibrate(
@@ -561,6 +561,10 @@ def test_calibration_beside_moras(model, processor, every_answer_refuses):
     assert method.attention.similarity_weight.shape == (1,)
     with pytest.raises(ValueError, match="calibrated on another model"):
         calibrate(tiny_llava(processor, layers=2), processor, pairs=PAIRS, combine_with=base, progress=False)
+    lower_for_unsafe = torch.tensor([0.2, 0.8]).repeat(len(PAIRS)) + 0.1 * torch.rand(2 * len(PAIRS))
+    monkeypatch.setattr("ras_fast.methods.attention._similarities", lambda *arguments: lower_for_unsafe)
+    with pytest.raises(ValueError, match=r"S has the weight -.* it needs to be positive"):
+        calibrate(model, processor, pairs=PAIRS, heads=2, combine_with=base, progress=False)
 
 
 def test_profiles_whose_parts_do_not_fit(model):
@@ -581,6 +585,8 @@ def test_profiles_whose_parts_do_not_fit(model):
     for tensors, config, message in (
         (good.tensors, {}, "similarity_weight has shape None"),
         (both.tensors, {"risk": "guess"}, "risk is 'guess'"),
+        (both.tensors | {"similarity_weight": torch.tensor([-0.5])}, {}, "similarity_weight is -0.5; it needs to be positive"),
+        (both.tensors | {"similarity_weight": torch.zeros(1)}, {}, "similarity_weight is 0.0; it needs to be positive"),
     ):
         with pytest.raises(ValueError, match=message):
             Moras(RasProfile("moras", both.config | config, tensors), output_head(model), "cpu", torch.float32)

@@ -23,6 +23,13 @@ def test_refusals(text):
     assert is_refusal(text)
 
 
+@pytest.mark.parametrize("apostrophe", "'’‘‛ʼ′´`＇")
+def test_whatever_the_apostrophe(apostrophe):
+    assert is_refusal(f"No. I{apostrophe}m unable to say.")
+    assert is_refusal(f"_I can{apostrophe}t say._")  # in italics
+    assert not is_refusal(f"A taxi can{apostrophe}t enter this street.")
+
+
 @pytest.mark.parametrize(
     "text",
     [

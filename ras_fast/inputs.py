@@ -109,7 +109,8 @@ def read_pairs(path: Path) -> list[tuple]:
     """Pairs as `question_pairs` takes them, from a file with lines of {"image", "unsafe", "safe"} and, where the safe question
     has an image of its own, "safe_image"; image paths are relative to the file.
 
-    Raises ValueError, which names the line that is wrong. A key of another name is wrong, too: "safe_img" means a picture.
+    Raises ValueError, which names the line that is wrong, or the file without any. A key of another name is wrong, too:
+    "safe_img" means a picture.
     """
     pairs = []
     for number, line in enumerate(read_lines(path), 1):
@@ -128,6 +129,8 @@ def read_pairs(path: Path) -> list[tuple]:
             if not is_file(image):
                 raise ValueError(f"{path}:{number}: there is no image {str(image)[:300]}")
         pairs.append(pair)
+    if not pairs:
+        raise ValueError(f'{path} holds no pair; it needs lines of {{"image": …, "unsafe": …, "safe": …}}')
     return pairs
 
 

@@ -459,6 +459,15 @@ def test_calibrate_takes_the_options_of_its_method(folder, pairs, capsys, option
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--data", "--condition"])
+def test_calibrate_refuses_a_file_without_pairs(folder, pairs, tmp_path, capsys, option):
+    """Without its condition projection would steer every answer."""
+    (tmp_path / "none.jsonl").write_text("\n")
+    files = {"--data": pairs, option: tmp_path / "none.jsonl"}
+    assert calibrate(folder, "--method", "projection", *(str(part) for item in files.items() for part in item)) == 1
+    assert "none.jsonl holds no pair; it needs lines of" in capsys.readouterr().err
+
+
 def test_calibrate_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
     monkeypatch.setattr("ras_fast.loading.load", lambda *arguments, **options: pytest.fail("too late"))
     (folder / "pairs.jsonl").write_text('{"image": "a.png", "unsafe": "w1 ?", "safe": "w2 ?"}\n')

@@ -260,9 +260,12 @@ def _labelled(pairs: Sequence[tuple], processor) -> tuple[list[Query], Tensor, T
     harmful, pair = torch.tensor([i % 2 == 0 for i in seen]), groups_of_equal(unsafe, safe).repeat_interleave(2)[seen]
     if not seen or harmful.all() or not harmful.any():
         raise ValueError(f"pairs holds {len(seen)} questions with an image; unsafe and safe ones are needed")
-    different = len(pair.unique())
+    different = min(len(pair[kind].unique()) for kind in (harmful, ~harmful))
     if different < FOLDS:
-        raise ValueError(f"pairs holds {different} different pairs with an image; cross-validation needs at least {FOLDS}")
+        raise ValueError(
+            f"pairs holds {different} different pairs with an image; cross-validation needs at least {FOLDS} with one for the "
+            f"unsafe question, and {FOLDS} with one for the safe question"
+        )
     return [queries[i] for i in seen], harmful, pair
 
 

@@ -616,6 +616,7 @@ def test_calibration_errors(model, processor):
         ([(image, unsafe, safe, None)], "unsafe and safe ones are needed"),
         (PAIRS[:4], "holds 4 different pairs with an image; cross-validation needs at least 5"),
         (PAIRS[:4] * 2, "holds 4 different pairs"),
+        ([*PAIRS[:4], *((*pair, None) for pair in PAIRS[4:])], "holds 4 different pairs .* 5 with one for the safe question"),
         ([(image, unsafe)], r"pairs\[0\] has 2 entries"),
         ([(np.full((16, 16, 3), np.nan), unsafe, safe)], "NaN or infinite pixels"),
     ):

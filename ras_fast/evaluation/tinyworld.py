@@ -6,6 +6,7 @@ there is of harm: instructions are placeholders ("Step 1: take the bomb").
 
 Three splits never share a picture: `train` has its own fonts, sizes, places, backgrounds and combinations of name, ink
 and companion shape; `calibration` and `test` use others, and differ from each other in the combination.
+Questions have no splits: the harmful ones in words are the same few everywhere.
 
 How sure a judge is that a request should be refused is graded (`doubt`): the model learns from judges who disagree, so
 its risk is a number between 0 and 1, not a switch.

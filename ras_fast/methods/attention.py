@@ -195,7 +195,7 @@ def calibrate(
     min_refused: fewer refused texts than this are an error.
     heads: how many (layer, head) pairs to keep, the best by Fisher ratio first.
     amplify: added to the chosen heads' attention scores of image tokens, in calibration and whenever the profile is used, so
-        that they attend to images more; the profile's tensor `region_bias`.
+        that they attend to images more; the profile's tensor `region_bias`. Cross-validation is on the features without it.
     combine_with: a MoRAS or RAS profile of this model. The outcome is that profile with the risk "moras+attention": one
         logistic gate over S and the features, for `ras_fast.SafeGenerator`. S alone is among the gates that cross-validation
         chooses from, so that attention has a say only where it helps on pairs that a fit has not seen.
@@ -227,16 +227,19 @@ def calibrate(
         places = [(layer, head) for layer, count in sorted(patch.head_counts.items()) for head in range(count)]
         with region_bias(patch, tensors.get("region_bias")):
             found = _features(patch, processor, queries, places, progress)
+        amplified = [places[i] for i in best_heads(found, harmful, heads)]
         if amplify:
-            places = [places[i] for i in best_heads(found, harmful, heads)]
             sizes = len(patch.layers), max(patch.head_counts.values())
-            tensors["region_bias"] = _amplified(sizes, places, amplify)
+            tensors["region_bias"] = _amplified(sizes, amplified, amplify)
         with region_bias(patch, tensors.get("region_bias")):
-            if amplify:
-                found = _features(patch, processor, queries, places, progress)
+            found_amplified = _features(patch, processor, queries, amplified, progress) if amplify else None
             similarities = None if combine_with is None else _similarities(model, processor, queries, combine_with, progress)
     chosen, facts = select(found, similarities, harmful, pair, heads)
     check_gate(held_out_losses(found, similarities, harmful, pair, heads, facts["C"]), harmful, pair)
+    if amplify:  # C is from the features before: these are of heads that were ranked by all pairs, held-out ones among them
+        places, found = amplified, found_amplified
+        check_gate(held_out_losses(found, similarities, harmful, pair, heads, facts["C"]), harmful, pair)
+        chosen = fit(found, similarities, harmful, heads, facts["C"])
     tensors["attention_weights"], tensors["attention_bias"] = chosen.weights.float(), chosen.bias.float()
     config = {"heads": [list(places[i]) for i in chosen.heads]} | facts
     if combine_with is None:

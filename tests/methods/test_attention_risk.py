@@ -509,6 +509,21 @@ def test_amplified_heads(model, processor, batch, every_answer_refuses):
     assert torch.allclose(risk, AttentionRisk(profile).assess(found, has_images)[0], atol=1e-5)
 
 
+def test_amplified_heads_are_not_chosen_by_what_is_held_out(model, processor, every_answer_refuses, monkeypatch):
+    """Heads ranked by all pairs tell these apart even where features are noise; and some are all alike when amplified."""
+    options = {"refused_texts": ["w1"], "heads": 4, "min_refused": 1, "progress": False}
+    generator, heads = torch.Generator().manual_seed(1), LAYERS * 4
+    noise, telling = torch.rand(24, heads, 3, generator=generator), torch.rand(24, heads, 3, generator=generator)
+    telling += torch.tensor([2.0, 0.0]).repeat(len(PAIRS))[:, None, None]
+    answers = {"noise": [noise, telling[:, :4]], "alike": [telling, torch.ones(24, 4, 3)]}
+    for name, found in answers.items():
+        found = iter(found)
+        monkeypatch.setattr("ras_fast.methods.attention._features", lambda *arguments, found=found: next(found))
+        with pytest.raises(ValueError, match="no better than chance"):
+            calibrate(model, processor, pairs=PAIRS, amplify=1.5, **options)
+        assert next(found, name) == name  # both were asked for
+
+
 def test_a_bias_for_another_model(model):
     profile = profile_of(model)
     for shape, message in (((LAYERS - 1, 4), r"\(2, 4\); it needs to be \[3, Hq\]"), ((LAYERS, 5), "Hq = 4")):

@@ -29,7 +29,7 @@ class ImageAttention:
     maps: for each image [h, w] fp32, the highest probability that any of those rows puts on each patch, mean over the
         `TOP_HEADS` heads of the model that look most at the images (arXiv 2510.13698's effective attention). None where it is
         not known how the image's tokens lie on it: those of several tiles.
-    images: what the model was shown, RGB.
+    images: what the model was shown, RGB; where the processor pads a picture to a square, that square.
     boxes: for each image the part that the patches cover, (left, top, right, bottom) in its pixels.
     """
 
@@ -70,8 +70,8 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
         effective = scores.flatten(0, 1)[looking].mean(0)
         found = zip(handle.region_map.heat_maps(effective[None])[0], grids, strict=True)
         maps = [None if grid is None else heat.cpu() for heat, grid in found]
-    boxes = [_seen(image.size, processor.image_processor) for image in query.images]
-    return ImageAttention(mass.cpu(), maps, query.images, boxes)
+    images = [_shown(image, processor.image_processor) for image in query.images]
+    return ImageAttention(mass.cpu(), maps, images, [_seen(image.size, processor.image_processor) for image in images])
 
 
 def _patched(model) -> Patch:
@@ -86,6 +86,18 @@ def _patched(model) -> Patch:
         handle.unpatch()
         raise NoImageStatistics("no map of an image: the model's images are keys of cross-attention layers, not of the prompt")
     return handle
+
+
+def _shown(image: Image.Image, image_processor) -> Image.Image:
+    """The picture, in the middle of a square where the processor (LLaVA's, DeepSeek-VL's, Janus's) makes it one first: patches
+    lie on that."""
+    pads = getattr(image_processor, "do_pad", False) and hasattr(image_processor, "pad_to_square")
+    if not pads or hasattr(image_processor, "image_grid_pinpoints"):
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in image_processor.image_mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _seen(size: tuple[int, int], image_processor) -> Box:

@@ -19,7 +19,7 @@ from test_engine_one_pass import autosteer
 from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
 
 from ras_fast import RasProfile, cli
-from ras_fast.attention_map import _seen, image_attention
+from ras_fast.attention_map import _seen, _shown, image_attention
 from ras_fast.evaluation.calibration import CALIBRATIONS
 from ras_fast.evaluation.defences import CONSTANT, default_names
 from ras_fast.methods.moras import PRESETS
@@ -834,6 +834,21 @@ def test_the_heat_map_covers_what_the_processor_keeps(sizes, size):
     across, down, _ = processor(Image.fromarray(ramps), return_tensors="np")["pixel_values"][0]
     kept = [across[:, 0].mean() * width, down[0].mean() * height, across[:, -1].mean() * width, down[-1].mean() * height]
     assert _seen(size, processor) == pytest.approx(kept, abs=0.01 * max(size))
+
+
+@pytest.mark.parametrize("size", [(50, 31), (30, 51), (40, 40)])
+def test_a_picture_that_the_processor_pads_to_a_square_is_shown_so(size):
+    """Else the patches of the whole square would be drawn over the picture's middle."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    picture, sizes = Image.fromarray(pixels), {"size": {"shortest_edge": 48}, "crop_size": 48, "return_tensors": "np"}
+    padding, plain = LlavaImageProcessorPil(do_pad=True), LlavaImageProcessorPil()
+    shown = _shown(picture, padding)
+    assert _seen(shown.size, padding) == (0, 0, max(size), max(size))
+    seen = padding(picture, **sizes)["pixel_values"]
+    np.testing.assert_allclose(plain(shown, **sizes)["pixel_values"], seen, atol=0.02)
+    assert _shown(picture, plain) is picture
 
 
 @pytest.mark.parametrize("crop", [96, 20])

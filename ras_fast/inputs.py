@@ -479,8 +479,3 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
     if answer:
         padded["input_ids"][:, longest:] = torch.tensor(answer, device=device)
     return padded
-
-
-def joined(batch: Sequence[Inputs]) -> Inputs:
-    """Joins inputs that `fit` together and are equally long."""
-    return {name: torch.cat(_counted_on(batch, name)) for name in batch[0]}

@@ -92,6 +92,10 @@ class RegionMap:
         """The map of the first `length` positions."""
         return RegionMap(self.ids[:, :length], self.num_regions, self.grids, validate=False)
 
+    def last(self, length: int) -> RegionMap:
+        """The map of the last `length` positions, as of a row without its left padding."""
+        return RegionMap(self.ids[:, -length:], self.num_regions, self.grids, validate=False)
+
     def select(self, rows: Tensor) -> RegionMap:
         """The map of the batch rows `rows` [B'] int64, in that order, as beam search reorders a cache."""
         alike = all(grid == self.grids[0] for grid in self.grids)

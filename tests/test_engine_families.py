@@ -104,21 +104,31 @@ def test_exact(name):
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED and FAMILIES[name].pixels])
 def test_neighbours_share_a_forward_over_their_images(name, monkeypatch):
+    """Also where something different is said before the image."""
     model, processor, profile = built(name)
-    queries = [random_words(700 + i, 2 + i) for i in range(4)], [random_image(i) for i in range(4)]
+    words, image = ("w30", "w31 w32", "w33", "w34"), {"type": "image"}
+    parts = [[{"type": "text", "text": text}, image, {"type": "text", "text": random_words(700, 3)}] for text in words]
+    queries = [[{"role": "user", "content": own}] for own in parts], [random_image(i) for i in range(4)]
     expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6)
     encoded, prefill = [], batch.Batch.prefill
 
-    def noted(self, row, inputs, length, kind):
-        encoded.extend([len(inputs)] * (kind == batch.ANSWER))
-        prefill(self, row, inputs, length, kind)
+    def noted(self, row, inputs, lengths, kind):
+        encoded.extend([lengths] * (kind == batch.ANSWER))
+        prefill(self, row, inputs, lengths, kind)
 
-    with SafeGenerator(model, processor, profile) as guard:
+    with SafeGenerator(model, processor, profile, batch_size=1, region_mass=True) as guard:
+        alone = guard.generate(*queries, max_new_tokens=1)
+    with SafeGenerator(model, processor, profile, region_mass=True, cache_bytes=10**7) as guard:
         monkeypatch.setattr(batch.Batch, "prefill", noted)
-        outputs = guard.generate(*queries, max_new_tokens=6)
-    assert summary(outputs) == summary(expected)
-    assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
-    assert encoded == [4]
+        for _ in range(2):
+            outputs = guard.generate(*queries, max_new_tokens=6)
+            assert summary(outputs) == summary(expected)
+            assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
+            for output, other in zip(outputs, alone, strict=True):
+                torch.testing.assert_close(output.region_mass, other.region_mass, atol=1e-5, rtol=1e-4)
+        assert guard.counters["cache_hits"] == 4
+    ((first, longest, *rest),) = encoded
+    assert (rest, longest) == ([first] * 2, first + 1)
 
 
 # Of sizes that are cut and scaled in ways of their own.
@@ -293,7 +303,7 @@ def test_images_of_the_same_pixels_and_other_grids_are_other_images():
 
     class Uniform:
         around, types, per_row, _lengths = processor.family.around, processor.family.types, False, processor.family._lengths
-        features_per_image = 1
+        features_per_image, tokens = 1, None
 
         def pixels(self, images, generator):
             return {"pixel_values": torch.full((24, 96), 0.5), "image_grid_thw": torch.tensor([self.grid])}

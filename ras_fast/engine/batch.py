@@ -31,7 +31,7 @@ from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.recurrence import Segment, States
 from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Feed, Workspace, capture
-from ras_fast.inputs import is_per_token, joined
+from ras_fast.inputs import is_per_token, left_padded
 from ras_fast.patching.cache_values import Rows, keep, kept, kept_rows
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
@@ -180,24 +180,28 @@ class Batch:
 
     # Filling it
 
-    def prefill(self, row: int, prompts: list[dict[str, Tensor]], length: int, kind: int) -> None:
-        """The first ``length`` tokens of prompts that `fit` together, which hold all their images, as the beginnings of the
+    def prefill(self, row: int, prompts: list[dict[str, Tensor]], lengths: list[int], kind: int) -> None:
+        """The first ``lengths`` tokens of prompts that `fit` together, which hold all their images, as the beginnings of the
         branches of ``row`` and the rows after it, in one forward."""
-        cuts = [{name: own[:, :length] if is_per_token(name, one) else own for name, own in one.items()} for one in prompts]
-        cut = joined(cuts)
+        cuts = [
+            {name: own[:, :length] if is_per_token(name, one) else own for name, own in one.items()}
+            for one, length in zip(prompts, lengths, strict=True)
+        ]
+        cut = left_padded(cuts, self.runner.filler)
         own = slice(row, row + len(prompts))
-        places = torch.arange(length, device=self.runner.device).expand(len(prompts), -1)
         if kind == SCRATCH:
             self.shared[own] = 0
-        slots = self._slots(kind, places, own)
+        slots = self._slots(kind, cut["attention_mask"].cumsum(-1) - 1, own)
+        if len(set(lengths)) == 1:
+            del cut["attention_mask"]
         keep(self.pool, REGIONS, None)  # that of the batch is not these rows'
         self.pool.aim(slots, rows=own, segments=[recurrence.whole(kind)])
         _, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions, own)
         if kind == ANSWER:
-            for i in range(len(prompts)):
-                self.regions[row + i] = None if regions is None else regions.select(torch.tensor([i]))
+            for i, length in enumerate(lengths):
+                self.regions[row + i] = None if regions is None else regions.select(torch.tensor([i])).last(length)
                 self.prefixes[row + i], self._after_prefix[row + i] = length, self.pool.states(row + i, ANSWER)
 
     def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor]) -> Branch:

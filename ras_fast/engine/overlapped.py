@@ -39,6 +39,8 @@ from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
 from ras_fast.profile import RasProfile
 
+PADDED = 0.25  # of the longest of several prefixes in one forward, how much the shortest may be padded
+
 
 @dataclass
 class Job:
@@ -213,7 +215,7 @@ class Overlapped(Plan):
         twins = {row: next((i for i in unknown if i < row and _same_prefix(jobs[row], jobs[i])), None) for row in unknown}
         missing = [row for row in unknown if twins[row] is None]
         for rows in self._neighbours(jobs, missing):
-            batch.prefill(rows[0], [jobs[row].inputs for row in rows], len(jobs[rows[0]].prefix), ANSWER)
+            batch.prefill(rows[0], [jobs[row].inputs for row in rows], [len(jobs[row].prefix) for row in rows], ANSWER)
         for row in missing:
             if self._caches_prefix(jobs[row]):
                 entry = batch.extract(row)
@@ -230,15 +232,16 @@ class Overlapped(Plan):
         return self.cache.get(_key("prefix", job, job.prefix)) if self._caches_prefix(job) else None
 
     def _neighbours(self, jobs: list[Job], rows: list[int]) -> Iterator[list[int]]:
-        """Groups of consecutive rows whose prefixes are equally long and fit together."""
+        """Groups of consecutive rows whose prefixes fit together and are about equally long, as the shorter ones are padded."""
 
-        def goes_on(before: int, row: int) -> bool:
-            own, other = jobs[row], jobs[before]
-            return row == before + 1 and len(own.prefix) == len(other.prefix) and fit(own.inputs) == fit(other.inputs)
+        def goes_on(group: list[int], row: int) -> bool:
+            lengths = [len(jobs[i].prefix) for i in (*group, row)]
+            alike = min(lengths) >= (1 - PADDED) * max(lengths)
+            return row == group[-1] + 1 and alike and fit(jobs[row].inputs) == fit(jobs[group[0]].inputs)
 
         group: list[int] = []
         for row in rows:
-            if group and not goes_on(group[-1], row):
+            if group and not goes_on(group, row):
                 yield group
                 group = []
             group.append(row)
@@ -436,7 +439,7 @@ class Overlapped(Plan):
             if entry:
                 self.counters["shared" if shares else "not_shared"] += 1
                 if not shares:
-                    batch.prefill(row, [self.encode(entry[0])[0]], length - 1, SCRATCH)
+                    batch.prefill(row, [self.encode(entry[0])[0]], [length - 1], SCRATCH)
         prompts = [entry[1].prompt if entry else [] for entry in entries]
         # Whole prompts are computed ahead but for their last token.
         counts = [length if shares else min(length, 1) for shares, length in plans]

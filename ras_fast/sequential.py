@@ -76,7 +76,7 @@ class SequentialPipeline:
             progress = len(queries) > 1 if progress is None else progress
             with lock_of(self.model):
                 check_mode(self.model)
-                self.profile.check(self.model)  # its adapters may have been switched
+                self._renew()
                 return [
                     self._answer(number, query, decoding, None if streamer is None else _EndedLater(self.model, streamer))
                     for number, query in enumerate(tqdm(queries, desc="queries", disable=not progress))
@@ -84,6 +84,12 @@ class SequentialPipeline:
         finally:
             if streamer is not None:
                 streamer.end()  # whatever happened, or the thread that reads it waits for ever
+
+    def _renew(self) -> None:
+        """The model may be another one than at the last call: its adapters switched, its head changed."""
+        self.profile.check(self.model)
+        self.head = output_head(self.model)
+        self.moras.read_prototypes(self.head, self.model.dtype)
 
     def describe(self, query: Query) -> str:
         """Stage 1: the context. A subclass may put another one in its place."""

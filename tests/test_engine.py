@@ -863,6 +863,23 @@ def test_nothing_is_found_in_the_cache_that_another_model_put_there(processor, c
     assert guard.counters["cache_hits"] == 2
 
 
+@pytest.mark.parametrize("change", ["values", "module"])
+@pytest.mark.parametrize("pipeline", [SafeGenerator, SequentialPipeline])
+@torch.no_grad()
+def test_another_head_gives_the_tokens_and_the_words_of_the_prototypes(processor, pipeline, change):
+    model = tiny_llava(processor)
+    profile, (prompts, images) = make_profile(model, processor), make_queries(3)
+    kept = pipeline(model, processor, profile)
+    before = kept.generate(prompts, images, max_new_tokens=6)
+    if change == "module":
+        model.lm_head = copy.deepcopy(model.lm_head)
+    model.lm_head.weight[66:88].mul_(-1)  # not what is part of the fingerprint
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6)
+    outputs = kept.generate(prompts, images, max_new_tokens=6)
+    assert_same(outputs, expected)
+    assert outputs[0].risk != pytest.approx(before[0].risk, abs=1e-3)
+
+
 def test_a_context_that_another_query_broke_is_not_kept(processor):
     """They share forwards. The next question about that image would be judged without its description."""
     model = tiny_llava(processor)

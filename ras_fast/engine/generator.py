@@ -198,6 +198,7 @@ class SafeGenerator:
         if self._watch.changed():
             self._forget()
             self.profile.check(self.model)
+            self.plan.renew()
         outputs = self.plan.answer(batch, decoding, streamer)
         self._watch.note()
         return outputs

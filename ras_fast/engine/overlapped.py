@@ -101,6 +101,11 @@ class Overlapped(Plan):
         """Whether the model has to be patched."""
         return self.region_mass or self.moras.attention is not None or self.bias is not None
 
+    def renew(self) -> None:
+        super().renew()
+        self.moras.read_prototypes(self.runner.head, self.runner.model.dtype)
+        self._proved.clear()
+
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
         patch = Patch.of(self.runner.model)
         with region_bias(patch, self.bias):

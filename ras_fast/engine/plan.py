@@ -30,6 +30,10 @@ class Plan:
         self.runner, self.processor, self.counters = runner, processor, counters
         self.last_timings: dict[str, float] = {}
 
+    def renew(self) -> None:
+        """To be called when the model was changed: drops what was derived of it as it was."""
+        self.runner.find_parts()
+
     def check(self, number: int, query: Query) -> None:
         """Raises ValueError for a query that the method cannot judge."""
 

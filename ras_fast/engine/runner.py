@@ -40,8 +40,8 @@ class Runner:
         kinds = _layer_kinds(model)
         self.kinds, self.stateful = sorted(set(kinds)), [kind in recurrence.LAYERS for kind in kinds]
         self.window = getattr(model.config.get_text_config(), "sliding_window", None)
-        self.recurrences = recurrence.find(find_decoder(model)[2], self.stateful) if any(self.stateful) else {}
-        self.model, self.base, self.head = model, model.base_model, output_head(model)
+        self.model, self.base = model, model.base_model
+        self.find_parts()
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
         self.offsets = hasattr(self.base, "get_rope_index")
         self.image_token = getattr(model.config, "image_token_id", None)
@@ -56,6 +56,12 @@ class Runner:
         self.captured = model.device.type in CAPTURED
         self.workspaces = Workspaces(model, self.stateful)
         self.passes, self.tokens = 0, 0
+
+    def find_parts(self) -> None:
+        """The parts that are not called by the base model, or not by it alone. To be called again when the model was changed,
+        which may have others by now."""
+        self.head = output_head(self.model)
+        self.recurrences = recurrence.find(find_decoder(self.model)[2], self.stateful) if any(self.stateful) else {}
 
     @property
     def device(self) -> torch.device:

@@ -72,9 +72,13 @@ class Moras:
             raise ValueError(f"prototypes are of d = {prototypes.shape[1]}; the model's hidden size is {d}")
         self.prototypes = prototypes.to(device, torch.float32)
         self.attention = _attention_gate(profile, device)
-        with torch.no_grad():
-            self.prototype_probs = head(self.prototypes.to(dtype)).float().softmax(dim=-1)
+        self.read_prototypes(head, dtype)
         self.steps = self.config["steps"]
+
+    @torch.no_grad()
+    def read_prototypes(self, head, dtype) -> None:
+        """Takes the words of the prototypes by a head; again by that of a model that was changed."""
+        self.prototype_probs = head(self.prototypes.to(dtype)).float().softmax(dim=-1)
 
     def similarity(self, logits: Tensor, steps: Tensor | None = None) -> Tensor:
         """S [B] fp32 of the stage-2 logits [B, n <= N, V]; steps [B] int32: how many of the n each row produced."""

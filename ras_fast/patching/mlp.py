@@ -27,6 +27,11 @@ class Parts(NamedTuple):
     act_fn: str | None
     down: str
 
+    @property
+    def projections(self) -> list[str]:
+        """The names of what is multiplied with first."""
+        return [self.gate] if self.up is None else [self.gate, self.up]
+
 
 KNOWN = (
     Parts("gate_proj", "up_proj", "act_fn", "down_proj"),  # Llama and most others
@@ -61,7 +66,7 @@ class FusedMLP:
 
     def _states(self, x: Tensor) -> Tensor | None:
         """act_fn(gate(x)) · up(x) by the op; None where the original is to run."""
-        linears = [self.mlp._modules[name] for name in self.parts[:2] if name is not None]
+        linears = [self.mlp._modules[name] for name in self.parts.projections]
         if not (all(map(_is_plain, linears)) and self._is_left_alone()):
             return None
         weights = [linear._parameters.get("weight") for linear in linears]
@@ -102,7 +107,7 @@ def fuse_mlps(layers: nn.ModuleList, undo: Undo, report: Report) -> None:
 def _fused(module: nn.Module) -> FusedMLP | None:
     children = module._modules
     parts = next((parts for parts in KNOWN if all(children.get(name) is not None for name in parts if name is not None)), None)
-    if parts is None or not all(_is_plain(children[name]) for name in parts[:2] if name is not None):
+    if parts is None or not all(_is_plain(children[name]) for name in parts.projections):
         return None
     weight = children[parts.gate].weight
     act_fn = ACTIVATIONS["silu"] if parts.act_fn is None else children[parts.act_fn]

@@ -880,6 +880,26 @@ def test_another_head_gives_the_tokens_and_the_words_of_the_prototypes(processor
     assert outputs[0].risk != pytest.approx(before[0].risk, abs=1e-3)
 
 
+@pytest.mark.parametrize("method", ["moras", "one pass"])
+def test_a_hook_on_the_model_itself_is_noticed_when_it_comes_later(processor, method):
+    """The engine calls the model's parts, so it would answer text as if the hook were not there."""
+    model = tiny_llava(processor)
+    profile = make_profile(model, processor) if method == "moras" else PROFILES[0](model, processor)
+    guard = SafeGenerator(model, processor, profile)
+    expected = guard.generate(["w1 w2"], max_new_tokens=4)
+
+    def other_logits(module, args, output):
+        output.logits = -output.logits
+        return output
+
+    handle = model.register_forward_hook(other_logits)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="engine's logits differ from the model's own"):
+            guard.generate(["w1 w2"], max_new_tokens=4)
+    handle.remove()
+    assert_same(guard.generate(["w1 w2"], max_new_tokens=4), expected)
+
+
 def test_a_context_that_another_query_broke_is_not_kept(processor):
     """They share forwards. The next question about that image would be judged without its description."""
     model = tiny_llava(processor)
@@ -938,6 +958,7 @@ def test_one_pool_for_all_stages_and_no_other_allocation(model, processor, profi
     allocate = kv_cache.PoolLayer.lazy_initialization
     monkeypatch.setattr(kv_cache.PoolLayer, "lazy_initialization", lambda *args: allocations.append(1) or allocate(*args))
     guard = SafeGenerator(model, processor, profile, fused=False)
+    monkeypatch.setattr(guard, "_prove", lambda: None)  # it has a small pool of its own
     for new_tokens, layers in ((20, 2), (30, 0), (200, 2), (25, 0)):
         allocations.clear()
         (output,) = guard.generate(["w1 w2"], [random_image(1)], max_new_tokens=new_tokens)

@@ -199,6 +199,7 @@ class SafeGenerator:
             self._forget()
             self.profile.check(self.model)
             self.plan.renew()
+            self._prove()
         outputs = self.plan.answer(batch, decoding, streamer)
         self._watch.note()
         return outputs

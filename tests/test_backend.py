@@ -70,8 +70,6 @@ def test_environment_variable():
 
 
 def test_an_unknown_build_of_the_cpu_kernels_is_refused():
-    for limit in ("avx2", "avx512", "portable"):
-        assert run("import ras_fast", RAS_FAST_CPU_ISA=limit).returncode == 0
     assert "RAS_FAST_CPU_ISA is 'avx-2'; it must be one of" in run("import ras_fast", RAS_FAST_CPU_ISA="avx-2").stderr
 
 

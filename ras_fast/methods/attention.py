@@ -234,8 +234,8 @@ def calibrate(
         with region_bias(patch, tensors.get("region_bias")):
             found_amplified = _features(patch, processor, queries, amplified, progress) if amplify else None
             similarities = None if combine_with is None else _similarities(model, processor, queries, combine_with, progress)
-    chosen, facts = select(found, similarities, harmful, pair, heads)
-    check_gate(held_out_losses(found, similarities, harmful, pair, heads, facts["C"]), harmful, pair)
+    chosen, facts, losses = select(found, similarities, harmful, pair, heads)
+    check_gate(losses, harmful, pair)
     if amplify:  # C is from the features before: these are of heads that were ranked by all pairs, held-out ones among them
         places, found = amplified, found_amplified
         check_gate(held_out_losses(found, similarities, harmful, pair, heads, facts["C"]), harmful, pair)
@@ -323,25 +323,24 @@ class LogisticFit:
 
 def select(
     found: Tensor, similarity: Tensor | None, harmful: Tensor, pair: Tensor, count: int
-) -> tuple[LogisticFit, dict[str, Any]]:
+) -> tuple[LogisticFit, dict[str, Any], Tensor]:
     """The gate over the best `count` heads, with the inverse L2 penalty ("C") that cross-validation finds best.
 
     found: features [n, H, k]. similarity: S [n], or None. harmful: [n] bool. pair: [n], what is never on both sides of a fold.
 
     With S, a C of 0, which is S alone, is one of those to choose from. Each fold ranks the heads anew. Returns the fit to
-    all, and {"C", "held_out_loss": {c: mean cross-entropy of the held-out items}}.
+    all, {"C", "held_out_loss": {c: mean cross-entropy of the held-out items}}, and that of each item [n] with this C.
 
     Raises ValueError when an input is not finite, ImportError without scikit-learn.
     """
     if not (torch.isfinite(found).all() and (similarity is None or torch.isfinite(similarity).all())):
         raise ValueError("a feature or a similarity of the calibration pairs is not finite")
-    losses = {
-        c: held_out_losses(found, similarity, harmful, pair, count, c).mean().item()
-        for c in (CS if similarity is None else (0.0, *CS))
-    }
-    c = min(losses, key=losses.__getitem__)
-    facts = {"C": c, "held_out_loss": {str(c): loss for c, loss in losses.items()}}
-    return fit(found, similarity, harmful, count, c), facts
+    cs = CS if similarity is None else (0.0, *CS)
+    losses = {c: held_out_losses(found, similarity, harmful, pair, count, c) for c in cs}
+    means = {c: of_items.mean().item() for c, of_items in losses.items()}
+    c = min(means, key=means.__getitem__)
+    facts = {"C": c, "held_out_loss": {str(c): loss for c, loss in means.items()}}
+    return fit(found, similarity, harmful, count, c), facts, losses[c]
 
 
 def held_out_losses(

@@ -17,7 +17,7 @@ from transformers import StaticCache
 import ras_fast
 from ras_fast.decoding import output_head
 from ras_fast.methods import moras
-from ras_fast.methods.attention import CS, AttentionRisk, calibrate, check_gate, fisher_ratio, fit, held_out_losses, select
+from ras_fast.methods.attention import CS, AttentionRisk, calibrate, check_gate, fisher_ratio, fit, select
 from ras_fast.methods.attention_gate import features, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras
 from ras_fast.profile import RasProfile, fingerprint
@@ -384,13 +384,13 @@ def labelled(strength, pairs=60):
 
 def test_attention_has_a_say_beside_s_only_where_it_helps():
     found, similarity, harmful, pair = labelled(0.0)
-    made, facts = select(found, similarity, harmful, pair, 4)
+    made, facts, _ = select(found, similarity, harmful, pair, 4)
     assert facts["C"] == 0
     assert (made.weights == 0).all()
     assert made.logit(found, similarity).argsort().tolist() == similarity.argsort().tolist()
     assert torch.allclose(made.similarity_bias, made.bias)
     found, similarity, harmful, pair = labelled(1.0)
-    made, facts = select(found, similarity, harmful, pair, 1)
+    made, facts, _ = select(found, similarity, harmful, pair, 1)
     assert made.heads == [0]
     assert facts["C"] > 0
     assert facts["held_out_loss"][str(facts["C"])] < 0.8 * facts["held_out_loss"]["0.0"]
@@ -413,20 +413,19 @@ def test_the_freedom_is_chosen_by_held_out_pairs():
 
 
 def checked(found, similarity, harmful, pair):
-    c = select(found, similarity, harmful, pair, 4)[1]["C"]
-    check_gate(held_out_losses(found, similarity, harmful, pair, 4, c), harmful, pair)
+    check_gate(select(found, similarity, harmful, pair, 4)[2], harmful, pair)
 
 
 def test_a_gate_at_chance_is_refused():
     """Of gates that were fitted to noise half have a held-out loss below ln 2; a gate that tells something passes."""
     harmful, pair, passed = torch.arange(60) % 2 == 0, torch.arange(60) // 2, 0
-    for seed in range(20):
+    for seed in range(8):
         found = torch.rand(60, 4, 3, generator=torch.Generator().manual_seed(seed))
         checked(found + 0.5 * harmful[:, None, None], None, harmful, pair)
         with suppress(ValueError):
             checked(found, None, harmful, pair)
             passed += 1
-    assert passed <= 3
+    assert passed <= 1
     constant = torch.full((60, 4, 3), 0.5)
     for similarity in (None, constant[:, 0, 0]):
         with pytest.raises(ValueError, match=r"has a loss of 0\.\d+, which is no better than chance \(0\.693\)"):

@@ -3,7 +3,6 @@
 from functools import partial
 from itertools import accumulate
 
-import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -818,9 +817,3 @@ def test_statistics_called_directly_need_one_device(name):
 def test_gradients_are_refused_not_dropped():
     with pytest.raises(RuntimeError, match="no backward"):
         ops.region_attention(q.clone().requires_grad_(), k, v)
-
-
-@instruction_sets.NARROWER
-def test_other_instruction_sets(isa):
-    """The comparisons with the reference under a narrower build."""
-    instruction_sets.check(isa, __file__, "test_blocks_of_keys")

@@ -1,6 +1,5 @@
 """gated_linear: every backend against float64, and what happens to rows that are off, NaN, or strided."""
 
-import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,9 +199,3 @@ def test_wrong_arguments_are_named(args, right, message):
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="no backward"):
         ops.gated_linear(X.clone().requires_grad_(), WEIGHT, GATE)
-
-
-@instruction_sets.NARROWER
-def test_other_instruction_sets(isa):
-    """This module's float64 comparisons under a narrower build of the kernel."""
-    instruction_sets.check(isa, __file__, "float64 and cpu or strides and cpu")

@@ -2,7 +2,6 @@
 
 import sys
 
-import instruction_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -221,9 +220,3 @@ def test_gradients_are_refused():
         ops.linear(X.clone().requires_grad_(), WEIGHT)
     with pytest.raises(RuntimeError, match="no backward"):
         ops.linear_glu(X, WEIGHT.clone().requires_grad_(), WEIGHT)
-
-
-@instruction_sets.NARROWER
-def test_other_instruction_sets(isa):
-    """This module's comparisons on the CPU under a narrower build of the kernel."""
-    instruction_sets.check(isa, __file__, "cpu or beside or more_rows or ends")

@@ -1,6 +1,5 @@
 """rotary_embedding: every backend against Hugging Face's eager code, bit for bit."""
 
-import instruction_sets
 import pytest
 import rotations
 import torch
@@ -141,9 +140,3 @@ def test_what_says_how_pairs_lie_is_true_or_false():
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="no backward"):
         ops.rotary_embedding(QUERY.clone().requires_grad_(), KEY, TABLE, TABLE)
-
-
-@instruction_sets.NARROWER
-def test_other_instruction_sets(isa):
-    """This module's comparisons on the CPU under a narrower build of the kernel."""
-    instruction_sets.check(isa, __file__, "cpu and (eager or strides or special)")

@@ -18,7 +18,7 @@ SANITIZERS = {
     "thread": "-fsanitize=thread,undefined -fno-sanitize=vptr",
     "address": "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined",
 }
-FLAGS = f"-std=c++20 -O1 -g -fPIC -ffp-contract=off -fno-strict-aliasing -w -I{HERE}/include -I{HERE} -I{CSRC}"
+FLAGS = f"-std=c++20 -O1 -fPIC -ffp-contract=off -fno-strict-aliasing -w -I{HERE}/include -I{HERE} -I{CSRC}"
 
 
 def sanitizer() -> str:

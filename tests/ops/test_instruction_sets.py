@@ -1,0 +1,30 @@
+"""The CPU kernels' tests once more under builds for narrower instruction sets than this processor has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Of each file in this folder, what `-k` selects.
+SELECTED = {
+    "test_attention": "test_blocks_of_keys",
+    "test_gated_linear": "cpu and (float64 or strides)",
+    "test_linear": "cpu or beside or more_rows or ends",
+    "test_norm": "cpu and (test_steered or test_unsteered_rows or test_in_place_writes or test_unsteered and 769)",
+    "test_rotary": "cpu and (eager or strides or special)",
+}
+NARROWER = {"AVX512": ["avx2", "portable"], "AVX2": ["portable"]}
+
+
+@pytest.mark.parametrize("isa", NARROWER.get(torch.backends.cpu.get_cpu_capability(), []))
+def test_a_narrower_build_passes(isa):
+    """In a process of its own, because the choice is made once a process."""
+    files = [str(Path(__file__).with_name(f"{name}.py")) for name in SELECTED]
+    selected = " or ".join(f"{name} and ({which})" for name, which in SELECTED.items())
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", selected]
+    done = subprocess.run(command, env=os.environ | {"RAS_FAST_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert " passed" in done.stdout

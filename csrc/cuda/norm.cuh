@@ -223,11 +223,13 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& s
 
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
-    float other[S::kVec];
-    unpack<T>(first[p], h + p * S::kVec);
-    unpack<T>(second[p], other);
+    const auto *left = reinterpret_cast<const Pair<T>*>(&first[p]), *right = reinterpret_cast<const Pair<T>*>(&second[p]);
 #pragma unroll
-    for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] += other[i];
+    for (int i = 0; i < S::kVec / 2; ++i) {
+      const float2 u = unpack_pair<T>(left[i]), v = unpack_pair<T>(right[i]);
+      h[p * S::kVec + 2 * i] = u.x + v.x;
+      h[p * S::kVec + 2 * i + 1] = u.y + v.y;
+    }
   }
   if (a.hf_rounding) round_all<T, kElements>(h);
   if constexpr (kSteered) {

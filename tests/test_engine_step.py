@@ -163,7 +163,7 @@ def test_graphs_end_with_the_model_that_they_are_of(processor, graphs, change):
 def test_steps_that_are_steered_inside_the_model_are_never_captured(model, processor, graphs, monkeypatch):
     """A graph of them would go on to steer, and one of other steps would not."""
     seen, capture = [], batch.capture
-    monkeypatch.setattr(batch, "capture", lambda function: seen.append(Patch.of(model).steers("final")) or capture(function))
+    monkeypatch.setattr(batch, "capture", lambda *step: seen.append(Patch.of(model).steers("final")) or capture(*step))
     profile, (prompts, images) = make_profile(model, processor, gate=1.0), make_queries(4)
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
     assert 0 in {output.rejected_at for output in expected}
@@ -171,6 +171,15 @@ def test_steps_that_are_steered_inside_the_model_are_never_captured(model, proce
         assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
     assert seen
     assert all(seen)
+
+
+def test_steps_over_several_devices_are_never_captured(processor, monkeypatch):
+    """As accelerate places a model, or offloads a part of it."""
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
+    model = tiny_llava(processor)
+    assert Runner(model).captured
+    model.model.language_model.layers[-1].to("meta")
+    assert not Runner(model).captured
 
 
 def to_meta(model):

@@ -405,7 +405,9 @@ class Batch:
         if key not in self.space.graphs:
             every = [(row, branch) for row in range(self.rows) for branch in (SCRATCH, ANSWER)]
             before = [self.pool.states(*place) for place in every]
-            self.space.graphs[key] = capture(lambda: self._compute(branches, self.space.capacity, masked=True))
+            self.space.graphs[key] = capture(
+                lambda: self._compute(branches, self.space.capacity, masked=True), self.runner.device
+            )
             for place, states in zip(every, before, strict=True):  # the capture has run the step once
                 self.pool.set_states(*place, states)
         return self.space.graphs[key]()

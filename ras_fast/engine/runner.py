@@ -28,7 +28,7 @@ class Runner:
     """A model as the engine uses it: tokens in, hidden states after the last norm out.
 
     sync_every: steps that are made before the host looks at their tokens.
-    captured: whether steps are captured as CUDA graphs.
+    captured: whether steps are captured as CUDA graphs: where all weights are on one GPU.
     passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
 
     stateful: for each layer whether it keeps a state instead of keys and values.
@@ -53,7 +53,6 @@ class Runner:
         self._cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
-        self.captured = model.device.type in CAPTURED
         self.workspaces = Workspaces(model, self.stateful)
         self.passes, self.tokens = 0, 0
 
@@ -62,6 +61,9 @@ class Runner:
         which may have others by now."""
         self.head = output_head(self.model)
         self.recurrences = recurrence.find(find_decoder(self.model)[2], self.stateful) if any(self.stateful) else {}
+        # A graph holds one device's work; weights that hooks fetch for each forward (accelerate's offloading) have no address.
+        devices = {parameter.device for parameter in self.model.parameters()}
+        self.captured = self.device.type in CAPTURED and devices == {self.device}
 
     @property
     def device(self) -> torch.device:

@@ -134,12 +134,20 @@ def _bucket(slots: int) -> int:
 # CUDA graphs.
 
 
-def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def capture(function: Callable[[], Tensor], device: torch.device | None = None) -> Callable[[], Tensor]:
     """``function`` as one CUDA graph. What the replay returns is overwritten by the next replay.
 
     The function runs once before it is captured, because what is allocated or compiled on first use must not be so during
     capture, and its work is done again by the first replay: doing it twice has to leave the same result as doing it once.
+
+    device: where its tensors are; None: on the current device. A stream of another one would capture nothing of it.
     """
+    with torch.cuda.device(device):
+        return _captured(function)
+
+
+def _captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`capture` on the current device."""
     stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -182,6 +182,40 @@ def test_steps_over_several_devices_are_never_captured(processor, monkeypatch):
     assert not Runner(model).captured
 
 
+def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeypatch):
+    """Rotary frequencies that follow the length, as InternVL's: each forward reads the last position."""
+    model = tiny_llava(processor)
+    text = model.model.language_model
+    text.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    text.rotary_emb = type(text.rotary_emb)(text.config).eval()
+    profile, (prompts, images) = make_profile(model, processor), make_queries(3)
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
+
+    def capture(function, device):
+        for inside in (nullcontext(), workspace.Inputs()):
+            with inside:
+                function()
+
+    monkeypatch.setattr(batch, "capture", capture)
+    guard = SafeGenerator(model, processor, profile, batch_size=3)
+    with pytest.warns(UserWarning, match="without CUDA graphs, as aten._local_scalar_dense"):
+        assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
+    assert not guard._runner.captured
+
+
+def test_what_a_capture_refuses_is_noticed_before_it_is_run():
+    on_device, mask = torch.zeros(3, device="meta"), torch.ones(3, dtype=torch.bool, device="meta")
+    with workspace.Inputs():
+        on_device[torch.zeros(2, dtype=torch.long, device="meta")] += on_device.to(torch.float64).sum()
+        for read in (
+            lambda: on_device[mask], mask.nonzero, on_device[0].item, lambda: bool(mask.all()), on_device.cpu,
+            lambda: torch.zeros(3).to("meta"), lambda: on_device.copy_(torch.zeros(3)), lambda: on_device.equal(on_device),
+        ):  # fmt: skip
+            with pytest.raises(workspace.HostRead):
+                read()
+
+
 def to_meta(model):
     """The model on a device that has shapes and no values."""
     for module in model.modules():

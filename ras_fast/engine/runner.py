@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -64,6 +65,11 @@ class Runner:
         # A graph holds one device's work; weights that hooks fetch for each forward (accelerate's offloading) have no address.
         devices = {parameter.device for parameter in self.model.parameters()}
         self.captured = self.device.type in CAPTURED and devices == {self.device}
+
+    def capture_nothing(self, why: Exception) -> None:
+        """Steps run without graphs from now on, until the model is changed."""
+        self.captured = False
+        warnings.warn(f"{type(self.model).__name__}: decode steps run without CUDA graphs, as {why}", stacklevel=2)
 
     @property
     def device(self) -> torch.device:

@@ -141,6 +141,8 @@ def capture(function: Callable[[], Tensor], device: torch.device | None = None) 
     capture, and its work is done again by the first replay: doing it twice has to leave the same result as doing it once.
 
     device: where its tensors are; None: on the current device. A stream of another one would capture nothing of it.
+
+    Raises HostRead where the host takes part in the function.
     """
     with torch.cuda.device(device):
         return _captured(function)
@@ -176,8 +178,15 @@ def _stream(device: int) -> torch.cuda.Stream:
     return _streams[device]
 
 
+class HostRead(RuntimeError):
+    """The host waits for a value of the device, or sends it one: a graph would repeat what came of the first."""
+
+
 class Inputs(TorchDispatchMode):
-    """Collects the storages that the operations inside the block read or write and that were there before it."""
+    """Collects the storages that the operations inside the block read or write and that were there before it.
+
+    Raises HostRead before an operation in which the host takes part: CUDA would refuse it, and the capture be lost half-way.
+    """
 
     def __init__(self):
         super().__init__()
@@ -185,12 +194,28 @@ class Inputs(TorchDispatchMode):
         self._made: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if _is_the_hosts(function, args, kwargs or {}):
+            raise HostRead(f"{function} waits for the device")
         for storage in _storages((args, kwargs)):
             if storage._cdata not in self._made:
                 self.storages[storage._cdata] = storage
         output = function(*args, **kwargs or {})
         self._made |= {storage._cdata for storage in _storages(output)} - self.storages.keys()
         return output
+
+
+_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+
+def _is_the_hosts(function, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation reads values of its tensors on the host, or copies between host and device."""
+    if function in _COPIES:
+        kinds = {tensor.device.type for tensor in args if isinstance(tensor, Tensor)}
+        return len(kinds | ({torch.device(kwargs["device"]).type} if kwargs.get("device") is not None else set())) > 1
+    if function is torch.ops.aten.index.Tensor:  # by masks, whose trues have to be counted
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return not _READS.isdisjoint(function.tags)
 
 
 def _storages(tree) -> list[torch.UntypedStorage]:

@@ -193,7 +193,7 @@ def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeyp
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
 
     def capture(function, device):
-        for inside in (nullcontext(), workspace.Inputs()):
+        for inside in (nullcontext(), workspace.Inputs("cpu")):
             with inside:
                 function()
 
@@ -206,11 +206,13 @@ def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeyp
 
 def test_what_a_capture_refuses_is_noticed_before_it_is_run():
     on_device, mask = torch.zeros(3, device="meta"), torch.ones(3, dtype=torch.bool, device="meta")
-    with workspace.Inputs():
-        on_device[torch.zeros(2, dtype=torch.long, device="meta")] += on_device.to(torch.float64).sum()
+    with workspace.Inputs("meta"):
+        assert torch.arange(3)[torch.ones(3, dtype=torch.bool)].tolist() == [0, 1, 2]  # the host's own
+        on_device[torch.zeros(2, dtype=torch.long, device="meta")] += on_device.to(torch.float64).sum() * torch.tensor(2.0)
         for read in (
             lambda: on_device[mask], mask.nonzero, on_device[0].item, lambda: bool(mask.all()), on_device.cpu,
             lambda: torch.zeros(3).to("meta"), lambda: on_device.copy_(torch.zeros(3)), lambda: on_device.equal(on_device),
+            lambda: on_device.index_select(0, torch.zeros(1, dtype=torch.long)),
         ):  # fmt: skip
             with pytest.raises(workspace.HostRead):
                 read()

@@ -185,16 +185,19 @@ class HostRead(RuntimeError):
 class Inputs(TorchDispatchMode):
     """Collects the storages that the operations inside the block read or write and that were there before it.
 
+    device: the type of what is captured.
+
     Raises HostRead before an operation in which the host takes part: CUDA would refuse it, and the capture be lost half-way.
     """
 
-    def __init__(self):
+    def __init__(self, device: str = "cuda"):
         super().__init__()
+        self.device = device
         self.storages: dict[int, torch.UntypedStorage] = {}
         self._made: set[int] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if _is_the_hosts(function, args, kwargs or {}):
+        if self.device in _read_by_host(function, args, kwargs or {}):
             raise HostRead(f"{function} waits for the device")
         for storage in _storages((args, kwargs)):
             if storage._cdata not in self._made:
@@ -208,14 +211,18 @@ _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
-def _is_the_hosts(function, args: tuple, kwargs: dict) -> bool:
-    """Whether an operation reads values of its tensors on the host, or copies between host and device."""
-    if function in _COPIES:
-        kinds = {tensor.device.type for tensor in args if isinstance(tensor, Tensor)}
-        return len(kinds | ({torch.device(kwargs["device"]).type} if kwargs.get("device") is not None else set())) > 1
-    if function is torch.ops.aten.index.Tensor:  # by masks, whose trues have to be counted
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return not _READS.isdisjoint(function.tags)
+def _read_by_host(function, args: tuple, kwargs: dict) -> set[str]:
+    """The types of the devices whose values an operation needs on the host, or copies to or from another one."""
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    devices, copies = {tensor.device.type for tensor in tensors}, function in _COPIES
+    if copies and kwargs.get("device") is not None:
+        devices.add(torch.device(kwargs["device"]).type)
+    reads = not _READS.isdisjoint(function.tags)
+    if function is torch.ops.aten.index.Tensor:  # reads masks, whose trues have to be counted
+        reads = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    # A kernel takes a single number of the host's as it is; more, such as indices, are copied.
+    copies |= any(tensor.dim() > 0 and tensor.device.type == "cpu" for tensor in tensors)
+    return devices if reads or (copies and len(devices) > 1) else set()
 
 
 def _storages(tree) -> list[torch.UntypedStorage]:

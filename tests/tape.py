@@ -51,7 +51,8 @@ class Graphs:
     def __init__(self):
         self.made, self.replays = 0, 0
 
-    def __call__(self, function):
+    def __call__(self, function, device):
+        assert device == torch.device("cpu")  # whose stream the graph is to be captured on
         self.made += 1
         function()  # warm-up
         tape, waits = Tape(), Waits()

@@ -163,7 +163,7 @@ def test_graphs_end_with_the_model_that_they_are_of(processor, graphs, change):
 def test_steps_that_are_steered_inside_the_model_are_never_captured(model, processor, graphs, monkeypatch):
     """A graph of them would go on to steer, and one of other steps would not."""
     seen, capture = [], batch.capture
-    monkeypatch.setattr(batch, "capture", lambda function: seen.append(Patch.of(model).steers("final")) or capture(function))
+    monkeypatch.setattr(batch, "capture", lambda *step: seen.append(Patch.of(model).steers("final")) or capture(*step))
     profile, (prompts, images) = make_profile(model, processor, gate=1.0), make_queries(4)
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
     assert 0 in {output.rejected_at for output in expected}
@@ -171,6 +171,51 @@ def test_steps_that_are_steered_inside_the_model_are_never_captured(model, proce
         assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
     assert seen
     assert all(seen)
+
+
+def test_steps_over_several_devices_are_never_captured(processor, monkeypatch):
+    """As accelerate places a model, or offloads a part of it."""
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
+    model = tiny_llava(processor)
+    assert Runner(model).captured
+    model.model.language_model.layers[-1].to("meta")
+    assert not Runner(model).captured
+
+
+def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeypatch):
+    """Rotary frequencies that follow the length, as InternVL's: each forward reads the last position."""
+    model = tiny_llava(processor)
+    text = model.model.language_model
+    text.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    text.rotary_emb = type(text.rotary_emb)(text.config).eval()
+    profile, (prompts, images) = make_profile(model, processor), make_queries(3)
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
+
+    def capture(function, device):
+        for inside in (nullcontext(), workspace.Inputs("cpu")):
+            with inside:
+                function()
+
+    monkeypatch.setattr(batch, "capture", capture)
+    guard = SafeGenerator(model, processor, profile, batch_size=3)
+    with pytest.warns(UserWarning, match="without CUDA graphs, as aten._local_scalar_dense"):
+        assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
+    assert not guard._runner.captured
+
+
+def test_what_a_capture_refuses_is_noticed_before_it_is_run():
+    on_device, mask = torch.zeros(3, device="meta"), torch.ones(3, dtype=torch.bool, device="meta")
+    with workspace.Inputs("meta"):
+        assert torch.arange(3)[torch.ones(3, dtype=torch.bool)].tolist() == [0, 1, 2]  # the host's own
+        on_device[torch.zeros(2, dtype=torch.long, device="meta")] += on_device.to(torch.float64).sum() * torch.tensor(2.0)
+        for read in (
+            lambda: on_device[mask], mask.nonzero, on_device[0].item, lambda: bool(mask.all()), on_device.cpu,
+            lambda: torch.zeros(3).to("meta"), lambda: on_device.copy_(torch.zeros(3)), lambda: on_device.equal(on_device),
+            lambda: on_device.index_select(0, torch.zeros(1, dtype=torch.long)),
+        ):  # fmt: skip
+            with pytest.raises(workspace.HostRead):
+                read()
 
 
 def to_meta(model):

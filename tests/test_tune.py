@@ -47,6 +47,22 @@ def test_a_configuration_that_cannot_be_had_drops_out(monkeypatch, empty_table, 
     assert not tune._runs(PREFILL, TILE)
 
 
+def test_a_configuration_that_computes_something_else_is_not_timed(monkeypatch, empty_table):
+    """As Triton 3.6 did on sm_90 with tiles of 64 × 16 and 8 warps."""
+    monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: 0.1)
+    exact = torch.tensor([1.0, -3.0, -torch.inf]), torch.zeros(0), None
+    wrong = {32: 0.0, 64: 0.01, 128: 0.2, 16: torch.nan}
+
+    def call():
+        return exact[0] + torch.tensor([0.0, wrong[empty_table[PREFILL]["block_n"]], 0.0]), *exact[1:]
+
+    class Pool:
+        map = staticmethod(lambda run, *columns: [True] * len(columns[0]))
+
+    times = tune._microseconds(PREFILL, [TILE | {"block_n": n} for n in wrong], call, Pool)
+    assert times == [100.0, 100.0, None, None]
+
+
 def test_the_shipped_file_is_read():
     """It has no entries yet: reading it, which checks its form, is the test until it has."""
     for shipped in tuned.read(tuned.FILE):

@@ -32,10 +32,10 @@ def rotary_kernel(
     heads = tl.where(is_key, key_heads, query_heads)
     if is_key:
         x_ptr = key_ptr + batch * key_batch_stride + token * key_token_stride
-        head_stride, out_ptr = key_head_stride.to(tl.int64), key_out_ptr
+        head_stride, out_ptr = tl.cast(key_head_stride, tl.int64), key_out_ptr
     else:
         x_ptr = query_ptr + batch * query_batch_stride + token * query_token_stride
-        head_stride, out_ptr = query_head_stride.to(tl.int64), query_out_ptr
+        head_stride, out_ptr = tl.cast(query_head_stride, tl.int64), query_out_ptr
     x_ptr += head[:, None] * head_stride
     out_ptr += (place * heads + head[:, None]) * dim
     exists = (head < heads)[:, None]

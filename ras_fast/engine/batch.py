@@ -20,6 +20,7 @@ offset, which is not 0 in families that count an image's tokens otherwise (M-RoP
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from ras_fast.engine.answer import Sequence
 from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.recurrence import Segment, States
 from ras_fast.engine.runner import Runner
-from ras_fast.engine.workspace import Feed, Workspace, capture
+from ras_fast.engine.workspace import Feed, HostRead, Workspace, capture
 from ras_fast.inputs import is_per_token, left_padded
 from ras_fast.patching.cache_values import Rows, keep, kept, kept_rows
 from ras_fast.patching.tracking import REGIONS
@@ -400,15 +401,20 @@ class Batch:
         return made
 
     def _replay(self, branches: list[Branch]) -> Tensor:
-        """The step as one captured CUDA graph over the whole pool: one for each combination of branches and widths."""
+        """The step as one captured CUDA graph over the whole pool: one for each combination of branches and widths. A model
+        whose steps the host takes part in goes on without graphs."""
         key = (self.space.num_regions, *((branch.kind, branch.width) for branch in branches))
+        step = partial(self._compute, branches, self.space.capacity, masked=True)
         if key not in self.space.graphs:
             every = [(row, branch) for row in range(self.rows) for branch in (SCRATCH, ANSWER)]
             before = [self.pool.states(*place) for place in every]
-            self.space.graphs[key] = capture(lambda: self._compute(branches, self.space.capacity, masked=True))
+            try:
+                self.space.graphs[key] = capture(step, self.runner.device)
+            except HostRead as error:
+                self.runner.capture_nothing(error)
             for place, states in zip(every, before, strict=True):  # the capture has run the step once
                 self.pool.set_states(*place, states)
-        return self.space.graphs[key]()
+        return self.space.graphs.get(key, step)()
 
     def _settle(self) -> None:
         """Moves what methods keep for each row (`Rows`) into the fixed buffers that captured steps read."""

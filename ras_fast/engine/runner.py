@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ class Runner:
     """A model as the engine uses it: tokens in, hidden states after the last norm out.
 
     sync_every: steps that are made before the host looks at their tokens.
-    captured: whether steps are captured as CUDA graphs.
+    captured: whether steps are captured as CUDA graphs: where all weights are on one GPU.
     passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
 
     stateful: for each layer whether it keeps a state instead of keys and values.
@@ -53,7 +54,6 @@ class Runner:
         self._cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
-        self.captured = model.device.type in CAPTURED
         self.workspaces = Workspaces(model, self.stateful)
         self.passes, self.tokens = 0, 0
 
@@ -62,6 +62,14 @@ class Runner:
         which may have others by now."""
         self.head = output_head(self.model)
         self.recurrences = recurrence.find(find_decoder(self.model)[2], self.stateful) if any(self.stateful) else {}
+        # A graph holds one device's work; weights that hooks fetch for each forward (accelerate's offloading) have no address.
+        devices = {parameter.device for parameter in self.model.parameters()}
+        self.captured = self.device.type in CAPTURED and devices == {self.device}
+
+    def capture_nothing(self, why: Exception) -> None:
+        """Steps run without graphs from now on, until the model is changed."""
+        self.captured = False
+        warnings.warn(f"{type(self.model).__name__}: decode steps run without CUDA graphs, as {why}", stacklevel=2)
 
     @property
     def device(self) -> torch.device:

@@ -20,13 +20,23 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=str
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_captured_steps_give_the_reference_tokens(processor, monkeypatch, options, fused, batch_size):
     captured, capture = [], batch.capture
-    monkeypatch.setattr(batch, "capture", lambda function: captured.append(1) or capture(function))
+    monkeypatch.setattr(batch, "capture", lambda *step: captured.append(1) or capture(*step))
     model = tiny_llava(processor).to("cuda")
     profile, (prompts, images) = make_profile(model, processor), make_queries(12)
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=24, **options)
     with SafeGenerator(model, processor, profile, batch_size=batch_size, fused=fused) as guard:
         assert_same(guard.generate(prompts, images, max_new_tokens=24, **options), expected)
     assert captured
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_captured_steps_on_another_gpu_than_the_current_one(processor):
+    model = tiny_llava(processor).to("cuda:1")
+    profile, (prompts, images) = make_profile(model, processor), make_queries(3)
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=24)
+    with SafeGenerator(model, processor, profile) as guard:
+        assert_same(guard.generate(prompts, images, max_new_tokens=24), expected)
+    assert torch.cuda.current_device() == 0
 
 
 def test_a_decode_step_waits_for_nothing(processor):
@@ -71,8 +81,8 @@ def test_captured_steps_in_half_precision_are_the_uncaptured_ones(processor, mon
     """Where the linear layers' kernel runs, too: the same kernels over the same pool, so the same bits."""
     checked, capture = [], batch.capture
 
-    def beside(function):
-        replay = capture(function)
+    def beside(function, device):
+        replay = capture(function, device)
         first = replay().clone()  # a step more of it: both write what is there already
         checked.append(torch.equal(first, function()))
         return replay

@@ -1,5 +1,9 @@
 """rotary_embedding: every backend against Hugging Face's eager code, bit for bit."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import rotations
 import torch
@@ -140,3 +144,23 @@ def test_what_says_how_pairs_lie_is_true_or_false():
 def test_gradients_are_refused():
     with pytest.raises(RuntimeError, match="no backward"):
         ops.rotary_embedding(QUERY.clone().requires_grad_(), KEY, TABLE, TABLE)
+
+
+COMPILED = """
+from ras_fast import inspect
+from ras_fast.triton_kernels import rotary
+
+case, names = rotary.aot_cases(90)[0], ("query_heads", "key_heads", "length", "query_head_stride", "key_head_stride")
+case["signature"] = {name: kind for name, kind in case["signature"].items() if name not in names}
+case["divisible_by_16"] = [name for name in case["divisible_by_16"] if name not in names]
+case["constexprs"] |= dict.fromkeys(names, 1)
+inspect.compile_triton(case, 90)
+"""
+
+
+def test_triton_compiles_for_a_lone_head_of_any_stride():
+    """Of an argument that is 1 Triton makes a constant; the interpreter does not."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

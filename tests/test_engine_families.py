@@ -125,8 +125,11 @@ def test_neighbours_share_a_forward_over_their_images(name, monkeypatch):
             assert summary(outputs) == summary(expected)
             assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
             for output, other in zip(outputs, alone, strict=True):
-                torch.testing.assert_close(output.region_mass, other.region_mass, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(output.region_mass, other.region_mass, atol=1e-5, rtol=1e-4, equal_nan=True)
         assert guard.counters["cache_hits"] == 4
+    if name == "hunyuan_vl":  # numbers the images of a whole forward
+        assert list(map(len, encoded)) == [1] * 4
+        return
     ((first, longest, *rest),) = encoded
     assert (rest, longest) == ([first] * 2, first + 1)
 

@@ -300,6 +300,21 @@ def test_a_family_that_cannot_branch_is_refused(name):
         SafeGenerator(*built(name))
 
 
+def test_a_model_that_reads_no_text_without_an_image_is_refused(monkeypatch):
+    """As Kosmos-2."""
+    model, processor, profile = built("llava")
+    own = type(model).forward
+
+    def forward(self, *args, pixel_values=None, **kwargs):
+        if pixel_values is None:
+            raise ValueError("You have to specify `pixel_values`.")
+        return own(self, *args, pixel_values=pixel_values, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ValueError, match=r"the engine cannot run it \(You have to specify `pixel_values`.\); use ras_fast"):
+        SafeGenerator(model, processor, profile)
+
+
 def test_images_of_the_same_pixels_and_other_grids_are_other_images():
     """A uniform image, upright and lying: the same patches and as many tokens, but other positions."""
     model, processor, profile = built("qwen2_vl")

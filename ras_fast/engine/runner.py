@@ -47,7 +47,7 @@ class Runner:
         self.offsets = hasattr(self.base, "get_rope_index")
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         self.channels = len(rope.get("mrope_section") or range(3))
-        # In the fourth, images are numbered through all rows of a forward: a row's would depend on those before it.
+        # In the fourth, images are numbered through all rows of a forward: those of a row would depend on the rows before it.
         self.joins_images = self.channels <= 3
         self.image_token = getattr(model.config, "image_token_id", None)
         # Tokens that its config names, an image's end among them: the model may treat them as special only beside an image.

@@ -271,8 +271,9 @@ class _Patches:
 def _merged(tokens: int, frames: int, height: int, width: int) -> Grid | None:
     """The grid of tokens each of which merges a square of an image's patches; None where there are other tokens among them, as
     HunYuan-VL's newlines. How many patches are merged goes by several names in configs, and by image in VideoLLaMA 3."""
-    side = math.isqrt(frames * height * width // tokens)
-    return (height // side, width // side) if side and tokens * side**2 == frames * height * width else None
+    side = max(math.isqrt(frames * height * width // tokens), 1)
+    height, width = height // side, width // side
+    return (height, width) if frames * height * width == tokens else None
 
 
 class CrossRegionTracker(RegionTracker):

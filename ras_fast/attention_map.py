@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ras_fast.inputs import encode, make_queries
 from ras_fast.patching import Patch, patch
@@ -25,7 +26,7 @@ class NoImageStatistics(ValueError):
 class ImageAttention:
     """Attention of the prompt's text rows after the last image.
 
-    mass: [layers, heads, R] fp32, probability on each of R images, mean over those rows.
+    mass: [layers, heads, R] fp32, probability on each of R images, mean over those rows; NaN for heads that a layer lacks.
     maps: for each image [h, w] fp32, the highest probability that any of those rows puts on each patch, mean over the
         `TOP_HEADS` heads of the model that look most at the images (arXiv 2510.13698's effective attention). None where it is
         not known how the image's tokens lie on it: those of several tiles.
@@ -64,9 +65,11 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
         if len(grids) != len(query.images):
             cut = f"the model cuts {len(query.images)} image(s) into {len(grids)} tiles, and attention is taken by tile"
             raise NoImageStatistics(f"no image statistics: {cut}")
-        mass = torch.stack([mass[0].mean(1) for _, mass in sorted(statistics.mass.items())])
-        scores = torch.stack([scores[0] for _, scores in sorted(statistics.scores.items())])
-        looking = mass.sum(-1).flatten().topk(min(TOP_HEADS, mass[..., 0].numel())).indices
+        mass = [mass[0].mean(1) for _, mass in sorted(statistics.mass.items())]
+        scores = [scores[0] for _, scores in sorted(statistics.scores.items())]
+        mass, scores = (pad_sequence(found, batch_first=True, padding_value=torch.nan) for found in (mass, scores))
+        heads = mass.sum(-1).flatten().nan_to_num(-1)
+        looking = heads.topk(min(TOP_HEADS, int((heads >= 0).sum()))).indices
         effective = scores.flatten(0, 1)[looking].mean(0)
         found = zip(handle.region_map.heat_maps(effective[None])[0], grids, strict=True)
         maps = [None if grid is None else heat.cpu() for heat, grid in found]

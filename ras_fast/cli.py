@@ -273,7 +273,7 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
     paths = _heat_map_paths(arguments.heatmap, len(looked.maps)) if arguments.heatmap else []
     for i, path in enumerate(paths):
         save_heat_map(path, looked.images[i], looked.maps[i], box=looked.boxes[i], title=arguments.prompt)
-    return {"region_mass": looked.mass.mean((0, 1)).tolist(), "heat_maps": [str(path) for path in paths]}
+    return {"region_mass": looked.mass.nanmean((0, 1)).tolist(), "heat_maps": [str(path) for path in paths]}
 
 
 def _check_heat_maps(path: Path, count: int) -> None:

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from ras_fast.inputs import Query, encode
+from ras_fast.patching.structure import find_head
 from ras_fast.profile import modules_of
 
 BROKEN = -1  # in place of a token, where nothing may be read
@@ -288,6 +289,11 @@ class StopWhenBroken(StoppingCriteria):
         self.end = end
 
     def __call__(self, input_ids, scores, **kwargs):
+        if self.end.broken is None:  # as Janus's
+            raise ValueError(
+                "this model's `generate` leaves out the `logits_processor` that it is given, which sees to it that an answer "
+                "ends where its logits are not finite, and decodes as asked: use ras_fast.SafeGenerator, which does without"
+            )
         return self.end.broken
 
 
@@ -302,7 +308,7 @@ def holds_stop(stops, tokenizer, tokens: list[int]) -> bool:
 def output_head(model):
     """The function from hidden states after the last norm to logits, with what the model does to them after its last matrix: a
     factor, a soft cap."""
-    layer, text = model.get_output_embeddings(), model.config.get_text_config()
+    layer, text = find_head(model), model.config.get_text_config()
     cap = getattr(text, "final_logit_softcapping", None)
 
     def finish(logits: torch.Tensor, factor: float) -> torch.Tensor:
@@ -358,7 +364,7 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
     length = inputs["input_ids"].shape[1]
     check_length(model, length)
     chain = decoding.apart_from(model).processors(query, length, eos_ids(model))
-    with lock_of(model), model.get_output_embeddings().register_forward_pre_hook(watch), _own_config_set_aside(model):
+    with lock_of(model), find_head(model).register_forward_pre_hook(watch), _own_config_set_aside(model):
         output = model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),

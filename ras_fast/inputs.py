@@ -348,6 +348,8 @@ def encode(processor, query: Query, device, dtype) -> tuple[dict[str, torch.Tens
     batch = processor(text=[text], images=query.images or None, return_tensors="pt", add_special_tokens=special)
     inputs, poisoned = {}, query.poisoned
     for name, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{type(processor).__name__} gives {name} as a {type(value).__name__}; it needs to be a tensor")
         if value.is_floating_point():
             poisoned |= not bool(torch.isfinite(value).all())
             inputs[name] = value.nan_to_num(0, 0, 0).to(device, dtype)
@@ -421,8 +423,20 @@ def is_per_token(name: str, inputs: Inputs) -> bool:
 
 def fit(inputs: Inputs) -> tuple:
     """Inputs of which this is the same can be joined: they have the same tensors, and those that are not `is_per_token` have
-    the same sizes from the second dimension on."""
-    return tuple((name, None if is_per_token(name, inputs) else inputs[name].shape[1:]) for name in sorted(inputs))
+    the same sizes but for the dimension along which they are joined."""
+    return tuple((name, None if is_per_token(name, inputs) else _other_sizes(name, inputs)) for name in sorted(inputs))
+
+
+def _images_dim(name: str, inputs: Inputs) -> int:
+    """Along which dimension images follow each other: the first, or where `target_sizes` cuts them out of one strip of patches
+    [1, channels, patch, length], as in MiniCPM-V 4.6, the last."""
+    return -1 if name == "pixel_values" and "target_sizes" in inputs else 0
+
+
+def _other_sizes(name: str, inputs: Inputs) -> tuple[int, ...]:
+    sizes = list(inputs[name].shape)
+    del sizes[_images_dim(name, inputs)]
+    return tuple(sizes)
 
 
 def batches(inputs: Iterable[Inputs], size: int) -> Iterator[tuple[list[int], list[Inputs]]]:
@@ -469,7 +483,8 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
         padded["attention_mask"][row, : longest - length] = 0
     for name in dict.fromkeys(name for one in batch for name in one):
         if any(name in one and not is_per_token(name, one) for one in batch):
-            padded[name] = torch.cat(_counted_on([one for one in batch if name in one], name))
+            found = [one for one in batch if name in one]
+            padded[name] = torch.cat(_counted_on(found, name), _images_dim(name, found[0]))
             continue
         shape, filler = (len(batch), longest + len(answer)), pad if name == "input_ids" else 0
         padded[name] = torch.full(shape, filler, dtype=torch.long, device=device)

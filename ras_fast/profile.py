@@ -39,11 +39,14 @@ def fingerprint(model, processor=None) -> dict:
 
     Raises ValueError where the weights cannot be read.
     """
-    from ras_fast.patching.structure import find_decoder
+    from ras_fast.patching.structure import find_decoder, find_head
 
     root, _, layers = find_decoder(model)
-    head = root.get_output_embeddings().weight[:HEAD_ROWS]
-    found = fingerprint_of_parts(type(root).__name__, root.config.get_text_config(), root.dtype, head, processor)
+    head = find_head(root)
+    if head is None:
+        raise ValueError(f"model is a {type(root).__name__}, which has no head that makes logits")
+    rows = head.weight[:HEAD_ROWS]
+    found = fingerprint_of_parts(type(root).__name__, root.config.get_text_config(), root.dtype, rows, processor)
     decoder = list(layers.parameters())
     inside = set(map(id, decoder))
     others = [parameter for parameter in root.parameters() if id(parameter) not in inside]

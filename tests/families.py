@@ -45,6 +45,37 @@ def grids(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(int(thw.prod(1).sum()), 96, generator=generator), "image_grid_thw": thw}
 
 
+def squares_of(grid: Callable) -> Callable:
+    """The same images and grids, but of patches [3, 4, 4] without time."""
+
+    def pixels(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = grid(images, generator)
+        return batch | {"pixel_values": batch["pixel_values"][:, :48].reshape(-1, 3, 4, 4).contiguous()}
+
+    return pixels
+
+
+def flat_squares(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = squares_of(grids)(images, generator)
+    return batch | {"pixel_values": batch["pixel_values"].flatten(1)}
+
+
+def strip(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """MiniCPM-V: the patches of all images side by side, of which 4 × 4 become one token."""
+    sizes = torch.tensor([[8, 8 + 4 * (i % 2)] for i in range(images)])
+    return {"pixel_values": torch.randn(1, 3, 4, 4 * int(sizes.prod(1).sum()), generator=generator), "target_sizes": sizes}
+
+
+def merged_patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Gemma 4 without an encoder: 2 × 2 flat patches an image, each a token, and where each of them is."""
+    where = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="xy"), -1).view(1, 4, 2)
+    return {"pixel_values": torch.rand(images, 4, 192, generator=generator), "image_position_ids": where.repeat(images, 1, 1)}
+
+
+def large(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(images, 3, 32, 32, generator=generator)}
+
+
 def tiles(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     """LLaVA-Next: a thumbnail and two tiles an image, of which padding is cut off."""
     pixels = torch.randn(images, 3, 3, 16, 16, generator=generator)
@@ -234,6 +265,10 @@ HYBRID_WINDOWS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "
 # Before, these hand their cache to layers that do not attend by another name.
 HYBRID_FUSED = (4, 8) if version.parse(transformers.__version__) >= version.parse("5.18") else (2, 4)
 QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+# Multi-head latent attention, and experts.
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "head_dim": 8,
+          "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+          "moe_intermediate_size": 32, "first_k_dense_replace": 1}  # fmt: skip
 GEMMA = {"image_token_id": IMAGE, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
 
 FAMILIES = {
@@ -386,11 +421,58 @@ FAMILIES = {
                                                 "vision_output_dim": 32,
                                                 "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]},
                               "image_token_index": IMAGE}, fused=(4, 8)),
+    "gemma4_unified": Family({
+        "text_config": TEXT | HYBRID_WINDOWS | {"sliding_window": 8, "global_head_dim": 16},
+        "vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 16,
+                          "output_proj_dims": 16},
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "boi_token_id": START, "eoi_token_id": END, "boa_token_id": 94,
+        "eoa_token_index": 93, "audio_token_id": 95, "audio_config": None},
+                             merged_patches, ([START], [END]), types="mm_token_type_ids", fused=(4, 8)),
+    "kimi_k25": Family(QWEN | {
+        "text_config": TEXT | LATENT | {"model_type": "deepseek_v3", "n_group": 1, "topk_group": 1},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8},
+        "projection_hidden_size": 16}, squares_of(grids), ([START], [END])),
+    "ernie4_5_vl_moe": Family(QWEN | {
+        "text_config": {k: v for k, v in TEXT.items() if k != "head_dim"} | {
+            "rope_parameters": MROPE | {"mrope_section": [2, 2, 4]}, "moe_intermediate_size": [32, 16], "moe_k": 2,
+            "moe_num_experts": 4, "moe_num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4},
+        "image_start_token_id": START, "image_end_token_id": END, "video_start_token_id": 95, "video_end_token_id": 94},
+                              flat_squares, ([START], [END]), types="mm_token_type_ids", fused=(1, 2)),
+    "hunyuan_vl": Family({
+        "text_config": TEXT | {"rope_parameters": MROPE | {"mrope_section": [2, 2, 2, 2]}},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "patch_size": 4, "out_hidden_size": SIZE, "text_hidden_size": SIZE, "max_image_size": 32,
+                          "min_image_size": 16, "img_max_token_num": 64, "max_vit_seq_len": 256},
+        "image_token_id": IMAGE, "im_start_id": START, "im_end_id": END, "im_newline_id": 93},
+                         flat_squares, ([START], [END]), types="mm_token_type_ids"),
+    "minicpmv4_6": Family({
+        "text_config": TEXT | {"model_type": "qwen3"},  # those that are published have Qwen3.5's, tested above
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "image_size": 32, "patch_size": 4, "insert_layer_id": 0},
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "image_size": 16, "insert_layer_id": 0}, strip, ([START], [END])),
+    "step3p7": Family({
+        "text_config": TEXT | {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8,
+            "num_sliding_attention_heads": 8, "mlp_layer_types": ["dense"] * 3,
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+                                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "image_size": 32, "patch_size": 4, "mlp_ratio": 2.0, "max_position_embeddings": 64},
+        "image_token_id": IMAGE}, large, ([START], [END])),
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
 }  # fmt: skip
-# Some are newer than the oldest transformers that this package works with.
-FAMILIES = {name: family for name, family in FAMILIES.items() if name.split("/")[0] in CONFIG_MAPPING}
+# Some are newer than the oldest transformers that this package works with, or took other inputs and configs there.
+CHANGED = set() if version.parse(transformers.__version__) >= version.parse("5.24") else {"hunyuan_vl", "minicpmv4_6", "aria"}
+
+
+def of_this_version(families: dict[str, Family]) -> dict[str, Family]:
+    return {name: own for name, own in families.items() if name.split("/")[0] in CONFIG_MAPPING and name not in CHANGED}
+
+
+FAMILIES = of_this_version(FAMILIES)
 
 # Of these only regions and steering are tested: cousins of the above that tell images apart in another way.
 COUSINS = {
@@ -411,6 +493,10 @@ COUSINS = {
                                                   "num_attention_heads": 2, "intermediate_size": 32,
                                                   "encoder_hidden_size": 64, "cross_attention_frequency": 1}},
                               tiles, tokens=14),
+    "aria": Family({"text_config": TEXT | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+                    "vision_config": {"model_type": "idefics3_vision", "hidden_size": 16, "intermediate_size": 32,
+                                      "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4},
+                    "image_token_index": IMAGE, "projector_patch_to_query_dict": {16: 4}}, around=([START], [END])),
     "phi4_multimodal": Family({k: v for k, v in TEXT.items() if k != "head_dim"} | {
         "resid_pdrop": 0.0,
         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -419,6 +505,7 @@ COUSINS = {
                          "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 8,
                          "input_size": 16, "audio_token_id": 95}}, masked, tokens=13),
 }  # fmt: skip
+COUSINS = of_this_version(COUSINS)
 
 
 # Why the engine does not take a family (tests/test_engine_families.py).

@@ -20,7 +20,9 @@ from ras_fast.decoding import (
     holds_stop,
     next_tokens,
     output_head,
+    reference_generate,
 )
+from ras_fast.inputs import encode, make_queries
 
 EOS = 3
 
@@ -208,3 +210,14 @@ def test_the_heads_factor_is_obeyed_where_the_model_applies_it(kind, factor, ins
         hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
         torch.testing.assert_close(output_head(model)(hidden), logits)
         assert torch.allclose(model.get_output_embeddings()(hidden), logits) == inside
+
+
+def test_a_generate_that_leaves_out_logits_processors_is_refused(monkeypatch):
+    """As Janus's."""
+    processor = tiny_processor()
+    model = tiny_llava(processor)
+    own = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda *args, logits_processor, **kwargs: own(*args, **kwargs))
+    inputs, _ = encode(processor, make_queries(["w1"], None, processor)[0], "cpu", torch.float32)
+    with pytest.raises(ValueError, match="leaves out the `logits_processor` that it is given"):
+        reference_generate(model, processor, inputs, Decoding(2))

@@ -309,6 +309,31 @@ def test_a_mask_of_patches_that_is_as_long_as_the_prompt_is_the_images():
     assert joined["mm_token_type_ids"].tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]
 
 
+def test_strips_of_patches_are_joined_side_by_side():
+    """MiniCPM-V's, of images of several sizes."""
+    one, two = (
+        {
+            "input_ids": torch.arange(2, 2 + n)[None],
+            "pixel_values": torch.full((1, 3, 4, 8 * n), n),
+            "target_sizes": torch.tensor([[2, n]] * n),
+        }
+        for n in (1, 2)
+    )
+    ((numbers, together),) = batches([one, two], 2)
+    joined = left_padded(together, pad=0)
+    assert numbers == [0, 1]
+    assert torch.equal(joined["pixel_values"], torch.cat([one["pixel_values"], two["pixel_values"]], 3))
+    assert joined["target_sizes"].tolist() == [[2, 1], [2, 2], [2, 2]]
+
+
+def test_what_a_processor_gives_has_to_be_tensors(processor, monkeypatch):
+    own = type(processor).__call__
+    monkeypatch.setattr(type(processor), "__call__", lambda *args, **kwargs: own(*args, **kwargs) | {"tiles": [[1, 2]]})
+    (query,) = make_queries(["w1"], None, processor)
+    with pytest.raises(ValueError, match="LlavaProcessor gives tiles as a list; it needs to be a tensor"):
+        encode(processor, query, "cpu", torch.float32)
+
+
 def test_an_image_becomes_the_same_tokens_in_another_prompt():
     """9: the placeholder, which becomes 7 8 8 7; the 1 before it merges with what the processor writes there to 2."""
     image = ImageTokens.between([5, 1, 9, 6], [5, 2, 7, 8, 8, 7, 6], placeholder=9)

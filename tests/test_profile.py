@@ -256,3 +256,14 @@ def test_unknown_method_and_missing_tensor():
         RasProfile("voodoo", {}, {})
     with pytest.raises(ValueError, match="lacks the tensors"):
         RasProfile("ras", {}, {})
+
+
+def test_the_head_may_be_that_of_a_model_inside(monkeypatch, model, processor):
+    """As Nemotron-H Omni's, which has none itself."""
+    expected = fingerprint(model)
+    inner, head = model.model, model.lm_head
+    monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: None)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration, which has no head that makes logits"):
+        fingerprint(model)
+    monkeypatch.setattr(type(inner), "get_output_embeddings", lambda self: head)
+    assert fingerprint(model) == expected

@@ -26,8 +26,8 @@ class SafeOutput:
     rejected_at: the first step whose token MoRAS's steering changed, None when it changed nothing.
     failed_closed: why the risk was set to 1 without having been computed, or else why the answer was cut short; None normally.
     region_mass: [layers, heads, images] fp32, how much attention the prompt's last token pays to each image of the query;
-        to each tile where tiles are regions of their own (docs/integration.md). None unless the generator was made with
-        ``region_mass=True``.
+        to each tile where tiles are regions of their own (docs/integration.md); NaN for heads that a layer lacks. None unless
+        the generator was made with ``region_mass=True``.
     timings: seconds per stage, of the batch that the query was in; "first_token" is when its first token could be
         shown.
     """

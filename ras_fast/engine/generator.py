@@ -246,10 +246,10 @@ class SafeGenerator:
         name = type(self.model).__name__
         ids = [i for i in range(8) if i != self._runner.image_token][:6]
         tensor = torch.tensor([ids], device=self.model.device)
-        wanted = self.model(input_ids=tensor, use_cache=False).logits[0, -1].float()
         try:
+            wanted = self.model(input_ids=tensor, use_cache=False).logits[0, -1].float()
             found = self._branched(ids)
-        except (AttributeError, TypeError, RuntimeError) as error:
+        except (AttributeError, TypeError, RuntimeError, ValueError) as error:  # the last from one that wants an image always
             if _is_out_of_memory(error):
                 raise
             raise ValueError(f"{name}: the engine cannot run it ({error}); {INSTEAD}") from error

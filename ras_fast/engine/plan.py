@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ras_fast.decoding import Decoding, check_length
 from ras_fast.engine.answer import CUT, SafeOutput, Sequence
@@ -89,9 +90,10 @@ class Plan:
 def image_mass(mass: dict[int, Tensor], row: int, regions: RegionMap) -> Tensor:
     """[layers, heads, images] fp32 on the CPU: the mass of the last token of a row.
 
-    mass: {layer: [B, Hq, M, R]} of a forward; regions: its map.
+    mass: {layer: [B, Hq, M, R]} of a forward; regions: its map. Layers that have fewer heads than others have NaN for the rest.
     """
-    return torch.stack([mass[layer][row, :, -1, : len(regions.grids[row])] for layer in sorted(mass)]).cpu()
+    found = [mass[layer][row, :, -1, : len(regions.grids[row])] for layer in sorted(mass)]
+    return pad_sequence(found, batch_first=True, padding_value=torch.nan).cpu()
 
 
 class Clock:

@@ -43,8 +43,13 @@ class Runner:
         self.window = getattr(model.config.get_text_config(), "sliding_window", None)
         self.model, self.base = model, model.base_model
         self.find_parts()
-        # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images.
+        # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images, in as many
+        # channels as their rotary embedding has sections: most in three, HunYuan-VL in four.
         self.offsets = hasattr(self.base, "get_rope_index")
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        self.channels = len(rope.get("mrope_section") or range(3))
+        # In the fourth, images are numbered through all rows of a forward: those of a row would depend on the rows before it.
+        self.joins_images = self.channels <= 3
         self.image_token = getattr(model.config, "image_token_id", None)
         # Tokens that its config names, an image's end among them: the model may treat them as special only beside an image.
         named = {name: value for name, value in vars(model.config).items() if name.endswith(("_id", "token_index"))}
@@ -90,7 +95,7 @@ class Runner:
     def __call__(self, pool: KVPool, ids: Tensor, positions: Tensor | None, mask=None, **extras) -> Tensor:
         """States [B, T, d] after the last norm for ids [B, T] at positions [B, T], or where the model puts them (None)."""
         if positions is not None and self.offsets:
-            positions = positions.expand(3, *positions.shape)
+            positions = positions.expand(self.channels, *positions.shape)
         extras[self._cache_name] = pool
         with recurrence.in_segments(self.recurrences, pool):
             output = self.base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)

@@ -33,6 +33,7 @@ from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_o
 from ras_fast.ops._registry import outside_autocast
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
+from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import states_of
 from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, number
 
@@ -379,7 +380,7 @@ def _capture(
         for rows, layer in zip(entering, layers, strict=True):
             hook = handle.layers[layer].register_forward_pre_hook(partial(note_layer, rows), with_kwargs=True)
             hooks.enter_context(hook)
-        hooks.enter_context(model.get_output_embeddings().register_forward_pre_hook(note_final))
+        hooks.enter_context(find_head(model).register_forward_pre_hook(note_final))
         found = parallel.each(of_chunk, chunks, name, progress)
     states, finals = torch.cat([entered for entered, _ in found], 1), torch.cat([left for _, left in found])
     if not (torch.isfinite(states).all() and torch.isfinite(finals).all()):

@@ -15,6 +15,7 @@ from ras_fast.decoding import lock_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, returned_cache
+from ras_fast.patching.structure import find_head
 from ras_fast.profile import RasProfile, modules_of, weights_of
 
 _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model
@@ -238,7 +239,7 @@ def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iter
         return lambda *args, **kwargs: refuse("guessed tokens after a prompt")
 
     with (
-        model.get_output_embeddings().register_forward_pre_hook(before_head),
+        find_head(model).register_forward_pre_hook(before_head),
         replaced(model, "_get_candidate_generator", no_candidates),
     ):
         yield

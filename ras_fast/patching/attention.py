@@ -104,7 +104,7 @@ def attention_mask(
             mask_function=mask_function, attention_mask=attention_mask, device=device, **options,
         )  # fmt: skip
 
-    if mask_function is bidirectional_mask_function or not _is_causal(mask_function):
+    if mask_function is bidirectional_mask_function or not _is_causal(mask_function) or _reads_masks(kwargs.get("config")):
         return full_mask()
     end = q_offset + q_length - kv_offset
     everything = isinstance(end, int) and end == kv_length
@@ -126,6 +126,11 @@ def attention_mask(
 
 
 explicit_mask = partial(attention_mask, explicit=True)
+
+
+def _reads_masks(config: Any) -> bool:
+    """Whether the model itself looks up in its masks which keys it may choose from, as Qwen4's indexer does."""
+    return "indexed_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def _none_will_do(q_length: int, kv_length: int, window: int | None, explicit: bool) -> bool:

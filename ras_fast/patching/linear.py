@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, linear_by_kernel
 from ras_fast.patching.report import Report
+from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import reproduce
 from ras_fast.patching.undo import Undo, forward_slot
 
@@ -56,7 +57,7 @@ def takes(x: Tensor, *parameters: Any) -> bool:
 
 def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report: Report) -> None:
     """Every `torch.nn.Linear` of the decoder layers, and the one that gives the logits; not classes derived from it."""
-    modules = [*layers.modules(), root.get_output_embeddings()]
+    modules = [*layers.modules(), find_head(root)]
     names = {id(module): name for name, module in root.named_modules()}
     for module in {id(module): module for module in modules if _is_plain(module)}.values():
         slot, fast = forward_slot(module), FastLinear(module)

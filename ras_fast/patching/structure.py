@@ -43,6 +43,12 @@ def owner(root: nn.Module, text_model: nn.Module) -> nn.Module | None:
     return next((m for m in reversed(list(around)) if token_ids(m.config)), None)
 
 
+def find_head(root: nn.Module) -> nn.Module | None:
+    """What makes logits of the last states: the model's own head, or else that of a model in it, as Nemotron-H Omni's."""
+    models = (module for module in root.modules() if hasattr(module, "get_output_embeddings"))
+    return next((head for head in (model.get_output_embeddings() for model in models) if head is not None), None)
+
+
 def looks_like_norm(module: nn.Module) -> bool:
     """By its name, or because its weight is a vector."""
     weight = getattr(module, "weight", None)

@@ -7,6 +7,7 @@ not come as one entry per image, by runs of image tokens. A decode step has no i
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ REGIONS = "regions"  # the name that the region map is kept under
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 _CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$")  # names of arguments that hold images
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
+_QUERIES = ("perceiver_config", "qformer_config", "projector_patch_to_query_dict")  # in the configs of encoders that have some
 # Families whose features come by tile, while a run of image tokens is an image.
 _IMAGE_IS_A_RUN = {"internvl", "qianfan_ocr", "got_ocr2"}
 
@@ -241,9 +243,9 @@ class _Patches:
         vision = getattr(config, "vision_config", None)
         merge = getattr(config, "spatial_merge_size", getattr(vision, "spatial_merge_size", 1))
         size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
-        self._any_shape, self._merge = any_shape, merge
+        self._any_shape = any_shape
         # Tokens that are an encoder's queries, as Idefics2's, lie nowhere on the image.
-        self._queries = hasattr(config, "perceiver_config") or hasattr(config, "qformer_config")
+        self._queries = any(hasattr(config, name) for name in _QUERIES)
         self._step = patch * merge if isinstance(patch, int) else None
         # LLaVA-Next and -OneVision: a square view of the whole image comes first, then its tiles.
         tiled = hasattr(config, "image_grid_pinpoints") and isinstance(size, int)
@@ -259,11 +261,19 @@ class _Patches:
         if self._view is not None:
             return (self._view, self._view) if pixels is not None and self._view**2 <= tokens else None
         if thw is not None:
-            return thw[1] // self._merge, thw[2] // self._merge
+            return _merged(tokens, *thw)
         if pixels is not None and self._step is not None:
             height, width = (side // self._step for side in pixels)
             return (height, width) if height * width == tokens else None
         return None if self._any_shape else square_grid(tokens)
+
+
+def _merged(tokens: int, frames: int, height: int, width: int) -> Grid | None:
+    """The grid of tokens each of which merges a square of an image's patches; None where there are other tokens among them, as
+    HunYuan-VL's newlines. How many patches are merged goes by several names in configs, and by image in VideoLLaMA 3."""
+    side = max(math.isqrt(frames * height * width // tokens), 1)
+    height, width = height // side, width // side
+    return (height, width) if frames * height * width == tokens else None
 
 
 class CrossRegionTracker(RegionTracker):

@@ -51,10 +51,10 @@ def test_a_decode_step_waits_for_nothing(name):
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + 8)
     with torch.no_grad(), ras_fast.patch(model) as patched:
         first, second, *_ = filter(patched.steers, range(len(patched.layers)))
-        attending = list(patched.head_counts)
+        heads = patched.head_counts
         patched.set_steering(second, torch.randn(2, SIZE))
         patched.set_steering("final", torch.randn(2, SIZE))
-        patched.set_region_bias({attending[0]: torch.ones(4)})
+        patched.set_region_bias({min(heads): torch.ones(heads[min(heads)])})
         patched.set_probe(first, torch.randn(1, SIZE), lambda dots: None)
         patched.steering.set_rows(torch.tensor([0, -1]), torch.tensor([0.5, 0.5]))
         model(**batch, past_key_values=cache)
@@ -68,4 +68,4 @@ def test_a_decode_step_waits_for_nothing(name):
     # A full sliding window of transformers' makes an index from a number: torch.compile captures such a step, a caller cannot.
     assert [found for found in waits.found if "cache_utils.py" not in found] == []
     assert logits.is_meta
-    assert {layer: mass.shape for layer, mass in statistics.mass.items()} == dict.fromkeys(attending, (2, 4, 1, 1))
+    assert {layer: mass.shape for layer, mass in statistics.mass.items()} == {layer: (2, n, 1, 1) for layer, n in heads.items()}

@@ -109,9 +109,9 @@ def flat(images, generator):
     return {"pixel_values": torch.randn(images, 3, 8, 32, generator=generator), "image_sizes": torch.tensor([[8, 32]] * images)}
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "grid"),
-    [
+GRIDS = [
+    (name, changes, grid)
+    for name, changes, grid in [
         ("internvl", {}, None),
         ("internvl", {"pixels": four_tiles, "features_per_image": 4}, None),  # 16 tokens, which are no square
         ("internvl", {"pixels": FAMILIES["llava"].pixels, "features_per_image": 1}, (2, 2)),
@@ -120,10 +120,17 @@ def flat(images, generator):
         ("llava_onevision", {}, (4, 4)),
         ("qwen2_5_vl", {}, (2, 2)),
         ("idefics2", {}, None),  # 4 tokens, which are queries
-    ],
-)
+        ("aria", {}, None),  # the same
+        ("kimi_k25", {}, (2, 2)),  # whose config names what is merged otherwise
+        ("hunyuan_vl", {}, None),  # a newline after each row
+    ]
+    if name in FAMILIES | COUSINS
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "grid"), GRIDS)
 def test_grids(name, changes, grid):
-    family = replace(FAMILIES[name], **changes)
+    family = replace((FAMILIES | COUSINS)[name], **changes)
     if changes.get("pixels") is flat:
         family.config = family.config | {"vision_config": family.config["vision_config"] | {"image_size": 32}}
     model = family.model(name)
@@ -212,7 +219,7 @@ NOT_THERE = {("paligemma/gemma2", "static"), ("llama4", "beams"), ("glm4v", "bea
 OLD = version.parse(transformers.__version__) < version.parse("5.23")
 if OLD:
     NOT_THERE |= {("llama4", "static"), ("mllama", "static")}
-    NOT_THERE |= {(name, "beams") for name in ("llava_next", "llava_onevision", "mistral3", "qwen2_5_omni_thinker")}
+    NOT_THERE |= {(name, "beams") for name in ("llava_next", "llava_onevision", "mistral3", "qwen2_5_omni_thinker", "kimi_k25")}
 
 
 @pytest.mark.slow
@@ -295,6 +302,35 @@ def test_adjacent_videos():
     assert relative_error(got.logits, expected.logits) < 1e-5
     for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
         assert (mass - image_sums(probabilities, regions, 2)).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.24"), reason="it is configured otherwise")
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
+def test_statistics_where_the_model_reads_its_masks(options):
+    """Qwen4's indexer chooses among the keys that the mask shows, here 8 of them. Its layers give several residual streams."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    sizes = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 4}
+    indexer = {f"indexer_{name}": size for name, size in sizes.items()}
+    config = FAMILIES["qwen3_5"].config
+    text = {k: v for k, v in config["text_config"].items() if k != "intermediate_size"} | moe | indexer | {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2, "hc_count": 2, "hc_lowrank": 8,
+    }  # fmt: skip
+    description = replace(FAMILIES["qwen3_5"], config=config | {"text_config": text})
+    model = description.model("qwen4_exp")
+    batch = description.inputs(model, ["tItttt", "tItIt"])
+    regions = batch.pop("regions")
+    model.set_attn_implementation({"text_config": "eager"})
+    eager = model(**batch, output_attentions=True)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    with torch.no_grad():
+        tokens = model.generate(**batch, max_new_tokens=5, do_sample=False, **options)
+        with ras_fast.patch(model) as patched:
+            assert patched.report().blind == [0, 2]
+            assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False, **options), tokens)
+            attentions = model(**batch, output_attentions=True).attentions
+    for mass, probabilities in zip(attentions, eager.attentions, strict=True):
+        sums = image_sums(probabilities, regions, 2)
+        assert (mass - sums).transpose(1, 2)[valid_rows(batch)].abs().max() < 1e-5
 
 
 def test_cross_attention_without_images():

@@ -102,6 +102,14 @@ def test_others_keep_theirs(llava):
     assert not any("forward" in attention.__dict__ for attention in attentions(llava))
 
 
+def test_a_function_that_is_not_called_is_none():
+    """DeepSeek-V3's attention calls another one, as its config says."""
+    model = FAMILIES["kimi_k25"].model("kimi_k25")
+    with ras_fast.patch(model, regions=False) as patched:
+        assert patched.report().rotations == 0
+        assert not any("forward" in attention.__dict__ for attention in attentions(model))
+
+
 def test_without_norms_nothing_is_fused(llava):
     with ras_fast.patch(llava, norms=False) as patched:
         assert patched.report().rotations == 0

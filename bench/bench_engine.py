@@ -450,7 +450,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--cases", type=case, nargs="+", default=DEFAULT_CASES, metavar="CASE", help="e.g. benign:64")
     parser.add_argument("--rounds", type=int, default=3, help="of cases that name none")
     parser.add_argument("--gpu-7b", action="store_true", help="the 7b shape in bfloat16 on cuda")

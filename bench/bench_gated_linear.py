@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    read = harness.copy_bandwidth()
+    copied = harness.copy_bandwidth()
     rows = []
     for dtype in (torch.bfloat16,) if args.quick else (torch.bfloat16, torch.float32):
         for width in QUICK if args.quick else WIDTHS:
@@ -60,12 +60,12 @@ def main() -> None:
                 times = harness.compare(calls, seconds=args.seconds)
                 row = {"dtype": str(dtype)[6:], "d": width, "rows on": f"{on} of {ROWS}"}
                 row |= {f"{name} µs": seconds * 1e6 for name, seconds in times.items()}
-                floor = width * width * dtype.itemsize * (on > 0) / read
+                floor = width * width * dtype.itemsize * (on > 0) / copied
                 row |= {"floor µs": floor * 1e6}
                 rows.append(row)
-            path = harness.save("gated_linear", rows)  # now: the run may be cut short
+            path = harness.save("gated_linear_quick" if args.quick else "gated_linear", rows)  # now: the run may be cut short
     print(harness.table(rows))
-    print(f"\nread bandwidth {read / 1e9:.1f} GB/s; written to {path}")
+    print(f"\ncopy bandwidth {copied / 1e9:.1f} GB/s; written to {path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import mmap
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -182,13 +183,25 @@ def resolve(op: str, device: torch.device) -> str:
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would double our own import time.
 resolve._dynamo_marked_constant = True
 
+def _read_environment() -> ValueError | RuntimeError | None:
+    """Forces the backend that the environment asks for; what is wrong with its variables is returned."""
+    try:
+        set_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
+    except (ValueError, RuntimeError) as error:
+        return type(error)(f"environment variable {ENVIRONMENT_VARIABLE}: {error}")
+    isa = os.environ.get(CPU_ISA_VARIABLE, CPU_ISAS[0])
+    if isa not in CPU_ISAS:
+        return ValueError(f"environment variable {CPU_ISA_VARIABLE} is {isa!r}; it must be one of {CPU_ISAS}")
+    return None
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `ras-fast` or `python -m ras_fast.cli`: `ras_fast.cli.main` says in one line what is wrong."""
+    return Path(sys.argv[0]).stem == "ras-fast" or "ras_fast.cli" in sys.orig_argv
+
+
 # Loads the libraries at import, not at the first call, so that torch.ops.ras_fast is complete for those who use it directly.
 backends()
-try:
-    set_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")
-except (ValueError, RuntimeError) as error:
-    raise type(error)(f"environment variable {ENVIRONMENT_VARIABLE}: {error}") from None
-if os.environ.get(CPU_ISA_VARIABLE, CPU_ISAS[0]) not in CPU_ISAS:
-    raise ValueError(
-        f"environment variable {CPU_ISA_VARIABLE} is {os.environ[CPU_ISA_VARIABLE]!r}; it must be one of {CPU_ISAS}"
-    )
+environment_error = _read_environment()
+if environment_error and not _is_command_line():
+    raise environment_error

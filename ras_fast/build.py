@@ -88,7 +88,7 @@ def find_cuda_tool(name: str) -> str | None:
 def cuda_arch_flags(archs: str) -> list[str]:
     """``"80;90a"`` to nvcc's -gencode flags; the last architecture also ships PTX for what comes after it."""
     names = [name for name in archs.replace(",", ";").split(";") if name]
-    if not names:
+    if not names or not all(re.fullmatch(r"\d{2,3}[af]?", name) for name in names):
         raise BuildError(f"RAS_FAST_CUDA_ARCHS is {archs!r}; it needs a list such as {DEFAULT_CUDA_ARCHS!r}")
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     flags.append(f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}")

@@ -7,35 +7,48 @@ Exit status: 0 it worked, 1 it failed, 2 the command line was wrong, 130 interru
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ras_fast import loading
+from ras_fast import backend, loading
 from ras_fast.profile import JSON_NAME, METHODS, TENSORS_NAME, RasProfile
+
+
+class UsageError(ValueError):
+    """Options that are wrong whatever the files, the model and the machine."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; `argv` without the program's name, None: from the process."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["inspect"]:  # it has a parser of its own
-        from ras_fast import inspect
-
-        return inspect.main(argv[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model may say what the terminal has no letter for
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments, arguments.rest = parser.parse_known_args(argv)
+    if arguments.rest and arguments.command is not _inspect:  # which has a parser of its own
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     if getattr(arguments, "heatmap", None) and not arguments.image:
         parser.error("--heatmap needs an --image")
     try:
-        return arguments.command(arguments)
+        if backend.environment_error and arguments.command not in (_doctor, _build):  # which tell of it, or may mend it
+            raise UsageError(str(backend.environment_error))
+        status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries to write the rest as it ends
+        return 1
     except (ValueError, OSError, ImportError) as error:  # the last: a package of an extra, such as scikit-learn
         if arguments.debug:
             raise
         print(f"ras-fast: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except RuntimeError as error:
         if arguments.debug or "out of memory" not in str(error).lower():
             raise
@@ -51,90 +64,101 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, function, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    def add(name: str, function, text: str, **options) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **options)
         command.set_defaults(command=function)
         return command
 
     demo = add("demo", _demo, "answer four images with and without defence, on the tiny model that ships with the package")
-    demo.add_argument("--out", type=Path, default=Path("ras-fast-demo"), help="folder for the heat maps (default: %(default)s)")
+    demo.add_argument("--out", type=_path, default=Path("ras-fast-demo"), help="folder of the heat maps (default: %(default)s)")
 
     add("doctor", _doctor, "say what is here, what is missing and what mends it")
 
     generate = add("generate", _generate, "answer one question about images; defended if a profile is given")
     _add_model(generate)
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
-    generate.add_argument("--profile", help="folder or hub id of a profile; without one the answer is undefended")
+    generate.add_argument("--prompt", type=_text, required=True)
+    generate.add_argument("--image", type=_text, action="append", default=[], metavar="FILE", help="may be given several times")
+    generate.add_argument("--profile", type=_text, help="folder or hub id of a profile; without one the answer is undefended")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
-    generate.add_argument("--heatmap", type=Path, metavar="FILE.png", help="write where the prompt looks in the image")
+    generate.add_argument("--heatmap", type=_path, metavar="FILE.png", help="write where the prompt looks in the image")
     generate.add_argument("--json", action="store_true", help="print one JSON object")
 
     calibrate = add("calibrate", _calibrate, "make a profile for a model")
     _add_model(calibrate)
     calibrate.add_argument("--method", choices=METHODS, default="moras")
-    calibrate.add_argument("--data", type=Path, metavar="PAIRS.jsonl",
+    calibrate.add_argument("--data", type=_path, metavar="PAIRS.jsonl",
                            help='lines of {"image", "unsafe", "safe"} and, where the safe question has another image, '
                            '"safe_image"; paths are relative to the file')  # fmt: skip
     _add_calibration_options(calibrate)
-    calibrate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    calibrate.add_argument("--out", type=_path, required=True, metavar="DIR")
 
     evaluate = add("eval", _eval, "measure the defences: attack success, over-refusal, accuracy, time")
     _add_model(evaluate, default="tiny")
-    evaluate.add_argument("--dataset", default="tinyworld", metavar="NAME",
+    evaluate.add_argument("--dataset", type=_text, default="tinyworld", metavar="NAME",
                           help="tinyworld, tinyworld-robust, a .jsonl file, or LAYOUT:FOLDER of a public benchmark such as "
                                "mm-safetybench, figstep, xstest, gqa (docs/evaluation.md; default: %(default)s)")  # fmt: skip
-    evaluate.add_argument("--profile", action="append", default=[], metavar="DIR",
+    evaluate.add_argument("--profile", type=_text, action="append", default=[], metavar="DIR",
                           help="may be given several times; none on tinyworld: one of each method is calibrated")  # fmt: skip
-    evaluate.add_argument("--defences", metavar="A,B", help="default: all that the profiles allow")
+    evaluate.add_argument("--defences", type=_text, metavar="A,B", help="default: all that the profiles allow")
     evaluate.add_argument("--n", type=_positive, help="queries (default: all; 250 of tinyworld, 320 of tinyworld-robust)")
     evaluate.add_argument("--seed", type=int, default=0, help="which queries (default: %(default)s)")
-    evaluate.add_argument("--judge", help="of harm: module:function, or the folder of a guard model (default: phrases)")
+    evaluate.add_argument("--judge", type=_text, help="of harm: module:function or a guard model's folder (default: phrases)")
     evaluate.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N")
-    evaluate.add_argument("--out", type=Path, default=Path("ras-fast-eval"), metavar="DIR",
+    evaluate.add_argument("--out", type=_path, default=Path("ras-fast-eval"), metavar="DIR",
                           help="answers and report; run again, it goes on where it stopped (default: %(default)s)")  # fmt: skip
 
     bench = add("bench", _bench, "time the Triton kernels on this GPU, with the configurations in force and with the rules'")
     bench.add_argument("--tune", action="store_true", help="try other configurations, too, and write the best to --out")
     bench.add_argument("--match", default="", help='only shape classes whose "kernel size variant" contains this')
-    bench.add_argument("--out", type=Path, metavar="FILE.json", help="default: the file that the installed kernels read")
+    bench.add_argument("--out", type=_path, metavar="FILE.json", help="default: the file that the installed kernels read")
 
     build = add("build", _build, "build the native libraries in place")
     build.add_argument("-v", action="store_true", help="show the compiler's commands")
-    add("inspect", None, "read registers, spills and instructions out of the compiled kernels")
+    add("inspect", _inspect, "read registers, spills and instructions out of the compiled kernels", add_help=False)
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    parser.add_argument("--model", required=default is None, default=default,
+    parser.add_argument("--model", type=_text, required=default is None, default=default,
                         help="'tiny' (ships with the package), a local folder or a hub id")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("--device", type=_text, default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="auto", choices=loading.DTYPES)
 
 
 def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--refused", type=Path, metavar="TEXTS.txt",
+    parser.add_argument("--refused", type=_path, metavar="TEXTS.txt",
                         help="one request per line that the model refuses; moras, ras and attention need it")  # fmt: skip
     staged = parser.add_argument_group("moras and ras")
-    staged.add_argument("--context-prompt", help="replaces the method's own")
-    staged.add_argument("--safety-prompt", help="replaces the method's own")
+    staged.add_argument("--context-prompt", type=_text, help="replaces the method's own")
+    staged.add_argument("--safety-prompt", type=_text, help="replaces the method's own")
     autosteer = parser.add_argument_group("autosteer")
-    autosteer.add_argument("--refusal", help="the sentence that it answers with")
+    autosteer.add_argument("--refusal", type=_text, help="the sentence that it answers with")
     autosteer.add_argument("--layer", type=_layer, metavar="sas|validation|L",
                            help="which is read, or what chooses it (default: sas)")  # fmt: skip
     autosteer.add_argument("--rank", type=_positive, metavar="R", help="of the refusal head (default: full)")
     autosteer.add_argument("--over-refusal", type=float, metavar="SHARE",
                            help="of held-out safe questions: how far the threshold is lowered from 0.5; no bound")  # fmt: skip
-    autosteer.add_argument("--checkpoint", type=Path, metavar="DIR", help="to save in, and to go on from")
+    autosteer.add_argument("--checkpoint", type=_path, metavar="DIR", help="to save in, and to go on from")
     projection = parser.add_argument_group("projection")
     projection.add_argument("--layers", type=_indices, metavar="L,M", help="that are steered (default: the middle one)")
     projection.add_argument("--alpha", type=float, help="how far (default: 1)")
-    projection.add_argument("--condition", type=Path, metavar="PAIRS.jsonl",
+    projection.add_argument("--condition", type=_path, metavar="PAIRS.jsonl",
                             help="steer only prompts that are more like the unsafe questions of these")  # fmt: skip
     projection.add_argument("--condition-layer", type=int, metavar="L",
                             help="where that is read (default: before the first that is steered)")  # fmt: skip
     projection.add_argument("--measure", choices=("projection", "cosine"), help="of the condition (default: cosine)")
     projection.add_argument("--per", choices=("sequence", "token"), help="of the condition (default: sequence)")
+
+
+def _text(text: str) -> str:
+    """Refuses what an unset variable of a shell script leaves: `--profile "$PROFILE"` would answer undefended."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text))
 
 
 def _positive(text: str) -> int:
@@ -184,12 +208,16 @@ def _build(arguments: argparse.Namespace) -> int:
     return build.main(["-v"] if arguments.v else [])
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from ras_fast import inspect
+
+    return inspect.main(arguments.rest)
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     from ras_fast.inputs import make_queries
 
     images = arguments.image or None
-    if not arguments.prompt.strip():
-        raise ValueError("--prompt is empty; it needs a question")
     if arguments.heatmap:
         _check_heat_maps(arguments.heatmap, len(arguments.image))
     profile = _read_profile(arguments.profile) if arguments.profile else None
@@ -277,12 +305,12 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
 
 
 def _check_heat_maps(path: Path, count: int) -> None:
-    """Raises ValueError for a file type or files that cannot be written, before minutes of work."""
+    """Raises UsageError for a file type, ValueError for files that cannot be written, before minutes of work."""
     from matplotlib.figure import Figure
 
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:
-        raise ValueError(f"--heatmap {path} needs to end in one of {', '.join(f'.{name}' for name in formats)}")
+        raise UsageError(f"--heatmap {path} needs to end in one of {', '.join(f'.{name}' for name in formats)}")
     with _naming("--heatmap", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     for file in _heat_map_paths(path, count):
@@ -362,20 +390,20 @@ CALIBRATION_OPTIONS = {  # and the methods that each is for
 
 
 def _calibration_options(arguments: argparse.Namespace) -> dict:
-    """What the method's `calibrate` is given. Raises ValueError for options that are missing or belong to another method."""
+    """What the method's `calibrate` is given. Raises UsageError for options that are missing or belong to another method."""
     given = {name: getattr(arguments, name) for name in CALIBRATION_OPTIONS if getattr(arguments, name) is not None}
     for name in given:
         if arguments.method not in CALIBRATION_OPTIONS[name]:
-            raise ValueError(f"{_flag(name)} is not for --method {arguments.method}")
+            raise UsageError(f"{_flag(name)} is not for --method {arguments.method}")
     if arguments.data is None:
         if given or arguments.model != "tiny":
-            raise ValueError("--data is needed for any model but 'tiny', whose own data takes no other option")
+            raise UsageError("--data is needed for any model but 'tiny', whose own data takes no other option")
         return {}
     if arguments.method in CALIBRATION_OPTIONS["refused"] and "refused" not in given:
-        raise ValueError(f"--refused is needed with --data for --method {arguments.method}")
+        raise UsageError(f"--refused is needed with --data for --method {arguments.method}")
     for name in ("condition_layer", "measure", "per"):
         if name in given and "condition" not in given:
-            raise ValueError(f"{_flag(name)} is of a --condition, which is not given")
+            raise UsageError(f"{_flag(name)} is of a --condition, which is not given")
     from ras_fast.inputs import read_pairs
 
     pairs = _read("--data", arguments.data, read_pairs)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import ras_fast
-from ras_fast.backend import resolve
+from ras_fast.backend import environment_error, resolve
 from ras_fast.build import find_cuda_tool
 from ras_fast.loading import TINY
 
@@ -30,7 +30,7 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
     facts += _build()
     facts.append(("tiny model", str(TINY) if (TINY / "config.json").is_file() else "missing; to mend it: reinstall ras_fast"))
     wrong = _wrong_answer()
-    return facts, problems + ([wrong] if wrong else [])
+    return facts, problems + [str(problem) for problem in (environment_error, wrong) if problem]
 
 
 def main() -> int:

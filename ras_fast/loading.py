@@ -24,6 +24,9 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto"):
     Raises:
         ValueError: there is no such model, it does not take images, it cannot be read, or device or dtype is unknown.
     """
+    for what, value in (("name", name), ("device", device)):
+        if not isinstance(value, str):
+            raise ValueError(f"{what} is {value!r}; it must be a string")
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 

@@ -146,8 +146,9 @@ def test_cuda_architectures():
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
-    with pytest.raises(build.BuildError, match="RAS_FAST_CUDA_ARCHS"):
-        build.cuda_arch_flags(" ;".strip())
+    for archs in ("", ";", "nonsense", "sm_90", "80; 90a"):
+        with pytest.raises(build.BuildError, match="RAS_FAST_CUDA_ARCHS"):
+            build.cuda_arch_flags(archs)
 
 
 def test_import_is_light():

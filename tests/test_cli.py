@@ -1,6 +1,8 @@
 """The command line, in-process, on a model of random weights: every command, every user mistake."""
 
+import io
 import json
+import os
 import re
 import runpy
 import signal
@@ -18,7 +20,7 @@ from PIL import Image
 from test_engine_one_pass import autosteer
 from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
 
-from ras_fast import RasProfile, cli
+from ras_fast import RasProfile, backend, cli
 from ras_fast.attention_map import _seen, _shown, image_attention
 from ras_fast.evaluation.calibration import CALIBRATIONS
 from ras_fast.evaluation.defences import CONSTANT, default_names
@@ -123,10 +125,7 @@ def test_generate_without_an_image(generate, capsys):
         (["--device", "quantum"], "device is 'quantum'"),
         (["--device", "meta"], "device is 'meta', which holds no values"),
         (["--device", "hpu"], "device is 'hpu', which this torch cannot use"),
-        (["--heatmap", "{folder}/heat"], "heat needs to end in one of"),
-        (["--heatmap", "{folder}/heat.xyz"], "heat.xyz needs to end in one of"),
         (["--heatmap", "{folder}/a.png/heat.png"], "--heatmap {folder}/a.png is a file; it needs to be a folder"),
-        (["--prompt", " "], "--prompt is empty; it needs a question"),
         (["--prompt", "<image> <image> w1"], "--prompt has 2 image placeholder(s) but --image holds 1"),
     ],
 )
@@ -138,6 +137,12 @@ def test_a_users_mistake_is_one_clear_line(generate, folder, capsys, options, wo
     assert words.format(folder=folder) in error
     assert error.startswith("ras-fast: error: ")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["heat", "heat.xyz"])
+def test_a_heat_map_needs_a_known_ending(generate, tmp_path, capsys, name):
+    assert generate("--heatmap", str(tmp_path / name)) == 2
+    assert f"{name} needs to end in one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -245,6 +250,9 @@ def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
         ["calibrate", "--model", "m", "--out", "o", "--rank", "0"],
         ["calibrate", "--model", "m", "--out", "o", "--layers", "1,b"],
         ["calibrate", "--model", "m", "--out", "o", "--measure", "angle"],
+        ["doctor", "extra"],
+        ["inspect", "extra"],
+        ["--debug", "inspect", "--arch", "x"],
     ],
 )
 def test_wrong_command_lines_exit_with_2(argv, capsys):
@@ -252,6 +260,63 @@ def test_wrong_command_lines_exit_with_2(argv, capsys):
         cli.main(argv)
     assert stopped.value.code == 2
     assert "_positive" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("generate", "--profile"),  # would be answered undefended
+        ("generate", "--model"),
+        ("generate", "--image"),
+        ("generate", "--prompt"),
+        ("generate", "--heatmap"),
+        ("calibrate", "--out"),  # would be the current folder
+        ("eval", "--judge"),
+        ("eval", "--defences"),
+        ("demo", "--out"),
+    ],
+)
+def test_an_option_left_empty_is_not_taken_for_one_left_out(capsys, command, option):
+    needed = {"generate": ["--model", "tiny", "--prompt", "p"], "calibrate": ["--model", "tiny", "--out", "o"]}
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, *needed.get(command, ()), option, ""])
+    assert stopped.value.code == 2
+    assert f"argument {option}: it is empty" in capsys.readouterr().err
+
+
+def test_a_wrong_environment_variable_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(backend, "environment_error", ValueError("environment variable RAS_FAST_BACKEND: name is 'x'"))
+    for argv in (["generate", "--model", "tiny", "--prompt", "p"], ["inspect", "cuda"]):
+        assert cli.main(argv) == 2
+        assert capsys.readouterr().err == "ras-fast: error: environment variable RAS_FAST_BACKEND: name is 'x'\n"
+    monkeypatch.setattr("ras_fast.build.main", lambda options: 0)
+    assert cli.main(["build"]) == 0  # which may mend it
+
+
+def test_doctor_tells_of_a_wrong_environment_variable():
+    command = [sys.executable, "-m", "ras_fast.cli", "doctor"]
+    done = subprocess.run(command, env=os.environ | {"RAS_FAST_BACKEND": "x"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "PROBLEM  environment variable RAS_FAST_BACKEND: name is 'x'" in done.stdout
+
+
+def test_a_letter_that_the_terminal_lacks_is_spelt_out(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    monkeypatch.setattr(cli, "_doctor", lambda arguments: print("\u4e2d") or 0)
+    assert cli.main(["doctor"]) == 0
+    assert shown.getvalue() == b"\\u4e2d\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capsys):
+    """As `| head -1`; what is left is dropped, so that Python, which writes it as it ends, has nothing to complain about."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(cli, "_doctor", lambda arguments: print("x") or 0)
+        assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_debug_shows_where_an_error_comes_from(folder):
@@ -430,7 +495,7 @@ def test_calibrate_takes_line_ends_that_are_part_of_a_text(folder, capsys):
 
 
 def test_calibrate_does_not_ignore_a_prompt(folder, capsys):
-    assert cli.main(["calibrate", "--model", "tiny", "--safety-prompt", "w1", "--out", str(folder / "new")]) == 1
+    assert cli.main(["calibrate", "--model", "tiny", "--safety-prompt", "w1", "--out", str(folder / "new")]) == 2
     assert "whose own data takes no other option" in capsys.readouterr().err
 
 
@@ -447,6 +512,16 @@ def test_calibrate_does_not_ignore_a_prompt(folder, capsys):
         (("--method", "autosteer", "--layers", "1"), "--layers is not for --method autosteer"),
         (("--method", "ras", "--alpha", "1"), "--alpha is not for --method ras"),
         (("--method", "projection", "--condition-layer", "0"), "--condition-layer is of a --condition"),
+    ],
+)
+def test_calibrate_takes_the_options_of_its_method(folder, pairs, capsys, options, words):
+    assert calibrate(folder, "--data", str(pairs), *options) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (("--method", "projection", "--condition", "nowhere.jsonl"), "--condition nowhere.jsonl cannot be used: No such file"),
         (("--method", "projection", "--layers", "1,7"), "layers [7] are not there"),
         (("--method", "autosteer", "--layer", "best"), "layer is 'best'; it needs to be 'sas'"),
@@ -454,7 +529,7 @@ def test_calibrate_does_not_ignore_a_prompt(folder, capsys):
         (("--method", "autosteer", "--over-refusal", "2"), "over_refusal is 2.0"),
     ],
 )
-def test_calibrate_takes_the_options_of_its_method(folder, pairs, capsys, options, words):
+def test_calibrate_says_what_an_option_may_be(folder, pairs, capsys, options, words):
     assert calibrate(folder, "--data", str(pairs), *options) == 1
     assert words in capsys.readouterr().err
 
@@ -541,7 +616,7 @@ def test_a_profile_whose_saving_was_interrupted_is_calibrated_again(folder, tmp_
 
 
 def test_calibrate_needs_data(folder, capsys):
-    assert calibrate(folder) == 1
+    assert calibrate(folder) == 2
     assert "--data is needed" in capsys.readouterr().err
 
 

@@ -32,6 +32,19 @@ def is_tensor(name: str, value: object, need: str) -> None:
         fail(name, repr(value), need)
 
 
+def tensors(**given: object) -> None:
+    """Each, by its name, is a tensor."""
+    for name, value in given.items():
+        is_tensor(name, value, "a tensor")
+
+
+def tensors_or_none(**given: object) -> None:
+    """Each, by its name, is a tensor or None."""
+    for name, value in given.items():
+        if value is not None:
+            is_tensor(name, value, "a tensor or None")
+
+
 def is_integer(value: object) -> bool:
     """Whether it is an integer of Python, of NumPy or of a trace."""
     return isinstance(value, (int, torch.SymInt, Integral))
@@ -77,11 +90,12 @@ def one_device(op: str, x: Tensor, *others: Tensor | None) -> None:
 
 def no_grad(op: str, *tensors: Tensor | None) -> None:
     """Inference only: silently dropping a gradient would be worse than an error."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    # What is no tensor is named by the op's validation.
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
         raise RuntimeError(
             f"{op} has no backward, and an input requires grad: call it under torch.no_grad() or "
             "torch.inference_mode(), or detach the input"
         )
     forward_mode = forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
-    if forward_mode and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if forward_mode and any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(f"{op} has no forward-mode derivative, and an input has a tangent: take the input's primal alone")

@@ -91,7 +91,12 @@ def call(name: str, validate: Callable[..., None] | None, *args: Any) -> Any:
     Native kernels refuse by themselves whatever would be unsafe. For them `validate` runs only after a failure, to name the
     argument, so that a decode step does not pay for it.
     """
-    kernel, guarded = _select(name, args[0])
+    try:
+        kernel, guarded = _select(name, args[0])
+    except AttributeError:  # of what is no tensor
+        if validate is not None:
+            validate(*args)
+        raise
     if validate is None:
         return kernel(*args)
     if not guarded:

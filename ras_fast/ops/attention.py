@@ -163,7 +163,7 @@ def key_attention(
     )
     _validate_reduce(reduce)
     num_regions = 0
-    if region_bias is not None and region_ids is not None:
+    if isinstance(region_bias, Tensor) and region_ids is not None:
         if region_bias.dim() not in (2, 3):
             _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}", "[Hq, R] or [B, Hq, R]")
         num_regions = region_bias.shape[-1]
@@ -218,6 +218,8 @@ def _attention_call(
     """Public arguments, validated, as (op, its arguments)."""
     _check.no_grad("region_attention", query, key, value, sinks, region_bias)
     _validate_query_key(query, key)
+    _check.tensors(value=value)
+    _check.tensors_or_none(sinks=sinks)
     _check.shape("value", value, key.shape, "the shape of key")
     _check.dtype("value", value, query.dtype)
     _check.last_dim_contiguous("value", value)
@@ -270,6 +272,7 @@ def _resolve_rows(name: str, rows: int | None, query: Tensor) -> int:
 
 
 def _validate_query_key(query: Tensor, key: Tensor) -> None:
+    _check.tensors(query=query, key=key)
     for name, tensor in (("query", query), ("key", key)):
         if tensor.dim() != 4 or tensor.shape[-1] == 0:
             _check.fail(name, f"of shape {tuple(tensor.shape)}", "[B, H, L, D] with D > 0")
@@ -285,6 +288,7 @@ def _validate_query_key(query: Tensor, key: Tensor) -> None:
 
 
 def _validate_lse(lse: Tensor, query: Tensor) -> None:
+    _check.tensors(lse=lse)
     _check.shape("lse", lse, query.shape[:3], "[B, Hq, Lq]")
     _check.dtype("lse", lse, torch.float32)
     _check.device("lse", lse, query.device)
@@ -304,6 +308,7 @@ def _validate_wanted_regions(query, key, region_ids, num_regions, region_bias) -
 
 
 def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) -> None:
+    _check.tensors_or_none(region_ids=region_ids)
     if region_ids is None:
         if num_regions:
             _check.fail("num_regions", num_regions, "0 when region_ids is None")
@@ -353,6 +358,7 @@ def _validate_scores(is_causal, window, softcap) -> None:
 
 
 def _validate_bias(query: Tensor, region_ids: Tensor | None, num_regions: int, region_bias: Tensor | None) -> None:
+    _check.tensors_or_none(region_bias=region_bias)
     if region_bias is None:
         return
     if region_ids is None:

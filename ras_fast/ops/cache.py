@@ -40,6 +40,7 @@ def write_cache_(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value
 
 
 def _validate(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    _check.tensors(keys=keys, values=values, slots=slots, key=key, value=value)
     _check.floating("keys", keys)
     for name, tensor, symbols in (("keys", keys, "[B, H, C, D]"), ("values", values, "[B, H, C, Dv]")):
         if tensor.dim() != 4:

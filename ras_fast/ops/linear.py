@@ -59,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: an input requires grad and grad mode is on.
     """
     _check.no_grad("linear", x, weight, bias)
-    if beats_torch(x, weight):
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and beats_torch(x, weight):
         return call("linear", _validate_linear, x, weight, bias)
     _validate_linear(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -84,7 +84,7 @@ def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu")
         RuntimeError: an input requires grad and grad mode is on.
     """
     _check.no_grad("linear_glu", x, gate, up)
-    if beats_torch(x, gate):
+    if isinstance(x, Tensor) and isinstance(gate, Tensor) and beats_torch(x, gate):
         return call("linear_glu", _validate_glu, x, gate, up, activation)
     _validate_glu(x, gate, up, activation)
     return _reference_glu(x, gate, up, activation)
@@ -122,6 +122,7 @@ def glu_by_kernel(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tenso
 
 def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _validate_product(x, "weight", weight)
+    _check.tensors_or_none(bias=bias)
     if bias is not None:
         _check.shape("bias", bias, (weight.shape[0],), "[N]")
         _validate_like(x, bias=bias)
@@ -129,6 +130,7 @@ def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
     _validate_product(x, "gate", gate)
+    _check.tensors(up=up)
     _check.shape("up", up, tuple(gate.shape), "[N, K]")
     _validate_like(x, up=up)
     if activation not in ACTIVATIONS:
@@ -136,6 +138,7 @@ def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
 
 
 def _validate_product(x: Tensor, name: str, weight: Tensor) -> None:
+    _check.tensors(x=x, **{name: weight})
     _check.floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         _check.fail("x", f"of shape {tuple(x.shape)}", "[..., K] with K > 0")
@@ -216,6 +219,8 @@ def gated_linear(x: Tensor, weight: Tensor, gate: Tensor, *, right: Tensor | Non
 
 
 def _validate_gated(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tensor) -> None:
+    _check.tensors(x=x, weight=weight, gate=gate)
+    _check.tensors_or_none(right=right)
     if x.dim() == 0 or x.shape[-1] == 0:
         _check.fail("x", f"of shape {tuple(x.shape)}", "[..., d] with d > 0")
     d = x.shape[-1]

@@ -211,6 +211,10 @@ def _validate_in_place(x: Tensor, residual: Tensor) -> None:
 
 
 def _validate(x, residual, weight, bias, vectors, slot, alpha, probes) -> None:
+    _check.tensors(x=x)
+    _check.tensors_or_none(
+        residual=residual, bias=bias, steer_vectors=vectors, steer_slot=slot, steer_alpha=alpha, probes=probes
+    )
     if x.dim() == 0 or x.shape[-1] == 0:
         _check.fail("x", f"of shape {tuple(x.shape)}", "[..., d] with d > 0")
     d = x.shape[-1]

@@ -39,6 +39,7 @@ def rotary_embedding(
 
 
 def _validate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    _check.tensors(query=query, key=key, cos=cos, sin=sin)
     if not isinstance(interleaved, bool):
         _check.fail("interleaved", repr(interleaved), "True or False")
     _check.floating("query", query)

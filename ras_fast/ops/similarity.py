@@ -36,6 +36,8 @@ def refusal_similarity(
 
 
 def _validate(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tensor | None) -> None:
+    _check.tensors(logits=logits, prototype_probs=prototype_probs)
+    _check.tensors_or_none(steps=steps)
     if logits.dim() != 3 or logits.shape[1] == 0 or logits.shape[2] == 0:
         _check.fail("logits", f"of shape {tuple(logits.shape)}", "[B, n, V] with n, V > 0")
     _check.floating("logits", logits)

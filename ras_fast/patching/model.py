@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
-from ras_fast.ops._check import FLOATS
+from ras_fast.ops._check import FLOATS, is_tensor
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
 from ras_fast.patching.image_statistics import link
@@ -152,6 +152,8 @@ class Patch:
 
     @region_map.setter
     def region_map(self, regions: RegionMap | None) -> None:
+        if regions is not None and not isinstance(regions, RegionMap):
+            raise ValueError(f"region_map is a {type(regions).__name__}; it must be a RegionMap or None")
         tracker = self._regions().tracker
         tracker.given = tracker.forward.regions = regions
 
@@ -203,13 +205,14 @@ class Patch:
 
         Raises:
             RuntimeError: image statistics are off; says why.
-            ValueError: a layer that is not there, or the model has a monitor already.
+            ValueError: a layer that is not there, the model has a monitor already, or `receive` cannot be called.
         """
         state, layers = self._regions(), frozenset(layers)
         if not layers <= set(state.layers):
             raise ValueError(f"layers are {sorted(layers)}; the model has layers {_listed(state.layers)}")
         if state.monitor is not None:
             raise ValueError("the model has a monitor already: end that first (clear_monitor)")
+        _check_callable(receive)
         state.monitor = Monitor(layers, receive)
         return state.monitor
 
@@ -251,6 +254,7 @@ class Patch:
             if layer not in states:
                 raise ValueError(f"bias is for layer {layer!r}; the model has layers {_listed(states)}")
             heads = states[layer].heads
+            is_tensor(f"bias of layer {layer}", tensor, "a tensor [Hq] or [Hq, R]")
             if tensor.dim() not in (1, 2) or tensor.shape[0] != heads or not tensor.is_floating_point():
                 raise ValueError(
                     f"bias of layer {layer} is {tensor.dtype} {tuple(tensor.shape)}; it must be floating, [Hq] or [Hq, R], "
@@ -342,6 +346,7 @@ class Patch:
         place = self._place(layer)
         if layer == "final" or place.probe is not None:
             raise ValueError(f"layer is {layer!r}; it must be a decoder layer without a probe")
+        _check_callable(receive)
         place.probe = Probe(self._directions("directions", directions, place), receive)
         return place.probe
 
@@ -362,6 +367,7 @@ class Patch:
     def _directions(self, name: str, directions: Tensor, place: SteeredLayer | FusedNorm) -> Tensor:
         """A copy [S, d] as the kernels take it, on the device where it will be used."""
         d = self.text_model.config.hidden_size
+        is_tensor(name, directions, "a tensor [S, d]")
         if directions.dim() != 2 or directions.shape[0] == 0 or directions.shape[1] != d:
             raise ValueError(f"{name} is of shape {tuple(directions.shape)}; it must be [S, d] with S > 0 and d = {d}")
         if directions.dtype not in FLOATS:
@@ -406,6 +412,11 @@ def _indices(given: Iterable[int], layers: Mapping[int, Any]) -> tuple[int, ...]
     if not indices or not all(isinstance(index, int) and index in layers for index in indices):
         raise ValueError(f"layers is {given!r}; it must hold at least one index, of those in {_listed(layers)}")
     return indices
+
+
+def _check_callable(receive: object) -> None:
+    if not callable(receive):  # else the first forward would say so
+        raise ValueError(f"receive is {receive!r}; it must be a function")
 
 
 def _listed(layers: Mapping[int, Any]) -> str:

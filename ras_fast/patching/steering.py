@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ras_fast.ops._check import is_tensor
+
 _SLOT_DTYPES = frozenset((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8))
 
 
@@ -33,6 +35,8 @@ class Steering:
         Raises:
             ValueError: a tensor is not one-dimensional, their sizes differ, or `slot` is of another dtype.
         """
+        is_tensor("slot", slot, "a tensor [B] or [T]")
+        is_tensor("alpha", alpha, "a tensor like slot")
         if slot.dim() != 1 or slot.shape != alpha.shape:
             raise ValueError(f"slot is {tuple(slot.shape)} and alpha {tuple(alpha.shape)}; both must be [B] or [T]")
         if slot.dtype not in _SLOT_DTYPES:

@@ -263,3 +263,19 @@ def test_probe_errors(model, vectors):
         with pytest.raises(ValueError, match="without a probe"):
             patched.set_probe(0, vectors, print)
         patched.clear_probe(9)
+
+
+def test_what_is_of_another_type_is_named(model):
+    with ras_fast.patch(model) as patched:
+        for call, words in (
+            (lambda: patched.set_steering(1, None), "vectors is None; it must be a tensor"),
+            (lambda: patched.set_probe(1, [1.0], print), r"directions is \[1.0\]; it must be a tensor"),
+            (lambda: patched.set_probe(1, torch.zeros(1, SIZE), None), "receive is None; it must be a function"),
+            (lambda: patched.set_monitor([1], None), "receive is None; it must be a function"),
+            (lambda: patched.set_region_bias(None), "bias of layer 0 is None; it must be a tensor"),
+            (lambda: patched.steering.set_rows([0], ALPHA), r"slot is \[0\]; it must be a tensor"),
+            (lambda: patched.steering.set_rows(SLOT, 0.5), "alpha is 0.5; it must be a tensor"),
+            (lambda: setattr(patched, "region_map", 3), "region_map is a int; it must be a RegionMap or None"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                call()

@@ -1,0 +1,66 @@
+"""What is no tensor is named, whatever lacks first an attribute of one."""
+
+import inspect
+
+import pytest
+import torch
+
+from ras_fast import ops
+
+X, TABLE, ONES = torch.randn(4, 8), torch.randn(8, 8), torch.ones(4)
+QUERY, KEY = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+LSE, IDS, ANGLES = torch.zeros(1, 4, 6), torch.zeros(1, 6, dtype=torch.int32), torch.ones(1, 6, 8)
+GIVEN = {
+    "add_rms_norm": (X, X, TABLE[0], 1e-6),
+    "add_rms_norm_": (X.clone(), X.clone(), TABLE[0], 1e-6),
+    "add_layer_norm": (X, X, TABLE[0], TABLE[1], 1e-6),
+    "add_layer_norm_": (X.clone(), X.clone(), TABLE[0], TABLE[1], 1e-6),
+    "linear": (X, TABLE, TABLE[0]),
+    "linear_glu": (X, TABLE, TABLE),
+    "gated_linear": (X, TABLE, ONES),
+    "rotary_embedding": (QUERY, KEY, ANGLES, ANGLES),
+    "write_cache_": (KEY.clone(), KEY.clone(), torch.arange(2)[None], KEY[:, :, :2], KEY[:, :, :2]),
+    "refusal_similarity": (torch.randn(2, 3, 11), torch.rand(3, 11)),
+    "region_attention": (QUERY, KEY, KEY, IDS, 1),
+    "region_mass": (QUERY, KEY, LSE, IDS, 1),
+    "key_attention": (QUERY, KEY, LSE),
+    "region_statistics": (QUERY, KEY, LSE, IDS, 1),
+}
+CASES = [(name, place) for name, given in GIVEN.items() for place, value in enumerate(given) if isinstance(value, torch.Tensor)]
+
+
+def test_every_op_is_called_here():
+    assert set(GIVEN) == set(ops.__all__) - {"explain"}
+
+
+@pytest.mark.parametrize(("name", "place"), CASES, ids=str)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_list_in_place_of_a_tensor_is_named(name, place, grad):
+    wrong = [*GIVEN[name]]
+    wrong[place] = [1.0]
+    argument = list(inspect.signature(getattr(ops, name)).parameters)[place]
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"^{argument} is \[1\.0\]; it must be a tensor"):
+        getattr(ops, name)(*wrong)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_none_in_place_of_the_first_tensor_is_named(name):
+    argument = next(iter(inspect.signature(getattr(ops, name)).parameters))
+    with pytest.raises(ValueError, match=f"^{argument} is None; it must be a tensor"):
+        getattr(ops, name)(None, *GIVEN[name][1:])
+
+
+OPTIONS = {
+    "add_rms_norm": ("steer_vectors", "steer_slot", "steer_alpha", "probes"),
+    "gated_linear": ("right",),
+    "refusal_similarity": ("steps",),
+    "region_attention": ("sinks", "region_bias"),
+    "key_attention": ("region_ids", "region_bias"),
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, options in OPTIONS.items() for option in options])
+def test_an_option_that_is_no_tensor_is_named(name, option):
+    others = {"region_bias": torch.zeros(4, 1)} if (name, option) == ("key_attention", "region_ids") else {}
+    with pytest.raises(ValueError, match=f"^{option} is 1; it must be a tensor or None"):
+        getattr(ops, name)(*GIVEN[name], **{option: 1}, **others)

@@ -183,6 +183,7 @@ def resolve(op: str, device: torch.device) -> str:
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which would double our own import time.
 resolve._dynamo_marked_constant = True
 
+
 def _read_environment() -> ValueError | RuntimeError | None:
     """Forces the backend that the environment asks for; what is wrong with its variables is returned."""
     try:

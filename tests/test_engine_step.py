@@ -182,12 +182,42 @@ def test_steps_over_several_devices_are_never_captured(processor, monkeypatch):
     assert not Runner(model).captured
 
 
-def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeypatch):
-    """Rotary frequencies that follow the length, as InternVL's: each forward reads the last position."""
+def dynamic_llava(processor, longest):
+    """Its rotary frequencies follow the length beyond `longest` positions, as InternVL's."""
     model = tiny_llava(processor)
     text = model.model.language_model
     text.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     text.rotary_emb = type(text.rotary_emb)(text.config).eval()
+    text.rotary_emb.original_max_seq_len = text.rotary_emb.max_seq_len_cached = longest
+    return model, text.rotary_emb
+
+
+def test_frequencies_that_follow_the_length_are_not_asked_for_it(processor, graphs):
+    model, rotary = dynamic_llava(processor, longest=512)
+    profile, (prompts, images) = make_profile(model, processor), make_queries(5)
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
+    with SafeGenerator(model, processor, profile, batch_size=3) as guard:
+        assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
+        assert graphs.replays > graphs.made > 0
+        rotary(torch.zeros(1), torch.tensor([[600]]))  # somebody's longer prompt changes them
+        assert not torch.equal(rotary.inv_freq, rotary.original_inv_freq)
+        assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
+    assert "forward" not in vars(rotary)
+
+
+def test_frequencies_follow_a_length_beyond_that_of_training(processor):
+    model, rotary = dynamic_llava(processor, longest=24)
+    profile, (prompts, images) = make_profile(model, processor), make_queries(5)
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
+    with SafeGenerator(model, processor, profile, batch_size=1) as guard:
+        outputs = guard.generate(prompts, images, max_new_tokens=8)
+    assert not isinstance(rotary.max_seq_len_cached, int)
+    assert [len(output.tokens) for output in outputs] == [len(output.tokens) for output in expected]
+
+
+def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeypatch):
+    model = tiny_llava(processor)
+    model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: output if output.sum() else None)
     profile, (prompts, images) = make_profile(model, processor), make_queries(3)
     expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
@@ -199,7 +229,7 @@ def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeyp
 
     monkeypatch.setattr(batch, "capture", capture)
     guard = SafeGenerator(model, processor, profile, batch_size=3)
-    with pytest.warns(UserWarning, match="without CUDA graphs, as aten._local_scalar_dense"):
+    with pytest.warns(UserWarning, match="without CUDA graphs, as aten.*waits for the device"):
         assert_same(guard.generate(prompts, images, max_new_tokens=8), expected)
     assert not guard._runner.captured
 

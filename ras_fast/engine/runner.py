@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,6 +72,8 @@ class Runner:
         # A graph holds one device's work; weights that hooks fetch for each forward (accelerate's offloading) have no address.
         devices = {parameter.device for parameter in self.model.parameters()}
         self.captured = self.device.type in CAPTURED and devices == {self.device}
+        rotary = (module for module in self.model.modules() if isinstance(getattr(module, "rope_type", None), str))
+        self._following = [module for module in rotary if "dynamic" in module.rope_type]
 
     def capture_nothing(self, why: Exception) -> None:
         """Steps run without graphs from now on, until the model is changed."""
@@ -97,9 +101,27 @@ class Runner:
         if positions is not None and self.offsets:
             positions = positions.expand(self.channels, *positions.shape)
         extras[self._cache_name] = pool
-        with recurrence.in_segments(self.recurrences, pool):
+        with recurrence.in_segments(self.recurrences, pool), self._same_frequencies(pool.capacity):
             output = self.base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
         return output.last_hidden_state
+
+    @contextmanager
+    def _same_frequencies(self, positions: int) -> Iterator[None]:
+        """Inside the block rotary embeddings do not look whether their frequencies have to follow the length (InternVL's
+        "dynamic"), for which the host waits in each forward: up to the length of training, they never have to."""
+        following = [
+            module
+            for module in self._following
+            if isinstance(module.max_seq_len_cached, int)  # no longer, once it has followed a longer one
+            and positions <= module.original_max_seq_len and not self.offsets and "forward" not in vars(module)
+        ]  # fmt: skip
+        for module in following:
+            module.forward = partial(inspect.unwrap(type(module).forward), module)
+        try:
+            yield
+        finally:
+            for module in following:
+                del module.forward
 
     def count(self, rows: int, width: int) -> None:
         """Notes a forward over ids [rows, width]."""

@@ -250,6 +250,8 @@ class RasProfile:
         Raises FileNotFoundError when a file is missing, and ValueError when one is corrupt, of another format version, or
         holds values that are not finite, or when the two files were not saved together.
         """
+        if not isinstance(directory_or_hub_id, str | os.PathLike):
+            raise ValueError(f"directory_or_hub_id is {directory_or_hub_id!r}; it needs to be a path or a hub id")
         json_path, tensors_path = (_locate(directory_or_hub_id, name) for name in (JSON_NAME, TENSORS_NAME))
         try:
             header = json.loads(json_path.read_text(encoding="utf-8"))

@@ -267,3 +267,8 @@ def test_the_head_may_be_that_of_a_model_inside(monkeypatch, model, processor):
         fingerprint(model)
     monkeypatch.setattr(type(inner), "get_output_embeddings", lambda self: head)
     assert fingerprint(model) == expected
+
+
+def test_what_is_no_path_is_named():
+    with pytest.raises(ValueError, match="directory_or_hub_id is None; it needs to be a path or a hub id"):
+        RasProfile.from_pretrained(None)

@@ -181,7 +181,7 @@ def test_rows_and_splits(emulator, length_q, heads, kv_heads, splits):
 
 def test_most_splits(emulator):
     """As many as merge_splits has weights for, most of them without a key; more regions than fit into shared memory."""
-    Case(2, 300, ids=runs(300, 5, 100, 170), regions=40, splits=128).check(emulator)
+    Case(2, 300, 2, 1, ids=runs(300, 5, 100, 170), regions=40, splits=128).check(emulator)
 
 
 def plan(emulator, *sizes):

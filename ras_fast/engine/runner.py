@@ -112,8 +112,9 @@ class Runner:
         following = [
             module
             for module in self._following
-            if isinstance(module.max_seq_len_cached, int)  # no longer, once it has followed a longer one
-            and positions <= module.original_max_seq_len and not self.offsets and "forward" not in vars(module)
+            if isinstance(module.max_seq_len_cached, int)  # it is a tensor once it has followed a longer one
+            and positions <= module.max_seq_len_cached <= module.original_max_seq_len
+            and not self.offsets and "forward" not in vars(module)
         ]  # fmt: skip
         for module in following:
             module.forward = partial(inspect.unwrap(type(module).forward), module)

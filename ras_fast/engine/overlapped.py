@@ -241,9 +241,9 @@ class Overlapped(Plan):
 
         def goes_on(group: list[int], row: int) -> bool:
             lengths = [len(jobs[i].prefix) for i in (*group, row)]
-            alike = min(lengths) >= (1 - PADDED) * max(lengths)
-            alike = alike and fit(jobs[row].inputs) == fit(jobs[group[0]].inputs)
-            return row == group[-1] + 1 and alike and (self.runner.joins_images or not jobs[row].query.images)
+            alike = min(lengths) >= (1 - PADDED) * max(lengths) and fit(jobs[row].inputs) == fit(jobs[group[0]].inputs)
+            joins = self.runner.joins_images or not jobs[row].query.images
+            return row == group[-1] + 1 and joins and alike
 
         group: list[int] = []
         for row in rows:

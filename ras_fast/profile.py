@@ -106,9 +106,9 @@ def _adapters(model: torch.nn.Module) -> str | None:
 
 
 def weights_of(modules: list[torch.nn.Module]) -> tuple[list, tuple]:
-    """(objects, which must live for their ids to mean something; a key), of the parameters, buffers and adapters of a model's
+    """(objects, which must live for their ids to mean something; a key), of the parameters and adapters of a model's
     `modules_of`. While the key stays the same, so does `fingerprint`, but for values written through `tensor.data`."""
-    kinds = [kind for module in modules for kind in (module.__dict__["_parameters"], module.__dict__["_buffers"]) if kind]
+    kinds = [module.__dict__["_parameters"] for module in modules]
     objects, key = tensors_of([tensor for kind in kinds for tensor in kind.values() if tensor is not None])
     return objects, (key, [adapters_of(module) for module in modules if "_active_adapter" in module.__dict__])
 

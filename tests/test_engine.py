@@ -823,6 +823,24 @@ def test_a_change_of_the_model_is_noticed(processor, change):
     assert not watch.changed()
 
 
+@torch.no_grad()
+def test_what_a_batch_writes_into_buffers_is_no_change(processor):
+    """Transformers' "longrope" picks its frequencies, in place, in every forward."""
+    model = tiny_llava(processor)
+    watch, buffer = Watch(model), model.model.language_model.rotary_emb.inv_freq
+    for _ in range(2):
+        watch.changed()
+        buffer.copy_(buffer.clone())
+        watch.note()
+        assert not watch.changed()
+    model.model.language_model.rotary_emb.inv_freq = buffer.clone()
+    watch.note()
+    assert watch.changed()
+    watch.note()
+    model.model.language_model.rotary_emb.inv_freq.mul_(1.5)
+    assert watch.changed()
+
+
 def test_to_look_at_a_model_of_inference_tensors(processor):
     """They do not count how often they were written."""
     model = tiny_llava(processor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ras_fast.backend import forced_backend
 from ras_fast.patching import Patch
@@ -12,7 +12,8 @@ from ras_fast.profile import modules_of, tensors_of, weights_of
 
 class Watch:
     """Compares a model between the batches of an engine. What a batch itself attaches to the model, and takes off again, does
-    not count. Plain attributes, configs and hooks' own states are not looked at (docs/methods.md)."""
+    not count, nor what its forwards write into a buffer ("longrope" frequencies). Plain attributes, configs and hooks' own
+    states are not looked at (docs/methods.md)."""
 
     def __init__(self, model):
         self._model = model
@@ -20,23 +21,32 @@ class Watch:
 
     def changed(self) -> bool:
         """To be called before a batch: whether the model is another one than after the latest `note`."""
-        self._differs = _state(self._model)[1] != self._noted[1]
+        modules = modules_of(self._model)
+        self._differs = _state(self._model, modules)[1] != self._noted[1] or _buffers(modules)[1] != self._buffers[1]
         return self._differs
 
     def note(self) -> None:
         """To be called after a batch. The first one on a changed model may leave something there for good: transformers' hooks,
         for instance."""
+        modules = modules_of(self._model)
         if self._differs:
-            self._noted = _state(self._model)
+            self._noted = _state(self._model, modules)
+        buffers = _buffers(modules)
+        if self._differs or buffers[1][:2] == self._buffers[1][:2]:  # a graph would not see another tensor in one's place
+            self._buffers = buffers
 
     def forget(self) -> None:
-        self._noted, self._differs = ([], ()), True
+        self._noted, self._buffers, self._differs = ([], ()), ([], ()), True
 
 
-def _state(model) -> tuple[list, tuple]:
-    """What a model computes depends on: (objects, which must live for their ids to mean something; a key)."""
+def _buffers(modules: list[nn.Module]) -> tuple[list, tuple]:
+    kinds = [module.__dict__["_buffers"] for module in modules]
+    return tensors_of([tensor for kind in kinds for tensor in kind.values() if tensor is not None])
+
+
+def _state(model, modules: list[nn.Module]) -> tuple[list, tuple]:
+    """What a model computes depends on, but for its buffers: (objects, which must live for their ids to mean something; a key)."""
     patch, device = Patch.of(model), model.device.type
-    modules = modules_of(model)
     objects: list = [*modules] if patch is None else [*modules, *patch.in_force()]
     for module in modules:
         own = module.__dict__

@@ -3,12 +3,14 @@
 
 #include <link.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -37,7 +39,7 @@ thread_local char anchor[16];
 // arrival and a wait at an mbarrier or a named barrier lie between them; touches of different blocks never are. An arrival is
 // taken for one of the whole warp.
 struct Touch {
-  uint32_t block = 0;  // linear index + 1; 0: never
+  uint32_t block = 0;  // counted through all launches, from 1; 0: never
   uint32_t thread = 0, barriers = 0, warp_barriers = 0, time = 0;
 };
 
@@ -47,18 +49,24 @@ struct Byte {
   Touch write, read, other_read;
 };
 
+// Of so many bytes. They are many times larger themselves, so only those that are touched get memory: zero, as a new Byte is.
+std::unique_ptr<Byte[], void (*)(void*)> histories(size_t bytes) {
+  return {static_cast<Byte*>(std::calloc(bytes, sizeof(Byte))), std::free};
+}
+
 struct Buffer {
   const char* begin;
   size_t bytes;
   bool writable;
   bool shared;
   std::string name;
-  std::vector<Byte> history;  // writable buffers only
+  Byte* history;  // of its bytes; writable buffers only
   bool contains(const char* p, size_t n) const { return p >= begin && p + n <= begin + bytes; }
 };
 
-std::vector<Buffer> buffers;      // global memory
-std::vector<Buffer> shared_now;   // of the running block: static variables, dynamic array
+std::vector<Buffer> buffers;     // global memory
+std::vector<Buffer> shared_now;  // of the running block: static variables, dynamic array
+std::vector<decltype(histories(0))> global_histories, shared_histories;
 std::vector<char> dynamic_memory;
 
 // --------------------------------------------------------------------------------------------------------- threads
@@ -74,7 +82,9 @@ struct Pending {
 };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;  // where its stack begins
+  jmp_buf place;     // and where it is, once started
+  bool started;
   char* stack;
   State state;
   dim3 index;
@@ -103,25 +113,26 @@ std::vector<Warp> warps;
 std::vector<char*> stacks;
 Thread* current = nullptr;
 uint64_t progress = 0;
-ucontext_t scheduler;
+jmp_buf scheduler;
 #if defined(__SANITIZE_ADDRESS__)
 void* scheduler_fake_stack = nullptr;
 #endif
 const void* host_stack = nullptr;
 size_t host_stack_bytes = 0;
 dim3 grid_size, block_size, block_at;
-uint32_t block_number;
+uint32_t block_number = 0, first_block;  // counted through all launches; this one's first
 std::string message;
 void (*body)(const void*) = nullptr;
 const void* body_argument = nullptr;
 
+// By jumps, as swapcontext asks the kernel for the signal mask, which takes longer than all that happens in between.
 void switch_to_scheduler(bool for_good = false) {
   Thread* self = current;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, host_stack, host_stack_bytes);
 #endif
   (void)for_good;
-  swapcontext(&self->context, &scheduler);
+  if (!_setjmp(self->place)) _longjmp(scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
 #endif
@@ -132,7 +143,10 @@ void switch_to(Thread& thread) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, thread.stack, kStackBytes);
 #endif
-  swapcontext(&scheduler, &thread.context);
+  if (!_setjmp(scheduler)) {
+    if (std::exchange(thread.started, true)) _longjmp(thread.place, 1);
+    setcontext(&thread.start);
+  }
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -184,7 +198,7 @@ std::pair<char*, size_t> find_shared_variables() {
 // ------------------------------------------------------------------------------------------------- the memory check
 
 bool ordered(const Touch& before, const Touch& now) {
-  if (before.block == 0) return true;
+  if (before.block < first_block) return true;  // never, or by an earlier launch
   if (before.block != now.block) return false;
   if (before.thread == now.thread || before.barriers != now.barriers) return true;
   if (before.thread / kWarp != now.thread / kWarp) return warp_knows(int(before.thread / kWarp), before.time);
@@ -193,13 +207,14 @@ bool ordered(const Touch& before, const Touch& now) {
 
 void hazard(const Buffer& buffer, size_t offset, const Touch& before, const char* first, const char* second) {
   fail("hazard: %s of byte %zu of %s follows a %s by thread %u of block %u with no barrier in between", second, offset,
-       buffer.name.c_str(), first, before.thread, before.block - 1);
+       buffer.name.c_str(), first, before.thread, before.block - first_block);
 }
 
 void record(Buffer& buffer, size_t offset, size_t bytes, bool write) {
-  const Touch now{block_number + 1, current->linear, current->barriers, current->warp_barriers, warp_time()};
+  const Touch now{block_number, current->linear, current->barriers, current->warp_barriers, warp_time()};
   for (size_t i = offset; i < offset + bytes; ++i) {
     Byte& byte = buffer.history[i];
+    if (buffer.shared && byte.write.block != now.block) byte = {};  // an earlier block's
     if (!ordered(byte.write, now)) hazard(buffer, i, byte.write, "write", write ? "a write" : "a read");
     if (write) {
       if (!ordered(byte.read, now)) hazard(buffer, i, byte.read, "read", "a write");
@@ -234,7 +249,9 @@ void start_block(size_t shared_bytes) {
   shared_now.clear();
   const auto add = [](char* begin, size_t bytes, const char* name) {
     std::memset(begin, 0xff, bytes);  // NaN, or -1
-    if (bytes) shared_now.push_back({begin, bytes, true, true, name, std::vector<Byte>(bytes)});
+    if (!bytes) return;
+    if (shared_histories.size() == shared_now.size()) shared_histories.push_back(histories(bytes));  // the first block's
+    shared_now.push_back({begin, bytes, true, true, name, shared_histories[shared_now.size()].get()});
   };
   const auto [variables, variables_bytes] = find_shared_variables();
   add(variables, variables_bytes, "the __shared__ variables");
@@ -255,11 +272,11 @@ void start_block(size_t shared_bytes) {
     thread.linear = i;
     thread.index = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
     thread.copies.resize(1);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack;
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, fiber_main, 0);
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = thread.stack;
+    thread.start.uc_stack.ss_size = kStackBytes;
+    thread.start.uc_link = nullptr;
+    makecontext(&thread.start, fiber_main, 0);
   }
   start_hopper();
 }
@@ -376,9 +393,14 @@ void check(const void* address, size_t bytes, bool write, bool atomic) {
 }
 
 void allow(const void* data, size_t bytes, bool writable, const char* name) {
-  buffers.push_back({static_cast<const char*>(data), bytes, writable, false, name, std::vector<Byte>(writable ? bytes : 0)});
+  if (writable) global_histories.push_back(histories(bytes));
+  Byte* history = writable ? global_histories.back().get() : nullptr;
+  buffers.push_back({static_cast<const char*>(data), bytes, writable, false, name, history});
 }
-void forget_buffers() { buffers.clear(); }
+void forget_buffers() {
+  buffers.clear();
+  global_histories.clear();
+}
 
 bool launch_erased(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*), const void* kernel) {
   message.clear();
@@ -387,9 +409,11 @@ bool launch_erased(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(cons
   block_size = block;
   body = call;
   body_argument = kernel;
-  for (Buffer& buffer : buffers) std::fill(buffer.history.begin(), buffer.history.end(), Byte{});
-  for (block_number = 0; block_number < grid.x * grid.y * grid.z; ++block_number) {
-    block_at = {block_number % grid.x, block_number / grid.x % grid.y, block_number / grid.x / grid.y};
+  shared_histories.clear();
+  first_block = block_number + 1;
+  for (uint32_t i = 0; i < grid.x * grid.y * grid.z; ++i) {
+    ++block_number;
+    block_at = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     start_block(shared_bytes);
     run_block();
     if (!message.empty()) return false;

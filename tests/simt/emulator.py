@@ -12,10 +12,11 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-# The two sanitizers exclude each other. "thread": emulator.cpp's own hooks see every access (bounds, hazards). "address": the
-# real AddressSanitizer, for what a thread does inside its own stack; it must be preloaded into Python.
+# The two sanitizers exclude each other. "thread": emulator.cpp's own hooks see every access (bounds, hazards), and so whatever
+# a null or a wrapped pointer leads to, whose own checks are most of the code. "address": the real AddressSanitizer, for what a
+# thread does inside its own stack; it must be preloaded into Python.
 SANITIZERS = {
-    "thread": "-fsanitize=thread,undefined -fno-sanitize=vptr",
+    "thread": "-fsanitize=thread,undefined -fno-sanitize=vptr,null,pointer-overflow,object-size",
     "address": "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined",
 }
 FLAGS = f"-std=c++20 -O1 -fPIC -ffp-contract=off -fno-strict-aliasing -w -I{HERE}/include -I{HERE} -I{CSRC}"
@@ -27,22 +28,23 @@ def sanitizer() -> str:
 
 
 def build(source: str, folder: Path) -> Path:
-    """Compiles tests/simt/<source>.cpp and the emulator into a shared library in `folder`."""
+    """Compiles tests/simt/<source>.cpp and, once in a folder, the emulator into a shared library in `folder`."""
     flags = SANITIZERS[sanitizer()]
-    library = folder / f"{source}.so"
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX", "g++").split()
     runtime_flags = flags if sanitizer() == "address" else ""
     link_flags = runtime_flags or "-fsanitize=undefined -static-libubsan"
-    steps = [
-        f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/emulator.cpp -o {folder}/emulator.o",
-        f"{compiler} {FLAGS} {runtime_flags} -c {HERE}/emulator_hopper.cpp -o {folder}/emulator_hopper.o",
-        f"{compiler} {FLAGS} {flags} -c {HERE}/{source}.cpp -o {folder}/{source}.o",
-        # Not linked with the thread sanitizer's runtime: emulator.cpp has the functions that the compiler calls. UBSan's is
-        # linked in, so that each library's findings reach its own emulator.cpp.
-        f"{compiler} -shared {folder}/{source}.o {folder}/emulator.o {folder}/emulator_hopper.o -o {library} {link_flags}",
-    ]
-    for step in steps:
-        subprocess.run(step.split(), check=True)
+
+    def compiled(name: str, sanitizer_flags: str) -> Path:
+        out = folder / f"{name}.o"
+        if not out.exists():
+            subprocess.run([*compiler, *f"{FLAGS} {sanitizer_flags} -c {HERE}/{name}.cpp -o {out}".split()], check=True)
+        return out
+
+    # Not linked with the thread sanitizer's runtime: emulator.cpp has the functions that the compiler calls. UBSan's is linked
+    # in, so that each library's findings reach its own emulator.cpp.
+    objects = [compiled(source, flags), *(compiled(name, runtime_flags) for name in ("emulator", "emulator_hopper"))]
+    library = folder / f"{source}.so"
+    subprocess.run([*compiler, "-shared", *objects, "-o", library, *link_flags.split()], check=True)
     return library
 
 

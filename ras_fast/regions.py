@@ -201,5 +201,5 @@ def boxes_to_patches(boxes: Tensor | Sequence[Sequence[float]], image_size: tupl
 
 def _overlaps(low: Tensor, high: Tensor, size: int, cells: int) -> Tensor:
     """[N, cells] bool: which of `cells` equal intervals of 0..size an interval low..high overlaps."""
-    edges = torch.arange(cells + 1, dtype=low.dtype) * size / cells
+    edges = torch.arange(cells + 1, dtype=low.dtype, device=low.device) * size / cells
     return (low[:, None] < edges[1:]) & (high[:, None] > edges[:-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -48,6 +48,18 @@ def tensors_or_none(**given: object) -> None:
 def is_integer(value: object) -> bool:
     """Whether it is an integer of Python, of NumPy or of a trace."""
     return isinstance(value, (int, torch.SymInt, Integral))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of Python, of NumPy or of a trace, or a tensor, which may hold one."""
+    return isinstance(value, (float, int, Tensor, torch.SymFloat, torch.SymInt, Real))
+
+
+def numbers(**given: object) -> None:
+    """Each, by its name, is a number."""
+    for name, value in given.items():
+        if not is_number(value):
+            fail(name, repr(value), "a number")
 
 
 def floating(name: str, tensor: Tensor) -> None:

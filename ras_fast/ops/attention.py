@@ -164,8 +164,8 @@ def key_attention(
     _validate_reduce(reduce)
     num_regions = 0
     if isinstance(region_bias, Tensor) and region_ids is not None:
-        if region_bias.dim() not in (2, 3):
-            _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}", "[Hq, R] or [B, Hq, R]")
+        if region_bias.dim() not in (2, 3) or region_bias.shape[-1] == 0:
+            _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}", "[Hq, R] or [B, Hq, R] with R > 0")
         num_regions = region_bias.shape[-1]
         _validate_regions(key, region_ids, num_regions)
     _validate_bias(query, region_ids, num_regions, region_bias)
@@ -255,7 +255,10 @@ def _statistics_masks(name, query, key, lse, scale, is_causal, kv_start, kv_end,
 
 
 def _resolve_scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        return query.shape[-1] ** -0.5
+    _check.numbers(scale=scale)
+    return float(scale)
 
 
 def _resolve_window(window: int | None, key: Tensor) -> int:
@@ -353,8 +356,9 @@ def _validate_scores(is_causal, window, softcap) -> None:
             _check.fail("window", repr(window), "None or an integer of at least 1")
         if not is_causal:
             _check.fail("window", f"{window} with is_causal=False", "used with is_causal=True")
-    if softcap is not None and not _FLOAT32.tiny <= softcap <= _FLOAT32.max:  # kernels divide by it in float32
-        _check.fail("softcap", softcap, f"None, or in {_FLOAT32.tiny:.2g}..{_FLOAT32.max:.2g}")
+    # Kernels divide by it in float32.
+    if softcap is not None and not (_check.is_number(softcap) and _FLOAT32.tiny <= softcap <= _FLOAT32.max):
+        _check.fail("softcap", repr(softcap), f"None, or in {_FLOAT32.tiny:.2g}..{_FLOAT32.max:.2g}")
 
 
 def _validate_bias(query: Tensor, region_ids: Tensor | None, num_regions: int, region_bias: Tensor | None) -> None:

@@ -133,7 +133,7 @@ def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
     _check.tensors(up=up)
     _check.shape("up", up, tuple(gate.shape), "[N, K]")
     _validate_like(x, up=up)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         _check.fail("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
 
 

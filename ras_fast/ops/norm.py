@@ -181,19 +181,23 @@ def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool)
 
 
 def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes) -> None:
+    _check.numbers(eps=eps, weight_offset=weight_offset)
     _validate(x, residual, weight, None, vectors, slot, alpha, probes)
 
 
 def _layer_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
+    _check.numbers(eps=eps)
     _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
 
 
 def _rms_in_place_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes) -> None:
+    _check.numbers(eps=eps, weight_offset=weight_offset)
     _validate(x, residual, weight, None, vectors, slot, alpha, probes)
     _validate_in_place(x, residual)
 
 
 def _layer_in_place_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
+    _check.numbers(eps=eps)
     _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
     _validate_in_place(x, residual)
 

@@ -49,8 +49,8 @@ def _validate(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tens
     _check.dtype("prototype_probs", prototype_probs, torch.float32)
     _check.last_dim_contiguous("prototype_probs", prototype_probs)
     _check.device("prototype_probs", prototype_probs, logits.device)
-    if not 0.0 <= gamma <= 1.0:
-        _check.fail("gamma", gamma, "in [0, 1]")
+    if not (_check.is_number(gamma) and 0.0 <= gamma <= 1.0):
+        _check.fail("gamma", repr(gamma), "in [0, 1]")
     if steps is not None:
         _check.shape("steps", steps, (batch,), "[B]")
         _check.dtype("steps", steps, torch.int32)

@@ -191,7 +191,8 @@ def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
         return "has its weights offloaded"
     # Off-centre rows tell RMSNorm from LayerNorm, small ones show where eps comes in.
     generator = torch.Generator().manual_seed(0)
-    rows = (torch.randn(4, x.shape[-1], generator=generator) + 1) * torch.tensor([[1.0], [30.0], [0.1], [1e-3]])
+    scales = torch.tensor([[1.0], [30.0], [0.1], [1e-3]], device="cpu")
+    rows = (torch.randn(4, x.shape[-1], generator=generator, device="cpu") + 1) * scales
     rows = rows.to(device=weight.device, dtype=x.dtype)
     try:
         expected = type(norm).forward(norm, rows)

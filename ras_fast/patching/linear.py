@@ -76,7 +76,8 @@ def _is_plain(module: nn.Module | None) -> bool:
 
 def some_rows(weight: Tensor) -> Tensor:
     """Two random rows [2, K] for a weight [N, K]."""
-    return torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, weight.shape[1], generator=generator, device="cpu").to(weight.device, weight.dtype)
 
 
 @torch.no_grad()

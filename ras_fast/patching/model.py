@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
-from ras_fast.ops._check import FLOATS, is_tensor
+from ras_fast.ops._check import FLOATS, is_integer, is_tensor
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
 from ras_fast.patching.image_statistics import link
@@ -205,11 +205,10 @@ class Patch:
 
         Raises:
             RuntimeError: image statistics are off; says why.
-            ValueError: a layer that is not there, the model has a monitor already, or `receive` cannot be called.
+            ValueError: a layer that is not there, or none, the model has a monitor already, or `receive` cannot be called.
         """
-        state, layers = self._regions(), frozenset(layers)
-        if not layers <= set(state.layers):
-            raise ValueError(f"layers are {sorted(layers)}; the model has layers {_listed(state.layers)}")
+        state = self._regions()
+        layers = frozenset(_indices(layers, state.layers))
         if state.monitor is not None:
             raise ValueError("the model has a monitor already: end that first (clear_monitor)")
         _check_callable(receive)
@@ -317,7 +316,7 @@ class Patch:
         """
         if not self.applied:
             raise RuntimeError("the model is not patched")
-        place = self._fused.final_norm if layer == "final" else self._fused.layers.get(layer)
+        place = self._held(layer)
         return place is not None and place.site is None
 
     def clear_steering(self, steering: Steering | None = None) -> None:
@@ -352,17 +351,23 @@ class Patch:
 
     def clear_probe(self, layer: int) -> None:
         """Ends `set_probe`; nothing happens where there is no probe."""
-        if layer in self._fused.layers:
+        if is_integer(layer) and layer in self._fused.layers:
             self._fused.layers[layer].probe = None
 
     def _place(self, layer: int | str) -> SteeredLayer | FusedNorm:
         if not self.applied:
             raise RuntimeError("the model is not patched")
-        place = self._fused.final_norm if layer == "final" else self._fused.layers.get(layer)
+        place = self._held(layer)
         if place is None:
             able = [*self._fused.layers, *(["final"] if self._fused.final_norm is not None else [])]
             raise ValueError(f"layer is {layer!r}; it must be one of {able}\n{self._report}")
         return place
+
+    def _held(self, layer: object) -> SteeredLayer | FusedNorm | None:
+        """What the patch holds of that index, or by the name "final"; None where it holds nothing."""
+        if is_integer(layer):
+            return self._fused.layers.get(layer)
+        return self._fused.final_norm if isinstance(layer, str) and layer == "final" else None
 
     def _directions(self, name: str, directions: Tensor, place: SteeredLayer | FusedNorm) -> Tensor:
         """A copy [S, d] as the kernels take it, on the device where it will be used."""
@@ -409,7 +414,7 @@ class Patch:
 def _indices(given: Iterable[int], layers: Mapping[int, Any]) -> tuple[int, ...]:
     """Raises ValueError unless these are some of the layers."""
     indices = tuple(given) if isinstance(given, Iterable) else ()
-    if not indices or not all(isinstance(index, int) and index in layers for index in indices):
+    if not indices or not all(is_integer(index) and index in layers for index in indices):
         raise ValueError(f"layers is {given!r}; it must hold at least one index, of those in {_listed(layers)}")
     return indices
 

@@ -48,7 +48,7 @@ class Steering:
         if slot.dtype == torch.int64:  # what is out of range stays out of range
             slot = slot.clamp(-2, torch.iinfo(torch.int32).max)
         self.slot.copy_(slot)
-        self.alpha.copy_(alpha)
+        self.alpha.copy_(alpha.detach())  # else each call would add to one graph, which a deepcopy of the model refuses
 
 
 @dataclass

@@ -208,8 +208,8 @@ def _sample(text_model: nn.Module, layers: nn.ModuleList) -> dict[str, Tensor]:
     parameter, config = next(layers[0].parameters()), text_model.config
     device = "cpu" if parameter.is_meta else parameter.device  # offloaded weights come with hooks that move their inputs
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(2, 7, config.hidden_size, generator=generator).to(device=device, dtype=text_model.dtype)
-    ids = torch.randint(config.vocab_size, (2, 7), generator=generator).to(device)
+    states = torch.randn(2, 7, config.hidden_size, generator=generator, device="cpu").to(device=device, dtype=text_model.dtype)
+    ids = torch.randint(config.vocab_size, (2, 7), generator=generator, device="cpu").to(device)
     return {"input_ids": ids} | _random_images(text_model, states)
 
 

@@ -1,10 +1,12 @@
 """What is no tensor is named, whatever lacks first an attribute of one."""
 
 import inspect
+import re
 
 import pytest
 import torch
 
+import ras_fast
 from ras_fast import ops
 
 X, TABLE, ONES = torch.randn(4, 8), torch.randn(8, 8), torch.ones(4)
@@ -64,3 +66,37 @@ def test_an_option_that_is_no_tensor_is_named(name, option):
     others = {"region_bias": torch.zeros(4, 1)} if (name, option) == ("key_attention", "region_ids") else {}
     with pytest.raises(ValueError, match=f"^{option} is 1; it must be a tensor or None"):
         getattr(ops, name)(*GIVEN[name], **{option: 1}, **others)
+
+
+LOGITS = (torch.randn(2, 3, 11), torch.rand(3, 11))
+NUMBERS = [
+    ("region_attention", (QUERY, KEY, KEY), "scale"),
+    ("region_attention", (QUERY, KEY, KEY), "softcap"),
+    ("region_mass", GIVEN["region_mass"], "scale"),
+    ("add_rms_norm", (X, X, TABLE[0]), "eps"),
+    ("add_rms_norm", GIVEN["add_rms_norm"], "weight_offset"),
+    ("add_layer_norm", (X, X, TABLE[0], TABLE[1]), "eps"),
+    ("refusal_similarity", LOGITS, "gamma"),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "option"), NUMBERS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_what_is_no_number_is_named(name, given, option, backend):
+    ras_fast.set_backend(backend)
+    try:
+        for wrong in ("0.5", [0.5]):
+            with pytest.raises(ValueError, match=f"^{option} is {re.escape(repr(wrong))}; it must be"):
+                getattr(ops, name)(*given, **{option: wrong})
+    finally:
+        ras_fast.set_backend("auto")
+
+
+def test_an_activation_that_is_no_name_is_named():
+    with pytest.raises(ValueError, match=r"^activation is \['silu'\]; it must be one of"):
+        ops.linear_glu(X, TABLE, TABLE, activation=["silu"])
+
+
+def test_a_bias_of_no_region_is_named():
+    with pytest.raises(ValueError, match=r"^region_bias is of shape \(4, 0\)"):
+        ops.key_attention(QUERY, KEY, LSE, region_ids=IDS, region_bias=torch.zeros(4, 0))

@@ -781,6 +781,17 @@ def test_backend(model):
     assert forced_backend() == "auto"
 
 
+def test_another_default_device(model):
+    """As under torch.set_default_device: what `patch` tries is the model's business, wherever it lies."""
+    batch = inputs(ROWS)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with torch.device("meta"), ras_fast.patch(model) as patched:
+            report = patched.report()
+            assert relative_error(model(**batch).logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
+    assert (report.regions, report.fused_norms, report.linears, report.mlps) == (None, 6, 22, 3)
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_backends_of_two_models(model, first):
     """The backend is forced as long as one of the models that asked for it is patched; a copy has not asked."""

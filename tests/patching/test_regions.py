@@ -5,7 +5,7 @@ import torch
 from families import COUSINS
 
 import ras_fast
-from ras_fast.regions import RegionMap, boxes_to_patches, image_regions, join_regions, square_grid
+from ras_fast.regions import RegionMap, _overlaps, boxes_to_patches, image_regions, join_regions, square_grid
 
 
 def bits(text):
@@ -120,6 +120,8 @@ def test_boxes_to_patches():
     got = boxes_to_patches([[0, 0, 10, 10], [9.5, 0, 10.5, 20], [19, 19, 20, 20]], (20, 20), (2, 2))
     assert got.tolist() == [[[True, False], [False, False]], [[True, True], [True, True]], [[False, False], [False, True]]]
     assert boxes_to_patches([[0, 0, 30, 7]], (21, 30), (3, 5)).sum() == 5
+    low, high = torch.zeros(2, 3, device="meta")  # as boxes on a GPU
+    assert _overlaps(low, high, 20, 2).device == low.device
 
 
 @pytest.mark.parametrize("box", [[0, 0, 0, 5], [-1, 0, 5, 5], [0, 0, 21, 5], [0, float("nan"), 5, 5]])

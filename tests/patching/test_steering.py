@@ -1,5 +1,7 @@
 """Steering through the patched layers, against forward hooks on the unpatched model."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import inputs, llava, relative_error
@@ -143,6 +145,16 @@ def test_rows_that_were_set_in_inference_mode(model, vectors):
         assert torch.equal(patched.steering.alpha, 2 * ALPHA)
 
 
+def test_rows_of_a_graph_leave_it(model, vectors):
+    """Rows that were computed with gradients: steps do not add up to one graph, and the model can still be copied."""
+    with ras_fast.patch(model) as patched:
+        patched.set_steering(0, vectors)
+        patched.steering.set_rows(SLOT, ALPHA.clone().requires_grad_() * 2)
+        assert not patched.steering.alpha.requires_grad
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(model)(**BATCH).logits, model(**BATCH).logits)
+
+
 def test_slots_out_of_range_stay_there(model, vectors):
     """In int32 these would be -1, which is unsteered, and 0."""
     with ras_fast.patch(model) as patched:
@@ -272,6 +284,9 @@ def test_what_is_of_another_type_is_named(model):
             (lambda: patched.set_probe(1, [1.0], print), r"directions is \[1.0\]; it must be a tensor"),
             (lambda: patched.set_probe(1, torch.zeros(1, SIZE), None), "receive is None; it must be a function"),
             (lambda: patched.set_monitor([1], None), "receive is None; it must be a function"),
+            (lambda: patched.set_monitor(1, print), "layers is 1; it must hold at least one index"),
+            (lambda: patched.set_steering([1], torch.zeros(1, SIZE)), r"layer is \[1\]; it must be one of"),
+            (lambda: patched.set_probe([1], torch.zeros(1, SIZE), print), r"layer is \[1\]; it must be one of"),
             (lambda: patched.set_region_bias(None), "bias of layer 0 is None; it must be a tensor"),
             (lambda: patched.steering.set_rows([0], ALPHA), r"slot is \[0\]; it must be a tensor"),
             (lambda: patched.steering.set_rows(SLOT, 0.5), "alpha is 0.5; it must be a tensor"),

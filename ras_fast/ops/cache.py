@@ -60,6 +60,11 @@ def _validate(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: T
 
 
 def _reference(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    # Before anything is written; and indexing would take a negative one from the end.
+    if slots.is_cpu and not torch.compiler.is_compiling():
+        outside = slots[(slots < 0) | (slots >= keys.shape[2])]
+        if len(outside):
+            raise RuntimeError(f"ras_fast cache: slots holds {outside[0]}; the cache has {keys.shape[2]} slots")
     for cache, new in ((keys, key), (values, value)):
         for row, places, states in zip(cache, slots, new, strict=True):  # a CPU scatters element by element, but copies rows
             row.index_copy_(1, places, states)

@@ -109,9 +109,8 @@ class Runner:
         return output.last_hidden_state
 
     def check_frequencies(self, tokens: int) -> None:
-        """Raises TooLong for a prompt and an answer of up to so many tokens together, where at such a length the rotary embedding
-        turns every token of a forward by other frequencies: those of the stages, and of the batch's rows, would depend on each
-        other."""
+        """Raises TooLong for a prompt and its answer of up to so many tokens, where at such a length the rotary embedding turns
+        every token of a forward by other frequencies: stages, and rows of the batch, would depend on each other."""
         if self._same_up_to is not None and tokens > self._same_up_to:
             raise TooLong(
                 f"a prompt and its answer may take {tokens} tokens; beyond {self._same_up_to} the rotary frequencies of "
@@ -209,8 +208,8 @@ def _layer_kinds(model) -> list[str]:
 
 
 def _same_up_to(rotary) -> list[int]:
-    """The lengths beyond which frequencies of a rotary embedding follow the longest sequence of a forward: none, or one for each
-    kind of layer where these differ."""
+    """The lengths beyond which frequencies of a rotary embedding follow the longest sequence of a forward: none, one, or one
+    for each kind of layer."""
     kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
     found = []
     for layers, kind in kinds.items():

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 
 from ras_fast.inputs import Query, encode
 from ras_fast.patching.structure import find_head
-from ras_fast.profile import modules_of
+from ras_fast.profile import RasProfile, is_integer, modules_of
 
 BROKEN = -1  # in place of a token, where nothing may be read
 
@@ -100,6 +100,17 @@ def check_mode(model) -> None:
     raise ValueError(f"model is in training mode{part and f' at {part}'}; it needs to be in eval mode: call model.eval()")
 
 
+def check_parts(model, processor, profile) -> None:
+    """Raises ValueError for what cannot be a model in eval mode, its processor and a profile."""
+    if not isinstance(profile, RasProfile):
+        raise ValueError(f"profile is a {type(profile).__name__}; it needs to be a RasProfile (RasProfile.from_pretrained)")
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"model is a {type(model).__name__}; it needs to be a transformers model")
+    if not hasattr(processor, "tokenizer"):
+        raise ValueError(f"processor is a {type(processor).__name__}; it needs to be the model's multimodal processor")
+    check_mode(model)
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How answers are decoded. Greedy unless ``do_sample``.
@@ -143,10 +154,12 @@ class Decoding:
         return cls(**settings)
 
     def __post_init__(self):
-        if not isinstance(self.max_new_tokens, int) or isinstance(self.max_new_tokens, bool) or self.max_new_tokens < 1:
+        if not is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
         if not isinstance(self.do_sample, bool):
             raise ValueError(f"do_sample is {self.do_sample!r}; it needs to be True or False")
+        if not is_integer(self.seed):  # a list, one a prompt, would be taken for one seed
+            raise ValueError(f"seed is {self.seed!r}; it needs to be one integer, from which each query's noise follows")
         self._check_numbers()
         given = ([] if some is None else some for some in (self.stop_strings, self.logits_processors))
         stops, processors = (tuple(some) if isinstance(some, (list, tuple)) else (some,) for some in given)

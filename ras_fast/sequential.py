@@ -18,6 +18,7 @@ from ras_fast.decoding import (
     broken_rows,
     check_length,
     check_mode,
+    check_parts,
     check_streamer,
     eos_ids,
     lock_of,
@@ -55,11 +56,11 @@ class SequentialPipeline:
     model, processor, profile: as for `SafeGenerator`; the model may be patched or not. One call at a time on a model, in turn
         with those of `SafeGenerator`s.
 
-    Raises ValueError when the profile is of another model, or of a method without stages.
+    Raises ValueError when an argument has the wrong type, the profile is of another model, or of a method without stages.
     """
 
     def __init__(self, model, processor, profile: RasProfile):
-        check_mode(model)
+        check_parts(model, processor, profile)
         profile.check(model, processor)
         self.model, self.processor, self.profile = model, processor, profile
         self.head = output_head(model)

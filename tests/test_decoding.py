@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -161,9 +162,11 @@ def test_none_is_what_transformers_has_for_nothing():
     assert Decoding(stop_strings=None, logits_processors=None) == Decoding()
 
 
-@pytest.mark.parametrize("setting", [{"do_sample": "no"}, {"do_sample": 1}, {"max_new_tokens": True}], ids=str)
+@pytest.mark.parametrize("setting", [
+        {"do_sample": "no"}, {"do_sample": 1}, {"max_new_tokens": True}, {"seed": None}, {"seed": 1.5}, {"seed": [1, 2]},
+    ], ids=str)  # fmt: skip
 def test_settings_of_other_types(setting):
-    with pytest.raises(ValueError, match="{} is {!r}; it needs to be".format(*next(iter(setting.items())))):
+    with pytest.raises(ValueError, match=re.escape("{} is {!r}; it needs to be".format(*next(iter(setting.items()))))):
         Decoding(**setting)
 
 

@@ -1206,13 +1206,21 @@ def test_what_cannot_be_used_is_refused(model, processor, profile):
         ({"batch_size": "3"}, "batch_size is '3'; it needs to be an integer"),
         ({"batch_size": 2.5}, "batch_size is 2.5"),
         ({"sync_every": 1.5}, "sync_every is 1.5"),
+        ({"batch_size": True}, "batch_size is True; it needs to be an integer"),
+        ({"cache_bytes": True}, "cache_bytes is True; it needs to be an integer"),
+        ({"fused": "no"}, "fused is 'no'; it needs to be True or False"),
+        ({"region_mass": None}, "region_mass is None; it needs to be True or False"),
         ({"cache_bytes": "1GB"}, "cache_bytes is '1GB'; it needs to be an integer"),
         ({"profile": None}, "profile is a NoneType; it needs to be a RasProfile"),
         ({"profile": "folder"}, "profile is a str"),
         ({"processor": None}, "processor is a NoneType"),
+        ({"model": None}, "model is a NoneType; it needs to be a transformers model"),
     ):
         with pytest.raises(ValueError, match=message):
             SafeGenerator(**{"model": model, "processor": processor, "profile": profile} | options)
+        if not options.keys() - {"model", "processor", "profile"}:
+            with pytest.raises(ValueError, match=message):
+                SequentialPipeline(**{"model": model, "processor": processor, "profile": profile} | options)
     model.train()
     try:
         with pytest.raises(ValueError, match="model is in training mode"):

@@ -4,6 +4,7 @@ The capture itself is tested on a GPU: tests/cuda/test_engine_cuda.py.
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -205,14 +206,51 @@ def test_frequencies_that_follow_the_length_are_not_asked_for_it(processor, grap
     assert "forward" not in vars(rotary)
 
 
-def test_frequencies_follow_a_length_beyond_that_of_training(processor):
-    model, rotary = dynamic_llava(processor, longest=24)
-    profile, (prompts, images) = make_profile(model, processor), make_queries(5)
-    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=8)
-    with SafeGenerator(model, processor, profile, batch_size=1) as guard:
-        outputs = guard.generate(prompts, images, max_new_tokens=8)
-    assert not isinstance(rotary.max_seq_len_cached, int)
-    assert [len(output.tokens) for output in outputs] == [len(output.tokens) for output in expected]
+def longrope_llava(processor, longest):
+    """Beyond `longest` positions it has other rotary frequencies, as Phi-3 and Phi-4."""
+    model = tiny_llava(processor)
+    text = model.model.language_model
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 5.0, 7.0], "factor": 4.0}
+    text.config.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": longest, **factors,
+    }  # fmt: skip
+    text.rotary_emb = type(text.rotary_emb)(text.config).eval()
+    return model, text.rotary_emb
+
+
+def note_longest(places, module, args, given):
+    places.append(given["position_ids"].max().item())
+
+
+@pytest.mark.parametrize("make", [dynamic_llava, longrope_llava])
+def test_a_length_at_which_frequencies_change_is_refused_and_never_reached_by_what_is_not(processor, make):
+    """One row's length would change the others', and a prompt's own those of the prefix that its stages share."""
+    model, rotary = make(processor, longest=51)
+    # The longest prompt, of 41 tokens, keeps its draft, so that it ends before the others, which begin anew.
+    profile, (prompts, images) = make_profile(model, processor, max_context_tokens=1), make_queries(3)
+    pipeline, places = SequentialPipeline(model, processor, profile), []
+    expected = pipeline.generate(prompts, images, max_new_tokens=10)
+    with (
+        rotary.register_forward_pre_hook(partial(note_longest, places), with_kwargs=True),
+        SafeGenerator(model, processor, profile) as guard,
+    ):
+        assert_same(guard.generate(prompts, images, max_new_tokens=10), expected)
+        with pytest.raises(ValueError, match=r"prompts\[\d\]: a prompt and its answer may take \d+ tokens; beyond 51 the"):
+            guard.generate(prompts, images, max_new_tokens=40)
+        assert max(places) < 51
+
+
+@pytest.mark.parametrize("make", [dynamic_llava, longrope_llava])
+def test_a_stage_at_whose_length_frequencies_change_fails_closed_for_its_query_alone(processor, make):
+    model, _ = make(processor, longest=54)
+    profile = make_profile(model, processor, safety_prompt="w4 " * 30)
+    with SafeGenerator(model, processor, profile) as guard:
+        alone = guard.generate(["w1"], max_new_tokens=4)
+        outputs = guard.generate(["w1", "w2"], [None, random_image(0)], max_new_tokens=4)
+    assert_same(outputs[:1], alone)
+    assert outputs[1].risk == 1
+    assert "beyond 54 the rotary frequencies" in outputs[1].failed_closed
+
 
 
 def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeypatch):

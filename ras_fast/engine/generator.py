@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from ras_fast.decoding import Decoding, at_rest, check_mode, check_streamer, lock_of, transformers_model
+from ras_fast.decoding import Decoding, at_rest, check_mode, check_parts, check_streamer, lock_of, transformers_model
 from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch
 from ras_fast.engine.kv_cache import ByteBoundedCache
@@ -25,7 +25,7 @@ from ras_fast.inputs import make_queries
 from ras_fast.methods import ONE_PASS
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.structure import only_records
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, is_integer
 
 
 def _without_wrapper(model):
@@ -79,16 +79,13 @@ class SafeGenerator:
         cache_bytes: int = 0,
         sync_every: int | None = None,
     ):
-        if not isinstance(profile, RasProfile):
-            raise ValueError(f"profile is a {type(profile).__name__}; it needs to be a RasProfile (RasProfile.from_pretrained)")
-        if not hasattr(model, "get_output_embeddings"):
-            raise ValueError(f"model is a {type(model).__name__}; it needs to be a transformers model")
-        if not hasattr(processor, "tokenizer"):
-            raise ValueError(f"processor is a {type(processor).__name__}; it needs to be the model's multimodal processor")
-        check_mode(model)
+        check_parts(model, processor, profile)
         for name, value in (("batch_size", batch_size), ("sync_every", 1 if sync_every is None else sync_every)):
-            if not isinstance(value, int) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it needs to be an integer of at least 1")
+        for name, value in (("fused", fused), ("region_mass", region_mass)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it needs to be True or False")
         model = _without_wrapper(model)
         profile.check(model, processor)
         self.model, self.processor, self.profile = model, processor, profile

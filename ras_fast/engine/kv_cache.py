@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ras_fast.engine.recurrence import Segment, StateLayer, States
 from ras_fast.ops import write_cache_
+from ras_fast.profile import is_integer
 
 
 @dataclass
@@ -184,7 +185,7 @@ class ByteBoundedCache:
     """
 
     def __init__(self, limit: int):
-        if not isinstance(limit, int) or limit < 0:
+        if not is_integer(limit) or limit < 0:
             raise ValueError(f"cache_bytes is {limit!r}; it needs to be an integer of at least 0 (off)")
         self.limit, self.nbytes = limit, 0
         self._entries: OrderedDict = OrderedDict()

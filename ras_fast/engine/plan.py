@@ -62,6 +62,7 @@ class Plan:
 
     def sequence(self, prompt: list[int], decoding: Decoding, query: int = 0) -> Sequence:
         check_length(self.runner.model, len(prompt))
+        self.runner.check_frequencies(len(prompt) + decoding.max_new_tokens)
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)
 
     def decode(self, batch: Batch, answer: Branch, streamer=None, shown: int = 0, own_steps: int = 0) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ras_fast.decoding import eos_ids, output_head
+from ras_fast.decoding import TooLong, eos_ids, output_head
 from ras_fast.engine import recurrence
 from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.workspace import Workspaces
@@ -72,8 +72,9 @@ class Runner:
         # A graph holds one device's work; weights that hooks fetch for each forward (accelerate's offloading) have no address.
         devices = {parameter.device for parameter in self.model.parameters()}
         self.captured = self.device.type in CAPTURED and devices == {self.device}
-        rotary = (module for module in self.model.modules() if isinstance(getattr(module, "rope_type", None), str))
-        self._following = [module for module in rotary if "dynamic" in module.rope_type]
+        rotary = [module for module in self.model.modules() if hasattr(module, "rope_type")]
+        self._following = [module for module in rotary if isinstance(module.rope_type, str) and "dynamic" in module.rope_type]
+        self._same_up_to = min((length for module in rotary for length in _same_up_to(module)), default=None)
 
     def capture_nothing(self, why: Exception) -> None:
         """Steps run without graphs from now on, until the model is changed."""
@@ -98,12 +99,24 @@ class Runner:
 
     def __call__(self, pool: KVPool, ids: Tensor, positions: Tensor | None, mask=None, **extras) -> Tensor:
         """States [B, T, d] after the last norm for ids [B, T] at positions [B, T], or where the model puts them (None)."""
+        if positions is not None and self._same_up_to is not None:
+            positions = positions.clamp(max=self._same_up_to - 1)  # rows that have ended count on, and would change the others'
         if positions is not None and self.offsets:
             positions = positions.expand(self.channels, *positions.shape)
         extras[self._cache_name] = pool
         with recurrence.in_segments(self.recurrences, pool), self._same_frequencies(pool.capacity):
             output = self.base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
         return output.last_hidden_state
+
+    def check_frequencies(self, tokens: int) -> None:
+        """Raises TooLong for a prompt and its answer of up to so many tokens, where at such a length the rotary embedding turns
+        every token of a forward by other frequencies: stages, and rows of the batch, would depend on each other."""
+        if self._same_up_to is not None and tokens > self._same_up_to:
+            raise TooLong(
+                f"a prompt and its answer may take {tokens} tokens; beyond {self._same_up_to} the rotary frequencies of "
+                f"{type(self.model).__name__} follow the length, and the stages could not share a prefix: ask for fewer, or "
+                "use ras_fast.sequential"
+            )
 
     @contextmanager
     def _same_frequencies(self, positions: int) -> Iterator[None]:
@@ -192,6 +205,20 @@ def _layer_kinds(model) -> list[str]:
         wanted = f"{sorted(_LAYERS)}, alone or among {sorted(recurrence.LAYERS)}"
         raise ValueError(f"{name} has layers of {sorted(found)}; the engine knows {wanted}: {INSTEAD}")
     return kinds
+
+
+def _same_up_to(rotary) -> list[int]:
+    """The lengths beyond which frequencies of a rotary embedding follow the longest sequence of a forward: none, one, or one
+    for each kind of layer."""
+    kinds = rotary.rope_type if isinstance(rotary.rope_type, dict) else {None: rotary.rope_type}
+    found = []
+    for layers, kind in kinds.items():
+        if "dynamic" in kind:
+            found.append(rotary.original_max_seq_len)
+        elif kind == "longrope":
+            parameters = rotary.config.rope_parameters
+            found.append((parameters if layers is None else parameters[layers])["original_max_position_embeddings"])
+    return found
 
 
 def close(found: Tensor, wanted: Tensor, model) -> bool:

@@ -45,7 +45,7 @@ def _buffers(modules: list[nn.Module]) -> tuple[list, tuple]:
 
 
 def _state(model, modules: list[nn.Module]) -> tuple[list, tuple]:
-    """What a model computes depends on, but for its buffers: (objects, which must live for their ids to mean something; a key)."""
+    """What a model computes by, but for its buffers: (objects, which must live for their ids to mean something; a key)."""
     patch, device = Patch.of(model), model.device.type
     objects: list = [*modules] if patch is None else [*modules, *patch.in_force()]
     for module in modules:

@@ -176,7 +176,7 @@ class _Run:
         risk, failed = assess(self.prober, last)
         method.failed = failed | self.state.ends_in_padding(batch, length, last.device)
         method.risk = risk.masked_fill(method.failed, 1.0)
-        gate = method.epsilon * ((method.risk > method.threshold) | method.failed)
+        gate = method.epsilon * ((method.risk > method.threshold) | method.failed).float()  # not in torch's default dtype
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

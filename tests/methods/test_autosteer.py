@@ -235,6 +235,17 @@ def test_a_row_that_failed_is_turned_at_any_threshold(model, processor, batch):
     assert (got != plain).any(-1).tolist() == [True, False, False]
 
 
+def test_the_default_dtype_does_not_matter(model, mixed, batch):
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, mixed), torch.no_grad():
+        expected = model(**batch).logits
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = model(**batch).logits
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_the_prober_reads_in_full_precision_under_autocast(model, processor, batch):
     prober = AutoSteer(profile(model, processor)).prober
     hidden = torch.randn(4, D)

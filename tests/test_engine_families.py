@@ -113,7 +113,7 @@ def test_neighbours_share_a_forward_over_their_images(name, monkeypatch):
     encoded, prefill = [], batch.Batch.prefill
 
     def noted(self, row, inputs, lengths, kind):
-        encoded.extend([lengths] * (kind == batch.ANSWER))
+        encoded.extend([[*lengths]] * (kind == batch.ANSWER))
         prefill(self, row, inputs, lengths, kind)
 
     with SafeGenerator(model, processor, profile, batch_size=1, region_mass=True) as guard:
@@ -320,7 +320,7 @@ def test_other_logits_than_the_models_own_are_an_error(monkeypatch):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "ovis2", "paligemma", "paligemma/gemma2"])
 def test_a_gate_that_looks_at_attention_sees_all_tokens_after_an_image(name, batch_size):
-    """The one that closes it, too; and of Ovis2's and PaliGemma's prompts, which are not cut behind their images, those that come
+    """The one that closes it, too; and where prompts are not cut behind their images, in Ovis2 and PaliGemma, those that come
     later."""
     model, processor, profile = built(name)
     profile.config |= {"risk": "moras+attention", "heads": [[0, 1], [1, 0]]}
@@ -451,11 +451,11 @@ def summary(outputs):
     return [(output.tokens, output.context, output.rejected_at) for output in outputs]
 
 
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(("captured", "cut"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize(("name", "seed"), [("qwen3_5", 47), ("lfm2_vl", 55)])
-def test_a_state_goes_back_with_its_answer(name, seed, captured, monkeypatch):
-    """Recurrences: a draft that is changed at a later step starts again behind its prompt. A capture, too, runs its step once
-    more than it is asked to, and no state may go on by that."""
+def test_a_state_goes_back_with_its_answer(name, seed, captured, cut, monkeypatch):
+    """Recurrences: a draft that is changed at a later step starts again behind its prompt, cut or not. A capture, too, runs its
+    step once more than it is asked to, and no state may go on by that."""
     graphs = Graphs()
     monkeypatch.setattr(batch, "capture", graphs)
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"} if captured else set())
@@ -464,6 +464,7 @@ def test_a_state_goes_back_with_its_answer(name, seed, captured, monkeypatch):
     assert len({at for _, _, at in expected} & {None, 0, 1, 2}) >= 3
     for batch_size, every in ((1, 1), (2, 3), (6, 8)):
         with SafeGenerator(model, processor, profile, batch_size=batch_size, sync_every=every) as guard:
+            guard.plan._cuts = cut
             assert summary(guard.generate(*queries, max_new_tokens=24)) == expected
     assert graphs.replays > 3 * graphs.made > 0 or not captured
 

@@ -259,8 +259,8 @@ class SafeGenerator:
             raise ValueError(f"{name}: the engine's logits differ from the model's own; {INSTEAD}")
 
     def _own(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [V] after ids [1, L], by the model's own forward of them in one piece. Where they would all see each other in it,
-        which an answer's tokens do not: by one of the first half, and a step for each of the others."""
+        """Logits [V] after ids [1, L], by the model's own forward of them in one piece. Where they would all see each other in
+        it, which an answer's tokens do not: by one of the first half, and a step for each of the others."""
         if not self._runner.both_ways:
             return self.model(input_ids=ids, use_cache=False).logits[0, -1].float()
         cache = None

@@ -303,8 +303,8 @@ class Overlapped(Plan):
                 self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
 
     def _prove(self, jobs: list[Job], draft: Branch, cut: bool) -> None:
-        """Compares prompts with an image to the model's own forward of them in one piece: the first one, and of those that are cut
-        all that hold a special token after what closes their last image. Text after an image may mean something else in a
+        """Compares prompts with an image to the model's own forward of them in one piece: the first one, and of those that are
+        cut all that hold a special token after what closes their last image. Text after an image may mean something else in a
         forward without pixels, as Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ, and ValueError
         where others do."""
         for row, job in enumerate(jobs):

@@ -512,7 +512,6 @@ COUSINS = of_this_version(COUSINS)
 
 # Why the engine does not take a family (tests/test_engine_families.py).
 REFUSED = {
-    "chameleon": "its logits are not its last layer's",
     "llama4": "attention in chunks",
     "mllama": "cross-attention",
 }

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny_random import tiny_llava, tiny_processor
 from transformers import (
     AutoConfig,
@@ -210,6 +211,16 @@ def test_the_heads_factor_is_obeyed_where_the_model_applies_it(kind, factor, ins
         hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
         torch.testing.assert_close(output_head(model)(hidden), logits)
         assert torch.allclose(model.get_output_embeddings()(hidden), logits) == inside
+
+
+def test_tokens_that_the_model_rules_out_have_the_lowest_logits():
+    """Chameleon's image tokens, but for those that begin and end an image."""
+    model = FAMILIES["chameleon"].model("chameleon")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
+        assert torch.equal(output_head(model)(hidden), logits)
+    assert (logits == torch.finfo(torch.float32).min).sum() == 3 * 8
 
 
 def test_a_generate_that_leaves_out_logits_processors_is_refused(monkeypatch):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from weakref import WeakKeyDictionary
 
 import torch
@@ -309,28 +310,30 @@ def output_head(model):
     """The function from hidden states after the last norm to logits, with what the model does to them after its last matrix: a
     factor, a soft cap, tokens that it rules out."""
     layer, text = find_head(model), model.config.get_text_config()
-    cap = getattr(text, "final_logit_softcapping", None)
-
-    def finish(logits: torch.Tensor, factor: float) -> torch.Tensor:
-        logits = logits if factor == 1 else logits * factor
-        return cap * torch.tanh(logits / cap) if cap else logits
-
     named = [getattr(text, name, None) for name in ("logit_scale", "logits_scaling", "output_multiplier")]
     factors = [1.0, *(factor for value in named if value for factor in (value, 1 / value))]
-    if not any(named) and not getattr(model.config, "vocabulary_map", None):
-        return (lambda hidden: finish(layer(hidden), 1)) if cap else layer
+    caps = [*filter(None, [getattr(text, "final_logit_softcapping", None)]), None]
+    if len(factors) == len(caps) == 1 and not getattr(model.config, "vocabulary_map", None):
+        return layer
     plain, logits = _small_forward(model, layer)
     # Chameleon's image tokens, which are in its vocabulary, get the lowest number there is.
     ruled_out = (logits == torch.finfo(logits.dtype).min).all(dim=1)[0]
     wanted = logits[..., ~ruled_out].double()
-    # Some families divide by what others multiply with, some have it in their config and leave it out.
-    factor = min(factors, key=lambda factor: float((finish(plain, factor)[..., ~ruled_out].double() - wanted).norm()))
-    if not ruled_out.any():
-        return lambda hidden: finish(layer(hidden), factor)
+
+    def finish(logits: torch.Tensor, factor: float, cap: float | None) -> torch.Tensor:
+        logits = logits if factor == 1 else logits * factor
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def error(done: tuple) -> float:
+        return float((finish(plain, *done)[..., ~ruled_out].double() - wanted).norm())
+
+    # Some families divide by what others multiply with, some have a factor or a cap in their config and leave it out.
+    factor, cap = min(product(factors, caps), key=error)
+    only = ruled_out if ruled_out.any() else None
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits = finish(layer(hidden), factor)
-        return logits.masked_fill(ruled_out, torch.finfo(logits.dtype).min)
+        logits = finish(layer(hidden), factor, cap)
+        return logits if only is None else logits.masked_fill(only, torch.finfo(logits.dtype).min)
 
     return head
 

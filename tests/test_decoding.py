@@ -182,12 +182,16 @@ def test_end_tokens_and_stop_strings():
     assert not holds_stop((), processor.tokenizer, tokens)
 
 
-def test_the_heads_soft_cap_is_obeyed():
+def test_the_heads_soft_cap_is_obeyed_where_the_model_applies_it():
+    """LLaVA does nothing with that of its text model, nor does PaliGemma in transformers 5.17."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    text = AutoConfig.for_model("gemma2", **sizes, head_dim=8, num_key_value_heads=4, final_logit_softcapping=0.1)
+    model, hidden = AutoModelForCausalLM.from_config(text).eval(), torch.randn(2, 32)
+    torch.testing.assert_close(output_head(model)(hidden), 0.1 * torch.tanh(model.lm_head(hidden) / 0.1))
     model = tiny_llava(tiny_processor())
-    hidden = torch.randn(2, 32)
-    assert torch.equal(output_head(model)(hidden), model.lm_head(hidden))
-    model.config.text_config.final_logit_softcapping = 2.0
-    torch.testing.assert_close(output_head(model)(hidden), 2 * torch.tanh(model.lm_head(hidden) / 2))
+    for cap in (None, 0.1):
+        model.config.text_config.final_logit_softcapping = cap
+        assert torch.equal(output_head(model)(hidden), model.lm_head(hidden))
 
 
 @pytest.mark.parametrize(

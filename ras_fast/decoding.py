@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from weakref import WeakKeyDictionary
 
 import torch
@@ -320,34 +321,49 @@ def holds_stop(stops, tokenizer, tokens: list[int]) -> bool:
 
 def output_head(model):
     """The function from hidden states after the last norm to logits, with what the model does to them after its last matrix: a
-    factor, a soft cap."""
+    factor, a soft cap, tokens that it rules out."""
     layer, text = find_head(model), model.config.get_text_config()
-    cap = getattr(text, "final_logit_softcapping", None)
+    named = [getattr(text, name, None) for name in ("logit_scale", "logits_scaling", "output_multiplier")]
+    factors = [1.0, *(factor for value in named if value for factor in (value, 1 / value))]
+    caps = [*filter(None, [getattr(text, "final_logit_softcapping", None)]), None]
+    if len(factors) == len(caps) == 1 and not getattr(model.config, "vocabulary_map", None):
+        return layer
+    plain, logits = _small_forward(model, layer)
+    # Chameleon's image tokens, which are in its vocabulary, get the lowest number there is.
+    ruled_out = (logits == torch.finfo(logits.dtype).min).all(dim=1)[0]
+    wanted = logits[..., ~ruled_out].double()
 
-    def finish(logits: torch.Tensor, factor: float) -> torch.Tensor:
+    def finish(logits: torch.Tensor, factor: float, cap: float | None) -> torch.Tensor:
         logits = logits if factor == 1 else logits * factor
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    named = [getattr(text, name, None) for name in ("logit_scale", "logits_scaling", "output_multiplier")]
-    factors = [factor for value in named if value for factor in (value, 1 / value)]
-    factor = _logit_factor(model, layer, finish, [1.0, *factors]) if factors else 1.0
-    return layer if factor == 1 and not cap else lambda hidden: finish(layer(hidden), factor)
+    def error(done: tuple) -> float:
+        return float((finish(plain, *done)[..., ~ruled_out].double() - wanted).norm())
+
+    # Some families divide by what others multiply with, some have a factor or a cap in their config and leave it out.
+    factor, cap = min(product(factors, caps), key=error)
+    only = ruled_out if ruled_out.any() else None
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = finish(layer(hidden), factor, cap)
+        return logits if only is None else logits.masked_fill(only, torch.finfo(logits.dtype).min)
+
+    return head
 
 
 @torch.no_grad()
-def _logit_factor(model, layer, finish, factors: list[float]) -> float:
-    """The one of ``factors`` that a small forward shows to be the model's: some families divide by what others multiply with,
-    some have it in their config and leave it out."""
+def _small_forward(model, layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a small forward's last matrix gives, and the model's logits, both [1, 4, V]."""
     plain, thread = [], threading.get_ident()
 
     def note(module, args, output) -> None:
         if threading.get_ident() == thread:
-            plain.append(output)
+            plain.append(output.clone())  # the model may write into it
 
     ids = torch.arange(4, device=model.device)[None]  # one may be that of padding, and embedded as zeros
     with lock_of(model), layer.register_forward_hook(note):
         logits = model(input_ids=ids, use_cache=False).logits
-    return min(factors, key=lambda factor: float((finish(plain[-1], factor).double() - logits.double()).norm()))
+    return plain[-1], logits
 
 
 @torch.no_grad()

@@ -353,7 +353,7 @@ def encode(processor, query: Query, device, dtype) -> tuple[dict[str, torch.Tens
         if value.is_floating_point():
             poisoned |= not bool(torch.isfinite(value).all())
             inputs[name] = value.nan_to_num(0, 0, 0).to(device, dtype)
-        elif name != "attention_mask":
+        elif name not in ("attention_mask", "labels"):  # PaliGemma's gives labels, which are for training
             inputs[name] = value.to(device)
     return inputs, poisoned
 

@@ -139,7 +139,7 @@ class Family:
     pixels: images → what the processor would make of them.
     around: token ids before and after an image's placeholders.
     features_per_image: entries of `get_image_features` that make up one image.
-    types: name of the token-type input that the family wants.
+    types: name of the token-type input that the family wants. image_type: that of an image's tokens in it; of others it is 0.
     """
 
     config: dict
@@ -147,6 +147,7 @@ class Family:
     around: tuple[list[int], list[int]] = ([], [])
     features_per_image: int = 1
     types: str | None = None
+    image_type: int = 1
     tokens: int | None = None  # of an image, where `get_image_features` does not tell
     per_row: bool = False  # pixel_values [B, images, ...] instead of [images, ...]
     fused: tuple[int, int] = (3, 6)  # layers, norms
@@ -186,7 +187,7 @@ class Family:
         batch["input_ids"] = torch.tensor([[PAD] * (length - len(e)) + e for e in encoded])
         batch["attention_mask"] = torch.tensor([[0] * (length - len(e)) + [1] * len(e) for e in encoded])
         if self.types:
-            batch[self.types] = (batch["input_ids"] == IMAGE).long()
+            batch[self.types] = (batch["input_ids"] == IMAGE).long() * self.image_type
         if self.per_row and images:
             batch["pixel_values"] = self._rows(batch["pixel_values"], [row.count("I") for row in rows])
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
@@ -385,7 +386,8 @@ FAMILIES = {
         "video_token_id": VIDEO, "boi_token_id": START, "eoi_token_id": END, "boa_token_id": 94, "eoa_token_id": 93,
         "audio_token_id": 95, "audio_config": None}, patches, ([START], [END]), types="mm_token_type_ids", fused=(0, 0)),
     "paligemma": Family({"text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
-                         "image_token_id": IMAGE, "projection_dim": SIZE, "hidden_size": SIZE}, types="token_type_ids"),
+                         "image_token_id": IMAGE, "projection_dim": SIZE, "hidden_size": SIZE},
+                        types="token_type_ids", image_type=0),
     "mistral3": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "image_token_index": IMAGE,
                         "image_token_id": IMAGE, "spatial_merge_size": 2,
                         "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8}}, sized),
@@ -395,7 +397,7 @@ FAMILIES = {
                                                        "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
                                 "vision_config": SIGLIP,
                                 "image_token_index": IMAGE, "image_token_id": IMAGE, "projection_dim": SIZE,
-                                "hidden_size": SIZE}, types="token_type_ids",
+                                "hidden_size": SIZE}, types="token_type_ids", image_type=0,
                                reference="eager"),  # SDPA has no softcap: it refuses, or ignores it in older versions
     "llava/gpt_oss": Family({"text_config": TEXT | {"model_type": "gpt_oss", "sliding_window": 8, "num_local_experts": 4,
                                                     "num_experts_per_tok": 2, "intermediate_size": 32},
@@ -510,9 +512,6 @@ COUSINS = of_this_version(COUSINS)
 
 # Why the engine does not take a family (tests/test_engine_families.py).
 REFUSED = {
-    "paligemma": "an image's keys depend on the question",
-    "paligemma/gemma2": "an image's keys depend on the question",
-    "chameleon": "its logits are not its last layer's",
     "llama4": "attention in chunks",
     "mllama": "cross-attention",
 }

@@ -97,6 +97,8 @@ REAL = {
                        {"<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END, "<|IMG_PATCH|>": IMAGE, "<image>": 98,
                         "TILE_GLOBAL": 80} | {f"TILE_{i}": 80 + i for i in range(1, 5)},
                        options={"patch_size": 4, "img_size": 16, "downsample_factor": 2}),
+    "paligemma": Real(("siglip.SiglipImageProcessorPil", "paligemma.PaliGemmaProcessor"),
+                      {"size": _SQUARE, "image_seq_length": 16}, {"<image>": IMAGE}, named={"image_token": "<image>"}),
     "mllama": Real(("mllama.MllamaImageProcessorPil", "mllama.MllamaProcessor"), {"size": _SQUARE, "max_image_tiles": 2},
                    {"<|image|>": IMAGE, "<|python_tag|>": 98}, "<|image|>"),
 }  # fmt: skip

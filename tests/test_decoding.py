@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny_random import tiny_llava, tiny_processor
 from transformers import (
     AutoConfig,
@@ -184,12 +185,16 @@ def test_end_tokens_and_stop_strings():
     assert not holds_stop((), processor.tokenizer, tokens)
 
 
-def test_the_heads_soft_cap_is_obeyed():
+def test_the_heads_soft_cap_is_obeyed_where_the_model_applies_it():
+    """LLaVA does nothing with that of its text model, nor does PaliGemma in transformers 5.17."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    text = AutoConfig.for_model("gemma2", **sizes, head_dim=8, num_key_value_heads=4, final_logit_softcapping=0.1)
+    model, hidden = AutoModelForCausalLM.from_config(text).eval(), torch.randn(2, 32)
+    torch.testing.assert_close(output_head(model)(hidden), 0.1 * torch.tanh(model.lm_head(hidden) / 0.1))
     model = tiny_llava(tiny_processor())
-    hidden = torch.randn(2, 32)
-    assert torch.equal(output_head(model)(hidden), model.lm_head(hidden))
-    model.config.text_config.final_logit_softcapping = 2.0
-    torch.testing.assert_close(output_head(model)(hidden), 2 * torch.tanh(model.lm_head(hidden) / 2))
+    for cap in (None, 0.1):
+        model.config.text_config.final_logit_softcapping = cap
+        assert torch.equal(output_head(model)(hidden), model.lm_head(hidden))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +218,16 @@ def test_the_heads_factor_is_obeyed_where_the_model_applies_it(kind, factor, ins
         hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
         torch.testing.assert_close(output_head(model)(hidden), logits)
         assert torch.allclose(model.get_output_embeddings()(hidden), logits) == inside
+
+
+def test_tokens_that_the_model_rules_out_have_the_lowest_logits():
+    """Chameleon's image tokens, but for those that begin and end an image."""
+    model = FAMILIES["chameleon"].model("chameleon")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
+        assert torch.equal(output_head(model)(hidden), logits)
+    assert (logits == torch.finfo(torch.float32).min).sum() == 3 * 8
 
 
 def test_a_generate_that_leaves_out_logits_processors_is_refused(monkeypatch):

@@ -161,6 +161,7 @@ class Batch:
         self._after_prompt: dict[int, list[States]] = {}
         self.branches: dict[int, Branch] = {}  # the latest of each kind
         self.regions: dict[int, RegionMap | None] = {}  # of each row's prefix
+        self._last: tuple[dict[int, Tensor], ...] = ({}, {})  # by kind and row, the state [d] after what `prefill` has read
         self._maps: tuple[RegionMap, RegionMap] | None = None
 
     @property
@@ -197,7 +198,8 @@ class Batch:
             del cut["attention_mask"]
         keep(self.pool, REGIONS, None)  # that of the batch is not these rows'
         self.pool.aim(slots, rows=own, segments=[recurrence.whole(kind)])
-        _, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
+        states, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
+        self._last[kind].update(enumerate(states[:, -1], row))
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions, own)
         if kind == ANSWER:
@@ -212,15 +214,26 @@ class Batch:
         slots = self._slots(ANSWER, mask.cumsum(-1) - 1)
         self.pool.aim(slots, segments=[recurrence.whole(ANSWER)])
         states, self.offset[ANSWER] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
+        self._last[ANSWER].update(enumerate(states[:, -1]))
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions)
         self.regions = {row: None if regions is None else regions.select(torch.tensor([row])) for row in range(self.rows)}
         self._settle()
+        return self.begun(ANSWER, sequences)
+
+    def begun(self, kind: int, sequences: list[Sequence | None], keep: int = 0) -> Branch:
+        """The branch of sequences whose prompts were read to their last token, and whose first tokens are chosen already.
+
+        sequences: one per row; None where a row has none. keep: as in `branch`.
+        """
         # What it is fed next is not known yet: `take` puts it there.
-        filler, lengths = [[self.runner.filler]] * self.rows, [len(sequence.prompt) for sequence in sequences]
-        answer = self.branch(ANSWER, sequences, filler, lengths)
-        answer.take(states[:, -1], self.runner.head(states[:, -1]).float())
-        return answer
+        feeds = [[] if own is None else [self.runner.filler] for own in sequences]
+        made = self.branch(kind, sequences, feeds, [len(own.prompt) if own else 0 for own in sequences], keep)
+        last = self._last[kind]
+        blank = torch.zeros_like(next(iter(last.values())))
+        states = torch.stack([blank if own is None else last[row] for row, own in enumerate(sequences)])
+        made.take(states, self.runner.head(states).float())
+        return made
 
     def extract(self, row: int) -> Prefix:
         """A copy of a row's prefix."""

@@ -24,6 +24,7 @@ from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
 from ras_fast.methods import ONE_PASS
 from ras_fast.patching import Patch, patch
+from ras_fast.patching.cache_values import returned_cache
 from ras_fast.patching.structure import only_records
 from ras_fast.profile import RasProfile, is_integer
 
@@ -244,7 +245,7 @@ class SafeGenerator:
         ids = [i for i in range(8) if i != self._runner.image_token][:6]
         tensor = torch.tensor([ids], device=self.model.device)
         try:
-            wanted = self.model(input_ids=tensor, use_cache=False).logits[0, -1].float()
+            wanted = self._own(tensor)
             found = self._branched(ids)
         except (AttributeError, TypeError, RuntimeError, ValueError) as error:  # the last from one that wants an image always
             if _is_out_of_memory(error):
@@ -253,6 +254,17 @@ class SafeGenerator:
         self._runner.passes, self._runner.tokens = counted  # these are no answer's
         if not close(found, wanted, self.model):
             raise ValueError(f"{name}: the engine's logits differ from the model's own; {INSTEAD}")
+
+    def _own(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [V] after ids [1, L], by the model's own forward of them in one piece. Where they would all see each other in
+        it, which an answer's tokens do not: by one of the first half, and a step for each of the others."""
+        if not self._runner.both_ways:
+            return self.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        cache = None
+        for part in (ids[:, :3], *ids[:, 3:].split(1, dim=1)):
+            output = self.model(input_ids=part, use_cache=True, **{self._runner.cache_name: cache})
+            cache = returned_cache(output)
+        return output.logits[0, -1].float()
 
     def _branched(self, ids: list[int]) -> torch.Tensor:
         """Logits [V] after these tokens: the first half by a prefill, the others in steps beside another branch."""

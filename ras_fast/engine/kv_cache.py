@@ -119,6 +119,11 @@ class KVPool(Cache):
     def stateful(self) -> list[bool]:
         return [isinstance(layer, StateLayer) for layer in self.layers]
 
+    @property
+    def is_initialized(self) -> bool:
+        """What models ask to tell a prompt's forward, for which the pool is empty whatever it holds."""
+        return self.view.begin is not None and super().is_initialized
+
     def aim(
         self,
         slots: Tensor,

@@ -32,13 +32,13 @@ from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.inputs import ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
 from ras_fast.methods import region_bias
-from ras_fast.methods.attention import prompt_features
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
 from ras_fast.profile import RasProfile
 
+Prompt = tuple[dict[str, Tensor], int]  # the inputs of a prompt, and how many of its tokens are computed ahead
 PADDED = 0.25  # of the longest of several prefixes in one forward, how much the shortest may be padded
 
 
@@ -62,6 +62,11 @@ class Job:
     features: Tensor | None = None  # [3n] fp32, of a gate that also looks at attention
     image_tokens: ImageTokens | None = None  # None unless it has just one image
 
+    @property
+    def whole(self) -> bool:
+        """Whether its prompts are computed in one piece, and share nothing."""
+        return len(self.prefix) == len(self.draft.prompt)
+
 
 class _OtherLogits(Exception):
     """A prompt means something else when it is cut."""
@@ -75,7 +80,7 @@ class Overlapped(Plan):
         self._placeholder = processor.tokenizer.convert_tokens_to_ids(image_placeholder(processor))
         # By stage, whether an image becomes the same tokens there as in the draft's prompt; not there: not compared yet.
         self._same_tokens: dict[str, bool] = {}
-        self._cuts = True  # whether prompts are cut after their images
+        self._cuts = not runner.both_ways  # whether prompts are cut after what they share
         self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
         self.bias = profile.tensors.get("region_bias")
@@ -85,9 +90,11 @@ class Overlapped(Plan):
     def describe(self) -> list[str]:
         config, counts, steps = self.moras.config, self.counters, self.moras.steps
         rejected = [f"n={n}: {counts[f'rejected_at_{n}']}" for n in range(steps)]
+        prefix = "1 prefix   the images and whatever the three prompts share before their end, once per image"
+        whole = "1 prompts  each in one piece, as what comes later in one changes what comes before it"
         return [
             f"{steps} steered steps, gate {config['gate']}, S_base {config['s_base']:.3f}, k {config['k']:.2f}",
-            "1 prefix   the images and whatever the three prompts share before their end, once per image",
+            prefix if self._cuts else whole,
             f"2 context  up to {config['max_context_tokens']} tokens, and the draft of the answer in the same steps",
             f"3 risk     the safety prompt, the context and the question; {steps} tokens beside the draft",
             "4 answer   the draft if its first tokens are the steered ones, else again from the first that differs",
@@ -129,12 +136,15 @@ class Overlapped(Plan):
         return self.bias is not None
 
     def _answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer, clock: Clock, cut: bool):
-        """cut: whether a prompt with images is computed first up to their end, which the stages share, or to its last token."""
+        """cut: whether a prompt is computed first up to the end of its images, which the stages share, or in one piece."""
         jobs = [self._prepare(number, query, decoding, cut) for number, query in queries]
         contexts = self._contexts(jobs)
         with self.runner.workspaces.lend(len(jobs), *self._slots(jobs, contexts)) as space:
             batch = Batch(self.runner, space)
-            self._encode_prefixes(batch, jobs)
+            if cut:
+                self._encode_prefixes(batch, jobs)
+            else:
+                self._read_prompts(batch, jobs)
             clock.lap("prefix")
             draft = self._context_and_draft(batch, jobs, contexts)
             self._prove(jobs, draft, cut)
@@ -163,8 +173,7 @@ class Overlapped(Plan):
             job.image_tokens = ImageTokens.between(short_ids(self.processor, query), ids, self._placeholder)
         else:
             length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config), "risk"))
-        length = min(length, len(ids) - 1) if cut or not query.images else len(ids) - 1
-        job.prefix = ids[:length]
+        job.prefix = ids[: min(length, len(ids) - 1)] if cut else ids
         return job
 
     def _ids(self, job: Job, query: Query, stage: str) -> list[int]:
@@ -207,7 +216,7 @@ class Overlapped(Plan):
         """How many slots the batch takes: before the prefixes, and from there on."""
         context, wanted = self.moras.config["max_context_tokens"], jobs[0].draft.decoding.max_new_tokens
         feeds = [self._feed(job, entry[1].prompt)[1] for job, entry in zip(jobs, contexts, strict=True) if entry]
-        rest = max(len(job.draft.prompt) - len(job.prefix) for job in jobs)
+        rest = max(len(job.draft.prompt) - (0 if job.whole else len(job.prefix)) for job in jobs)
         risk = rest + self._safety + context + 8 + self.moras.steps
         scratch = max(max(feeds, default=0) + context, risk) + self.runner.sync_every
         return scratch, max(len(job.draft.prompt) for job in jobs) + wanted + self.runner.sync_every
@@ -219,8 +228,7 @@ class Overlapped(Plan):
         unknown = [row for row in found if found[row] is None]
         twins = {row: next((i for i in unknown if i < row and _same_prefix(jobs[row], jobs[i])), None) for row in unknown}
         missing = [row for row in unknown if twins[row] is None]
-        for rows in self._neighbours(jobs, missing):
-            batch.prefill(rows[0], [jobs[row].inputs for row in rows], [len(jobs[row].prefix) for row in rows], ANSWER)
+        self._prefill(batch, {row: (jobs[row].inputs, len(jobs[row].prefix)) for row in missing}, ANSWER)
         for row in missing:
             if self._caches_prefix(jobs[row]):
                 entry = batch.extract(row)
@@ -230,23 +238,36 @@ class Overlapped(Plan):
                 self.counters["cache_hits"] += 1
                 batch.insert(row, batch.extract(twins[row]) if entry is None else entry)
 
+    def _read_prompts(self, batch: Batch, jobs: list[Job]) -> None:
+        """Computes whole prompts."""
+        prompts = {row: (job.inputs, len(job.draft.prompt)) for row, job in enumerate(jobs)}
+        for rows in self._neighbours(prompts):
+            with self._collect_mass([jobs[row] for row in rows]):
+                self._prefill(batch, {row: prompts[row] for row in rows}, ANSWER)
+
+    def _prefill(self, batch: Batch, prompts: dict[int, Prompt], kind: int) -> None:
+        """Computes the beginnings of branches; those of neighbours that fit together in one forward."""
+        for rows in self._neighbours(prompts):
+            inputs, lengths = zip(*(prompts[row] for row in rows), strict=True)
+            batch.prefill(rows[0], inputs, lengths, kind)
+
     def _caches_prefix(self, job: Job) -> bool:
         return bool(job.query.images and self.cache.limit)
 
     def _cached_prefix(self, job: Job) -> Prefix | None:
         return self.cache.get(_key("prefix", job, job.prefix)) if self._caches_prefix(job) else None
 
-    def _neighbours(self, jobs: list[Job], rows: list[int]) -> Iterator[list[int]]:
-        """Groups of consecutive rows whose prefixes fit together and are about equally long, as the shorter ones are padded."""
+    def _neighbours(self, prompts: dict[int, Prompt]) -> Iterator[list[int]]:
+        """Groups of consecutive rows whose prompts fit together and are about equally long, as the shorter ones are padded."""
 
         def goes_on(group: list[int], row: int) -> bool:
-            lengths = [len(jobs[i].prefix) for i in (*group, row)]
-            alike = min(lengths) >= (1 - PADDED) * max(lengths) and fit(jobs[row].inputs) == fit(jobs[group[0]].inputs)
-            joins = self.runner.joins_images or not jobs[row].query.images
+            lengths = [prompts[i][1] for i in (*group, row)]
+            alike = min(lengths) >= (1 - PADDED) * max(lengths) and fit(prompts[row][0]) == fit(prompts[group[0]][0])
+            joins = self.runner.joins_images or not _image_tensors(prompts[row][0])
             return row == group[-1] + 1 and joins and alike
 
         group: list[int] = []
-        for row in rows:
+        for row in prompts:
             if group and not goes_on(group, row):
                 yield group
                 group = []
@@ -256,13 +277,17 @@ class Overlapped(Plan):
 
     def _context_and_draft(self, batch: Batch, jobs: list[Job], contexts) -> Branch:
         """Stage 1 with the answers drafted beside it. Returns the drafts' branch."""
-        feeds = [job.draft.prompt[len(job.prefix) :] for job in jobs]
-        lengths = [len(job.prefix) for job in jobs]
-        draft = batch.branch(ANSWER, [job.draft for job in jobs], feeds, lengths, keep=self.moras.steps)
+        drafts, steps = [job.draft for job in jobs], self.moras.steps
+        if jobs[0].whole:
+            draft = batch.begun(ANSWER, drafts, keep=steps)
+        else:
+            feeds, lengths = [job.draft.prompt[len(job.prefix) :] for job in jobs], [len(job.prefix) for job in jobs]
+            draft = batch.branch(ANSWER, drafts, feeds, lengths, keep=steps)
         context = self._stage(batch, jobs, contexts, self.moras.config["max_context_tokens"])
         branches = [draft] if context is None else [context, draft]
-        with self._collect_mass(jobs, max(map(len, feeds))) as reads:
-            batch.step(branches, captured=not reads)
+        if not jobs[0].whole:
+            with self._collect_mass(jobs) as reads:
+                batch.step(branches, captured=not reads)
         batch.note_prompts()
         while context is not None and not context.done:
             batch.step([branch for branch in branches if not branch.done])
@@ -278,12 +303,12 @@ class Overlapped(Plan):
                 self.cache.put(job.context_key, job.context, sys.getsizeof(job.context))
 
     def _prove(self, jobs: list[Job], draft: Branch, cut: bool) -> None:
-        """Compares prompts with an image to the model's own forward of them in one piece: the first one, and all that hold a
-        special token after what closes their last image. Text after an image may mean something else in a forward without
-        pixels, as Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ. Of others, those with a special
-        token fail closed, and one without raises ValueError."""
+        """Compares prompts with an image to the model's own forward of them in one piece: the first one, and of those that are
+        cut all that hold a special token after what closes their last image. Text after an image may mean something else in a
+        forward without pixels, as Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ, and ValueError
+        where others do."""
         for row, job in enumerate(jobs):
-            special = self._has_special_token(job.draft.prompt)
+            special = cut and self._has_special_token(job.draft.prompt)
             if not job.query.images or job.failed_closed or not (special or cut not in self._proved):
                 continue
             wanted = self._own_logits(job)
@@ -294,8 +319,6 @@ class Overlapped(Plan):
             elif cut:
                 self._cuts = special  # only such prompts are different, or all are
                 raise _OtherLogits
-            elif special:
-                job.failed_closed = "its prompt ends in a token that means something else without its image"
             else:
                 name = type(self.runner.model).__name__
                 raise ValueError(f"{name}: a prompt with an image gets other logits than the model's own; {INSTEAD}")
@@ -424,7 +447,7 @@ class Overlapped(Plan):
     def _feed(self, job: Job, prompt: list[int]) -> tuple[bool, int]:
         """(whether a stage's prompt begins with the job's prefix and may reuse it, how many tokens it adds to the pool)."""
         length = len(job.prefix)
-        shares = length and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
+        shares = length and not job.whole and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
         # A special token after the images is proved harmless in the query's own prompt alone.
         shares = shares and not self._has_special_token(prompt)
         return (True, len(prompt) - length) if shares else (False, len(prompt))
@@ -441,53 +464,48 @@ class Overlapped(Plan):
         plans = [self._feed(job, entry[1].prompt) if entry else (False, 0) for job, entry in zip(jobs, entries, strict=True)]
         slots = max(length for _, length in plans) + new_tokens + self.runner.sync_every
         batch.clear_scratch(slots, [shares for shares, _ in plans])
+        whole, alone = jobs[0].whole, {}
         for row, ((shares, length), entry) in enumerate(zip(plans, entries, strict=True)):
             if entry:
                 self.counters["shared" if shares else "not_shared"] += 1
                 if not shares:
-                    batch.prefill(row, [self.encode(entry[0])[0]], [length - 1], SCRATCH)
+                    alone[row] = self.encode(entry[0])[0], length - (not whole)
+        self._prefill(batch, alone, SCRATCH)
+        sequences = [entry[1] if entry else None for entry in entries]
+        if whole:
+            return batch.begun(SCRATCH, sequences, keep)
         prompts = [entry[1].prompt if entry else [] for entry in entries]
-        # Whole prompts are computed ahead but for their last token.
+        # Where some go on from a prefix, the others are computed ahead but for their last token.
         counts = [length if shares else min(length, 1) for shares, length in plans]
         feeds = [prompt[len(prompt) - count :] for prompt, count in zip(prompts, counts, strict=True)]
         kept = [len(prompt) - count for prompt, count in zip(prompts, counts, strict=True)]
-        return batch.branch(SCRATCH, [entry[1] if entry else None for entry in entries], feeds, kept, keep=keep)
+        return batch.branch(SCRATCH, sequences, feeds, kept, keep=keep)
 
     # Attention
 
     @contextmanager
-    def _collect_mass(self, jobs: list[Job], rows: int) -> Iterator[bool]:
-        """Reads how much the drafts' prompts attend to the images, in the forward that is run inside the block. Yields whether
-        anything is to be read.
-
-        rows: the last tokens of that forward; where prompts are cut after their images, all that come after them.
-        """
+    def _collect_mass(self, jobs: list[Job]) -> Iterator[bool]:
+        """Reads how much the drafts' prompts attend to the images, in the forward that is run inside the block, of what comes
+        after the images at least. Yields whether anything is to be read."""
         gate = self.moras.attention
         if gate is None and not self.region_mass:
             yield False
             return
         layers = None if self.region_mass else gate.layers
         patch = Patch.of(self.runner.model)
-        with patch.collect(rows=1 if gate is None else rows, layers=layers) as statistics:
+        after = [len(job.draft.prompt) - self._images_end(job.draft.prompt) if job.query.images else 1 for job in jobs]
+        rows = 1 if gate is None else max(*after, 1)
+        with patch.collect(rows=rows, layers=layers) as statistics:
             yield True
         mass = statistics.mass
         if self.region_mass:
             for row, job in enumerate(jobs):
                 job.region_mass = image_mass(mass, row, patch.region_map)
         if gate is not None:
-            after = torch.tensor([len(job.draft.prompt) - self._images_end(job.draft.prompt) for job in jobs])
-            text = torch.arange(rows, 0, -1) <= after[:, None]
+            text = torch.arange(rows, 0, -1) <= torch.tensor(after)[:, None]
             found = features(mass, gate.heads, text.to(self.runner.device))
             for row, job in enumerate(jobs):
-                read = not job.query.images or len(job.prefix) <= self._images_end(job.draft.prompt)
-                job.features = found[row] if read else self._own_features(patch, job)
-
-    def _own_features(self, patch: Patch, job: Job) -> Tensor:
-        """Of a prompt that was not cut after its images, so that the rows behind them did not come together: by one more
-        forward."""
-        self.runner.count(1, len(job.draft.prompt))
-        with self.runner.own_offsets():
-            return prompt_features(patch, self.processor, job.query, self.moras.attention.heads)[0]
+                job.features = found[row]
 
     def _features(self, jobs: list[Job]) -> tuple[Tensor, Tensor] | tuple[()]:
         """What the gate needs beside the similarity."""

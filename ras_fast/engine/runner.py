@@ -17,7 +17,7 @@ from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.workspace import Workspaces
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import cache_name
-from ras_fast.patching.structure import find_decoder
+from ras_fast.patching.structure import find_decoder, stacks
 from ras_fast.registration import EXPLICIT, NAME
 
 SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; elsewhere a look costs nothing
@@ -35,6 +35,8 @@ class Runner:
     passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
 
     stateful: for each layer whether it keeps a state instead of keys and values.
+    both_ways: whether a prompt's tokens may all see each other (PaliGemma), so that none of them can be computed without those
+        after it.
 
     Raises ValueError for a model with layers that keep something else: these cannot branch.
     """
@@ -44,6 +46,10 @@ class Runner:
         self.kinds, self.stateful = sorted(set(kinds)), [kind in recurrence.LAYERS for kind in kinds]
         self.window = getattr(model.config.get_text_config(), "sliding_window", None)
         self.model, self.base = model, model.base_model
+        text, layers = next(iter(stacks(model)), (self.base, torch.nn.ModuleList()))
+        self.both_ways = not all(getattr(module, "is_causal", True) for module in layers.modules())
+        # Such a model makes its masks itself, out of what only its prompts have; its text model takes those of a step.
+        self._steps = text if self.both_ways else self.base
         self.find_parts()
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images, in as many
         # channels as their rotary embedding has sections: most in three, HunYuan-VL in four.
@@ -58,7 +64,7 @@ class Runner:
         ordinary = {*self.eos, named.get("pad_token_id"), named.get("bos_token_id")}
         special = [*named.values(), *(getattr(model.config, "visual_indicator_token_ids", None) or ())]
         self.special_tokens = {token for token in special if isinstance(token, int) and token not in ordinary}
-        self._cache_name = cache_name(self.base)
+        self.cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
         self.workspaces = Workspaces(model, self.stateful)
@@ -103,9 +109,10 @@ class Runner:
             positions = positions.clamp(max=self._same_up_to - 1)  # rows that have ended count on, and would change the others'
         if positions is not None and self.offsets:
             positions = positions.expand(self.channels, *positions.shape)
-        extras[self._cache_name] = pool
+        extras[self.cache_name] = pool
         with recurrence.in_segments(self.recurrences, pool), self._same_frequencies(pool.capacity):
-            output = self.base(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
+            forward = self.base if pool.view.begin is None else self._steps
+            output = forward(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
         return output.last_hidden_state
 
     def check_frequencies(self, tokens: int) -> None:

@@ -200,6 +200,7 @@ def test_a_prompt_whose_tokens_all_see_each_other_is_computed_in_one_piece(name,
             for _ in range(2):  # in pools that hold others' keys
                 assert summary(guard.generate(prompts, images, max_new_tokens=8, **decoding)) == expected
         assert guard.counters["shared"] == guard.counters["cache_hits"] == 0
+        assert "each in one piece" in guard.explain()
     assert graphs.replays > graphs.made > 0 or not captured
 
 

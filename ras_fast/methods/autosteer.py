@@ -264,8 +264,10 @@ def calibrate(
     threshold, gated = _threshold(prober, *held, over_refusal)
     _check_gate(chosen, **gated)
 
+    head = output_head(model)
+
     def logits(hidden: Tensor) -> Tensor:
-        return output_head(model)(hidden.to(model.dtype)).float()
+        return head(hidden.to(model.dtype)).float()
 
     targets = torch.tensor(answer, device=model.device)
     m, trained = _train_head(logits, states["final"], targets, training, validation, seed, saved, progress)

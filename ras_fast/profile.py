@@ -108,9 +108,13 @@ def _adapters(model: torch.nn.Module) -> str | None:
 def weights_of(modules: list[torch.nn.Module]) -> tuple[list, tuple]:
     """(objects, which must live for their ids to mean something; a key), of the parameters and adapters of a model's
     `modules_of`. While the key stays the same, so does `fingerprint`, but for values written through `tensor.data`."""
-    kinds = [module.__dict__["_parameters"] for module in modules]
-    objects, key = tensors_of([tensor for kind in kinds for tensor in kind.values() if tensor is not None])
+    objects, key = tensors_of(held(modules, "_parameters"))
     return objects, (key, [adapters_of(module) for module in modules if "_active_adapter" in module.__dict__])
+
+
+def held(modules: list[torch.nn.Module], kind: str) -> list[torch.Tensor]:
+    """What these modules themselves hold of a kind: "_parameters" or "_buffers"."""
+    return [tensor for module in modules for tensor in module.__dict__[kind].values() if tensor is not None]
 
 
 def tensors_of(tensors: list[torch.Tensor]) -> tuple[list, tuple]:

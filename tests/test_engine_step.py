@@ -252,7 +252,6 @@ def test_a_stage_at_whose_length_frequencies_change_fails_closed_for_its_query_a
     assert "beyond 54 the rotary frequencies" in outputs[1].failed_closed
 
 
-
 def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeypatch):
     model = tiny_llava(processor)
     model.model.language_model.layers[0].register_forward_hook(lambda module, args, output: output if output.sum() else None)

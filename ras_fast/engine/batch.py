@@ -199,7 +199,7 @@ class Batch:
         keep(self.pool, REGIONS, None)  # that of the batch is not these rows'
         self.pool.aim(slots, rows=own, segments=[recurrence.whole(kind)])
         states, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
-        self._last[kind].update(enumerate(states[:, -1], row))
+        self._last[kind].update(enumerate(states[:, -1].clone(), row))  # a view would keep all states
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions, own)
         if kind == ANSWER:
@@ -214,7 +214,7 @@ class Batch:
         slots = self._slots(ANSWER, mask.cumsum(-1) - 1)
         self.pool.aim(slots, segments=[recurrence.whole(ANSWER)])
         states, self.offset[ANSWER] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
-        self._last[ANSWER].update(enumerate(states[:, -1]))
+        self._last[ANSWER].update(enumerate(states[:, -1].clone()))
         regions = kept(self.pool, REGIONS)
         self._show_at(slots, regions)
         self.regions = {row: None if regions is None else regions.select(torch.tensor([row])) for row in range(self.rows)}

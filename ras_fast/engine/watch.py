@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ras_fast.backend import forced_backend
 from ras_fast.patching import Patch
-from ras_fast.profile import modules_of, tensors_of, weights_of
+from ras_fast.profile import held, modules_of, tensors_of, weights_of
 
 
 class Watch:
@@ -22,7 +22,8 @@ class Watch:
     def changed(self) -> bool:
         """To be called before a batch: whether the model is another one than after the latest `note`."""
         modules = modules_of(self._model)
-        self._differs = _state(self._model, modules)[1] != self._noted[1] or _buffers(modules)[1] != self._buffers[1]
+        buffers = tensors_of(held(modules, "_buffers"))
+        self._differs = _state(self._model, modules)[1] != self._noted[1] or buffers[1] != self._buffers[1]
         return self._differs
 
     def note(self) -> None:
@@ -31,17 +32,12 @@ class Watch:
         modules = modules_of(self._model)
         if self._differs:
             self._noted = _state(self._model, modules)
-        buffers = _buffers(modules)
+        buffers = tensors_of(held(modules, "_buffers"))
         if self._differs or buffers[1][:2] == self._buffers[1][:2]:  # a graph would not see another tensor in one's place
             self._buffers = buffers
 
     def forget(self) -> None:
         self._noted, self._buffers, self._differs = ([], ()), ([], ()), True
-
-
-def _buffers(modules: list[nn.Module]) -> tuple[list, tuple]:
-    kinds = [module.__dict__["_buffers"] for module in modules]
-    return tensors_of([tensor for kind in kinds for tensor in kind.values() if tensor is not None])
 
 
 def _state(model, modules: list[nn.Module]) -> tuple[list, tuple]:

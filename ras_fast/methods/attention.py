@@ -24,8 +24,8 @@ from ras_fast.decoding import output_head
 from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
+from ras_fast.methods.calibration import groups_of_equal, on_the_cpu
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
-from ras_fast.methods.pairs import groups_of_equal
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.state import Monitor
@@ -173,6 +173,7 @@ class _Run:
 # Calibration
 
 
+@on_the_cpu()
 def calibrate(
     model,
     processor,

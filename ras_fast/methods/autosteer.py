@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
-from ras_fast.methods.pairs import digest, groups_of_equal
+from ras_fast.methods.calibration import digest, groups_of_equal, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.ops._registry import outside_autocast
 from ras_fast.patching import Patch, patched
@@ -205,6 +205,7 @@ def safety_awareness(safe: Tensor, toxic: Tensor) -> float:
     return float((units.sum(0).square().sum() - units.square().sum()) / (count * (count - 1)))
 
 
+@on_the_cpu()
 @torch.inference_mode(False)
 @torch.enable_grad()
 def calibrate(

@@ -18,6 +18,7 @@ from ras_fast import parallel
 from ras_fast.decoding import Decoding, check_mode, output_head, reference_generate
 from ras_fast.inputs import Query, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
+from ras_fast.methods.calibration import on_the_cpu
 from ras_fast.ops import refusal_similarity
 from ras_fast.profile import RasProfile, fingerprint, is_integer, number
 from ras_fast.refusals import is_refusal
@@ -177,6 +178,7 @@ def assess(model, processor, query: Query, context: str, moras: Moras) -> Tensor
     return moras.similarity(logits[None])
 
 
+@on_the_cpu()
 def calibrate(
     model,
     processor,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ras_fast import parallel
 from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
+from ras_fast.methods.calibration import on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
@@ -176,6 +177,7 @@ def _read_gguf(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@on_the_cpu()
 def calibrate(
     model,
     processor,

@@ -453,7 +453,8 @@ def calibrate(model, processor, pairs=PAIRS, **options):
 
 
 def test_calibration_makes_a_profile_that_applies(model, processor, batch, few_epochs, tmp_path):
-    made = calibrate(model, processor)
+    with torch.device("meta"):  # whatever torch.set_default_device says
+        made = calibrate(model, processor)
     assert made.config["layer"] == max(range(1, LAYERS), key=lambda i: made.config["sas"][str(i)])
     assert made.config["pairs"] == 14
     made.save_pretrained(tmp_path)

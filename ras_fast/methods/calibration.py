@@ -1,15 +1,23 @@
-"""Which calibration pairs are equal: held-out ones that are also trained on would say nothing."""
+"""What the methods' calibrations share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ras_fast.inputs import Query
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Inside, tensors for which no device is named lie on the CPU, whatever torch.set_default_device says."""
+    with torch.device("cpu"):
+        yield
 
 
 def digest(queries: Sequence[Query]) -> str:
@@ -23,7 +31,8 @@ def digest(queries: Sequence[Query]) -> str:
 
 
 def groups_of_equal(unsafe: Sequence[Query], safe: Sequence[Query]) -> Tensor:
-    """A number for each pair of questions, [n] int64, the same for equal ones; counted from 0 as they first appear."""
+    """A number for each pair of questions, [n] int64, the same for equal ones, which must not be held out and trained on both.
+    Counted from 0 as they first appear."""
     numbers: dict[str, int] = {}
     found = [numbers.setdefault(digest(pair), len(numbers)) for pair in zip(unsafe, safe, strict=True)]
     return torch.tensor(found, dtype=torch.int64)

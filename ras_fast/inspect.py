@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from ras_fast.backend import triton_is_installed
@@ -56,13 +57,13 @@ class KernelFacts:
         return self.local_accesses > 0 or self.stack_bytes > 0
 
 
-def _dump(binary: Path, option: str) -> str:
+def _dump(binary: Path, *options: str) -> str:
     tool = find_cuda_tool("cuobjdump")
     if tool is None:
         raise InspectError("cuobjdump was not found: install the CUDA toolkit or `pip install triton`, which brings it")
-    done = subprocess.run([tool, option, str(binary)], capture_output=True, text=True)
+    done = subprocess.run([tool, *options, str(binary)], capture_output=True, text=True)
     if done.returncode:
-        raise InspectError(f"cuobjdump {option} {binary} failed: {done.stderr.strip()}")
+        raise InspectError(f"cuobjdump {' '.join(options)} {binary} failed: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -76,33 +77,10 @@ def _demangle(names: Iterable[str]) -> dict[str, str]:
     return {name: re.sub(r"ras::cuda::|__nv_|__(?=half)", "", line) for name, line in zip(names, short, strict=True)}
 
 
-def disassembly(binary: Path) -> dict[tuple[str, str], list[str]]:
-    """{(architecture such as "sm_90a", mangled kernel name): instructions in order} of a cubin, object file or shared library.
-
-    An instruction is an opcode and its operands, as in "LDG.E.128 R4, [R2]"; the predicate in front of it is left out.
-
-    Raises:
-        InspectError: cuobjdump is missing or cannot read the file.
-    """
-    kernels: dict[tuple[str, str], list[str]] = {}
-    arch, instructions = "", []
-    for line in _dump(binary, "--dump-sass").splitlines():
-        if match := re.search(r"(?:arch = |code for )(sm_\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function : (\S+)", line):
-            instructions = kernels[arch, match[1]] = []
-        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
-            instructions.append(match[1])
-    return kernels
-
-
-def read_binary(binary: Path) -> list[KernelFacts]:
-    """Facts about every kernel in a cubin, object file or shared library, from its resource table and disassembly.
-
-    Raises:
-        InspectError: cuobjdump is missing or cannot read the file.
-    """
-    resources: dict[tuple[str, str], dict[str, int]] = {}
+def _resources(binary: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """{(architecture such as "sm_90a", mangled kernel name): {"REG", "STACK", "SHARED": registers or bytes}}; of a cubin the
+    architecture is empty."""
+    found: dict[tuple[str, str], dict[str, int]] = {}
     arch = kernel = ""
     for line in _dump(binary, "--dump-resource-usage").splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
@@ -110,14 +88,47 @@ def read_binary(binary: Path) -> list[KernelFacts]:
         elif match := re.search(r"Function (\S+):", line):
             kernel = match[1]
         elif "REG:" in line and kernel:
-            resources[arch, kernel] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
-    kernels = disassembly(binary)
+            found[arch, kernel] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", line)}
+    return found
+
+
+def disassembly(binary: Path, arch: str | None = None) -> dict[tuple[str, str], list[str]]:
+    """{(architecture such as "sm_90a", mangled kernel name): instructions in order} of a cubin, object file or shared library.
+
+    An instruction is an opcode and its operands, as in "LDG.E.128 R4, [R2]"; the predicate in front of it is left out.
+
+    arch: only kernels for this one.
+
+    Raises:
+        InspectError: cuobjdump is missing or cannot read the file.
+    """
+    kernels: dict[tuple[str, str], list[str]] = {}
+    found, instructions = "", []
+    for line in _dump(binary, "--dump-sass", *(["-arch", arch] if arch else [])).splitlines():
+        if match := re.search(r"(?:arch = |code for )(sm_\w+)", line):
+            found = match[1]
+        elif match := re.search(r"Function : (\S+)", line):
+            instructions = kernels[found, match[1]] = []
+        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            instructions.append(match[1])
+    return kernels
+
+
+def read_binary(binary: Path, arch: str | None = None) -> list[KernelFacts]:
+    """Facts about every kernel in a cubin, object file or shared library, from its resource table and disassembly.
+
+    arch: only kernels for this one, such as "sm_90a".
+
+    Raises:
+        InspectError: cuobjdump is missing or cannot read the file.
+    """
+    resources, kernels = _resources(binary), disassembly(binary, arch)
     names = _demangle(dict.fromkeys(kernel for _, kernel in kernels))
     rows = []
-    for (arch, kernel), instructions in kernels.items():
-        found = resources.get((arch, kernel)) or next(v for (_, k), v in resources.items() if k == kernel)
+    for (built, kernel), instructions in kernels.items():
+        found = resources.get((built, kernel)) or next(v for (_, k), v in resources.items() if k == kernel)
         count = _counts(instructions)
-        rows.append(KernelFacts(names[kernel], arch, found["REG"], found["STACK"], found["SHARED"], count["local"],
+        rows.append(KernelFacts(names[kernel], built, found["REG"], found["STACK"], found["SHARED"], count["local"],
                                 count["tensor"], count["loads"], count["wide"]))  # fmt: skip
     return rows
 
@@ -145,11 +156,12 @@ def inspect_cuda(library: Path = CUDA_LIBRARY, archs: Sequence[str] = (), match:
     """
     if not library.is_file():
         raise InspectError(f"{library} does not exist: run `ras-fast build` (it needs nvcc, but no GPU)")
-    rows = read_binary(library)
-    built = dict.fromkeys(row.arch[3:] for row in rows)
-    if archs and not built.keys() & set(archs):
-        raise InspectError(f"--arch is {', '.join(archs)}; {library.name} has kernels for {', '.join(built)}")
-    return [row for row in rows if row.arch[3:] in (archs or built) and match in row.kernel]
+    built = list(dict.fromkeys(arch for arch, _ in _resources(library)))
+    wanted = [arch for arch in built if not archs or arch[3:] in archs]
+    if not wanted:
+        raise InspectError(f"--arch is {', '.join(archs)}; {library.name} has kernels for {', '.join(a[3:] for a in built)}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # cuobjdump uses one processor
+        return [row for rows in pool.map(partial(read_binary, library), wanted) for row in rows if match in row.kernel]
 
 
 def inspect_triton(archs: Sequence[int] = TRITON_ARCHS, match: str = "") -> list[KernelFacts]:

@@ -98,7 +98,9 @@ def test_what_is_no_compute_capability_is_refused(capsys, arch):
 def test_an_architecture_that_the_library_lacks_is_named_beside_those_that_it_has(monkeypatch, tmp_path):
     library = tmp_path / "library.so"
     library.touch()
-    monkeypatch.setattr(inspect, "read_binary", lambda path: [facts(arch="sm_80"), facts(), facts(kernel="other")])
+    kernels = [facts(arch="sm_80"), facts(), facts(kernel="other")]
+    monkeypatch.setattr(inspect, "_resources", lambda path: {(row.arch, row.kernel): {} for row in kernels})
+    monkeypatch.setattr(inspect, "read_binary", lambda path, arch: [row for row in kernels if row.arch == arch])
     with pytest.raises(inspect.InspectError, match=r"--arch is 75; library.so has kernels for 80, 90a$"):
         inspect.inspect_cuda(library, ["75"])
     assert inspect.inspect_cuda(library, ["75", "90a"], "other") == [facts(kernel="other")]

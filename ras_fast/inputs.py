@@ -412,19 +412,20 @@ def common_length(a: list[int], b: list[int]) -> int:
 
 Inputs = dict[str, torch.Tensor]
 _PATCH_INDICES = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
+SIGHT = "cross_attention_mask"  # [1, L, images, tiles]: which tiles each token sees, where images are not among the tokens
 _OF_IMAGES = ("pixel_", "aspect_", "spatial_", "image_grid", "image_size", "video_grid")
 
 
 def is_per_token(name: str, inputs: Inputs) -> bool:
     """Whether a tensor holds one entry for each token of the prompt, not what an image is made of: a mask of its patches may be
     just as long."""
-    return inputs[name].shape == inputs["input_ids"].shape and not name.startswith(_OF_IMAGES)
+    return name == SIGHT or (inputs[name].shape == inputs["input_ids"].shape and not name.startswith(_OF_IMAGES))
 
 
 def fit(inputs: Inputs) -> tuple:
-    """Inputs of which this is the same can be joined: they have the same tensors, and those that are not `is_per_token` have
-    the same sizes but for the dimension along which they are joined."""
-    return tuple((name, None if is_per_token(name, inputs) else _other_sizes(name, inputs)) for name in sorted(inputs))
+    """Inputs of which this is the same can be joined: they have the same tensors, of the same sizes but for the length of those
+    that are `is_per_token` and the dimension along which the others are joined."""
+    return tuple((name, _other_sizes(name, inputs)) for name in sorted(inputs))
 
 
 def _images_dim(name: str, inputs: Inputs) -> int:
@@ -435,6 +436,8 @@ def _images_dim(name: str, inputs: Inputs) -> int:
 
 def _other_sizes(name: str, inputs: Inputs) -> tuple[int, ...]:
     sizes = list(inputs[name].shape)
+    if is_per_token(name, inputs):
+        return tuple(sizes[2:])
     del sizes[_images_dim(name, inputs)]
     return tuple(sizes)
 
@@ -474,7 +477,7 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
     batch: inputs that fit together (`batches`); some may have images and others none.
     pad: the token id that prompts are padded with. Other tensors that are `is_per_token` are padded with 0, and the rest
         (pixels, grids) are concatenated.
-    answer: token ids to put after every prompt.
+    answer: token ids to put after every prompt. They see the images that its last token sees.
     """
     lengths = [one["input_ids"].shape[1] for one in batch]
     longest, device = max(lengths), batch[0]["input_ids"].device
@@ -486,11 +489,14 @@ def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -
             found = [one for one in batch if name in one]
             padded[name] = torch.cat(_counted_on(found, name), _images_dim(name, found[0]))
             continue
-        shape, filler = (len(batch), longest + len(answer)), pad if name == "input_ids" else 0
+        others = next(one[name].shape[2:] for one in batch if name in one)
+        shape, filler = (len(batch), longest + len(answer), *others), pad if name == "input_ids" else 0
         padded[name] = torch.full(shape, filler, dtype=torch.long, device=device)
         for row, (one, length) in enumerate(zip(batch, lengths, strict=True)):
             if name in one:
                 padded[name][row, longest - length : longest] = one[name][0]
+                if name == SIGHT:
+                    padded[name][row, longest:] = one[name][0, -1]
     if answer:
         padded["input_ids"][:, longest:] = torch.tensor(answer, device=device)
     return padded

@@ -131,6 +131,15 @@ def flat_patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
+def tiled(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Mllama: an image has one tile or two, of which an odd number comes first with two."""
+    aspect = torch.tensor([[1 + (image + images) % 2 for image in range(images)]])
+    return {
+        "pixel_values": torch.randn(1, images, 2, 3, 16, 16, generator=generator), "aspect_ratio_ids": aspect,
+        "aspect_ratio_mask": (torch.arange(2) < aspect[..., None]).long(),
+    }  # fmt: skip
+
+
 @dataclass
 class Family:
     """How to build a family.
@@ -238,23 +247,30 @@ class CrossAttention(Family):
         generator = torch.Generator().manual_seed(seed)
         length, images = max(map(len, rows)), max(row.count("I") for row in rows)
         ids = torch.randint(3, 90, (len(rows), length), generator=generator)
-        valid, seen = torch.zeros_like(ids), torch.zeros(len(rows), length, images, self.TILES, dtype=torch.long)
+        valid = torch.zeros_like(ids)
         aspect = torch.zeros(len(rows), images, dtype=torch.long)
         for row, kinds in enumerate(rows):
             start = length - len(kinds)
             ids[row, :start], valid[row, start:] = PAD, 1
-            positions = [start + i for i, kind in enumerate(kinds) if kind == "I"]
-            for image, (first, last) in enumerate(itertools.pairwise([*positions, length])):
-                ids[row, first], aspect[row, image] = IMAGE, 2 - image
-                seen[row, first:last, image, : 2 - image] = 1
+            for image, place in enumerate(i for i, kind in enumerate(kinds) if kind == "I"):
+                ids[row, start + place], aspect[row, image] = IMAGE, 2 - image
         batch = {"input_ids": ids, "attention_mask": valid}
         if images:
             pixels = torch.randn(len(rows), images, self.TILES, 3, 16, 16, generator=generator).to(dtype)
             tiles = (torch.arange(self.TILES) < aspect.clamp(min=1)[..., None]).long()
             batch |= {"pixel_values": pixels, "aspect_ratio_ids": aspect, "aspect_ratio_mask": tiles}
-            batch["cross_attention_mask"] = seen
+            batch["cross_attention_mask"] = self.sight(ids, aspect)
         regions = torch.where(aspect > 0, torch.arange(images), -1).repeat_interleave(self.TILES * self.PATCHES, 1)
         return batch | {"regions": regions}
+
+    def sight(self, ids: Tensor, aspect: Tensor) -> Tensor:
+        """The mask [B, L, images, tiles] of images with one or two tiles each, as ``aspect`` [B, images] says."""
+        seen = torch.zeros(*ids.shape, aspect.shape[1], self.TILES, dtype=torch.long)
+        for row, own in enumerate(ids):
+            places = [*(own == IMAGE).nonzero().flatten().tolist(), len(own)]
+            for image, (first, last) in enumerate(itertools.pairwise(places)):
+                seen[row, first:last, image, : aspect[row, image]] = 1
+        return seen
 
     def sums(self, layer: int, probabilities: Tensor, regions: Tensor) -> Tensor:
         if layer not in self.config["text_config"]["cross_attention_layers"]:
@@ -422,7 +438,7 @@ FAMILIES = {
                                                 "patch_size": 4, "max_num_tiles": 2, "intermediate_layers_indices": [0],
                                                 "vision_output_dim": 32,
                                                 "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]},
-                              "image_token_index": IMAGE}, fused=(4, 8)),
+                              "image_token_index": IMAGE}, tiled, tokens=1, fused=(4, 8)),
     "gemma4_unified": Family({
         "text_config": TEXT | HYBRID_WINDOWS | {"sliding_window": 8, "global_head_dim": 16},
         "vision_config": {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 16,
@@ -513,7 +529,6 @@ COUSINS = of_this_version(COUSINS)
 # Why the engine does not take a family (tests/test_engine_families.py).
 REFUSED = {
     "llama4": "attention in chunks",
-    "mllama": "cross-attention",
 }
 
 

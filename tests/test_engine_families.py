@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from families import END, FAMILIES, IMAGE, REFUSED, SIZE, START, VOCABULARY
+from families import END, FAMILIES, IMAGE, REFUSED, SIZE, START, VOCABULARY, CrossAttention
 from packaging import version
 from processors import REAL, with_processor
 from tape import Graphs, HostReads
@@ -65,6 +65,8 @@ class FamilyProcessor:
             batch[self.family.types] = (batch["input_ids"] == IMAGE).long() * self.family.image_type
         if self.family.per_row and images:
             batch["pixel_values"] = batch["pixel_values"][None]
+        if images and isinstance(self.family, CrossAttention):
+            batch["cross_attention_mask"] = self.family.sight(batch["input_ids"], batch["aspect_ratio_ids"])
         return BatchFeature(batch)
 
 
@@ -589,7 +591,7 @@ def test_a_step_takes_nothing_from_the_host(name, fused, monkeypatch):
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"meta"})
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
     runner = Runner(model)
-    steps = batch.Batch(runner, Workspace(runner.stateful, 2, 48, 192, torch.device("meta")))
+    steps = batch.Batch(runner, Workspace(runner.layers, 2, 48, 192, torch.device("meta")))
     with torch.no_grad():
         branches = [steps.branch(kind, [None] * 2, [[1, 2, 3], [4, 5]], [0, 0]) for kind in (batch.SCRATCH, batch.ANSWER)]
         steps.forward(branches)
@@ -605,7 +607,7 @@ def test_a_forward_over_another_cache_is_not_cut_into_segments(name):
     with torch.no_grad():
         expected = model(input_ids=ids).logits
         runner = Runner(model)
-        pool = Workspace(runner.stateful, 1, 8, 16, model.device).pool
+        pool = Workspace(runner.layers, 1, 8, 16, model.device).pool
         with recurrence.in_segments(runner.recurrences, pool):
             assert torch.equal(model(input_ids=ids).logits, expected)
             assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
@@ -629,7 +631,7 @@ def test_a_forward_that_the_user_put_on_a_recurrence_is_run():
     assert module.forward is louder
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "llava"])
+@pytest.mark.parametrize("name", ["qwen3_5", "llava", "mllama"])
 def test_logits_under_autocast_are_as_close_as_its_dtype_lets_them_be(name):
     model, processor, profile = built(name)
     with torch.autocast("cpu", torch.bfloat16), SafeGenerator(model, processor, profile) as guard:

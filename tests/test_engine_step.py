@@ -311,7 +311,7 @@ def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
     monkeypatch.setattr(RasProfile, "check", lambda *args: None)  # of the LM head's values
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
     runner = Runner(model, sync_every=1000)
-    steps = batch.Batch(runner, workspace.Workspace(runner.stateful, 2, 48, 192, torch.device("meta")))
+    steps = batch.Batch(runner, workspace.Workspace(runner.layers, 2, 48, 192, torch.device("meta")))
     prompts = torch.zeros(2, 9, dtype=torch.long, device="meta")
     regions = RegionMap(torch.zeros(2, 9, dtype=torch.int32, device="meta"), 1, validate=False)
     keep(steps.pool, REGIONS, regions if kind != "plain" or make else None)

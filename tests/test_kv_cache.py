@@ -21,7 +21,7 @@ def fed(pool, slots, seen, new, rows=slice(None)):
 
 
 def test_a_forward_writes_its_slots_in_place_and_sees_its_window():
-    pool = KVPool([False] * 2, 2, 8)
+    pool = KVPool(["full_attention"] * 2, 2, 8)
     prompt = states(1, 3, seed=1)
     for (keys, values), (own_keys, own_values) in zip(fed(pool, [[4, 3, 2]], None, prompt, slice(1, 2)), prompt, strict=True):
         assert torch.equal(keys, own_keys)  # its own tokens alone, in their order
@@ -42,11 +42,11 @@ def test_a_forward_writes_its_slots_in_place_and_sees_its_window():
 
 
 def test_a_prefix_read_from_one_row_can_be_written_to_another_pool():
-    pool, prompt = KVPool([False] * 2, 1, 6), states(1, 4, seed=3)
+    pool, prompt = KVPool(["full_attention"] * 2, 1, 6), states(1, 4, seed=3)
     fed(pool, [[1, 2, 3, 4]], (1, 5), prompt)
     entry = pool.read(0, 1, 4)
     pool.layers[0].keys.zero_()
-    other = KVPool([False] * 2, 2, 9)
+    other = KVPool(["full_attention"] * 2, 2, 9)
     other.write(1, 5, entry)
     for layer, (keys, values) in zip(other.layers, prompt, strict=True):
         assert torch.equal(layer.keys[1, :, 5:8], keys[0, :, :3])
@@ -56,7 +56,7 @@ def test_a_prefix_read_from_one_row_can_be_written_to_another_pool():
 
 
 def test_rows_move_to_the_front_and_a_grown_pool_holds_the_same():
-    pool, prompt = KVPool([False] * 2, 3, 6), states(3, 6, seed=4)
+    pool, prompt = KVPool(["full_attention"] * 2, 3, 6), states(3, 6, seed=4)
     fed(pool, [[*range(6)]] * 3, (0, 6), prompt)
     new = pool.grown(3)
     assert new.capacity == 9

@@ -12,6 +12,8 @@ Layers that keep a state instead of keys and values (recurrence.py) have one for
 to, a state cannot: copies of it are held after the prefix, where scratch branches start, and after the prompt, where an answer
 that is taken back starts again.
 
+Images to which layers cross-attend are in no slots: those layers hold their keys, once for both branches of a row.
+
 Words used in this package: a *slot* is an index into the pool. A *place* is a token's index in its own prompt and answer,
 from 0; −1 marks a token that only fills up a batch. A *position* is what rotary embeddings are given: the place plus an
 offset, which is not 0 in families that count an image's tokens otherwise (M-RoPE).
@@ -32,7 +34,7 @@ from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.recurrence import Segment, States
 from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Feed, HostRead, Workspace, capture
-from ras_fast.inputs import is_per_token, left_padded
+from ras_fast.inputs import SIGHT, is_per_token, left_padded
 from ras_fast.patching.cache_values import Rows, keep, kept, kept_rows
 from ras_fast.patching.tracking import REGIONS
 from ras_fast.regions import RegionMap
@@ -130,8 +132,8 @@ class Branch:
 
 @dataclass
 class Prefix:
-    """The beginning of a prompt that was computed: keys and values [H, length, D] of each layer that has them, the states of
-    the others, the offset of the positions after it, and where its image tokens are."""
+    """The beginning of a prompt that was computed: keys and values [H, length, D] of each layer that has them, of its tokens or
+    its images, the states of the others, the offset of the positions after it, and where its image tokens are."""
 
     length: int
     keys_values: list[tuple[Tensor, Tensor] | None]
@@ -180,6 +182,10 @@ class Batch:
     def offset(self) -> Tensor:
         return self.space.offset[:, : self.rows]
 
+    @property
+    def sees(self) -> Tensor:
+        return self.space.sees[:, : self.rows]
+
     # Filling it
 
     def prefill(self, row: int, prompts: list[dict[str, Tensor]], lengths: list[int], kind: int) -> None:
@@ -196,6 +202,7 @@ class Batch:
         slots = self._slots(kind, cut["attention_mask"].cumsum(-1) - 1, own)
         if len(set(lengths)) == 1:
             del cut["attention_mask"]
+        self._look(kind, own, prompts)
         keep(self.pool, REGIONS, None)  # that of the batch is not these rows'
         self.pool.aim(slots, rows=own, segments=[recurrence.whole(kind)])
         states, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
@@ -204,7 +211,8 @@ class Batch:
         self._show_at(slots, regions, own)
         if kind == ANSWER:
             for i, length in enumerate(lengths):
-                self.regions[row + i] = None if regions is None else regions.select(torch.tensor([i])).last(length)
+                one = None if regions is None else regions.select(torch.tensor([i]))
+                self.regions[row + i] = one if one is None or self.runner.crosses else one.last(length)
                 self.prefixes[row + i], self._after_prefix[row + i] = length, self.pool.states(row + i, ANSWER)
 
     def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor]) -> Branch:
@@ -212,6 +220,7 @@ class Batch:
         are chosen already."""
         mask, extras = inputs["attention_mask"], {k: v for k, v in inputs.items() if k != "input_ids"}
         slots = self._slots(ANSWER, mask.cumsum(-1) - 1)
+        self._look(ANSWER, slice(None), [inputs])
         self.pool.aim(slots, segments=[recurrence.whole(ANSWER)])
         states, self.offset[ANSWER] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
         self._last[ANSWER].update(enumerate(states[:, -1].clone()))
@@ -241,14 +250,15 @@ class Batch:
         keys_values = self.pool.read(row, self.origin, self.origin + length)
         return Prefix(length, keys_values, states, self.offset[ANSWER, row].clone(), self.regions.get(row))
 
-    def insert(self, row: int, prefix: Prefix) -> None:
-        """A prefix that was computed before becomes the row's."""
+    def insert(self, row: int, prefix: Prefix, prompt: dict[str, Tensor]) -> None:
+        """A prefix of a prompt that was computed before becomes the row's."""
         self.pool.write(row, self.origin, prefix.keys_values)
         self.pool.set_states(row, ANSWER, prefix.states)
         self._after_prefix[row] = prefix.states
         self.offset[ANSWER, row] = prefix.offset
         self.regions[row], self.prefixes[row] = prefix.regions, prefix.length
         places, own = torch.arange(self.prefixes[row], device=self.runner.device)[None], slice(row, row + 1)
+        self._look(ANSWER, own, [prompt])
         self._show_at(self._slots(ANSWER, places, own), prefix.regions, own)
 
     def branch(self, kind: int, sequences, feeds: list[list[int]], kept: list[int], keep: int = 0) -> Branch:
@@ -276,7 +286,8 @@ class Batch:
         self._held = [length * reads for length, reads in zip(self.prefixes, read_prefix, strict=True)]
         self.shared[:] = torch.tensor(self._held, device=self.shared.device)[:, None]
         self.offset[SCRATCH] = self.offset[ANSWER] * (self.shared > 0)
-        self.space.region_ids[: self.rows, : self.origin] = -1
+        self.sees[SCRATCH] = self.sees[ANSWER] & (self.shared > 0)
+        self.space.region_ids[: self.rows, : self.space.region_origin] = -1
         for row, length in enumerate(self._held):
             self.pool.set_states(row, SCRATCH, self._after_prefix[row] if length else None)
 
@@ -380,7 +391,7 @@ class Batch:
         self._show_regions(begin)
         slots, segments = _cat([self._slots(own.kind, own.feed.places) for own in branches]), self._segments(branches)
         self.pool.aim(slots, (begin, end), slice(0, self.rows), segments)
-        states = self.runner(self.pool, ids, positions, mask)
+        states = self.runner(self.pool, ids, positions, mask, **self._image_masks(branches))
         if len(branches) == 1:
             return states[:, -1:]
         return torch.stack([states[:, branches[0].width - 1], states[:, -1]], 1)
@@ -393,6 +404,11 @@ class Batch:
             return _cat([self._distance(branch, slots) for branch in branches])
 
         return self.runner.masks(starts, ends, end - begin, distance)
+
+    def _image_masks(self, branches: list[Branch]) -> dict[str, Tensor]:
+        if not self.sees.shape[-1]:
+            return {}
+        return self.runner.image_masks(_cat([self.sees[own.kind][:, None].expand(-1, own.width, -1) for own in branches]))
 
     def _segments(self, branches: list[Branch]) -> list[Segment]:
         """The tokens of the branches' feeds, in the order of their kinds, by the states that they go on from: those of all rows
@@ -434,22 +450,32 @@ class Batch:
         for name, value in kept_rows(self.pool).items():
             keep(self.pool, name, Rows(self.space.settled(name, value.tensor)))
 
-    # Image tokens
+    # Images
+
+    def _look(self, kind: int, rows: slice, prompts: list[dict[str, Tensor]]) -> None:
+        """Notes which images branches cross-attend to from now on: those that the last tokens of their prompts see."""
+        if SIGHT in prompts[0]:
+            sees = self.runner.keys_of_tiles(torch.cat([one[SIGHT][:, -1] for one in prompts]))
+            self.sees[kind, rows, : sees.shape[1]] = sees
 
     def _show_at(self, slots: Tensor, regions: RegionMap | None, rows: slice = slice(None)) -> None:
-        """Notes that the tokens in slots [b, T] of these rows belong to these image regions."""
+        """Notes that the tokens in slots [b, T] of these rows, or the keys that they cross-attend to, belong to these image
+        regions."""
         self._maps = None
         if regions is not None:
+            if self.runner.crosses:
+                slots = torch.arange(regions.ids.shape[1], device=slots.device).expand_as(regions.ids)
             self.space.region_ids[: self.rows][rows].scatter_(1, slots, regions.ids)
             self.space.num_regions = max(self.space.num_regions, regions.num_regions)
 
     def _show_regions(self, begin: int) -> None:
-        """Tells a patched model where the image tokens lie in the slots from ``begin`` on."""
+        """Tells a patched model where the image tokens lie in the slots from ``begin`` on, or which keys are of which image."""
         if self._maps is None:
             ids, count = self.space.region_ids[: self.rows], self.space.num_regions
+            parts = ids, ids[:, self.space.region_origin :]
             found = [self.regions.get(row) for row in range(self.rows)]
             grids = [[] if own is None else own.grids[0] for own in found]
-            self._maps = tuple(RegionMap(part, count, grids, validate=False) for part in (ids, ids[:, self.origin :]))
+            self._maps = tuple(RegionMap(part, count, grids, validate=False) for part in parts)
         keep(self.pool, REGIONS, self._maps[begin > 0])
 
 

@@ -268,7 +268,7 @@ class SafeGenerator:
 
     def _branched(self, ids: list[int]) -> torch.Tensor:
         """Logits [V] after these tokens: the first half by a prefill, the others in steps beside another branch."""
-        batch = Batch(self._runner, Workspace(self._runner.stateful, 1, 3, 3 + 6 + 1, self._runner.device))
+        batch = Batch(self._runner, Workspace(self._runner.layers, 1, 3, 3 + 6 + 1, self._runner.device))
         batch.prefill(0, [{"input_ids": torch.tensor([ids], device=self.model.device)}], [3], ANSWER)
         batch.clear_scratch(3, [True])
         other = batch.branch(SCRATCH, [None], [ids[4:]], [3])

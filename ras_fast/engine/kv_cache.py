@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ras_fast.engine import recurrence
 from ras_fast.engine.recurrence import Segment, StateLayer, States
 from ras_fast.ops import write_cache_
 from ras_fast.profile import is_integer
+
+CROSS = "cross_attention"  # the kind of a layer that attends to images alone, which are not among the tokens
 
 
 @dataclass
@@ -101,23 +104,74 @@ class PoolLayer(CacheLayerMixin):
         return self.capacity
 
 
+class CrossLayer(PoolLayer):
+    """One layer's keys and values [B, H, capacity, D] of each row's images, to which both of its branches cross-attend.
+
+    A prompt's forward hands over those of its images, and is to find none here: without images it would attend to what it
+    found. Steps read ``keys`` and ``values``, which are those of their rows; one without images has zeros, and gets nothing.
+    """
+
+    def __init__(self, rows: int, capacity: int, view: View):
+        super().__init__(rows, capacity, view)
+        self._all, self._lengths = PoolLayer(rows, capacity, view), [0] * rows
+
+    def aim(self) -> None:
+        """To be called when the view has changed."""
+        self.is_initialized = self._all.is_initialized and self.view.begin is not None
+        if self.is_initialized:
+            self.keys, self.values = self._all.keys[self.view.rows], self._all.values[self.view.rows]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        for row, *of_row in zip(range(self.rows)[self.view.rows], key_states, value_states, strict=True):
+            self.write(row, 0, *of_row)
+        return key_states, value_states
+
+    def read(self, row: int, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """A copy of those of a row's images, wherever its tokens lie: keys and values [H, length, D]. None without images."""
+        length = self._lengths[row]
+        return self._all.read(row, 0, length) if length else None
+
+    def write(self, row: int, begin: int, keys: Tensor, values: Tensor) -> None:
+        self._all.write(row, 0, keys, values)
+        self._lengths[row] = keys.shape[1]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        self._all.keep_rows(rows)
+        self._lengths[: len(rows)] = [self._lengths[row] for row in rows]
+
+    def copy_to(self, other: CrossLayer) -> None:
+        self._all.copy_to(other._all)
+        other._lengths = [*self._lengths]
+
+    def reset(self) -> None:
+        self._all.reset()
+        self._lengths, self.is_initialized = [0] * self.rows, False
+
+    def get_seq_length(self) -> int:
+        return self.capacity if self.is_initialized else 0
+
+
 class KVPool(Cache):
     """A transformers cache in which a row holds several sequences that share their beginning.
 
     Which slots belong to which sequence is the caller's to know: `aim` says where the next forward writes and what it sees,
     and a mask hides what lies in between.
 
-    stateful: for each layer whether it keeps states (`StateLayer`) instead of keys and values.
+    kinds: what each layer is, in transformers' words; those that keep states are `StateLayer`s here.
+    image_keys: the most keys that the images of a row have, in layers of cross-attention (`CrossLayer`).
     """
 
-    def __init__(self, stateful: Sequence[bool], rows: int, capacity: int):
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, kinds: Sequence[str], rows: int, capacity: int, image_keys: int = 0):
+        self.kinds, self.rows, self.capacity, self.image_keys = kinds, rows, capacity, image_keys
         self.view = View(slice(0, rows), torch.empty(rows, 0, dtype=torch.long), 0, 0, ())
-        super().__init__([StateLayer(rows) if keeps else PoolLayer(rows, capacity, self.view) for keeps in stateful])
+        super().__init__([self._layer(kind) for kind in kinds])
 
-    @property
-    def stateful(self) -> list[bool]:
-        return [isinstance(layer, StateLayer) for layer in self.layers]
+    def _layer(self, kind: str) -> CacheLayerMixin:
+        if kind in recurrence.LAYERS:
+            return StateLayer(self.rows)
+        if kind == CROSS:
+            return CrossLayer(self.rows, self.image_keys, self.view)
+        return PoolLayer(self.rows, self.capacity, self.view)
 
     @property
     def is_initialized(self) -> bool:
@@ -143,10 +197,12 @@ class KVPool(Cache):
             raise ValueError(f"the pool holds {self.capacity} tokens and cannot take slots {begin} to {end}")
         view = self.view
         view.rows, view.slots, view.begin, view.end, view.segments = rows, slots, begin, end, segments
+        for layer in self._layers(CrossLayer):
+            layer.aim()
 
     def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, Tensor] | None]:
-        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row: keys and values [H, length, D] of each layer that may
-        have them, None where it has not."""
+        """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row, and of what it cross-attends to: keys and values
+        [H, length, D] of each layer that may have them, None where it has not."""
         return [layer.read(row, begin, end) for layer in self._layers(PoolLayer)]
 
     def write(self, row: int, begin: int, given: list[tuple[Tensor, Tensor] | None]) -> None:
@@ -171,7 +227,7 @@ class KVPool(Cache):
 
     def grown(self, slots: int) -> KVPool:
         """A copy with so many slots more before the others."""
-        new = KVPool(self.stateful, self.rows, self.capacity + slots)
+        new = KVPool(self.kinds, self.rows, self.capacity + slots, self.image_keys)
         for old, layer in zip(self.layers, new.layers, strict=True):
             old.copy_to(layer)
         return new

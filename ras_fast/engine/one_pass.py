@@ -86,7 +86,7 @@ class OnePass(Plan):
         """Answers queries whose inputs can be joined into one batch."""
         joined, new_tokens = left_padded(inputs, self.runner.filler), jobs[0].answer.decoding.max_new_tokens
         slots = joined["input_ids"].shape[1] + new_tokens + self.runner.sync_every
-        with self.runner.workspaces.lend(len(jobs), 0, slots) as space:
+        with self.runner.workspaces.lend(len(jobs), 0, slots, self.runner.image_keys(joined)) as space:
             batch = Batch(self.runner, space)
             with Patch.of(self.runner.model).collect(rows=1) if self.region_mass else nullcontext() as statistics:
                 answer = batch.prompts([job.answer for job in jobs], joined)

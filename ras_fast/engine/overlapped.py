@@ -30,7 +30,7 @@ from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch, Prefix
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
-from ras_fast.inputs import ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
+from ras_fast.inputs import SIGHT, ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
@@ -83,6 +83,8 @@ class Overlapped(Plan):
         self._cuts = not runner.both_ways  # whether prompts are cut after what they share
         self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
+        if runner.crosses and self.moras.attention is not None:
+            raise ValueError("the profile's gate reads attention to a prompt's images; this model has them in cross-attention")
         self.bias = profile.tensors.get("region_bias")
         self.cache, self.region_mass = cache, region_mass
         self._safety = len(processor.tokenizer(self.moras.config["safety_prompt"])["input_ids"])
@@ -170,6 +172,7 @@ class Overlapped(Plan):
         if query.images:
             # A gate that looks at attention reads all rows after the images.
             length = self._images_closed(ids) if self.moras.attention is None else self._images_end(ids)
+            length = max(length, _sight_settled(inputs))
             job.image_tokens = ImageTokens.between(short_ids(self.processor, query), ids, self._placeholder)
         else:
             length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config), "risk"))
@@ -212,14 +215,16 @@ class Overlapped(Plan):
 
     # Stages
 
-    def _slots(self, jobs: list[Job], contexts) -> tuple[int, int]:
-        """How many slots the batch takes: before the prefixes, and from there on."""
+    def _slots(self, jobs: list[Job], contexts) -> tuple[int, int, int]:
+        """How many slots the batch takes: before the prefixes, and from there on; and the most keys that a query's images have
+        in layers of cross-attention."""
         context, wanted = self.moras.config["max_context_tokens"], jobs[0].draft.decoding.max_new_tokens
         feeds = [self._feed(job, entry[1].prompt)[1] for job, entry in zip(jobs, contexts, strict=True) if entry]
         rest = max(len(job.draft.prompt) - (0 if job.whole else len(job.prefix)) for job in jobs)
         risk = rest + self._safety + context + 8 + self.moras.steps
         scratch = max(max(feeds, default=0) + context, risk) + self.runner.sync_every
-        return scratch, max(len(job.draft.prompt) for job in jobs) + wanted + self.runner.sync_every
+        answer = max(len(job.draft.prompt) for job in jobs) + wanted + self.runner.sync_every
+        return scratch, answer, max(self.runner.image_keys(job.inputs) for job in jobs)
 
     def _encode_prefixes(self, batch: Batch, jobs: list[Job]) -> None:
         """Computes, or finds, the keys and values of each prompt up to the end of its last image; for neighbours that fit
@@ -236,7 +241,7 @@ class Overlapped(Plan):
         for row, entry in found.items():
             if row not in missing:
                 self.counters["cache_hits"] += 1
-                batch.insert(row, batch.extract(twins[row]) if entry is None else entry)
+                batch.insert(row, batch.extract(twins[row]) if entry is None else entry, jobs[row].inputs)
 
     def _read_prompts(self, batch: Batch, jobs: list[Job]) -> None:
         """Computes whole prompts."""
@@ -448,6 +453,7 @@ class Overlapped(Plan):
         """(whether a stage's prompt begins with the job's prefix and may reuse it, how many tokens it adds to the pool)."""
         length = len(job.prefix)
         shares = length and not job.whole and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
+        # What its tokens see of images they cross-attend to follows from where these are, which is in the prefix.
         # A special token after the images is proved harmless in the query's own prompt alone.
         shares = shares and not self._has_special_token(prompt)
         return (True, len(prompt) - length) if shares else (False, len(prompt))
@@ -555,6 +561,14 @@ def _key(kind: str, job: Job, ids: list[int]) -> bytes:
 def _image_tensors(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pixels, and the sizes and grids without which pixels are ambiguous."""
     return {name: value for name, value in inputs.items() if not is_per_token(name, inputs)}
+
+
+def _sight_settled(inputs: dict[str, Tensor]) -> int:
+    """The place from which on all tokens of a prompt see the same of its images, where these are cross-attended to."""
+    if SIGHT not in inputs:
+        return 0
+    differs = (inputs[SIGHT] != inputs[SIGHT][:, -1:]).flatten(2).any(-1)[0].tolist()
+    return max((place + 1 for place, other in enumerate(differs) if other), default=0)
 
 
 def _ids(inputs) -> list[int]:

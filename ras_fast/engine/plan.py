@@ -13,7 +13,7 @@ from ras_fast.decoding import Decoding, check_length
 from ras_fast.engine.answer import CUT, SafeOutput, Sequence
 from ras_fast.engine.batch import Batch, Branch
 from ras_fast.engine.runner import Runner
-from ras_fast.inputs import Query, encode
+from ras_fast.inputs import SIGHT, Query, encode
 from ras_fast.regions import RegionMap
 
 
@@ -56,6 +56,8 @@ class Plan:
         """
         try:
             inputs, poisoned = self.encode(query)
+            if self.runner.crosses and query.images and not (SIGHT in inputs and inputs[SIGHT][0, -1].any()):
+                raise ValueError(f"the processor's {SIGHT} lets the last token see no image")
             return inputs, poisoned, self.sequence(inputs["input_ids"][0].tolist(), decoding, number)
         except ValueError as error:
             raise ValueError(f"prompts[{number}]: {error}") from error

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ras_fast.decoding import TooLong, eos_ids, output_head
 from ras_fast.engine import recurrence
-from ras_fast.engine.kv_cache import KVPool
+from ras_fast.engine.kv_cache import CROSS, KVPool
 from ras_fast.engine.workspace import Workspaces
+from ras_fast.inputs import SIGHT
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import cache_name
 from ras_fast.patching.structure import find_decoder, stacks
@@ -34,22 +35,24 @@ class Runner:
     captured: whether steps are captured as CUDA graphs: where all weights are on one GPU.
     passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
 
-    stateful: for each layer whether it keeps a state instead of keys and values.
+    layers: what each layer is, in transformers' words. kinds: the different ones among them, but for cross-attention.
     both_ways: whether a prompt's tokens may all see each other (PaliGemma), so that none of them can be computed without those
         after it.
+    crosses: whether images are the keys of cross-attention layers. patches: how many keys a tile of one has there.
 
     Raises ValueError for a model with layers that keep something else: these cannot branch.
     """
 
     def __init__(self, model, sync_every: int | None = None):
-        kinds = _layer_kinds(model)
-        self.kinds, self.stateful = sorted(set(kinds)), [kind in recurrence.LAYERS for kind in kinds]
+        self.layers = _layer_kinds(model)
+        self.kinds, self.crosses = sorted({*self.layers} - {CROSS}), CROSS in self.layers
         self.window = getattr(model.config.get_text_config(), "sliding_window", None)
         self.model, self.base = model, model.base_model
         text, layers = next(iter(stacks(model)), (self.base, torch.nn.ModuleList()))
         self.both_ways = not all(getattr(module, "is_causal", True) for module in layers.modules())
-        # Such a model makes its masks itself, out of what only its prompts have; its text model takes those of a step.
-        self._steps = text if self.both_ways else self.base
+        self.patches = getattr(getattr(self.base, "vision_model", None), "num_patches", 0)
+        # Such models make masks themselves, out of what only their prompts have; their text models take those of a step.
+        self._steps = text if self.both_ways or self.crosses else self.base
         self.find_parts()
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images, in as many
         # channels as their rotary embedding has sections: most in three, HunYuan-VL in four.
@@ -67,14 +70,15 @@ class Runner:
         self.cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
-        self.workspaces = Workspaces(model, self.stateful)
+        self.workspaces = Workspaces(model, self.layers)
         self.passes, self.tokens = 0, 0
 
     def find_parts(self) -> None:
         """The parts that are not called by the base model, or not by it alone. To be called again when the model was changed,
         which may have others by now."""
         self.head = output_head(self.model)
-        self.recurrences = recurrence.find(find_decoder(self.model)[2], self.stateful) if any(self.stateful) else {}
+        stateful = [kind in recurrence.LAYERS for kind in self.layers]
+        self.recurrences = recurrence.find(find_decoder(self.model)[2], stateful) if any(stateful) else {}
         # A graph holds one device's work; weights that hooks fetch for each forward (accelerate's offloading) have no address.
         devices = {parameter.device for parameter in self.model.parameters()}
         self.captured = self.device.type in CAPTURED and devices == {self.device}
@@ -100,8 +104,9 @@ class Runner:
         return -(-tokens // WIDTH) * WIDTH if self.captures(tokens) and tokens > 1 else tokens
 
     def captures(self, width: int) -> bool:
-        """Whether a step that feeds so many tokens is captured. Segments of a recurrence are as long as each row's tokens."""
-        return self.captured and (width == 1 or not self.recurrences)
+        """Whether a step that feeds so many tokens is captured. Segments of a recurrence are as long as each row's tokens; and
+        Mllama in transformers 5.17 takes a step for a prompt whose padded tokens are as many as the slots that it sees."""
+        return self.captured and (width == 1 or not (self.recurrences or self.crosses))
 
     def __call__(self, pool: KVPool, ids: Tensor, positions: Tensor | None, mask=None, **extras) -> Tensor:
         """States [B, T, d] after the last norm for ids [B, T] at positions [B, T], or where the model puts them (None)."""
@@ -194,9 +199,26 @@ class Runner:
             seen = (key >= start[..., None]) & (key < end[..., None])
             if windowed:
                 seen &= distance() < self.window
-            blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
-            made[kind] = torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
+            made[kind] = self._added(seen)
         return made if len(made) > 1 else made[self.kinds[0]]
+
+    def image_masks(self, sees: Tensor) -> dict[str, Tensor]:
+        """What a step is given for cross-attention, from which keys of its images each token sees, [B, T, keys]."""
+        sighted = sees.any(-1)[:, None, :, None].to(self.model.dtype)
+        return {"cross_attention_mask": self._added(sees), "full_text_row_masked_out_mask": sighted}
+
+    def _added(self, seen: Tensor) -> Tensor:
+        """The mask [B, 1, T, keys] that is added to scores, from which keys each token sees, [B, T, keys]."""
+        blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
+        return torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
+
+    def image_keys(self, inputs: dict[str, Tensor]) -> int:
+        """How many keys of each prompt's images there are to cross-attend to."""
+        return inputs[SIGHT].shape[2:].numel() * self.patches if SIGHT in inputs else 0
+
+    def keys_of_tiles(self, sight: Tensor) -> Tensor:
+        """Which of these keys [B, keys] a token sees, from the tiles [B, images, tiles] that it sees."""
+        return sight.flatten(1).repeat_interleave(self.patches, 1).bool()
 
 
 def _layer_kinds(model) -> list[str]:
@@ -206,10 +228,11 @@ def _layer_kinds(model) -> list[str]:
         raise ValueError(f"{name} is an encoder-decoder; the engine knows decoders: {INSTEAD}")
     plain = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     kinds = getattr(text, "layer_types", None) or [plain] * text.num_hidden_layers
-    found = {*kinds, *["cross_attention"] * bool(getattr(text, "cross_attention_layers", None))}
-    known = _LAYERS | recurrence.LAYERS
-    if found - known or not found & _LAYERS:
-        wanted = f"{sorted(_LAYERS)}, alone or among {sorted(recurrence.LAYERS)}"
+    crossing = getattr(text, "cross_attention_layers", None) or ()
+    kinds = [CROSS if layer in crossing else kind for layer, kind in enumerate(kinds)]
+    found, others = {*kinds}, recurrence.LAYERS | {CROSS}
+    if found - _LAYERS - others or not found & _LAYERS:
+        wanted = f"{sorted(_LAYERS)}, alone or among {sorted(others)}"
         raise ValueError(f"{name} has layers of {sorted(found)}; the engine knows {wanted}: {INSTEAD}")
     return kinds
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ras_fast.engine.kv_cache import KVPool
+from ras_fast.engine.kv_cache import CROSS, KVPool
 
 KEPT = 4  # workspaces of a generator: of batches of so many sizes
 BUCKET = 128  # slots that sizes are rounded up to; also keeps the masks aligned as the attention kernels want them
@@ -33,24 +33,30 @@ class Feed:
 class Workspace:
     """The memory of a batch. Slots, places and positions are explained in batch.py.
 
-    stateful: for each layer whether it keeps a state instead of keys and values.
+    kinds, image_keys: see `KVPool`.
     rows: queries.
     origin, capacity: slots before the prefix, and slots in all. The last slot takes what nobody will read.
     shared: [B, 1], how many tokens of the prefix the scratch branch continues.
     offset: [2, B, 1], for either branch what is added to a token's place to get its position.
-    region_ids: [B, capacity] int32, the image that the token in each slot belongs to, or −1.
+    sees: [2, B, image_keys] bool, for either branch which keys of its images a row's tokens cross-attend to.
+    region_ids: [B, capacity] int32, the image that the token in each slot belongs to, or −1; of a model with cross-attention
+        [B, at least image_keys], the image of each of these keys.
+    region_origin: how many entries of ``region_ids`` come before those of the prefix.
     num_regions: the most images that a row has had.
     graphs: captured steps, by region count and by kind and width of their branches.
     """
 
-    def __init__(self, stateful: Sequence[bool], rows: int, origin: int, capacity: int, device: torch.device):
+    def __init__(
+        self, kinds: Sequence[str], rows: int, origin: int, capacity: int, device: torch.device, image_keys: int = 0
+    ):
         self.rows, self.origin, self.capacity = rows, origin, capacity
-        self.pool = KVPool(stateful, rows, capacity)
-        self.num_regions = 0
+        self.pool = KVPool(kinds, rows, capacity, image_keys)
+        self.num_regions, self.region_origin = 0, 0 if CROSS in kinds else origin
         with torch.inference_mode(False):  # a later call may be outside of it
             self.shared = torch.zeros(rows, 1, dtype=torch.long, device=device)
             self.offset = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
-            self.region_ids = torch.full((rows, capacity), -1, dtype=torch.int32, device=device)
+            self.sees = torch.zeros(2, rows, image_keys, dtype=torch.bool, device=device)
+            self.region_ids = torch.full((rows, max(capacity, image_keys)), -1, dtype=torch.int32, device=device)
         self.graphs: dict[tuple, Callable[[], Tensor]] = {}
         self._feeds: dict[tuple, Feed] = {}
         self._rows: dict[str, Tensor] = {}
@@ -78,22 +84,25 @@ class Workspace:
         self.pool.keep_rows(rows)
         for tensor in (self.shared, self.region_ids):
             tensor[: len(rows)] = tensor[rows]
-        self.offset[:, : len(rows)] = self.offset[:, rows]
+        for tensor in (self.offset, self.sees):
+            tensor[:, : len(rows)] = tensor[:, rows]
 
     def grown(self, slots: int) -> Workspace:
         """A copy with `slots` more slots before the others."""
-        new = Workspace(self.pool.stateful, self.rows, self.origin + slots, self.capacity + slots, self.offset.device)
-        new.pool, new.num_regions = self.pool.grown(slots), self.num_regions
-        new.region_ids[:, slots:] = self.region_ids
+        origin, capacity, pool = self.origin + slots, self.capacity + slots, self.pool.grown(slots)
+        new = Workspace(pool.kinds, self.rows, origin, capacity, self.offset.device, pool.image_keys)
+        new.pool, new.num_regions = pool, self.num_regions
+        new.region_ids[:, new.region_origin - self.region_origin :][:, : self.region_ids.shape[1]] = self.region_ids
         new.shared.copy_(self.shared)
         new.offset.copy_(self.offset)
+        new.sees.copy_(self.sees)
         return new
 
     def clear(self) -> None:
         """Zeroes everything, so that nothing of these queries is left for the next ones to read."""
         self.pool.reset()
         feeds = (tensor for feed in self._feeds.values() for tensor in (feed.ids, feed.places))
-        for tensor in (self.shared, self.offset, *feeds, *self._rows.values()):
+        for tensor in (self.shared, self.offset, self.sees, *feeds, *self._rows.values()):
             tensor.zero_()
         self.region_ids.fill_(-1)
 
@@ -101,20 +110,20 @@ class Workspace:
 class Workspaces:
     """A generator's workspaces; at most ``KEPT`` of them, the least recently used goes first."""
 
-    def __init__(self, model, stateful: Sequence[bool]):
-        self._model, self._stateful = model, stateful
+    def __init__(self, model, kinds: Sequence[str]):
+        self._model, self._kinds = model, kinds
         self._kept: OrderedDict[tuple, Workspace] = OrderedDict()
 
     @contextmanager
-    def lend(self, rows: int, scratch: int, rest: int) -> Iterator[Workspace]:
+    def lend(self, rows: int, scratch: int, rest: int, image_keys: int) -> Iterator[Workspace]:
         """A zeroed workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` usable slots from
-        there on. It is kept afterwards, unless its user raised an exception."""
-        key = rows, scratch, rest = rows, _bucket(scratch), _bucket(rest + 1)
+        there on, and ``image_keys`` to cross-attend to. It is kept afterwards, unless its user raised an exception."""
+        key = rows, scratch, rest, _ = rows, _bucket(scratch), _bucket(rest + 1), image_keys
         space = self._kept.pop(key, None)
         if space is None:
             while len(self._kept) >= KEPT:
                 self._kept.popitem(last=False)
-            space = Workspace(self._stateful, rows, scratch, scratch + rest, self._model.device)
+            space = Workspace(self._kinds, rows, scratch, scratch + rest, self._model.device, image_keys)
         yield space
         space.clear()
         self._kept[key] = space

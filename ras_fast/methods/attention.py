@@ -414,6 +414,7 @@ def _features(patch: Patch, processor, queries: list[Query], heads: Sequence[Hea
 
 def prompt_features(patch: Patch, processor, query: Query, heads: Sequence[Head]) -> tuple[Tensor, Tensor]:
     """([3n] fp32, bool) of one query by a forward of its own: its features, and whether it has images."""
+    _check_model(patch, heads)
     model = patch.model
     inputs, _ = encode(processor, query, model.device, model.dtype)
     with patch.collect(rows=None, layers={layer for layer, _ in heads}) as statistics:

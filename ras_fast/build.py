@@ -25,8 +25,6 @@ PACKAGE = Path(__file__).resolve().parent
 STABLE_ABI = "0x020a000000000000"
 DEFAULT_CUDA_ARCHS = "80;90a;100;120"
 HOPPER_FLAGS = "-gencode=arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper_*.cu, whose instructions no other chip has
-# CUDA sources that are compiled as one: torch's headers, read anew for every architecture, take longer than each one's kernels.
-COMPILED_TOGETHER = ("attention_decode", "attention_stats", "cache", "linear", "rotary")
 # One source, compiled once for each instruction set; csrc/cpu/dispatch.h picks at load time.
 X86_ISAS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
@@ -206,11 +204,10 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     ninja.rule("link", f"{_quoted(nvcc)} {arch_flags} $in -o $out -cudart static -Xlinker --no-as-needed {link_flags(torch)}",
                depfile=False)
     objects = [ninja.edge("sources.o", "nvcc", [csrc / "sources.cpp"], flags=marker_flags(csrc))]
-    together = [source for source in cuda_sources if source.stem in COMPILED_TOGETHER]
-    units = [_unit(work / "cuda/together.cu", together), *(source for source in cuda_sources if source not in together)]
-    objects += [
-        ninja.edge(f"{unit.stem}.o", "nvcc", [unit], archs=HOPPER_FLAGS if is_hopper(unit) else arch_flags) for unit in units
-    ]
+    # Those for the same architectures are compiled as one: torch's headers, read anew for each, take longer than most kernels.
+    for name, flags, part in (("all", arch_flags, False), ("hopper", HOPPER_FLAGS, True)):
+        if parts := [source for source in cuda_sources if is_hopper(source) == part]:
+            objects.append(ninja.edge(f"{name}.o", "nvcc", [_unit(work / f"cuda/{name}.cu", parts)], archs=flags))
     library = out / "libras_fast_cuda.so"
     ninja.edge(library, "link", objects)
     ninja.run(work / "cuda", verbose)

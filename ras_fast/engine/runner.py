@@ -115,7 +115,7 @@ class Runner:
         if positions is not None and self.offsets:
             positions = positions.expand(self.channels, *positions.shape)
         extras[self.cache_name] = pool
-        with recurrence.in_segments(self.recurrences, pool), self._same_frequencies(pool.capacity):
+        with recurrence.in_segments(self.recurrences, pool), self._same_frequencies():
             forward = self.base if pool.view.begin is None else self._steps
             output = forward(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
         return output.last_hidden_state
@@ -131,14 +131,15 @@ class Runner:
             )
 
     @contextmanager
-    def _same_frequencies(self, positions: int) -> Iterator[None]:
+    def _same_frequencies(self) -> Iterator[None]:
         """Inside the block rotary embeddings do not look whether their frequencies have to follow the length (InternVL's
-        "dynamic"), for which the host waits in each forward: up to the length of training, they never have to."""
+        "dynamic"), for which the host waits in each forward: up to the length of training, which no position is beyond, they
+        never have to."""
         following = [
             module
             for module in self._following
             if isinstance(module.max_seq_len_cached, int)  # it is a tensor once it has followed a longer one
-            and positions <= module.max_seq_len_cached <= module.original_max_seq_len
+            and module.max_seq_len_cached == module.original_max_seq_len
             and not self.offsets and "forward" not in vars(module)
         ]  # fmt: skip
         for module in following:

@@ -25,6 +25,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _threads(request):
+    """Kernels are tested on all threads, everything else on one: what is computed there is too small to be shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.path.parent.name == "ops" else 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def backend(request):
     """Forces the backend named by an indirect parameter for one test."""

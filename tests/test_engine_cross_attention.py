@@ -2,19 +2,16 @@
 
 import pytest
 import torch
-from families import FAMILIES
 from processors import with_processor
-from tape import Graphs, HostReads
+from tape import Graphs
 from test_engine_families import PICTURES, SAMPLED, TURNS, asked, autosteer, conditional, summary, with_profile
 from test_engine_families import attention as attention_risk
 from test_engine_one_pass import NEW_TOKENS, attached
-from test_engine_step import to_meta
 from tiny_random import random_words
 
 import ras_fast
 from ras_fast.engine import SafeGenerator, batch, workspace
 from ras_fast.engine.kv_cache import KVPool
-from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import SIGHT, batches, encode, fit, left_padded, make_queries
 from ras_fast.sequential import SequentialPipeline
@@ -275,27 +272,6 @@ def test_gates_that_read_attention_in_the_prompt_are_refused():
         SafeGenerator(model, processor, profile)
     with pytest.raises(ValueError, match="this model has its images in cross-attention"):
         SequentialPipeline(model, processor, profile).generate(["w20"], [PICTURES[0]])
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_takes_nothing_from_the_host(fused, monkeypatch):
-    model = FAMILIES["mllama"].model("mllama")
-    if fused:
-        ras_fast.patch(model)
-    to_meta(model)
-    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"meta"})
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
-    runner = Runner(model)
-    steps = batch.Batch(runner, Workspace(runner.layers, 2, 48, 192, torch.device("meta"), 34))
-    for layer in steps.pool.layers[1::2]:
-        layer.write(0, 0, *torch.zeros(2, 2, 34, 16, device="meta"))
-    with torch.no_grad():
-        branches = [steps.branch(kind, [None] * 2, [[1, 2, 3], [4, 5]], [0, 0]) for kind in (batch.SCRATCH, batch.ANSWER)]
-        steps.forward(branches)
-        with HostReads() as reads:
-            steps._compute(branches, 192, masked=True)
-    assert steps.pool.layers[1].keys.shape == (2, 2, 34, 16)
-    assert reads.found == []
 
 
 def test_keys_of_pictures_move_with_their_rows():

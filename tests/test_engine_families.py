@@ -16,6 +16,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 import ras_fast
 from ras_fast.attention_map import NoImageStatistics, image_attention
 from ras_fast.engine import SafeGenerator, batch, recurrence
+from ras_fast.engine.kv_cache import CrossLayer
 from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import encode, make_queries
@@ -581,7 +582,7 @@ def test_a_hybrid_answers_in_one_pass(name):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "paligemma", "paligemma/gemma2"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "paligemma", "paligemma/gemma2", "mllama"])
 def test_a_step_takes_nothing_from_the_host(name, fused, monkeypatch):
     model = FAMILIES[name].model(name)
     model.config.get_text_config().final_logit_softcapping = None  # else a forward's values tell whether it is applied
@@ -591,7 +592,10 @@ def test_a_step_takes_nothing_from_the_host(name, fused, monkeypatch):
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"meta"})
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # does not know this device
     runner = Runner(model)
-    steps = batch.Batch(runner, Workspace(runner.layers, 2, 48, 192, torch.device("meta")))
+    steps = batch.Batch(runner, Workspace(runner.layers, 2, 48, 192, torch.device("meta"), 34 * runner.crosses))
+    for layer in steps.pool.layers:
+        if isinstance(layer, CrossLayer):  # two tiles of 17 patches
+            layer.write(0, 0, *torch.zeros(2, 2, 34, 16, device="meta"))
     with torch.no_grad():
         branches = [steps.branch(kind, [None] * 2, [[1, 2, 3], [4, 5]], [0, 0]) for kind in (batch.SCRATCH, batch.ANSWER)]
         steps.forward(branches)

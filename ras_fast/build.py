@@ -204,7 +204,7 @@ def build_cuda(out: Path, work: Path, verbose: bool = False, archs: str | None =
     ninja.rule("link", f"{_quoted(nvcc)} {arch_flags} $in -o $out -cudart static -Xlinker --no-as-needed {link_flags(torch)}",
                depfile=False)
     objects = [ninja.edge("sources.o", "nvcc", [csrc / "sources.cpp"], flags=marker_flags(csrc))]
-    # Those for the same architectures are compiled as one: torch's headers, read anew for each, take longer than most kernels.
+    # Sources for the same architectures are one unit: torch's headers, read anew for each, take longer than most kernels.
     for name, flags, part in (("all", arch_flags, False), ("hopper", HOPPER_FLAGS, True)):
         if parts := [source for source in cuda_sources if is_hopper(source) == part]:
             objects.append(ninja.edge(f"{name}.o", "nvcc", [_unit(work / f"cuda/{name}.cu", parts)], archs=flags))

@@ -236,7 +236,14 @@ def test_an_unpatched_model_does_not_answer_undefended(model, processor, make):
     assert "_prefill" not in model.__dict__
 
 
-@pytest.mark.parametrize(("how", "make"), zip(["call", "forward", "module"], METHODS, strict=True))
+@pytest.mark.parametrize(
+    ("how", "make"),
+    [
+        pytest.param(how, make, marks=() if i == j else pytest.mark.slow)
+        for i, how in enumerate(["call", "forward", "module"])
+        for j, make in enumerate(METHODS)
+    ],
+)
 def test_a_text_model_that_was_compiled_by_itself_is_refused(processor, make, how):
     """Hooks that it gets after it was traced are not run: the answer would not be defended."""
     model = endless_llava(processor, 3)

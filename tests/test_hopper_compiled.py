@@ -60,9 +60,12 @@ def test_instructions(sass, instance):
     assert len(waits) == waits_of_walk * walks
     # In the loop, the exponentials lie between the wait for S and the wait for O: the tensor cores are busy meanwhile. With
     # three consumers these are one wait, and the exponentials come after it.
-    for first in range(0, len(waits), waits_of_walk):
-        between = sum(name.startswith("MUFU.EX2") for name in names[waits[first + 1] : waits[first + 2]])
-        assert between >= keys // 2
+    spans = [names[waits[first + 1] : waits[first + 2]] for first in range(0, len(waits), waits_of_walk)]
+    for span in spans:
+        assert sum(name.startswith("MUFU.EX2") for name in span) >= keys // 2
+    # What masses add to a step lies elsewhere: beside the products of S, or behind the wait for O.
+    if walks == 2 and consumers == 2:
+        assert len(spans[1]) <= len(spans[0]) + 16
 
 
 @pytest.mark.parametrize("instance", sorted(INSTANCES), ids=str)

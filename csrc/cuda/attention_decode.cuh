@@ -9,7 +9,7 @@
 //   * A warp walks its own keys, 16 a step, and asks for the next keys before it computes on the values of the last.
 // Each warp keeps an online softmax; warps of a block merge in shared memory, blocks (splits) in merge_splits.
 //
-// Region mass: a step whose 16 keys lie in one region adds its row sum to a running sum; when the region changes, the sum is
+// Region mass: the row sum of an online softmax is that of the keys since the region last changed; when it does, the sum is
 // folded, as a base-2 logarithm (independent of the running maximum), into the warp's slab [rows, regions]. A step that mixes
 // regions folds them one by one.
 //
@@ -188,17 +188,16 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
           o[0] *= even, o[1] *= odd, o[2] *= even, o[3] *= odd;
         }
       }
-      if constexpr (kMass) regions.rescale(factor);
     }
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         p[half][i] = exp2_approximate(p[half][i] - finite_or_zero(top[half]));
-        sum[half] += p[half][i];
+        if constexpr (!kMass) sum[half] += p[half][i];
       }
     }
-    if constexpr (kMass) regions.add(p, id, top);
+    if constexpr (kMass) regions.add(p, id, sum, top);
 
     // out^T += V^T P^T.
     uint32_t probability[kRowTiles][2];
@@ -217,7 +216,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
   }
 
   // Merges the warps: each leaves its rows' maxima, sums and outputs, whose weights are known when all have.
-  if constexpr (kMass) regions.close(top);
+  if constexpr (kMass) regions.close(sum, top);
 #pragma unroll
   for (int half = 0; half < kRowTiles; ++half) {
     const float total = quad_sum(sum[half]);
@@ -319,7 +318,7 @@ __device__ inline void load_splits(float (&parts)[kMostSplits / kWarp], const fl
 }
 
 // Merges the splits of 64 dimensions of one query row. Grid (B * Hq * Lq, dim / 64 rounded up), kMergeThreads threads: 16 of
-// them read a split's dimensions, and all splits are on their way at once.
+// them read a split's dimensions, a warp a region's masses, and all splits are on their way at once.
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_constant__ DecodeArgs<T> args) {
   constexpr int kQuads = kMergeDims / 4, kGroups = kMergeThreads / kQuads, kLoads = kMostSplits / kGroups;
@@ -340,6 +339,16 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
     const bool ok = s < args.splits && d < score.dim;
     loads[i] = ok ? *reinterpret_cast<const float4*>(args.part_out + (s * rows + row) * score.dim + d) : float4{0, 0, 0, 0};
   }
+
+  const int batch_head = unsigned(blockIdx.x) / unsigned(score.query_rows), q = blockIdx.x - batch_head * score.query_rows;
+  const int from_end = score.query_rows - q, apart = kMergeThreads / kWarp * gridDim.y;
+  const int regions = args.mass && from_end <= args.mass_rows ? score.regions : 0;  // masses are wanted of
+  int region = threadIdx.x / kWarp + kMergeThreads / kWarp * blockIdx.y;
+  float masses[kMostSplits / kWarp];
+  const auto load_masses = [&] {
+    if (region < regions) load_splits(masses, args.part_mass + row * score.regions + region, rows * score.regions, args.splits);
+  };
+  load_masses();
 
   // Every warp looks at all splits.
   float most = -INFINITY, total = 0.f;
@@ -363,7 +372,6 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
   sums[group][quad] = sum;
   __syncthreads();
 
-  const int batch_head = unsigned(blockIdx.x) / unsigned(score.query_rows), q = blockIdx.x - batch_head * score.query_rows;
   if (threadIdx.x < kMergeDims && first_dim + threadIdx.x < score.dim) {
     float o = 0.f;
 #pragma unroll
@@ -374,19 +382,16 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
   }
   if (threadIdx.x == 0 && blockIdx.y == 0) args.lse[row] = lse * kLn2;
 
-  // A warp for each region.
-  const int from_end = score.query_rows - q;
-  if (!args.mass || from_end > args.mass_rows) return;
-  constexpr int kWarps = kMergeThreads / kWarp;
   float* mass = args.mass + (int64_t(batch_head + 1) * args.mass_rows - from_end) * score.regions;
 #pragma unroll 1
-  for (int region = threadIdx.x / kWarp + kWarps * blockIdx.y; region < score.regions; region += kWarps * gridDim.y) {
-    load_splits(parts, args.part_mass + row * score.regions + region, rows * score.regions, args.splits);
+  while (region < regions) {
     float sum = 0.f;
 #pragma unroll
-    for (float part : parts) sum += exp2_approximate(part - shift);
+    for (float part : masses) sum += exp2_approximate(part - shift);
     sum = warp_sum(sum);
     if (threadIdx.x % kWarp == 0) mass[region] = sum;
+    region += apart;
+    load_masses();
   }
 }
 

@@ -96,7 +96,7 @@ region_mass_kernel(const __grid_constant__ StatsArgs<T> args) {
   const bool shared = score.regions <= kSharedRegions;
   Tile<T, kDim, 2, false> tile(score, batch, kv_head);
   tile.take_rows(tile_row);
-  float shift[2];
+  float shift[2], sum[2] = {};
   RegionSums<2, false> regions;
   open_rows(args, tile, shared ? split : split * kBlockWarps + warp, shift, regions);
   if (shared) {
@@ -121,10 +121,10 @@ region_mass_kernel(const __grid_constant__ StatsArgs<T> args) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[half][i] = exp2_approximate(p[half][i] - shift[half]);
       }
-      regions.add(p, id, shift);
+      regions.add(p, id, sum, shift);
     }
   }
-  regions.close(shift);
+  regions.close(sum, shift);
   if (!shared) return;
 
   __syncthreads();
@@ -233,8 +233,9 @@ key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
         }
       }
       if constexpr (kMass) {
-        regions.add(p, id, shift);
-        regions.close(shift);
+        float sum[2] = {};
+        regions.add(p, id, sum, shift);
+        regions.close(sum, shift);
       }
     }
 

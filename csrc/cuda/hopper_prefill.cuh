@@ -13,7 +13,7 @@
 // S, P and O live in registers: 64 + 32 + D/2 a thread, for D > 128 40 + 20 + 128. P needs no exchange: the accumulator layout of S is the operand layout
 // that P V wants.
 //
-// Region mass is the row sum that online softmax has anyway, kept open while the keys stay in one region (RegionSums in
+// Region mass is the row sum that online softmax has anyway, begun anew where the keys enter another region (RegionSums in
 // online_softmax.cuh); only a step whose keys mix regions is summed once for each. Registers do not depend on R.
 //
 // Framework-free: hopper_prefill.cu is the launcher. Layouts: PTX ISA, "wgmma", "Register Fragments" and "Matrix Descriptor".
@@ -235,6 +235,9 @@ struct Consumer {
   using Tile = PrefillTile<T, Shape>;
   static constexpr int kKeys = Shape::kKeys, kScores = kKeys / 2, kOut = kDim / 2;
   static constexpr bool kRoomy = kConsumers == 2;  // registers for what waits a whole step, or a whole tile
+  // Whether mixed steps are summed behind the wait for O, beside which the softmax's last sums run then. At 256 dimensions ptxas
+  // would put the exponentials there as well.
+  static constexpr bool kMixedLast = kDim <= 128;
 
   PrefillShared<T, kDim, kConsumers>& shared;
   const Tile& tile;
@@ -242,7 +245,7 @@ struct Consumer {
   float top[2], sum[2];         // of the scores so far, base 2: maximum (of the row), this lane's share of the sum
   float out[kOut];
   RegionSums<2, true> regions;
-  int region, ids[Shape::kIdWords];  // of the step's keys; where they are mixed, of each
+  int region, ids[Shape::kIdWords];  // of the step's keys; where those are mixed, of each
 
   __device__ Consumer(PrefillShared<T, kDim, kConsumers>& shared, const Tile& tile)
       : shared(shared), tile(tile), last_key(tile.last_key(warp_row(tile))) {
@@ -350,24 +353,21 @@ struct Consumer {
     }
   }
 
-  // Of a step's keys, once they are full. One lane reads for its warp, and is the one that will call the keys empty.
-  __device__ void read_region(StageOf at) {
+  // Reads where the step's keys lie and ends the run of keys before them, all while the tensor cores are busy. One lane of a warp
+  // reads, the one that will call the keys empty.
+  __device__ void enter_region(StageOf at, int step) {
     if (threadIdx.x % kWarp == 0) region = shared.region[at.stage];
-  }
-
-  // The region to all lanes, while the tensor cores are busy. Where registers are short it is read only now.
-  __device__ void tell_region(StageOf at) {
-    if constexpr (!kRoomy) read_region(at);
     region = __shfl_sync(kFullWarp, region, 0);
+    if (kRoomy && region == kMixed) tile.load_ids(ids, step);
+    if (region == regions.current) return;
+    if constexpr (!kRoomy) find_totals();
+    regions.enter(region, sum, top);
   }
 
   // Scores become probabilities in units of 2^top; what was summed before has to shrink by `shrink`.
-  template <bool kTracked>
   __device__ void softmax(float (&scores)[kScores], float (&shrink)[2], int step) {
-    if (kTracked && kRoomy && region == kMixed) tile.load_ids(ids, step);
     const int first_key = step * kKeys;
     if (first_key + kKeys - 1 > last_key) mask(scores, first_key);
-    float part[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float highest = -INFINITY;
@@ -377,48 +377,40 @@ struct Consumer {
       top[half] = fmaxf(old, quad_max(highest) * tile.args.scale_log2);
       const float shift = finite_or_zero(top[half]);
       shrink[half] = exp2_approximate(old - shift);
-      part[half] = 0.f;
+      float part = 0.f;
 #pragma unroll
       for (int i = 2 * half; i < kScores; i += 4) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           scores[i + e] = exp2_approximate(fmaf(scores[i + e], tile.args.scale_log2, -shift));
-          part[half] += scores[i + e];
+          part += scores[i + e];
         }
       }
-      sum[half] = sum[half] * shrink[half] + part[half];
+      sum[half] = sum[half] * shrink[half] + part;
     }
-    if constexpr (kTracked) track(scores, part, shrink, step);
   }
 
-  // A step's probabilities p, part being their sums.
-  __device__ void track(const float (&p)[kScores], const float (&part)[2], const float (&shrink)[2], int step) {
-    regions.rescale(shrink);
-    if (region == regions.current) return regions.add_open(part);
-    if constexpr (!kRoomy) find_totals();
-    if (region >= 0) return regions.run(region, part, top);
-    if (region == kMixed) track_each(p, step);
-  }
-
-  // In the order in which the regions begin, so that the one that goes on behind the step is left open.
-  __device__ void track_each(const float (&p)[kScores], int step) {
-    if constexpr (!kRoomy) same_tile().load_ids(ids, step);
+  // Adds a mixed step's probabilities p to the totals of their regions, one after the other.
+  __device__ void add_if_mixed(const float (&p)[kScores], int step) {
+    if (region != kMixed) return;
+    if constexpr (!kRoomy) {
+      find_totals();
+      same_tile().load_ids(ids, step);
+    }
     while (true) {
-      int next = -1;
+      unsigned lowest = regions.regions;  // -1, in no region and those done, is the highest number
 #pragma unroll
-      for (int w = Shape::kIdWords - 1; w >= 0; --w) {
-        const unsigned left = __ballot_sync(kFullWarp, unsigned(ids[w]) < unsigned(regions.regions));
-        if (left != 0) next = __shfl_sync(kFullWarp, ids[w], __ffs(left) - 1);
-      }
-      if (next < 0) return;
+      for (int id : ids) lowest = min(lowest, unsigned(id));
+      lowest = __reduce_min_sync(kFullWarp, lowest);
+      if (lowest == unsigned(regions.regions)) return;
       float sums[2] = {};
 #pragma unroll
       for (int w = 0; w < Shape::kIdWords; ++w) {
-        const bool found = ids[w] == next;
+        const bool found = unsigned(ids[w]) == lowest;
         add_keys(p + kWarp / 2 * w, min(kScores - kWarp / 2 * w, kWarp / 2), __ballot_sync(kFullWarp, found), sums);
         if (found) ids[w] = -1;
       }
-      regions.run(next, sums, top);
+      regions.fold(int(lowest), sums, top);
     }
   }
 
@@ -437,9 +429,8 @@ struct Consumer {
   }
 
   // Scores become probabilities, and on return the step's values have arrived.
-  template <bool kTracked>
   __device__ void softmax_and_await_values(float (&scores)[kScores], float (&shrink)[2], int step, StageOf at) {
-    softmax<kTracked>(scores, shrink, step);
+    softmax(scores, shrink, step);
     // Waited for as late as here, because a loop is what keeps ptxas from moving the exponentials behind the wgmma_wait that
     // follows, beside idle tensor cores.
     keep_in_registers(scores);
@@ -447,10 +438,8 @@ struct Consumer {
   }
 
   // Up to the start of a step's scores; the turn is still this consumer's.
-  template <bool kTracked>
   __device__ void begin_step(float (&scores)[kScores], StageOf at) {
     mbarrier_wait(shared.key_full[at.stage], at.parity);
-    if constexpr (kTracked && kRoomy) read_region(at);
     wait_for_turn();
     wgmma_fence();
     start_scores(scores, at.stage);
@@ -464,20 +453,21 @@ struct Consumer {
     uint32_t p[kScores / 2];
     {
       const StageOf at(number);
-      begin_step<kTracked>(scores, at);
+      begin_step(scores, at);
       pass_turn();
-      if constexpr (kTracked) tell_region(at);
+      if constexpr (kTracked) enter_region(at, 0);
       wgmma_wait<0>(scores);
       release(shared.key_empty[at.stage]);
-      softmax_and_await_values<kTracked>(scores, shrink, 0, at);
+      softmax_and_await_values(scores, shrink, 0, at);
+      if constexpr (kTracked) add_if_mixed(scores, 0);
       pack(p, scores);
     }
     for (int step = 1; step < tile.steps; ++step) {
       const StageOf at(number + step), before(number + step - 1);
-      begin_step<kTracked>(scores, at);
+      begin_step(scores, at);
       start_out(p, before.stage);
       pass_turn();
-      if constexpr (kTracked) tell_region(at);
+      if constexpr (kTracked) enter_region(at, step);
       if constexpr (kRoomy) {
         wgmma_wait<1>(scores);
       } else {
@@ -485,7 +475,8 @@ struct Consumer {
         release(shared.value_empty[before.stage]);
       }
       release(shared.key_empty[at.stage]);
-      softmax_and_await_values<kTracked>(scores, shrink, step, at);
+      softmax_and_await_values(scores, shrink, step, at);
+      if constexpr (kTracked && !kMixedLast) add_if_mixed(scores, step);
       if constexpr (kRoomy) {
         wgmma_wait<0>(out, p);
         release(shared.value_empty[before.stage]);
@@ -494,6 +485,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < kOut; ++i) out[i] *= shrink[i / 2 % 2];
       }
+      if constexpr (kTracked && kMixedLast) add_if_mixed(scores, step);
       pack(p, scores);
     }
     release(shared.query_empty);
@@ -508,7 +500,7 @@ struct Consumer {
     const Tile tile = same_tile();
     if constexpr (kMass) {
       if constexpr (!kRoomy) find_totals();
-      if (tile.tracked) regions.close(top);
+      if (tile.tracked) regions.close(sum, top);
       __syncwarp();
     }
 #pragma unroll

@@ -66,22 +66,23 @@ __device__ inline float log2_sum(const float (&v)[kCount]) {
   return top + log2_approximate(sum);
 }
 
-// Sums probabilities by region while a warp walks the keys. While the keys stay in one region, each lane adds to a running sum
-// (`open`); when the region changes, that sum is added to the region's total in memory (`totals`).
-// kLog: totals are base-2 logarithms, and probabilities are in units of 2^top; else they are sums.
+// Sums probabilities by region while a warp walks the keys. A run is keys that follow each other and share a region; their sum is
+// the one that a softmax has anyway (`sum`, this lane's part, which the caller adds to), so that a step without a new region costs
+// nothing but to see that. When the run ends, the sum is added to the region's total in memory and starts anew.
+// kLog: totals are base-2 logarithms, and probabilities in units of 2^top; else they are sums.
 template <int kRowTiles, bool kLog>
 struct RegionSums {
   float* totals[kRowTiles];  // of row g + 8 half: [regions]
   bool ok[kRowTiles];
   int regions;
-  float open[kRowTiles];  // this lane's part of the running sum of region `current`
-  int current;
+  int current;              // the run's region
+  float before[kRowTiles];  // kLog: the base-2 logarithm of this lane's part of all earlier runs, of whatever region
 
   __device__ void begin(bool (&exists)[kRowTiles]) {
     current = -1;
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      open[half] = 0.f;
+      before[half] = -INFINITY;
       ok[half] = exists[half];
     }
   }
@@ -96,49 +97,56 @@ struct RegionSums {
     __syncwarp();
   }
 
-  // One lane owns each row of the totals, so what it reads is what it wrote.
+  // Adds this lane's part of a region's sum. One lane owns each row of the totals, so what it reads is what it wrote. Logarithms
+  // of both rows are read before either is written, since the compiler must take them for the same memory.
   __device__ void fold(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
+    float sum[kRowTiles], total[kRowTiles] = {};
+    bool own[kRowTiles];
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      const float sum = quad_sum(part[half]);
-      if (!ok[half] || threadIdx.x % 4 != 0) continue;
-      float& total = totals[half][region];
-      total = kLog ? log2_sum({total, log2_approximate(sum) + top[half]}) : total + sum;
+      sum[half] = quad_sum(part[half]);
+      own[half] = ok[half] && threadIdx.x % 4 == 0;
+      if (!kLog && own[half]) totals[half][region] += sum[half];
+      if (kLog && own[half]) total[half] = totals[half][region];
+    }
+    if constexpr (kLog) {
+#pragma unroll
+      for (int half = 0; half < kRowTiles; ++half) sum[half] = log2_sum({total[half], log2_approximate(sum[half]) + top[half]});
+#pragma unroll
+      for (int half = 0; half < kRowTiles; ++half) {
+        if (own[half]) totals[half][region] = sum[half];
+      }
     }
   }
 
-  __device__ void close(const float (&top)[kRowTiles]) {
-    if (current >= 0) fold(current, open, top);
+  // Ends the last run. kLog: `sum` becomes that of all keys.
+  __device__ void close(float (&sum)[kRowTiles], const float (&top)[kRowTiles]) {
+    if (current >= 0) fold(current, sum, top);
+#pragma unroll
+    for (int half = 0; kLog && half < kRowTiles; ++half) sum[half] += exp2_approximate(before[half] - finite_or_zero(top[half]));
   }
 
-  __device__ void rescale(const float (&factor)[kRowTiles]) {
+  // Says where the next keys lie, before any is added to `sum`.
+  __device__ void enter(int region, float (&sum)[kRowTiles], const float (&top)[kRowTiles]) {
+    if (region == current) return;
+    if (current >= 0) fold(current, sum, top);
 #pragma unroll
-    for (int half = 0; half < kRowTiles; ++half) open[half] *= factor[half];
-  }
-
-  __device__ void add_open(const float (&part)[kRowTiles]) {
-#pragma unroll
-    for (int half = 0; half < kRowTiles; ++half) open[half] += part[half];
-  }
-
-  // Adds keys of one region; part: this lane's part of their row sums. Keys without a region (-1) leave the run as it is.
-  __device__ void run(int region, const float (&part)[kRowTiles], const float (&top)[kRowTiles]) {
-    if (region < 0) return;
-    if (region != current) close(top);
-#pragma unroll
-    for (int half = 0; half < kRowTiles; ++half) open[half] = part[half] + (region == current ? open[half] : 0.f);
+    for (int half = 0; half < kRowTiles; ++half) {
+      if (kLog) before[half] = log2_sum({before[half], log2_approximate(sum[half]) + top[half]});
+      sum[half] = 0.f;
+    }
     current = region;
   }
 
-  // Adds a step of 4 kCount keys, of one region or several. p[half][2 t + e]: row g + 8 half and key 8 t + 2 c + e, for the
-  // lane 4 g + c; id: the region of key lane % (4 kCount).
+  // Adds 4 kCount keys to `sum`, where they mix regions one region after the other. p[half][2 t + e]: row g + 8 half and key
+  // 8 t + 2 c + e, for the lane 4 g + c; id: the region of key lane % (4 kCount), or -1.
   template <int kCount>
-  __device__ void add(const float (&p)[kRowTiles][kCount], int id, const float (&top)[kRowTiles]) {
+  __device__ void add(const float (&p)[kRowTiles][kCount], int id, float (&sum)[kRowTiles], const float (&top)[kRowTiles]) {
     if (__all_sync(kFullWarp, id == current)) {
 #pragma unroll
       for (int half = 0; half < kRowTiles; ++half) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) open[half] += p[half][i];
+        for (int i = 0; i < kCount; ++i) sum[half] += p[half][i];
       }
       return;
     }
@@ -146,17 +154,16 @@ struct RegionSums {
     int mine[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) mine[i] = __shfl_sync(kFullWarp, id, 8 * (i / 2) + 2 * c + i % 2);
-    unsigned left = __ballot_sync(kFullWarp, id >= 0);
+    unsigned left = kFullWarp;
 #pragma unroll 1
     while (left != 0) {
       const int region = __shfl_sync(kFullWarp, id, __ffs(left) - 1);
-      float part[kRowTiles] = {};
+      enter(region, sum, top);
 #pragma unroll
       for (int half = 0; half < kRowTiles; ++half) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) part[half] += mine[i] == region ? p[half][i] : 0.f;
+        for (int i = 0; i < kCount; ++i) sum[half] += mine[i] == region ? p[half][i] : 0.f;
       }
-      run(region, part, top);
       left &= ~__ballot_sync(kFullWarp, id == region);
     }
   }

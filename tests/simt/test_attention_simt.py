@@ -256,6 +256,18 @@ def test_scattered_regions(emulator, regions):
 
 
 @pytest.mark.parametrize("regions", [2, 40])
+@pytest.mark.parametrize("heavy", [1, 5])
+def test_regions_that_change_between_steps(emulator, regions, heavy):
+    """Each warp's next step lies in another region, or in one that was left before, or mixes them; the first steps may outweigh
+    all others."""
+    ids = torch.randint(-1, 2, (1, 60), dtype=torch.int32).repeat_interleave(16, 1)
+    ids[0, 400:500] = torch.randint(-1, 2, (100,), dtype=torch.int32)
+    case = Case(length_q=2, length_k=960, ids=ids, regions=regions)
+    case.key[:, :, :128] *= heavy
+    case.check(emulator)
+
+
+@pytest.mark.parametrize("regions", [2, 40])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_masses_of_many_steps(emulator, regions, splits):
     """A warp looks for regions in 32 of its steps at a time: here in two and a half such chunks, and (splits 2) one and a half.

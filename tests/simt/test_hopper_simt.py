@@ -116,6 +116,18 @@ def test_regions_that_repeat_every_32_keys(emulator, dim):
     PrefillCase(40, 260, 1, 1, dim=dim, ids=ids).check(emulator)
 
 
+@pytest.mark.parametrize(("dim", "consumers"), SHAPES)
+def test_regions_that_change_between_steps(emulator, dim, consumers):
+    """No step is mixed, until three in a row are; a region that was left comes back, one follows the other."""
+    keys = 128 if dim <= 128 else 80
+    ids = torch.tensor([0, 1, 1, -1, 0, 1, 9, 9, 9, 0], dtype=torch.int32).repeat_interleave(keys)
+    ids[ids == 9] = torch.randint(-1, 2, (3 * keys,), dtype=torch.int32)
+    case = PrefillCase(40, len(ids), 1, 1, dim=dim, ids=ids[None])
+    case.check(emulator, consumers=consumers)
+    case.key[:, :, keys : 2 * keys] *= 5  # a run that outweighs all that come after it
+    case.check(emulator, consumers=consumers)
+
+
 @pytest.mark.parametrize("mass_rows", [1, 70, 73, 150])
 def test_masses_of_the_last_rows(emulator, mass_rows):
     """73: of the first tile its last row alone."""

@@ -59,6 +59,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  unsigned values[32];
+  simt::gather(mask, &value, values, sizeof(unsigned));
+  unsigned result = value;
+  for (int i = 0; i < 32; ++i) {
+    if (mask >> i & 1 && values[i] < result) result = values[i];
+  }
+  return result;
+}
 
 template <typename T>
 T __ldg(const T* p) { return *p; }

@@ -185,9 +185,15 @@ def test_exact_with_the_familys_own_processor(name, monkeypatch):
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 5}
 
 
-@pytest.mark.parametrize("decoding", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("name", ["paligemma", "paligemma/gemma2"])
+@pytest.mark.parametrize(
+    ("name", "captured", "decoding"),
+    [
+        pytest.param(name, captured, decoding, marks=() if (i + captured + bool(decoding)) % 2 == 0 else pytest.mark.slow)
+        for i, name in enumerate(["paligemma", "paligemma/gemma2"])
+        for captured in (False, True)
+        for decoding in ({}, SAMPLED)
+    ],
+)
 def test_a_prompt_whose_tokens_all_see_each_other_is_computed_in_one_piece(name, captured, decoding, monkeypatch):
     graphs = Graphs()
     monkeypatch.setattr(batch, "capture", graphs)
@@ -455,8 +461,17 @@ def summary(outputs):
     return [(output.tokens, output.context, output.rejected_at) for output in outputs]
 
 
-@pytest.mark.parametrize(("captured", "cut"), [(False, True), (True, True), (True, False)])
-@pytest.mark.parametrize(("name", "seed"), [("qwen3_5", 47), ("lfm2_vl", 55)])
+@pytest.mark.parametrize(
+    ("name", "seed", "captured", "cut"),
+    [
+        ("qwen3_5", 47, False, True),
+        ("qwen3_5", 47, True, False),
+        ("lfm2_vl", 55, True, True),
+        pytest.param("qwen3_5", 47, True, True, marks=pytest.mark.slow),
+        pytest.param("lfm2_vl", 55, False, True, marks=pytest.mark.slow),
+        pytest.param("lfm2_vl", 55, True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_state_goes_back_with_its_answer(name, seed, captured, cut, monkeypatch):
     """Recurrences: a draft that is changed at a later step starts again behind its prompt, cut or not. A capture, too, runs its
     step once more than it is asked to, and no state may go on by that."""

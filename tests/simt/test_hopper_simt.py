@@ -80,7 +80,7 @@ def test_tails(emulator, length_q, length_k, causal, dim, consumers):
     PrefillCase(length_q, length_k, 1, 1, dim=dim, ids=ids, regions=3, causal=causal).check(emulator, consumers=consumers)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("blocks", [1, 3, 12, *[pytest.param(n, marks=pytest.mark.slow) for n in (2, 5)]])
 @pytest.mark.parametrize(("mass_rows", "dim", "consumers"), [(150, 64, 2), (300, 64, 2), (150, 64, 3), (150, 256, 2)])
 def test_blocks_that_share_the_tiles(emulator, blocks, mass_rows, dim, consumers):
     """One block for all twelve (or eight) tiles, rounds that are not full, one tile each; tiles with masses beside others."""

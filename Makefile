@@ -1,6 +1,9 @@
 # On a fresh machine `make demo` or `make test` alone does everything; both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Of what is installed most is never imported: Python compiles what is, once, and may keep it whatever the environment says.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-all bench inspect lint clean
 
@@ -8,8 +11,8 @@ setup: .venv/installed
 
 .venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc ras_fast/build.py -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton,calibrate,test,lint]"
+	$(PIP) torch
+	$(PIP) -e ".[triton,calibrate,test,lint]"
 	touch $@
 
 demo: setup

@@ -142,6 +142,21 @@ def test_neighbours_share_a_forward_over_their_images(name, monkeypatch):
     assert (rest, longest) == ([first] * 2, first + 1)
 
 
+@pytest.mark.skipif("molmo2" not in FAMILIES, reason="newer than this transformers")
+def test_what_the_processor_alone_knows_to_close_an_image_is_shared(monkeypatch):
+    """As Molmo 2's ends of rows, which its config does not name. A tokenizer without one of them gives its unknown token."""
+    row_end, unknown = 89, 88
+    monkeypatch.setattr(FAMILIES["molmo2"], "around", ([START], [row_end, END]))
+    model, processor, profile = built("molmo2")
+    processor.tokenizer.unk_token = f"w{unknown}"
+    processor.image_token_ids = [IMAGE, row_end, unknown]
+    queries = ["w20 w21", f"w22 w{unknown}"], [random_image(0), random_image(1)]
+    expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6)
+    with SafeGenerator(model, processor, profile) as guard:
+        assert summary(guard.generate(*queries, max_new_tokens=6)) == summary(expected)
+    assert (guard.counters["shared"], guard.counters["not_shared"]) == (4, 0)
+
+
 # Of sizes that are cut and scaled in ways of their own.
 PICTURES = [random_image(i, size) for i, size in enumerate([(20, 16), (64, 24), (16, 48), (33, 33)])]
 

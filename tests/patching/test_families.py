@@ -4,12 +4,15 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from families import COUSINS, END, FAMILIES, IMAGE, SIZE, START, VIDEO, table
 from packaging import version
+from processors import REAL, class_of, with_processor
 from tiny_models import image_sums, relative_error, valid_rows
+from tiny_random import random_image
 
 import ras_fast
 
@@ -308,6 +311,63 @@ def test_video(name, images):
     assert relative_error(got.logits, expected.logits) < 1e-5
     for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
         assert (mass - image_sums(probabilities, regions, images + 1)).abs().max() < 1e-5
+
+
+PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 32768}}
+FRAMES = {"size": {"height": 16, "width": 16}}
+SOFT = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+MEDIA = "<|vision_start|><|video_pad|><|vision_end|>"
+# By family: its video processor, what stands for a video, and how many regions one of four frames is.
+OWN_VIDEOS = {
+    "llava_onevision": (("llava_onevision.LlavaOnevisionVideoProcessor", FRAMES), "<video>", 1),
+    "qwen2_vl": (("qwen2_vl.Qwen2VLVideoProcessor", PATCHES), MEDIA, 1),
+    "qwen2_5_vl": (("qwen2_vl.Qwen2VLVideoProcessor", PATCHES), MEDIA, 1),
+    "qwen3_vl": (("qwen3_vl.Qwen3VLVideoProcessor", PATCHES), MEDIA, 1),
+    "qwen3_5": (("qwen3_vl.Qwen3VLVideoProcessor", PATCHES), MEDIA, 1),
+    "exaone4_5": (("qwen2_vl.Qwen2VLVideoProcessor", PATCHES), MEDIA, 1),
+    "gemma4": (("gemma4.Gemma4VideoProcessor", SOFT), "<|video|>", 1),
+    "molmo2": (("molmo2.Molmo2VideoProcessor", FRAMES | {"patch_size": 4, "pooling_size": [2, 2]}), "<|video|>", 1),
+    "glm4v": (("glm4v.Glm4vVideoProcessor", PATCHES), "<|begin_of_video|><|video|><|end_of_video|>", 2),  # merged by two
+    "internvl": (("internvl.InternVLVideoProcessor", FRAMES), "<video>", 4),
+}
+# Here a forward takes no image beside a video: Molmo 2's refuses it, GLM-4V's counts tokens of both as images'.
+VIDEOS_ALONE = {"molmo2", "glm4v"}
+
+
+@pytest.mark.parametrize("name", sorted(OWN_VIDEOS.keys() & REAL.keys()))
+def test_videos_by_the_familys_own_processor(name):
+    """A row with an image and a video, and one with a video alone, left-padded."""
+    pytest.importorskip("torchvision")
+    (path, options), text, regions = OWN_VIDEOS[name]
+    model, processor = with_processor(name, class_of(path)(**options))
+    image = [] if name in VIDEOS_ALONE else [random_image(0)]
+    batch = processor(
+        text=[f"<bos> w20 {REAL[name].image * len(image)} w21 {text} w22 w23", f"<bos> w24 {text} w25"],
+        images=[image, []] if image and name == "gemma4" else image or None,
+        videos=[np.random.default_rng(i).integers(0, 256, (4, 24, 32, 3), dtype=np.uint8) for i in range(2)],
+        return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False, do_sample_frames=False,
+    )  # fmt: skip
+    batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
+    with torch.no_grad():
+        model.set_attn_implementation({"text_config": "eager"})
+        expected = model(**batch, output_attentions=True)
+        model.set_attn_implementation({"text_config": "sdpa"})
+        tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        with ras_fast.patch(model) as patched:
+            got = model(**batch, output_attentions=True)
+            found = patched.region_map
+            assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), tokens)
+    assert torch.equal(found.ids >= 0, visual)
+    assert [len(grids) for grids in found.grids] == [len(image) + regions, regions]
+    frames = [(2, 2)] * regions if name == "internvl" else [None] * regions
+    assert [grids[-regions:] for grids in found.grids] == [frames, frames]
+    valid = valid_rows(batch)
+    assert relative_error(got.logits[valid], expected.logits[valid]) < 1e-5
+    for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
+        if mass is not None:
+            sums = image_sums(probabilities, found.ids, found.num_regions)
+            assert (mass - sums).transpose(1, 2)[valid].abs().max() < 1e-5
 
 
 @pytest.mark.skipif(OLD, reason="the features of a video come without the newline, whose token makes the lengths not add up")

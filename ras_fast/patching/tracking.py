@@ -213,7 +213,7 @@ class RegionTracker:
             return RegionMap(ids, num_regions, grids, validate=False)
         if before is None:
             return self.given  # what the cache holds was not seen
-        return before.extend(ids, grids, past, pieces=own.pieces)
+        return before.extend(ids, grids, past, pieces=own.pieces, square=not self._patches.any_shape)
 
     def _visual(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """For each modality the positions [B, L] bool that hold its tokens."""
@@ -269,7 +269,7 @@ class _Patches:
         vision = getattr(config, "vision_config", None)
         merge = getattr(config, "spatial_merge_size", getattr(vision, "spatial_merge_size", 1))
         size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
-        self._any_shape = any_shape
+        self.any_shape = any_shape or getattr(vision, "model_type", None) == "pixtral"  # Mistral 3 tells their size in pixels
         # Tokens that are an encoder's queries, as Idefics2's, lie nowhere on the image.
         self._queries = any(hasattr(config, name) for name in _QUERIES)
         self._step = patch * merge if isinstance(patch, int) else None
@@ -297,7 +297,7 @@ class _Patches:
         if pixels is not None and self._step is not None:
             height, width = (side // self._step for side in pixels)
             return (height, width) if height * width == tokens else None
-        return None if self._any_shape else square_grid(tokens)
+        return None if self.any_shape else square_grid(tokens)
 
 
 def _merged(tokens: int, frames: int, height: int, width: int) -> Grid | None:

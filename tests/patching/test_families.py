@@ -170,6 +170,21 @@ def test_grids(name, changes, grid):
         assert patched.region_map.grids == [[grid]]
 
 
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.23"), reason="it does not split images")
+@pytest.mark.parametrize("size", [3, 100])
+@pytest.mark.parametrize("name", sorted({"qwen2_5_vl", "gemma4", "mistral3"} & FAMILIES.keys()))
+def test_what_chunked_prefill_tells_of_no_image_is_not_taken_for_a_square(name, size):
+    """An image of 2 × 2 tokens in a family where four tokens may as well be 1 × 4."""
+    family = FAMILIES[name]
+    model = family.model(name)
+    batch = family.inputs(model, ["tIt"])
+    regions = batch.pop("regions")
+    with ras_fast.patch(model) as patched:
+        model.generate(**batch, max_new_tokens=1, do_sample=False, prefill_chunk_size=size)
+        assert torch.equal(patched.region_map.keys(regions.shape[1]), regions)
+        assert patched.region_map.grids == [[None]]
+
+
 def as_accurate(after, before, truth):
     """Error against the float32 model at most twice the unpatched one's."""
     finite = truth.abs() < 1e30  # Chameleon's logits of image tokens are the lowest number of their dtype

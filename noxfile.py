@@ -9,8 +9,13 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 WHEELS = Path("build/matrix")
-# torch → what belongs to it. Triton 3.6's interpreter does not know NumPy 2.4.
-TORCH = {"2.11.0": ("triton==3.6.0", "numpy<2.4"), "2.13.0": ("triton==3.9.0", "numpy")}
+# torch → its Triton, and what else belongs to it. Triton 3.6's interpreter does not know NumPy 2.4. With torchvision
+# transformers picks other image processors, and has video processors.
+TORCH = {
+    "2.11.0": ("triton==3.6.0", "numpy<2.4"),
+    "2.13.0": ("triton==3.9.0",),
+    "2.14.1": ("triton==3.8.0", "torchvision==0.29.1"),
+}
 TRANSFORMERS = ("5.17.0", "newest")
 
 
@@ -29,10 +34,10 @@ def wheel(session: nox.Session) -> None:
 def tests(session: nox.Session, torch: str, transformers: str) -> None:
     """Runs the tests, or what follows `--`, on the wheel."""
     (built,) = WHEELS.glob("*.whl")
-    triton, numpy = TORCH[torch]
+    triton, *others = TORCH[torch]
     newest = transformers == "newest"
     session.install(
-        f"torch=={torch}", numpy, "transformers" if newest else f"transformers=={transformers}", f"{built}[calibrate,test]"
+        f"torch=={torch}", *others, "transformers" if newest else f"transformers=={transformers}", f"{built}[calibrate,test]"
     )
     session.install("--no-deps", triton)  # torch for CUDA names one itself, torch for the CPU none
     # Neither this nor the processes that tests start may import the checkout.

@@ -247,7 +247,9 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
                 raise ValueError(f"{where} has the text part {part!r}; it needs a string as its 'text'")
             parts += _split(part["text"], placeholder)
         else:
-            raise ValueError(f"{where} has a content part of type {part.get('type')!r}; 'text' and 'image' are supported")
+            frames = " (of a video hand in some frames, as images)" if part.get("type") == "video" else ""
+            got = f"{where} has a content part of type {part.get('type')!r}"
+            raise ValueError(f"{got}; it needs to be 'text' or 'image'{frames}")
     return parts
 
 

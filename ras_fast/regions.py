@@ -69,12 +69,15 @@ class RegionMap:
             held = self._padded = F.pad(self.ids, (0, grown), value=-1)
         return held[:, start : start + length]
 
-    def extend(self, ids: Tensor, grids: list[list[Grid | None]], past: int, *, pieces: bool = False) -> RegionMap:
+    def extend(
+        self, ids: Tensor, grids: list[list[Grid | None]], past: int, *, pieces: bool = False, square: bool = True
+    ) -> RegionMap:
         """The map after a further forward: the first `past` positions of this map, then those of the forward.
 
         ids, grids: of the new positions, [B, L] int32, images counted from 0; they are renumbered to follow those before.
         pieces: whether an image may have been split between two forwards: one at the end of this map and one at the beginning
             of `ids` are then the same.
+        square: whether such an image is square, if its number of tokens is.
         """
         before = self.keys(past)
         held = (before.amax(1) + 1 if past else before.new_zeros(before.shape[0]))[:, None]
@@ -83,7 +86,7 @@ class RegionMap:
         sizes = (joined == held - 1).sum(1, keepdim=True)
         facts = torch.cat([held, goes_on, sizes], 1).tolist()
         grids = [
-            [*old[: n - 1], _grid_of(old[n - 1], size), *new[1:]] if same else old[:n] + new
+            [*old[: n - 1], _grid_of(old[n - 1], size, square), *new[1:]] if same else old[:n] + new
             for old, new, (n, same, size) in zip(self.grids, grids, facts, strict=True)
         ]
         return RegionMap(joined, max(map(len, grids), default=0), grids, validate=False)
@@ -124,9 +127,11 @@ class RegionMap:
         ]
 
 
-def _grid_of(grid: Grid | None, tokens: int) -> Grid | None:
+def _grid_of(grid: Grid | None, tokens: int, square: bool) -> Grid | None:
     """Of an image that is whole now; `grid` may be that of a piece."""
-    return grid if grid is not None and grid[0] * grid[1] == tokens else square_grid(tokens)
+    if grid is not None and grid[0] * grid[1] == tokens:
+        return grid
+    return square_grid(tokens) if square else None
 
 
 def _heat_map(scores: Tensor, inside: Tensor, grid: Grid | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 Line feeds in a row are one token, as in most real tokenizers: some processors write some around an image.
 
-Those of them that read videos as well go without: their video processors need torchvision.
+Those of them that read videos as well go without, unless they are given a video processor, all of which need torchvision.
+So do the image processors whose names do not end in Pil; `with_processor(..., torchvision=True)` takes it for all.
 """
 
 from __future__ import annotations
@@ -47,6 +48,18 @@ class Real:
     options: dict = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+
+
+_GEMMA_4 = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>", "boa_token": "<boa>", "eoa_token": "<eoa>",
+            "audio_token": "<audio>"}
+_WRAPPED = {"image_token": "<image>", "image_start_token": "<start>", "image_end_token": "<end>"}
+_FRAMED = {"video_token": "<video>", "video_start_token": "<video_start>", "video_end_token": "<video_end>"}
+
+
+def _gemma_4(images: str, processor: str) -> Real:
+    sizes = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    tokens = {"<image>": IMAGE, "<|video|>": VIDEO, "<boi>": START, "<eoi>": END, "<audio>": 95, "<boa>": 94, "<eoa>": 93}
+    return Real((images, processor), sizes, tokens, named=_GEMMA_4)
 
 
 def _qwen(processor: str) -> Real:
@@ -101,31 +114,63 @@ REAL = {
                       {"size": _SQUARE, "image_seq_length": 16}, {"<image>": IMAGE}, named={"image_token": "<image>"}),
     "mllama": Real(("mllama.MllamaImageProcessorPil", "mllama.MllamaProcessor"), {"size": _SQUARE, "max_image_tiles": 2},
                    {"<|image|>": IMAGE, "<|python_tag|>": 98}, "<|image|>"),
+    "mistral3": Real(("pixtral.PixtralImageProcessorPil", "pixtral.PixtralProcessor"),
+                     {"size": {"longest_edge": 16}, "patch_size": {"height": 4, "width": 4}},
+                     {"[IMG]": IMAGE, "[IMG_BREAK]": 95, "[IMG_END]": END}, "[IMG]",
+                     {"patch_size": 4, "spatial_merge_size": 2}),
+    "gemma4": _gemma_4("gemma4.Gemma4ImageProcessorPil", "gemma4.Gemma4Processor"),
+    "gemma4_unified": _gemma_4("gemma4_unified.Gemma4UnifiedImageProcessor", "gemma4_unified.Gemma4UnifiedProcessor"),
+    "exaone4_5": _qwen("exaone4_5.Exaone4_5_Processor"),
+    "hunyuan_vl": Real(("hunyuan_vl.HunYuanVLImageProcessorPil", "hunyuan_vl.HunYuanVLProcessor"),
+                       {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 1024}},
+                       {"<image>": IMAGE, "<start>": START, "<end>": END}, "<start><image><end>", named=_WRAPPED),
+    "ernie4_5_vl_moe": Real(("ernie4_5_vl_moe.Ernie4_5_VLMoeImageProcessorPil", "ernie4_5_vl_moe.Ernie4_5_VLMoeProcessor"),
+                            {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 4096}},
+                            {"<image>": IMAGE, "<start>": START, "<end>": END, "<video>": VIDEO, "<video_start>": 95,
+                             "<video_end>": 94}, "<start> <image> <end>", named=_WRAPPED | _FRAMED),
+    "kimi_k25": Real(("kimi_k25.Kimi_K25ImageProcessor", "kimi_k25.Kimi_K25Processor"),
+                     {"patch_size": 4, "merge_size": 2, "size": {"max_height": 8, "max_width": 8}, "max_patches": 64},
+                     {"<|media_begin|>": START, "<|media_end|>": END, "<|media_pad|>": IMAGE, "<|media_content|>": 95,
+                      "<|kimi_k25_video_placeholder|>": VIDEO}, "<|media_begin|> <|media_pad|> <|media_end|>"),
+    "lfm2_vl": Real(("lfm2_vl.Lfm2VlImageProcessor", "lfm2_vl.Lfm2VlProcessor"),
+                    {"encoder_patch_size": 4, "tile_size": 16, "min_image_tokens": 1, "max_image_tokens": 6, "max_tiles": 4},
+                    {"<image>": IMAGE, "<|image_start|>": START, "<|image_end|>": END, "<|img_thumbnail|>": 95}
+                    | {f"<|img_row_{row}_col_{col}|>": 66 + 4 * row + col for row in range(1, 5) for col in range(1, 5)}),
+    "molmo2": Real(("molmo2.Molmo2ImageProcessor", "molmo2.Molmo2Processor"),
+                   {"size": _SQUARE, "patch_size": 4, "max_crops": 4, "overlap_margins": [1, 1], "pooling_size": [2, 2]},
+                   {"<im_start>": START, "<im_end>": END, "<im_patch>": IMAGE, "<|video|>": VIDEO, "<low_res_im_start>": 94,
+                    "<frame_start>": 93, "<frame_end>": 92, "<im_col>": 91, "<|image|>": 90}, "<|image|>"),
+    "step3p7": Real(("step3p7.Step3p7ImageProcessor", "step3p7.Step3p7Processor"),
+                    {"size": {"height": 32, "width": 32}, "patch_size": 32, "vision_patch_size": 4, "max_image_size": 128},
+                    {"<im_start>": START, "<im_end>": END, "<im_patch>": IMAGE, "<patch_start>": 95, "<patch_end>": 94,
+                     "<patch_newline>": 93}, "<im_patch>"),
 }  # fmt: skip
 REAL = {name: real for name, real in REAL.items() if name in FAMILIES}
 
 
-def with_processor(name: str, videos: object = None, **text):
+def with_processor(name: str, videos: object = None, torchvision: bool = False, **text):
     """(a family's tiny random model, its real processor). Raises ImportError where this transformers has none without
     torchvision.
 
-    videos: its video processor. text: what the text model's config has otherwise.
+    videos: its video processor. torchvision: take the image processor that uses it. text: what the text model's config has
+    otherwise.
     """
     real = REAL[name]
     images, processor = (class_of(path) for path in real.classes)
+    if torchvision:
+        images = class_of(real.classes[0].removesuffix("Pil"))
     config = FAMILIES[name].config | real.config
     config["text_config"] = config["text_config"] | text
     parts = {"image_processor": images(**real.images), "tokenizer": _tokenizer(real), "chat_template": _template(real)}
-    if "video_processor" in signature(processor.__init__).parameters:
-        parts["video_processor"] = videos
-        processor = processor if videos is not None else _without_videos(processor)
-    return replace(FAMILIES[name], config=config).model(name), processor(**parts, **real.options)
+    others = {"video_processor": videos, "feature_extractor": None}
+    parts |= {part: others[part] for part in others.keys() & signature(processor.__init__).parameters}
+    return replace(FAMILIES[name], config=config).model(name), _in_part(processor)(**parts, **real.options)
 
 
 def class_of(path: str) -> type:
     """Of "family.Class", of transformers' processors."""
     family, name = path.split(".")
-    kinds = {"Pil": "image_processing_pil", "VideoProcessor": "video_processing"}
+    kinds = {"Pil": "image_processing_pil", "ImageProcessor": "image_processing", "VideoProcessor": "video_processing"}
     kind = next((kind for end, kind in kinds.items() if name.endswith(end)), "processing")
     return getattr(import_module(f"transformers.models.{family}.{kind}_{family}"), name)
 
@@ -134,12 +179,14 @@ def _template(real: Real) -> str:
     return _TEMPLATE.replace("IMAGE", real.image)
 
 
-def _without_videos(processor: type) -> type:
-    class WithoutVideos(processor):
-        def check_argument_for_proper_class(self, name, argument):
-            return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+def _in_part(processor: type) -> type:
+    """The same without what is None: no videos, no sounds."""
 
-    return WithoutVideos
+    class InPart(processor):
+        def check_argument_for_proper_class(self, name, argument):
+            return None if argument is None else super().check_argument_for_proper_class(name, argument)
+
+    return InPart
 
 
 def _tokenizer(real: Real) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processors import class_of
 from test_engine_one_pass import autosteer
 from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
 
@@ -888,6 +889,15 @@ def test_attention_map_needs_an_image():
         image_attention(tiny_llava(processor), processor, "w1", None)
 
 
+@pytest.fixture(params=["pil", "torchvision"])
+def image_processor(request):
+    """From "family.ClassName" to the class, of either kind."""
+    if request.param == "torchvision":
+        pytest.importorskip("torchvision")
+        return class_of
+    return lambda path: class_of(f"{path}Pil")
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -897,28 +907,25 @@ def test_attention_map_needs_an_image():
     ],
 )
 @pytest.mark.parametrize("size", [(1000, 400), (300, 700), (336, 336)])
-def test_the_heat_map_covers_what_the_processor_keeps(sizes, size):
+def test_the_heat_map_covers_what_the_processor_keeps(sizes, size, image_processor):
     """Colour ramps tell from the processed pixels which part of the picture is left."""
-    from transformers import CLIPImageProcessorPil
-
     width, height = size
     ramps = np.zeros((height, width, 3), np.uint8)
     ramps[..., 0] = np.arange(width) / width * 255
     ramps[..., 1] = (np.arange(height) / height * 255)[:, None]
-    processor = CLIPImageProcessorPil(do_normalize=False, **sizes)
-    across, down, _ = processor(Image.fromarray(ramps), return_tensors="np")["pixel_values"][0]
+    processor = image_processor("clip.CLIPImageProcessor")(do_normalize=False, **sizes)
+    across, down, _ = processor(Image.fromarray(ramps), return_tensors="pt")["pixel_values"][0].numpy()
     kept = [across[:, 0].mean() * width, down[0].mean() * height, across[:, -1].mean() * width, down[-1].mean() * height]
     assert _seen(size, processor) == pytest.approx(kept, abs=0.01 * max(size))
 
 
 @pytest.mark.parametrize("size", [(50, 31), (30, 51), (40, 40)])
-def test_a_picture_that_the_processor_pads_to_a_square_is_shown_so(size):
+def test_a_picture_that_the_processor_pads_to_a_square_is_shown_so(size, image_processor):
     """Else the patches of the whole square would be drawn over the picture's middle."""
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    picture, sizes = Image.fromarray(pixels), {"size": {"shortest_edge": 48}, "crop_size": 48, "return_tensors": "np"}
-    padding, plain = LlavaImageProcessorPil(do_pad=True), LlavaImageProcessorPil()
+    picture, sizes = Image.fromarray(pixels), {"size": {"shortest_edge": 48}, "crop_size": 48, "return_tensors": "pt"}
+    llava = image_processor("llava.LlavaImageProcessor")
+    padding, plain = llava(do_pad=True), llava()
     shown = _shown(picture, padding)
     assert _seen(shown.size, padding) == (0, 0, max(size), max(size))
     seen = padding(picture, **sizes)["pixel_values"]

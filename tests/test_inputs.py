@@ -140,7 +140,8 @@ def test_images_may_be_in_the_parts_of_a_chat(processor, key, tmp_path):
         ([[{"content": "w1"}]], None, "'role' and 'content'"),
         ([3], None, "string or a list of messages"),
         (["a\ud800b"], None, r"prompts\[0\] holds half a character"),
-        ([[{"role": "user", "content": [{"type": "video"}]}]], None, "type 'video'"),
+        ([[{"role": "user", "content": [{"type": "video"}]}]], None, "'video'; it needs .* hand in some frames, as images"),
+        ([[{"role": "user", "content": [{"type": "audio"}]}]], None, "'audio'; it needs to be 'text' or 'image'$"),
     ],
 )
 def test_bad_prompts(processor, prompts, images, message):

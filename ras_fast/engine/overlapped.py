@@ -78,6 +78,9 @@ class Overlapped(Plan):
     def __init__(self, runner: Runner, processor, profile: RasProfile, cache, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
         self._placeholder = processor.tokenizer.convert_tokens_to_ids(image_placeholder(processor))
+        # Some that images are made of (Molmo 2's ends of rows) the processor alone knows.
+        of_images = {*getattr(processor, "image_token_ids", ())} - {processor.tokenizer.unk_token_id}
+        self._special = runner.special_tokens | of_images
         # By stage, whether an image becomes the same tokens there as in the draft's prompt; not there: not compared yet.
         self._same_tokens: dict[str, bool] = {}
         self._cuts = not runner.both_ways  # whether prompts are cut after what they share
@@ -527,13 +530,13 @@ class Overlapped(Plan):
     def _images_closed(self, ids: list[int]) -> int:
         """The place after the last image and the special tokens that close it, if there are any."""
         end = self._images_end(ids)
-        while end < len(ids) and ids[end] in self.runner.special_tokens:
+        while end < len(ids) and ids[end] in self._special:
             end += 1
         return end
 
     def _has_special_token(self, ids: list[int]) -> bool:
         """Whether a special token comes after what closes the last image."""
-        return not self.runner.special_tokens.isdisjoint(ids[self._images_closed(ids) :])
+        return not self._special.isdisjoint(ids[self._images_closed(ids) :])
 
 
 def _same_prefix(job: Job, other: Job) -> bool:

@@ -10,12 +10,15 @@ import inspect
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ras_fast.patching.cache_values import given_cache, keep, kept, returned_cache
 from ras_fast.regions import Grid, RegionMap, image_regions, join_regions, square_grid
@@ -24,9 +27,11 @@ REGIONS = "regions"  # the name that the region map is kept under
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 _CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$")  # names of arguments that hold images
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
+# Inputs that tell how many patches an image has: images come in any shape.
+_SHAPES = {"image_grid_thw", "spatial_shapes", "target_sizes", "image_position_ids", "image_grids"}
 _QUERIES = ("perceiver_config", "qformer_config", "projector_patch_to_query_dict")  # in the configs of encoders that have some
-# Families whose features come by tile, while a run of image tokens is an image.
-_IMAGE_IS_A_RUN = {"internvl", "qianfan_ocr", "got_ocr2"}
+# Families whose features come by tile, or with all frames of a video in one entry, while a run of image tokens is an image.
+_IMAGE_IS_A_RUN = {"internvl", "qianfan_ocr", "got_ocr2", "smolvlm"}
 
 
 def token_ids(config: Any) -> dict[str, int]:
@@ -50,7 +55,7 @@ class Forward:
     attentions: whether its caller wants statistics of every layer.
     lengths: by modality, the token count of each image among this forward's features. encoded: the same of the features that
         the model computed last, maybe ahead of their forward. stacked: by modality, whether those have one entry for each row
-        of the batch, as from pixels [n, m, channels, height, width].
+        of the batch, as from pixels [n, m, channels, height, width]. encoding: of which modality it is computing features.
     pieces: whether it may hold parts of images.
     """
 
@@ -62,6 +67,7 @@ class Forward:
     lengths: dict[str, list[int] | None] = field(default_factory=dict)
     encoded: dict[str, list[int] | None] = field(default_factory=dict)
     stacked: dict[str, bool] = field(default_factory=dict)
+    encoding: str | None = None
     pieces: bool = False
 
 
@@ -79,10 +85,12 @@ class RegionTracker:
         self._traced = Forward()  # in a graph, which runs all hooks of a forward and cannot ask for its thread
         self._threads: dict[int, Forward] = {}
         self._tokens = token_ids(multimodal.config)
+        if self._tokens.get("video") == self._tokens.get("image"):  # Molmo 2's: each image would be a video as well
+            self._tokens.pop("video", None)
         self._runs = multimodal.config.model_type in _IMAGE_IS_A_RUN
         self._parameters = tuple(inspect.signature(multimodal.forward).parameters)
         self._contents = tuple(filter(_CONTENTS.search, self._parameters))
-        self._patches = _Patches(multimodal.config, "image_grid_thw" in self._parameters)
+        self._patches = _Patches(multimodal.config, not _SHAPES.isdisjoint(self._parameters))
 
     @property
     def forward(self) -> Forward:
@@ -128,14 +136,21 @@ class RegionTracker:
             if modality in own.encoded and lengths != own.encoded[modality] and len(lengths or ()) == 1:
                 own.lengths[modality], own.pieces = None, True
 
-    def features(self, modality: str, inputs: list[Any], output: Any) -> None:
-        """The model computed features. A graph does not note it: it finds no images, and would be another one the next time."""
-        if torch.compiler.is_compiling():
-            return
+    def features(self, modality: str, inputs: list[Any], compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns, which is noted. A graph does not note it: it finds no images, and would be another one the
+        next time. Nor is a video noted as images, as which many models compute its features."""
         own = self._own()
+        if torch.compiler.is_compiling() or own.encoding is not None:
+            return compute()
+        own.encoding = modality
+        try:
+            output = compute()
+        finally:
+            own.encoding = None
         own.lengths[modality] = own.encoded[modality] = lengths = self._lengths_of(output)
         stacks = [pixels.shape[0] for pixels in inputs if isinstance(pixels, Tensor) and pixels.dim() == 5]
         own.stacked[modality] = lengths is not None and len(lengths) in stacks
+        return output
 
     def _lengths_of(self, output: Any) -> list[int] | None:
         """The number of tokens of each image, from features with one entry per image; None for features of another form."""
@@ -198,7 +213,7 @@ class RegionTracker:
             return RegionMap(ids, num_regions, grids, validate=False)
         if before is None:
             return self.given  # what the cache holds was not seen
-        return before.extend(ids, grids, past, pieces=own.pieces)
+        return before.extend(ids, grids, past, pieces=own.pieces, square=not self._patches.any_shape)
 
     def _visual(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """For each modality the positions [B, L] bool that hold its tokens."""
@@ -212,6 +227,8 @@ class RegionTracker:
     def _image_lengths(self, own: Forward, modality: str, mask: Tensor) -> list[int] | None:
         """Those of the features, if an entry of them is an image: not a tile, nor all images of a row, as in Idefics2."""
         lengths = own.lengths.get(modality)
+        if lengths is None and "video" not in self._tokens:  # Molmo 2's, whose videos have the token of images, and come alone
+            lengths = own.lengths.get("video")
         by_row = lengths is not None and own.stacked.get(modality) and lengths == mask.sum(1).tolist()
         return None if self._runs or by_row else lengths
 
@@ -223,27 +240,36 @@ class RegionTracker:
             return [[] for _ in counts]
         sizes = torch.stack([((ids == region) & images).sum(1) for region in range(max(counts))], 1).tolist()
         count = sum(n > 0 for row in sizes for n in row)
-        told = (inputs.get(name) for name in ("image_grid_thw", "image_sizes"))
-        thw, pixels = (iter(t.tolist() if t is not None and t.shape[0] == count else ()) for t in told)
+        told = (_patch_counts(inputs), inputs.get("image_grids"), inputs.get("image_sizes"))
+        facts = zip(*(t.tolist() if t is not None and t.shape[0] == count else [None] * count for t in told), strict=True)
         # What holds more tokens than any entry of the features is several of them, as InternVL's tiles are.
         longest = max(lengths or [sys.maxsize])
         return [
-            [self._patches.grid(n, next(thw, None), next(pixels, None)) if 0 < n <= longest else None for n in row[:regions]]
+            [self._patches.grid(n, longest, *next(facts)) if n else None for n in row[:regions]]
             for row, regions in zip(sizes, counts, strict=True)
         ]
+
+
+def _patch_counts(inputs: dict[str, Any]) -> Tensor | None:
+    """(frames, height, width) of each image in patches, by the name under which the family's processor tells it."""
+    sizes = next((inputs[name] for name in ("spatial_shapes", "target_sizes") if inputs.get(name) is not None), None)
+    places = inputs.get("image_position_ids")  # Gemma 4's [images, patches, (x, y)], −1 where there is no patch
+    if sizes is None and places is not None:
+        sizes = places.amax(1).flip(1) + 1
+    return inputs.get("image_grid_thw") if sizes is None else F.pad(sizes, (1, 0), value=1)
 
 
 class _Patches:
     """How the tokens of one image lie on it.
 
-    any_shape: the family's images come in any shape, and `image_grid_thw` tells which.
+    any_shape: the family's images come in any shape, and its processor tells which.
     """
 
     def __init__(self, config: Any, any_shape: bool) -> None:
         vision = getattr(config, "vision_config", None)
         merge = getattr(config, "spatial_merge_size", getattr(vision, "spatial_merge_size", 1))
         size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
-        self._any_shape = any_shape
+        self.any_shape = any_shape or getattr(vision, "model_type", None) == "pixtral"  # Mistral 3 tells their size in pixels
         # Tokens that are an encoder's queries, as Idefics2's, lie nowhere on the image.
         self._queries = any(hasattr(config, name) for name in _QUERIES)
         self._step = patch * merge if isinstance(patch, int) else None
@@ -251,13 +277,19 @@ class _Patches:
         tiled = hasattr(config, "image_grid_pinpoints") and isinstance(size, int)
         self._view = size // patch if tiled else None
 
-    def grid(self, tokens: int, thw: list[int] | None, pixels: list[int] | None) -> Grid | None:
+    def grid(
+        self, tokens: int, longest: int, thw: list[int] | None, view: list[int] | None, pixels: list[int] | None
+    ) -> Grid | None:
         """The patches (h, w) that the first tokens are; None where that cannot be told.
 
-        thw, pixels: what the forward was told of the image's size, as `image_grid_thw` and `image_sizes`.
+        longest: the most tokens that the encoder makes at once.
+        thw, view, pixels: what the forward was told of the image: (frames, height, width) in patches, that of the view of the
+            whole image that comes first (Molmo 2) and what follows it, `image_sizes`.
         """
-        if self._queries:
+        if self._queries or tokens > longest:
             return None
+        if view is not None:
+            return view[0], view[1]
         if self._view is not None:
             return (self._view, self._view) if pixels is not None and self._view**2 <= tokens else None
         if thw is not None:
@@ -265,7 +297,7 @@ class _Patches:
         if pixels is not None and self._step is not None:
             height, width = (side // self._step for side in pixels)
             return (height, width) if height * width == tokens else None
-        return None if self._any_shape else square_grid(tokens)
+        return None if self.any_shape else square_grid(tokens)
 
 
 def _merged(tokens: int, frames: int, height: int, width: int) -> Grid | None:
@@ -325,9 +357,9 @@ class RecordFeatures:
         encoder = getattr(self.module.config, "vision_config", None)
         if kwargs.get("output_attentions") and getattr(encoder, "_attn_implementation", "eager") != "eager":
             kwargs["output_attentions"] = False  # of the text alone: the encoder would give none, but warn, which breaks graphs
-        output = getattr(type(self.module), f"get_{self.modality}_features")(self.module, *args, **kwargs)
-        self.tracker.features(self.modality, [*args, *kwargs.values()], output)
-        return output
+        get = getattr(type(self.module), f"get_{self.modality}_features")
+        compute = partial(get, self.module, *args, **kwargs)
+        return self.tracker.features(self.modality, [*args, *kwargs.values()], compute)
 
 
 def _keep(cache: Any, regions: RegionMap | None) -> None:

@@ -4,12 +4,15 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from families import COUSINS, END, FAMILIES, IMAGE, SIZE, START, VIDEO, table
 from packaging import version
+from processors import REAL, class_of, with_processor
 from tiny_models import image_sums, relative_error, valid_rows
+from tiny_random import random_image
 
 import ras_fast
 
@@ -109,6 +112,29 @@ def flat(images, generator):
     return {"pixel_values": torch.randn(images, 3, 8, 32, generator=generator), "image_sizes": torch.tensor([[8, 32]] * images)}
 
 
+def places(height, width):
+    """Gemma 4's (x, y) of the patches of one image, and of four that are none."""
+    grid = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1).view(1, -1, 2)
+    return torch.nn.functional.pad(grid, (0, 0, 0, 4), value=-1)
+
+
+WIDE = {  # an image of 1 × 4 tokens each
+    "lfm2_vl": {"pixel_values": torch.rand(1, 24, 48), "spatial_shapes": torch.tensor([[2, 8]]),
+                "pixel_attention_mask": (torch.arange(24) < 16).long()[None]},
+    "minicpmv4_6": {"pixel_values": torch.rand(1, 3, 4, 256), "target_sizes": torch.tensor([[4, 16]])},
+    "gemma4": {"pixel_values": torch.rand(1, 20, 48), "image_position_ids": places(2, 8)},
+    "gemma4_unified": {"pixel_values": torch.rand(1, 8, 192), "image_position_ids": places(1, 4)},
+}  # fmt: skip
+
+
+def view_and_crop(images, generator):
+    """Molmo 2: the whole image as 2 × 2 tokens, then a crop as 2 × 3."""
+    return {
+        "pixel_values": torch.randn(2 * images, 16, 48), "image_token_pooling": torch.arange(40 * images).view(-1, 4) % 32,
+        "image_grids": torch.tensor([[2, 2, 2, 3]] * images), "image_num_crops": torch.full((images,), 2),
+    }  # fmt: skip
+
+
 GRIDS = [
     (name, changes, grid)
     for name, changes, grid in [
@@ -123,6 +149,8 @@ GRIDS = [
         ("aria", {}, None),  # the same
         ("kimi_k25", {}, (2, 2)),  # whose config names what is merged otherwise
         ("hunyuan_vl", {}, None),  # a newline after each row
+        *[(name, {"pixels": lambda *_, name=name: WIDE[name]}, (1, 4)) for name in WIDE],
+        ("molmo2", {"pixels": view_and_crop}, (2, 2)),
     ]
     if name in FAMILIES | COUSINS
 ]
@@ -140,6 +168,21 @@ def test_grids(name, changes, grid):
         model(**batch)
         assert torch.equal(patched.region_map.ids, regions)
         assert patched.region_map.grids == [[grid]]
+
+
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.23"), reason="it does not split images")
+@pytest.mark.parametrize("size", [3, 100])
+@pytest.mark.parametrize("name", sorted({"qwen2_5_vl", "gemma4", "mistral3"} & FAMILIES.keys()))
+def test_what_chunked_prefill_tells_of_no_image_is_not_taken_for_a_square(name, size):
+    """An image of 2 × 2 tokens in a family where four tokens may as well be 1 × 4."""
+    family = FAMILIES[name]
+    model = family.model(name)
+    batch = family.inputs(model, ["tIt"])
+    regions = batch.pop("regions")
+    with ras_fast.patch(model) as patched:
+        model.generate(**batch, max_new_tokens=1, do_sample=False, prefill_chunk_size=size)
+        assert torch.equal(patched.region_map.keys(regions.shape[1]), regions)
+        assert patched.region_map.grids == [[None]]
 
 
 def as_accurate(after, before, truth):
@@ -252,13 +295,14 @@ def test_statistics_while_generating(name, mode):
 VIDEO_FAMILIES = {"qwen2_vl": [8], "qwen2_5_vl": [8], "qwen3_vl": [4, 4], "qwen3_vl_moe": [4, 4]}
 
 
-@pytest.mark.parametrize("with_image", [True, False])
+@pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
-def test_video(name, with_image):
-    """An image of 2 × 2 tokens, then a video of two frames of 2 × 2 tokens: one region each, in however many pieces."""
+def test_video(name, images):
+    """Images of 2 × 2 tokens, then a video of two frames of 2 × 2 tokens: one region each, in however many pieces. Two images
+    have as many tokens as the video, whose features the model may compute as those of images."""
     description = FAMILIES[name]
     model = description.model(name)
-    tokens = [5, START, *[IMAGE] * 4, END, 6] if with_image else [5, 6]
+    tokens = [5, *[START, *[IMAGE] * 4, END] * images, 6]
     for count in VIDEO_FAMILIES[name]:
         tokens += [9, START, *[VIDEO] * count, END]
     ids = torch.tensor([[*tokens, 7, 8]])
@@ -267,10 +311,10 @@ def test_video(name, with_image):
         "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long(),
         "pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]]),
     }  # fmt: skip
-    if with_image:
-        batch |= {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    if images:
+        batch |= {"pixel_values": torch.randn(16 * images, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * images)}
     regions = torch.full(ids.shape, -1)
-    regions[ids == IMAGE], regions[ids == VIDEO] = 0, int(with_image)
+    regions[ids == IMAGE], regions[ids == VIDEO] = torch.arange(images).repeat_interleave(4), images
     with torch.no_grad():
         model.set_attn_implementation({"text_config": "eager"})
         expected = model(**batch, output_attentions=True)
@@ -278,10 +322,67 @@ def test_video(name, with_image):
         with ras_fast.patch(model) as patched:
             got = model(**batch, output_attentions=True)
             assert torch.equal(patched.region_map.ids, regions)
-            assert patched.region_map.grids == [[(2, 2), None] if with_image else [None]]
+            assert patched.region_map.grids == [[(2, 2)] * images + [None]]
     assert relative_error(got.logits, expected.logits) < 1e-5
     for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
-        assert (mass - image_sums(probabilities, regions, 1 + with_image)).abs().max() < 1e-5
+        assert (mass - image_sums(probabilities, regions, images + 1)).abs().max() < 1e-5
+
+
+PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 32768}}
+FRAMES = {"size": {"height": 16, "width": 16}}
+SOFT = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+MEDIA = "<|vision_start|><|video_pad|><|vision_end|>"
+# By family: its video processor, what stands for a video, and how many regions one of four frames is.
+OWN_VIDEOS = {
+    "llava_onevision": (("llava_onevision.LlavaOnevisionVideoProcessor", FRAMES), "<video>", 1),
+    "qwen2_vl": (("qwen2_vl.Qwen2VLVideoProcessor", PATCHES), MEDIA, 1),
+    "qwen2_5_vl": (("qwen2_vl.Qwen2VLVideoProcessor", PATCHES), MEDIA, 1),
+    "qwen3_vl": (("qwen3_vl.Qwen3VLVideoProcessor", PATCHES), MEDIA, 1),
+    "qwen3_5": (("qwen3_vl.Qwen3VLVideoProcessor", PATCHES), MEDIA, 1),
+    "exaone4_5": (("qwen2_vl.Qwen2VLVideoProcessor", PATCHES), MEDIA, 1),
+    "gemma4": (("gemma4.Gemma4VideoProcessor", SOFT), "<|video|>", 1),
+    "molmo2": (("molmo2.Molmo2VideoProcessor", FRAMES | {"patch_size": 4, "pooling_size": [2, 2]}), "<|video|>", 1),
+    "glm4v": (("glm4v.Glm4vVideoProcessor", PATCHES), "<|begin_of_video|><|video|><|end_of_video|>", 2),  # merged by two
+    "internvl": (("internvl.InternVLVideoProcessor", FRAMES), "<video>", 4),
+}
+# Here a forward takes no image beside a video: Molmo 2's refuses it, GLM-4V's counts tokens of both as images'.
+VIDEOS_ALONE = {"molmo2", "glm4v"}
+
+
+@pytest.mark.parametrize("name", sorted(OWN_VIDEOS.keys() & REAL.keys()))
+def test_videos_by_the_familys_own_processor(name):
+    """A row with an image and a video, and one with a video alone, left-padded."""
+    pytest.importorskip("torchvision")
+    (path, options), text, regions = OWN_VIDEOS[name]
+    model, processor = with_processor(name, class_of(path)(**options))
+    image = [] if name in VIDEOS_ALONE else [random_image(0)]
+    batch = processor(
+        text=[f"<bos> w20 {REAL[name].image * len(image)} w21 {text} w22 w23", f"<bos> w24 {text} w25"],
+        images=[image, []] if image and name == "gemma4" else image or None,
+        videos=[np.random.default_rng(i).integers(0, 256, (4, 24, 32, 3), dtype=np.uint8) for i in range(2)],
+        return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False, do_sample_frames=False,
+    )  # fmt: skip
+    batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    visual = torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO]))
+    with torch.no_grad():
+        model.set_attn_implementation({"text_config": "eager"})
+        expected = model(**batch, output_attentions=True)
+        model.set_attn_implementation({"text_config": "sdpa"})
+        tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        with ras_fast.patch(model) as patched:
+            got = model(**batch, output_attentions=True)
+            found = patched.region_map
+            assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), tokens)
+    assert torch.equal(found.ids >= 0, visual)
+    assert [len(grids) for grids in found.grids] == [len(image) + regions, regions]
+    frames = [(2, 2)] * regions if name == "internvl" else [None] * regions
+    assert [grids[-regions:] for grids in found.grids] == [frames, frames]
+    valid = valid_rows(batch)
+    assert relative_error(got.logits[valid], expected.logits[valid]) < 1e-5
+    for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
+        if mass is not None:
+            sums = image_sums(probabilities, found.ids, found.num_regions)
+            assert (mass - sums).transpose(1, 2)[valid].abs().max() < 1e-5
 
 
 @pytest.mark.skipif(OLD, reason="the features of a video come without the newline, whose token makes the lengths not add up")
@@ -302,6 +403,27 @@ def test_adjacent_videos():
     assert relative_error(got.logits, expected.logits) < 1e-5
     for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
         assert (mass - image_sums(probabilities, regions, 2)).abs().max() < 1e-5
+
+
+ROW_END = 91
+IN_PIECES = {
+    "molmo2": ([5, START, *[IMAGE, IMAGE, ROW_END] * 2, END, START, *[IMAGE, IMAGE, IMAGE, ROW_END] * 2, END, 6],
+               lambda: view_and_crop(1, None), [10]),
+    "smolvlm": ([5, *[START, *[IMAGE] * 4, START] * 4, 6], lambda: {"pixel_values": torch.randn(2, 2, 3, 16, 16)}, [4] * 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(IN_PIECES.keys() & FAMILIES))
+def test_image_tokens_among_others(name):
+    """An image of Molmo 2, each of whose rows ends in a token of its own; two videos of SmolVLM, whose frames are images."""
+    tokens, pixels, counts = IN_PIECES[name]
+    model, ids = FAMILIES[name].model(name), torch.tensor([tokens])
+    regions = torch.full(ids.shape, -1)
+    regions[ids == IMAGE] = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels())
+        assert torch.equal(patched.region_map.ids, regions)
+        assert patched.region_map.grids == [[(2, 2)] * len(counts)]
 
 
 @pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.24"), reason="it is configured otherwise")

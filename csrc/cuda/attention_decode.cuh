@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
 
   const int batch_head = unsigned(blockIdx.x) / unsigned(score.query_rows), q = blockIdx.x - batch_head * score.query_rows;
   const int from_end = score.query_rows - q, apart = kMergeThreads / kWarp * gridDim.y;
-  const int regions = args.mass && from_end <= args.mass_rows ? score.regions : 0;  // masses are wanted of
+  const int regions = args.mass && from_end <= args.mass_rows ? score.regions : 0;  // whose masses are wanted of this row
   int region = threadIdx.x / kWarp + kMergeThreads / kWarp * blockIdx.y;
   float masses[kMostSplits / kWarp];
   const auto load_masses = [&] {

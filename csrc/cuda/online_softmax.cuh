@@ -67,7 +67,7 @@ __device__ inline float log2_sum(const float (&v)[kCount]) {
 }
 
 // Sums probabilities by region while a warp walks the keys. A run is keys that follow each other and share a region; their sum is
-// the one that a softmax has anyway (`sum`, this lane's part, which the caller adds to), so that a step without a new region costs
+// the one that a softmax has anyway (`sum`, this lane's part, which the caller keeps), so that a step without a new region costs
 // nothing but to see that. When the run ends, the sum is added to the region's total in memory and starts anew.
 // kLog: totals are base-2 logarithms, and probabilities in units of 2^top; else they are sums.
 template <int kRowTiles, bool kLog>

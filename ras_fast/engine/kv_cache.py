@@ -103,6 +103,8 @@ class PoolLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.capacity
 
+    get_max_cache_shape = get_max_length  # its name in the first transformers that are supported
+
 
 class CrossLayer(PoolLayer):
     """One layer's keys and values [B, H, capacity, D] of each row's images, to which both of its branches cross-attend.

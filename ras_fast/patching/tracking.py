@@ -139,8 +139,7 @@ class RegionTracker:
     def features(self, modality: str, inputs: list[Any], compute: Callable[[], Any]) -> Any:
         """What ``compute`` returns, which is noted. A graph does not note it: it finds no images, and would be another one the
         next time. Nor is a video noted as images, as which many models compute its features."""
-        own = self._own()
-        if torch.compiler.is_compiling() or own.encoding is not None:
+        if torch.compiler.is_compiling() or (own := self._own()).encoding is not None:
             return compute()
         own.encoding = modality
         try:

@@ -198,7 +198,7 @@ def test_keys_that_are_not_finite_fail_closed_for_their_query_alone(monkeypatch)
     assert summary(outputs[:1] + outputs[2:]) == summary(expected[:1] + expected[2:])
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_region_mass_is_that_of_the_prompt_in_one_forward(cut):
     model, processor, profile = opened()
     found = []
@@ -221,7 +221,7 @@ def test_region_mass_is_that_of_the_prompt_in_one_forward(cut):
     assert found[5][1, :, 0].max() == 0 < found[5][1, :, 1].min()  # the last of two
 
 
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("captured", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_region_bias_holds_in_every_stage(captured, monkeypatch):
     monkeypatch.setattr(batch, "capture", Graphs())
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"} if captured else set())
@@ -236,8 +236,15 @@ def test_a_region_bias_holds_in_every_stage(captured, monkeypatch):
     assert [output.similarity for output in plain] != [output.similarity for output in expected]
 
 
-@pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("make", [conditional, autosteer])
+@pytest.mark.parametrize(
+    ("make", "captured"),
+    [
+        (conditional, True),
+        (autosteer, False),
+        pytest.param(conditional, False, marks=pytest.mark.slow),
+        pytest.param(autosteer, True, marks=pytest.mark.slow),
+    ],
+)
 def test_one_pass(make, captured, monkeypatch):
     monkeypatch.setattr(batch, "capture", Graphs())
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"} if captured else set())

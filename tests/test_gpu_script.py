@@ -227,7 +227,7 @@ def test_profile_part(tree):
     assert "bench --tune --out" in (tree[0] / "bench/results/logs/tune.log").read_text()
 
 
-@pytest.mark.parametrize(("status", "hopper"), [(0, " hopper"), (1, "")])
+@pytest.mark.parametrize(("status", "hopper"), [pytest.param(0, " hopper", marks=pytest.mark.slow), (1, "")])
 def test_a_kernel_that_fails_its_tests_is_left_out(tree, status, hopper):
     logs = tree[0] / "bench/results/logs"
     for part, log, script in (("profile", "ncu", "profile_targets"), ("tests", "racecheck", "small_shapes")):

@@ -91,8 +91,17 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("length_q", [70, 2])
+FEW = ("plain", "bounds", "softcap", "bias", "everything")  # the others are slow in the interpreter where there are many rows
+
+
+@pytest.mark.parametrize(
+    ("option", "length_q"),
+    [
+        pytest.param(option, rows, marks=() if rows == 2 or option in FEW or DEVICE != "cpu" else pytest.mark.slow)
+        for option in OPTIONS
+        for rows in (70, 2)
+    ],
+)
 def test_options(option, length_q):
     """Lq = 70: prefill tiles. Lq = 2: heads of a group packed into one tile, splits merged."""
     query, key, value = inputs(2, 4, 2, length_q, 70)
@@ -217,8 +226,10 @@ def test_key_attention(rows, reduce):
     torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected, atol=EXACT, rtol=EXACT)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "max"])
-@pytest.mark.parametrize("rows", [7, 75])
+@pytest.mark.parametrize(
+    ("rows", "reduce"),
+    [(75, "mean"), (7, "max"), *(pytest.param(*own, marks=pytest.mark.slow) for own in ((75, "max"), (7, "mean")))],
+)
 def test_mass_and_heat_map_in_one_launch(rows, reduce, monkeypatch):
     query, key, value = inputs(2, 6, 2, 80, 80)
     ids = runs(2, 80, 2)

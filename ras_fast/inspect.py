@@ -73,7 +73,8 @@ def _demangle(names: Iterable[str]) -> dict[str, str]:
     if not names or not shutil.which("c++filt"):
         return {name: name for name in names}
     output = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
-    short = (re.sub(r"\(.*", "", line).removeprefix("void ") for line in output)
+    # The parenthesis of the arguments: that of a value's type, in a template's arguments, stands behind a blank.
+    short = (re.sub(r"(?<=\S)\(.*", "", line).removeprefix("void ") for line in output)
     return {name: re.sub(r"ras::cuda::|__nv_|__(?=half)", "", line) for name, line in zip(names, short, strict=True)}
 
 

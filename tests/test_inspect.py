@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -54,6 +55,14 @@ def test_reads_registers_and_wide_loads(compiled):
     assert 0 < small.registers < 64
     assert small.loads == small.wide_loads == 2  # 1024 values by 128 threads
     assert not small.spills
+
+
+@pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
+def test_names_tell_kernels_apart():
+    """By all arguments of their templates, those of a type of ours among them; what a kernel is called with goes."""
+    forms = {f"_ZN3ras4cuda8add_normI6__halfLb0ELi8ELNS0_8NormFormE{form}EEEvNS0_8NormArgsIT_EE": form for form in (1, 2)}
+    expected = {name: f"add_norm<half, false, 8, (NormForm){form}>" for name, form in forms.items()}
+    assert inspect._demangle([*forms, "_Z5plainPf"]) == expected | {"_Z5plainPf": "plain"}
 
 
 def test_finds_a_planted_spill(compiled):

@@ -15,8 +15,6 @@
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
 
-enum class Norm { rms, rms_offset, layer };
-
 template <bool Hf, class T>
 inline Pair rounded_if(Pair value) {
   if constexpr (Hf) return rounded(T{}, value);
@@ -48,13 +46,14 @@ struct Steering {
   }
 };
 
-// T: dtype of x, residual, y and h. W: dtype of every table (weight, bias, vectors, probes).
-template <class T, class W, Norm kNorm, bool Hf>
+// T: dtype of x, residual, y and h. W: dtype of every table (weight, bias, vectors, probes). What the passes share is compiled
+// once for RMSNorm with and without an offset.
+template <class T, class W, bool Layer, bool Hf>
 struct RowKernel {
   const NormArgs& args;
   float* row;  // d floats, rounded up to whole pairs
 
-  static constexpr bool kReadsBack = (Hf || std::is_same_v<T, float>) && kNorm != Norm::layer;
+  static constexpr bool kReadsBack = Hf && !Layer;
 
   const T* x(int64_t t) const { return static_cast<const T*>(args.x.data) + args.x.offset(t); }
   const T* residual(int64_t t) const {
@@ -103,7 +102,7 @@ struct RowKernel {
       }
       if (stored) Hf ? store_rounded(stored + i, value, count) : store_pair(stored + i, value, count);
       if constexpr (!kReadsBack) store_pair(row + i, value);
-      total += kNorm == Norm::layer ? value : value * value;
+      total += Layer ? value : value * value;
     });
     return sum(total);
   }
@@ -119,7 +118,7 @@ struct RowKernel {
     return sum(total);
   }
 
-  template <bool Lerp>
+  template <bool Lerp, bool Offset>
   void second_pass(int64_t t, const Steering& steering, float scale) const {
     const W* weight = table(args.weight, 0);
     const W* bias = args.bias.data ? table(args.bias, 0) : nullptr;
@@ -132,8 +131,8 @@ struct RowKernel {
       if (next_residual) prefetch<0>(next_residual + i);
       Pair value = scale * load(i, count);
       Pair w = load_table(weight + i, count);
-      if constexpr (kNorm == Norm::rms) value = rounded_if<Hf, T>(value);
-      if constexpr (kNorm == Norm::rms_offset) w = w + args.weight_offset;
+      if constexpr (Offset) w = w + args.weight_offset;
+      if constexpr (!Offset && !Layer) value = rounded_if<Hf, T>(value);
       value = value * w;
       if (bias) value += load_table(bias + i, count);
       if constexpr (Lerp) {
@@ -173,30 +172,38 @@ struct RowKernel {
     const bool push = steering.kind == Steering::push, add = push && !args.lerp;
     float total = add ? first_pass<true>(t, steering) : first_pass<false>(t, steering);
     if (args.probe_dots) dot_probes(t);
-    if constexpr (kNorm == Norm::layer) total = centre(total / args.d);
+    if constexpr (Layer) total = centre(total / args.d);
     const float scale = 1 / std::sqrt(total / args.d + args.eps);
-    push && args.lerp ? second_pass<true>(t, steering, scale) : second_pass<false>(t, steering, scale);
+    push && args.lerp ? normalise<true>(t, steering, scale) : normalise<false>(t, steering, scale);
+  }
+
+  template <bool Lerp>
+  void normalise(int64_t t, const Steering& steering, float scale) const {
+    if constexpr (!Layer) {
+      if (args.weight_offset != 0) return second_pass<Lerp, true>(t, steering, scale);
+    }
+    second_pass<Lerp, false>(t, steering, scale);
   }
 };
 
-template <class T, class W, Norm kNorm, bool Hf>
+template <class T, class W, bool Layer, bool Hf>
 void all_rows(const NormArgs& args, int64_t begin, int64_t end) {
   float* row = static_cast<float*>(std::malloc(padded(args.d) * sizeof(float)));
-  const RowKernel<T, W, kNorm, Hf> kernel{args, row};
+  const RowKernel<T, W, Layer, Hf> kernel{args, row};
   for (int64_t t = begin; t < end; ++t) kernel(t);
   std::free(row);
 }
 
-template <class T, class W, Norm kNorm>
+template <class T, class W, bool Layer>
 void for_rounding(const NormArgs& args, int64_t begin, int64_t end) {
-  args.hf_rounding ? all_rows<T, W, kNorm, true>(args, begin, end) : all_rows<T, W, kNorm, false>(args, begin, end);
+  constexpr bool kRounds = !std::is_same_v<T, float>;
+  if (!kRounds || args.hf_rounding) return all_rows<T, W, Layer, true>(args, begin, end);
+  if constexpr (kRounds) all_rows<T, W, Layer, false>(args, begin, end);
 }
 
 template <class T, class W>
 void for_norm(const NormArgs& args, int64_t begin, int64_t end) {
-  if (!args.rms) return for_rounding<T, W, Norm::layer>(args, begin, end);
-  if (args.weight_offset == 0) return for_rounding<T, W, Norm::rms>(args, begin, end);
-  for_rounding<T, W, Norm::rms_offset>(args, begin, end);
+  args.rms ? for_rounding<T, W, false>(args, begin, end) : for_rounding<T, W, true>(args, begin, end);
 }
 
 template <class T>

@@ -48,7 +48,7 @@ struct NormArgs {
   Operand bias;               // bias.data may be null
   float* probe_dots;          // [tokens, num_probes + 1]: h . probe, and last ||h||^2; may be null
   Operand steer_vectors;      // [num_slots, d]
-  const int32_t* steer_slot;  // [tokens]: -1 none; outside -1 .. num_slots - 1 the row becomes NaN
+  const int32_t* steer_slot;  // [tokens]: -1 none; outside -1 .. num_slots - 1 the row becomes NaN; may be null
   const float* steer_alpha;   // [tokens]
   int64_t slot_stride, alpha_stride;
   Operand probes;             // [num_probes, d]
@@ -367,7 +367,9 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
   if (r >= a.rows) return;
 
   Steering steering{Steering::kNone, 0.f};
-  if constexpr (kSteered) steering = read_steering(a, t);
+  if constexpr (kSteered) {
+    if (S::kPlain || a.steer_slot != nullptr) steering = read_steering(a, t);
+  }
   Affine affine[S::kPacks];
   const auto load_all_affine = [&] {
 #pragma unroll
@@ -404,7 +406,7 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
 
 // A row longer than its block's registers: tile by tile, h computed again from the inputs (by then in L2) in each pass.
 // grid (rows, y, z), block (1024).
-template <typename T, bool kLayerNorm, bool kSteered>
+template <typename T, bool kLayerNorm>
 __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__ NormArgs<T> a) {
   constexpr int kElements = 8;
   using S = Slice<T, kElements, NormForm::unaligned>;
@@ -419,7 +421,7 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
   allow_next_kernel();
 
   Steering steering{Steering::kNone, 0.f};
-  if constexpr (kSteered) steering = read_steering(a, t);
+  if (a.steer_slot != nullptr) steering = read_steering(a, t);
   const int tile_elements = kElements * blockDim.x;
   const int tiles = (a.d + S::kVec - 1 + tile_elements - 1) / tile_elements;
   float h[kElements];
@@ -428,7 +430,7 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
     float sum = 0.f;
     for (int tile = 0; tile < tiles; ++tile) {
       const S slice(x, a.d, tile);
-      load_h<kSteered>(a, slice, x, residual, steering, h);
+      load_h<true>(a, slice, x, residual, steering, h);
       sum += part(slice);
     }
     return sum;
@@ -451,7 +453,7 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
     for (int p = 0; p < S::kPacks; ++p) {
       const Affine affine = load_affine<kLayerNorm>(a, slice, p);
       if (a.h != nullptr) slice.store(a.h + t * a.d, p, h + p * S::kVec);
-      store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine, steering, a.y + t * a.d);
+      store_y<kLayerNorm, true>(a, slice, p, h + p * S::kVec, mean, inv_std, affine, steering, a.y + t * a.d);
     }
     return 0.f;
   });
@@ -484,15 +486,15 @@ NormForm norm_form(const NormArgs<T>& a) {
   return plain ? NormForm::plain : NormForm::aligned;
 }
 
-// Calls `use` with the kernel that a plan asks for.
+// Calls `use` with the kernel that a plan asks for. Those that know every other case know steering, too.
 template <typename T, bool kLayerNorm, bool kSteered, typename Use>
 void with_norm_kernel(const NormPlan& plan, Use use) {
   constexpr auto kPlain = NormForm::plain, kAligned = NormForm::aligned, kUnaligned = NormForm::unaligned;
-  if (!plan.resident) return use(add_norm_long<T, kLayerNorm, kSteered>);
-  if (plan.form == kUnaligned) return use(add_norm<T, kLayerNorm, kSteered, 8, kUnaligned>);
+  if (!plan.resident) return use(add_norm_long<T, kLayerNorm>);
+  if (plan.form == kUnaligned) return use(add_norm<T, kLayerNorm, true, 8, kUnaligned>);
   if (plan.form == kAligned) {
-    if (plan.elements == 8) return use(add_norm<T, kLayerNorm, kSteered, 8, kAligned>);
-    return use(add_norm<T, kLayerNorm, kSteered, 16, kAligned>);
+    if (plan.elements == 8) return use(add_norm<T, kLayerNorm, true, 8, kAligned>);
+    return use(add_norm<T, kLayerNorm, true, 16, kAligned>);
   }
   if (plan.elements == 8) return use(add_norm<T, kLayerNorm, kSteered, 8, kPlain>);
   if (plan.elements == 16) return use(add_norm<T, kLayerNorm, kSteered, 16, kPlain>);

@@ -493,7 +493,7 @@ def _own_profiles(arguments: argparse.Namespace, model, processor) -> dict:
 
     profiles: dict[str, RasProfile] = {}
     for name in CALIBRATIONS:
-        if name != "moras" and not _is_wanted(name, arguments.defences):  # MoRAS's prototypes and prompts serve other rows
+        if not _is_wanted(name, arguments.defences):
             continue
         folder = arguments.out / "profiles" / name
         missing = not all((folder / file).is_file() for file in (JSON_NAME, TENSORS_NAME))
@@ -508,8 +508,12 @@ def _own_profiles(arguments: argparse.Namespace, model, processor) -> dict:
 
 
 def _is_wanted(name: str, defences: str | None) -> bool:
-    """Whether the profile, or a variant of it such as "ras-binary", is among the defences "a,b"; None: all are."""
-    return defences is None or any(f"{wanted}-".startswith(f"{name}-") for wanted in defences.split(","))
+    """Whether the profile, or a variant of it such as "ras-binary", is among the defences "a,b", or one that takes something
+    from it; None: all are."""
+    from ras_fast.evaluation.defences import COMBINED, CONSTANT, PROMPT_ONLY
+
+    takers = (PROMPT_ONLY, CONSTANT, COMBINED) if name == "moras" else ()
+    return defences is None or any(f"{own}-".startswith((f"{name}-", *takers)) for own in defences.split(","))
 
 
 @contextmanager

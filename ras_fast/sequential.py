@@ -106,8 +106,11 @@ class SequentialPipeline:
     @torch.no_grad()
     def _stages(self, number: int, query: Query, decoding: Decoding, streamer) -> SafeOutput:
         begin = described = time.perf_counter()
-        inputs, poisoned = encode(self.processor, query, self.model.device, self.model.dtype)
-        check_length(self.model, inputs["input_ids"].shape[1])
+        try:
+            inputs, poisoned = encode(self.processor, query, self.model.device, self.model.dtype)
+            check_length(self.model, inputs["input_ids"].shape[1])
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}]: {error}") from error
         context, similarity, too_long = "", torch.full((1,), torch.nan, device=self.model.device), None
         try:
             context = self.describe(query)

@@ -602,6 +602,9 @@ def test_only_the_profiles_that_are_asked_for_are_calibrated():
     for name, lists in wanted.items():
         assert all(cli._is_wanted(name, defences) for defences in (None, *lists))
     assert not any(cli._is_wanted(name, "moras,moras+attention-binary,constant-0.5") for name in ("ras", "attention"))
+    takers = ("moras-binary", "prompt-only", "constant-0.5", "moras+attention")  # of its prompts and prototypes
+    assert all(cli._is_wanted("moras", defences) for defences in (None, *takers))
+    assert not any(cli._is_wanted("moras", defences) for defences in ("undefended", "undefended,ras,autosteer"))
 
 
 def test_a_profile_whose_saving_was_interrupted_is_calibrated_again(folder, tmp_path, monkeypatch):

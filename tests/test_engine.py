@@ -1257,10 +1257,9 @@ def test_a_prompt_beyond_the_models_positions_has_no_answer(model, processor, pr
     monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", 60)
     for pipeline in (SafeGenerator(model, processor, profile, fused=False), SequentialPipeline(model, processor, profile)):
         assert pipeline.generate(["w1"], max_new_tokens=2)[0].tokens
-        with pytest.raises(ValueError, match=r"a prompt has \d+ tokens; LlavaForConditionalGeneration has 60 positions"):
-            pipeline.generate(["w1 " * 61], max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"prompts\[1\]: a prompt has"):
-        SafeGenerator(model, processor, profile, fused=False).generate(["w1", "w1 " * 61])
+        message = r"prompts\[1\]: a prompt has \d+ tokens; LlavaForConditionalGeneration has 60 positions"
+        with pytest.raises(ValueError, match=message):
+            pipeline.generate(["w1", "w1 " * 61], max_new_tokens=2)
 
 
 @pytest.mark.parametrize(("context_prompt", "safety_prompt"), [("w1", "w4 " * 40), ("w1 " * 60, "w4")], ids=["risk", "context"])

@@ -266,6 +266,18 @@ def test_paligemmas_own_processor():
     assert [output.region_mass.shape for output in outputs] == [(3, 4, images) for images in (1, 1, 2, 1, 2)]
 
 
+@pytest.mark.parametrize("first", ["w26", "<fake_token_around_image> w20"])
+def test_a_typed_token_that_the_processor_joins_with_an_images_own(first):
+    """Idefics2's makes one of two in a row; the risk stage's prompt has other words there."""
+    model, processor, profile = with_profile(*with_processor("idefics2"))
+    queries = [first, "<fake_token_around_image> w20", "w22 w23"], PICTURES[:3]
+    expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=3)
+    guard = SafeGenerator(model, processor, profile, batch_size=1, fused=False)
+    outputs = guard.generate(*queries, max_new_tokens=3)
+    assert summary(outputs) == summary(expected)
+    assert [output.risk for output in outputs] == pytest.approx([output.risk for output in expected], abs=1e-4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("first", ["w20 w21", "w21 w40"])
 def test_a_prompt_that_means_something_else_when_it_is_cut_is_not(first, batch_size):

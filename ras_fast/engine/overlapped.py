@@ -33,7 +33,7 @@ from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.inputs import SIGHT, ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
-from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
+from ras_fast.methods.moras import Moras, context_query, context_text, control_tokens, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
 from ras_fast.profile import RasProfile
@@ -60,7 +60,7 @@ class Job:
     failed_closed: str | None = None
     region_mass: Tensor | None = None
     features: Tensor | None = None  # [3n] fp32, of a gate that also looks at attention
-    image_tokens: ImageTokens | None = None  # None unless it has just one image
+    image_tokens: ImageTokens | None = None  # None unless it has just one image, and no text like a special token
 
     @property
     def whole(self) -> bool:
@@ -78,6 +78,7 @@ class Overlapped(Plan):
     def __init__(self, runner: Runner, processor, profile: RasProfile, cache, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
         self._placeholder = processor.tokenizer.convert_tokens_to_ids(image_placeholder(processor))
+        self._controls = control_tokens(processor)
         # Some that images are made of (Molmo 2's ends of rows) the processor alone knows.
         of_images = {*getattr(processor, "image_token_ids", ())} - {processor.tokenizer.unk_token_id}
         self._special = runner.special_tokens | of_images
@@ -176,7 +177,9 @@ class Overlapped(Plan):
             # A gate that looks at attention reads all rows after the images.
             length = self._images_closed(ids) if self.moras.attention is None else self._images_end(ids)
             length = max(length, _sight_settled(inputs))
-            job.image_tokens = ImageTokens.between(short_ids(self.processor, query), ids, self._placeholder)
+            # Processors may join what a question spells out with what they put around an image, as Idefics2's does.
+            if not _spells_out(query, self._controls):
+                job.image_tokens = ImageTokens.between(short_ids(self.processor, query), ids, self._placeholder)
         else:
             length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config), "risk"))
         job.prefix = ids[: min(length, len(ids) - 1)] if cut else ids
@@ -576,3 +579,9 @@ def _sight_settled(inputs: dict[str, Tensor]) -> int:
 
 def _ids(inputs) -> list[int]:
     return inputs["input_ids"][0].tolist()
+
+
+def _spells_out(query: Query, controls: list[str]) -> bool:
+    """Whether a text of the chat holds one of these."""
+    texts = [part["text"] for message in query.messages for part in message["content"] if part["type"] == "text"]
+    return any(token in text for token in controls for text in texts)

@@ -151,7 +151,7 @@ def describe(model, processor, query: Query, moras: Moras) -> str:
 def context_text(processor, tokens: list[int]) -> str:
     """The words of a context, without special tokens, also without any that it spells out as text, as the model may have read
     them in a picture: the risk stage's tokenizer would turn that text into control tokens."""
-    controls = _control_tokens(processor)
+    controls = control_tokens(processor)
     text = " ".join(processor.tokenizer.decode(tokens, skip_special_tokens=True).split())
     while any(token in text for token in controls):  # to drop one may bring together the halves of another with a blank in it
         for token in controls:
@@ -160,7 +160,7 @@ def context_text(processor, tokens: list[int]) -> str:
     return text
 
 
-def _control_tokens(processor) -> list[str]:
+def control_tokens(processor) -> list[str]:
     """The processor's placeholders and the tokenizer's special and added tokens, longest first. Added tokens that are words are
     none, nor are blanks."""
     tokenizer = processor.tokenizer

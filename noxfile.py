@@ -15,6 +15,7 @@ TORCH = {
     "2.11.0": ("triton==3.6.0", "numpy<2.4"),
     "2.13.0": ("triton==3.9.0",),
     "2.14.1": ("triton==3.8.0", "torchvision==0.29.1"),
+    "2.15.0": ("triton==3.9.0", "torchvision==0.29.2"),
 }
 TRANSFORMERS = ("5.17.0", "newest")
 

@@ -282,6 +282,9 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     Raises ValueError for unreadable, empty or unsupported images.
     """
     if isinstance(image, torch.Tensor):
+        if image.is_meta or image.layout is not torch.strided:
+            kind = "without values (meta)" if image.is_meta else f"of layout {image.layout}"
+            raise ValueError(f"{name} is a tensor {kind}; it needs to be a dense one that holds its pixels")
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):

@@ -248,6 +248,8 @@ def test_arrays():
         ("/no/such/picture.png", "cannot be read"),
         ("iVBORw0KGgo" * 9000, "^.{,400}$"),
         (torch.full((2, 2), 7.0, dtype=torch.bfloat16), "in 7..7"),
+        (torch.zeros(2, 2, device="meta"), r"without values \(meta\); it needs to be a dense one"),
+        (torch.eye(2).to_sparse(), r"of layout torch\.sparse_coo"),
         ("https://example.com/a.png", "is the URL 'https://example.com/a.png'; nothing is fetched"),
         ("data:image/png;base64,iVBORw0KGgo=", "is the URL 'data:"),
     ],

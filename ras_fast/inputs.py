@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,15 @@ class Query:
     def ask_about_images(self, text: str) -> Query:
         """A fresh chat: all images, then ``text``."""
         return replace(self, messages=[{"role": "user", "content": [*_image_parts(len(self.images)), _text_part(text)]}])
+
+    def edit_questions(self, edit: Callable[[str], str]) -> Query:
+        """The same chat with what ``edit`` makes of each text of its user."""
+
+        def edited(message: dict) -> dict:
+            parts = [_text_part(edit(part["text"])) if part["type"] == "text" else part for part in message["content"]]
+            return message | {"content": parts} if message["role"] == "user" else message
+
+        return replace(self, messages=[edited(message) for message in self.messages])
 
     def prefix_last_question(self, text: str) -> Query:
         """The same chat with ``text`` put before the last question, and that question's images before both; an assistant
@@ -374,6 +383,16 @@ def _render(processor, query: Query) -> tuple[str, bool]:
     return text, bos is None or not text.startswith(bos)
 
 
+def answer_opening(processor) -> str:
+    """What the chat template puts after a question, for the answer to follow; empty where that is nothing."""
+    chat = [{"role": "user", "content": [_text_part("?")]}]
+    closed, opened = (
+        processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=opens, continue_final_message=False)
+        for opens in (False, True)
+    )
+    return opened[common_length(closed, opened) :]
+
+
 def short_ids(processor, query: Query) -> list[int]:
     """The prompt's token ids with one placeholder token per image, from the text alone: no image is processed."""
     text, special = _render(processor, query)
@@ -410,8 +429,8 @@ class ImageTokens(NamedTuple):
         return short[:begin] + self.full + short[end:] if begin >= 0 and short[begin:end] == self.short else None
 
 
-def common_length(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists have in common at their beginning."""
+def common_length(a: Sequence, b: Sequence) -> int:
+    """How many tokens of two lists, or letters of two texts, are the same at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

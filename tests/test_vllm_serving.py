@@ -25,6 +25,7 @@ PROCESSOR = SimpleNamespace(
     ),
     image_token="<image>",
     chat_template="{{ messages }}",
+    apply_chat_template=lambda messages, **options: "? A :" if options["add_generation_prompt"] else "?",
 )
 
 

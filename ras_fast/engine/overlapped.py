@@ -16,6 +16,7 @@ Sampling stays exact because a token is the argmax of scores plus noise that dep
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.inputs import SIGHT, ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
-from ras_fast.methods.moras import Moras, context_query, context_text, control_tokens, risk_query
+from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
 from ras_fast.profile import RasProfile
@@ -78,7 +79,7 @@ class Overlapped(Plan):
     def __init__(self, runner: Runner, processor, profile: RasProfile, cache, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
         self._placeholder = processor.tokenizer.convert_tokens_to_ids(image_placeholder(processor))
-        self._controls = control_tokens(processor)
+        self._marks = marks_of(processor)
         # Some that images are made of (Molmo 2's ends of rows) the processor alone knows.
         of_images = {*getattr(processor, "image_token_ids", ())} - {processor.tokenizer.unk_token_id}
         self._special = runner.special_tokens | of_images
@@ -178,10 +179,10 @@ class Overlapped(Plan):
             length = self._images_closed(ids) if self.moras.attention is None else self._images_end(ids)
             length = max(length, _sight_settled(inputs))
             # Processors may join what a question spells out with what they put around an image, as Idefics2's does.
-            if not _spells_out(query, self._controls):
+            if not _spells_out(query, self._marks):
                 job.image_tokens = ImageTokens.between(short_ids(self.processor, query), ids, self._placeholder)
         else:
-            length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config), "risk"))
+            length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config, self._marks), "risk"))
         job.prefix = ids[: min(length, len(ids) - 1)] if cut else ids
         return job
 
@@ -305,7 +306,7 @@ class Overlapped(Plan):
         draft.sync()
         for job, entry in zip(jobs, contexts, strict=True):
             if entry is not None:
-                job.context = context_text(self.processor, entry[1].tokens)
+                job.context = context_text(self.processor, entry[1].tokens, self._marks)
         return draft
 
     def _keep_contexts(self, jobs: list[Job], contexts) -> None:
@@ -361,7 +362,7 @@ class Overlapped(Plan):
     def _risk_entry(self, job: Job) -> tuple[Query, Sequence]:
         """The prompt of stage 2. Where it is longer than the model can read, the risk is 1 whatever comes of the stage, and the
         query's own prompt goes along in its place."""
-        query, wanted = risk_query(job.query, job.context, self.moras.config), Decoding(self.moras.steps)
+        query, wanted = risk_query(job.query, job.context, self.moras.config, self._marks), Decoding(self.moras.steps)
         try:
             return query, self.sequence(self._ids(job, query, "risk"), wanted)
         except TooLong as error:
@@ -581,7 +582,7 @@ def _ids(inputs) -> list[int]:
     return inputs["input_ids"][0].tolist()
 
 
-def _spells_out(query: Query, controls: list[str]) -> bool:
+def _spells_out(query: Query, marks: re.Pattern) -> bool:
     """Whether a text of the chat holds one of these."""
     texts = [part["text"] for message in query.messages for part in message["content"] if part["type"] == "text"]
-    return any(token in text for token in controls for text in texts)
+    return any(map(marks.search, texts))

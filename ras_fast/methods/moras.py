@@ -9,14 +9,16 @@ refusal prototypes after the last norm: h_n ← (1 − r) h_n + r μ_n. docs/met
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ras_fast import parallel
 from ras_fast.decoding import Decoding, check_mode, output_head, reference_generate
-from ras_fast.inputs import Query, encode, make_queries, question_pairs
+from ras_fast.inputs import Query, answer_opening, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.methods.calibration import on_the_cpu
 from ras_fast.ops import refusal_similarity
@@ -125,10 +127,12 @@ def context_query(query: Query, config: dict) -> Query:
     return query.ask_about_images(config["context_prompt"])
 
 
-def risk_query(query: Query, context: str, config: dict) -> Query:
+def risk_query(query: Query, context: str, config: dict, marks: re.Pattern) -> Query:
     """Stage 2 by a profile's config: the images, the safety prompt, the context and the question. An assistant prefix is left
-    out: it would decide the first words, which is what the risk is read from."""
-    return query.prefix_last_question(f"{config['safety_prompt']} {context}".strip())
+    out, and what in a question would end it and begin the answer (`marks_of`): both would decide the first words, which is what
+    the risk is read from."""
+    asked = query.edit_questions(partial(_as_words, marks=marks))
+    return asked.prefix_last_question(f"{config['safety_prompt']} {context}".strip())
 
 
 def _attention_gate(profile: RasProfile, device) -> AttentionGate | None:
@@ -145,22 +149,39 @@ def describe(model, processor, query: Query, moras: Moras) -> str:
         return ""
     inputs, _ = encode(processor, context_query(query, moras.config), model.device, model.dtype)
     tokens, _, _ = reference_generate(model, processor, inputs, Decoding(moras.config["max_context_tokens"]))
-    return context_text(processor, tokens)
+    return context_text(processor, tokens, marks_of(processor))
 
 
-def context_text(processor, tokens: list[int]) -> str:
-    """The words of a context, without special tokens, also without any that it spells out as text, as the model may have read
-    them in a picture: the risk stage's tokenizer would turn that text into control tokens."""
-    controls = control_tokens(processor)
+def context_text(processor, tokens: list[int], marks: re.Pattern) -> str:
+    """The words of a context, without special tokens, also without any marks that it spells out as text, as the model may have
+    read them in a picture: the risk stage's tokenizer would turn that text into control tokens."""
     text = " ".join(processor.tokenizer.decode(tokens, skip_special_tokens=True).split())
-    while any(token in text for token in controls):  # to drop one may bring together the halves of another with a blank in it
-        for token in controls:
-            text = text.replace(token, " ")
-        text = " ".join(text.split())
+    return _as_words(text, marks)
+
+
+def _as_words(text: str, marks: re.Pattern) -> str:
+    """A text without these marks; as it is where it has none."""
+    while marks.search(text):  # to drop one may bring together the halves of another with a blank in it
+        text = " ".join(marks.sub(" ", text).split())
     return text
 
 
-def control_tokens(processor) -> list[str]:
+def marks_of(processor) -> re.Pattern:
+    """What means more than its words wherever a prompt spells it out: control tokens, and what a template of mere text opens an
+    answer with (LLaVA's "ASSISTANT:"), which a model also takes for that in small letters or with blanks."""
+    patterns = [re.escape(token) for token in _control_tokens(processor)]
+    opening = re.findall(r"\w+|[^\w\s]+", _as_words(answer_opening(processor), _any_of(patterns)))
+    if not all(map(str.isalnum, opening)):  # words alone, as Qwen's "assistant" between control tokens, are no mark
+        edge = r"\b" if opening[0].isalnum() else ""
+        patterns.append(f"(?i:{edge}" + r"\s*".join(map(re.escape, opening)) + ")")
+    return _any_of(patterns)
+
+
+def _any_of(patterns: list[str]) -> re.Pattern:
+    return re.compile("|".join(patterns) or r"(?!)")
+
+
+def _control_tokens(processor) -> list[str]:
     """The processor's placeholders and the tokenizer's special and added tokens, longest first. Added tokens that are words are
     none, nor are blanks."""
     tokenizer = processor.tokenizer
@@ -173,7 +194,7 @@ def control_tokens(processor) -> list[str]:
 
 def assess(model, processor, query: Query, context: str, moras: Moras) -> Tensor:
     """Stage 2 by ``model.generate``: S [1]."""
-    inputs, _ = encode(processor, risk_query(query, context, moras.config), model.device, model.dtype)
+    inputs, _ = encode(processor, risk_query(query, context, moras.config, marks_of(processor)), model.device, model.dtype)
     _, _, logits = reference_generate(model, processor, inputs, Decoding(moras.steps))
     return moras.similarity(logits[None])
 

@@ -13,7 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import NO_RISK
 from ras_fast.inputs import Query, make_queries, short_ids
-from ras_fast.methods.moras import context_query, context_text, risk_query
+from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
@@ -38,6 +38,7 @@ class SafeLLM:
         profile, self.capacity = read_settings(config.additional_config)
         self.settings = RasProfile.from_pretrained(profile).config
         self.processor = load_processor(config.model_config)
+        self.marks = marks_of(self.processor)
         self.counters: Counter = Counter()
         self._names = itertools.count()
         self.engine.collective_rpc("ras_prove")
@@ -124,9 +125,9 @@ class _Run:
             self._assess(job)
 
     def _assess(self, job: _Job) -> None:
-        job.context = context_text(self.guard.processor, job.tokens[CONTEXT])
+        job.context = context_text(self.guard.processor, job.tokens[CONTEXT], self.guard.marks)
         job.mark(CONTEXT)
-        query = risk_query(job.query, job.context, self.settings)
+        query = risk_query(job.query, job.context, self.settings, self.guard.marks)
         self._submit(job, ASSESS, query, self.settings["steps"], {RECORD: job.records[ASSESS]})
 
     def _can_be_judged(self, job: _Job) -> bool:

@@ -99,10 +99,10 @@ def test_exact(name):
     images = [random_image(i) for i in range(5)]
     images[2], images[3] = None, [random_image(8), random_image(9)]
     images = images if FAMILIES[name].pixels else None
-    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=7)
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=10)
     for batch_size in (1, 5):
         with SafeGenerator(model, processor, profile, batch_size=batch_size) as guard:
-            outputs = guard.generate(prompts, images, max_new_tokens=7)
+            outputs = guard.generate(prompts, images, max_new_tokens=10)
         for output, reference in zip(outputs, expected, strict=True):
             assert (output.tokens, output.context) == (reference.tokens, reference.context)
             assert output.rejected_at == reference.rejected_at

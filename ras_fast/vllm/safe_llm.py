@@ -38,7 +38,7 @@ class SafeLLM:
         profile, self.capacity = read_settings(config.additional_config)
         self.settings = RasProfile.from_pretrained(profile).config
         self.processor = load_processor(config.model_config)
-        self.marks = marks_of(self.processor)
+        self.chat_marks = marks_of(self.processor)
         self.counters: Counter = Counter()
         self._names = itertools.count()
         self.engine.collective_rpc("ras_prove")
@@ -125,9 +125,9 @@ class _Run:
             self._assess(job)
 
     def _assess(self, job: _Job) -> None:
-        job.context = context_text(self.guard.processor, job.tokens[CONTEXT], self.guard.marks)
+        job.context = context_text(self.guard.processor, job.tokens[CONTEXT], self.guard.chat_marks)
         job.mark(CONTEXT)
-        query = risk_query(job.query, job.context, self.settings, self.guard.marks)
+        query = risk_query(job.query, job.context, self.settings, self.guard.chat_marks)
         self._submit(job, ASSESS, query, self.settings["steps"], {RECORD: job.records[ASSESS]})
 
     def _can_be_judged(self, job: _Job) -> bool:

@@ -157,7 +157,7 @@ class _Guard:
         # Whether a greedy token is the argmax of the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(processors) == 1
-        self.controls, self.marks = _control_tokens(self.processor), marks_of(self.processor)
+        self.controls, self.chat_marks = _control_tokens(self.processor), marks_of(self.processor)
         self.shows_steered = config.model_config.logprobs_mode.startswith("processed_")
 
     def check(self, request: Message) -> None:
@@ -225,9 +225,9 @@ class _Answer:
         settings, context = self.guard.settings, ""
         if self.query.images:
             tokens = await self._stage(context_query(self.query, settings), settings["max_context_tokens"], {})
-            context = context_text(self.guard.processor, tokens, self.guard.marks)
+            context = context_text(self.guard.processor, tokens, self.guard.chat_marks)
         marks = {RECORD: self.records[0]}
-        tokens = await self._stage(risk_query(self.query, context, settings, self.guard.marks), settings["steps"], marks)
+        tokens = await self._stage(risk_query(self.query, context, settings, self.guard.chat_marks), settings["steps"], marks)
         similarity, risk, _, drafted, steered = await self._judgement(draft, len(tokens))
         fate = "none" if draft is None else "kept" if drafted and drafted == steered else "fell"
         return {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}", "draft": fate}, risk, fate == "kept"

@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-all bench inspect lint clean
+.PHONY: setup demo test test-all bench bench-all inspect lint clean
 
 setup: .venv/installed
 
@@ -27,7 +27,13 @@ test: setup
 test-all: setup
 	$(PYTEST) -m ""
 
+# The headline figures, and at the end what the compilers made of the kernels and one table of all.
 bench: setup
+	for name in norm rotary linear attention engine; do $(BIN)/python bench/bench_$$name.py --quick || exit 1; done
+	$(BIN)/ras-fast inspect
+	$(BIN)/python bench/headline.py
+
+bench-all: setup
 	$(BIN)/python bench/bench_norm.py
 	$(BIN)/python bench/bench_rotary.py
 	$(BIN)/python bench/bench_linear.py

@@ -1,6 +1,7 @@
 """What a defended answer costs: the engine beside the undefended model and beside MoRAS as three calls.
 
     python bench/bench_engine.py                                  # CPU, about 0.3 B random weights
+    python bench/bench_engine.py --quick                          # one answer; on a GPU by the 7b shape
     python bench/bench_engine.py --shape hybrid                  # text model as Qwen3.5: three of four layers recurrent
     python bench/bench_engine.py --gpu-7b --tokens 128           # LLaVA-1.5-7B's shape on a GPU, batches of 1, 8 and 32
 
@@ -12,7 +13,7 @@ with graphs is the engine's own loop without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
 on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b and 7b, into a folder
-of its name there.
+of its name there. --quick writes engine_quick.json.
 """
 
 from __future__ import annotations
@@ -448,6 +449,7 @@ def case(text: str) -> tuple[str, int, int | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one benign answer of 64 tokens; on a GPU of 128, by the 7b shape")
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -458,6 +460,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --gpu-7b")
     parser.add_argument("--budget", type=float, default=80, help="with --gpu-7b: seconds after the model is built")
     args = parser.parse_args()
+    if args.quick:
+        args.gpu_7b, args.cases, args.batches = torch.cuda.is_available(), [("benign", 64, 1)], [1]
     if args.gpu_7b:
         if not torch.cuda.is_available():
             raise SystemExit("--gpu-7b needs a CUDA device, and torch sees none")
@@ -472,12 +476,12 @@ def main() -> None:
         cases = gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget)
     else:
         limits, cases = None, cpu_cases(model, processor, args.cases, args.rounds)
-    rows = []
+    rows, file = [], "engine_quick" if args.quick else "engine"
     for name, found in cases:
         seconds = {f"{contender} s": figures["seconds"] for contender, figures in found.items()}
         rows.append(facts | {"case": name} | seconds | {"contenders": found})
-        path = harness.save("engine" if args.shape in ("0.3b", "7b") else f"{args.shape}/engine", rows, limits)
-        if not args.gpu_7b:
+        path = harness.save(file if args.shape in ("0.3b", "7b") else f"{args.shape}/{file}", rows, limits)
+        if not (args.gpu_7b or args.quick):
             plot(rows, path.with_name("engine_timeline.png"))
     if rows:
         print(f"written to {path}")

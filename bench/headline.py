@@ -1,8 +1,8 @@
 """One table of what the benchmarks with `--quick` have measured: `python bench/headline.py [DEVICE]`; `make bench` does both.
 
 A row is a call of ours beside the fastest of its peers, timed alternately in one process. "share" is its bandwidth over a plain
-copy's, where memory bounds it, or its rate over a matrix product's, both of the same run. An answer stands beside MoRAS by hooks,
-and beside the fastest undefended one, whose time over its own is then the share.
+copy's, where memory bounds it, or its rate over a matrix product's, both of the same run. An answer stands beside MoRAS by
+hooks, and beside the fastest undefended one, whose time over its own is then the share.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ HEADS, KV_HEADS = 32, 8
 BF16, FP32 = torch.bfloat16, torch.float32
 # (query rows, keys, rows whose mass is wanted, dtype[, head dimension])
 CPU = [(1, keys, 1, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 2048, 8192)]
-CPU += [(rows, 2048, rows, BF16) for rows in (2, 8, 32)]
+CPU += [(rows, 2048, rows, dtype) for dtype in (BF16, FP32) for rows in (2, 4, 8, 16, 32)]
 CPU += [(keys, keys, keys, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 1024)]
 GPU = [(rows, 4096, rows, BF16) for rows in (1, 2, 4, 8, 16, 32, 64)]  # times 4 heads a group: packed rows
 GPU += [(2048, 2048, rows, BF16) for rows in (1, 32, 128, 256, 512, 1024, 2048)]
@@ -34,7 +34,7 @@ def kernels(query, key, value, ids, rows: int) -> dict:
         found = {"prefill": torch.ops.ras_fast.prefill_attention, "softmax": attention_reference.region_attention}
         if square_or_row and key.shape[2] >= attention_plan.MIN_FLASH_KEYS:
             found["flash"] = flash
-        if query.shape[2] == 1:
+        if query.shape[2] <= 32:
             found["decode"] = torch.ops.ras_fast.decode_attention
     else:
         found = {"triton": torch.ops.ras_fast.region_attention_triton}

@@ -15,7 +15,8 @@ struct AttentionArgs {
   float scale, softcap;                    // softcap 0: none
   bool causal;
   int64_t window;  // 0: none
-  const int32_t *kv_start, *kv_end;
+  const int32_t *kv_start, *kv_end;  // [B, bound_rows]
+  int64_t bound_rows;                // 1, or length_q where each row has bounds of its own
   const int32_t* region_ids;  // [B, Lk] or null
   int64_t region_stride, num_regions;
   const float* region_bias;  // [B or 1, Hq, R]; null: none

@@ -21,13 +21,14 @@ inline const float* bias_of(const AttentionArgs& args, int64_t batch, int64_t he
   return args.region_bias ? args.region_bias + batch * args.bias_batch_stride + head * args.bias_head_stride : nullptr;
 }
 
-// The valid keys [first, last) of a batch element, clamped to the memory there is.
+// The valid keys [first, last) of a batch element, or of one of its query rows, clamped to the memory there is.
 struct ValidKeys {
   int64_t first, last;
 
-  ValidKeys(const AttentionArgs& args, int64_t batch) {
-    first = args.kv_start && args.kv_start[batch] > 0 ? args.kv_start[batch] : 0;
-    last = args.kv_end && args.kv_end[batch] < args.length_k ? args.kv_end[batch] : args.length_k;
+  ValidKeys(const AttentionArgs& args, int64_t batch, int64_t row = 0) {
+    const int64_t at = batch * args.bound_rows + (args.bound_rows > 1 ? row : 0);
+    first = args.kv_start && args.kv_start[at] > 0 ? args.kv_start[at] : 0;
+    last = args.kv_end && args.kv_end[at] < args.length_k ? args.kv_end[at] : args.length_k;
   }
 };
 

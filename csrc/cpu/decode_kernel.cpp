@@ -1,6 +1,8 @@
-// Decode: one query row per sequence against its whole cache, read once, with the mass of each region from the same softmax.
+// Decode: few query rows per sequence against its whole cache, read once, with the mass of each region from the same softmax.
 //
-// The query heads that share a kv head go together, four at a time, so that a key or value row is widened once for all of them.
+// What shares a kv head, the heads of its group in each row, goes together, four at a time, so that a key or value row is widened
+// once for all. Rows may see different stretches of the keys: a key meets those alone that see it. Queries are counted row by row:
+// query i of a group is head i % heads of row i / heads.
 // A piece of the keys is short enough for its scores to stay in L1 or L2: they are written, turned into probabilities, summed by
 // region and multiplied with the values, without any running rescale. Pieces are merged by their peaks, as in split-KV decoding
 // (Flash-Decoding, Dao et al. 2023); the masses are rescaled by the same factors as the output.
@@ -15,7 +17,7 @@
 namespace ras::cpu::RAS_FAST_ISA {
 namespace {
 
-constexpr int kHeads = 4;          // query heads that share one pass over a key or value row
+constexpr int kHeads = 4;          // queries that share one pass over a key or value row
 constexpr int64_t kKeyBlock = 32;  // key or value rows that stay in L1 while heads and columns are walked
 
 // Asks for the same columns of the row a block later: the processor itself looks ahead too little to add and to wait for memory at a
@@ -25,12 +27,12 @@ void ask_for_next(const T* row, int64_t stride) {
   __builtin_prefetch(row + kKeyBlock * stride, 0, 2);
 }
 
-// Views into one head's partial result.
+// Views into one query's partial result.
 struct Partial {
   float *peak, *total, *mass, *out;
 
-  Partial(const DecodeArgs& args, int64_t row, int64_t split) {
-    peak = args.partials + (row * args.splits + split) * args.partial_size;
+  Partial(const DecodeArgs& args, int64_t query, int64_t split) {
+    peak = args.partials + (query * args.splits + split) * args.partial_size;
     total = peak + 1;
     mass = peak + 2;
     out = mass + args.num_regions;
@@ -118,16 +120,62 @@ void add_values(const float* p, int64_t p_stride, const T* value, int64_t value_
   });
 }
 
-// Calls body(first head, integral constant of how many) for the group's heads, kHeads at a time.
+// Calls body(first query, integral constant of how many) for the queries [first, end), kHeads at a time.
 template <class Body>
-void each_head_block(int64_t heads, Body&& body) {
-  int64_t h = 0;
-  for (; h + kHeads <= heads; h += kHeads) body(h, std::integral_constant<int, kHeads>{});
-  for (; h + 2 <= heads; h += 2) body(h, std::integral_constant<int, 2>{});
-  if (h < heads) body(h, std::integral_constant<int, 1>{});
+void each_query_block(int64_t first, int64_t end, Body&& body) {
+  for (; first + kHeads <= end; first += kHeads) body(first, std::integral_constant<int, kHeads>{});
+  for (; first + 2 <= end; first += 2) body(first, std::integral_constant<int, 2>{});
+  if (first < end) body(first, std::integral_constant<int, 1>{});
 }
 
-// Raw dots of one head over `keys` keys from `first` on, in place into e^(score − peak); returns (peak, total) into the partial.
+int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Which keys of a piece the rows see.
+struct Sight {
+  struct Keys {
+    int64_t low, high;  // [low, high)
+    bool holds(int64_t key) const { return low <= key && key < high; }
+  };
+  int64_t count;
+  Keys* rows;
+  Keys all;  // from the first to the last that some row sees
+
+  Sight(const DecodeArgs& args, int64_t batch, int64_t begin, int64_t end) : count(args.length_q), all{end, begin} {
+    rows = static_cast<Keys*>(std::malloc(count * sizeof(Keys)));
+    for (int64_t row = 0; row < count; ++row) {
+      const Span span(args, ValidKeys(args, batch, row), row);
+      rows[row] = {greater(begin, span.low), lesser(end, span.high + 1)};
+      if (!keys(row)) continue;
+      all = {lesser(all.low, rows[row].low), greater(all.high, rows[row].high)};
+    }
+  }
+  Sight(const Sight&) = delete;
+  ~Sight() { std::free(rows); }
+
+  int64_t keys(int64_t row) const { return greater(0, rows[row].high - rows[row].low); }
+  int64_t keys() const { return greater(0, all.high - all.low); }
+
+  // body(first key, how many, first query, integral constant of how many), for keys that stay in L1 and queries that see them.
+  template <class Body>
+  void each_block(int64_t heads, Body&& body) const {
+    for (int64_t key = all.low, end; key < all.high; key = end) {
+      end = lesser(key + kKeyBlock, all.high);
+      for (int64_t row = 0; row < count; ++row) {
+        if (rows[row].low > key) end = lesser(end, rows[row].low);
+        if (rows[row].high > key) end = lesser(end, rows[row].high);
+      }
+      for (int64_t row = 0, next; row < count; row = next) {
+        const bool sees = rows[row].holds(key);
+        for (next = row + 1; next < count && rows[next].holds(key) == sees;) ++next;
+        if (!sees) continue;
+        each_query_block(row * heads, next * heads, [&](int64_t query, auto n) { body(key, end - key, query, n); });
+      }
+    }
+  }
+};
+
+// Raw dots of one query with `keys` keys, in place into e^(score − peak); peak and total go into the partial.
 void softmax(const DecodeArgs& args, const int32_t* ids, const float* bias, float* s, int64_t keys, Partial& partial) {
   float peak = -INFINITY;
   for (int64_t k = 0; k < keys; k += kLanes) {
@@ -163,15 +211,15 @@ float sum_range(const float* p, int64_t count) {
   return sum(total + load(p + k, int(count - k)));
 }
 
-// mass_h[region] += Σ p_h over the region's keys, run by run of equal ids.
-void sum_regions(const DecodeArgs& args, const int32_t* ids, const float* p, int64_t p_stride, int64_t keys, int64_t first_row,
+// mass_h[region] += Σ p_h over the region's keys, run by run of equal ids, for the heads of a row.
+void sum_regions(const DecodeArgs& args, const int32_t* ids, const float* p, int64_t p_stride, int64_t keys, int64_t first_query,
                  int64_t heads, int64_t split) {
   for (int64_t k = 0, end; k < keys; k = end) {
     const int32_t region = ids[k];
     for (end = k + 1; end < keys && ids[end] == region;) ++end;
     if (region < 0 || region >= args.num_regions) continue;
     for (int64_t h = 0; h < heads; ++h) {
-      Partial(args, first_row + h, split).mass[region] += sum_range(p + h * p_stride + k, end - k);
+      Partial(args, first_query + h, split).mass[region] += sum_range(p + h * p_stride + k, end - k);
     }
   }
 }
@@ -179,90 +227,90 @@ void sum_regions(const DecodeArgs& args, const int32_t* ids, const float* p, int
 template <class T>
 void split_typed(const DecodeArgs& args, int64_t group, int64_t split) {
   const int64_t batch = group / args.kv_heads, kv_head = group % args.kv_heads, heads = args.heads / args.kv_heads;
-  const int64_t first_row = batch * args.heads + kv_head * heads;
-  const Span seen(args, ValidKeys(args, batch), 0);
-  int64_t low = split * args.split_keys, high = low + args.split_keys;
-  if (low < seen.low) low = seen.low;
-  if (high > seen.high + 1) high = seen.high + 1;
-  const int64_t keys = high > low ? high - low : 0, key_room = padded(keys), width = padded(args.dim);
+  const int64_t queries = args.length_q * heads, first_query = group * queries, first_head = kv_head * heads;
+  const Sight sight(args, batch, split * args.split_keys, (split + 1) * args.split_keys);
+  const int64_t width = padded(args.dim), room = padded(sight.keys() + kLanes);  // a vector may begin at a row's last key
 
-  for (int64_t h = 0; h < heads; ++h) {
-    const Partial partial(args, first_row + h, split);
+  for (int64_t i = 0; i < queries; ++i) {
+    const Partial partial(args, first_query + i, split);
     *partial.peak = -INFINITY;
     for (float* value = partial.total; value < partial.out + width; ++value) *value = 0;
   }
-  if (!keys) return;
+  if (!sight.keys()) return;
 
-  float* q = static_cast<float*>(std::malloc((heads * width + heads * key_room) * sizeof(float)));
-  float* scores = q + heads * width;
-  for (int64_t h = 0; h < heads; ++h) {
-    const T* row = row_of<T>(args.query, args.query_stride, batch, kv_head * heads + h);
-    each_pair(args.dim, [&](int64_t i, auto count) { store_pair(q + h * width + i, load_pair(row + i, count)); });
+  float* q = static_cast<float*>(std::malloc(queries * (width + room) * sizeof(float)));
+  float* scores = q + queries * width;
+  for (int64_t i = 0; i < queries; ++i) {
+    const T* row = row_of<T>(args.query, args.query_stride, batch, first_head + i % heads, i / heads);
+    each_pair(args.dim, [&](int64_t at, auto count) { store_pair(q + i * width + at, load_pair(row + at, count)); });
   }
   const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head);
-  for (int64_t k = 0; k < keys; k += kKeyBlock) {
-    const int64_t count = keys - k < kKeyBlock ? keys - k : kKeyBlock;
-    each_head_block(heads, [&](int64_t h, auto n) {
-      dot_keys<T, n.value>(q + h * width, width, key + (low + k) * args.key_stride[2], args.key_stride[2], count, args.dim,
-                           scores + h * key_room + k, key_room);
-    });
+  sight.each_block(heads, [&](int64_t k, int64_t count, int64_t i, auto n) {
+    dot_keys<T, n.value>(q + i * width, width, key + k * args.key_stride[2], args.key_stride[2], count, args.dim,
+                         scores + i * room + k - sight.all.low, room);
+  });
+  for (int64_t row = 0; row < args.length_q; ++row) {
+    const int64_t low = sight.rows[row].low, keys = sight.keys(row);
+    if (!keys) continue;
+    const int32_t* ids = ids_of(args, batch, low);
+    float* own = scores + row * heads * room + low - sight.all.low;
+    for (int64_t h = 0; h < heads; ++h) {
+      Partial partial(args, first_query + row * heads + h, split);
+      softmax(args, ids, bias_of(args, batch, first_head + h), own + h * room, keys, partial);
+    }
+    if (args.mass && row >= args.length_q - args.mass_rows) {
+      sum_regions(args, ids, own, room, keys, first_query + row * heads, heads, split);
+    }
   }
-  const int32_t* ids = ids_of(args, batch, low);
-  for (int64_t h = 0; h < heads; ++h) {
-    Partial partial(args, first_row + h, split);
-    softmax(args, ids, bias_of(args, batch, kv_head * heads + h), scores + h * key_room, keys, partial);
-  }
-  if (args.mass) sum_regions(args, ids, scores, key_room, keys, first_row, heads, split);
   const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head);
-  const int64_t out_stride = args.splits * args.partial_size;
-  for (int64_t k = 0; k < keys; k += kKeyBlock) {
-    const int64_t count = keys - k < kKeyBlock ? keys - k : kKeyBlock;
-    each_head_block(heads, [&](int64_t h, auto n) {
-      add_values<T, n.value>(scores + h * key_room + k, key_room, value + (low + k) * args.value_stride[2], args.value_stride[2],
-                             count, args.dim, Partial(args, first_row + h, split).out, out_stride);
-    });
-  }
+  sight.each_block(heads, [&](int64_t k, int64_t count, int64_t i, auto n) {
+    add_values<T, n.value>(scores + i * room + k - sight.all.low, room, value + k * args.value_stride[2], args.value_stride[2],
+                           count, args.dim, Partial(args, first_query + i, split).out, args.splits * args.partial_size);
+  });
   std::free(q);
 }
 
+// What the pieces of one query's keys come to.
 template <class T>
-void merge_typed(const DecodeArgs& args) {
-  for (int64_t row = 0; row < args.batch * args.heads; ++row) {
-    const float sink = args.sinks ? args.sinks[row % args.heads] : -INFINITY;
-    float peak = sink;
+void merge_query(const DecodeArgs& args, int64_t batch, int64_t row, int64_t head) {
+  const int64_t heads = args.heads / args.kv_heads, group = batch * args.kv_heads + head / heads;
+  const int64_t query = (group * args.length_q + row) * heads + head % heads;
+  const float sink = args.sinks ? args.sinks[head] : -INFINITY;
+  float peak = sink;
+  for (int64_t s = 0; s < args.splits; ++s) {
+    const float piece = *Partial(args, query, s).peak;
+    peak = piece > peak ? piece : peak;
+  }
+  // An empty piece has peak −inf and total 0; with every piece empty the shift must not be −inf − −inf.
+  const float shift = peak == -INFINITY ? 0 : peak;
+  float total = sink == shift ? 1 : std::exp(sink - shift);  // of an infinite sink, too, which takes everything
+  for (int64_t s = 0; s < args.splits; ++s) {
+    const Partial piece(args, query, s);
+    total += *piece.total == 0 ? 0 : *piece.total * std::exp(*piece.peak - shift);
+  }
+  args.lse[(batch * args.heads + head) * args.length_q + row] = total == 0 ? -INFINITY : shift + std::log(total);
+  const auto share = [&](const Partial& piece) {
+    return *piece.total == 0 ? 0 : std::exp(*piece.peak - shift) / total;
+  };
+  T* out = static_cast<T*>(args.out) + ((batch * args.length_q + row) * args.heads + head) * args.dim;
+  each_pair(args.dim, [&](int64_t i, auto count) {
+    Pair merged{};
     for (int64_t s = 0; s < args.splits; ++s) {
-      const float piece = *Partial(args, row, s).peak;
-      peak = piece > peak ? piece : peak;
+      const Partial piece(args, query, s);
+      merged += share(piece) * load_pair(piece.out + i);
     }
-    // An empty piece has peak −inf and total 0; with every piece empty the shift must not be −inf − −inf.
-    const float shift = peak == -INFINITY ? 0 : peak;
-    float total = sink == shift ? 1 : std::exp(sink - shift);  // of an infinite sink, too, which takes everything
+    // A NaN of any bits may have come with a bias or a sink, and rounding to bf16 keeps only some.
+    if (std::isnan(total)) merged = {splat(NAN), splat(NAN)};
+    store_pair(out + i, merged, count);
+  });
+  const int64_t mass_row = row - (args.length_q - args.mass_rows);
+  if (!args.mass || mass_row < 0) return;
+  float* masses = args.mass + ((batch * args.heads + head) * args.mass_rows + mass_row) * args.num_regions;
+  for (int64_t r = 0; r < args.num_regions; ++r) {
+    masses[r] = std::isnan(total) ? NAN : 0;  // of a NaN sink, where no piece has a key
     for (int64_t s = 0; s < args.splits; ++s) {
-      const Partial piece(args, row, s);
-      total += *piece.total == 0 ? 0 : *piece.total * std::exp(*piece.peak - shift);
-    }
-    args.lse[row] = total == 0 ? -INFINITY : shift + std::log(total);
-    const auto share = [&](const Partial& piece) {
-      return *piece.total == 0 ? 0 : std::exp(*piece.peak - shift) / total;
-    };
-    T* out = static_cast<T*>(args.out) + row * args.dim;
-    each_pair(args.dim, [&](int64_t i, auto count) {
-      Pair merged{};
-      for (int64_t s = 0; s < args.splits; ++s) {
-        const Partial piece(args, row, s);
-        merged += share(piece) * load_pair(piece.out + i);
-      }
-      // A NaN of any bits may have come with a bias or a sink, and rounding to bf16 keeps only some.
-      if (std::isnan(total)) merged = {splat(NAN), splat(NAN)};
-      store_pair(out + i, merged, count);
-    });
-    for (int64_t r = 0; args.mass && r < args.num_regions; ++r) {
-      float mass = std::isnan(total) ? NAN : 0;  // of a NaN sink, where no piece has a key
-      for (int64_t s = 0; s < args.splits; ++s) {
-        const Partial piece(args, row, s);
-        mass += share(piece) * piece.mass[r];
-      }
-      args.mass[row * args.num_regions + r] = mass;
+      const Partial piece(args, query, s);
+      masses[r] += share(piece) * piece.mass[r];
     }
   }
 }
@@ -273,8 +321,13 @@ void decode_split(const DecodeArgs& args, int64_t group, int64_t split) {
   for_dtype(args.dtype, [&](auto zero) { split_typed<decltype(zero)>(args, group, split); });
 }
 
-void decode_merge(const DecodeArgs& args) {
-  for_dtype(args.dtype, [&](auto zero) { merge_typed<decltype(zero)>(args); });
+void decode_merge(const DecodeArgs& args, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto zero) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / args.heads;
+      merge_query<decltype(zero)>(args, row / args.length_q, row % args.length_q, i % args.heads);
+    }
+  });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

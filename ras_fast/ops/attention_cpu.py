@@ -18,7 +18,7 @@ def region_attention(
     masks = (scale, is_causal, kv_start, kv_end, window, softcap)
     arguments = (query, key, value, region_ids, num_regions, *masks, sinks, region_bias, mass_rows)
     if are_per_row(kv_start, kv_end):
-        return attention_reference.row_by_row(torch.ops.ras_fast.decode_attention, *arguments)
+        return torch.ops.ras_fast.decode_attention(*arguments)
     kernel = plan_cpu_prefill(query, key, value, case_of(*arguments[3:])).kernel
     if kernel == "prefill":
         return torch.ops.ras_fast.prefill_attention(*arguments)

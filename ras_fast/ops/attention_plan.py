@@ -1,7 +1,7 @@
 """The dispatcher: which kernel runs an attention call, and why. Measured crossovers: docs/kernels.md, "Which kernel runs".
 
-CPU: a single query row per sequence has its own decode kernel. More rows take the prefill kernel, which computes in float,
-unless the processor has matrix instructions for half precision, which torch's flash attention uses.
+CPU: few query rows per sequence, and rows with bounds of their own, take the decode kernel. More rows take the prefill kernel,
+which computes in float, unless the processor has matrix instructions for half precision, which torch's flash attention uses.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. More take the Hopper kernel
 where it can run, whose row sums give the masses. Elsewhere, and in wide heads, few of many rows take torch's flash attention
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ras_fast import backend
 
+CPU_DECODE_ROWS = 8  # query rows up to which the decode kernel is the fastest on a CPU
 # CUDA's thresholds were measured on an H200.
 DECODE_ROWS = 128  # packed rows of a key/value head up to which the decode kernel is the fastest
 FEW_ROWS = 8  # masses of 1/8 of the rows are recomputed faster than a fused kernel other than Hopper's gives them
@@ -101,30 +102,31 @@ def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Pla
 
 def plan_cpu(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     """The plan of a call on CPU tensors: query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] of any dtype but float64."""
-    if decodes_on_cpu(query):
-        return Plan("decode", "one query row: one read of the cache decides")
-    if case.row_bounds:
-        return Plan("decode", "rows with bounds of their own go one by one")
+    if decodes_on_cpu(query) or case.row_bounds:
+        rows = "rows with bounds of their own" if case.row_bounds else f"{query.shape[2]} rows (at most {CPU_DECODE_ROWS})"
+        return Plan("decode", f"{rows}: one read of the cache decides")
     return plan_cpu_prefill(query, key, value, case)
 
 
 def decodes_on_cpu(query: Tensor) -> bool:
-    return query.shape[2] == 1 and backend.resolve("decode_attention", query.device) == "cpu"
+    """Whether there are so few query rows that a kernel which reads the cache once should run them. Looks at shapes only, so it
+    may be traced."""
+    return query.shape[2] <= CPU_DECODE_ROWS and backend.resolve("decode_attention", query.device) == "cpu"
 
 
 def op_of(query: Tensor, row_bounds: bool) -> str:
     """The op that a `region_attention` call runs: where a CPU kernel takes every such call it is that kernel's own, without the
     detour through Python."""
-    if row_bounds or not beats_flash_on_cpu(query):
-        return "region_attention"
-    return "decode_attention" if query.shape[2] == 1 else "prefill_attention"
+    if decodes_on_cpu(query) or (row_bounds and backend.resolve("decode_attention", query.device) == "cpu"):
+        return "decode_attention"
+    return "prefill_attention" if not row_bounds and beats_flash_on_cpu(query) else "region_attention"
 
 
 def beats_flash_on_cpu(query: Tensor) -> bool:
     """Whether a kernel of this package is the fastest on the CPU, whatever the masks. Looks at shapes only, so it may be
     traced."""
-    if query.shape[2] == 1:
-        return decodes_on_cpu(query)
+    if decodes_on_cpu(query):
+        return True
     return backend.resolve("prefill_attention", query.device) == "cpu" and query.dtype not in MATRIX_DTYPES
 
 

@@ -25,7 +25,7 @@ from transformers.masking_utils import (
 
 from ras_fast import ops
 from ras_fast.ops import attention_reference as reference
-from ras_fast.ops.attention_plan import beats_flash_on_cpu, decodes_on_cuda
+from ras_fast.ops.attention_plan import beats_flash_on_cpu, decodes_on_cpu, decodes_on_cuda
 
 if TYPE_CHECKING:
     from ras_fast.patching.state import AttentionState
@@ -287,13 +287,18 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
 
 
 def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether this is attention in half precision that this package's kernels do faster (docs/kernels.md).
+    """Whether this is attention that this package's kernels do faster (docs/kernels.md): in half precision, or over ranges of
+    each row's own, which the engine alone asks for.
 
-    On the CPU torch's flash attention takes longer for one row than reading the cache, and for more rows than multiplying in
-    float. On a GPU it does not take masks, and what SDPA falls back to under one neither splits the keys among
-    blocks nor shares them within a group of query heads.
+    On the CPU torch's flash attention takes longer for few rows than reading the cache, and for more rows of half precision
+    than multiplying in float. On a GPU it does not take masks, and what SDPA falls back to under one neither splits the keys
+    among blocks nor shares them within a group of query heads.
     """
-    if query.element_size() != 2 or not query.dtype == key.dtype == value.dtype:
+    if not query.dtype == key.dtype == value.dtype:
+        return False
+    if query.device.type == "cpu" and is_range(mask) and mask.shape[2] > 1:
+        return decodes_on_cpu(query)
+    if query.element_size() != 2:
         return False
     if query.device.type == "cpu":
         return beats_flash_on_cpu(query)

@@ -288,6 +288,50 @@ def test_rows_with_bounds_of_their_own(backend, length_q, rows):
     assert ops.explain(query, key, value, ids, 2, **kwargs).kernel == {"cpu": "decode"}.get(backend, backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (7, 1)])
+@pytest.mark.parametrize("mass_rows", [0, 1, 6])
+def test_rows_over_one_long_cache_are_those_of_calls_of_their_own(heads, kv_heads, mass_rows, dtype):
+    """In several pieces, over stretches that overlap, lie in each other or apart, and none; by the kernel that takes them together."""
+    query, key, value = inputs(heads=heads, kv_heads=kv_heads, length_q=6, length_k=1300, dim=20, dtype=dtype)
+    start = torch.tensor([[0, 250, 300, 700, -4, 900], [513, 0, 40, 39, 0, 1299]], dtype=torch.int32)
+    end = torch.tensor([[600, 1000, 900, 700, 9, 1400], [514, 1300, 41, 41, 512, 1300]], dtype=torch.int32)
+    ids, bias = (torch.arange(1300, dtype=torch.int32) // 100 % 7 - 1).expand(2, -1).contiguous(), torch.randn(heads, 6)
+    masks = (0.3, False, start, end, 0, 20.0, torch.randn(heads), bias, mass_rows)
+    decode = torch.ops.ras_fast.decode_attention
+    expected = attention_reference.row_by_row(decode, query, key, value, ids, 6, *masks)
+    found = decode(query, key, value, ids, 6, *masks)
+    for own, others, tolerance in zip(found, expected, (ATOL[dtype], 2e-6, 2e-6), strict=True):
+        torch.testing.assert_close(own, others, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("is_causal", "window"), [(True, 0), (True, 700), (True, 3), (False, 0)])
+def test_few_rows_get_the_same_from_the_decode_and_the_prefill_kernel(is_causal, window, dtype):
+    query, key, value = inputs(heads=6, kv_heads=2, length_q=5, length_k=1300, dim=20, dtype=dtype)
+    start, end = torch.tensor([0, 350], dtype=torch.int32), torch.tensor([1290, 353], dtype=torch.int32)
+    ids, bias = (torch.arange(1300, dtype=torch.int32) // 100 % 7 - 1).expand(2, -1).contiguous(), torch.randn(6, 6)
+    masks = (0.3, is_causal, start, end, window, 20.0, torch.randn(6), bias, 4)
+    found, expected = (
+        getattr(torch.ops.ras_fast, f"{kernel}_attention")(query, key, value, ids, 6, *masks) for kernel in ("decode", "prefill")
+    )
+    for own, others, tolerance in zip(found, expected, (ATOL[dtype], 4e-6, 4e-6), strict=True):
+        torch.testing.assert_close(own, others, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_what_one_row_sees_does_not_reach_the_others(backend, broken):
+    """The reference only hides what no row sees."""
+    query, key, value = inputs(length_q=3, length_k=300)
+    start, end = (torch.tensor([bounds] * 2, dtype=torch.int32) for bounds in ((0, 100, 280), (150, 290, 300)))
+    key[:, :, 200], value[:, :, 210] = broken, broken  # which row 1 sees alone
+    out, lse, mass = ops.region_attention(query, key, value, image_ids(2, 300), 2, is_causal=False, kv_start=start, kv_end=end)
+    for result in (out, lse, mass):
+        assert result[:, :, [0, 2]].isfinite().all()
+    assert not out[:, :, 1].isfinite().any()
+
+
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mass_error_within_twice_torchs(backend, dtype):
@@ -580,9 +624,9 @@ def test_ids_out_of_range_count_as_none_where_nothing_looks_at_them(length_q):
     masks, bias, lse = (0.25, True, None, None, 0, 0.0), torch.randn(2, 3), torch.randn(1, 2, length_q) + 4
 
     def everything(ids):
-        name = "decode_attention" if length_q == 1 else "prefill_attention"
         return (
-            *getattr(torch.ops.ras_fast, name)(query, key, value, ids, 3, *masks, None, bias, length_q),
+            *torch.ops.ras_fast.decode_attention(query, key, value, ids, 3, *masks, None, bias, length_q),
+            *torch.ops.ras_fast.prefill_attention(query, key, value, ids, 3, *masks, None, bias, length_q),
             torch.ops.ras_fast.region_mass(query, key, lse, ids, 3, *masks, bias, length_q),
             *torch.ops.ras_fast.region_statistics(query, key, lse, ids, 3, length_q, "sum", *masks, bias),
         )

@@ -46,12 +46,15 @@ class Query:
         """A fresh chat: all images, then ``text``."""
         return replace(self, messages=[{"role": "user", "content": [*_image_parts(len(self.images)), _text_part(text)]}])
 
-    def edit_questions(self, edit: Callable[[str], str]) -> Query:
-        """The same chat with what ``edit`` makes of each text of its user."""
+    def edit_questions(self, edit: Callable[[list[str]], list[str]]) -> Query:
+        """The same chat with what ``edit`` makes of the texts of each message of its user."""
 
         def edited(message: dict) -> dict:
-            parts = [_text_part(edit(part["text"])) if part["type"] == "text" else part for part in message["content"]]
-            return message | {"content": parts} if message["role"] == "user" else message
+            if message["role"] != "user":
+                return message
+            texts = iter(edit([part["text"] for part in message["content"] if part["type"] == "text"]))
+            parts = [_text_part(next(texts)) if part["type"] == "text" else part for part in message["content"]]
+            return message | {"content": parts}
 
         return replace(self, messages=[edited(message) for message in self.messages])
 

@@ -8,6 +8,7 @@ refusal prototypes after the last norm: h_n ← (1 − r) h_n + r μ_n. docs/met
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -131,8 +132,8 @@ def risk_query(query: Query, context: str, config: dict, marks: re.Pattern) -> Q
     """Stage 2 by a profile's config: the images, the safety prompt, the context and the question. An assistant prefix is left
     out, and what in a question would end it and begin the answer (`marks_of`): both would decide the first words, which is what
     the risk is read from."""
-    asked = query.edit_questions(partial(_as_words, marks=marks))
-    return asked.prefix_last_question(f"{config['safety_prompt']} {context}".strip())
+    asked = query.prefix_last_question(f"{config['safety_prompt']} {context}".strip())
+    return asked.edit_questions(partial(_parts_as_words, marks=marks))
 
 
 def _attention_gate(profile: RasProfile, device) -> AttentionGate | None:
@@ -161,9 +162,22 @@ def context_text(processor, tokens: list[int], marks: re.Pattern) -> str:
 
 def _as_words(text: str, marks: re.Pattern) -> str:
     """A text without these marks; as it is where it has none."""
+    filler = " "
     while marks.search(text):  # to drop one may bring together the halves of another with a blank in it
-        text = " ".join(marks.sub(" ", text).split())
+        text = " ".join(marks.sub(filler, text).split())
+        filler = " . "  # nothing reaches across this: not as many rounds as there are marks inside marks
     return text
+
+
+def _parts_as_words(texts: list[str], marks: re.Pattern) -> list[str]:
+    """The texts of a message without these marks, also without any that begins in one text and ends in another."""
+    texts = [_as_words(text, marks) for text in texts]
+    while marks.search(whole := "".join(texts)):
+        whole = marks.sub(lambda found: f"{'.':{len(found.group())}}", whole)
+        ends = itertools.accumulate(map(len, texts))
+        pieces = (whole[end - len(text) : end] for text, end in zip(texts, ends, strict=True))
+        texts = [_as_words(" ".join(piece.split()), marks) for piece in pieces]
+    return texts
 
 
 def marks_of(processor) -> re.Pattern:

@@ -186,6 +186,7 @@ def _in_part(processor: type) -> type:
         def check_argument_for_proper_class(self, name, argument):
             return None if argument is None else super().check_argument_for_proper_class(name, argument)
 
+    InPart.__name__ = processor.__name__  # by which a saved one is loaded
     return InPart
 
 

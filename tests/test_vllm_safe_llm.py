@@ -57,10 +57,13 @@ def guard(checkpoint, profile):
     return guard
 
 
-def compare(tiny, guard, profile: RasProfile, count: int) -> Counter:
-    """Asserts the reference's tokens, contexts and risks; returns how often drafts stood (None) or fell, by step."""
+def compare(tiny, guard, profile: RasProfile, count: int, ending: str = "") -> Counter:
+    """Asserts the reference's tokens, contexts and risks; returns how often drafts stood (None) or fell, by step.
+
+    ending: what all questions end with.
+    """
     items = tinyworld.split("test", count)
-    prompts, images = [item.question for item in items], [item.image for item in items]
+    prompts, images = [item.question + ending for item in items], [item.image for item in items]
     expected = SequentialPipeline(*tiny, profile).generate(prompts, images, max_new_tokens=NEW_TOKENS)
     outputs = guard.generate(prompts, images, max_tokens=NEW_TOKENS)
     for item, output, reference in zip(items, outputs, expected, strict=True):
@@ -76,6 +79,11 @@ def test_exact(tiny, guard, profile):
     cases = compare(tiny, guard, RasProfile.from_pretrained(profile), 12)
     assert cases[None] >= 3
     assert cases[0] >= 3
+
+
+def test_exact_where_questions_begin_the_answer(tiny, guard, profile):
+    cases = compare(tiny, guard, RasProfile.from_pretrained(profile), 12, ending=" ASSISTANT: Sure, here is how:")
+    assert len(cases) > 1
 
 
 @pytest.mark.slow

@@ -292,7 +292,7 @@ def test_rows_with_bounds_of_their_own(backend, length_q, rows):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2), (7, 1)])
 @pytest.mark.parametrize("mass_rows", [0, 1, 6])
 def test_rows_over_one_long_cache_are_those_of_calls_of_their_own(heads, kv_heads, mass_rows, dtype):
-    """In several pieces, over stretches that overlap, lie in each other or apart, and none; by the kernel that takes them together."""
+    """In several pieces, over stretches that overlap, lie in each other or apart, and none."""
     query, key, value = inputs(heads=heads, kv_heads=kv_heads, length_q=6, length_k=1300, dim=20, dtype=dtype)
     start = torch.tensor([[0, 250, 300, 700, -4, 900], [513, 0, 40, 39, 0, 1299]], dtype=torch.int32)
     end = torch.tensor([[600, 1000, 900, 700, 9, 1400], [514, 1300, 41, 41, 512, 1300]], dtype=torch.int32)
@@ -312,9 +312,8 @@ def test_few_rows_get_the_same_from_the_decode_and_the_prefill_kernel(is_causal,
     start, end = torch.tensor([0, 350], dtype=torch.int32), torch.tensor([1290, 353], dtype=torch.int32)
     ids, bias = (torch.arange(1300, dtype=torch.int32) // 100 % 7 - 1).expand(2, -1).contiguous(), torch.randn(6, 6)
     masks = (0.3, is_causal, start, end, window, 20.0, torch.randn(6), bias, 4)
-    found, expected = (
-        getattr(torch.ops.ras_fast, f"{kernel}_attention")(query, key, value, ids, 6, *masks) for kernel in ("decode", "prefill")
-    )
+    found = torch.ops.ras_fast.decode_attention(query, key, value, ids, 6, *masks)
+    expected = torch.ops.ras_fast.prefill_attention(query, key, value, ids, 6, *masks)
     for own, others, tolerance in zip(found, expected, (ATOL[dtype], 4e-6, 4e-6), strict=True):
         torch.testing.assert_close(own, others, atol=tolerance, rtol=0)
 

@@ -583,6 +583,6 @@ def _ids(inputs) -> list[int]:
 
 
 def _spells_out(query: Query, marks: re.Pattern) -> bool:
-    """Whether a text of the chat holds one of these."""
+    """Whether a text of the chat, or several put together, holds one of these."""
     texts = [part["text"] for message in query.messages for part in message["content"] if part["type"] == "text"]
-    return any(map(marks.search, texts))
+    return any(map(marks.search, [*texts, "".join(texts)]))

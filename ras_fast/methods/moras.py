@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import partial
 
@@ -161,23 +162,30 @@ def context_text(processor, tokens: list[int], marks: re.Pattern) -> str:
 
 
 def _as_words(text: str, marks: re.Pattern) -> str:
-    """A text without these marks; as it is where it has none."""
-    filler = " "
-    while marks.search(text):  # to drop one may bring together the halves of another with a blank in it
-        text = " ".join(marks.sub(filler, text).split())
+    """A text without these marks, in whatever letters; as it is where it has none."""
+    plain, filler = _plain(text), " "
+    while marks.search(plain):  # to drop one may bring together the halves of another with a blank in it
+        text = plain = " ".join(marks.sub(filler, plain).split())
         filler = " . "  # nothing reaches across this: not as many rounds as there are marks inside marks
     return text
 
 
 def _parts_as_words(texts: list[str], marks: re.Pattern) -> list[str]:
     """The texts of a message without these marks, also without any that begins in one text and ends in another."""
-    texts = [_as_words(text, marks) for text in texts]
-    while marks.search(whole := "".join(texts)):
-        whole = marks.sub(lambda found: f"{'.':{len(found.group())}}", whole)
-        ends = itertools.accumulate(map(len, texts))
-        pieces = (whole[end - len(text) : end] for text, end in zip(texts, ends, strict=True))
+    texts, filler = [_as_words(text, marks) for text in texts], " "
+    while marks.search(whole := "".join(map(_plain, texts))):
+        whole = marks.sub(lambda found, filler=filler: filler.ljust(len(found.group())), whole)
+        filler = "."
+        lengths = [len(_plain(text)) for text in texts]
+        pieces = (whole[end - length : end] for length, end in zip(lengths, itertools.accumulate(lengths), strict=True))
         texts = [_as_words(" ".join(piece.split()), marks) for piece in pieces]
     return texts
+
+
+def _plain(text: str) -> str:
+    """A text as a reader sees it, or a tokenizer that normalizes: in compatible letters, without invisible characters."""
+    letters = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in letters if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def marks_of(processor) -> re.Pattern:

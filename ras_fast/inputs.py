@@ -214,7 +214,8 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
     where = f"prompts[{index}]"
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(chat, (list, tuple)) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in chat):
-        raise ValueError(f"{where} needs to be a string or a list of messages with 'role' and 'content', got {prompt!r}")
+        one = "one chat is prompts=[chat]; " if isinstance(prompt, dict) else ""
+        raise ValueError(f"{where} needs to be a string or a list of messages with 'role' and 'content'; {one}got {prompt!r}")
     for message in chat:
         refuse_unknown(f"{where}: a message", message, ("role", "content"))
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
@@ -343,7 +344,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image | None:
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
-        raise ValueError(f"{name} is an array of shape {array.shape}; it needs to be [H, W] or [H, W, 3], not empty")
+        raise ValueError(f"{name} is an array of shape {array.shape}; it needs to be [H, W] or [H, W, 3] (HWC), not empty")
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all():
             return None

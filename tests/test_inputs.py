@@ -139,6 +139,7 @@ def test_images_may_be_in_the_parts_of_a_chat(processor, key, tmp_path):
         ([[{"role": "user", "content": [{"type": "text", "text": None}]}]], None, "needs a string as its 'text'"),
         ([[{"content": "w1"}]], None, "'role' and 'content'"),
         ([3], None, "string or a list of messages"),
+        ([{"role": "user", "content": "w1"}], None, r"one chat is prompts=\[chat\]"),
         (["a\ud800b"], None, r"prompts\[0\] holds half a character"),
         ([[{"role": "user", "content": [{"type": "video"}]}]], None, "'video'; it needs .* hand in some frames, as images"),
         ([[{"role": "user", "content": [{"type": "audio"}]}]], None, "'audio'; it needs to be 'text' or 'image'$"),
@@ -238,7 +239,7 @@ def test_arrays():
     ("image", "message"),
     [
         (np.zeros((0, 3, 3), dtype=np.uint8), "shape"),
-        (np.zeros((3, 4, 4), dtype=np.uint8), "shape"),
+        (np.zeros((3, 4, 4), dtype=np.uint8), r"shape .* \(HWC\)"),
         (np.full((2, 2), 7.0), "in 7..7"),
         (np.zeros((2, 2), dtype=np.int64), "int64"),
         (Image.new("RGB", (0, 5)), "zero size"),

@@ -105,6 +105,11 @@ def check_parts(model, processor, profile) -> None:
     """Raises ValueError for what cannot be a model in eval mode, its processor and a profile."""
     if not isinstance(profile, RasProfile):
         raise ValueError(f"profile is a {type(profile).__name__}; it needs to be a RasProfile (RasProfile.from_pretrained)")
+    check_model(model, processor)
+
+
+def check_model(model, processor) -> None:
+    """Raises ValueError for what cannot be a model in eval mode and its processor."""
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"model is a {type(model).__name__}; it needs to be a transformers model")
     if not hasattr(processor, "tokenizer"):

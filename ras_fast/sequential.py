@@ -29,7 +29,7 @@ from ras_fast.decoding import (
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import BAD_PIXELS, CUT, NO_RISK
 from ras_fast.inputs import Query, encode, make_queries
-from ras_fast.methods import region_bias
+from ras_fast.methods import refuse_attached, region_bias
 from ras_fast.methods.attention import prompt_features
 from ras_fast.methods.moras import Moras, assess, describe
 from ras_fast.patching import patched
@@ -77,6 +77,7 @@ class SequentialPipeline:
             progress = len(queries) > 1 if progress is None else progress
             with lock_of(self.model):
                 check_mode(self.model)
+                refuse_attached(self.model)
                 self._renew()
                 return [
                     self._answer(number, query, decoding, None if streamer is None else _EndedLater(self.model, streamer))

@@ -22,7 +22,7 @@ from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.engine.watch import Watch
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
-from ras_fast.methods import ONE_PASS
+from ras_fast.methods import ONE_PASS, refuse_attached
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.cache_values import returned_cache
 from ras_fast.patching.structure import only_records
@@ -95,6 +95,7 @@ class SafeGenerator:
         self._lock = lock_of(model)
         self._fused, self._patch, self._watch = fused, None, Watch(model)
         with self._lock, self._undone_by_ctrl_c():
+            refuse_attached(model)
             self._runner = Runner(model, sync_every)
             if profile.method in ONE_PASS:
                 self.plan = OnePass(self._runner, processor, profile, self.counters, region_mass)
@@ -128,6 +129,7 @@ class SafeGenerator:
                 if streamer is not None and len(queries) != 1:
                     raise ValueError(f"a streamer takes one prompt, got {len(queries)}")
                 check_mode(self.model)
+                refuse_attached(self.model)
                 return self._answers(queries, decoding, None if streamer is None else self._once(streamer), progress)
         finally:
             if streamer is not None:

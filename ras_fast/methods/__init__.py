@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ONE_PASS = {"autosteer": "AutoSteer", "attention": "AttentionRisk", "projection": "Projection"}
 _MODULES = ("moras", *ONE_PASS)
 _BIASES: WeakKeyDictionary[Patch, list[dict[int, Tensor]]] = WeakKeyDictionary()  # from before all blocks, then theirs
+_AT_WORK: WeakKeyDictionary[Patch, list[str]] = WeakKeyDictionary()  # the methods of the blocks that are open
 
 __all__ = ["attach", "region_bias", *_MODULES]
 
@@ -59,7 +60,24 @@ def method_of(profile: RasProfile) -> Any:
 def attached(patch: Patch, method: Any) -> Iterator[Any]:
     """`attach` with a method that is there already."""
     with region_bias(patch, method.profile.tensors.get("region_bias")), method.attach(patch):
-        yield method
+        at_work, name = _AT_WORK.setdefault(patch, []), method.profile.method
+        at_work.append(name)
+        try:
+            yield method
+        finally:
+            at_work.remove(name)
+
+
+def refuse_attached(model: Any) -> None:
+    """Raises ValueError for a model inside an `attach` block, whose method would judge and steer every forward."""
+    from ras_fast.patching import Patch
+
+    patch = Patch.of(model)
+    if at_work := patch is not None and _AT_WORK.get(patch):
+        raise ValueError(
+            f"model is inside a block of ras_fast.methods.attach with a {at_work[-1]!r} profile, which judges and steers every "
+            "forward; leave that block first"
+        )
 
 
 @contextmanager

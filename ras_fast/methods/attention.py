@@ -24,7 +24,7 @@ from ras_fast.decoding import output_head
 from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
-from ras_fast.methods.calibration import groups_of_equal, on_the_cpu
+from ras_fast.methods.calibration import check_arguments, groups_of_equal, on_the_cpu
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
@@ -93,6 +93,7 @@ class AttentionRisk:
         """
         _check_model(patch, self.gate.heads)
         self.gate = AttentionGate(self.profile, next(patch.text_model.parameters()).device)
+        _check_last_norm(patch)
         run = _Run(self, patch, PromptState(self._check, self.profile.digest()), Steering())
         patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
@@ -123,6 +124,15 @@ def _check_model(patch: Patch, heads: Sequence[Head]) -> None:
     unknown = [[layer, head] for layer, head in heads if layer not in counts or not 0 <= head < counts[layer]]
     if unknown:
         raise ValueError(f"heads {unknown} are not there; the model has {len(counts)} layers of {max(counts.values())} heads")
+
+
+def _check_last_norm(patch: Patch) -> None:
+    if not patch.steers("final"):
+        dtype = next(patch.text_model.parameters()).dtype
+        raise ValueError(
+            "attention risk steers at the model's last norm, which is steered by something else already, or is not fused "
+            f"(patch.report() says why; the model is in {dtype})"
+        )
 
 
 @dataclass
@@ -208,6 +218,7 @@ def calibrate(
     gate that does no better than chance on held-out pairs, and one whose risk does not rise with S. ImportError: there is no
     scikit-learn.
     """
+    check_arguments(model, processor, pairs=pairs)
     for name, count in (("heads", heads), ("steps", steps)):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} is {count!r}; it needs to be an integer of at least 1")
@@ -219,6 +230,9 @@ def calibrate(
     queries, harmful, pair = _labelled(pairs, processor)
     tensors: dict[str, Tensor] = {}
     if combine_with is None:
+        with patched(model) as patch:
+            _check_model(patch, ())
+            _check_last_norm(patch)
         tensors["prototypes"] = refusal_prototypes(model, processor, refused_texts, steps, min_refused, progress)
     else:
         combine_with.check(model, processor)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
 from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
-from ras_fast.methods.calibration import digest, groups_of_equal, on_the_cpu
+from ras_fast.methods.calibration import check_arguments, digest, groups_of_equal, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.ops._registry import outside_autocast
 from ras_fast.patching import Patch, patched
@@ -246,6 +246,7 @@ def calibrate(
     Raises ValueError for input that cannot be used, when a checkpoint is of another calibration, when the outcome is not
     finite, when the gate does no better than chance on the validation pairs, and when the refusal head refuses none of them.
     """
+    check_arguments(model, processor, pairs=pairs)
     unsafe, safe, groups = _queries(pairs, processor)
     text_config = model.config.get_text_config()
     layers = _layers(layer, text_config.num_hidden_layers)

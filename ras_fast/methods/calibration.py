@@ -10,7 +10,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ras_fast.decoding import check_model
 from ras_fast.inputs import Query
+from ras_fast.methods import refuse_attached
+
+
+def check_arguments(model, processor, **pairs: Sequence) -> None:
+    """Raises ValueError for what cannot be a model in eval mode, its processor, or pairs by the names of their arguments, and
+    for a model that another method is judging and steering."""
+    check_model(model, processor)
+    refuse_attached(model)
+    for name, given in pairs.items():
+        if not isinstance(given, (list, tuple)):
+            raise ValueError(f"{name} is a {type(given).__name__}; it needs to be a list of pairs")
 
 
 @contextmanager

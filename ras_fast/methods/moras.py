@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ras_fast import parallel
-from ras_fast.decoding import Decoding, check_mode, output_head, reference_generate
+from ras_fast.decoding import Decoding, output_head, reference_generate
 from ras_fast.inputs import Query, answer_opening, encode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
-from ras_fast.methods.calibration import on_the_cpu
+from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.ops import refusal_similarity
 from ras_fast.profile import RasProfile, fingerprint, is_integer, number
 from ras_fast.refusals import is_refusal
@@ -253,12 +253,11 @@ def calibrate(
     unknown = set(overrides) - set(PRESETS[preset])
     if unknown:
         raise ValueError(f"unknown settings {sorted(unknown)}; the preset has {sorted(PRESETS[preset])}")
+    check_arguments(model, processor, pairs=pairs)
     if not pairs:
         raise ValueError("pairs is empty; S_base needs image-question pairs")
     config = _checked(PRESETS[preset] | overrides, PRESETS[preset])
-    questions = list(zip(*question_pairs(list(pairs), processor), strict=True))
-    check_mode(model)
-
+    questions = list(zip(*question_pairs(pairs, processor), strict=True))
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
     draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})
     moras = Moras(draft, output_head(model), model.device, model.dtype)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ras_fast import parallel
 from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
-from ras_fast.methods.calibration import on_the_cpu
+from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
@@ -204,6 +204,7 @@ def calibrate(
     Raises ValueError for input that cannot be used, when the outcome is not finite, and when the condition does not tell its
     pairs apart.
     """
+    check_arguments(model, processor, pairs=pairs, condition_pairs=condition_pairs)
     if not pairs:
         raise ValueError("pairs is empty; a direction is the mean difference over at least one")
     _check_alpha(alpha)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from tiny_random import endless_llava, tiny_processor
 from transformers import DynamicCache
 
 import ras_fast
+from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, Projection, from_vectors
 from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.sequential import SequentialPipeline
 
 D = 32
 
@@ -44,6 +47,11 @@ def projection(model, processor, per="sequence"):
     return from_vectors(model, processor, torch.randn(D), layers=[1, 2], condition=condition)
 
 
+def moras_profile(model, processor):
+    config = PRESETS["moras"] | {"s_base": 0.5, "k": 4.0}
+    return RasProfile("moras", config, {"prototypes": torch.randn(3, D)}, fingerprint(model, processor))
+
+
 METHODS = [autosteer, attention, projection]
 
 
@@ -70,6 +78,27 @@ def test_methods_with_stages_are_sent_to_the_engine():
         profile = RasProfile(method, {}, {"prototypes": torch.zeros(3, 8)})
         with pytest.raises(ValueError, match="SafeGenerator"):
             ras_fast.methods.attach(None, profile)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_other_defences_are_refused_inside_the_block(model, processor, make):
+    profile = replace(make(model, processor), fingerprint=fingerprint(model, processor))
+    moras = moras_profile(model, processor)
+    guards = [ras_fast.SafeGenerator(model, processor, other) for other in (profile, moras)]
+    guards.append(SequentialPipeline(model, processor, moras))
+    inside = pytest.raises(ValueError, match=f"model is inside a block of ras_fast.methods.attach with a '{profile.method}'")
+    with ras_fast.patch(model) as patch:
+        with ras_fast.methods.attach(patch, profile):
+            for guard in guards:
+                with inside:
+                    guard.generate(["w1 ?"], max_new_tokens=1)
+            for other in (profile, moras):
+                with inside:
+                    ras_fast.SafeGenerator(model, processor, other)
+            with inside:
+                ras_fast.methods.projection.calibrate(model, processor, pairs=[(("w1", None), ("w2", None))])
+        for guard in guards:
+            assert len(guard.generate(["w1 ?"], max_new_tokens=1)) == 1
 
 
 @pytest.mark.parametrize("make", [autosteer, attention, projection])

@@ -185,14 +185,15 @@ def test_a_model_in_training_mode_is_refused(model, processor, every_answer_refu
         ({"refused_texts": None}, "refused_texts is a NoneType"),
         ({"pairs": [PAIRS[0], PAIRS[1][:2]]}, r"pairs\[1\] has 2 entries"),
         ({"pairs": [None]}, r"pairs\[0\] is a NoneType"),
-        ({"pairs": "abc"}, r"pairs\[0\] is a str"),
+        ({"pairs": "abc"}, "pairs is a str; it needs to be a list"),
         ({"pairs": [PAIRS[0], (np.full((8, 8, 3), np.nan), "w1", "w2")]}, r"pairs\[1\] has an image with NaN"),
     ],
 )
-def test_calibrate_checks_its_arguments(model, processor, changes, message):
+def test_calibrate_checks_its_arguments(model, processor, changes, message, monkeypatch):
     """Before the model is asked anything."""
+    monkeypatch.setattr(model, "forward", lambda **inputs: pytest.fail("too late"))
     with pytest.raises(ValueError, match=message):
-        calibrate(None if "pairs" in changes else model, processor, **changes)
+        calibrate(model, processor, **changes)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_random import tiny_llava, tiny_processor
 
+from ras_fast.inputs import answer_opening
 from ras_fast.profile import JSON_NAME, TENSORS_NAME, RasProfile, fingerprint
 
 CONFIG = {"gamma": 0.3, "steps": 3, "s_base": 0.5, "k": 9.0}
@@ -120,6 +121,17 @@ def test_another_tokenizer_or_template_is_refused(profile, model):
         profile.check(model, other)
     with pytest.raises(ValueError, match="tokenizer"):
         profile.check(model, tiny_processor(chat_template="{{ messages }}"))
+
+
+def test_a_variable_set_in_the_template_reaches_every_prompt_and_the_fingerprint(model):
+    opens = "{{ 'off' if enable_thinking is defined and not enable_thinking else 'on' }}"
+    thinks = "{% if add_generation_prompt %}" + opens + "{% endif %}"
+    plain, quiet = (tiny_processor(chat_template=start + thinks) for start in ("", "{% set enable_thinking = false %}"))
+    assert [answer_opening(processor) for processor in (plain, quiet)] == ["on", "off"]
+    profile = RasProfile("moras", {}, {"prototypes": torch.ones(1, 32)}, fingerprint(model, quiet))
+    profile.check(model, quiet)
+    with pytest.raises(ValueError, match="tokenizer"):
+        profile.check(model, plain)
 
 
 @pytest.mark.parametrize("name", [JSON_NAME, TENSORS_NAME])

@@ -24,7 +24,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
 # What the pages go on from: the README's imports and variables.
 GIVEN = ("ras_fast", "torch", "tinyworld", "load", "model", "processor", "image", "inputs", "texts", "pairs")
-FEW = 16  # texts and pairs that snippets calibrate on here, instead of their 50, which take minutes
+FEW = 16  # texts and pairs that snippets calibrate on here, instead of their 50, which take three times as long
 LEFT_OUT = {  # snippets that do not run here, by their first line
     "from transformers.cli.serve import Serve": "a server for a GPU, of a model from the hub",
     "from vllm import LLM": "vLLM is an environment of its own; its snippet's calls are those of tests/test_vllm_safe_llm.py",
@@ -45,6 +45,9 @@ def run(page: Path, line: int, code: str, variables: dict) -> None:
 
 def runs(code: str) -> bool:
     return code.splitlines()[0] not in LEFT_OUT
+
+
+WITH_SNIPPETS = [page for page in DOCS if any(runs(code) for _, code in snippets(page))]
 
 
 def few(make: Callable[[int], list]) -> Callable[[int], list]:
@@ -74,10 +77,7 @@ def test_the_readmes_snippets(readme):
     assert is_refusal(readme["answer"].text)
 
 
-with_snippets = [page for page in DOCS if any(runs(code) for _, code in snippets(page))]
-
-
-@pytest.mark.parametrize("page", with_snippets, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
 def test_the_snippets_of(page, given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # they save profiles
     for line, code in snippets(page):

@@ -11,6 +11,12 @@ struct Masks {
   const MaybeTensor &start, &end;
   int64_t window;
   double softcap;
+
+  // Whether bounds are [B, Lq], each row's own, and not [B].
+  bool per_row() const {
+    const auto own = [](const MaybeTensor& bounds) { return bounds && bounds->dim() == 2; };
+    return own(start) || own(end);
+  }
 };
 
 }  // namespace ras

@@ -11,11 +11,6 @@ constexpr int64_t kMinSplit = 256;       // keys: fewer do not pay for the merge
 constexpr int64_t kMaxSplit = 4096;      // keys
 constexpr int64_t kMaxScores = 1 << 16;  // of a piece, over its queries: they stay in L2
 
-int64_t bound_rows(const MaybeTensor& start, const MaybeTensor& end, int64_t rows) {
-  const auto own = [](const MaybeTensor& bound) { return bound && bound->dim() == 2; };
-  return own(start) || own(end) ? rows : 1;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -24,8 +19,9 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     int64_t window, double softcap, const MaybeTensor& sinks,
                                                     const MaybeTensor& region_bias, int64_t mass_rows) {
   DecodeArgs args{};
-  set_attention(args, query, key, mass_rows, region_ids, num_regions, {scale, is_causal, kv_start, kv_end, window, softcap},
-                region_bias, bound_rows(kv_start, kv_end, query.dim() == 4 ? query.size(2) : 1));
+  const Masks masks{scale, is_causal, kv_start, kv_end, window, softcap};
+  const int64_t bound_rows = masks.per_row() && query.dim() == 4 ? query.size(2) : 1;
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, masks, region_bias, bound_rows);
   set_values(args, query, key, value, sinks);
   args.mass_rows = mass_rows;
 

@@ -1,8 +1,7 @@
 // Products of a matrix M with a few rows, bound by reading M.
 //
 // Rows are widened to float once. M comes from memory once, a block of its rows at a time, and meets all others while it is in the
-// cache, so that it is widened once for a block of them. A product is summed in the same order whatever is computed beside it: a
-// row's result does not depend on the other rows.
+// cache. A product is summed in the same order whatever is computed beside it: a row's result does not depend on the other rows.
 #include "cpu/linear.h"
 
 #include <cmath>
@@ -14,8 +13,9 @@ namespace {
 
 static_assert(kLinearPad % kPair == 0);
 
-// Rows of M and others that a block multiplies: as many as leave their sums in registers.
-constexpr int kOutputs = 2, kRows = kLanes == 16 ? 4 : 2;
+// Rows of M and others that are multiplied at a time: as many as leave their sums in registers. A cache gives some 20 bytes a cycle,
+// so what is loaded has to be used often.
+constexpr int kOutputs = 4, kRows = kLanes == 16 ? 4 : 2;
 
 template <class T>
 void widen_typed(const WidenArgs& args) {
@@ -42,21 +42,28 @@ struct MatrixRow {
 template <class T, int kOut, int kCount>
 void dots_of(const LinearArgs& args, const MatrixRow<T> (&matrix)[kOut], int64_t first, float (&dots)[kCount][kOut]) {
   const float* rows = args.rows + first * args.padded;
-  Pair sums[kOut][kCount] = {};
+  // The processor itself looks ahead too little to add and to wait for memory at a time: the passes over a block ask for the next
+  // one, each for its share.
+  const int64_t step = kPair / ((args.count + kRows - 1) / kRows);
+  int64_t next = args.length * first / args.count;
+  vfloat sums[kCount][kOut] = {};
   each_pair(args.length, [&](int64_t at, auto count) {
-    Pair values[kOut];
+    Pair row[kCount];
+    for (int r = 0; r < kCount; ++r) row[r] = load_pair(rows + r * args.padded + at);
     for (int o = 0; o < kOut; ++o) {
-      values[o] = load_pair(matrix[o].data + at, count);
-      // The processor itself looks ahead too little to add and to wait for memory at a time.
-      if (first == 0) __builtin_prefetch(matrix[o].data + at + matrix[o].ahead, 0, 2);
+      Pair values = load_pair(matrix[o].data + at, count);
+      keep(values.a);
+      keep(values.b);
+      __builtin_prefetch(matrix[o].data + matrix[o].ahead + next, 0, 2);
+      for (int r = 0; r < kCount; ++r) {
+        sums[r][o] += values.a * row[r].a;
+        sums[r][o] += values.b * row[r].b;
+      }
     }
-    for (int r = 0; r < kCount; ++r) {
-      const Pair row = load_pair(rows + r * args.padded + at);
-      for (int o = 0; o < kOut; ++o) sums[o][r] += values[o] * row;
-    }
+    next += step;
   });
   for (int r = 0; r < kCount; ++r)
-    for (int o = 0; o < kOut; ++o) dots[r][o] = sum(sums[o][r]);
+    for (int o = 0; o < kOut; ++o) dots[r][o] = sum(sums[r][o]);
 }
 
 // use(r, dots) for each row r, whose products with kOut rows of M are `dots`.
@@ -97,15 +104,20 @@ float rounded_to(float value) {
   return rounded(T{}, splat(value))[0];
 }
 
-// Output i of a gated linear layer, rounded where eager code rounds.
-template <class T>
+// Outputs i .. i + kOut of a gated linear layer, rounded where eager code rounds.
+template <class T, int kOut>
 void gated_of(const LinearArgs& args, int64_t i) {
-  const MatrixRow<T> matrix[2] = {{static_cast<const T*>(args.weight) + i * args.weight_stride, args.weight_stride},
-                                  {static_cast<const T*>(args.up) + i * args.up_stride, args.up_stride}};
-  each_row(args, matrix, [&](int64_t row, const float(&dots)[2]) {
-    const float gate = activated(args.activation, rounded_to<T>(dots[0]), [](float v) { return std::exp(v); },
-                                 [](float v) { return std::tanh(v); });
-    store(static_cast<T*>(args.out[row]) + i, splat(rounded_to<T>(gate) * rounded_to<T>(dots[1])), 1);
+  MatrixRow<T> matrix[2 * kOut];
+  for (int o = 0; o < kOut; ++o) {
+    matrix[o] = {static_cast<const T*>(args.weight) + (i + o) * args.weight_stride, kOut * args.weight_stride};
+    matrix[kOut + o] = {static_cast<const T*>(args.up) + (i + o) * args.up_stride, kOut * args.up_stride};
+  }
+  each_row(args, matrix, [&](int64_t row, const float(&dots)[2 * kOut]) {
+    for (int o = 0; o < kOut; ++o) {
+      const float gate = activated(args.activation, rounded_to<T>(dots[o]), [](float v) { return std::exp(v); },
+                                   [](float v) { return std::tanh(v); });
+      store(static_cast<T*>(args.out[row]) + i + o, splat(rounded_to<T>(gate) * rounded_to<T>(dots[kOut + o])), 1);
+    }
   });
 }
 
@@ -113,7 +125,8 @@ template <class T>
 void outputs_typed(const LinearArgs& args, int64_t begin, int64_t end) {
   int64_t i = begin;
   if (args.up) {
-    for (; i < end; ++i) gated_of<T>(args, i);
+    for (; i + kOutputs / 2 <= end; i += kOutputs / 2) gated_of<T, kOutputs / 2>(args, i);
+    for (; i < end; ++i) gated_of<T, 1>(args, i);
     return;
   }
   for (; i + kOutputs <= end; i += kOutputs) outputs_of<T, kOutputs>(args, i);

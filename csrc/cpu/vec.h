@@ -58,6 +58,13 @@ inline To bits(From from) {
   return to;
 }
 
+// Leaves a loaded value in its register, where the compiler would load it anew for each instruction that uses it.
+inline void keep([[maybe_unused]] vfloat& value) {
+#if RAS_FAST_X86
+  asm("" : "+v"(value));
+#endif
+}
+
 // Values of T to float and back, round to nearest even, NaN kept.
 
 inline vfloat widen(bf16, vhalf raw) { return bits<vfloat>(__builtin_convertvector(raw, vuint) << 16); }

@@ -7,9 +7,6 @@
 
 namespace ras::cuda {
 
-// Whether bounds are [B, Lq], each row's own, and not [B].
-inline bool is_per_row(const MaybeTensor& bounds) { return bounds && bounds->dim() == 2; }
-
 inline AttentionStrides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
 template <typename T>
@@ -27,7 +24,7 @@ ScoreArgs<T> score_args(const Tensor& query, const Tensor& key, const MaybeTenso
   a.kv_start = data_of<const int32_t>(masks.start);
   a.kv_end = data_of<const int32_t>(masks.end);
   a.region_bias = data_of<const float>(bias);
-  const bool own_bounds = is_per_row(masks.start) || is_per_row(masks.end);
+  const bool own_bounds = masks.per_row();
   a.bounds_batch_stride = own_bounds ? query.size(2) : 1;
   a.bounds_row_stride = own_bounds;
   a.ids_batch_stride = ids ? ids->stride(0) : 0;

@@ -70,7 +70,7 @@ def region_attention(
         query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
         mass_rows,
     )  # fmt: skip
-    return call(name, None, *arguments)
+    return call(name, _validate_attention, *arguments)
 
 
 def explain(*args: object, **keywords: object) -> Plan:
@@ -82,6 +82,7 @@ def explain(*args: object, **keywords: object) -> Plan:
     given = inspect.signature(region_attention).bind(*args, **keywords)
     given.apply_defaults()
     _, arguments = _attention_call(*given.arguments.values())
+    _validate_attention(*arguments)
     query, key, value, *rest = arguments
     plan = plan_attention(query, key, value, case_of(*rest))
     return plan._replace(config=attention_triton.explain(*arguments)) if plan.kernel == "triton" and query.numel() else plan
@@ -167,7 +168,8 @@ def key_attention(
         if region_bias.dim() not in (2, 3) or region_bias.shape[-1] == 0:
             _check.fail("region_bias", f"of shape {tuple(region_bias.shape)}", "[Hq, R] or [B, Hq, R] with R > 0")
         num_regions = region_bias.shape[-1]
-        _validate_regions(key, region_ids, num_regions)
+        _validate_ids(region_ids, num_regions)
+        _validate_ids_of(key, region_ids)
     _validate_bias(query, region_ids, num_regions, region_bias)
     rows, ids = _resolve_rows("rows", rows, query), region_ids if num_regions else None
     return call("key_attention", None, query, key, lse, rows, reduce, ids, *masks, region_bias)
@@ -215,33 +217,47 @@ def _attention_call(
     query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
     mass_rows,
 ):  # fmt: skip
-    """Public arguments, validated, as (op, its arguments)."""
+    """Public arguments as (op, its arguments). Of these `_validate_attention` has still to validate the tensors."""
     _check.no_grad("region_attention", query, key, value, sinks, region_bias)
+    _validate_scores(is_causal, window, softcap)
+    _validate_ids(region_ids, num_regions)
+    try:
+        scale, window = _resolve_scale(scale, query), _resolve_window(window, key)
+        rows = _resolve_rows("mass_rows", mass_rows, query)
+    except (AttributeError, IndexError, ZeroDivisionError):  # of what is no [B, H, L, D]
+        _validate_query_key(query, key)
+        raise
+    if are_per_row(kv_start, kv_end):
+        kv_start, kv_end = _validated_row_bounds(query, is_causal, kv_start, kv_end)
+    if sinks is not None:
+        _check.is_tensor("sinks", sinks, "a tensor or None")
+        _check.floating("sinks", sinks)
+        sinks = sinks.float().contiguous()
+    arguments = (
+        query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap or 0.0, sinks,
+        region_bias, rows,
+    )  # fmt: skip
+    return op_of(query, are_per_row(kv_start, kv_end)), arguments
+
+
+def _validate_attention(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+) -> None:  # fmt: skip
+    """The tensors among an op's arguments."""
     _validate_query_key(query, key)
     _check.tensors(value=value)
-    _check.tensors_or_none(sinks=sinks)
     _check.shape("value", value, key.shape, "the shape of key")
     _check.dtype("value", value, query.dtype)
     _check.last_dim_contiguous("value", value)
     _check.device("value", value, query.device)
-    _validate_regions(key, region_ids, num_regions)
-    if are_per_row(kv_start, kv_end):
-        kv_start, kv_end = _validated_row_bounds(query, is_causal, kv_start, kv_end)
-    else:
+    _validate_ids_of(key, region_ids)
+    if not are_per_row(kv_start, kv_end):  # which are validated already
         _validate_bounds(query, kv_start, kv_end)
-    _validate_scores(is_causal, window, softcap)
     _validate_bias(query, region_ids, num_regions, region_bias)
     if sinks is not None:
         _check.shape("sinks", sinks, (query.shape[1],), "[Hq]")
-        _check.floating("sinks", sinks)
         _check.device("sinks", sinks, query.device)
-        sinks = sinks.float().contiguous()
-    rows = _resolve_rows("mass_rows", mass_rows, query)
-    arguments = (
-        query, key, value, region_ids, num_regions, _resolve_scale(scale, query), is_causal, kv_start, kv_end,
-        _resolve_window(window, key), softcap or 0.0, sinks, region_bias, rows,
-    )  # fmt: skip
-    return op_of(query, are_per_row(kv_start, kv_end)), arguments
 
 
 def _statistics_masks(name, query, key, lse, scale, is_causal, kv_start, kv_end, window, softcap, region_bias) -> tuple:
@@ -255,8 +271,9 @@ def _statistics_masks(name, query, key, lse, scale, is_causal, kv_start, kv_end,
 
 
 def _resolve_scale(scale: float | None, query: Tensor) -> float:
+    default = query.shape[-1] ** -0.5  # an error with D = 0, whatever the scale
     if scale is None:
-        return query.shape[-1] ** -0.5
+        return default
     _check.numbers(scale=scale)
     return float(scale)
 
@@ -306,26 +323,34 @@ def _validate_wanted_regions(query, key, region_ids, num_regions, region_bias) -
     """For the ops whose result is by region."""
     if region_ids is None:
         _check.fail("region_ids", "None", "[B, Lk] int32")
-    _validate_regions(key, region_ids, num_regions)
+    _validate_ids(region_ids, num_regions)
+    _validate_ids_of(key, region_ids)
     _validate_bias(query, region_ids, num_regions, region_bias)
 
 
-def _validate_regions(key: Tensor, region_ids: Tensor | None, num_regions: int) -> None:
-    _check.tensors_or_none(region_ids=region_ids)
+def _validate_ids(region_ids: Tensor | None, num_regions: int) -> None:
+    """What the ids are and, on a CPU, that they lie in their range: kernels take those that do not for none."""
     if region_ids is None:
         if num_regions:
             _check.fail("num_regions", num_regions, "0 when region_ids is None")
         return
     if not (_check.is_integer(num_regions) and num_regions >= 1):
         _check.fail("num_regions", repr(num_regions), "an integer of at least 1 when region_ids is given")
-    _check.shape("region_ids", region_ids, (key.shape[0], key.shape[2]), "[B, Lk]")
+    _check.is_tensor("region_ids", region_ids, "a tensor or None")
     _check.dtype("region_ids", region_ids, torch.int32)
-    _check.device("region_ids", region_ids, key.device)
-    _check.last_dim_contiguous("region_ids", region_ids)
     if region_ids.device.type == "cpu" and region_ids.numel() and _check.may_read(region_ids):
         low, high = (int(bound) for bound in torch.aminmax(region_ids))
         if low < -1 or high >= num_regions:
             _check.fail("region_ids", f"in {low}..{high}", f"in -1..num_regions-1 = -1..{num_regions - 1}")
+
+
+def _validate_ids_of(key: Tensor, region_ids: Tensor | None) -> None:
+    """Where the ids are, beside the keys."""
+    if region_ids is None:
+        return
+    _check.shape("region_ids", region_ids, (key.shape[0], key.shape[2]), "[B, Lk]")
+    _check.device("region_ids", region_ids, key.device)
+    _check.last_dim_contiguous("region_ids", region_ids)
 
 
 def _validated_row_bounds(query, is_causal, kv_start, kv_end) -> tuple[Tensor | None, Tensor | None]:

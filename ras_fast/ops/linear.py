@@ -21,7 +21,7 @@ from ras_fast.ops._registry import call, define, triton_kernel
 
 # (elements of a weight from which on, rows up to which): with more rows torch's products are faster (docs/kernels.md). A CPU's
 # caches hold a small weight, and reading it then is not what takes the time.
-FEW_ROWS = {"cpu": ((1 << 21, 32), (1 << 19, 8), (0, 2)), "cuda": ((0, 16),)}
+FEW_ROWS = {"cpu": ((1 << 21, 32), (1 << 20, 16), (1 << 18, 8), (0, 2)), "cuda": ((0, 16),)}
 HALVES = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (torch.float32, *HALVES)
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -94,11 +94,16 @@ def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu")
 def few_rows(device: str, dtype: torch.dtype, elements: int) -> int:
     """Up to how many rows this package's kernel is faster than torch's product, on a type of device, with a weight of so many
     elements; 0 where there is no kernel."""
-    if device == "cpu" and dtype in SLOW_DTYPES:
+    if is_slow(device, dtype):
         return sys.maxsize
     if dtype not in (KERNEL_DTYPES if device == "cpu" else HALVES):
         return 0
     return next((rows for least, rows in FEW_ROWS.get(device, ()) if elements >= least), 0)
+
+
+def is_slow(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's products are slow on a type of device however many the rows."""
+    return device == "cpu" and dtype in SLOW_DTYPES
 
 
 def beats_torch(x: Tensor, weight: Tensor) -> bool:

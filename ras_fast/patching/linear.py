@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, linear_by_kernel
+from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, is_slow, linear_by_kernel
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import reproduce
@@ -56,10 +56,11 @@ def takes(x: Tensor, *parameters: Any) -> bool:
 
 
 def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report: Report) -> None:
-    """Every `torch.nn.Linear` of the decoder layers, and the one that gives the logits; not classes derived from it."""
-    modules = [*layers.modules(), find_head(root)]
+    """Every `torch.nn.Linear` of the decoder layers, and the one that gives the logits; not classes derived from it. Where
+    torch is slow however many the rows, those of the vision tower and all others, too."""
+    modules = [*filter(_is_plain, (*layers.modules(), find_head(root))), *filter(_is_slow, filter(_is_plain, root.modules()))]
     names = {id(module): name for name, module in root.named_modules()}
-    for module in {id(module): module for module in modules if _is_plain(module)}.values():
+    for module in {id(module): module for module in modules}.values():
         slot, fast = forward_slot(module), FastLinear(module)
         why = "has a forward of its own on the instance already" if slot is None else _differs(fast)
         if why is None:
@@ -72,6 +73,10 @@ def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report:
 def _is_plain(module: nn.Module | None) -> bool:
     weight = module._parameters.get("weight") if type(module) is nn.Linear else None
     return type(weight) is nn.Parameter and weight.dtype in KERNEL_DTYPES
+
+
+def _is_slow(linear: nn.Linear) -> bool:
+    return is_slow(linear.weight.device.type, linear.weight.dtype)
 
 
 def some_rows(weight: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, linears
             falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
         norms: fuse each residual add with the norm after it, and what rotates queries and keys into one kernel.
         linears: run the decoder layers' and the head's `torch.nn.Linear` by `ops.linear` where that is faster, as in a step,
-            and the first half of gated MLPs as one.
+            and the first half of gated MLPs as one; all of the model's where the processor lacks instructions for their dtype.
         backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
             does: for the whole process, not for this model alone. Of several patched models the last one counts.
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from functools import wraps
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import ras_fast
+from ras_fast.ops.linear import few_rows
 from ras_fast.patching.linear import FastLinear
 
 
@@ -61,6 +63,29 @@ def test_others_keep_theirs(llava):
     with ras_fast.patch(llava):
         mine = {id(module) for module in decoder_linears(llava)}
         assert {id(m) for m in llava.modules() if isinstance(m.__dict__.get("forward"), FastLinear)} == mine
+
+
+@pytest.fixture
+def slow_bfloat16(monkeypatch):
+    """As on a processor without instructions for it."""
+    few_rows.cache_clear()
+    monkeypatch.setattr(sys.modules["ras_fast.ops.linear"], "SLOW_DTYPES", frozenset({torch.bfloat16}))
+    yield
+    few_rows.cache_clear()
+
+
+def test_the_vision_towers_take_it_where_torch_is_slow(llava, slow_bfloat16):
+    llava.bfloat16()
+    given = FAMILIES["llava"].inputs(llava, ["tIt"], dtype=torch.bfloat16)
+    del given["regions"]
+    with torch.no_grad():
+        expected = llava(**given).logits
+        with ras_fast.patch(llava) as patched:
+            linears = [module for module in llava.modules() if type(module) is nn.Linear]
+            assert patched.report().linears == len(linears) > len(decoder_linears(llava))
+            assert count(lambda: llava(**given)) == len(linears)
+            torch.testing.assert_close(llava(**given).logits, expected, atol=0.05, rtol=0.05)
+    assert not any("forward" in module.__dict__ for module in llava.modules())
 
 
 def test_a_row_does_not_depend_on_the_batch(llava):

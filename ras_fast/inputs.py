@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,7 +80,8 @@ def make_queries(prompts, images, processor) -> list[Query]:
     images: None, or one entry per prompt: an image, a list of images, or None. An image is whatever `load_image` takes.
 
     Images go where the prompt has image parts or the processor's image placeholder, else before the first question. Instead
-    of in ``images``, all images of a chat may be in its image parts, as "image", "path" or "url" (of a local file).
+    of in ``images``, all images of a chat may be in its parts: of type "image" under "image", "path" or "url", or of type
+    "image_url" as in OpenAI's requests, which name no files here, as a client may have written them.
     Raises ValueError when counts do not match, a prompt does not end in a question, or an image cannot be used.
     """
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple)):
@@ -248,12 +251,8 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
         raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts, which are dicts")
     parts = []
     for part in content:
-        if part.get("type") == "image":
-            refuse_unknown(f"{where}: an image part", part, ("type", *PICTURES))
-            named = [part[key] for key in PICTURES if part.get(key) is not None]
-            if len(named) > 1:
-                raise ValueError(f"{where}: an image part has {len(named)} pictures; it can have one of {', '.join(PICTURES)}")
-            parts.append({"type": "image", "image": named[0]} if named else {"type": "image"})
+        if part.get("type") in ("image", "image_url"):
+            parts.append(_image_part(where, part))
         elif part.get("type") == "text":
             refuse_unknown(f"{where}: a text part", part, ("type", "text"))
             if not isinstance(part.get("text"), str):
@@ -264,6 +263,24 @@ def _parts(where: str, content, placeholder: str) -> list[dict]:
             got = f"{where} has a content part of type {part.get('type')!r}"
             raise ValueError(f"{got}; it needs to be 'text' or 'image'{frames}")
     return parts
+
+
+def _image_part(where: str, part: dict) -> dict:
+    """A part of type "image", with its image if it came with one."""
+    keys = PICTURES if part["type"] == "image" else ("image_url",)
+    refuse_unknown(f"{where}: an image part", part, ("type", *keys))
+    named = [part[key] for key in keys if part.get(key) is not None]
+    if len(named) > 1:
+        raise ValueError(f"{where}: an image part has {len(named)} pictures; it can have one of {', '.join(keys)}")
+    if part["type"] == "image":
+        return {"type": "image", "image": named[0]} if named else {"type": "image"}
+    url = named[0] if named else None
+    if isinstance(url, dict):
+        refuse_unknown(f"{where}: an image_url", url, ("url",))
+        url = url.get("url")
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise ValueError(f"{where} has the image_url {url!r:.100}; it needs to be a data: URL, which holds the image itself")
+    return {"type": "image", "image": url}
 
 
 def _split(text: str, placeholder: str) -> list[dict]:
@@ -289,7 +306,7 @@ def _image_parts(count: int) -> list[dict]:
 def load_image(image, name: str = "image") -> Image.Image | None:
     """An RGB image as a viewer would show it, or None when an array holds NaN or infinite pixels.
 
-    image: PIL image, path, or array [H, W], [H, W, 3] (uint8, or float in 0..1; numpy or torch).
+    image: PIL image, path, data: URL in base64, or array [H, W], [H, W, 3] (uint8, or float in 0..1; numpy or torch).
     EXIF orientation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, grey and
     palette images are converted; 16-bit grey keeps its upper 8 bits, 32-bit grey that fits into 8 bits those.
     Raises ValueError for unreadable, empty or unsupported images.
@@ -302,9 +319,11 @@ def load_image(image, name: str = "image") -> Image.Image | None:
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
-    if isinstance(image, str) and ("://" in image or image.startswith("data:")):
+    if isinstance(image, str) and image.startswith("data:"):
+        image = _held_by(image, name)
+    elif isinstance(image, str) and "://" in image:
         raise ValueError(f"{name} is the URL {image[:60]!r}; nothing is fetched here: hand in what it leads to")
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, Path, io.BytesIO)):
         try:
             image = Image.open(image)
         except UNREADABLE as error:  # it holds the path, which may be a whole image in base64
@@ -323,6 +342,17 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     image = _to_rgb(image if turn is None else image.transpose(turn), name)
     image.info.clear()  # or it would be turned again where it is handed in again
     return image
+
+
+def _held_by(url: str, name: str) -> io.BytesIO:
+    """The file in a data: URL (RFC 2397)."""
+    head, _, data = url.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError(f"{name} is the URL {url[:60]!r}; a data: URL needs to be in base64, data:image/png;base64,...")
+    try:
+        return io.BytesIO(base64.b64decode(data))
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

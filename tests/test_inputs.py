@@ -1,3 +1,4 @@
+import base64
 import io
 
 import numpy as np
@@ -98,6 +99,44 @@ def test_a_chat_that_goes_on_after_its_question_is_refused(processor, ends):
     chat = [{"role": role, "content": f"w{i}"} for i, role in enumerate(["user", *ends])]
     with pytest.raises(ValueError, match=r'prompts\[1\] needs to end in a "user" message with a question, or in that and one'):
         make_queries(["w1", chat], None, processor)
+
+
+def data_url(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_image_urls_hold_their_images(processor):
+    """As in a chat of OpenAI's API."""
+    def chat(part):
+        return [{"role": "user", "content": [part, {"type": "text", "text": "w1"}]}]
+
+    image = random_image(0)
+    url = data_url(image)
+    expected = make_queries([chat({"type": "image"})], [image], processor)
+    for part in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+        {"type": "image", "url": url},
+    ):
+        assert make_queries([chat(part)], None, processor) == expected
+    assert make_queries(["w1"], [url], processor) == make_queries(["w1"], [image], processor)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ({"url": "/etc/secret.png"}, r"prompts\[0\] has the image_url '/etc/secret.png'; it needs to be a data: URL"),
+        ("https://example.com/a.png", "has the image_url 'https://example.com/a.png'; it needs"),
+        (None, "has the image_url None"),
+        ({"url": "data:,", "detail": "low"}, r"an image_url has 'detail': 'low'; it can have url and nothing else"),
+    ],
+)
+def test_image_urls_that_name_something_else(processor, url, message):
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": url}, {"type": "text", "text": "w1"}]}]
+    with pytest.raises(ValueError, match=message):
+        make_queries([chat], None, processor)
 
 
 @pytest.mark.parametrize("key", ["image", "path", "url"])
@@ -252,7 +291,9 @@ def test_arrays():
         (torch.zeros(2, 2, device="meta"), r"without values \(meta\); it needs to be a dense one"),
         (torch.eye(2).to_sparse(), r"of layout torch\.sparse_coo"),
         ("https://example.com/a.png", "is the URL 'https://example.com/a.png'; nothing is fetched"),
-        ("data:image/png;base64,iVBORw0KGgo=", "is the URL 'data:"),
+        ("data:image/png;base64,iVBORw0KGgo=", "^image cannot be read: cannot identify"),
+        ("data:image/png;base64,iVBORw0KGg", "^image cannot be read: .*padding"),
+        ("data:image/svg+xml,<svg>", "is the URL 'data:.*; a data: URL needs to be in base64"),
     ],
 )
 def test_bad_images(image, message):

@@ -278,10 +278,13 @@ def calibrate(
 def refusal_prototypes(model, processor, texts: Sequence[str], steps: int, minimum: int, progress: bool) -> Tensor:
     """μ [steps, d] fp32: the mean state at each of the first greedy steps over the texts that the model refuses.
 
-    Raises ValueError when it refuses fewer than `minimum`, or `texts` is a single one.
+    Raises ValueError when it refuses fewer than `minimum`, and where `texts` is no list of texts.
     """
     if not isinstance(texts, (list, tuple)):
         raise ValueError(f"refused_texts is a {type(texts).__name__}; it needs to be a list of texts")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"refused_texts[{i}] is {text!r:.100}; it needs to be a text that is not empty")
 
     def states_of_refusal(query: Query) -> Tensor | None:
         inputs, _ = encode(processor, query, model.device, model.dtype)

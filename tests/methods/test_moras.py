@@ -183,6 +183,7 @@ def test_a_model_in_training_mode_is_refused(model, processor, every_answer_refu
         ({"safety_prompt": " "}, "safety_prompt is ' '"),
         ({"refused_texts": TEXTS[0]}, "refused_texts is a str; it needs to be a list"),
         ({"refused_texts": None}, "refused_texts is a NoneType"),
+        ({"refused_texts": [*TEXTS[:2], None]}, r"refused_texts\[2\] is None; it needs to be a text"),
         ({"pairs": [PAIRS[0], PAIRS[1][:2]]}, r"pairs\[1\] has 2 entries"),
         ({"pairs": [None]}, r"pairs\[0\] is a NoneType"),
         ({"pairs": "abc"}, "pairs is a str; it needs to be a list"),

@@ -66,7 +66,7 @@ CHAT_TEMPLATE = (
 )
 RISKS = {"benign": 0.0, "refused": 1.0}
 # Kind, answer tokens, rounds: most where a promise is checked, few where a run is long.
-DEFAULT_CASES = [(kind, tokens, 3 if (kind, tokens) == ("benign", 64) else 1) for kind in RISKS for tokens in (16, 64, 256)]
+DEFAULT_CASES = [(kind, tokens, 3 if (kind, tokens) == ("benign", 64) else 1, 1) for kind in RISKS for tokens in (16, 64, 256)]
 WARM_UP_TOKENS = 4
 STAGES = ["prompt", "prefix", "context", "context and draft", "risk", "check", "answer"]
 COLOURS = dict(zip(STAGES, ["#bbbbbb", "#999999", "#4477aa", "#66ccee", "#ee6677", "#ccbb44", "#228833"], strict=True))
@@ -283,27 +283,35 @@ def contenders(model, processor, risk: float) -> list[tuple[str, bool, object]]:
 
 def cpu_cases(model, processor, cases, rounds: int) -> Iterator[tuple[str, dict]]:
     """(case, figures of each contender), one after the other."""
-    image = Image.effect_noise((400, 300), 80).convert("RGB")
-    ready = {kind: contenders(model, processor, RISKS[kind]) for kind in dict.fromkeys(kind for kind, _, _ in cases)}
+    ready = {kind: contenders(model, processor, RISKS[kind]) for kind in dict.fromkeys(case[0] for case in cases)}
     for entries in ready.values():
-        measure(model, entries, image, WARM_UP_TOKENS, 1)
-    for kind, tokens, own_rounds in cases:
-        name = f"{kind}, {tokens} answer tokens"
-        found = measure(model, ready[kind], image, tokens, own_rounds or rounds)
+        measure(model, entries, pictures(1), WARM_UP_TOKENS, 1)
+    for kind, tokens, own_rounds, size in cases:
+        name = case_name(kind, tokens, size)
+        entries = ready[kind] if size == 1 else [entry for entry in ready[kind] if "in sequence" not in entry[0]]
+        found = measure(model, entries, pictures(size), tokens, own_rounds or rounds)
         print(table(name, found), flush=True)
         yield name, found
 
 
-def measure(model, entries, image, tokens: int, rounds: int) -> dict[str, dict]:
-    """Medians over interleaved rounds."""
+def case_name(kind: str, tokens: int, size: int) -> str:
+    return f"{kind}, {tokens} answer tokens" + (f", batch {size}" if size > 1 else "")
+
+
+def pictures(count: int) -> list[Image.Image]:
+    return [Image.effect_noise((400, 300), 80).convert("RGB") for _ in range(count)]
+
+
+def measure(model, entries, images, tokens: int, rounds: int) -> dict[str, dict]:
+    """Medians over interleaved rounds; also when the first token came, which of several answers no streamer says (None)."""
     samples, firsts = ({name: [] for name, _, _ in entries} for _ in range(2))
     for _ in range(rounds):
         for name, patched, run in entries:
             with ras_fast.patch(model) if patched else nullcontext():
-                streamer = FirstToken()
-                samples[name].append(stopwatch(run, [image], tokens, streamer))
-            firsts[name].append(streamer.seconds)
-    return {name: medians(samples[name]) | {"first_token": statistics.median(firsts[name])} for name in samples}
+                streamer = FirstToken() if len(images) == 1 else None
+                samples[name].append(stopwatch(run, images, tokens, streamer))
+            firsts[name] += [streamer.seconds] if streamer else []
+    return {name: medians(samples[name]) | {"first_token": statistics.median(firsts[name] or [None])} for name in samples}
 
 
 def stopwatch(run, images, tokens: int, streamer=None) -> tuple[float, dict[str, float]]:
@@ -336,9 +344,8 @@ def gpu_cases(model, processor, tokens: int, batches: list[int], rounds: int, bu
         if used + took > budget:
             print(f"batch {size} is left out: {used:.0f} of {budget:.0f} s are gone and it would take more than {took:.0f} s")
             continue
-        images = [Image.effect_noise((400, 300), 80).convert("RGB") for _ in range(size)]
-        name = f"benign, {tokens} answer tokens" + (f", batch {size}" if size > 1 else "")
-        found = gpu_case(model, processor, images, tokens, rounds if size == 1 else 1)
+        name = case_name("benign", tokens, size)
+        found = gpu_case(model, processor, pictures(size), tokens, rounds if size == 1 else 1)
         took = time.perf_counter() - begin - used
         print(gpu_table(name, tokens, found), flush=True)
         yield name, found
@@ -400,8 +407,9 @@ def table(case: str, rows: dict[str, dict]) -> str:
     base, engine = rows["undefended, patched"]["seconds"], rows["MoRAS, engine"]["seconds"]
     lines = [f"{case:34}{'seconds':>9}{'first token':>13}{'of undefended, patched':>24}{'engine is faster by':>21}"]
     for name, row in rows.items():
+        first = "-" if row["first_token"] is None else f"{row['first_token']:.3f}"
         lines.append(
-            f"  {name:32}{row['seconds']:9.3f}{row['first_token']:13.3f}{row['seconds'] / base:23.2f}x"
+            f"  {name:32}{row['seconds']:9.3f}{first:>13}{row['seconds'] / base:23.2f}x"
             f"{row['seconds'] / engine:20.2f}x"
         )
     return "\n".join(lines)
@@ -421,7 +429,8 @@ def plot(rows: list[dict], path: Path) -> None:
             for stage, seconds in found["stages"].items():
                 axis.barh(y, seconds, left=left, color=COLOURS[stage], label=stage)
                 left += seconds
-            axis.plot([found["first_token"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2, label="first token shown")
+            if (first := found["first_token"]) is not None:
+                axis.plot([first] * 2, [y - 0.45, y + 0.45], color="black", linewidth=2, label="first token shown")
             axis.text(left, y, f" {found['seconds']:.2f} s", va="center", fontsize=8)
         axis.set_yticks(range(len(row["contenders"])), reversed(row["contenders"]))
         axis.set_title(row["case"], fontsize=10, loc="left")
@@ -437,14 +446,15 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def case(text: str) -> tuple[str, int, int | None]:
-    """KIND:TOKENS or KIND:TOKENS:ROUNDS."""
-    match = re.fullmatch(rf"({'|'.join(RISKS)}):([1-9][0-9]*)(?::([1-9][0-9]*))?", text)
+def case(text: str) -> tuple[str, int, int | None, int]:
+    """KIND:TOKENS, KIND:TOKENS:ROUNDS or KIND:TOKENS:ROUNDS:BATCH."""
+    number = "([1-9][0-9]*)"
+    match = re.fullmatch(rf"({'|'.join(RISKS)}):{number}(?::{number}(?::{number})?)?", text)
     if match is None:
         kinds = " or ".join(RISKS)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kinds}, then :TOKENS or :TOKENS:ROUNDS of at least 1")
-    kind, tokens, rounds = match.groups()
-    return kind, int(tokens), int(rounds) if rounds else None
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kinds}, then :TOKENS, :TOKENS:ROUNDS or :TOKENS:ROUNDS:BATCH")
+    kind, tokens, rounds, size = match.groups()
+    return kind, int(tokens), int(rounds) if rounds else None, int(size or 1)
 
 
 def main() -> None:
@@ -453,7 +463,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="0.3b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--cases", type=case, nargs="+", default=DEFAULT_CASES, metavar="CASE", help="e.g. benign:64")
+    parser.add_argument("--cases", type=case, nargs="+", default=DEFAULT_CASES, metavar="CASE",
+                        help="kind and answer tokens, and if you like rounds and answers at once: benign:64, refused:64:3:8")
     parser.add_argument("--rounds", type=int, default=3, help="of cases that name none")
     parser.add_argument("--gpu-7b", action="store_true", help="the 7b shape in bfloat16 on cuda")
     parser.add_argument("--tokens", type=int, default=128, help="with --gpu-7b: answer tokens")
@@ -461,7 +472,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=80, help="with --gpu-7b: seconds after the model is built")
     args = parser.parse_args()
     if args.quick:
-        args.gpu_7b, args.cases, args.batches = torch.cuda.is_available(), [("benign", 64, 1)], [1]
+        args.gpu_7b, args.cases, args.batches = torch.cuda.is_available(), [("benign", 64, 1, 1)], [1]
     if args.gpu_7b:
         if not torch.cuda.is_available():
             raise SystemExit("--gpu-7b needs a CUDA device, and torch sees none")

@@ -22,14 +22,27 @@ def test_gpu_mode(capsys, left_out):
     assert Patch.of(model) is None
 
 
-@pytest.mark.parametrize("case", ["benign:-1", "benign:0", "refused:4:0", "benign", "odd:4", "benign:4:1:1"])
+@pytest.mark.parametrize("case", ["benign:-1", "benign:0", "refused:4:0", "benign", "odd:4", "benign:4:1:0", "benign:4:1:1:1"])
 def test_a_wrong_case_is_refused(case):
     with pytest.raises(ArgumentTypeError, match=f"^'{case}' is not benign or refused, then"):
         bench_engine.case(case)
 
 
-def test_a_case_may_name_its_rounds():
-    assert [bench_engine.case(text) for text in ("benign:64", "refused:16:3")] == [("benign", 64, None), ("refused", 16, 3)]
+def test_a_case_may_name_its_rounds_and_its_batch():
+    assert bench_engine.case("benign:64") == ("benign", 64, None, 1)
+    assert bench_engine.case("refused:16:3") == ("refused", 16, 3, 1)
+    assert bench_engine.case("refused:16:3:8") == ("refused", 16, 3, 8)
+
+
+def test_answers_at_once(tmp_path):
+    model, processor = bench_engine.build("tiny", "cpu", torch.float32)
+    cases = dict(bench_engine.cpu_cases(model, processor, [bench_engine.case("benign:5:1:2")], 1))
+    (found,) = cases.values()
+    assert list(cases) == ["benign, 5 answer tokens, batch 2"]
+    assert list(found) == ["undefended", "undefended, patched", "MoRAS by hooks", "MoRAS, engine"]
+    assert all(row["seconds"] > 0 and row["first_token"] is None for row in found.values())
+    row = {"case": "benign", "parameters": 1, "dtype": "float32", "contenders": found}
+    bench_engine.plot([row], tmp_path / "timeline.png")
 
 
 def test_the_gpu_mode_needs_a_gpu(monkeypatch):

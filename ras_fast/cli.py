@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ras_fast import backend, loading
+from ras_fast.memory import is_out_of_memory
 from ras_fast.profile import JSON_NAME, METHODS, TENSORS_NAME, RasProfile
 
 
@@ -49,10 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"ras-fast: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except RuntimeError as error:
-        if arguments.debug or "out of memory" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if arguments.debug or not is_out_of_memory(error):
             raise
-        print(f"ras-fast: error: out of memory; a smaller model or --dtype bfloat16 needs less ({error})", file=sys.stderr)
+        needs = "a smaller model or --dtype bfloat16 needs less"
+        print(f"ras-fast: error: out of memory; {needs} ({str(error) or type(error).__name__})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ras-fast: interrupted", file=sys.stderr)

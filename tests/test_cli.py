@@ -229,9 +229,12 @@ def test_the_answer_is_printed_whatever_becomes_of_its_picture(generate, tmp_pat
     assert "No space left" in captured.err
 
 
-def test_out_of_memory_says_what_helps(generate, capsys, monkeypatch):
+@pytest.mark.parametrize("allocate", ["cuda", "torch on a CPU", "Python"])
+def test_out_of_memory_says_what_helps(allocate, generate, capsys, monkeypatch):
     def full(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if allocate == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return torch.empty(10**15) if allocate == "torch on a CPU" else bytearray(10**15)
 
     monkeypatch.setattr("ras_fast.loading.load", full)
     assert generate() == 1

@@ -22,6 +22,7 @@ from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.engine.watch import Watch
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
+from ras_fast.memory import is_out_of_memory
 from ras_fast.methods import ONE_PASS, refuse_attached
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.cache_values import returned_cache
@@ -180,7 +181,7 @@ class SafeGenerator:
             return self._answer(batch, decoding, streamer)
         except (RuntimeError, MemoryError) as error:
             its_own = streamer is not None and streamer.error is error  # the streamer's, not the model's
-            if its_own or not _is_out_of_memory(error) or (len(batch) == 1 and not kept):
+            if its_own or not is_out_of_memory(error) or (len(batch) == 1 and not kept):
                 raise
         # Out of the except block, so that the failed attempt's tensors are free before the next one.
         self._runner.workspaces.clear()
@@ -250,7 +251,7 @@ class SafeGenerator:
             wanted = self._own(tensor)
             found = self._branched(ids)
         except (AttributeError, TypeError, RuntimeError, ValueError) as error:  # the last from one that wants an image always
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise ValueError(f"{name}: the engine cannot run it ({error}); {INSTEAD}") from error
         self._runner.passes, self._runner.tokens = counted  # these are no answer's
@@ -317,8 +318,3 @@ def _remove_hooks(module: torch.nn.Module, first: int) -> None:
             if number >= first and not only_records(hook):
                 del hooks[number]
                 getattr(module, f"{kind}_with_kwargs").pop(number, None)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)

@@ -1,0 +1,10 @@
+"""What running out of memory looks like."""
+
+from __future__ import annotations
+
+WORDS = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, and of torch on a CPU
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or torch on some device, had no memory left."""
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in WORDS)

@@ -63,7 +63,7 @@ def _launch(x: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, gate: tor
 
 @on_its_device
 def gated_linear(x, weight, right, gate):
-    """ras_fast::gated_linear (ras_fast/ops/gated_linear.py) in Triton: the op's arguments and result."""
+    """ras_fast::gated_linear (ras_fast/ops/linear.py) in Triton: the op's arguments and result."""
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)

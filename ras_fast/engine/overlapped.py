@@ -161,7 +161,7 @@ class Overlapped(Plan):
             clock.lap("risk")
             self._check_drafts(jobs, draft)
             clock.lap("check")
-            self._finish(batch, jobs, draft, streamer)
+            self._finish(batch, jobs, streamer)
             clock.lap("answer")
         self.last_timings = clock.timings()
         return [self._output(job) for job in jobs]
@@ -381,7 +381,7 @@ class Overlapped(Plan):
                 job.rejected_at = n
                 job.draft.rewind(n, token)
 
-    def _finish(self, batch: Batch, jobs: list[Job], draft: Branch, streamer) -> None:
+    def _finish(self, batch: Batch, jobs: list[Job], streamer) -> None:
         """Stage 3: decodes what the drafts still lack. Steps below N are steered as they are made."""
         if streamer is not None:
             streamer.put(torch.tensor(jobs[0].draft.prompt))

@@ -328,7 +328,7 @@ def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs
     )  # fmt: skip
     if not score_rows:
         return out.transpose(1, 2), mass, None
-    keywords = dict(_masking(query, key, mask, causal, window), scale=scaling, softcap=softcap, region_bias=bias,
+    keywords = dict(_masking(mask, causal, window), scale=scaling, softcap=softcap, region_bias=bias,
                     rows=score_rows, reduce=request.reduce)  # fmt: skip
     if together:
         mass, scores = ops.region_statistics(query, key, lse, ids, num_regions, **keywords)
@@ -359,7 +359,7 @@ def _kernels_apply(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     return is_range(mask) and key.shape == value.shape
 
 
-def _masking(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> dict[str, Any]:
+def _masking(mask: Tensor | None, causal: bool, window: int | None) -> dict[str, Any]:
     """The mask as keywords of the ops."""
     if mask is not None and mask.shape[2] > 1:
         kv_start, kv_end = mask[:, 0].unbind(-1)
@@ -375,7 +375,7 @@ def _region_attention(
 ):
     return ops.region_attention(
         query, key, value, ids, num_regions, scale=scaling, softcap=softcap, sinks=sinks, region_bias=bias, mass_rows=rows,
-        **_masking(query, key, mask, causal, window),
+        **_masking(mask, causal, window),
     )  # fmt: skip
 
 

@@ -246,7 +246,8 @@ class Patch:
             RuntimeError: image statistics are off; says why.
             ValueError: a layer that is not there, a wrong shape, or a value that is not finite.
         """
-        states = self._regions().layers
+        state = self._regions()
+        states = state.layers
         biases = bias if isinstance(bias, Mapping) else dict.fromkeys(states, bias)
         checked = {}
         for layer, tensor in biases.items():
@@ -262,7 +263,7 @@ class Patch:
             checked[layer] = tensor.detach().to(torch.float32, copy=True)
             if not bool(torch.isfinite(checked[layer]).all()):
                 raise ValueError(f"bias of layer {layer} holds NaN or infinite values; they must be finite in float32")
-        self._regions().biases = checked
+        state.biases = checked
 
     @property
     def region_bias(self) -> dict[int, Tensor]:

@@ -17,11 +17,7 @@ from ras_fast import build
 NAMES = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT_VARIABLE = "RAS_FAST_BACKEND"
 CPU_ISA_VARIABLE = "RAS_FAST_CPU_ISA"
-CPU_ISAS = (
-    "avx512",
-    "avx2",
-    "portable",
-)  # the builds of the CPU kernels (csrc/cpu/dispatch.h), which takes other words for avx2
+CPU_ISAS = ("avx512", "avx2", "portable")  # builds of the CPU kernels; csrc/cpu/dispatch.h takes other words for avx2
 _LIBRARIES = Path(__file__).resolve().parent / "_lib"
 
 
@@ -87,10 +83,15 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def interprets_triton() -> bool:
+    """Whether Triton's interpreter, which also takes CPU tensors, replaces its compiler."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton() -> Backend:
     if not triton_is_installed():
         return Backend("triton", False, "triton is not installed", "pip install triton")
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    if torch.cuda.is_available() or interprets_triton():
         return Backend("triton", True)
     return Backend("triton", False, "torch sees no CUDA device", "use a GPU, or TRITON_INTERPRET=1 to run it on the CPU")
 
@@ -173,9 +174,8 @@ def resolve(op: str, device: torch.device) -> str:
     """
     if _forced == "auto":
         return _automatic(op, device.type)
-    wrong_device = (_forced == "cuda" and device.type != "cuda") or (_forced == "cpu" and device.type != "cpu")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if wrong_device or (_forced == "triton" and device.type != "cuda" and not interpreted):
+    wrong_device = _forced in ("cuda", "cpu") and device.type != _forced
+    if wrong_device or (_forced == "triton" and device.type != "cuda" and not interprets_triton()):
         raise ValueError(f"backend {_forced!r} is forced, but the tensors given to {op} are on {device.type!r}")
     return _forced
 

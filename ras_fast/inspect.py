@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from ras_fast.backend import triton_is_installed
+from ras_fast.backend import interprets_triton, triton_is_installed
 from ras_fast.build import find_cuda_tool
 
 CUDA_LIBRARY = Path(__file__).resolve().parent / "_lib/libras_fast_cuda.so"
@@ -173,7 +173,7 @@ def inspect_triton(archs: Sequence[int] = TRITON_ARCHS, match: str = "") -> list
     """
     if not triton_is_installed():
         raise InspectError("triton is not installed: `pip install triton`")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interprets_triton():
         raise InspectError("TRITON_INTERPRET=1 replaces Triton's compiler by an interpreter: unset it")
     with ProcessPoolExecutor(min(len(archs), os.cpu_count()), mp_context=multiprocessing.get_context("spawn")) as pool:
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ras_fast.backend import backends
+from ras_fast.backend import backends, interprets_triton
 
 NOISE = 0.02  # a configuration that gains less than this is not worth departing from the rule
 WORKERS = 8
@@ -200,7 +200,7 @@ def tune(match: str = "", trying: bool = True) -> Iterator[dict]:
     Raises:
         ValueError: torch sees no CUDA GPU, or Triton's interpreter replaces its compiler.
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interprets_triton():
         raise ValueError("TRITON_INTERPRET=1 replaces Triton's compiler by an interpreter: unset it")
     if not backends()["triton"].available:
         raise ValueError(f"configurations are measured on a CUDA GPU: {backends()['triton'].reason}")

@@ -190,15 +190,13 @@ def _layer_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 
     _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
 
 
-def _rms_in_place_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes) -> None:
-    _check.numbers(eps=eps, weight_offset=weight_offset)
-    _validate(x, residual, weight, None, vectors, slot, alpha, probes)
+def _rms_in_place_validate(x, residual, *others) -> None:
+    _rms_validate(x, residual, *others)
     _validate_in_place(x, residual)
 
 
-def _layer_in_place_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
-    _check.numbers(eps=eps)
-    _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
+def _layer_in_place_validate(x, residual, *others) -> None:
+    _layer_validate(x, residual, *others)
     _validate_in_place(x, residual)
 
 
@@ -325,12 +323,12 @@ def _layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp,
     return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, rms=False)
 
 
-def _rms_in_place_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
-    return _write(x, residual, *_rms_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes))
+def _rms_in_place_reference(x, residual, *others):
+    return _write(x, residual, *_rms_reference(x, residual, *others))
 
 
-def _layer_in_place_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _write(x, residual, *_layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes))
+def _layer_in_place_reference(x, residual, *others):
+    return _write(x, residual, *_layer_reference(x, residual, *others))
 
 
 def _write(x: Tensor, residual: Tensor, y: Tensor, h: Tensor, dots: Tensor) -> Tensor:

@@ -110,11 +110,8 @@ def _counted(model, defence: Defence) -> Defence:
 
     def answer(question: str, images: list) -> Answer:
         passes.clear()
-        hook = model.base_model.register_forward_hook(count)
-        try:
+        with model.base_model.register_forward_hook(count):
             given = defence(question, images)
-        finally:
-            hook.remove()
         return given._replace(passes=len(passes), tokens=sum(passes))
 
     return answer

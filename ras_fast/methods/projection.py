@@ -276,16 +276,13 @@ def _last_states(
         model.base_model(**inputs, use_cache=False)
         return torch.stack(states)
 
-    with patched(model) as handle:
+    with patched(model) as handle, ExitStack() as hooks:
         outside = [layer for layer in layers if not 0 <= layer < len(handle.layers)]
         if outside:
             raise ValueError(f"layers {outside} are not there; the model has layers 0..{len(handle.layers) - 1}")
-        hooks = [handle.layers[layer].register_forward_hook(partial(_note_last, states)) for layer in layers]
-        try:
-            found = parallel.each(last_states, [query for pair in pairs for query in pair], "contrastive pairs", progress)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for layer in layers:
+            hooks.enter_context(handle.layers[layer].register_forward_hook(partial(_note_last, states)))
+        found = parallel.each(last_states, [query for pair in pairs for query in pair], "contrastive pairs", progress)
     paired = torch.stack(found).view(len(pairs), 2, len(layers), -1)
     return paired[:, 0], paired[:, 1]
 

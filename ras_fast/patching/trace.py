@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,22 +94,17 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
     """Runs the text model on a few random tokens and notes what each layer was given, called and returned."""
     records = [LayerTrace(layer) for layer in layers]
     final: list[Call] = []
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for record in records:
-            handles.append(record.module.register_forward_hook(_note_layer(record), with_kwargs=True))
+            hooks.enter_context(record.module.register_forward_hook(_note_layer(record), with_kwargs=True))
             for name, child in record.module.named_children():
-                if isinstance(child, (nn.Dropout, nn.Identity)):  # nothing, in a model that answers
-                    continue
-                handles.append(child.register_forward_hook(_note_call(record.calls, name), with_kwargs=True))
+                if not isinstance(child, (nn.Dropout, nn.Identity)):  # nothing, in a model that answers
+                    hooks.enter_context(child.register_forward_hook(_note_call(record.calls, name), with_kwargs=True))
         for name, child in text_model.named_children():
             if child is not layers:
-                handles.append(child.register_forward_hook(_note_call(final, name), with_kwargs=True))
+                hooks.enter_context(child.register_forward_hook(_note_call(final, name), with_kwargs=True))
         sample = _sample(text_model, layers)
         plain = _run(text_model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
     last = next((first(record.output) for record in reversed(records) if record.called), None)
     calls = [(record.module, call) for record in records for call in record.calls if call.mixes]
     mixers = list(dict.fromkeys(getattr(layer, call.name) for layer, call in calls))
@@ -176,14 +171,12 @@ def _hooks(
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         tell(states_of(args, kwargs), first(output))
 
-    handles = [module.register_forward_hook(after, with_kwargs=True) for module in modules]
-    if replace is not None:
-        handles += [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(after, with_kwargs=True))
+            if replace is not None:
+                hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first(output: Any) -> Tensor:

@@ -303,7 +303,9 @@ def _look(arguments: argparse.Namespace, model, processor) -> dict:
     paths = _heat_map_paths(arguments.heatmap, len(looked.maps)) if arguments.heatmap else []
     for i, path in enumerate(paths):
         save_heat_map(path, looked.images[i], looked.maps[i], box=looked.boxes[i], title=arguments.prompt)
-    return {"region_mass": looked.mass.nanmean((0, 1)).tolist(), "heat_maps": [str(path) for path in paths]}
+    masses = looked.mass.nanmean((0, 1)).tolist()
+    shares = [mass if math.isfinite(mass) else None for mass in masses]  # as of an image that overflows half precision
+    return {"region_mass": shares, "heat_maps": [str(path) for path in paths]}
 
 
 def _check_heat_maps(path: Path, count: int) -> None:
@@ -339,7 +341,8 @@ def _print_facts(result: dict) -> None:
         if result["context"]:
             print(f"context    {result['context']}")
     for number, share in enumerate(result.get("region_mass") or (), 1):
-        print(f"image {number}    {share:.1%} of the prompt's attention, mean over layers and heads")
+        told = "not computed" if share is None else f"{share:.1%} of the prompt's attention, mean over layers and heads"
+        print(f"image {number}    {told}")
     print(f"time       {', '.join(f'{stage} {ms:.0f} ms' for stage, ms in result['milliseconds'].items())}")
     for path in result.get("heat_maps", ()):
         print(f"heat map   {path}")

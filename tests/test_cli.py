@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,18 @@ def test_an_image_whose_tokens_are_no_grid_has_no_heat_map(generate, tmp_path, c
     assert len(json.loads(capsys.readouterr().out)["region_mass"]) == 1
     assert generate("--heatmap", str(tmp_path / "h.png")) == 1
     assert "error: no heat map of image 1: the model sees it as several tiles" in capsys.readouterr().err
+
+
+def test_attention_that_is_not_finite_is_null(folder, tmp_path, generate, capsys):
+    model = tiny_llava(tiny_processor())
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.bias.fill_(torch.nan)
+    shutil.copytree(folder / "model", tmp_path, dirs_exist_ok=True)
+    model.save_pretrained(tmp_path)
+    assert generate("--model", str(tmp_path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["region_mass"] == [None]
+    assert generate("--model", str(tmp_path)) == 0
+    assert "image 1    not computed\n" in capsys.readouterr().out
 
 
 def test_the_answer_is_printed_whatever_becomes_of_its_picture(generate, tmp_path, capsys, monkeypatch):

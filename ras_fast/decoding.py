@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 
 from ras_fast.inputs import Query, encode
 from ras_fast.patching.structure import find_head
-from ras_fast.profile import RasProfile, is_integer, modules_of
+from ras_fast.profile import RasProfile, is_integer, is_number, modules_of
 
 BROKEN = -1  # in place of a token, where nothing may be read
 
@@ -189,8 +189,7 @@ class Decoding:
             allowed |= dict.fromkeys(("temperature", "top_k", "top_p"), greedy)
         for name, (holds, need) in allowed.items():
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (value is None and name != "temperature") and not (number and holds(value)):
+            if not (value is None and name != "temperature") and not (is_number(value) and holds(value)):
                 raise ValueError(f"{name} is {value!r}; it needs to be {need}")
 
     def processors(self, query: int, prompt_length: int, eos: list[int]) -> LogitsProcessorList:

@@ -148,7 +148,7 @@ def _hash_of(tensors: list[torch.Tensor], last: int = 0) -> str:
 def number(config: dict, name: str) -> float:
     """The finite number that a profile's config holds under `name`. Raises ValueError where it does not."""
     value = config.get(name)
-    if not (is_integer(value) or isinstance(value, float)) or not abs(value) <= sys.float_info.max:
+    if not is_number(value) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"profile config {name!r} is {value!r}; it needs to be a finite number")
     return value
 
@@ -161,6 +161,11 @@ def as_float32(value: float) -> float:
 def is_integer(value: object) -> bool:
     """Whether it is one, and not a truth value, which Python counts among them."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an integer or a float, finite or not, and not a truth value."""
+    return is_integer(value) or isinstance(value, float)
 
 
 @dataclass

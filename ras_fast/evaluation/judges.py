@@ -15,6 +15,7 @@ from string import ascii_uppercase
 from types import ModuleType
 from typing import Any
 
+from ras_fast.profile import is_integer
 from ras_fast.refusals import OPENING, REFUSAL, is_refusal
 
 VERDICT_TOKENS = 8  # enough for the first line
@@ -190,7 +191,7 @@ def chooses(choices: list[str], answer: Any) -> Callable[[str], bool]:
     Raises:
         ValueError: there is no such choice.
     """
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+    if not is_integer(answer) or not 0 <= answer < len(choices):
         raise ValueError(f"answer is {answer!r}; it must be the number of one of the {len(choices)} choices")
     holds = [holds_words(choice) for choice in choices]
 

@@ -31,7 +31,7 @@ from ras_fast.patching import Patch, patched
 from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import text_shape
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile, fingerprint, is_integer
 
 STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered
 FOLDS = 5  # of the cross-validation
@@ -220,7 +220,7 @@ def calibrate(
     """
     check_arguments(model, processor, pairs=pairs)
     for name, count in (("heads", heads), ("steps", steps)):
-        if not isinstance(count, int) or count < 1:
+        if not is_integer(count) or count < 1:
             raise ValueError(f"{name} is {count!r}; it needs to be an integer of at least 1")
     if not math.isfinite(amplify):
         raise ValueError(f"amplify is {amplify}; it needs to be finite")

@@ -292,11 +292,11 @@ def calibrate(
 
 
 def _check_options(rank: int | None, d: int, strength: float | None, batch_size: int, over_refusal: float | None) -> None:
-    if rank is not None and not (isinstance(rank, int) and 0 < rank <= d):
+    if rank is not None and not (is_integer(rank) and 0 < rank <= d):
         raise ValueError(f"rank is {rank!r}; it needs to be an integer in 1..{d}")
     if strength is not None and not 0 < strength < math.inf:
         raise ValueError(f"strength is {strength}; it needs to be positive and finite")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it needs to be an integer of at least 1")
     if over_refusal is not None and not 0 <= over_refusal <= 1:
         raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
@@ -316,7 +316,7 @@ def _queries(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query
 
 def _layers(layer: int | str, depth: int) -> list[int]:
     """The decoder layers whose inputs are captured."""
-    if isinstance(layer, int):
+    if is_integer(layer):
         if not 0 <= layer < depth:
             raise ValueError(f"layer is {layer}; the model has layers 0..{depth - 1}")
         return [layer]

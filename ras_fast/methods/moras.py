@@ -24,7 +24,7 @@ from ras_fast.inputs import Query, answer_opening, encode, make_queries, questio
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.ops import refusal_similarity
-from ras_fast.profile import RasProfile, fingerprint, is_integer, number
+from ras_fast.profile import RasProfile, fingerprint, is_integer, is_number, number
 from ras_fast.refusals import is_refusal
 
 SAFETY_PROMPT = (
@@ -325,8 +325,7 @@ def _checked(config: dict, names) -> dict:
     if missing:
         raise ValueError(f"profile config lacks {sorted(missing)}; it has {sorted(config)}")
     gate = config["gate"]
-    constant = isinstance(gate, (int, float)) and not isinstance(gate, bool) and 0 <= gate <= 1
-    if gate not in ("continuous", "binary") and not constant:
+    if gate not in ("continuous", "binary") and not (is_number(gate) and 0 <= gate <= 1):
         raise ValueError(f"gate is {gate!r}; it needs to be 'continuous', 'binary' or a constant in [0, 1]")
     for name in ("steps", "max_context_tokens"):
         if not is_integer(config[name]) or config[name] < 1:

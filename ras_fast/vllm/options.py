@@ -7,6 +7,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from ras_fast.profile import is_integer, is_number
+
 PROCESSOR = "ras_fast.vllm.processor:RasLogitsProcessor"
 RISK = "ras_risk"
 RECORD = "ras_record"
@@ -39,7 +41,7 @@ def read_settings(additional_config) -> tuple[str, int]:
             "make the engine with LLM(model, **ras_fast.vllm.engine_args(FOLDER))"
         )
     queries = settings.get("queries", QUERIES)
-    if not isinstance(queries, int) or queries < 1:
+    if not is_integer(queries) or queries < 1:
         raise ValueError(f"queries is {queries!r}; it needs to be an integer of at least 1")
     return settings["profile"], queries
 
@@ -68,9 +70,9 @@ def check_marks(extra_args: dict | None, n: int) -> None:
     if unknown:
         raise ValueError(f"extra_args has {sorted(unknown)}; this engine knows {RISK!r} and {RECORD!r}")
     risk, record = marks.get(RISK, 0.0), marks.get(RECORD, 0)
-    if not _number(risk) or (math.isfinite(risk) and not 0 <= risk <= 1):
+    if not is_number(risk) or (math.isfinite(risk) and not 0 <= risk <= 1):
         raise ValueError(f"extra_args[{RISK!r}] is {risk!r}; it needs to be a number in [0, 1]")
-    if not isinstance(record, int) or isinstance(record, bool) or record < 0:
+    if not is_integer(record) or record < 0:
         raise ValueError(f"extra_args[{RECORD!r}] is {record!r}; it needs to be a non-negative integer")
     if RECORD in marks and n != 1:
         raise ValueError(f"n is {n}; a request with {RECORD!r} needs n = 1: its answers would share the record")
@@ -86,8 +88,4 @@ def read_marks(extra_args: dict | None) -> Marks | None:
 
 def risk_of(value) -> float:
     """The risk that a request carries; 1 for anything but a number in [0, 1]."""
-    return float(value) if _number(value) and 0 <= value <= 1 else 1.0
-
-
-def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number(value) and 0 <= value <= 1 else 1.0

@@ -14,7 +14,7 @@ from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import NO_RISK
 from ras_fast.inputs import Query, make_queries, short_ids
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, is_integer
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
 
@@ -54,7 +54,7 @@ class SafeLLM:
         Raises ValueError for input that cannot be used, vLLM's own errors for prompts that it does not take, and RuntimeError
         when the engine has other requests already, or ends one for another reason than its end or length.
         """
-        if not isinstance(max_tokens, int) or max_tokens < 1:
+        if not is_integer(max_tokens) or max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens!r}; it needs to be an integer of at least 1")
         if self.engine.has_unfinished_requests():
             raise RuntimeError("the engine has unfinished requests; let them finish before SafeLLM.generate")

@@ -588,6 +588,8 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
         ({"layer": 9}, "layer is 9"),
         ({"layer": "best"}, "layer is 'best'"),
         ({"rank": 0}, "rank is 0"),
+        ({"rank": True}, "rank is True"),
+        ({"layer": True}, "layer is True"),
         ({"over_refusal": 1.5}, "over_refusal is 1.5"),
         ({"strength": 0.0}, "strength is 0.0"),
         ({"strength": -1.0}, "strength is -1.0"),

@@ -466,8 +466,13 @@ def _eval(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print(f"{len(answers.records)} answers are in {answers.path}; run again to go on from there", file=sys.stderr)
             raise
-    if parallel.rank():
-        return 0
+    return 0 if parallel.rank() else _report(arguments, records, dataset, judge)
+
+
+def _report(arguments: argparse.Namespace, records: list[dict], dataset, judge) -> int:
+    """Writes and shows the report of an evaluation. 1 where something could not be asked, judged or used."""
+    from ras_fast.evaluation import run
+
     print(run.write_report(arguments.out, records, dataset, arguments.model, judge))
     print(f"report and plots in {arguments.out}")
     failed = {what: sum(key in record for record in records) for key, what in run.FAILURES.items()}

@@ -259,14 +259,19 @@ def calibrate(
     config = {"heads": [list(places[i]) for i in chosen.heads]} | facts
     if combine_with is None:
         return RasProfile("attention", config, tensors, fingerprint(model, processor))
-    if not chosen.similarity_weight > 0:
+    return _combined(combine_with, chosen, config, tensors)
+
+
+def _combined(profile: RasProfile, gate: LogisticFit, config: dict[str, Any], tensors: dict[str, Tensor]) -> RasProfile:
+    """A MoRAS profile with a gate over S and attention, and the config and tensors of that. Raises ValueError where its risk
+    does not rise with S."""
+    if not gate.similarity_weight > 0:
         raise ValueError(
-            f"S has the weight {chosen.similarity_weight.item():.3g} in the gate; it needs to be positive, as the risk of a "
+            f"S has the weight {gate.similarity_weight.item():.3g} in the gate; it needs to be positive, as the risk of a "
             "prompt without an image is that of S alone: in these pairs S is no higher for the unsafe questions"
         )
-    tensors |= {"similarity_weight": chosen.similarity_weight.float(), "similarity_bias": chosen.similarity_bias.float()}
-    config = combine_with.config | config | {"risk": "moras+attention"}
-    return replace(combine_with, config=config, tensors=tensors)
+    tensors |= {"similarity_weight": gate.similarity_weight.float(), "similarity_bias": gate.similarity_bias.float()}
+    return replace(profile, config=profile.config | config | {"risk": "moras+attention"}, tensors=tensors)
 
 
 def _labelled(pairs: Sequence[tuple], processor) -> tuple[list[Query], Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import platform
 from importlib import metadata
@@ -92,11 +92,11 @@ def _chosen(device: torch.device) -> str:
 
 def _build() -> list[tuple[str, str]]:
     facts = [("nvcc", find_cuda_tool("nvcc") or "none; only needed to build the CUDA library")]
-    if importlib.util.find_spec("ras_fast._C") is None:
-        return [*facts, ("build facts", "ras_fast._C is not built; to have it: ras-fast build")]
-    from ras_fast import _C
-
-    built = ", ".join(f"{name} {value}" for name, value in _C.build_facts().items())
+    try:
+        native = importlib.import_module("ras_fast._C")
+    except ImportError as error:  # it is not built, or of another Python, or its file is broken
+        return [*facts, ("build facts", f"none, {error}; to have them: ras-fast build")]
+    built = ", ".join(f"{name} {value}" for name, value in native.build_facts().items())
     return [*facts, ("build facts", built)]
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from processors import class_of
 from test_engine_one_pass import autosteer
 from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
 
-from ras_fast import RasProfile, backend, cli
+from ras_fast import RasProfile, backend, cli, doctor
 from ras_fast.attention_map import _seen, _shown, image_attention
 from ras_fast.evaluation.calibration import CALIBRATIONS
 from ras_fast.evaluation.defences import CONSTANT, default_names
@@ -352,6 +353,21 @@ def test_doctor_finds_a_usable_installation(capsys):
     for topic in ("python", "torch", "transformers", "backend cuda", "backend cpu", "ops on cpu", "nvcc", "tiny model"):
         assert f"\n{topic} " in out
     assert "ras_fast is usable here." in out
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["not there", "broken"])
+def test_doctor_does_without_build_facts(broken, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ras_fast._C", None)
+    if broken:
+        (tmp_path / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("no library")
+        monkeypatch.setattr("ras_fast.__path__", [str(tmp_path)])
+        monkeypatch.delitem(sys.modules, "ras_fast._C")
+    facts, problems = doctor.report()
+    found = dict(facts)["build facts"]
+    assert found.startswith("none, ")
+    assert "_C" in found
+    assert found.endswith("to have them: ras-fast build")
+    assert not problems
 
 
 def test_doctor_says_when_an_op_computes_nonsense(capsys, monkeypatch):

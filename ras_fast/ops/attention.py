@@ -376,6 +376,8 @@ def _validate_bounds(query, kv_start, kv_end, shape: tuple[int, ...] | None = No
 
 
 def _validate_scores(is_causal, window, softcap) -> None:
+    if is_causal not in (True, False):  # such as None, which transformers takes for the module's own
+        _check.fail("is_causal", repr(is_causal), "True or False")
     if window is not None:
         if not (_check.is_integer(window) and window >= 1):
             _check.fail("window", repr(window), "None or an integer of at least 1")

@@ -791,6 +791,8 @@ ids = torch.zeros(2, 6, dtype=torch.int32)
         ((q, k, v), {"window": 0}, "window is 0"),
         ((q, k, v), {"window": 1.5}, "window is 1.5"),
         ((q, k, v), {"window": 3, "is_causal": False}, "window is 3 with is_causal=False"),
+        ((q, k, v), {"is_causal": None}, "is_causal is None"),
+        ((q, k, v), {"is_causal": "no"}, "is_causal is 'no'"),
         ((q, k, v), {"softcap": -1.0}, "softcap is -1.0"),
         ((q, k, v), {"softcap": float("inf")}, "softcap is inf"),
         ((q, k, v), {"softcap": 1e-46}, "softcap is 1e-46"),

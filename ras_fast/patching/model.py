@@ -392,7 +392,7 @@ class Patch:
         if backend != "auto":
             self._backend_request = request_backend(backend)
         self._undo.set(text_model, _PATCH, self)
-        self._report = report = Report(type(root).__name__, len(decoder_layers), 0, 0, 0)
+        self._report = report = Report(type(root).__name__, len(decoder_layers))
         try:
             recorded = trace(text_model, decoder_layers)
         except (AttributeError, TypeError, ValueError) as error:  # what the model makes of the inputs that it does not get

@@ -22,9 +22,9 @@ class Report:
 
     model: str
     layers: int
-    fused_layers: int
-    fused_norms: int
-    norms: int
+    fused_layers: int = 0
+    fused_norms: int = 0
+    norms: int = 0
     rotations: int = 0
     linears: int = 0
     mlps: int = 0

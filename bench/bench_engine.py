@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import math
 import re
 import statistics
@@ -66,8 +67,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
 )
 RISKS = {"benign": 0.0, "refused": 1.0}
-# Kind, answer tokens, rounds: most where a promise is checked, few where a run is long.
-DEFAULT_CASES = [(kind, tokens, 3 if (kind, tokens) == ("benign", 64) else 1, 1) for kind in RISKS for tokens in (16, 64, 256)]
+# Kind, answer tokens, rounds, answers at once: most rounds where a promise is checked, few where a run is long.
+DEFAULT_CASES = [
+    *((kind, tokens, 3 if (kind, tokens) == ("benign", 64) else 1, 1) for kind in RISKS for tokens in (16, 64, 256)),
+    ("benign", 64, 1, 8),
+]
 WARM_UP_TOKENS = 4
 STAGES = ["prompt", "prefix", "context", "context and draft", "risk", "check", "answer"]
 COLOURS = dict(zip(STAGES, ["#bbbbbb", "#999999", "#4477aa", "#66ccee", "#ee6677", "#ccbb44", "#228833"], strict=True))
@@ -328,7 +332,16 @@ def stopwatch(run, images, tokens: int, streamer=None) -> tuple[float, dict[str,
     timing = run(images, tokens, streamer)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, timing
+    seconds = time.perf_counter() - begin
+    return_freed_memory()
+    return seconds, timing
+
+
+def return_freed_memory() -> None:
+    """transformers' cache is copied to a longer one at each step, and the holes add up: 9 GB by 256 steps of one answer, which
+    the next contender would begin with."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def medians(samples: list[tuple[float, dict[str, float]]]) -> dict[str, object]:

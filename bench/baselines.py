@@ -23,6 +23,7 @@ def norm_peers(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> dict[
     makers = {
         "eager": norm_eager,
         "compile": norm_compiled,
+        "sandwich, compile": sandwich_compiled,
         "liger": norm_liger,
         "flashinfer": norm_flashinfer,
         "quack": norm_quack,
@@ -52,6 +53,18 @@ def norm_compiled(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ca
         return module(h), h
 
     torch._dynamo.reset()
+    return lambda: chain(x, residual)
+
+
+def sandwich_compiled(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Call:
+    """The same with a norm of x before the add."""
+    module = _llama_norm(weight, eps)
+
+    @functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    def chain(x, residual):
+        h = residual + module(x)
+        return module(h), h
+
     return lambda: chain(x, residual)
 
 

@@ -74,7 +74,7 @@ def _norm_problem(wanted) -> tuple[str, Callable[[], object]]:
     weight = torch.randn(wanted.size, device="cuda", dtype=torch.bfloat16)
     slot = torch.ones(tokens, device="cuda", dtype=torch.int32)
     alpha = torch.full((tokens,), 0.5, device="cuda")
-    call = functools.partial(norm.add_rms_norm, x, residual, weight, 1e-6, vectors, slot, alpha, False, 0.0, True, None)
+    call = functools.partial(norm.add_rms_norm, x, residual, weight, 1e-6, vectors, slot, alpha, False, 0.0, True, None, None)
     return f"T{tokens} d{wanted.size}", call
 
 

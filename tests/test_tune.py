@@ -157,8 +157,9 @@ def test_the_norm_launcher_honours_an_entry(empty_table, monkeypatch, steered):
     steering = (torch.zeros(1, 600), torch.zeros(2, dtype=torch.int32), torch.zeros(2)) if steered else (None, None, None)
     empty_table[norm.shape_class(90, 2, 600)] = {"num_warps": 2, "maxnreg": 96}
     options = launched_with(
-        monkeypatch, norm, "add_norm_kernel", lambda: norm.add_rms_norm(x, x, x[0], 1e-6, *steering, False, 0.0, True, None)
-    )
+        monkeypatch, norm, "add_norm_kernel",
+        lambda: norm.add_rms_norm(x, x, x[0], 1e-6, *steering, False, 0.0, True, None, None),
+    )  # fmt: skip
     assert (options["BLOCK"], options["num_warps"], options["maxnreg"]) == (1024, 2, 96)
 
 

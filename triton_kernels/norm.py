@@ -32,11 +32,34 @@ def _steering(slot_ptr, alpha_ptr, token, num_slots):
 
 
 @triton.jit
-def _load_h(x_row, residual_row, vector_row, cols, mask, alpha, active, invalid,
-            HAS_RESIDUAL: tl.constexpr, STEER: tl.constexpr, HF: tl.constexpr):  # fmt: skip
+def _weighted(normalised, weight_ptr, cols, mask, weight_offset, dtype: tl.constexpr, ROUND_NORMALISED: tl.constexpr):
+    """RMSNorm's last step, for the elements `cols` in fp32."""
+    if ROUND_NORMALISED:
+        normalised = normalised.to(dtype).to(tl.float32)
+    return normalised * (tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + weight_offset)
+
+
+@triton.jit
+def _inverse_rms(x_row, d, eps, offsets, BLOCK: tl.constexpr):
+    """1 / the root of the mean square of a row of x."""
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, d, BLOCK, num_stages=1):
+        x = tl.load(x_row + start + offsets, mask=start + offsets < d, other=0.0).to(tl.float32)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares) / d + eps)
+
+
+@triton.jit
+def _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, mask, x_inv_rms, weight_offset, alpha, active, invalid,
+            HAS_RESIDUAL: tl.constexpr, HAS_X_WEIGHT: tl.constexpr, STEER: tl.constexpr, HF: tl.constexpr,
+            ROUND_NORMALISED: tl.constexpr):  # fmt: skip
     """h of the elements `cols` in fp32, zero outside the mask; rounded to x's type where "hf" rounds."""
     x = tl.load(x_row + cols, mask=mask, other=0.0)
     h = x.to(tl.float32)
+    if HAS_X_WEIGHT:
+        h = _weighted(h * x_inv_rms, x_weight_ptr, cols, mask, weight_offset, x.dtype, ROUND_NORMALISED)
+        if HF:
+            h = h.to(x.dtype).to(tl.float32)
     if HAS_RESIDUAL:
         h += tl.load(residual_row + cols, mask=mask, other=0.0).to(tl.float32)
         if HF:
@@ -59,16 +82,12 @@ def _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, mask, me
     dtype = y_row.dtype.element_ty
     if STORE_H:
         tl.store(h_row + cols, h.to(dtype), mask=mask)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     if LAYER_NORM:
-        y = (h - mean) * inv_std * weight
+        y = (h - mean) * inv_std * tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_BIAS:
             y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     else:
-        y = h * inv_std
-        if ROUND_NORMALISED:
-            y = y.to(dtype).to(tl.float32)
-        y *= weight + weight_offset
+        y = _weighted(h * inv_std, weight_ptr, cols, mask, weight_offset, dtype, ROUND_NORMALISED)
     if STEER == "lerp":  # noqa: SIM102
         if active:
             v = tl.load(vector_row + cols, mask=mask, other=0.0).to(tl.float32)
@@ -80,11 +99,13 @@ def _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, mask, me
 
 @triton.jit
 def add_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, vectors_ptr, slot_ptr, alpha_ptr, probes_ptr, y_ptr, h_ptr, dots_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_weight_ptr, vectors_ptr, slot_ptr, alpha_ptr, probes_ptr,
+    y_ptr, h_ptr, dots_ptr,
     x_stride_z, x_stride_y, x_stride, residual_stride_z, residual_stride_y, residual_stride, vectors_stride, probes_stride,
     rows_y, rows, d, num_slots, num_probes, eps, weight_offset,
-    LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, STEER: tl.constexpr, PROBES: tl.constexpr,
-    HF: tl.constexpr, ROUND_NORMALISED: tl.constexpr, STORE_H: tl.constexpr, BLOCK: tl.constexpr, TILED: tl.constexpr,
+    LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X_WEIGHT: tl.constexpr,
+    STEER: tl.constexpr, PROBES: tl.constexpr, HF: tl.constexpr, ROUND_NORMALISED: tl.constexpr, STORE_H: tl.constexpr,
+    BLOCK: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, y, z): row [z, y, row] of x and residual, row `token` of every output."""
     row, y, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -105,25 +126,30 @@ def add_norm_kernel(
         vector_row += slot * vectors_stride
 
     offsets = tl.arange(0, BLOCK)
+    x_inv_rms = 0.0
+    if HAS_X_WEIGHT:
+        x_inv_rms = _inverse_rms(x_row, d, eps, offsets, BLOCK)
     mean = 0.0
     if TILED:
         if LAYER_NORM:
             total = tl.zeros([BLOCK], tl.float32)
             for start in tl.range(0, d, BLOCK, num_stages=1):
                 cols = start + offsets
-                total += _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid,
-                                 HAS_RESIDUAL, STEER, HF)  # fmt: skip
+                total += _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, weight_offset,
+                                 alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
             mean = tl.sum(total) / d
         squares = tl.zeros([BLOCK], tl.float32)
         for start in tl.range(0, d, BLOCK, num_stages=1):
             cols = start + offsets
-            h = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+            h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, weight_offset, alpha, active,
+                        invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
             centred = tl.where(cols < d, h - mean, 0.0)
             squares += centred * centred
         square_sum = tl.sum(squares)
     else:
         mask = offsets < d
-        h = _load_h(x_row, residual_row, vector_row, offsets, mask, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+        h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, offsets, mask, x_inv_rms, weight_offset, alpha, active,
+                    invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
         if LAYER_NORM:
             mean = tl.sum(h) / d
         centred = tl.where(mask, h - mean, 0.0)
@@ -139,8 +165,8 @@ def add_norm_kernel(
                 products = tl.zeros([BLOCK], tl.float32)
                 for start in tl.range(0, d, BLOCK, num_stages=1):
                     cols = start + offsets
-                    tile = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid,
-                                   HAS_RESIDUAL, STEER, HF)  # fmt: skip
+                    tile = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, weight_offset,
+                                   alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
                     products += tile * tl.load(probe_row + cols, mask=cols < d, other=0.0).to(tl.float32)
             else:
                 products = h * tl.load(probe_row + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -151,7 +177,8 @@ def add_norm_kernel(
     if TILED:
         for start in tl.range(0, d, BLOCK, num_stages=1):
             cols = start + offsets
-            h = _load_h(x_row, residual_row, vector_row, cols, cols < d, alpha, active, invalid, HAS_RESIDUAL, STEER, HF)
+            h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, weight_offset, alpha, active,
+                        invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
             _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, cols < d, mean, inv_std, weight_offset,
                        alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
     else:
@@ -203,16 +230,17 @@ def _leading(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[list[int],
     return tuple(list(column) for column in zip(*padded, strict=True))
 
 
-def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, *, layer_norm):
+def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, *, layer_norm):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stores_h = residual is not None or (vectors is not None and not lerp)
+    stores_h = residual is not None or (vectors is not None and not lerp) or x_weight is not None
     h = torch.empty(x.shape if stores_h else (0,), dtype=x.dtype, device=x.device)
-    return y, h, _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, y,
+    return y, h, _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, y,
                          h if stores_h else None, layer_norm=layer_norm)  # fmt: skip
 
 
 @on_its_device
-def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, y, h, *, layer_norm):
+def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, y, h, *,
+            layer_norm):  # fmt: skip
     """Writes y and, if given, h; returns probe_dots."""
     d = x.shape[-1]
     tokens = x.numel() // d
@@ -225,60 +253,63 @@ def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_o
     absent = x  # for a pointer that the kernel does not touch
     add_norm_kernel[(rows, size_y, size_z)](
         x, residual if residual is not None else absent, weight, bias if bias is not None else absent,
-        vectors if vectors is not None else absent, slot if slot is not None else absent,
-        alpha if alpha is not None else absent, probes if probes is not None else absent, y,
+        x_weight if x_weight is not None else absent, vectors if vectors is not None else absent,
+        slot if slot is not None else absent, alpha if alpha is not None else absent,
+        probes if probes is not None else absent, y,
         h if h is not None else absent, dots,
         *x_strides, *residual_strides,
         vectors.stride(0) if vectors is not None else 0, probes.stride(0) if probes is not None else 0,
         size_y, rows, d, len(vectors) if vectors is not None else 0, len(probes) if probes is not None else 0,
         eps, weight_offset,
         LAYER_NORM=layer_norm, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
-        STEER="none" if vectors is None else "lerp" if lerp else "add", PROBES=probes is not None,
-        HF=hf, ROUND_NORMALISED=hf and weight_offset == 0, STORE_H=h is not None,
+        HAS_X_WEIGHT=x_weight is not None, STEER="none" if vectors is None else "lerp" if lerp else "add",
+        PROBES=probes is not None, HF=hf, ROUND_NORMALISED=hf and weight_offset == 0, STORE_H=h is not None,
         BLOCK=chosen.block, TILED=chosen.tiled, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg,
     )  # fmt: skip
     return dots
 
 
-def add_rms_norm(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+def add_rms_norm(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
     """ras_fast::add_rms_norm (ras_fast/ops/norm.py) in Triton: the op's arguments, (y, h, probe_dots)."""
-    return _add_norm(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, layer_norm=False)
+    return _add_norm(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight,
+                     layer_norm=False)  # fmt: skip
 
 
-def add_rms_norm_(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
+def add_rms_norm_(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
     """ras_fast::add_rms_norm_ in Triton: y over x, h over residual, both contiguous; returns probe_dots."""
-    return _launch(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x, residual,
+    return _launch(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, x, residual,
                    layer_norm=False)  # fmt: skip
 
 
 def add_layer_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
     """ras_fast::add_layer_norm in Triton, as above."""
-    return _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, layer_norm=True)
+    return _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, layer_norm=True)
 
 
 def add_layer_norm_(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
     """ras_fast::add_layer_norm_ in Triton, as above."""
-    return _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, x, residual,
+    return _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, x, residual,
                    layer_norm=True)  # fmt: skip
 
 
 def aot_cases(arch: int) -> list[dict]:
     """Default configurations for the static inspector (ras_fast/inspect.py): each width class, plain and with all features."""
-    types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "probes_ptr", "y_ptr", "h_ptr"), "*bf16")
+    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "x_weight_ptr", "probes_ptr", "y_ptr", "h_ptr")
+    types = dict.fromkeys(pointers, "*bf16")
     types |= dict.fromkeys(("vectors_ptr", "alpha_ptr", "dots_ptr"), "*fp32") | {"slot_ptr": "*i32"}
     types |= dict.fromkeys(("eps", "weight_offset"), "fp32")
     cases = []
     for d in (768, 4096, 8192, 16384, 32768):
-        for layer_norm, steer in ((False, "none"), (False, "add"), (True, "lerp")):
+        for norm, steer in (("rms", "none"), ("rms", "add"), ("sandwich", "add"), ("layer", "lerp")):
             wanted = shape_class(arch, 2, d)
             chosen = config(wanted)
             constexprs = {
-                "LAYER_NORM": layer_norm, "HAS_RESIDUAL": True, "HAS_BIAS": layer_norm, "STEER": steer,
-                "PROBES": steer != "none", "HF": True, "ROUND_NORMALISED": not layer_norm, "STORE_H": True,
-                "BLOCK": chosen.block, "TILED": chosen.tiled,
+                "LAYER_NORM": norm == "layer", "HAS_RESIDUAL": True, "HAS_BIAS": norm == "layer",
+                "HAS_X_WEIGHT": norm == "sandwich", "STEER": steer, "PROBES": steer != "none", "HF": True,
+                "ROUND_NORMALISED": norm != "layer", "STORE_H": True, "BLOCK": chosen.block, "TILED": chosen.tiled,
             }  # fmt: skip
             signature = {name: types.get(name, "i32") for name in add_norm_kernel.arg_names if name not in constexprs}
-            name = f"add_{'layer' if layer_norm else 'rms'}_norm[d={d}, steer={steer}]"
+            name = f"add_{norm}_norm[d={d}, steer={steer}]"
             divisible = [n for n, kind in signature.items() if kind[0] == "*" or n == "d" or "stride" in n]
             cases.append({"name": name, "shape_class": wanted, "kernel": add_norm_kernel, "signature": signature,
                           "constexprs": constexprs, "divisible_by_16": divisible, "num_warps": chosen.num_warps,

@@ -8,17 +8,17 @@ namespace {
 
 // The caller's tables, all in one dtype: x's, or float when one of them has another.
 struct Tables {
-  MaybeTensor weight, bias, vectors, probes;
+  MaybeTensor weight, bias, vectors, probes, x_weight;
 
   bool match(DType dtype) const {
     bool all = true;
-    for (const MaybeTensor* table : {&weight, &bias, &vectors, &probes})
+    for (const MaybeTensor* table : {&weight, &bias, &vectors, &probes, &x_weight})
       if (*table) all &= dtype_of(**table) == dtype;  // of every one, because it refuses dtypes that no kernel reads
     return all;
   }
   void to_float() {
     // A conversion keeps the order of the strides: rows that overlap would come back interleaved.
-    for (MaybeTensor* table : {&weight, &bias, &vectors, &probes})
+    for (MaybeTensor* table : {&weight, &bias, &vectors, &probes, &x_weight})
       if (*table) *table = torch::stable::contiguous(torch::stable::to(**table, torch::headeronly::ScalarType::Float));
   }
 };
@@ -39,8 +39,9 @@ void guard(const Tensor& x, const MaybeTensor& residual, const Tables& tables, c
   STD_TORCH_CHECK(d > 0, "ras_fast norm: x must have a last dimension of at least 1");
   STD_TORCH_CHECK(!residual || (rows_contiguous(*residual) && same_sizes(x, *residual) && raw_dtype(x) == raw_dtype(*residual)),
                   "ras_fast norm: residual must have x's shape, dtype and device");
-  STD_TORCH_CHECK(fits(tables.weight, 1, d) && fits(tables.bias, 1, d) && fits(tables.vectors, 2, d) && fits(tables.probes, 2, d),
-                  "ras_fast norm: weight and bias must be [d], steer_vectors and probes [rows, d]");
+  STD_TORCH_CHECK(fits(tables.weight, 1, d) && fits(tables.bias, 1, d) && fits(tables.x_weight, 1, d) &&
+                      fits(tables.vectors, 2, d) && fits(tables.probes, 2, d),
+                  "ras_fast norm: weight, bias and x_weight must be [d], steer_vectors and probes [rows, d]");
   if (!tables.vectors && !slot && !alpha) return;
   const int64_t tokens = x.numel() / d;
   STD_TORCH_CHECK(tables.vectors && tables.vectors->size(0) > 0 && slot && is(*slot, aoti_torch_dtype_int32(), {tokens}) &&
@@ -63,6 +64,7 @@ Tensor launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, Table
   args.h = data_of<void>(h);
   args.weight = table(tables.weight);
   args.bias = table(tables.bias);
+  args.x_weight = table(tables.x_weight);
   args.vectors = table(tables.vectors);
   args.slot = data_of<const int32_t>(slot);
   args.alpha = data_of<const float>(alpha);
@@ -79,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> functional(const NormArgs& args, const Tensor
                                               const Tables& tables, const MaybeTensor& slot, const MaybeTensor& alpha) {
   guard(x, residual, tables, slot, alpha);
   const std::vector<int64_t> sizes = sizes_of(x);
-  const bool stores_h = residual || (tables.vectors && !args.lerp);
+  const bool stores_h = residual || (tables.vectors && !args.lerp) || tables.x_weight;
   const Tensor y = empty(sizes, raw_dtype(x)), h = empty(stores_h ? sizes : std::vector<int64_t>{0}, raw_dtype(x));
   return {y, h, launch(args, x, residual, tables, slot, alpha, y, stores_h ? MaybeTensor(h) : std::nullopt)};
 }
@@ -103,14 +105,17 @@ NormArgs layer_args(double eps, bool lerp, bool hf) {
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
-                                                bool lerp, double weight_offset, bool hf, const MaybeTensor& probes) {
-  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes}, slot, alpha);
+                                                bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
+                                                const MaybeTensor& x_weight) {
+  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes, x_weight}, slot,
+                    alpha);
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
-                     const MaybeTensor& probes) {
-  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes}, slot, alpha);
+                     const MaybeTensor& probes, const MaybeTensor& x_weight) {
+  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes, x_weight}, slot,
+                  alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,

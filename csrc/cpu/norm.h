@@ -21,7 +21,7 @@ struct NormArgs {
   int64_t d;
   RowMap x, residual;
   void *y, *h;  // contiguous; h is null when it is not stored. y may be x, and h residual, if these are contiguous
-  Table weight, bias;
+  Table weight, bias, x_weight;
   float eps, weight_offset;
   bool rms, hf_rounding;
 

@@ -1,5 +1,5 @@
 // One row of residual add + steering + RMSNorm or LayerNorm: x and residual are read once, h and y written once. y may lie
-// over x and h over residual.
+// over x and h over residual. An x that has a norm of its own is read twice, the second time from L1.
 //
 // Memory is prefetched: the first pass over a row fetches the lines of this row's y and of the next row's x, the second pass
 // those of the next row's residual and h (docs/kernels.md). The second pass reads h back from where the first has stored it, by
@@ -85,17 +85,51 @@ struct RowKernel {
     return value;
   }
 
+  // scale · value · weight, the last step of RMSNorm.
+  template <bool Offset, class Count>
+  Pair weighted(Pair value, float scale, const W* weight, Count count) const {
+    value = scale * value;
+    Pair w = load_table(weight, count);
+    if constexpr (Offset) return value * (w + args.weight_offset);
+    return rounded_if<Hf, T>(value) * w;
+  }
+
+  float scale_of(float square_sum) const { return 1 / std::sqrt(square_sum / args.d + args.eps); }
+
+  // What normalises row t of x by itself.
+  float x_scale(int64_t t) const {
+    const T* in = x(t);
+    Pair total{};
+    each_pair(args.d, [&](int64_t i, auto count) {
+      const Pair value = load_pair(in + i, count);
+      total += value * value;
+    });
+    return scale_of(sum(total));
+  }
+
   // h of row t into args.h and where `kept` finds it; returns its sum of squares, or for LayerNorm its sum.
   template <bool Add>
   float first_pass(int64_t t, const Steering& steering) const {
+    if constexpr (!Layer) {
+      if (args.x_weight.data && args.weight_offset != 0) return first_pass<Add, true, true>(t, steering);
+      if (args.x_weight.data) return first_pass<Add, true, false>(t, steering);
+    }
+    return first_pass<Add, false, false>(t, steering);
+  }
+
+  template <bool Add, bool NormX, bool Offset>
+  float first_pass(int64_t t, const Steering& steering) const {
     const T *in = x(t), *next_in = x(t + 1), *added = residual(t), *out = y(t);
     const W* vector = Add ? table(args.vectors, steering.slot) : nullptr;
+    const W* x_weight = NormX ? table(args.x_weight, 0) : nullptr;
+    const float scale = NormX ? x_scale(t) : 0;
     T* stored = h(t);
     Pair total{};
     each_pair(args.d, [&](int64_t i, auto count) {
       prefetch<1>(out + i);
       prefetch<0>(next_in + i);
       Pair value = load_pair(in + i, count);
+      if constexpr (NormX) value = rounded_if<Hf, T>(weighted<Offset>(value, scale, x_weight + i, count));
       if (added) value = rounded_if<Hf, T>(value + load_pair(added + i, count));
       if constexpr (Add) {  // an infinite alpha times what is missing from the last pair is NaN
         value = rounded_if<Hf, T>(value + present<T>(steering.alpha * load_table(vector + i, count), count));
@@ -129,11 +163,9 @@ struct RowKernel {
     each_pair(args.d, [&](int64_t i, auto count) {
       if (next_h) prefetch<1>(next_h + i);
       if (next_residual) prefetch<0>(next_residual + i);
-      Pair value = scale * load(i, count);
-      Pair w = load_table(weight + i, count);
-      if constexpr (Offset) w = w + args.weight_offset;
-      if constexpr (!Offset && !Layer) value = rounded_if<Hf, T>(value);
-      value = value * w;
+      Pair value = load(i, count);
+      if constexpr (Layer) value = scale * value * load_table(weight + i, count);
+      if constexpr (!Layer) value = weighted<Offset>(value, scale, weight + i, count);
       if (bias) value += load_table(bias + i, count);
       if constexpr (Lerp) {
         value = (1 - steering.alpha) * rounded_if<Hf, T>(value) + steering.alpha * load_table(vector + i, count);
@@ -173,7 +205,7 @@ struct RowKernel {
     float total = add ? first_pass<true>(t, steering) : first_pass<false>(t, steering);
     if (args.probe_dots) dot_probes(t);
     if constexpr (Layer) total = centre(total / args.d);
-    const float scale = 1 / std::sqrt(total / args.d + args.eps);
+    const float scale = scale_of(total);
     push && args.lerp ? normalise<true>(t, steering, scale) : normalise<false>(t, steering, scale);
   }
 

@@ -53,7 +53,7 @@ struct Inputs {
   const Tensor& x;
   const MaybeTensor& residual;
   const Tensor& weight;
-  const MaybeTensor &bias, &vectors, &slot, &alpha, &probes;
+  const MaybeTensor &bias, &vectors, &slot, &alpha, &probes, &x_weight;
 };
 
 // h is not given where it equals x, probe_dots is empty without probes.
@@ -74,6 +74,7 @@ void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
   a.probe_dots = in.probes ? data_of<float>(out.probe_dots) : nullptr;
   a.weight = operand(in.weight);
   a.bias = operand(in.bias);
+  a.x_weight = operand(in.x_weight);
   a.probes = operand(in.probes);
   a.num_probes = in.probes ? int(in.probes->size(0)) : 0;
   a.steer_vectors = operand(in.vectors);
@@ -96,15 +97,11 @@ void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
   a.lerp = flags.lerp;
 
   const int64_t tokens = lead.size[0] * lead.size[1] * lead.size[2];
-  const NormPlan plan = plan_norm(tokens, a.d, sizeof(T), norm_form(a), device_of(in.x).multiprocessors);
+  const Norm norm = in.x_weight ? Norm::sandwich : flags.layer_norm ? Norm::layer : Norm::rms;
+  const NormPlan plan = plan_norm(tokens, a.d, sizeof(T), norm_form(a), norm, device_of(in.x).multiprocessors);
   const dim3 grid((a.rows + plan.rows_per_block - 1) / plan.rows_per_block, lead.size[1], lead.size[2]);
   const dim3 block(plan.threads, plan.rows_per_block);
-  const auto start = [&](auto kernel) { launch(kernel, a, grid, block, 0, in.x); };
-  if (flags.layer_norm) {
-    in.vectors ? with_norm_kernel<T, true, true>(plan, start) : with_norm_kernel<T, true, false>(plan, start);
-  } else {
-    in.vectors ? with_norm_kernel<T, false, true>(plan, start) : with_norm_kernel<T, false, false>(plan, start);
-  }
+  with_norm_kernel(a, norm, plan, [&](auto kernel) { launch(kernel, a, grid, block, 0, in.x); });
 }
 
 void guard(const Inputs& in) {
@@ -121,8 +118,8 @@ void guard(const Inputs& in) {
   STD_TORCH_CHECK(!in.residual || (rows_beside(x, *in.residual) && raw_dtype(*in.residual) == raw_dtype(x) &&
                                    same_sizes(x, *in.residual)),
                   "ras_fast norm: residual must have x's shape, dtype and device");
-  STD_TORCH_CHECK(fits(in.weight, 1) && fits(in.bias, 1) && fits(in.vectors, 2) && fits(in.probes, 2),
-                  "ras_fast norm: weight and bias must be [d], steer_vectors and probes [rows, d]");
+  STD_TORCH_CHECK(fits(in.weight, 1) && fits(in.bias, 1) && fits(in.x_weight, 1) && fits(in.vectors, 2) && fits(in.probes, 2),
+                  "ras_fast norm: weight, bias and x_weight must be [d], steer_vectors and probes [rows, d]");
   STD_TORCH_CHECK((!in.vectors && !in.slot && !in.alpha) ||
                       (in.vectors && in.vectors->size(0) > 0 && per_token(in.slot, aoti_torch_dtype_int32()) &&
                        per_token(in.alpha, aoti_torch_dtype_float32())),
@@ -143,7 +140,7 @@ Tensor new_probe_dots(const Inputs& in) {
 std::tuple<Tensor, Tensor, Tensor> functional(const Inputs& in, const Flags& flags) {
   guard(in);
   const std::vector<int64_t> sizes = sizes_of(in.x);
-  const bool stores_h = in.residual || (in.vectors && !flags.lerp);
+  const bool stores_h = in.residual || (in.vectors && !flags.lerp) || in.x_weight;
   const Tensor y = new_like(in.x, sizes), h = new_like(in.x, stores_h ? sizes : std::vector<int64_t>{0});
   const Tensor dots = new_probe_dots(in);
   run(in, {y, stores_h ? MaybeTensor(h) : std::nullopt, dots}, flags);
@@ -162,15 +159,16 @@ Tensor in_place(const Inputs& in, const Flags& flags) {
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
-                                                bool lerp, double weight_offset, bool hf, const MaybeTensor& probes) {
-  return functional({x, residual, weight, std::nullopt, vectors, slot, alpha, probes},
+                                                bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
+                                                const MaybeTensor& x_weight) {
+  return functional({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight},
                     {false, lerp, hf, float(eps), float(weight_offset)});
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
-                     const MaybeTensor& probes) {
-  return in_place({x, residual, weight, std::nullopt, vectors, slot, alpha, probes},
+                     const MaybeTensor& probes, const MaybeTensor& x_weight) {
+  return in_place({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight},
                   {false, lerp, hf, float(eps), float(weight_offset)});
 }
 
@@ -178,13 +176,13 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTe
                                                   const MaybeTensor& bias, double eps, const MaybeTensor& vectors,
                                                   const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                                                   const MaybeTensor& probes) {
-  return functional({x, residual, weight, bias, vectors, slot, alpha, probes}, {true, lerp, hf, float(eps), 0.f});
+  return functional({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt}, {true, lerp, hf, float(eps), 0.f});
 }
 
 Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const MaybeTensor& bias, double eps,
                        const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                        const MaybeTensor& probes) {
-  return in_place({x, residual, weight, bias, vectors, slot, alpha, probes}, {true, lerp, hf, float(eps), 0.f});
+  return in_place({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt}, {true, lerp, hf, float(eps), 0.f});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {

@@ -1,5 +1,6 @@
 // Residual add, steering and normalisation of a row in one pass over memory.
 //
+//   x = rms_norm(x) * (x_weight + offset)  if x_weight is given (Norm::sandwich)
 //   h = x + residual                       rounded to x's type where Hugging Face's eager code rounds it ("hf")
 //   h = h + alpha * v                      steering "add", for rows whose slot names a steering vector v
 //   y = rms_norm(h) * (weight + offset)    or layer_norm(h) * weight + bias
@@ -53,6 +54,7 @@ struct NormArgs {
   int64_t slot_stride, alpha_stride;
   Operand probes;             // [num_probes, d]
   int num_slots, num_probes;
+  Operand x_weight;           // its data may be null
 };
 
 // ------------------------------------------------------------------------------------------------- a thread's slice
@@ -203,32 +205,72 @@ __device__ Steering read_steering(const NormArgs<T>& a, int64_t t) {
   return {alpha == 0.f ? Steering::kNone : slot, alpha};
 }
 
-// h of one slice. Multiplications followed by additions are written as fmaf throughout: otherwise the compiler may fuse them in
+// RMS norm's last step. It rounds the normalised value before the weight where Llama's eager code does: not with an offset
+// (Gemma multiplies in fp32).
+template <typename T, int kCount>
+__device__ void weigh(const NormArgs<T>& a, const float* weight, float* value) {
+  if (a.hf_rounding && a.weight_offset == 0.f) round_all<T, kCount>(value);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) value[i] *= weight[i] + a.weight_offset;
+}
+
+// h of one slice. `x_inv_rms` makes of the slice's x, which it finds in h, what normalises x's row (Norm::sandwich). Multiplications followed by additions are written as fmaf throughout: otherwise the compiler may fuse them in
 // one kernel and not in another, and the steered and unsteered kernels would give different bits for an unsteered row.
-template <bool kSteered, typename T, int kElements, NormForm kForm>
+template <Norm kNorm, bool kSteered, typename T, int kElements, NormForm kForm, typename InverseRms>
 __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& slice, const T* x, const T* residual,
-                       const Steering& steering, float (&h)[kElements]) {
+                       const Steering& steering, InverseRms x_inv_rms, float (&h)[kElements]) {
   using S = Slice<T, kElements, kForm>;
   const bool add = kSteered && !a.lerp && steering.active();
-  uint4 first[S::kPacks], second[S::kPacks], vector[S::kPacks];
+  uint4 first[S::kPacks], second[S::kPacks], vector[S::kPacks], weight[S::kPacks];
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) first[p] = slice.load(x, p);
+  // Registers that the residual would take while x is normalised, where few are left.
+  constexpr bool kLate = kNorm == Norm::sandwich && (kForm == NormForm::unaligned || kElements * sizeof(T) > 64);
+  if constexpr (!kLate) {
 #pragma unroll
-  for (int p = 0; p < S::kPacks; ++p) second[p] = slice.load(residual, p, residual != nullptr);
+    for (int p = 0; p < S::kPacks; ++p) second[p] = slice.load(residual, p, residual != nullptr);
+  }
+  if constexpr (kNorm == Norm::sandwich) {
+#pragma unroll
+    for (int p = 0; p < S::kPacks; ++p) weight[p] = slice.load_early(a.x_weight, 0, p);
+  }
   // The first use of the slot, and so the first wait for it, comes after the row's own loads are issued.
   if constexpr (kSteered) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) vector[p] = slice.load_early(a.steer_vectors, steering.slot, p, add);
   }
 
+  if constexpr (kNorm == Norm::sandwich) {
 #pragma unroll
-  for (int p = 0; p < S::kPacks; ++p) {
-    const auto *left = reinterpret_cast<const Pair<T>*>(&first[p]), *right = reinterpret_cast<const Pair<T>*>(&second[p]);
+    for (int p = 0; p < S::kPacks; ++p) unpack<T>(first[p], h + p * S::kVec);
+    const float scale = x_inv_rms(h);
 #pragma unroll
-    for (int i = 0; i < S::kVec / 2; ++i) {
-      const float2 u = unpack_pair<T>(left[i]), v = unpack_pair<T>(right[i]);
-      h[p * S::kVec + 2 * i] = u.x + v.x;
-      h[p * S::kVec + 2 * i + 1] = u.y + v.y;
+    for (int p = 0; p < S::kPacks; ++p) {
+      float w[S::kVec], *own = h + p * S::kVec;
+      slice.load(a.x_weight, 0, p, weight[p], w);
+#pragma unroll
+      for (int i = 0; i < S::kVec; ++i) own[i] *= scale;
+      weigh<T, S::kVec>(a, w, own);
+      if (a.hf_rounding) round_all<T, S::kVec>(own);
+    }
+    if constexpr (kLate) __syncwarp();  // or the loads would be moved up, over the registers' number
+#pragma unroll
+    for (int p = 0; p < S::kPacks; ++p) {
+      float added[S::kVec];
+      unpack<T>(kLate ? slice.load(residual, p, residual != nullptr) : second[p], added);
+#pragma unroll
+      for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] += added[i];
+    }
+  } else {
+#pragma unroll
+    for (int p = 0; p < S::kPacks; ++p) {
+      const auto *left = reinterpret_cast<const Pair<T>*>(&first[p]), *right = reinterpret_cast<const Pair<T>*>(&second[p]);
+#pragma unroll
+      for (int i = 0; i < S::kVec / 2; ++i) {
+        const float2 u = unpack_pair<T>(left[i]), v = unpack_pair<T>(right[i]);
+        h[p * S::kVec + 2 * i] = u.x + v.x;
+        h[p * S::kVec + 2 * i + 1] = u.y + v.y;
+      }
     }
   }
   if (a.hf_rounding) round_all<T, kElements>(h);
@@ -301,14 +343,13 @@ struct Affine {
   uint4 scale, shift;
 };
 
-template <bool kLayerNorm, typename T, int kElements, NormForm kForm>
+template <Norm kNorm, typename T, int kElements, NormForm kForm>
 __device__ Affine load_affine(const NormArgs<T>& a, const Slice<T, kElements, kForm>& slice, int p) {
-  return {slice.load_early(a.weight, 0, p), slice.load_early(a.bias, 0, p, kLayerNorm && a.bias.data != nullptr)};
+  return {slice.load_early(a.weight, 0, p), slice.load_early(a.bias, 0, p, kNorm == Norm::layer && a.bias.data != nullptr)};
 }
 
-// y of one run, stored. RMS norm rounds the normalised value before the weight where Llama's eager code does: not with
-// an offset (Gemma multiplies in fp32).
-template <bool kLayerNorm, bool kSteered, typename T, int kElements, NormForm kForm>
+// y of one run, stored.
+template <Norm kNorm, bool kSteered, typename T, int kElements, NormForm kForm>
 __device__ void store_y(const NormArgs<T>& a, const Slice<T, kElements, kForm>& slice, int p, const float* h, float mean,
                         float inv_std, const Affine& affine, const Steering& steering, T* y) {
   using S = Slice<T, kElements, kForm>;
@@ -316,15 +357,13 @@ __device__ void store_y(const NormArgs<T>& a, const Slice<T, kElements, kForm>& 
   slice.load(a.weight, 0, p, affine.scale, scale);
 #pragma unroll
   for (int i = 0; i < S::kVec; ++i) out[i] = (h[i] - mean) * inv_std;
-  if constexpr (kLayerNorm) {
+  if constexpr (kNorm == Norm::layer) {
     float shift[S::kVec]{};
     if (a.bias.data != nullptr) slice.load(a.bias, 0, p, affine.shift, shift);
 #pragma unroll
     for (int i = 0; i < S::kVec; ++i) out[i] = fmaf(out[i], scale[i], shift[i]);
   } else {
-    if (a.hf_rounding && a.weight_offset == 0.f) round_all<T, S::kVec>(out);
-#pragma unroll
-    for (int i = 0; i < S::kVec; ++i) out[i] *= scale[i] + a.weight_offset;
+    weigh<T, S::kVec>(a, scale, out);
   }
   if constexpr (kSteered) {
     if (a.lerp && steering.active()) {
@@ -346,9 +385,9 @@ __device__ int64_t token(const NormArgs<T>& a, int r) {
 }
 
 // grid (ceil(rows / blockDim.y), y, z), block (threads of a row, rows of a block).
-template <typename T, bool kLayerNorm, bool kSteered, int kElements, NormForm kForm>
-__global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
-                                  norm_min_blocks(kElements, kForm, kTypeOf<T>, kLayerNorm, kSteered))
+template <typename T, Norm kNorm, bool kSteered, int kElements, NormForm kForm>
+__global__ void __launch_bounds__(norm_max_threads(kElements, kForm, kNorm),
+                                  norm_min_blocks(kElements, kForm, kTypeOf<T>, kNorm, kSteered))
     add_norm(const __grid_constant__ NormArgs<T> a) {
   using S = Slice<T, kElements, kForm>;
   __shared__ float scratch[2][kWarp];
@@ -361,23 +400,27 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
   // By one block for all: requests for the same few lines wait for each other in L2.
   if (blockIdx.x + blockIdx.y + blockIdx.z == 0) {
     slice.prefetch(a.weight);
-    if (kLayerNorm && a.bias.data != nullptr) slice.prefetch(a.bias);
+    if (kNorm == Norm::layer && a.bias.data != nullptr) slice.prefetch(a.bias);
+    if (kNorm == Norm::sandwich) slice.prefetch(a.x_weight);
   }
   wait_for_previous_kernel();
   if (r >= a.rows) return;
 
   Steering steering{Steering::kNone, 0.f};
   if constexpr (kSteered) {
-    if (S::kPlain || a.steer_slot != nullptr) steering = read_steering(a, t);
+    if ((S::kPlain && kNorm != Norm::sandwich) || a.steer_slot != nullptr) steering = read_steering(a, t);
   }
   Affine affine[S::kPacks];
   const auto load_all_affine = [&] {
 #pragma unroll
-    for (int p = 0; p < S::kPacks; ++p) affine[p] = load_affine<kLayerNorm>(a, slice, p);
+    for (int p = 0; p < S::kPacks; ++p) affine[p] = load_affine<kNorm>(a, slice, p);
   };
   if constexpr (S::kWithRow) load_all_affine();
   float h[kElements];
-  load_h<kSteered>(a, slice, x, a.residual.data ? a.residual.row(r) : nullptr, steering, h);
+  const auto x_inv_rms = [&](const float (&own)[kElements]) {
+    return rsqrtf(row_sum(squares(slice, own, 0.f)) * a.inv_d + a.eps);
+  };
+  load_h<kNorm, kSteered>(a, slice, x, a.residual.data ? a.residual.row(r) : nullptr, steering, x_inv_rms, h);
   allow_next_kernel();
   if constexpr (!S::kWithRow) load_all_affine();
   if (a.h != nullptr) {
@@ -385,7 +428,7 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
     for (int p = 0; p < S::kPacks; ++p) slice.store(a.h + t * a.d, p, h + p * S::kVec);
   }
 
-  const float mean = kLayerNorm ? row_sum(total(slice, h)) * a.inv_d : 0.f;
+  const float mean = kNorm == Norm::layer ? row_sum(total(slice, h)) * a.inv_d : 0.f;
   const float square_sum = row_sum(squares(slice, h, mean));
   const float inv_std = rsqrtf(square_sum * a.inv_d + a.eps);
   if (!S::kPlain && a.probe_dots != nullptr) {  // before y, which takes h's registers
@@ -400,14 +443,14 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm),
 
 #pragma unroll
   for (int p = 0; p < S::kPacks; ++p) {
-    store_y<kLayerNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine[p], steering, a.y + t * a.d);
+    store_y<kNorm, kSteered>(a, slice, p, h + p * S::kVec, mean, inv_std, affine[p], steering, a.y + t * a.d);
   }
 }
 
 // A row longer than its block's registers: tile by tile, h computed again from the inputs (by then in L2) in each pass.
-// grid (rows, y, z), block (1024).
-template <typename T, bool kLayerNorm>
-__global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__ NormArgs<T> a) {
+// grid (rows, y, z), block (norm_long_threads).
+template <typename T, Norm kNorm>
+__global__ void __launch_bounds__(norm_long_threads(kNorm), 1) add_norm_long(const __grid_constant__ NormArgs<T> a) {
   constexpr int kElements = 8;
   using S = Slice<T, kElements, NormForm::unaligned>;
   __shared__ float scratch[2][kWarp];
@@ -424,19 +467,29 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
   if (a.steer_slot != nullptr) steering = read_steering(a, t);
   const int tile_elements = kElements * blockDim.x;
   const int tiles = (a.d + S::kVec - 1 + tile_elements - 1) / tile_elements;
-  float h[kElements];
+  float h[kElements], x_inv_rms = 0.f;
+  if constexpr (kNorm == Norm::sandwich) {
+    float sum = 0.f;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const S slice(x, a.d, tile);
+#pragma unroll
+      for (int p = 0; p < S::kPacks; ++p) unpack<T>(slice.load(x, p), h + p * S::kVec);
+      sum += squares(slice, h, 0.f);
+    }
+    x_inv_rms = rsqrtf(row_sum(sum) * a.inv_d + a.eps);
+  }
   // The sum over the row of what `part` makes of each tile, whose h it finds in `h`.
   const auto over_tiles = [&](auto part) {
     float sum = 0.f;
     for (int tile = 0; tile < tiles; ++tile) {
       const S slice(x, a.d, tile);
-      load_h<true>(a, slice, x, residual, steering, h);
+      load_h<kNorm, true>(a, slice, x, residual, steering, [&](const auto&) { return x_inv_rms; }, h);
       sum += part(slice);
     }
     return sum;
   };
 
-  const float mean = kLayerNorm ? row_sum(over_tiles([&](const S& slice) { return total(slice, h); })) * a.inv_d : 0.f;
+  const float mean = kNorm == Norm::layer ? row_sum(over_tiles([&](const S& slice) { return total(slice, h); })) * a.inv_d : 0.f;
   const float square_sum = row_sum(over_tiles([&](const S& slice) { return squares(slice, h, mean); }));
   const float inv_std = rsqrtf(square_sum * a.inv_d + a.eps);
   if (a.probe_dots != nullptr) {  // before the stores, which in place take the inputs away
@@ -451,9 +504,9 @@ __global__ void __launch_bounds__(1024, 1) add_norm_long(const __grid_constant__
   over_tiles([&](const S& slice) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) {
-      const Affine affine = load_affine<kLayerNorm>(a, slice, p);
+      const Affine affine = load_affine<kNorm>(a, slice, p);
       if (a.h != nullptr) slice.store(a.h + t * a.d, p, h + p * S::kVec);
-      store_y<kLayerNorm, true>(a, slice, p, h + p * S::kVec, mean, inv_std, affine, steering, a.y + t * a.d);
+      store_y<kNorm, true>(a, slice, p, h + p * S::kVec, mean, inv_std, affine, steering, a.y + t * a.d);
     }
     return 0.f;
   });
@@ -478,27 +531,42 @@ NormForm norm_form(const NormArgs<T>& a) {
            fits_accesses(r.data, r.stride_z * size);
   };
   if (!(rows(a.x) && rows(a.residual) && fits_accesses(a.y, a.d * size) && fits_accesses(a.h, a.d * size) &&
-        is_aligned(a.weight) && is_aligned(a.bias) && is_aligned(a.steer_vectors) && is_aligned(a.probes))) {
+        is_aligned(a.weight) && is_aligned(a.bias) && is_aligned(a.x_weight) && is_aligned(a.steer_vectors) &&
+        is_aligned(a.probes))) {
     return NormForm::unaligned;
   }
   const auto same_type = [](const Operand& operand) { return operand.data == nullptr || operand.dtype == kTypeOf<T>; };
-  const bool plain = same_type(a.weight) && same_type(a.bias) && same_type(a.steer_vectors) && a.probe_dots == nullptr;
+  const bool plain = same_type(a.weight) && same_type(a.bias) && same_type(a.x_weight) && same_type(a.steer_vectors) &&
+                     a.probe_dots == nullptr;
   return plain ? NormForm::plain : NormForm::aligned;
 }
 
 // Calls `use` with the kernel that a plan asks for. Those that know every other case know steering, too.
-template <typename T, bool kLayerNorm, bool kSteered, typename Use>
+template <typename T, Norm kNorm, bool kSteered, typename Use>
 void with_norm_kernel(const NormPlan& plan, Use use) {
   constexpr auto kPlain = NormForm::plain, kAligned = NormForm::aligned, kUnaligned = NormForm::unaligned;
-  if (!plan.resident) return use(add_norm_long<T, kLayerNorm>);
-  if (plan.form == kUnaligned) return use(add_norm<T, kLayerNorm, true, 8, kUnaligned>);
+  if (!plan.resident) return use(add_norm_long<T, kNorm>);
+  if (plan.form == kUnaligned) return use(add_norm<T, kNorm, true, 8, kUnaligned>);
   if (plan.form == kAligned) {
-    if (plan.elements == 8) return use(add_norm<T, kLayerNorm, true, 8, kAligned>);
-    return use(add_norm<T, kLayerNorm, true, 16, kAligned>);
+    if (plan.elements == 8) return use(add_norm<T, kNorm, true, 8, kAligned>);
+    return use(add_norm<T, kNorm, true, 16, kAligned>);
   }
-  if (plan.elements == 8) return use(add_norm<T, kLayerNorm, kSteered, 8, kPlain>);
-  if (plan.elements == 16) return use(add_norm<T, kLayerNorm, kSteered, 16, kPlain>);
-  return use(add_norm<T, kLayerNorm, kSteered, 32, kPlain>);
+  if (plan.elements == 8) return use(add_norm<T, kNorm, kSteered, 8, kPlain>);
+  if (plan.elements == 16) return use(add_norm<T, kNorm, kSteered, 16, kPlain>);
+  return use(add_norm<T, kNorm, kSteered, 32, kPlain>);
+}
+
+// The same, by what the call is. All kernels of sandwich norms know steering.
+template <typename T, typename Use>
+void with_norm_kernel(const NormArgs<T>& a, Norm norm, const NormPlan& plan, Use use) {
+  const bool steered = a.steer_slot != nullptr;
+  switch (norm) {
+    case Norm::sandwich: return with_norm_kernel<T, Norm::sandwich, true>(plan, use);
+    case Norm::layer:
+      return steered ? with_norm_kernel<T, Norm::layer, true>(plan, use) : with_norm_kernel<T, Norm::layer, false>(plan, use);
+    case Norm::rms:
+      return steered ? with_norm_kernel<T, Norm::rms, true>(plan, use) : with_norm_kernel<T, Norm::rms, false>(plan, use);
+  }
 }
 
 }  // namespace ras::cuda

@@ -28,6 +28,7 @@ def add_rms_norm(
     weight_offset: float = 0.0,
     rounding: str = "hf",
     probes: Tensor | None = None,
+    x_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of `x + residual`, optionally steered.
 
@@ -50,6 +51,8 @@ def add_rms_norm(
         rounding: "hf" rounds where Hugging Face's eager code rounds (the sum, the steered sum, and, when weight_offset is 0,
             the normalised value before the weight); "fp32" rounds once, at the stores.
         probes: [P, d], any floating dtype: directions whose dot product with each row is read in the same pass.
+        x_weight: [d], any floating dtype: before all else x becomes `norm(x) · (x_weight + weight_offset)`, with the same eps:
+            the norm behind attention and MLP of sandwich layers (Gemma 2, arXiv 2408.00118). "hf" rounds it to x's dtype.
 
     Returns:
         y: [..., d], dtype of `x`, contiguous.
@@ -60,13 +63,14 @@ def add_rms_norm(
         ValueError: an argument has the wrong shape, dtype, device or value.
         RuntimeError: an input requires grad and grad mode is on.
     """
-    _check.no_grad("add_rms_norm", x, residual, weight, steer_vectors, steer_alpha, probes)
+    _check.no_grad("add_rms_norm", x, residual, weight, steer_vectors, steer_alpha, probes, x_weight)
     lerp, hf = _choices(steer_mode, rounding)
     y, h, dots = call(
         "add_rms_norm", _rms_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp, weight_offset,
-        hf, probes,
+        hf, probes, x_weight,
     )  # fmt: skip
-    return y, (h if _stores_h(residual, steer_vectors, lerp) else x), (dots if probes is not None else None)
+    stores_h = _stores_h(residual, steer_vectors, lerp, x_weight)
+    return y, (h if stores_h else x), (dots if probes is not None else None)
 
 
 def add_rms_norm_(
@@ -82,6 +86,7 @@ def add_rms_norm_(
     weight_offset: float = 0.0,
     rounding: str = "hf",
     probes: Tensor | None = None,
+    x_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`add_rms_norm` in place: y is written over `x` and h over `residual`, bit for bit what the functional op returns.
 
@@ -96,11 +101,11 @@ def add_rms_norm_(
         ValueError: as :func:`add_rms_norm`, or `x` or `residual` is not contiguous, or they overlap.
         RuntimeError: an input requires grad and grad mode is on.
     """
-    _check.no_grad("add_rms_norm_", x, residual, weight, steer_vectors, steer_alpha, probes)
+    _check.no_grad("add_rms_norm_", x, residual, weight, steer_vectors, steer_alpha, probes, x_weight)
     lerp, hf = _choices(steer_mode, rounding)
     dots = call(
         "add_rms_norm_", _rms_in_place_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp,
-        weight_offset, hf, probes,
+        weight_offset, hf, probes, x_weight,
     )  # fmt: skip
     return *_written(x, residual), (dots if probes is not None else None)
 
@@ -130,7 +135,7 @@ def add_layer_norm(
         "add_layer_norm", _layer_validate, x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha, lerp, hf,
         probes,
     )  # fmt: skip
-    return y, (h if _stores_h(residual, steer_vectors, lerp) else x), (dots if probes is not None else None)
+    return y, (h if _stores_h(residual, steer_vectors, lerp, None) else x), (dots if probes is not None else None)
 
 
 def add_layer_norm_(
@@ -175,19 +180,19 @@ def _choices(steer_mode: str, rounding: str) -> tuple[bool, bool]:
     return steer_mode == "lerp", rounding == "hf"
 
 
-def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool) -> bool:
+def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool, x_weight: Tensor | None) -> bool:
     """Whether h differs from x, so that the op has to write it."""
-    return residual is not None or (steer_vectors is not None and not lerp)
+    return residual is not None or (steer_vectors is not None and not lerp) or x_weight is not None
 
 
-def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes) -> None:
+def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight) -> None:
     _check.numbers(eps=eps, weight_offset=weight_offset)
-    _validate(x, residual, weight, None, vectors, slot, alpha, probes)
+    _validate(x, residual, weight, vectors, slot, alpha, probes, x_weight=x_weight)
 
 
 def _layer_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
     _check.numbers(eps=eps)
-    _validate(x, residual, weight, bias, vectors, slot, alpha, probes)
+    _validate(x, residual, weight, vectors, slot, alpha, probes, bias=bias)
 
 
 def _rms_in_place_validate(x, residual, *others) -> None:
@@ -212,10 +217,10 @@ def _validate_in_place(x: Tensor, residual: Tensor) -> None:
         _check.fail("residual", "overlapping x", "memory of its own, because both are written in place")
 
 
-def _validate(x, residual, weight, bias, vectors, slot, alpha, probes) -> None:
+def _validate(x, residual, weight, vectors, slot, alpha, probes, **other_rows) -> None:
     _check.tensors(x=x)
     _check.tensors_or_none(
-        residual=residual, bias=bias, steer_vectors=vectors, steer_slot=slot, steer_alpha=alpha, probes=probes
+        residual=residual, steer_vectors=vectors, steer_slot=slot, steer_alpha=alpha, probes=probes, **other_rows
     )
     if x.dim() == 0 or x.shape[-1] == 0:
         _check.fail("x", f"of shape {tuple(x.shape)}", "[..., d] with d > 0")
@@ -228,7 +233,7 @@ def _validate(x, residual, weight, bias, vectors, slot, alpha, probes) -> None:
         _check.last_dim_contiguous("residual", residual)
         _check.device("residual", residual, x.device)
     _check.is_tensor("weight", weight, "a tensor [d]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in {"weight": weight, **other_rows}.items():
         if tensor is not None:
             _check.shape(name, tensor, (d,), "[d]")
             _check_table_dtype(name, tensor, x)
@@ -274,7 +279,7 @@ def _check_table_dtype(name: str, table: Tensor, x: Tensor) -> None:
 # The reference ("torch" backend): the definition that every kernel is tested against.
 
 
-def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, *, rms: bool):
+def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, *, rms: bool):
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     d = x.shape[-1]
 
@@ -282,6 +287,8 @@ def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weigh
         return value.to(x.dtype).to(acc) if hf else value
 
     h = x.reshape(-1, d).to(acc)
+    if x_weight is not None:
+        h = rounded(_rms(h, x_weight, eps, weight_offset, rounded))
     if residual is not None:
         h = rounded(h + residual.reshape(-1, d).to(acc))
     if vectors is not None:
@@ -298,7 +305,7 @@ def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weigh
     dots = x.new_empty(0, dtype=torch.float32)
     if probes is not None:
         dots = torch.cat([h @ probes.to(acc).T, h.square().sum(-1, keepdim=True)], -1).float()
-    stored = h.to(x.dtype).view(x.shape) if _stores_h(residual, vectors, lerp) else x.new_empty(0)
+    stored = h.to(x.dtype).view(x.shape) if _stores_h(residual, vectors, lerp, x_weight) else x.new_empty(0)
     return y.to(x.dtype).view(x.shape), stored, dots
 
 
@@ -315,12 +322,12 @@ def _layer(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor
     return y if bias is None else y + bias.to(h.dtype)
 
 
-def _rms_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
-    return _reference(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, rms=True)
+def _rms_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
+    return _reference(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, rms=True)
 
 
 def _layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, rms=False)
+    return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, rms=False)
 
 
 def _rms_in_place_reference(x, residual, *others):
@@ -337,37 +344,37 @@ def _write(x: Tensor, residual: Tensor, y: Tensor, h: Tensor, dots: Tensor) -> T
     return dots
 
 
-def _fake(x, residual, weight, bias, vectors, slot, alpha, lerp, probes):
-    h = x.new_empty(x.shape) if _stores_h(residual, vectors, lerp) else x.new_empty(0)
-    return x.new_empty(x.shape), h, _fake_dots(x, residual, weight, bias, vectors, slot, alpha, probes)
+def _fake(x, residual, vectors, lerp, x_weight, probes, *others):
+    h = x.new_empty(x.shape) if _stores_h(residual, vectors, lerp, x_weight) else x.new_empty(0)
+    return x.new_empty(x.shape), h, _fake_dots(x, probes, residual, vectors, x_weight, *others)
 
 
-def _fake_dots(x, residual, weight, bias, vectors, slot, alpha, probes):
-    _check.one_device("add_rms_norm or add_layer_norm", x, residual, weight, bias, vectors, slot, alpha, probes)
+def _fake_dots(x, probes, *others):
+    _check.one_device("add_rms_norm or add_layer_norm", x, probes, *others)
     shape = (x.numel() // x.shape[-1], probes.shape[0] + 1) if probes is not None else (0,)
     return x.new_empty(shape, dtype=torch.float32)
 
 
-def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
-    return _fake(x, residual, weight, None, vectors, slot, alpha, lerp, probes)
+def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
+    return _fake(x, residual, vectors, lerp, x_weight, probes, weight, slot, alpha)
 
 
 def _layer_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _fake(x, residual, weight, bias, vectors, slot, alpha, lerp, probes)
+    return _fake(x, residual, vectors, lerp, None, probes, weight, bias, slot, alpha)
 
 
-def _rms_in_place_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes):
-    return _fake_dots(x, residual, weight, None, vectors, slot, alpha, probes)
+def _rms_in_place_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
+    return _fake_dots(x, probes, residual, weight, vectors, slot, alpha, x_weight)
 
 
 def _layer_in_place_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _fake_dots(x, residual, weight, bias, vectors, slot, alpha, probes)
+    return _fake_dots(x, probes, residual, weight, bias, vectors, slot, alpha)
 
 
 _STEERING = "Tensor? steer_vectors, Tensor? steer_slot, Tensor? steer_alpha, bool lerp"
 _RETURNS = "-> (Tensor y, Tensor h, Tensor probe_dots)"
 _IN_PLACE = "Tensor(a!) x, Tensor(b!) residual"
-_RMS = f"Tensor weight, float eps, {_STEERING}, float weight_offset, bool hf_rounding, Tensor? probes"
+_RMS = f"Tensor weight, float eps, {_STEERING}, float weight_offset, bool hf_rounding, Tensor? probes, Tensor? x_weight"
 _LAYER = f"Tensor weight, Tensor? bias, float eps, {_STEERING}, bool hf_rounding, Tensor? probes"
 
 

@@ -167,10 +167,11 @@ class _Fusion:
         record = self.recorded.layers[index]
         if shape not in PATTERNS:
             return None, f"calls its children in the order {shape!r}; known are {', '.join(PATTERNS)}"
-        names = _roles(record, shape)
-        middle = next((call for call in record.calls if call.name == names["middle_norm"]), None)
+        names = dict(zip(PATTERNS[shape], (call.name for call in record.calls), strict=True))
+        fused = ((part, self.norms.get(id(getattr(record.module, name)))) for part, name in names.items())
+        norms = {part: norm for part, norm in fused if isinstance(norm, FusedNorm)}
         kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
-        layer = kind(record.module, index, names, self._fused_norm(record.module, middle), end)
+        layer = kind(record.module, index, names, norms, end)
         layer.note_unproved(record)
         why = _prove(layer, record)
         return (layer, None) if why is None else (None, why)
@@ -224,12 +225,6 @@ def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
         bias = getattr(candidate.norm, "bias", None)
         return nn.functional.layer_norm(x, weight.shape, weight, None if bias is None else bias.double(), candidate.eps)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + candidate.eps) * (weight + candidate.weight_offset)
-
-
-def _roles(record: LayerTrace, shape: str) -> dict[str, str | None]:
-    """The name of the child that plays each part in a layer of one of PATTERNS; None for a part that it does not have."""
-    parts = dict.fromkeys(part for pattern in PATTERNS.values() for part in pattern)
-    return parts | dict(zip(PATTERNS[shape], (call.name for call in record.calls), strict=True))
 
 
 def _prove(layer: FusedLayer, record: LayerTrace) -> str | None:

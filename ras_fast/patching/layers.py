@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ras_fast import ops
 from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.steering import Probe, Site
+from ras_fast.patching.structure import is_watched
 from ras_fast.patching.trace import LayerTrace, first, states_of
 
 # Arguments of a layer that its attention alone makes use of, whether or not the trace brings them.
@@ -68,30 +69,59 @@ class FusedNorm:
         """Whether `x` certainly has not been written to since the add."""
         return torch.compiler.is_compiling() or (not x.is_inference() and self._version == x._version)
 
-    def add(self, x: Tensor, residual: Tensor | None, site: Site | None = None, probe: Probe | None = None) -> Tensor:
-        """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
+    def add(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        site: Site | None = None,
+        probe: Probe | None = None,
+        inner: FusedNorm | None = None,
+    ) -> Tensor:
+        """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows. Where there
+        is an `inner` norm, x goes through that first."""
         if self.norm.weight.is_meta and not x.is_meta:  # offloaded: accelerate's hooks bring it only for the norm's own call
-            return add_alone(x, residual, site, probe)
+            return add_alone(x if inner is None else inner.norm(x), residual, site, probe)
+        x_weight = None
+        if inner is not None and self._includes(inner, x, residual):
+            x_weight = inner.norm.weight
+        elif inner is not None:
+            x = inner.norm(x)
         if site is None or self.site is None:
-            result, hidden = self.compute(x, residual, site or self.site, probe)
+            result, hidden = self.compute(x, residual, site or self.site, probe, x_weight)
         else:
-            _, hidden = self.compute(x, residual, site, probe)
+            _, hidden = self.compute(x, residual, site, probe, x_weight)
             result, _ = self.compute(hidden, None, self.site)
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
+
+    def _includes(self, inner: FusedNorm, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether one kernel computes both norms: they are alike, nobody would notice that `inner` is not called, and its call
+        would run this package's kernel."""
+        alike = inner.kind == self.kind == "rms" and inner.eps == self.eps and inner.weight_offset == self.weight_offset
+        weight = inner.norm.weight
+        if not alike or inner.site is not None or residual is None or weight.is_meta != x.is_meta:
+            return False
+        return x.dtype == residual.dtype == weight.dtype and not is_watched(inner.norm, inner)
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""
         self._given = self._result = None
 
     def compute(
-        self, x: Tensor, residual: Tensor | None, site: Site | None = None, probe: Probe | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        site: Site | None = None,
+        probe: Probe | None = None,
+        x_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual)."""
+        """(norm of x + residual, x + residual), where `x_weight` is that of a norm of x alone."""
         if residual is not None and x.dtype != residual.dtype:  # under autocast
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
         options = _options(x, site, probe)
+        if x_weight is not None:
+            options["x_weight"] = x_weight
         adds_nothing = residual is None and site is None
         if adds_nothing or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             y, h, dots = self._launch(x, residual, options)
@@ -156,11 +186,11 @@ class SteeredLayer:
         hidden = self._add(first(output).contiguous(), None)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _add(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """x + residual, steered and read as is asked for."""
+    def _add(self, x: Tensor, residual: Tensor | None, inner: FusedNorm | None = None) -> Tensor:
+        """x + residual, steered and read as is asked for. Where there is an `inner` norm, x goes through that first."""
         if self.end is None:
-            return add_alone(x, residual, self.site, self.probe)
-        return self.end.add(x, residual, self.site, self.probe)
+            return add_alone(x if inner is None else inner.norm(x), residual, self.site, self.probe)
+        return self.end.add(x, residual, self.site, self.probe, inner)
 
     def _check(self, hidden: Tensor) -> None:
         if self.layer.training:
@@ -170,13 +200,19 @@ class SteeredLayer:
 
 
 class FusedLayer(SteeredLayer):
-    """Stands in for the `forward` of one decoder layer: its residual adds are fused with the norms after them."""
+    """Stands in for the `forward` of one decoder layer: its residual adds are fused with the norms after them, and with those
+    before them.
+
+    names: of the layer's children, by the part that each plays.
+    norms: the fused norms by theirs; all but the one that follows the layer.
+    """
 
     def __init__(
-        self, layer: nn.Module, index: int, names: dict[str, str | None], middle: FusedNorm | None, end: FusedNorm | None
+        self, layer: nn.Module, index: int, names: dict[str, str], norms: dict[str, FusedNorm], end: FusedNorm | None
     ) -> None:
         super().__init__(layer, index, end)
-        self.names, self.middle = names, middle
+        self.names = names
+        self.attention_norm, self.middle, self.mlp_norm = map(norms.get, ("attention_norm", "middle_norm", "mlp_norm"))
         self.returns_tuple = False
         self._parameters = _named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
@@ -190,16 +226,16 @@ class FusedLayer(SteeredLayer):
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden)
-        attended = self._run("attention_norm", self._attend(normed, kwargs))
+        attended = self._attend(normed, kwargs)
         if self.middle is None:
             hidden = hidden + attended
         else:
-            hidden = self.middle.add(attended, hidden)
+            hidden = self.middle.add(attended, hidden, inner=self.attention_norm)
             normed = self._run("middle_norm", hidden)
         moved = self._move(normed, kwargs)
         if moved.shape != hidden.shape:  # some MoE blocks flatten
             moved = moved.view(hidden.shape)
-        hidden = self._add(self._run("mlp_norm", moved), hidden)
+        hidden = self._add(moved, hidden, self.mlp_norm)
         return (hidden,) if self.returns_tuple else hidden
 
     def note_unproved(self, record: LayerTrace) -> None:
@@ -224,9 +260,8 @@ class FusedLayer(SteeredLayer):
         return first(self.layer._modules[self.names["mlp"]](normed))
 
     def _run(self, role: str, x: Tensor) -> Tensor:
-        """The layer's norm in this role, called as a module, so that its hooks run; x itself where there is none."""
-        name = self.names[role]
-        return x if name is None else self.layer._modules[name](x)
+        """The layer's norm in this role, called as a module, so that its hooks run."""
+        return self.layer._modules[self.names[role]](x)
 
 
 class FusedCrossLayer(FusedLayer):

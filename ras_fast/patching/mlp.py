@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 
 from ras_fast.ops.linear import ACTIVATIONS, glu_by_kernel
 from ras_fast.patching.linear import ELSEWHERE, FastLinear, most_elements, some_rows, takes
 from ras_fast.patching.report import Report
-from ras_fast.patching.structure import has_foreign_hooks
+from ras_fast.patching.structure import is_watched
 from ras_fast.patching.trace import reproduce
 from ras_fast.patching.undo import Undo, forward_slot
 
@@ -80,18 +79,17 @@ class FusedMLP:
 
     def _is_left_alone(self) -> bool:
         """Whether nobody would hear that the activation is not called, and it is what it was."""
-        if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
-            return False
         if self.act_fn is None:
             return True
         act_fn = self.mlp._modules[self.parts.act_fn]
-        return act_fn is self.act_fn and "forward" not in act_fn.__dict__ and not has_foreign_hooks(act_fn)
+        return act_fn is self.act_fn and not is_watched(act_fn)
 
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling it is no more than a product with its weight."""
-    plain = isinstance(linear.__dict__.get("forward"), FastLinear) and linear._parameters.get("bias", ELSEWHERE) is None
-    return plain and not has_foreign_hooks(linear)
+    forward = linear.__dict__.get("forward")
+    plain = isinstance(forward, FastLinear) and linear._parameters.get("bias", ELSEWHERE) is None
+    return plain and not is_watched(linear, forward)
 
 
 def fuse_mlps(layers: nn.ModuleList, undo: Undo, report: Report) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from ras_fast.patching.tracking import token_ids
 
@@ -53,6 +54,14 @@ def looks_like_norm(module: nn.Module) -> bool:
     """By its name, or because its weight is a vector."""
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() or (isinstance(weight, Tensor) and weight.dim() == 1)
+
+
+def is_watched(module: nn.Module, forward: Callable | None = None) -> bool:
+    """Whether somebody would notice that the module is not called: by a hook, or by a forward of the instance's own that is not
+    `forward`."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return True
+    return module.__dict__.get("forward") is not forward or has_foreign_hooks(module)
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:

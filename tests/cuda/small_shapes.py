@@ -28,6 +28,8 @@ def norm():
             probes = rand(2, d, dtype=dtype)
             yield ops.add_rms_norm(x, residual, weight, 1e-6)
             yield ops.add_rms_norm(x, residual, weight, 1e-6, probes=probes, **steer)
+            yield ops.add_rms_norm(x, residual, weight, 1e-6, x_weight=bias)
+            yield ops.add_rms_norm(x, None, weight, 1e-6, probes=probes, x_weight=bias, **steer)
             yield ops.add_layer_norm(x, residual, weight, bias, 1e-6, probes=probes, steer_mode="lerp", **steer)
             yield ops.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-6, probes=probes, **steer)
             yield ops.add_layer_norm(x[:, 1:], None, weight[1:], None, 1e-6)

@@ -80,6 +80,20 @@ def test_agrees_with_the_reference(name, dtype, tokens, d):
         assert_agree(name, x, residual, weight, *bias, 1e-5, steer_mode=mode, probes=rand(2, d) / d**0.5, **steering(tokens, d))
 
 
+@pytest.mark.parametrize("d", [7, 256, 769, 4096, 8192, 16384, 40001])
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x_with_a_norm_of_its_own(dtype, tokens, d):
+    x, residual, weight, x_weight = (rand(*shape, d, dtype=dtype) for shape in ((tokens,), (tokens,), (), ()))
+    for offset in (0.0, 1.0):
+        settings = {"x_weight": x_weight, "weight_offset": offset}
+        assert_agree("add_rms_norm", x, residual, weight, 1e-5, **settings)
+        assert_agree("add_rms_norm", x, None, weight, 1e-5, probes=rand(2, d) / d**0.5, **settings, **steering(tokens, d))
+        written = ops.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-5, **settings)
+        for actual, wanted in zip(written, ops.add_rms_norm(x, residual, weight, 1e-5, **settings), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("d", [512, 769, 4096, 16384])
 @pytest.mark.parametrize("mode", ["add", "lerp"])
 def test_unsteered_rows_are_bit_identical(mode, d):

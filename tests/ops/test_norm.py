@@ -199,6 +199,61 @@ def test_weight_offset_is_gemmas_one_plus_w(backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_x_with_a_norm_of_its_own(backend, width, dtype, offset, rounding):
+    x, residual = 5 * torch.randn(2, 3, width).to(dtype), torch.randn(2, 3, width).to(dtype)
+    weight, x_weight = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    settings = {"weight_offset": offset, "rounding": rounding}
+    y, h, _ = ops.add_rms_norm(x, residual, weight, 1e-5, x_weight=x_weight, **settings)
+    normed, _ = exact_norm(x, None, x_weight, None, 1e-5, rms=True, offset=offset)
+    exact_y, exact_h = exact_norm(normed, residual, weight, None, 1e-5, rms=True, offset=offset)
+    for actual, exact in ((h, exact_h), (y, exact_y)):
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=6 * ULP[dtype] * (1 + exact.abs().max().item()))
+
+
+@BACKENDS
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x_with_a_norm_of_its_own_is_one_call_for_two(backend, dtype, offset):
+    """Bit for bit, steered, read by probes, with tables of another dtype, and without a residual."""
+    for width in (33, 768):
+        x, residual = torch.randn(6, width).to(dtype), torch.randn(6, width).to(dtype)
+        weight, x_weight, probes = torch.randn(width), torch.randn(width), torch.randn(2, width)
+        settings = {"weight_offset": offset, "probes": probes}
+        normed, _, _ = ops.add_rms_norm(x, None, x_weight, 1e-5, weight_offset=offset)
+        for added in (residual, None):
+            for mode in ("add", "lerp"):
+                steer = steering(6, width) | {"steer_mode": mode}
+                expected = ops.add_rms_norm(normed, added, weight, 1e-5, **settings, **steer)
+                found = ops.add_rms_norm(x, added, weight, 1e-5, x_weight=x_weight, **settings, **steer)
+                for actual, wanted in zip(found, expected, strict=True):
+                    torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+        own_x, own_residual = x.clone(), residual.clone()
+        expected = ops.add_rms_norm(x, residual, weight, 1e-5, x_weight=x_weight, **settings)
+        written = ops.add_rms_norm_(own_x, own_residual, weight, 1e-5, x_weight=x_weight, **settings)
+        for actual, wanted in zip(written, expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_x_with_a_norm_of_its_own_as_in_gemma(backend, dtype):
+    """The sum of a residual and a norm's output, where Hugging Face's code rounds."""
+    module = copy.deepcopy(hf_modules()["gemma3"][0])
+    module.weight.normal_()
+    module = module.to(dtype)
+    x, residual = 9 * torch.randn(64, 256).to(dtype), torch.randn(64, 256).to(dtype)
+    _, h, _ = ops.add_rms_norm(x, residual, module.weight, 1e-6, weight_offset=1.0, x_weight=module.weight)
+    eager = residual + module(x)
+    assert (h != eager).float().mean() < 0.02 or dtype == torch.float32
+    torch.testing.assert_close(h, eager, rtol=2 * ULP[dtype], atol=2 * ULP[dtype] * eager.abs().max().item())
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_without_copies(backend, dtype):
     """Sliced, transposed and expanded leading dimensions; only the last must be contiguous."""
@@ -327,11 +382,11 @@ def test_rounds_where_hugging_face_rounds(backend, family, dtype):
 def steered_args(dtype=torch.float32):
     x, residual = torch.randn(2, 3, 40).to(dtype), torch.randn(2, 3, 40).to(dtype)
     steer = steering(6, 40, dtype=dtype)
-    return x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40)
+    return x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40), None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual"])
+@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual", "x_weight"])
 def test_opcheck(case, dtype):
     args = list(steered_args(dtype))
     if case == "plain":
@@ -342,15 +397,17 @@ def test_opcheck(case, dtype):
         args[1], args[4:7] = None, [None] * 3
     elif case == "lerp_without_residual":
         args[1], args[7] = None, True
+    elif case == "x_weight":
+        args[1], args[7], args[11] = None, True, torch.randn(40).to(dtype)
     torch.library.opcheck(torch.ops.ras_fast.add_rms_norm.default, tuple(args))
-    layer = (*args[:3], None, *args[3:8], *args[9:])
+    layer = (*args[:3], None, *args[3:8], *args[9:11])
     torch.library.opcheck(torch.ops.ras_fast.add_layer_norm.default, layer)
 
 
 def test_compiles_without_graph_breaks():
     def block(x, residual, weight, vectors, slot, alpha):
         y, h, dots = ops.add_rms_norm(x, residual, weight, 1e-6, steer_vectors=vectors, steer_slot=slot, steer_alpha=alpha,
-                                      probes=vectors)  # fmt: skip
+                                      probes=vectors, x_weight=weight)  # fmt: skip
         return y * 2, h, dots
 
     args = steered_args()
@@ -438,7 +495,7 @@ def test_in_place_refuses_what_it_would_corrupt(backend):
 def test_opcheck_in_place(dtype):
     args = list(steered_args(dtype))
     torch.library.opcheck(torch.ops.ras_fast.add_rms_norm_.default, tuple(args))
-    torch.library.opcheck(torch.ops.ras_fast.add_layer_norm_.default, (*args[:3], None, *args[3:8], *args[9:]))
+    torch.library.opcheck(torch.ops.ras_fast.add_layer_norm_.default, (*args[:3], None, *args[3:8], *args[9:11]))
 
 
 @pytest.mark.parametrize("device", ["meta", "fake"])

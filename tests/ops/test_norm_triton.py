@@ -63,6 +63,19 @@ def test_odd_and_even_widths(d, dtype, rms):
         assert_agree(x, residual, weight, bias, rms=rms, rounding=rounding)
 
 
+# Three roundings one after the other show that Triton's interpreter cuts bfloat16 off.
+@pytest.mark.parametrize("dtype", DTYPES if DEVICE == "cuda" else [torch.float32, torch.float16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("d", [7, 768, norm.MAX_BLOCK + 1])
+def test_x_with_a_norm_of_its_own(d, offset, dtype):
+    x, residual, weight, x_weight = (rand(*shape, d, dtype=dtype) for shape in ((3,), (3,), (), ()))
+    for rounding in ("hf", "fp32"):
+        settings = {"weight_offset": offset, "rounding": rounding, "x_weight": x_weight}
+        assert_agree(x, residual, weight, None, rms=True, **settings)
+        steer = steering([1, -1, 0], [0.5, 0.5, 0.5], d) | {"probes": rand(2, d) / d**0.5}
+        assert_agree(x, None, weight, None, rms=True, **settings, **steer)
+
+
 @pytest.mark.parametrize("d", [norm.MAX_BLOCK + 1, 2 * norm.MAX_BLOCK])
 @pytest.mark.parametrize("rms", [True, False], ids=["rms", "layer"])
 def test_rows_longer_than_registers(d, rms):

@@ -14,7 +14,7 @@ struct Call {
   void *y, *h;
   float* probe_dots;
   int64_t x_stride[3], residual_stride[3], size[3];  // z, y, rows
-  Matrix weight, bias, steer_vectors, probes;
+  Matrix weight, bias, x_weight, steer_vectors, probes;
   const int32_t* steer_slot;
   const float* steer_alpha;
   int64_t slot_stride, alpha_stride, num_slots, num_probes, d, dtype, multiprocessors;
@@ -35,6 +35,7 @@ static bool run(Call& c) {
   a.probe_dots = c.probe_dots;
   a.weight = operand(c.weight);
   a.bias = operand(c.bias);
+  a.x_weight = operand(c.x_weight);
   a.steer_vectors = operand(c.steer_vectors);
   a.probes = operand(c.probes);
   a.steer_slot = c.steer_slot;
@@ -50,19 +51,16 @@ static bool run(Call& c) {
   a.weight_offset = float(c.weight_offset);
   a.hf_rounding = c.hf_rounding;
   a.lerp = c.lerp;
-  const NormPlan plan = plan_norm(c.size[0] * c.size[1] * c.size[2], c.d, sizeof(T), norm_form(a), int(c.multiprocessors));
+  const Norm norm = c.x_weight.data ? Norm::sandwich : c.layer_norm ? Norm::layer : Norm::rms;
+  const int64_t tokens = c.size[0] * c.size[1] * c.size[2];
+  const NormPlan plan = plan_norm(tokens, c.d, sizeof(T), norm_form(a), norm, int(c.multiprocessors));
   const int64_t chosen[5] = {plan.elements, plan.threads, plan.rows_per_block, int64_t(plan.form), plan.resident};
   std::copy(chosen, chosen + 5, c.plan);
 
   const dim3 grid((a.rows + plan.rows_per_block - 1) / plan.rows_per_block, unsigned(c.size[1]), unsigned(c.size[0]));
   const dim3 block(plan.threads, plan.rows_per_block);
   bool ok = false;
-  const auto start = [&](auto kernel) { ok = simt::launch(grid, block, 0, [&] { kernel(a); }); };
-  if (c.layer_norm) {
-    a.steer_slot ? with_norm_kernel<T, true, true>(plan, start) : with_norm_kernel<T, true, false>(plan, start);
-  } else {
-    a.steer_slot ? with_norm_kernel<T, false, true>(plan, start) : with_norm_kernel<T, false, false>(plan, start);
-  }
+  with_norm_kernel(a, norm, plan, [&](auto kernel) { ok = simt::launch(grid, block, 0, [&] { kernel(a); }); });
   return ok;
 }
 
@@ -72,7 +70,7 @@ extern "C" int norm_run(Call* c) {
 
 extern "C" void norm_plan(int64_t rows, int64_t d, int64_t element_bytes, int64_t form, int64_t multiprocessors,
                           int64_t out[5]) {
-  const NormPlan plan = plan_norm(rows, d, int(element_bytes), NormForm(form), int(multiprocessors));
+  const NormPlan plan = plan_norm(rows, d, int(element_bytes), NormForm(form), Norm::rms, int(multiprocessors));
   const int64_t chosen[5] = {plan.elements, plan.threads, plan.rows_per_block, int64_t(plan.form), plan.resident};
   std::copy(chosen, chosen + 5, out);
 }

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ras_fast.ops._check import is_integer
+
 Grid = tuple[int, int]
 _SPARE = 256  # keys that a padded map has room for, so that decoding seldom reallocates
 
@@ -44,8 +46,8 @@ class RegionMap:
             raise ValueError(f"ids is {got}; it must be a tensor [B, L]")
         if self.ids.dtype != torch.int32:
             raise ValueError(f"ids is of dtype {self.ids.dtype}; it must be torch.int32")
-        if self.num_regions < 0:
-            raise ValueError(f"num_regions is {self.num_regions}; it must be at least 0")
+        if not is_integer(self.num_regions) or self.num_regions < 0:
+            raise ValueError(f"num_regions is {self.num_regions!r}; it must be an integer of at least 0")
         if validate and self.ids.numel():
             low, high = torch.stack(torch.aminmax(self.ids)).tolist()
             if low < -1 or high >= self.num_regions:
@@ -189,6 +191,8 @@ def boxes_to_patches(boxes: Tensor | Sequence[Sequence[float]], image_size: tupl
         ValueError: a box is not within the image or is empty; a size is not positive.
     """
     boxes = torch.as_tensor(boxes, dtype=torch.float64)
+    if boxes.shape == (0,):  # of an empty list
+        boxes = boxes.view(0, 4)
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes is of shape {tuple(boxes.shape)}; it must be [N, 4]")
     if min(*image_size, *grid) < 1:

@@ -46,8 +46,8 @@ def tensors_or_none(**given: object) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer of Python, of NumPy or of a trace."""
-    return isinstance(value, (int, torch.SymInt, Integral))
+    """Whether it is an integer of Python, of NumPy or of a trace; True and False are none."""
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:

@@ -226,7 +226,7 @@ def attention(
     if state is None and attentions and _causal(module, is_causal):
         raise ValueError(
             "output_attentions=True with attn_implementation='ras_fast' needs to know where the image tokens are: "
-            "call ras_fast.patch(model, norms=False) first"
+            "call ras_fast.patch(model, norms=False, linears=False) first"
         )
     request = None if state is None else state.request(attentions)
     if request is None:

@@ -58,7 +58,8 @@ def test_image_regions_of_nothing():
         (torch.full((1, 3), 2, dtype=torch.int32), 2, r"-1\.\.1"),
         (torch.full((1, 3), -2, dtype=torch.int32), 2, r"-1\.\.1"),
         (torch.zeros(1, 3, dtype=torch.int32), 0, r"-1\.\.-1"),
-        (torch.zeros(1, 3, dtype=torch.int32), -1, "num_regions"),
+        (torch.zeros(1, 3, dtype=torch.int32), -1, "num_regions is -1"),
+        (torch.zeros(1, 3, dtype=torch.int32), 1.5, "num_regions is 1.5"),
         ([[0]], 1, "tensor"),
     ],
 )
@@ -120,6 +121,7 @@ def test_boxes_to_patches():
     got = boxes_to_patches([[0, 0, 10, 10], [9.5, 0, 10.5, 20], [19, 19, 20, 20]], (20, 20), (2, 2))
     assert got.tolist() == [[[True, False], [False, False]], [[True, True], [True, True]], [[False, False], [False, True]]]
     assert boxes_to_patches([[0, 0, 30, 7]], (21, 30), (3, 5)).sum() == 5
+    assert boxes_to_patches([], (20, 20), (2, 3)).shape == (0, 2, 3)
     low, high = torch.zeros(2, 3, device="meta")  # as boxes on a GPU
     assert _overlaps(low, high, 20, 2).device == low.device
 

@@ -53,16 +53,16 @@ class Fused:
                 layer.end.forget()
 
 
-def fuse(text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> Fused:
-    """Fuses what can be proved, from the trace of the unpatched model, and undoes all of it where the text model gives
+def fuse(root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> Fused:
+    """Fuses what can be proved, from the trace of the unpatched text model of ``root``, and undoes all of it where that gives
     something else with it. What was done is noted in ``report``."""
     before = undo.mark()
-    fused = _Fusion(text_model, recorded, undo, report).run()
+    fused = _Fusion(root, text_model, recorded, undo, report).run()
     why = compare(text_model, recorded)
     if why is None:
         return fused
     undo.restore(before)
-    report.fused_layers = report.fused_norms = report.rotations = 0
+    report.fused_layers = report.fused_norms = report.other_norms = report.rotations = 0
     report.unfused = {type(text_model).__name__: f"with fused layers it {why}"}
     return Fused()
 
@@ -74,14 +74,15 @@ class _Fusion:
     norms: by id of a norm module, its fused form, which is in place of its forward, or why there is none.
     """
 
-    def __init__(self, text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> None:
-        self.text_model, self.recorded, self.undo, self.report = text_model, recorded, undo, report
+    def __init__(self, root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo, report: Report) -> None:
+        self.root, self.text_model, self.recorded, self.undo, self.report = root, text_model, recorded, undo, report
         self.names = {id(module): name for name, module in text_model.named_modules()}
         self.norms: dict[int, FusedNorm | str] = {}
         self.fused = Fused()
 
     def run(self) -> Fused:
         self._fuse_norms()
+        self._fuse_other_norms()
         self._fuse_rotations()
         self.fused.final_norm = self._fused_norm(self.text_model, self.recorded.final_norm)
         for index, record in enumerate(self.recorded.layers):
@@ -106,6 +107,19 @@ class _Fusion:
                 self.norms[id(module)] = candidate = _fuse_norm(module, call)
             if isinstance(candidate, FusedNorm):
                 self.undo.set(module, forward_slot(module), candidate)
+
+    def _fuse_other_norms(self) -> None:
+        """Those that no sum precedes, as of queries and keys or in the vision tower. torch has one kernel for LayerNorm."""
+        for module in list(self.root.modules()):
+            weight, slot = module._parameters.get("weight"), forward_slot(module)
+            skipped = id(module) in self.norms or isinstance(module, nn.LayerNorm) or not looks_like_norm(module)
+            if skipped or slot is None or weight is None or weight.dim() != 1:
+                continue
+            with torch.no_grad():
+                fused = _proved_norm(module, weight.dtype)
+            if isinstance(fused, FusedNorm):
+                self.undo.set(module, slot, fused)
+                self.report.other_norms += 1
 
     def _fuse_rotations(self) -> None:
         for record in self.recorded.layers:
@@ -178,23 +192,29 @@ class _Fusion:
 
 
 def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
-    """The fused form of a norm module that is called like this, proved on random tensors; or why there is none."""
+    """The fused form of a norm module that is called like this; or why there is none."""
     if not call.is_unary or call.kwargs:
         return "is not called with one positional tensor"
-    x = call.x
-    weight, eps_name = getattr(norm, "weight", None), "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
-    has_eps = isinstance(getattr(norm, eps_name, None), float)
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(x.shape[-1:]) or not has_eps:
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(call.x.shape[-1:]):
         return "is not a norm over the hidden size"
     if forward_slot(norm) is None:
         return "has a forward of its own on the instance already"
+    return _proved_norm(norm, call.x.dtype)
+
+
+def _proved_norm(norm: nn.Module, dtype: torch.dtype) -> FusedNorm | str:
+    """The fused form of a norm module with a weight [d], proved on random rows of this dtype; or why there is none."""
+    weight, eps_name = norm.weight, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+    if not isinstance(getattr(norm, eps_name, None), float):
+        return "is not a norm over the hidden size"
     if weight.is_meta:
         return "has its weights offloaded"
     # Off-centre rows tell RMSNorm from LayerNorm, small ones show where eps comes in.
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([[1.0], [30.0], [0.1], [1e-3]], device="cpu")
-    rows = (torch.randn(4, x.shape[-1], generator=generator, device="cpu") + 1) * scales
-    rows = rows.to(device=weight.device, dtype=x.dtype)
+    rows = (torch.randn(4, len(weight), generator=generator, device="cpu") + 1) * scales
+    rows = rows.to(device=weight.device, dtype=dtype)
     try:
         expected = type(norm).forward(norm, rows)
     except Exception as error:  # whatever a norm of another kind raises on rows without a batch

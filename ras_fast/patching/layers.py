@@ -55,9 +55,15 @@ class FusedNorm:
         x = args[0]
         if given is x and self._untouched(x):
             return result
-        if self.site is not None or x.dtype == self.norm.weight.dtype:
+        if self.site is not None or self._computes(x):
             return self.compute(x.contiguous(), None, self.site)[0]
-        return type(self.norm).forward(self.norm, x)  # as under autocast: the dtype of its result is its own
+        return type(self.norm).forward(self.norm, x)
+
+    def _computes(self, x: Tensor) -> bool:
+        """Whether the op can stand for the norm: of another dtype, as under autocast, that of the result is the norm's own; and
+        a vision tower may be asked for gradients."""
+        weight = self.norm.weight
+        return x.dtype == weight.dtype and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
     def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The norm's own forward, where it is called in another way than in the trace."""

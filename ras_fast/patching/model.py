@@ -401,7 +401,7 @@ class Patch:
         self.text_model, self.layers = text_model, decoder_layers
         self.final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
-            self._fused = fuse(text_model, recorded, self._undo, report)
+            self._fused = fuse(root, text_model, recorded, self._undo, report)
         report.regions = "not asked for"
         if regions:
             self._state, report.regions = link(root, text_model, recorded, self._undo)

@@ -12,6 +12,7 @@ class Report:
     """What `patch` did.
 
     fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
+    other_norms: those that no sum precedes, as of queries and keys, which are one kernel instead of several operations.
     rotations: attention modules whose rotary embedding is one kernel.
     linears: linear layers that run by `ops.linear` where that is faster, as in a decode step.
     mlps: gated MLPs whose two projections and activation are one kernel in a decode step.
@@ -25,6 +26,7 @@ class Report:
     fused_layers: int = 0
     fused_norms: int = 0
     norms: int = 0
+    other_norms: int = 0
     rotations: int = 0
     linears: int = 0
     mlps: int = 0
@@ -35,8 +37,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
-            f"{self.fused_norms} of {self.norms} residual adds with their norm, {self.rotations} rotary embeddings, "
-            f"{self.linears} linear layers, {self.mlps} gated MLPs",
+            f"{self.fused_norms} of {self.norms} residual adds with their norm, {self.other_norms} other norms, "
+            f"{self.rotations} rotary embeddings, {self.linears} linear layers, {self.mlps} gated MLPs",
             f"image statistics: {self._statistics()}",
         ]
         return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])

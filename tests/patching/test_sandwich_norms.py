@@ -61,7 +61,8 @@ def test_a_layer_takes_two_calls_of_the_op(model, calls, dtype):
         assert_same(got, expected)
     else:
         torch.testing.assert_close(got, expected, rtol=0.02, atol=0.1)
-    assert calls == {True: 2 * 3, False: 1}  # that before the first layer
+    queries_and_keys, first_norm = 2 * 3, 1
+    assert calls == {True: 2 * 3, False: queries_and_keys + first_norm}
 
 
 def test_hooks_see_the_norm(model, calls):

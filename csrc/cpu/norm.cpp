@@ -107,15 +107,15 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTens
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
                                                 const MaybeTensor& x_weight) {
-  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes, x_weight}, slot,
-                    alpha);
+  const Tables tables{weight, std::nullopt, vectors, probes, x_weight};
+  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
                      const MaybeTensor& probes, const MaybeTensor& x_weight) {
-  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, {weight, std::nullopt, vectors, probes, x_weight}, slot,
-                  alpha);
+  const Tables tables{weight, std::nullopt, vectors, probes, x_weight};
+  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,

@@ -214,8 +214,9 @@ __device__ void weigh(const NormArgs<T>& a, const float* weight, float* value) {
   for (int i = 0; i < kCount; ++i) value[i] *= weight[i] + a.weight_offset;
 }
 
-// h of one slice. `x_inv_rms` makes of the slice's x, which it finds in h, what normalises x's row (Norm::sandwich). Multiplications followed by additions are written as fmaf throughout: otherwise the compiler may fuse them in
-// one kernel and not in another, and the steered and unsteered kernels would give different bits for an unsteered row.
+// h of one slice. `x_inv_rms` makes of the slice's x, which it finds in h, what normalises x's row (Norm::sandwich).
+// Multiplications followed by additions are written as fmaf, or the additions as __fadd_rn: otherwise the compiler may fuse
+// them in one kernel and not in another, and the steered and unsteered kernels would give other bits for an unsteered row.
 template <Norm kNorm, bool kSteered, typename T, int kElements, NormForm kForm, typename InverseRms>
 __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& slice, const T* x, const T* residual,
                        const Steering& steering, InverseRms x_inv_rms, float (&h)[kElements]) {
@@ -259,7 +260,7 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& s
       float added[S::kVec];
       unpack<T>(kLate ? slice.load(residual, p, residual != nullptr) : second[p], added);
 #pragma unroll
-      for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] += added[i];
+      for (int i = 0; i < S::kVec; ++i) h[p * S::kVec + i] = __fadd_rn(h[p * S::kVec + i], added[i]);
     }
   } else {
 #pragma unroll

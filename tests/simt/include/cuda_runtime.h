@@ -88,6 +88,7 @@ inline float atomicAdd(float* p, float v) {
 inline int __ffs(unsigned v) { return __builtin_ffs(int(v)); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __expf(float v) { return std::exp(v); }
 inline float __logf(float v) { return std::log(v); }
 inline float __fdividef(float a, float b) { return a / b; }

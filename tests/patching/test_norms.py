@@ -1,0 +1,219 @@
+"""Norms behind attention and MLP, of queries and keys, and in vision towers: computed with the sum and the norm that follow, or
+by a kernel of their own, or left alone."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from families import FAMILIES
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+import ras_fast
+from ras_fast.patching import layers
+from ras_fast.patching.layers import FusedNorm
+
+CONFIG = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16,
+          "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+IDS = torch.arange(14).view(2, 7)
+
+
+def with_norms(model):
+    """The model in which no norm's weight is as good as none."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(std=0.3).add_("Qwen" in type(model).__name__)
+    return model.eval()
+
+
+@pytest.fixture
+def gemma():
+    """With norms behind attention and MLP, and of queries and keys."""
+    torch.manual_seed(0)
+    return with_norms(Gemma3ForCausalLM(Gemma3TextConfig(**CONFIG, sliding_window=4)))
+
+
+@pytest.fixture
+def qwen():
+    """With norms of queries and keys."""
+    torch.manual_seed(0)
+    return with_norms(Qwen3ForCausalLM(Qwen3Config(**CONFIG)))
+
+
+@pytest.fixture(params=["gemma", "qwen"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the norm op ran, by whether it had the weight of a norm before the sum."""
+    counted, op = Counter(), layers.ops.add_rms_norm
+
+    def add_rms_norm(*args, **kwargs):
+        counted["x_weight" in kwargs] += 1
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(layers.ops, "add_rms_norm", add_rms_norm)
+    return counted
+
+
+@torch.no_grad()
+def states_of(model):
+    return model(IDS, output_hidden_states=True).hidden_states
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_takes_two_calls_of_the_op(gemma, calls, dtype):
+    gemma.to(dtype)
+    expected = states_of(gemma)
+    with ras_fast.patch(gemma):
+        calls.clear()
+        got = states_of(gemma)
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(got, expected, rtol=rounding, atol=rounding)
+    queries_and_keys, first_norm = 2 * 3, 1
+    assert calls == {True: 2 * 3, False: queries_and_keys + first_norm}
+
+
+def test_hooks_see_the_norm(gemma, calls):
+    expected, seen = states_of(gemma), []
+    name = "model.layers.1.post_attention_layernorm"
+    with ras_fast.patch(gemma):
+        with gemma.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append((*args, output))):
+            calls.clear()
+            close(states_of(gemma), expected)
+            assert calls[True] == 5
+        ((before, after),) = seen
+        with torch.no_grad():
+            torch.testing.assert_close(after, type(gemma.get_submodule(name)).forward(gemma.get_submodule(name), before))
+        called = []
+        with register_module_forward_hook(lambda module, args, output: called.append(module)):
+            calls.clear()
+            close(states_of(gemma), expected)
+        assert calls[True] == 0
+        assert gemma.get_submodule(name) in called
+
+
+def test_a_hook_may_change_what_the_norm_gives(gemma):
+    layer = gemma.model.layers[2].post_feedforward_layernorm
+    with layer.register_forward_hook(lambda module, args, output: output * 3):
+        expected = states_of(gemma)
+        with ras_fast.patch(gemma):
+            close(states_of(gemma), expected)
+    with ras_fast.patch(gemma), layer.register_forward_hook(lambda module, args, output: output * 3):
+        close(states_of(gemma), expected)
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_norms_that_are_not_alike_stay_apart(gemma, calls, patched_first):
+    changed = copy.deepcopy(gemma)
+    changed.model.layers[0].post_attention_layernorm.eps = 0.1
+    expected = states_of(changed)
+    with ras_fast.patch(gemma if patched_first else changed) as patch:
+        patch.model.model.layers[0].post_attention_layernorm.eps = 0.1
+        calls.clear()
+        close(states_of(patch.model), expected)
+    assert calls[True] == 5
+
+
+def test_a_forward_of_its_own_is_called(gemma):
+    with ras_fast.patch(gemma):
+        norm = gemma.model.layers[1].post_attention_layernorm
+        fused = norm.forward
+        norm.forward = lambda x: fused(x) * 2
+        got = states_of(gemma)
+        norm.forward = fused
+    gemma.model.layers[1].post_attention_layernorm.forward = lambda x: 2 * type(norm).forward(norm, x)
+    close(got, states_of(gemma))
+
+
+def test_norms_of_queries_and_keys(qwen):
+    expected, norm = states_of(qwen), qwen.model.layers[1].self_attn.k_norm
+    with ras_fast.patch(qwen) as patch:
+        assert patch.report().other_norms == 6
+        assert "6 other norms" in str(patch.report())
+        assert isinstance(norm.forward, FusedNorm)
+        close(states_of(qwen), expected)
+        seen = []
+        with norm.register_forward_hook(lambda module, args, output: seen.append((*args, output))):
+            close(states_of(qwen), expected)
+        ((x, y),) = seen
+        with torch.no_grad():
+            close(y, Qwen3RMSNorm.forward(norm, x))
+    assert "forward" not in norm.__dict__
+    with ras_fast.patch(qwen, norms=False) as patch:
+        assert patch.report().other_norms == 0
+        assert "forward" not in norm.__dict__
+
+
+class Doubled(Qwen3RMSNorm):
+    """Not what its name says."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_another_formula_is_left_alone(qwen):
+    attention = qwen.model.layers[0].self_attn
+    attention.q_norm = Doubled(16).eval()
+    attention.q_norm.weight.data.normal_()
+    expected = states_of(qwen)
+    with ras_fast.patch(qwen) as patch:
+        assert patch.report().other_norms == 5
+        assert "forward" not in attention.q_norm.__dict__
+        close(states_of(qwen), expected)
+
+
+def test_all_are_undone_where_the_text_model_gives_something_else(qwen, monkeypatch):
+    monkeypatch.setattr("ras_fast.patching.fusion.compare", lambda *args: "is off by 1")
+    expected = states_of(qwen)
+    with ras_fast.patch(qwen, linears=False) as patch:
+        assert patch.report().other_norms == 0
+        assert not any(isinstance(module.__dict__.get("forward"), FusedNorm) for module in qwen.modules())
+        assert all(map(torch.equal, states_of(qwen), expected))
+
+
+def test_a_vision_tower_keeps_its_gradients():
+    """By which pictures are sought that fool a model."""
+    family = FAMILIES["qwen2_5_vl"]
+    model = family.model("qwen2_5_vl")
+    batch = family.inputs(model, ["tIt"])
+    pixels, grid = batch["pixel_values"].requires_grad_(), batch["image_grid_thw"]
+
+    def features():
+        found = model.model.visual(pixels, grid_thw=grid)
+        return found if isinstance(found, torch.Tensor) else found.last_hidden_state
+
+    def gradient():
+        (found,) = torch.autograd.grad(features().square().sum(), pixels)
+        return found
+
+    expected, wanted = features().detach(), gradient()
+    with ras_fast.patch(model) as patch:
+        assert patch.report().other_norms > 0
+        assert isinstance(model.model.visual.blocks[0].norm1.forward, FusedNorm)
+        with torch.no_grad():
+            close(features(), expected)
+        assert torch.equal(gradient(), wanted)
+
+
+def test_under_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = states_of(model)
+    with ras_fast.patch(model), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(states_of(model), expected, rtol=0.05, atol=0.1)
+
+
+def test_compiled(model):
+    with ras_fast.patch(model):
+        eager = states_of(model)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        close(states_of(compiled), eager)
+    torch._dynamo.reset()

@@ -116,7 +116,7 @@ class _Fusion:
             if skipped or slot is None or weight is None or weight.dim() != 1:
                 continue
             with torch.no_grad():
-                fused = _proved_norm(module, weight.dtype)
+                fused = _proved_norm(module, weight.dtype, 2, 2)  # dimensions that tell a norm over channels from one of rows
             if isinstance(fused, FusedNorm):
                 self.undo.set(module, slot, fused)
                 self.report.other_norms += 1
@@ -200,11 +200,12 @@ def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
         return "is not a norm over the hidden size"
     if forward_slot(norm) is None:
         return "has a forward of its own on the instance already"
-    return _proved_norm(norm, call.x.dtype)
+    return _proved_norm(norm, call.x.dtype, 4)
 
 
-def _proved_norm(norm: nn.Module, dtype: torch.dtype) -> FusedNorm | str:
-    """The fused form of a norm module with a weight [d], proved on random rows of this dtype; or why there is none."""
+def _proved_norm(norm: nn.Module, dtype: torch.dtype, *leading: int) -> FusedNorm | str:
+    """The fused form of a norm module with a weight [d], proved on random rows [*leading, d] of this dtype, four in all; or why
+    there is none."""
     weight, eps_name = norm.weight, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
     if not isinstance(getattr(norm, eps_name, None), float):
         return "is not a norm over the hidden size"
@@ -214,13 +215,13 @@ def _proved_norm(norm: nn.Module, dtype: torch.dtype) -> FusedNorm | str:
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([[1.0], [30.0], [0.1], [1e-3]], device="cpu")
     rows = (torch.randn(4, len(weight), generator=generator, device="cpu") + 1) * scales
-    rows = rows.to(device=weight.device, dtype=dtype)
+    rows = rows.to(device=weight.device, dtype=dtype).view(*leading, len(weight))
     try:
         expected = type(norm).forward(norm, rows)
     except Exception as error:  # whatever a norm of another kind raises on rows without a batch
         return f"does not run ({type(error).__name__}: {error})"
-    if not isinstance(expected, Tensor):
-        return f"returns a {type(expected).__name__}"
+    if not isinstance(expected, Tensor) or expected.shape != rows.shape:
+        return f"returns a {type(expected).__name__} of another shape"
     for kind, offset in (("rms", 0.0), ("rms", 1.0), ("layer", 0.0)):
         candidate = FusedNorm(norm, kind, eps_name, offset)
         if _norm_agrees(candidate, rows, expected):

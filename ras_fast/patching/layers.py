@@ -63,7 +63,9 @@ class FusedNorm:
         """Whether the op can stand for the norm: of another dtype, as under autocast, that of the result is the norm's own; and
         a vision tower may be asked for gradients."""
         weight = self.norm.weight
-        return x.dtype == weight.dtype and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        if x.dtype != weight.dtype or x.shape[-1:] != weight.shape:
+            return False
+        return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
     def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The norm's own forward, where it is called in another way than in the trace."""

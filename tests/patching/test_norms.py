@@ -171,6 +171,30 @@ def test_another_formula_is_left_alone(qwen):
         close(states_of(qwen), expected)
 
 
+class ChannelNorm(torch.nn.Module):
+    """RMSNorm over the channels of [B, C, H, W]; of [B, C] that of rows."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.randn(channels)), 1e-6
+
+    def forward(self, x):
+        weight = self.weight.view(-1, *[1] * (x.dim() - 2))
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * weight
+
+
+@pytest.mark.parametrize("norm", [ChannelNorm(16), torch.nn.GroupNorm(1, 16), torch.nn.BatchNorm1d(16)])
+@torch.no_grad()
+def test_norms_over_channels_are_left_alone(qwen, norm):
+    """On rows alone, the first two would pass for RMSNorm and LayerNorm."""
+    qwen.model.visual = norm.eval()
+    x = torch.randn(2, 16, 16)
+    expected = norm(x)
+    with ras_fast.patch(qwen) as patch:
+        assert patch.report().other_norms == 6
+        assert torch.equal(norm(x), expected)
+
+
 def test_all_are_undone_where_the_text_model_gives_something_else(qwen, monkeypatch):
     monkeypatch.setattr("ras_fast.patching.fusion.compare", lambda *args: "is off by 1")
     expected = states_of(qwen)

@@ -47,25 +47,28 @@ def norm_compiled(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ca
     """torch.compile of the same chain, specialised to the shape: the real competitor."""
     module = _llama_norm(weight, eps)
 
-    @functools.partial(torch.compile, dynamic=False, fullgraph=True)
     def chain(x, residual):
         h = residual + x
         return module(h), h
 
-    torch._dynamo.reset()
-    return lambda: chain(x, residual)
+    return _compiled(chain, x, residual)
 
 
 def sandwich_compiled(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Call:
     """The same with a norm of x before the add."""
     module = _llama_norm(weight, eps)
 
-    @functools.partial(torch.compile, dynamic=False, fullgraph=True)
     def chain(x, residual):
         h = residual + module(x)
         return module(h), h
 
-    return lambda: chain(x, residual)
+    return _compiled(chain, x, residual)
+
+
+def _compiled(chain: Callable, *args: Tensor) -> Call:
+    compiled = torch.compile(chain, dynamic=False, fullgraph=True)
+    torch._dynamo.reset()
+    return lambda: compiled(*args)
 
 
 def norm_liger(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Call | None:

@@ -106,10 +106,11 @@ class FusedNorm:
         """Whether one kernel computes both norms: they are alike, nobody would notice that `inner` is not called, and its call
         would run this package's kernel."""
         alike = inner.kind == self.kind == "rms" and inner.eps == self.eps and inner.weight_offset == self.weight_offset
-        weight = inner.norm.weight
-        if not alike or inner.site is not None or residual is None or weight.is_meta != x.is_meta:
+        if not alike or inner.site is not None or inner.norm.weight.is_meta != x.is_meta:
             return False
-        return x.dtype == residual.dtype == weight.dtype and not is_watched(inner.norm, inner)
+        if residual is None or residual.dtype != x.dtype or not inner._computes(x):
+            return False
+        return not is_watched(inner.norm, inner)
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""

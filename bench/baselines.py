@@ -108,13 +108,18 @@ def _llama_norm(weight: Tensor, eps: float) -> torch.nn.Module:
 # Rotary embedding: candidates rotate query [B, Hq, L, D] and key [B, Hkv, L, D] by cos and sin [B, L, r].
 
 
-def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> dict[str, Call]:
-    """What Hugging Face's Llama does, or its GLM-4V, op by op and compiled; Liger's kernel, which knows Llama's way alone."""
+def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, tower: bool) -> dict[str, Call]:
+    """What Hugging Face's Llama does, or its GLM-4V, or the latter's vision tower, op by op and compiled; Liger's kernel, which
+    knows Llama's way alone."""
     eager = modeling_glm4v.apply_rotary_pos_emb if interleaved else modeling_llama.apply_rotary_pos_emb
+    given = query, key, cos, sin
+    if tower:
+        eager = modeling_glm4v.apply_rotary_pos_emb_vision
+        given = query[0].transpose(0, 1), key[0].transpose(0, 1), cos[0], sin[0]
     torch._dynamo.reset()
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-    peers = {"eager": lambda: eager(query, key, cos, sin), "compile": lambda: compiled(query, key, cos, sin)}
-    if query.is_cuda and not interleaved and importlib.util.find_spec("liger_kernel"):
+    peers = {"eager": lambda: eager(*given), "compile": lambda: compiled(*given)}
+    if query.is_cuda and not (interleaved or tower) and importlib.util.find_spec("liger_kernel"):
         peers["liger"] = _rotary_liger(query, key, cos, sin)
     return peers
 

@@ -8,12 +8,15 @@ A kernel that spills registers to memory is an error (exit status 1): every defa
 from __future__ import annotations
 
 import argparse
+import bisect
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +35,8 @@ CUDA_LIBRARY = Path(__file__).resolve().parent / "_lib/libras_fast_cuda.so"
 # divisible_by_16 (names of arguments), num_warps, num_stages and, where it is set, maxnreg.
 TRITON_MODULES = ("norm", "attention", "gated_linear", "rotary")
 TRITON_ARCHS = (80, 90, 100, 120)
+# A line of disassembly: where the instruction lies, and without its predicate the instruction.
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;")
 
 
 class InspectError(RuntimeError):
@@ -57,13 +62,13 @@ class KernelFacts:
         return self.local_accesses > 0 or self.stack_bytes > 0
 
 
-def _dump(binary: Path, *options: str) -> str:
-    tool = find_cuda_tool("cuobjdump")
-    if tool is None:
-        raise InspectError("cuobjdump was not found: install the CUDA toolkit or `pip install triton`, which brings it")
-    done = subprocess.run([tool, *options, str(binary)], capture_output=True, text=True)
+def _dump(binary: Path, *options: str, tool: str = "cuobjdump") -> str:
+    found = find_cuda_tool(tool)
+    if found is None:
+        raise InspectError(f"{tool} was not found: install the CUDA toolkit or `pip install triton`, which brings it")
+    done = subprocess.run([found, *options, str(binary)], capture_output=True, text=True)
     if done.returncode:
-        raise InspectError(f"cuobjdump {' '.join(options)} {binary} failed: {done.stderr.strip()}")
+        raise InspectError(f"{tool} {' '.join(options)} {binary} failed: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -110,8 +115,8 @@ def disassembly(binary: Path, arch: str | None = None) -> dict[tuple[str, str], 
             found = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             instructions = kernels[found, match[1]] = []
-        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
-            instructions.append(match[1])
+        elif match := _INSTRUCTION.match(line):
+            instructions.append(match[2])
     return kernels
 
 
@@ -128,13 +133,11 @@ def read_binary(binary: Path, arch: str | None = None) -> list[KernelFacts]:
     rows = []
     for (built, kernel), instructions in kernels.items():
         found = resources.get((built, kernel)) or next(v for (_, k), v in resources.items() if k == kernel)
-        count = _counts(instructions)
-        rows.append(KernelFacts(names[kernel], built, found["REG"], found["STACK"], found["SHARED"], count["local"],
-                                count["tensor"], count["loads"], count["wide"]))  # fmt: skip
+        rows.append(_facts(names[kernel], built, found, found["SHARED"], instructions))
     return rows
 
 
-def _counts(instructions: Iterable[str]) -> dict[str, int]:
+def _facts(kernel: str, arch: str, resources: dict[str, int], shared: int, instructions: Iterable[str]) -> KernelFacts:
     count = dict.fromkeys(("local", "tensor", "loads", "wide"), 0)
     for instruction in instructions:
         opcode = instruction.split()[0]
@@ -146,7 +149,7 @@ def _counts(instructions: Iterable[str]) -> dict[str, int]:
         elif name in ("LDG", "LDGSTS", "UBLKCP", "UTMALDG"):
             count["loads"] += 1
             count["wide"] += name in ("UBLKCP", "UTMALDG") or ".128" in opcode or ".256" in opcode
-    return count
+    return KernelFacts(kernel, arch, resources["REG"], resources["STACK"], shared, *count.values())
 
 
 def inspect_cuda(library: Path = CUDA_LIBRARY, archs: Sequence[str] = (), match: str = "") -> list[KernelFacts]:
@@ -184,11 +187,50 @@ def inspect_triton(archs: Sequence[int] = TRITON_ARCHS, match: str = "") -> list
 
 def _inspect_arch(arch: int, match: str) -> list[KernelFacts]:
     modules = [importlib.import_module(f"ras_fast.triton_kernels.{name}") for name in TRITON_MODULES]
-    return [compile_triton(case, arch) for module in modules for case in module.aot_cases(arch) if match in case["name"]]
+    return compile_triton([case for module in modules for case in module.aot_cases(arch) if match in case["name"]], arch)
 
 
-def compile_triton(case: dict, arch: int) -> KernelFacts:
-    """Compiles one case (see TRITON_MODULES) for compute capability `arch`, such as 90, and reads the result."""
+def compile_triton(cases: Sequence[dict], arch: int) -> list[KernelFacts]:
+    """Compiles cases (see TRITON_MODULES) for compute capability `arch`, such as 90, and reads what came out."""
+    binaries = [_compile_triton(case, arch) for case in cases]
+    code = [_code(binary.asm["cubin"]) for binary in binaries]
+    rows = []
+    for case, binary, instructions in zip(cases, binaries, _disassemble(code, arch), strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            [resources] = _resources(Path(file.name)).values()
+        target = re.search(r"\.target (sm_\w+)", binary.asm["ptx"])[1]
+        rows.append(_facts(case["name"], target, resources, binary.metadata.shared, instructions))
+    return rows
+
+
+def _code(cubin: bytes) -> bytes:
+    """The instructions of the one kernel in a cubin: section ".text.<its name>" of a 64-bit ELF file."""
+    (headers,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
+    [code] = [cubin[at : at + length] for name, _, _, _, at, length in sections
+              if cubin[sections[names][4] + name :].startswith(b".text.")]  # fmt: skip
+    return code
+
+
+def _disassemble(kernels: Sequence[bytes], arch: int) -> list[list[str]]:
+    """The instructions of each. All in one go: nvdisasm takes most of a second to begin."""
+    if not kernels:
+        return []
+    ends = list(itertools.accumulate(map(len, kernels)))
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(kernels))
+        file.flush()
+        lines = _dump(Path(file.name), "--binary", f"SM{arch}", tool="nvdisasm").splitlines()
+    found: list[list[str]] = [[] for _ in kernels]
+    for match in filter(None, map(_INSTRUCTION.match, lines)):
+        found[bisect.bisect_right(ends, int(match[1], 16))].append(match[2])
+    return found
+
+
+def _compile_triton(case: dict, arch: int):
+    """Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -199,12 +241,7 @@ def compile_triton(case: dict, arch: int) -> KernelFacts:
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case["divisible_by_16"]}
     source = ASTSource(kernel, full, constexprs=case["constexprs"], attrs=attributes)
     options = {name: case[name] for name in ("num_warps", "num_stages", "maxnreg") if name in case}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        [facts] = read_binary(cubin)
-    return KernelFacts(**{**asdict(facts), "kernel": case["name"], "shared_bytes": compiled.metadata.shared})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def table(rows: Sequence[KernelFacts]) -> str:

@@ -148,7 +148,7 @@ def spills(wanted, config: dict[str, int]) -> bool:
 
     with trial(wanted, config):
         cases = (norm if wanted.kernel == "norm" else attention).aot_cases(wanted.arch)
-    return any(compile_triton(case, wanted.arch).spills for case in cases if case["shape_class"] == wanted)
+    return any(facts.spills for facts in compile_triton([c for c in cases if c["shape_class"] == wanted], wanted.arch))
 
 
 def _runs(wanted, config: dict[str, int]) -> bool:

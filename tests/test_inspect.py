@@ -27,7 +27,7 @@ def case(block, warps):
     return {"name": f"centre {block}", "kernel": centre, "signature": {"source": "*fp32", "target": "*fp32", "n": "i32"},
             "constexprs": {"BLOCK": block}, "divisible_by_16": ["source", "target", "n"], "num_warps": warps, "num_stages": 1}
 
-print(json.dumps([asdict(inspect.compile_triton(case(*c), 90)) for c in ((1024, 4), (16384, 1))]))
+print(json.dumps([asdict(row) for row in inspect.compile_triton([case(1024, 4), case(16384, 1)], 90)]))
 """
 
 

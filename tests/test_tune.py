@@ -158,7 +158,7 @@ def test_the_norm_launcher_honours_an_entry(empty_table, monkeypatch, steered):
     empty_table[norm.shape_class(90, 2, 600)] = {"num_warps": 2, "maxnreg": 96}
     options = launched_with(
         monkeypatch, norm, "add_norm_kernel",
-        lambda: norm.add_rms_norm(x, x, x[0], 1e-6, *steering, False, 0.0, True, None, None),
+        lambda: norm.add_rms_norm(x, x, x[0], 1e-6, *steering, False, 0.0, True, None, None, None),
     )  # fmt: skip
     assert (options["BLOCK"], options["num_warps"], options["maxnreg"]) == (1024, 2, 96)
 

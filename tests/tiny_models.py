@@ -18,6 +18,8 @@ def spread(model: nn.Module) -> nn.Module:
         noise = torch.randn(parameter.shape, generator=generator) * scale
         norm_weight = parameter.dim() == 1 and name.endswith("weight")
         parameter.data.copy_(parameter + noise if norm_weight else noise)
+    for index, (_, scalar) in enumerate(item for item in model.named_buffers() if item[0].endswith("layer_scalar")):
+        scalar.fill_(1.2 + 0.1 * index)  # Gemma 4's: 1 before training, and not after
     return model.eval()
 
 

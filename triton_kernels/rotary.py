@@ -1,7 +1,7 @@
 """Rotary position embedding of query and key heads, in Triton.
 
-A program rotates a few heads of one token. Products and sums are rounded one by one, as in eager code: without fusion
-(`enable_fp_fusion`), and in half precision through its dtype.
+A program rotates a few heads of one token. Products are rounded to the tables' dtype and sums to that of the heads, as in eager
+code: without fusion (`enable_fp_fusion`).
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def rotary_kernel(
 
 @triton.jit
 def _product(x, factor):
-    """x · factor in float32, rounded to the dtype of x."""
-    return (x.to(tl.float32) * factor[None, :].to(tl.float32)).to(x.dtype).to(tl.float32)
+    """x · factor in float32, rounded to the dtype of the factor."""
+    return (x.to(tl.float32) * factor[None, :].to(tl.float32)).to(factor.dtype).to(tl.float32)
 
 
 def constants(dim: int, rotated: int, interleaved: bool) -> dict[str, int]:
@@ -89,16 +89,17 @@ def rotary_embedding(query, key, cos, sin, interleaved=False):
 
 def aot_cases(arch: int) -> list[dict]:
     """Default configurations for the static inspector (ras_fast/inspect.py): whole and partial rotation, 16 and 32 bits, both
-    kinds of pairs."""
+    kinds of pairs, tables of another dtype."""
     cases = []
-    for dtype, dim, rotated, pairs in (
-        ("bf16", 128, 128, ""), ("fp32", 128, 128, ""), ("bf16", 256, 64, ""), ("bf16", 128, 64, ", interleaved"),
+    for dtype, tables, dim, rotated, note in (
+        ("bf16", "bf16", 128, 128, ""), ("fp32", "fp32", 128, 128, ""), ("bf16", "bf16", 256, 64, ""),
+        ("bf16", "bf16", 128, 64, ", interleaved"), ("bf16", "fp32", 80, 80, ", fp32 tables"),
     ):  # fmt: skip
-        constexprs = constants(dim, rotated, pairs != "")
-        signature = {
-            name: f"*{dtype}" if name.endswith("_ptr") else "i32" for name in rotary_kernel.arg_names if name not in constexprs
-        }
+        constexprs = constants(dim, rotated, note == ", interleaved")
+        pointers = {name: f"*{dtype}" for name in rotary_kernel.arg_names if name.endswith("_ptr")}
+        pointers |= dict.fromkeys(("cos_ptr", "sin_ptr"), f"*{tables}")
+        signature = {name: pointers.get(name, "i32") for name in rotary_kernel.arg_names if name not in constexprs}
         divisible = [n for n, kind in signature.items() if kind[0] == "*" or "stride" in n or n in ("dim", "rotated")]
-        cases.append({"name": f"rotary[{dtype}, {rotated} of {dim}{pairs}]", "kernel": rotary_kernel, "signature": signature,
+        cases.append({"name": f"rotary[{dtype}, {rotated} of {dim}{note}]", "kernel": rotary_kernel, "signature": signature,
                       "constexprs": constexprs, "divisible_by_16": divisible, "num_warps": 4, "num_stages": 3})  # fmt: skip
     return cases

@@ -1,6 +1,8 @@
 // CPU launcher of add_rms_norm, add_layer_norm and their in-place twins: shapes and pointers; the arithmetic is in norm_kernel.cpp.
 #include "cpu/norm.h"
 
+#include <cmath>
+
 #include "cpu/tensor.h"
 
 namespace ras::cpu {
@@ -93,12 +95,26 @@ Tensor in_place(const NormArgs& args, const Tensor& x, const Tensor& residual, c
   return launch(args, x, residual, tables, slot, alpha, x, residual);
 }
 
-NormArgs rms_args(double eps, bool lerp, double weight_offset, bool hf) {
-  return {.eps = float(eps), .weight_offset = float(weight_offset), .rms = true, .hf_rounding = hf, .lerp = lerp};
+float value_of(const MaybeTensor& scale, const MaybeTensor& x_weight) {
+  if (!scale) return 1;
+  STD_TORCH_CHECK(x_weight && rows_contiguous(*scale) && is(*scale, raw_dtype(*scale), {1}),
+                  "ras_fast norm: scale must be [1], and given together with x_weight");
+  const Tensor value = torch::stable::to(*scale, torch::headeronly::ScalarType::Float);
+  const float number = *data_of<const float>(value);
+  return std::isnan(number) ? NAN : number;  // the NaN that survives rounding to bf16 (pair.h)
+}
+
+NormArgs rms_args(double eps, bool lerp, double weight_offset, bool hf, float scale) {
+  return {.eps = float(eps),
+          .weight_offset = float(weight_offset),
+          .scale = scale,
+          .rms = true,
+          .hf_rounding = hf,
+          .lerp = lerp};
 }
 
 NormArgs layer_args(double eps, bool lerp, bool hf) {
-  return {.eps = float(eps), .weight_offset = 0, .rms = false, .hf_rounding = hf, .lerp = lerp};
+  return {.eps = float(eps), .weight_offset = 0, .scale = 1, .rms = false, .hf_rounding = hf, .lerp = lerp};
 }
 
 }  // namespace
@@ -106,16 +122,16 @@ NormArgs layer_args(double eps, bool lerp, bool hf) {
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
-                                                const MaybeTensor& x_weight) {
+                                                const MaybeTensor& x_weight, const MaybeTensor& scale) {
   const Tables tables{weight, std::nullopt, vectors, probes, x_weight};
-  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
+  return functional(rms_args(eps, lerp, weight_offset, hf, value_of(scale, x_weight)), x, residual, tables, slot, alpha);
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
-                     const MaybeTensor& probes, const MaybeTensor& x_weight) {
+                     const MaybeTensor& probes, const MaybeTensor& x_weight, const MaybeTensor& scale) {
   const Tables tables{weight, std::nullopt, vectors, probes, x_weight};
-  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
+  return in_place(rms_args(eps, lerp, weight_offset, hf, value_of(scale, x_weight)), x, residual, tables, slot, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,

@@ -73,23 +73,11 @@ struct RowKernel {
 
   const W* table(const Table& from, int64_t index) const { return static_cast<const W*>(from.data) + index * from.stride; }
 
-  template <class Count>
-  static Pair load_table(const W* from, Count count) {
-    Pair value = load_pair(from, count);
-    if constexpr (!std::is_same_v<T, W>) {
-      value = in_order_of(T{}, value);
-      // The NaN that survives rounding to bf16 (pair.h).
-      value.a = value.a == value.a ? value.a : splat(NAN);
-      value.b = value.b == value.b ? value.b : splat(NAN);
-    }
-    return value;
-  }
-
   // scale · value · weight, the last step of RMSNorm.
   template <bool Offset, class Count>
   Pair weighted(Pair value, float scale, const W* weight, Count count) const {
     value = scale * value;
-    Pair w = load_table(weight, count);
+    Pair w = load_table<T>(weight, count);
     if constexpr (Offset) return value * (w + args.weight_offset);
     return rounded_if<Hf, T>(value) * w;
   }
@@ -131,8 +119,9 @@ struct RowKernel {
       Pair value = load_pair(in + i, count);
       if constexpr (NormX) value = rounded_if<Hf, T>(weighted<Offset>(value, scale, x_weight + i, count));
       if (added) value = rounded_if<Hf, T>(value + load_pair(added + i, count));
+      if constexpr (NormX) value = rounded_if<Hf, T>(args.scale * value);
       if constexpr (Add) {  // an infinite alpha times what is missing from the last pair is NaN
-        value = rounded_if<Hf, T>(value + present<T>(steering.alpha * load_table(vector + i, count), count));
+        value = rounded_if<Hf, T>(value + present<T>(steering.alpha * load_table<T>(vector + i, count), count));
       }
       if (stored) Hf ? store_rounded(stored + i, value, count) : store_pair(stored + i, value, count);
       if constexpr (!kReadsBack) store_pair(row + i, value);
@@ -164,11 +153,11 @@ struct RowKernel {
       if (next_h) prefetch<1>(next_h + i);
       if (next_residual) prefetch<0>(next_residual + i);
       Pair value = load(i, count);
-      if constexpr (Layer) value = scale * value * load_table(weight + i, count);
+      if constexpr (Layer) value = scale * value * load_table<T>(weight + i, count);
       if constexpr (!Layer) value = weighted<Offset>(value, scale, weight + i, count);
-      if (bias) value += load_table(bias + i, count);
+      if (bias) value += load_table<T>(bias + i, count);
       if constexpr (Lerp) {
-        value = (1 - steering.alpha) * rounded_if<Hf, T>(value) + steering.alpha * load_table(vector + i, count);
+        value = (1 - steering.alpha) * rounded_if<Hf, T>(value) + steering.alpha * load_table<T>(vector + i, count);
       }
       store_pair(out + i, value, count);
     });
@@ -181,7 +170,7 @@ struct RowKernel {
       Pair total{};
       each_pair(args.d, [&](int64_t i, auto count) {
         const Pair value = load(i, count);
-        total += value * (p < args.probes.rows ? load_table(table(args.probes, p) + i, count) : value);
+        total += value * (p < args.probes.rows ? load_table<T>(table(args.probes, p) + i, count) : value);
       });
       dots[p] = sum(total);
     }

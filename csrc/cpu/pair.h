@@ -5,6 +5,8 @@
 // needs cross-lane shuffles, which go through one port only. Element-wise arithmetic does not care about the order.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/vec.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
@@ -106,6 +108,19 @@ inline Pair in_order_of(bf16, Pair value) {
   vint even, odd;
   for (int i = 0; i < kLanes; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
   return {__builtin_shuffle(value.a, value.b, even), __builtin_shuffle(value.a, value.b, odd)};
+}
+
+// What rows of T meet element by element: another row of T, or one of float.
+template <class T, class Table, class Count>
+inline Pair load_table(const Table* from, Count count) {
+  Pair value = load_pair(from, count);
+  if constexpr (!std::is_same_v<T, Table>) {
+    value = in_order_of(T{}, value);
+    // The NaN that survives rounding to bf16.
+    value.a = value.a == value.a ? value.a : splat(NAN);
+    value.b = value.b == value.b ? value.b : splat(NAN);
+  }
+  return value;
 }
 
 // The pair with its missing elements, in T's order of elements, set to 0.

@@ -21,8 +21,16 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& query, const Tensor& k
                                             bool interleaved) {
   guard_rotary(query, key, cos, sin, [](const Tensor& tensor) { return rows_contiguous(tensor); });
   const Tensor query_out = empty_heads(query), key_out = empty_heads(key);
-  const RotaryArgs args{dtype_of(query), interleaved,   heads_of(query, query_out), heads_of(key, key_out), table_of(cos),
-                        table_of(sin),   query.size(2), query.size(3),              cos.size(2)};
+  const RotaryArgs args{.dtype = dtype_of(query),
+                        .table_dtype = dtype_of(cos),
+                        .interleaved = interleaved,
+                        .query = heads_of(query, query_out),
+                        .key = heads_of(key, key_out),
+                        .cos = table_of(cos),
+                        .sin = table_of(sin),
+                        .length = query.size(2),
+                        .dim = query.size(3),
+                        .rotated = cos.size(2)};
   const int64_t tokens = query.size(0) * query.size(2);
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, (query.size(1) + key.size(1)) * args.dim));
   auto* rotate = pick_rotary_tokens();

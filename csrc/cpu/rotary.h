@@ -22,7 +22,7 @@ struct RotaryTable {
 };
 
 struct RotaryArgs {
-  DType dtype;
+  DType dtype, table_dtype;  // tables: of the same dtype, or f32
   bool interleaved;
   RotaryHeads query, key;
   RotaryTable cos, sin;

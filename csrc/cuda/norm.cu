@@ -53,7 +53,7 @@ struct Inputs {
   const Tensor& x;
   const MaybeTensor& residual;
   const Tensor& weight;
-  const MaybeTensor &bias, &vectors, &slot, &alpha, &probes, &x_weight;
+  const MaybeTensor &bias, &vectors, &slot, &alpha, &probes, &x_weight, &scale;
 };
 
 // h is not given where it equals x, probe_dots is empty without probes.
@@ -75,6 +75,7 @@ void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
   a.weight = operand(in.weight);
   a.bias = operand(in.bias);
   a.x_weight = operand(in.x_weight);
+  a.scale = operand(in.scale);
   a.probes = operand(in.probes);
   a.num_probes = in.probes ? int(in.probes->size(0)) : 0;
   a.steer_vectors = operand(in.vectors);
@@ -120,6 +121,8 @@ void guard(const Inputs& in) {
                   "ras_fast norm: residual must have x's shape, dtype and device");
   STD_TORCH_CHECK(fits(in.weight, 1) && fits(in.bias, 1) && fits(in.x_weight, 1) && fits(in.vectors, 2) && fits(in.probes, 2),
                   "ras_fast norm: weight, bias and x_weight must be [d], steer_vectors and probes [rows, d]");
+  STD_TORCH_CHECK(!in.scale || (in.x_weight && rows_beside(x, *in.scale) && in.scale->dim() == 1 && in.scale->size(0) == 1),
+                  "ras_fast norm: scale must be [1], and given together with x_weight");
   STD_TORCH_CHECK((!in.vectors && !in.slot && !in.alpha) ||
                       (in.vectors && in.vectors->size(0) > 0 && per_token(in.slot, aoti_torch_dtype_int32()) &&
                        per_token(in.alpha, aoti_torch_dtype_float32())),
@@ -160,15 +163,15 @@ Tensor in_place(const Inputs& in, const Flags& flags) {
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
-                                                const MaybeTensor& x_weight) {
-  return functional({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight},
+                                                const MaybeTensor& x_weight, const MaybeTensor& scale) {
+  return functional({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight, scale},
                     {false, lerp, hf, float(eps), float(weight_offset)});
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
-                     const MaybeTensor& probes, const MaybeTensor& x_weight) {
-  return in_place({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight},
+                     const MaybeTensor& probes, const MaybeTensor& x_weight, const MaybeTensor& scale) {
+  return in_place({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight, scale},
                   {false, lerp, hf, float(eps), float(weight_offset)});
 }
 
@@ -176,13 +179,15 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTe
                                                   const MaybeTensor& bias, double eps, const MaybeTensor& vectors,
                                                   const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                                                   const MaybeTensor& probes) {
-  return functional({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt}, {true, lerp, hf, float(eps), 0.f});
+  return functional({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt, std::nullopt},
+                    {true, lerp, hf, float(eps), 0.f});
 }
 
 Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const MaybeTensor& bias, double eps,
                        const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                        const MaybeTensor& probes) {
-  return in_place({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt}, {true, lerp, hf, float(eps), 0.f});
+  return in_place({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt, std::nullopt},
+                  {true, lerp, hf, float(eps), 0.f});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {

@@ -2,6 +2,7 @@
 //
 //   x = rms_norm(x) * (x_weight + offset)  if x_weight is given (Norm::sandwich)
 //   h = x + residual                       rounded to x's type where Hugging Face's eager code rounds it ("hf")
+//   h = h * scale                          if scale is given, which goes with x_weight
 //   h = h + alpha * v                      steering "add", for rows whose slot names a steering vector v
 //   y = rms_norm(h) * (weight + offset)    or layer_norm(h) * weight + bias
 //   y = (1 - alpha) * y + alpha * v        steering "lerp"
@@ -54,7 +55,7 @@ struct NormArgs {
   int64_t slot_stride, alpha_stride;
   Operand probes;             // [num_probes, d]
   int num_slots, num_probes;
-  Operand x_weight;           // its data may be null
+  Operand x_weight, scale;    // [d], [1]; their data may be null
 };
 
 // ------------------------------------------------------------------------------------------------- a thread's slice
@@ -187,6 +188,14 @@ struct RowSum {
 
 // ------------------------------------------------------------------------------------------------------ the maths
 
+__device__ inline float first_of(const Operand& from) {
+  switch (from.dtype) {
+    case DType::f16: return to_float(*static_cast<const __half*>(from.data));
+    case DType::bf16: return to_float(*static_cast<const __nv_bfloat16*>(from.data));
+    default: return *static_cast<const float*>(from.data);
+  }
+}
+
 // What a row is steered by.
 struct Steering {
   int slot;
@@ -275,6 +284,14 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& s
     }
   }
   if (a.hf_rounding) round_all<T, kElements>(h);
+  if constexpr (kNorm == Norm::sandwich) {
+    if (a.scale.data != nullptr) {
+      const float scale = first_of(a.scale);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) h[i] = __fmul_rn(h[i], scale);
+      if (a.hf_rounding) round_all<T, kElements>(h);
+    }
+  }
   if constexpr (kSteered) {
     if (add) {
 #pragma unroll

@@ -12,16 +12,16 @@ RotaryHeads<T> heads_of(const Tensor& x, const Tensor& out) {
   return {data_of<const T>(x), data_of<T>(out), x.stride(0), x.stride(2), x.stride(1), int(x.size(1))};
 }
 
-template <typename T>
-RotaryTable<T> table_of(const Tensor& table) {
-  return {data_of<const T>(table), table.size(0) == 1 ? 0 : table.stride(0), table.stride(1)};
+template <typename Table>
+RotaryTable<Table> table_of(const Tensor& table) {
+  return {data_of<const Table>(table), table.size(0) == 1 ? 0 : table.stride(0), table.stride(1)};
 }
 
-template <typename T>
+template <typename T, typename Table>
 void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved,
          const Tensor& query_out, const Tensor& key_out) {
-  const RotaryArgs<T> args{heads_of<T>(query, query_out), heads_of<T>(key, key_out), table_of<T>(cos), table_of<T>(sin),
-                           int(query.size(2)), int(query.size(3)), int(cos.size(2))};
+  const RotaryArgs<T, Table> args{heads_of<T>(query, query_out), heads_of<T>(key, key_out), table_of<Table>(cos),
+                                  table_of<Table>(sin), int(query.size(2)), int(query.size(3)), int(cos.size(2))};
   with_rotary_kernel(args, interleaved, query.size(0) * query.size(2),
                      [&](auto kernel, dim3 grid) { launch(kernel, args, grid, kRotaryThreads, 0, query); });
 }
@@ -37,7 +37,11 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& query, const Tensor& k
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Tensor query_out = new_heads(query), key_out = new_heads(key);
   if (query.numel() + key.numel() == 0) return {query_out, key_out};
-  for_dtype(dtype_of(query), [&](auto zero) { run<decltype(zero)>(query, key, cos, sin, interleaved, query_out, key_out); });
+  for_dtype(dtype_of(query), [&](auto zero) {
+    using T = decltype(zero);
+    auto* rotate = dtype_of(cos) == dtype_of(query) ? run<T, T> : run<T, float>;
+    rotate(query, key, cos, sin, interleaved, query_out, key_out);
+  });
   return {query_out, key_out};
 }
 

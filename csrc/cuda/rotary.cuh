@@ -2,7 +2,8 @@
 //
 // Of a head the first r dimensions are rotated, i together with i + r/2 or, interleaved, 2i with 2i + 1, and the others copied. A
 // thread takes two runs of 16 bytes to rotate, or one to copy: every element is read once and written once, and the token's row
-// of cosines and sines comes from L1 for all heads but the first. Products and sums are rounded one by one, as in eager code.
+// of cosines and sines comes from L1 for all heads but the first. Products are rounded to the tables' type and sums to x's, as in
+// eager code.
 //
 // Framework-free: rotary.cu is the launcher.
 #pragma once
@@ -22,43 +23,47 @@ struct RotaryHeads {
   int heads;
 };
 
-template <typename T>
+template <typename Table>
 struct RotaryTable {
-  const T* data;  // [B, L, rotated]
+  const Table* data;  // [B, L, rotated]
   int64_t batch_stride, token_stride;
 };
 
-template <typename T>
+// Table: T or float.
+template <typename T, typename Table>
 struct RotaryArgs {
   RotaryHeads<T> query, key;
-  RotaryTable<T> cos, sin;
+  RotaryTable<Table> cos, sin;
   int length, dim, rotated;
 };
 
 constexpr int kRotaryThreads = 256;
 
 // What the threads of a head share out: two runs of kVec dimensions to rotate, or one beyond r.
-template <typename T>
-__host__ __device__ int rotary_units(const RotaryArgs<T>& args, int vec) {
+template <typename Args>
+__host__ __device__ int rotary_units(const Args& args, int vec) {
   return (args.rotated / 2 + args.dim - args.rotated) / vec;
 }
 
-// kVec neighbouring elements as floats: 16 bytes of T, or one.
-template <typename T, int kVec>
+// kVec neighbouring elements as floats: one, or what 16 bytes of x hold.
+template <int kVec>
 struct Run {
   float value[kVec];
 
+  template <typename T>
   __device__ static Run load(const T* from) {
     Run run;
     if constexpr (kVec == 1) {
       run.value[0] = to_float(*from);
     } else {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      unpack<T>(bits, run.value);
+      constexpr int kAccess = kAccessBytes / sizeof(T);
+#pragma unroll
+      for (int i = 0; i < kVec; i += kAccess) unpack<T>(*reinterpret_cast<const uint4*>(from + i), run.value + i);
     }
     return run;
   }
 
+  template <typename T>
   __device__ void store(T* to) const {
     if constexpr (kVec == 1) {
       *to = from_float<T>(value[0]);
@@ -67,15 +72,16 @@ struct Run {
     }
   }
 
-  // Rounded to T. By an instruction of its own: a product that is added the compiler would fuse into the sum.
-  __device__ friend Run operator*(const Run& a, const Run& b) {
+  // Rounded to Table. By an instruction of its own: a product that is added the compiler would fuse into the sum.
+  template <typename Table>
+  __device__ Run times(const Run& other) const {
     Run run;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) run.value[i] = __fmul_rn(a.value[i], b.value[i]);
+    for (int i = 0; i < kVec; ++i) run.value[i] = __fmul_rn(value[i], other.value[i]);
     if constexpr (kVec == 1) {
-      run.value[0] = to_float(from_float<T>(run.value[0]));
+      run.value[0] = to_float(from_float<Table>(run.value[0]));
     } else {
-      round_all<T, kVec>(run.value);
+      round_all<Table, kVec>(run.value);
     }
     return run;
   }
@@ -99,8 +105,8 @@ struct Run {
 };
 
 // Grid (B·L tokens, units of all heads / kRotaryThreads, rounded up).
-template <typename T, int kVec, bool kInterleaved>
-__global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_constant__ RotaryArgs<T> args) {
+template <typename T, typename Table, int kVec, bool kInterleaved>
+__global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_constant__ RotaryArgs<T, Table> args) {
   const int units = rotary_units(args, kVec), half = args.rotated / 2;
   const unsigned index = blockIdx.y * kRotaryThreads + threadIdx.x;
   int head = index / unsigned(units);
@@ -118,29 +124,30 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_con
     *reinterpret_cast<Bits*>(out + first + half) = *reinterpret_cast<const Bits*>(x + first + half);
     return;
   }
-  const auto load_row = [&](const RotaryTable<T>& table, int at) {
-    return Run<T, kVec>::load(table.data + batch * table.batch_stride + token * table.token_stride + at);
+  const auto load_row = [&](const RotaryTable<Table>& table, int at) {
+    return Run<kVec>::load(table.data + batch * table.batch_stride + token * table.token_stride + at);
   };
+  const auto product = [](const Run<kVec>& a, const Run<kVec>& b) { return a.template times<Table>(b); };
   const int at = kInterleaved ? 2 * first : first, next = at + (kInterleaved ? kVec : half);
-  const auto low = Run<T, kVec>::load(x + at), high = Run<T, kVec>::load(x + next);
+  const auto low = Run<kVec>::load(x + at), high = Run<kVec>::load(x + next);
   const auto low_cos = load_row(args.cos, at), high_cos = load_row(args.cos, next);
   const auto low_sin = load_row(args.sin, at), high_sin = load_row(args.sin, next);
   if constexpr (kInterleaved && kVec > 1) {
-    sum(low * low_cos, low.turned() * low_sin, 1.f).store(out + at);
-    sum(high * high_cos, high.turned() * high_sin, 1.f).store(out + next);
+    sum(product(low, low_cos), product(low.turned(), low_sin), 1.f).store(out + at);
+    sum(product(high, high_cos), product(high.turned(), high_sin), 1.f).store(out + next);
   } else {
-    sum(low * low_cos, high * low_sin, -1.f).store(out + at);
-    sum(high * high_cos, low * high_sin, 1.f).store(out + next);
+    sum(product(low, low_cos), product(high, low_sin), -1.f).store(out + at);
+    sum(product(high, high_cos), product(low, high_sin), 1.f).store(out + next);
   }
 }
 
-// How many neighbouring dimensions an access may hold: 16 bytes of them, where halves, rows and bases are multiples of that.
-template <typename T>
-int rotary_width(const RotaryArgs<T>& args) {
+// How many neighbouring dimensions a thread takes at a time: 16 bytes of x, where halves, rows and bases are multiples of that.
+template <typename T, typename Table>
+int rotary_width(const RotaryArgs<T, Table>& args) {
   constexpr int kVec = kAccessBytes / sizeof(T);
   const auto whole = [](int64_t elements) { return elements % kVec == 0; };
   const auto based = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kAccessBytes == 0; };
-  const auto table = [&](const RotaryTable<T>& t) { return based(t.data) && whole(t.batch_stride) && whole(t.token_stride); };
+  const auto table = [&](const RotaryTable<Table>& t) { return based(t.data) && whole(t.batch_stride) && whole(t.token_stride); };
   const auto heads = [&](const RotaryHeads<T>& h) {
     return based(h.data) && whole(h.batch_stride) && whole(h.token_stride) && whole(h.head_stride);
   };
@@ -150,15 +157,15 @@ int rotary_width(const RotaryArgs<T>& args) {
 }
 
 // Calls start(kernel, grid) for the instance that fits.
-template <typename T, typename Start>
-void with_rotary_kernel(const RotaryArgs<T>& args, bool interleaved, int64_t tokens, Start&& start) {
+template <typename T, typename Table, typename Start>
+void with_rotary_kernel(const RotaryArgs<T, Table>& args, bool interleaved, int64_t tokens, Start&& start) {
   constexpr int kWide = kAccessBytes / sizeof(T);
   const int vec = rotary_width(args), all = rotary_units(args, vec) * (args.query.heads + args.key.heads);
   const dim3 grid(unsigned(tokens), unsigned((all + kRotaryThreads - 1) / kRotaryThreads));
   if (interleaved) {
-    vec == 1 ? start(rotary_kernel<T, 1, true>, grid) : start(rotary_kernel<T, kWide, true>, grid);
+    vec == 1 ? start(rotary_kernel<T, Table, 1, true>, grid) : start(rotary_kernel<T, Table, kWide, true>, grid);
   } else {
-    vec == 1 ? start(rotary_kernel<T, 1, false>, grid) : start(rotary_kernel<T, kWide, false>, grid);
+    vec == 1 ? start(rotary_kernel<T, Table, 1, false>, grid) : start(rotary_kernel<T, Table, kWide, false>, grid);
   }
 }
 

@@ -29,6 +29,7 @@ def add_rms_norm(
     rounding: str = "hf",
     probes: Tensor | None = None,
     x_weight: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of `x + residual`, optionally steered.
 
@@ -53,6 +54,8 @@ def add_rms_norm(
         probes: [P, d], any floating dtype: directions whose dot product with each row is read in the same pass.
         x_weight: [d], any floating dtype: before all else x becomes `norm(x) · (x_weight + weight_offset)`, with the same eps:
             the norm behind attention and MLP of sandwich layers (Gemma 2, arXiv 2408.00118). "hf" rounds it to x's dtype.
+        scale: [1], any floating dtype, only beside `x_weight`: h is `(x + residual) · scale`, as behind the layers of Gemma 4;
+            steering comes after it. "hf" rounds the sum and the product.
 
     Returns:
         y: [..., d], dtype of `x`, contiguous.
@@ -63,11 +66,11 @@ def add_rms_norm(
         ValueError: an argument has the wrong shape, dtype, device or value.
         RuntimeError: an input requires grad and grad mode is on.
     """
-    _check.no_grad("add_rms_norm", x, residual, weight, steer_vectors, steer_alpha, probes, x_weight)
+    _check.no_grad("add_rms_norm", x, residual, weight, steer_vectors, steer_alpha, probes, x_weight, scale)
     lerp, hf = _choices(steer_mode, rounding)
     y, h, dots = call(
         "add_rms_norm", _rms_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp, weight_offset,
-        hf, probes, x_weight,
+        hf, probes, x_weight, scale,
     )  # fmt: skip
     stores_h = _stores_h(residual, steer_vectors, lerp, x_weight)
     return y, (h if stores_h else x), (dots if probes is not None else None)
@@ -87,6 +90,7 @@ def add_rms_norm_(
     rounding: str = "hf",
     probes: Tensor | None = None,
     x_weight: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`add_rms_norm` in place: y is written over `x` and h over `residual`, bit for bit what the functional op returns.
 
@@ -101,11 +105,11 @@ def add_rms_norm_(
         ValueError: as :func:`add_rms_norm`, or `x` or `residual` is not contiguous, or they overlap.
         RuntimeError: an input requires grad and grad mode is on.
     """
-    _check.no_grad("add_rms_norm_", x, residual, weight, steer_vectors, steer_alpha, probes, x_weight)
+    _check.no_grad("add_rms_norm_", x, residual, weight, steer_vectors, steer_alpha, probes, x_weight, scale)
     lerp, hf = _choices(steer_mode, rounding)
     dots = call(
         "add_rms_norm_", _rms_in_place_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp,
-        weight_offset, hf, probes, x_weight,
+        weight_offset, hf, probes, x_weight, scale,
     )  # fmt: skip
     return *_written(x, residual), (dots if probes is not None else None)
 
@@ -185,9 +189,16 @@ def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool,
     return residual is not None or (steer_vectors is not None and not lerp) or x_weight is not None
 
 
-def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight) -> None:
+def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale) -> None:
     _check.numbers(eps=eps, weight_offset=weight_offset)
     _validate(x, residual, weight, vectors, slot, alpha, probes, x_weight=x_weight)
+    _check.tensors_or_none(scale=scale)
+    if scale is not None:
+        if x_weight is None:
+            _check.fail("scale", "a tensor", "None where x_weight is None")
+        _check.shape("scale", scale, (1,), "[1]")
+        _check_table_dtype("scale", scale, x)
+        _check.device("scale", scale, x.device)
 
 
 def _layer_validate(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes) -> None:
@@ -279,7 +290,8 @@ def _check_table_dtype(name: str, table: Tensor, x: Tensor) -> None:
 # The reference ("torch" backend): the definition that every kernel is tested against.
 
 
-def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, *, rms: bool):
+def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale, *,
+               rms: bool):  # fmt: skip
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     d = x.shape[-1]
 
@@ -291,6 +303,8 @@ def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weigh
         h = rounded(_rms(h, x_weight, eps, weight_offset, rounded))
     if residual is not None:
         h = rounded(h + residual.reshape(-1, d).to(acc))
+    if scale is not None:
+        h = rounded(h * scale.to(acc))
     if vectors is not None:
         steered = ((slot != -1) & (alpha != 0))[:, None]
         invalid = ((slot < -1) | (slot >= vectors.shape[0]))[:, None]
@@ -322,12 +336,12 @@ def _layer(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor
     return y if bias is None else y + bias.to(h.dtype)
 
 
-def _rms_reference(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
-    return _reference(x, residual, weight, None, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, rms=True)
+def _rms_reference(x, residual, weight, eps, *others):
+    return _reference(x, residual, weight, None, eps, *others, rms=True)
 
 
 def _layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, rms=False)
+    return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, None, rms=False)
 
 
 def _rms_in_place_reference(x, residual, *others):
@@ -355,16 +369,16 @@ def _fake_dots(x, probes, *others):
     return x.new_empty(shape, dtype=torch.float32)
 
 
-def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
-    return _fake(x, residual, vectors, lerp, x_weight, probes, weight, slot, alpha)
+def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale):
+    return _fake(x, residual, vectors, lerp, x_weight, probes, weight, slot, alpha, scale)
 
 
 def _layer_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
     return _fake(x, residual, vectors, lerp, None, probes, weight, bias, slot, alpha)
 
 
-def _rms_in_place_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight):
-    return _fake_dots(x, probes, residual, weight, vectors, slot, alpha, x_weight)
+def _rms_in_place_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale):
+    return _fake_dots(x, probes, residual, weight, vectors, slot, alpha, x_weight, scale)
 
 
 def _layer_in_place_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
@@ -374,7 +388,10 @@ def _layer_in_place_fake(x, residual, weight, bias, eps, vectors, slot, alpha, l
 _STEERING = "Tensor? steer_vectors, Tensor? steer_slot, Tensor? steer_alpha, bool lerp"
 _RETURNS = "-> (Tensor y, Tensor h, Tensor probe_dots)"
 _IN_PLACE = "Tensor(a!) x, Tensor(b!) residual"
-_RMS = f"Tensor weight, float eps, {_STEERING}, float weight_offset, bool hf_rounding, Tensor? probes, Tensor? x_weight"
+_RMS = (
+    f"Tensor weight, float eps, {_STEERING}, float weight_offset, bool hf_rounding, Tensor? probes, Tensor? x_weight, "
+    "Tensor? scale"
+)
 _LAYER = f"Tensor weight, Tensor? bias, float eps, {_STEERING}, bool hf_rounding, Tensor? probes"
 
 

@@ -17,14 +17,15 @@ def rotary_embedding(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys, rotated by their positions: x · cos + rotate_half(x) · sin (RoPE, arXiv 2104.09864).
 
-    Of each head the first r dimensions are rotated, the others copied. Both products and their sum are rounded to the dtype of
-    `query`, where Hugging Face's eager code rounds: the results are that code's, bit for bit. float64 is taken as well, by the
-    reference alone.
+    Of each head the first r dimensions are rotated, the others copied. Products are rounded to the dtype of the tables and sums
+    to that of `query`, where Hugging Face's eager code rounds: the results are that code's, bit for bit. Text models have
+    tables like `query`; vision towers (Qwen2-VL, arXiv 2409.12191) have float32 ones, and so round once. float64 is taken as
+    well, by the reference alone.
 
     Args:
         query: [B, Hq, L, D], float32, float16 or bfloat16; any strides with a contiguous last dimension.
         key: [B, Hkv, L, D], like `query`.
-        cos, sin: [B or 1, L, r] with r even and 0 < r ≤ D, dtype of `query`, contiguous last dimension.
+        cos, sin: [B or 1, L, r] with r even and 0 < r ≤ D, both of the dtype of `query` or float32, contiguous last dimension.
         interleaved: dimension 2i is paired with 2i + 1, as in the paper and in GLM; else i with i + r/2, as in Llama.
 
     Returns:
@@ -55,8 +56,11 @@ def _validate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved:
     for name, table in (("cos", cos), ("sin", sin)):
         rows = 1 if table.dim() == 3 and table.shape[0] == 1 else batch
         _check.shape(name, table, (rows, length, rotated), "[B or 1, L, r]")
+    if cos.dtype not in (query.dtype, torch.float32) or query.dtype == torch.float64 != cos.dtype:
+        _check.fail("cos", f"of dtype {cos.dtype}", f"{query.dtype}, that of query, or float32")
+    _check.dtype("key", key, query.dtype)
+    _check.dtype("sin", sin, cos.dtype)
     for name, tensor in (("query", query), ("key", key), ("cos", cos), ("sin", sin)):
-        _check.dtype(name, tensor, query.dtype)
         _check.last_dim_contiguous(name, tensor)
         _check.device(name, tensor, query.device)
 
@@ -65,7 +69,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     head, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     pairs = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).transpose(-1, -2)
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1 if interleaved else -2).flatten(-2)
-    rotated = head * cos + turned * sin
+    rotated = (head * cos + turned * sin).to(x.dtype)
     return torch.cat([rotated, rest], -1).transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -6,7 +6,9 @@ A layer is recognised by the order in which it calls its children (n: norm, b: a
     nbnnbn   sandwich norms, as Gemma: h += norm(attention(norm(h))); h += norm(mlp(norm(h)))
     nbb      parallel, as Cohere: h += attention(n) + mlp(n), n = norm(h)
 
-and then checked: fused norms, layers and attention modules are compared with the original ones before they are kept.
+and two that continue the sandwich, FusedInputLayer and FusedMixtureLayer (layers.py),
+
+and is then checked: fused norms, layers and attention modules are compared with the original ones before they are kept.
 """
 
 from __future__ import annotations
@@ -17,9 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ras_fast.patching.layers import FusedCrossLayer, FusedLayer, FusedNorm, SteeredLayer, gates
+from ras_fast.patching.layers import (
+    FusedCrossLayer,
+    FusedInputLayer,
+    FusedLayer,
+    FusedMixtureLayer,
+    FusedNorm,
+    SteeredLayer,
+    gates,
+)
 from ras_fast.patching.report import Report
-from ras_fast.patching.rotary import FusedRotation, proved_rotation
+from ras_fast.patching.rotary import FusedRotation, proved_rotation, proved_tower_rotation
 from ras_fast.patching.structure import looks_like_norm
 from ras_fast.patching.trace import Call, LayerTrace, Trace, compare, difference, first, reproduce, with_states
 from ras_fast.patching.undo import Undo, forward_slot
@@ -29,7 +39,16 @@ PATTERNS = {
     "nbnb": ("input_norm", "attention", "middle_norm", "mlp"),
     "nbnnbn": ("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"),
     "nbb": ("input_norm", "attention", "mlp"),
-}
+    "nbnnbnbbbn": (
+        "input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm", "gate", "activation", "projection",
+        "projection_norm",
+    ),
+    "nbnnbnbnbnn": (
+        "input_norm", "attention", "attention_norm", "middle_norm", "mlp", "dense_norm", "router", "experts_input_norm",
+        "experts", "experts_norm", "mlp_norm",
+    ),
+}  # fmt: skip
+KINDS = {"nbnnbnbbbn": FusedInputLayer, "nbnnbnbnbnn": FusedMixtureLayer}
 SMALL = 64.0  # hidden states are divided by it where a layer is proved
 
 
@@ -62,7 +81,7 @@ def fuse(root: nn.Module, text_model: nn.Module, recorded: Trace, undo: Undo, re
     if why is None:
         return fused
     undo.restore(before)
-    report.fused_layers = report.fused_norms = report.other_norms = report.rotations = 0
+    report.fused_layers = report.fused_norms = report.other_norms = report.rotations = report.tower_rotations = 0
     report.unfused = {type(text_model).__name__: f"with fused layers it {why}"}
     return Fused()
 
@@ -84,6 +103,7 @@ class _Fusion:
         self._fuse_norms()
         self._fuse_other_norms()
         self._fuse_rotations()
+        self._fuse_tower_rotations()
         self.fused.final_norm = self._fused_norm(self.text_model, self.recorded.final_norm)
         for index, record in enumerate(self.recorded.layers):
             why = self._fuse_layer(index)
@@ -132,6 +152,18 @@ class _Fusion:
                     self.report.rotations += 1
                 elif fused is not None:
                     self.report.unfused[self.names[id(attention)]] = fused
+
+    def _fuse_tower_rotations(self) -> None:
+        """Those outside of the text model."""
+        for module in list(self.root.modules()):
+            slot = None if id(module) in self.names else forward_slot(module)
+            if slot is None:
+                continue
+            with torch.no_grad():
+                fused = proved_tower_rotation(module)
+            if fused is not None:
+                self.undo.set(module, slot, fused)
+                self.report.tower_rotations += 1
 
     def _fused_norm(self, parent: nn.Module, call: Call | None) -> FusedNorm | None:
         """The fused form of the child that was called; None where it has none."""
@@ -184,7 +216,8 @@ class _Fusion:
         names = dict(zip(PATTERNS[shape], (call.name for call in record.calls), strict=True))
         fused = ((part, self.norms.get(id(getattr(record.module, name)))) for part, name in names.items())
         norms = {part: norm for part, norm in fused if isinstance(norm, FusedNorm)}
-        kind = FusedCrossLayer if record.crosses and len(gates(record.module)) == 2 else FusedLayer
+        crosses = record.crosses and len(gates(record.module)) == 2
+        kind = FusedCrossLayer if crosses else KINDS.get(shape, FusedLayer)
         layer = kind(record.module, index, names, norms, end)
         layer.note_unproved(record)
         why = _prove(layer, record)

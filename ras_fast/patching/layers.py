@@ -24,6 +24,8 @@ from ras_fast.patching.steering import Probe, Site
 from ras_fast.patching.structure import is_watched
 from ras_fast.patching.trace import LayerTrace, first, states_of
 
+SCALE = "layer_scalar"  # a layer's buffer [1] that its output is multiplied by, as Gemma 4's
+LAYER_INPUT = "per_layer_input"  # an argument of a layer, for its own use
 # Arguments of a layer that its attention alone makes use of, whether or not the trace brings them.
 _FOR_ATTENTION = frozenset(
     ("attention_mask", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", *CACHE_NAMES)
@@ -84,20 +86,23 @@ class FusedNorm:
         site: Site | None = None,
         probe: Probe | None = None,
         inner: FusedNorm | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows. Where there
-        is an `inner` norm, x goes through that first."""
+        is an `inner` norm, x goes through that first; where there is a `scale` [1], the sum is multiplied by it."""
         if self.norm.weight.is_meta and not x.is_meta:  # offloaded: accelerate's hooks bring it only for the norm's own call
-            return add_alone(x if inner is None else inner.norm(x), residual, site, probe)
-        x_weight = None
+            return add_alone(x if inner is None else inner.norm(x), residual, site, probe, scale)
+        sandwich = {}
         if inner is not None and self._includes(inner, x, residual):
-            x_weight = inner.norm.weight
-        elif inner is not None:
-            x = inner.norm(x)
-        if site is None or self.site is None:
-            result, hidden = self.compute(x, residual, site or self.site, probe, x_weight)
+            sandwich = {"x_weight": inner.norm.weight, "scale": scale}
         else:
-            _, hidden = self.compute(x, residual, site, probe, x_weight)
+            x = x if inner is None else inner.norm(x)
+            if scale is not None:
+                x, residual = scaled_sum(x, residual, scale), None
+        if site is None or self.site is None:
+            result, hidden = self.compute(x, residual, site or self.site, probe, **sandwich)
+        else:
+            _, hidden = self.compute(x, residual, site, probe, **sandwich)
             result, _ = self.compute(hidden, None, self.site)
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
@@ -122,15 +127,13 @@ class FusedNorm:
         residual: Tensor | None,
         site: Site | None = None,
         probe: Probe | None = None,
-        x_weight: Tensor | None = None,
+        **sandwich: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual), where `x_weight` is that of a norm of x alone."""
+        """(norm of x + residual, x + residual). sandwich: `x_weight` and `scale` of the op."""
         if residual is not None and x.dtype != residual.dtype:  # under autocast
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-        options = _options(x, site, probe)
-        if x_weight is not None:
-            options["x_weight"] = x_weight
+        options = _options(x, site, probe) | sandwich
         adds_nothing = residual is None and site is None
         if adds_nothing or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             y, h, dots = self._launch(x, residual, options)
@@ -148,19 +151,27 @@ class FusedNorm:
         return ops.add_layer_norm(x, residual, self.norm.weight, bias, self.eps, **options)
 
 
-def add_alone(x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None) -> Tensor:
-    """x + residual [B, L, d], steered by `site` and then read by `probe`, where no fused norm follows.
+def add_alone(
+    x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None, scale: Tensor | None = None
+) -> Tensor:
+    """x + residual [B, L, d], times `scale`, steered by `site` and then read by `probe`, where no fused norm follows.
 
     By the kernel that steers where one does. The norm that it computes besides goes unused, and still that costs less than to
     gather, scale and add one after the other.
     """
-    hidden = x if residual is None else residual + x
+    hidden = scaled_sum(x, residual, scale)
     options = _options(hidden, site, probe)
     if options:
         _, hidden, dots = ops.add_rms_norm(hidden, None, hidden.new_ones(hidden.shape[-1]), 1.0, **options)
         if dots is not None:
             probe.receive(dots.view(*hidden.shape[:-1], -1))
     return hidden
+
+
+def scaled_sum(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+    """(x + residual) · scale, of what there is, in the dtype of the sum."""
+    hidden = x if residual is None else residual + x
+    return hidden if scale is None else (hidden * scale).to(hidden.dtype)
 
 
 def _options(x: Tensor, site: Site | None, probe: Probe | None) -> dict[str, Any]:
@@ -195,11 +206,13 @@ class SteeredLayer:
         hidden = self._add(first(output).contiguous(), None)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _add(self, x: Tensor, residual: Tensor | None, inner: FusedNorm | None = None) -> Tensor:
-        """x + residual, steered and read as is asked for. Where there is an `inner` norm, x goes through that first."""
+    def _add(
+        self, x: Tensor, residual: Tensor | None, inner: FusedNorm | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """x + residual, steered and read as is asked for; `inner` and `scale` as those of FusedNorm.add."""
         if self.end is None:
-            return add_alone(x if inner is None else inner.norm(x), residual, self.site, self.probe)
-        return self.end.add(x, residual, self.site, self.probe, inner)
+            return add_alone(x if inner is None else inner.norm(x), residual, self.site, self.probe, scale)
+        return self.end.add(x, residual, self.site, self.probe, inner, scale)
 
     def _check(self, hidden: Tensor) -> None:
         if self.layer.training:
@@ -241,10 +254,10 @@ class FusedLayer(SteeredLayer):
         else:
             hidden = self.middle.add(attended, hidden, inner=self.attention_norm)
             normed = self._run("middle_norm", hidden)
-        moved = self._move(normed, kwargs)
+        moved = self._move(normed, hidden, kwargs)
         if moved.shape != hidden.shape:  # some MoE blocks flatten
             moved = moved.view(hidden.shape)
-        hidden = self._add(moved, hidden, self.mlp_norm)
+        hidden = self._close(moved, hidden, kwargs)
         return (hidden,) if self.returns_tuple else hidden
 
     def note_unproved(self, record: LayerTrace) -> None:
@@ -265,12 +278,15 @@ class FusedLayer(SteeredLayer):
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
 
-    def _move(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return first(self.layer._modules[self.names["mlp"]](normed))
+    def _move(self, normed: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return first(self._run("mlp", normed))
 
-    def _run(self, role: str, x: Tensor) -> Tensor:
-        """The layer's norm in this role, called as a module, so that its hooks run."""
-        return self.layer._modules[self.names[role]](x)
+    def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return self._add(moved, hidden, self.mlp_norm, self.layer._buffers.get(SCALE))
+
+    def _run(self, role: str, *args: Any) -> Any:
+        """The layer's child in this role, called as a module, so that its hooks run."""
+        return self.layer._modules[self.names[role]](*args)
 
 
 class FusedCrossLayer(FusedLayer):
@@ -292,11 +308,37 @@ class FusedCrossLayer(FusedLayer):
         attended = super()._attend(normed, {"attention_mask": kwargs.get("cross_attention_mask"), **images, **others})
         return self.layer._parameters[self.attention_gate].tanh() * attended
 
-    def _move(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        moved = super()._move(normed, kwargs)
+    def _move(self, normed: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        moved = super()._move(normed, hidden, kwargs)
         sighted = kwargs.get("full_text_row_masked_out_mask")
         moved = moved if sighted is None else sighted[:, 0] * moved
         return self.layer._parameters[self.mlp_gate].tanh() * moved
+
+
+class FusedInputLayer(FusedLayer):
+    """A layer that takes in an input of its own behind the MLP, as Gemma 4 E2B's: h += norm(W₂(act(W₁·h) · input))."""
+
+    def __init__(self, layer: nn.Module, index: int, names: dict[str, str], norms: dict[str, FusedNorm], *args: Any) -> None:
+        super().__init__(layer, index, names, norms, *args)
+        self.projection_norm = norms["projection_norm"]
+
+    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return super()._attend(normed, {name: value for name, value in kwargs.items() if name != LAYER_INPUT})
+
+    def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        hidden = hidden + self._run("mlp_norm", moved)
+        gated = self._run("activation", self._run("gate", hidden)) * kwargs[LAYER_INPUT]
+        return self._add(self._run("projection", gated), hidden, self.projection_norm, self.layer._buffers.get(SCALE))
+
+
+class FusedMixtureLayer(FusedLayer):
+    """A layer with experts beside its MLP, as Gemma 4 26B-A4B's: h += norm(norm(mlp(norm(h))) + norm(experts(norm(h))))."""
+
+    def _move(self, normed: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        rows = hidden.flatten(0, -2)
+        _, weights, chosen = self._run("router", rows)
+        routed = self._run("experts", self._run("experts_input_norm", rows), chosen, weights).view(hidden.shape)
+        return self._run("dense_norm", super()._move(normed, hidden, kwargs)) + self._run("experts_norm", routed)
 
 
 def _named_parameters(function: Callable) -> tuple[str, ...]:

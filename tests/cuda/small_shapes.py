@@ -29,7 +29,7 @@ def norm():
             yield ops.add_rms_norm(x, residual, weight, 1e-6)
             yield ops.add_rms_norm(x, residual, weight, 1e-6, probes=probes, **steer)
             yield ops.add_rms_norm(x, residual, weight, 1e-6, x_weight=bias)
-            yield ops.add_rms_norm(x, None, weight, 1e-6, probes=probes, x_weight=bias, **steer)
+            yield ops.add_rms_norm(x, None, weight, 1e-6, probes=probes, x_weight=bias, scale=rand(1, dtype=dtype), **steer)
             yield ops.add_layer_norm(x, residual, weight, bias, 1e-6, probes=probes, steer_mode="lerp", **steer)
             yield ops.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-6, probes=probes, **steer)
             yield ops.add_layer_norm(x[:, 1:], None, weight[1:], None, 1e-6)
@@ -72,9 +72,10 @@ def rotary():
     for dtype in (torch.float32, torch.bfloat16):
         for heads, kv_heads, length, dim, rotated in ((4, 2, 3, 64, 64), (40, 8, 1, 128, 128), (3, 1, 5, 72, 30)):
             query, key = rand(2, length, heads, dim, dtype=dtype), rand(2, length, kv_heads, dim, dtype=dtype)
-            table = rand(2, length, rotated, dtype=dtype)
-            for interleaved in (False, True):
-                yield ops.rotary_embedding(query.transpose(1, 2), key.transpose(1, 2), table, table, interleaved=interleaved)
+            heads_first = query.transpose(1, 2), key.transpose(1, 2)
+            for table in (rand(2, length, rotated, dtype=dtype), rand(2, length, rotated, dtype=torch.float32)):
+                for interleaved in (False, True):
+                    yield ops.rotary_embedding(*heads_first, table, table, interleaved=interleaved)
 
 
 def cache():

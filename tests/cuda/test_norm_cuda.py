@@ -88,6 +88,8 @@ def test_x_with_a_norm_of_its_own(dtype, tokens, d):
     for offset in (0.0, 1.0):
         settings = {"x_weight": x_weight, "weight_offset": offset}
         assert_agree("add_rms_norm", x, residual, weight, 1e-5, **settings)
+        for scale in (rand(1), rand(1, dtype=dtype)):
+            assert_agree("add_rms_norm", x, residual, weight, 1e-5, scale=scale, **settings, **steering(tokens, d))
         assert_agree("add_rms_norm", x, None, weight, 1e-5, probes=rand(2, d) / d**0.5, **settings, **steering(tokens, d))
         written = ops.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-5, **settings)
         for actual, wanted in zip(written, ops.add_rms_norm(x, residual, weight, 1e-5, **settings), strict=True):

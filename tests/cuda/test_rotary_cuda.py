@@ -18,8 +18,8 @@ def rand(*shape, dtype):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-def inputs(*shape):
-    return rotations.inputs(*shape, device="cuda")
+def inputs(*shape, **settings):
+    return rotations.inputs(*shape, device="cuda", **settings)
 
 
 def check(*given):
@@ -34,6 +34,7 @@ def test_bits_of_eager_code(backend, dim, rotated, dtype):
     for shape in ((2, 6, 2, 5), (3, 9, 9, 1), (1, 40, 8, 1000), (0, 4, 2, 3)):
         for tables in {1, shape[0]} - {0}:
             check(*inputs(*shape, dim, rotated, dtype, tables))
+            check(*inputs(*shape, dim, rotated, dtype, tables, table_dtype=torch.float32))
 
 
 @BACKENDS

@@ -53,7 +53,7 @@ def test_none_in_place_of_the_first_tensor_is_named(name):
 
 
 OPTIONS = {
-    "add_rms_norm": ("steer_vectors", "steer_slot", "steer_alpha", "probes", "x_weight"),
+    "add_rms_norm": ("steer_vectors", "steer_slot", "steer_alpha", "probes", "x_weight", "scale"),
     "gated_linear": ("right",),
     "refusal_similarity": ("steps",),
     "region_attention": ("sinks", "region_bias"),

@@ -239,6 +239,42 @@ def test_x_with_a_norm_of_its_own_is_one_call_for_two(backend, dtype, offset):
 
 
 @BACKENDS
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("scale_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_is_scaled_before_it_is_steered(backend, dtype, scale_dtype, rounding):
+    for width in (33, 768):
+        x, residual = torch.randn(6, width).to(dtype), torch.randn(6, width).to(dtype)
+        weight, x_weight, scale = torch.randn(width).to(dtype), torch.randn(width).to(dtype), torch.tensor([0.37])
+        scale = scale.to(scale_dtype or dtype)
+        settings = {"rounding": rounding, "x_weight": x_weight}
+        _, plain, _ = ops.add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5, x_weight=x_weight.float())
+        _, h, _ = ops.add_rms_norm(x, residual, weight, 1e-5, scale=scale, **settings)
+        exact = plain.double() * scale.double()
+        torch.testing.assert_close(h.double(), exact, rtol=0, atol=4 * ULP[dtype] * (1 + exact.abs().max().item()))
+        for mode in ("add", "lerp"):
+            steer = steering(6, width) | {"steer_mode": mode, "probes": torch.randn(2, width)}
+            y, steered, dots = ops.add_rms_norm(x, residual, weight, 1e-5, scale=scale, **settings, **steer)
+            expected = ops.add_rms_norm(h, None, weight, 1e-5, rounding=rounding, **steer)
+            own = x.clone(), residual.clone()
+            written = ops.add_rms_norm_(*own, weight, 1e-5, scale=scale, **settings, **steer)
+            for actual, wanted in zip(written, (y, steered, dots), strict=True):
+                torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+            if rounding == "hf":  # then the kernel holds what it stores
+                for actual, wanted in zip((y, steered, dots), expected, strict=True):
+                    torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@BACKENDS
+def test_a_scale_that_is_no_number_is_seen(backend):
+    bits = torch.tensor([-1], dtype=torch.int32)  # a NaN that rounding could lose
+    x, weight = torch.randn(2, 40, dtype=torch.bfloat16), torch.randn(40, dtype=torch.bfloat16)
+    y, h, _ = ops.add_rms_norm(x, x, weight, 1e-5, x_weight=weight, scale=bits.view(torch.float32))
+    assert y.isnan().all()
+    assert h.isnan().all()
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_x_with_a_norm_of_its_own_as_in_gemma(backend, dtype):
@@ -382,11 +418,11 @@ def test_rounds_where_hugging_face_rounds(backend, family, dtype):
 def steered_args(dtype=torch.float32):
     x, residual = torch.randn(2, 3, 40).to(dtype), torch.randn(2, 3, 40).to(dtype)
     steer = steering(6, 40, dtype=dtype)
-    return x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40), None
+    return x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40), None, None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual", "x_weight"])
+@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual", "x_weight", "scale"])
 def test_opcheck(case, dtype):
     args = list(steered_args(dtype))
     if case == "plain":
@@ -399,6 +435,8 @@ def test_opcheck(case, dtype):
         args[1], args[7] = None, True
     elif case == "x_weight":
         args[1], args[7], args[11] = None, True, torch.randn(40).to(dtype)
+    elif case == "scale":
+        args[11:13] = torch.randn(40).to(dtype), torch.randn(1)
     torch.library.opcheck(torch.ops.ras_fast.add_rms_norm.default, tuple(args))
     layer = (*args[:3], None, *args[3:8], *args[9:11])
     torch.library.opcheck(torch.ops.ras_fast.add_layer_norm.default, layer)

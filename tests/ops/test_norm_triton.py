@@ -74,6 +74,7 @@ def test_x_with_a_norm_of_its_own(d, offset, dtype):
         assert_agree(x, residual, weight, None, rms=True, **settings)
         steer = steering([1, -1, 0], [0.5, 0.5, 0.5], d) | {"probes": rand(2, d) / d**0.5}
         assert_agree(x, None, weight, None, rms=True, **settings, **steer)
+        assert_agree(x, residual, weight, None, rms=True, scale=rand(1), **settings, **steer)
 
 
 @pytest.mark.parametrize("d", [norm.MAX_BLOCK + 1, 2 * norm.MAX_BLOCK])

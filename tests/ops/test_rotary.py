@@ -40,6 +40,18 @@ def test_bits_of_eager_code(backend, dim, rotated, dtype):
 
 
 @BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "rotated"), DIMS)
+def test_tables_in_float32_round_once(backend, dim, rotated, dtype):
+    skip_if_interpreted(backend, dtype)
+    check(*inputs(2, 6, 2, 5, dim, rotated, dtype, table_dtype=torch.float32))
+    query, key, cos, sin = inputs(1, 9, 9, 3, dim, rotated, dtype, table_dtype=torch.float32)
+    cos[0, 0] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # a NaN that rounding to bfloat16 could lose
+    check(query, key, cos, sin)
+    assert ops.rotary_embedding(query, key, cos, sin)[0][0, :, 0, :rotated].isnan().all()
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(backend, dtype):
     """Slices of a joint projection, contiguous heads, cosines of every other token, a batch that repeats."""
@@ -88,8 +100,8 @@ def test_any_shape_on_the_cpu(batch, heads, kv_heads, length, half, rest, dtype)
 
 
 def test_opcheck():
-    for dtype, interleaved in ((torch.float32, False), (torch.bfloat16, True)):
-        given = (*inputs(2, 4, 2, 3, 16, 8, dtype), interleaved)
+    for dtype, table_dtype, interleaved in ((torch.float32, None, False), (torch.bfloat16, torch.float32, True)):
+        given = (*inputs(2, 4, 2, 3, 16, 8, dtype, table_dtype=table_dtype), interleaved)
         torch.library.opcheck(torch.ops.ras_fast.rotary_embedding.default, given)
 
 
@@ -126,7 +138,11 @@ QUERY, KEY, TABLE = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 3, 16), torch.ze
         ((QUERY, KEY, TABLE, TABLE[..., :8]), r"sin is of shape \(2, 3, 8\); it must be \[B or 1, L, r\] = \(2, 3, 16\)"),
         ((QUERY, KEY, TABLE, TABLE.expand(3, 2, 3, 16)), "sin is of shape"),
         ((QUERY, KEY, TABLE, torch.tensor(0.0)), "sin is of shape"),
-        ((QUERY, KEY, TABLE, TABLE.half()), "sin is of dtype"),
+        ((QUERY, KEY, TABLE, TABLE.half()), r"sin is of dtype torch.float16; it must be torch.float32"),
+        ((QUERY, KEY, TABLE.half(), TABLE.half()), r"cos is of dtype torch.float16; it must be torch.float32, that of query"),
+        ((QUERY.half(), KEY.half(), TABLE.bfloat16(), TABLE.bfloat16()), r"cos is of dtype torch.bfloat16; .* or float32"),
+        ((QUERY.half(), KEY.half(), TABLE, TABLE.half()), "sin is of dtype"),
+        ((QUERY.double(), KEY.double(), TABLE, TABLE), "cos is of dtype"),
         ((QUERY, KEY, TABLE, torch.zeros(2, 3, 32)[..., ::2]), "sin is of strides"),
         ((QUERY, KEY, TABLE, TABLE.to("meta")), "sin is on device"),
     ],
@@ -154,7 +170,7 @@ case, names = rotary.aot_cases(90)[0], ("query_heads", "key_heads", "length", "q
 case["signature"] = {name: kind for name, kind in case["signature"].items() if name not in names}
 case["divisible_by_16"] = [name for name in case["divisible_by_16"] if name not in names]
 case["constexprs"] |= dict.fromkeys(names, 1)
-inspect.compile_triton(case, 90)
+inspect.compile_triton([case], 90)
 """
 
 

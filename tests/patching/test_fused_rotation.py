@@ -11,10 +11,12 @@ import torch
 from calls import Calls
 from families import FAMILIES
 from transformers.models.llama import modeling_llama
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import ras_fast
 from ras_fast.patching.cache_values import cache_name, returned_cache
-from ras_fast.patching.rotary import ROTATION, FusedRotation, _with_global
+from ras_fast.patching.rotary import ROTATION, VISION_ROTATION, Form, FusedRotation, _with_global, _with_rotation
+from ras_fast.patching.structure import find_decoder
 
 # Layers that rotate: all, or those that attend; one tensor at a time (Gemma 4), neighbours (GLM, Cohere), half tables
 # (gpt-oss); none that do so by a function of another name (Llama 4).
@@ -24,7 +26,10 @@ ROTATED = {
 }  # fmt: skip
 
 
-FORM = {"glm4v": "neighbours", "llava/gpt_oss": "half tables"}
+FORM = {
+    "glm4v": Form(interleaved=True), "llava/gpt_oss": Form(half_tables=True),
+    "aya_vision": Form(interleaved=True, in_float32=True),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -51,7 +56,8 @@ def test_which_families(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "qwen3_5", "gemma4", "glm4v", "llava/gpt_oss"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "qwen3_5", "gemma4", "glm4v", "aya_vision",
+                                    "llava/gpt_oss"])  # fmt: skip
 def test_the_same_bits(family, dtype):
     """Attention with and without, in a prompt and in steps behind it."""
     text = FAMILIES[family].model(family).to(dtype).model.language_model
@@ -70,7 +76,7 @@ def test_the_same_bits(family, dtype):
 
     expected, none = run()
     for attention in rotating:
-        attention.forward = FusedRotation(attention, FORM.get(family, "halves"))
+        attention.forward = FusedRotation(attention, FORM.get(family, Form()))
     got, rotated = run()
     # Of Gemma 4's four layers two have keys of others.
     assert (none, rotated) == (0, 2 * (6 if family == "gemma4" else len(rotating)))
@@ -136,7 +142,7 @@ def test_other_tensors_take_the_original(llava):
     assert calls.count["ras_fast::rotary_embedding"] == 0
     torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
     attention = attentions(llava)[0]
-    fused, states = FusedRotation(attention, "halves"), torch.randn(1, 4, 64, requires_grad=True)
+    fused, states = FusedRotation(attention, Form()), torch.randn(1, 4, 64, requires_grad=True)
     positions = llava.model.language_model.rotary_emb(states, torch.arange(4)[None])
     gradients = []
     for forward in (attention.forward, fused):
@@ -167,34 +173,98 @@ def test_a_rotation_that_only_looks_alike_is_refused(llava, monkeypatch):
         assert patched.report().unfused["layers.0.self_attn"] == "rotates in a way of its own"
 
 
-@pytest.mark.parametrize("form", ["halves", "neighbours"])
+@pytest.mark.parametrize("form", [Form(), Form(interleaved=True)])
 def test_tables_and_heads_of_any_strides(llava, form):
     fused, tables = FusedRotation(attentions(llava)[0], form), torch.randn(2, 1, 16, 5).transpose(2, 3)
     query, key = torch.randn(2, 2, 5, 4, 16).transpose(2, 3)
     for heads in (query, key), (query.mT.contiguous().mT, key.mT.contiguous().mT):
-        expected = rotations.eager(heads[0], *tables, form == "neighbours")
-        taken = form == "halves" or heads[0].stride(3) == 1  # what the op does not take is Llama's, whatever the form
+        expected = rotations.eager(heads[0], *tables, form.interleaved)
+        taken = not form.interleaved or heads[0].stride(3) == 1  # what the op does not take is Llama's, whatever the form
         assert torch.equal(fused._rotate(*heads, *tables)[0], expected) == taken
 
 
 def test_an_odd_number_of_dimensions(llava):
     """Not a rotation, but what eager code does with it."""
     given = torch.randn(1, 2, 5, 7), torch.randn(1, 2, 5, 7), torch.randn(1, 5, 7), torch.randn(1, 5, 7)
-    got = FusedRotation(attentions(llava)[0], "halves")._rotate(*given)
+    got = FusedRotation(attentions(llava)[0], Form())._rotate(*given)
     assert all(map(torch.equal, got, modeling_llama.apply_rotary_pos_emb(*given)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_other_roundings_are_refused(dtype):
-    """Cohere computes in float32, and rounds at the end."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_form_that_holds_for_every_dtype(dtype):
+    """Cohere computes in float32, and rounds at the end: which a model in float32 does not show, but may be cast later."""
     model = FAMILIES["aya_vision"].model("aya_vision").to(dtype)
     with torch.no_grad(), ras_fast.patch(model, regions=False) as patched:
-        assert patched.report().rotations == 0
+        assert patched.report().rotations == 3
+        assert attentions(model)[0].forward.form == Form(interleaved=True, in_float32=True)
+
+
+# Vision towers whose attention rotates by one of the two functions; the others by functions of other names, or not at all.
+TOWERS = {
+    "qwen2_vl": 2, "qwen2_5_vl": 2, "qwen2_5_omni_thinker": 2, "qwen3_vl": 2, "qwen3_5": 2, "glm4v": 2, "exaone4_5": 2,
+    "mistral3": 2, "kimi_k25": 2, "ernie4_5_vl_moe": 2, "gemma4": 0, "llama4": 0, "llava": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted(TOWERS.keys() & FAMILIES.keys()))
+def test_towers(family, dtype):
+    """The bits of the unpatched tower's rotations, on the tensors that the patched one rotates."""
+    description = FAMILIES[family]
+    model = description.model(family).to(dtype)
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in description.inputs(model, ["tIt", "tII"]).items()}
+    batch.pop("regions")
+    compared = []
+
+    def checked(module, rotate):
+        def both(*args, **kwargs):
+            got, expected = rotate(*args, **kwargs), module.forward._original(*args, **kwargs)
+            compared.append(all(map(torch.equal, got, expected)))
+            return got
+
+        return both
+
+    with torch.no_grad(), ras_fast.patch(model, regions=False) as patched:
+        assert patched.report().tower_rotations == TOWERS[family]
+        assert f"and {TOWERS[family]} in vision towers" in str(patched.report())
+        text = {id(module) for module in find_decoder(model)[1].modules()}
+        rotating = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), FusedRotation) and id(m) not in text]
+        for module in rotating:
+            module.forward._forward, _, _ = _with_rotation(module, checked(module, module.forward._rotate))
+        with Calls() as calls:
+            model(**batch)
+    assert len(rotating) == TOWERS[family]
+    assert all(compared)
+    assert len(compared) >= TOWERS[family]
+    assert calls.count["ras_fast::rotary_embedding"] >= len(compared)
+    assert not any("forward" in module.__dict__ for module in rotating)
+
+
+def test_a_tower_that_rotates_otherwise_is_left_alone(monkeypatch):
+    def scaled(q, k, cos, sin):
+        return q * cos[:, None] * 1.01, k * sin[:, None]
+
+    monkeypatch.setattr(modeling_qwen2_5_vl, VISION_ROTATION, scaled)
+    with ras_fast.patch(FAMILIES["qwen2_5_vl"].model("qwen2_5_vl"), regions=False) as patched:
+        assert patched.report().tower_rotations == 0
+
+
+def test_a_towers_function_with_other_tensors():
+    """Heads before tokens, which look alike where there are as many of both; gradients; other numbers of arguments."""
+    attention = FAMILIES["qwen2_5_vl"].model("qwen2_5_vl").model.visual.blocks[0].attn
+    fused = FusedRotation(attention, Form(in_float32=True))
+    query, key, (cos, sin) = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8), torch.randn(2, 1, 4, 8)
+    patches = query[0].clone().requires_grad_(), key[0], cos[0], sin[0]
+    for given in ((query, key, cos, sin), (query[0], key[0], cos, sin), patches):
+        with Calls() as calls:
+            got = fused._rotate(*given)
+        assert calls.count["ras_fast::rotary_embedding"] == 0
+        assert all(map(torch.equal, got, modeling_qwen2_5_vl.apply_rotary_pos_emb_vision(*given)))
 
 
 def test_a_module_that_does_not_rotate():
     with pytest.raises(ValueError, match=f"Linear does not call {ROTATION}"):
-        FusedRotation(torch.nn.Linear(2, 2), "halves")
+        FusedRotation(torch.nn.Linear(2, 2), Form())
 
 
 def shouted(function):

@@ -7,8 +7,16 @@ from collections import Counter
 import pytest
 import torch
 from families import FAMILIES
+from tiny_models import relative_error, spread
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import ras_fast
@@ -40,6 +48,20 @@ def qwen():
     """With norms of queries and keys."""
     torch.manual_seed(0)
     return with_norms(Qwen3ForCausalLM(Qwen3Config(**CONFIG)))
+
+
+GEMMA_4 = {
+    "dense": {}, "inputs": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64},
+    "mixture": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+}  # fmt: skip
+
+
+@pytest.fixture(params=GEMMA_4)
+def gemma_4(request):
+    """Its layers scale what they give: the dense ones, those with an input of their own, those with experts."""
+    torch.manual_seed(0)
+    options = {"hidden_size_per_layer_input": 0} | GEMMA_4[request.param]
+    return spread(Gemma4ForCausalLM(Gemma4TextConfig(**CONFIG | {"global_head_dim": 16, "sliding_window": 4} | options)))
 
 
 @pytest.fixture(params=["gemma", "qwen"])
@@ -80,6 +102,40 @@ def test_a_layer_takes_two_calls_of_the_op(gemma, calls, dtype):
     torch.testing.assert_close(got, expected, rtol=rounding, atol=rounding)
     queries_and_keys, first_norm = 2 * 3, 1
     assert calls == {True: 2 * 3, False: queries_and_keys + first_norm}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_scale_what_they_give(gemma_4, calls, dtype):
+    exact = states_of(gemma_4)
+    gemma_4.to(dtype)
+    expected = states_of(gemma_4)
+    with ras_fast.patch(gemma_4) as patch:
+        report = patch.report()
+        assert (report.fused_layers, report.fused_norms, report.unfused) == (3, 6, {})
+        calls.clear()
+        got = states_of(gemma_4)
+        for layer in gemma_4.model.layers:
+            layer.layer_scalar.mul_(1.5)
+        rescaled = states_of(gemma_4)
+    assert calls[True] == 2 * 2 * 3
+    for ours, eager, wanted in zip(got, expected, exact, strict=True):
+        assert (ours - wanted).abs().max() <= 2 * (eager - wanted).abs().max() + 2e-5
+    assert relative_error(rescaled[-2], states_of(gemma_4)[-2]) < 0.05 < 0.2 < relative_error(rescaled[-2], got[-2])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_layers_that_scale_are_steered_after_it(gemma_4, apart):
+    """Norms apart from the sum as well, which a hook wants to see."""
+    vector, seen = torch.randn(1, 48), []
+    norms = [module for name, module in gemma_4.named_modules() if name.endswith("layernorm")] if apart else []
+    hooks = [norm.register_forward_hook(lambda module, args, output: seen.append(output)) for norm in norms]
+    with ras_fast.patch(gemma_4) as patch:
+        patch.set_steering(1, vector)
+        patch.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.full((2,), 0.5))
+        got = states_of(gemma_4)
+    gemma_4.model.layers[1].register_forward_hook(lambda module, args, output: output + 0.5 * vector)
+    close(got[-1], states_of(gemma_4)[-1])  # transformers records a layer's output before later hooks
+    assert bool(seen) == bool(hooks) == apart
 
 
 def test_hooks_see_the_norm(gemma, calls):

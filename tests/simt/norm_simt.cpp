@@ -14,7 +14,7 @@ struct Call {
   void *y, *h;
   float* probe_dots;
   int64_t x_stride[3], residual_stride[3], size[3];  // z, y, rows
-  Matrix weight, bias, x_weight, steer_vectors, probes;
+  Matrix weight, bias, x_weight, scale, steer_vectors, probes;
   const int32_t* steer_slot;
   const float* steer_alpha;
   int64_t slot_stride, alpha_stride, num_slots, num_probes, d, dtype, multiprocessors;
@@ -36,6 +36,7 @@ static bool run(Call& c) {
   a.weight = operand(c.weight);
   a.bias = operand(c.bias);
   a.x_weight = operand(c.x_weight);
+  a.scale = operand(c.scale);
   a.steer_vectors = operand(c.steer_vectors);
   a.probes = operand(c.probes);
   a.steer_slot = c.steer_slot;

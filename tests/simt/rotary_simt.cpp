@@ -10,27 +10,27 @@ struct Heads {
   void* out;
   int64_t batch_stride, token_stride, head_stride, heads;
 };
-struct Table {
+struct Rows {
   const void* data;
   int64_t batch_stride, token_stride;
 };
 struct Call {
   Heads query, key;
-  Table cos, sin;
-  int64_t batch, length, dim, rotated, dtype, interleaved;
+  Rows cos, sin;
+  int64_t batch, length, dim, rotated, dtype, interleaved, float_tables;
   int64_t width;  // out: elements of an access
 };
 
-template <typename T>
+template <typename T, typename Table>
 static bool run(Call& c) {
   const auto heads = [](const Heads& h) {
     return RotaryHeads<T>{static_cast<const T*>(h.data), static_cast<T*>(h.out), h.batch_stride, h.token_stride, h.head_stride,
                           int(h.heads)};
   };
-  const auto table = [](const Table& t) {
-    return RotaryTable<T>{static_cast<const T*>(t.data), t.batch_stride, t.token_stride};
+  const auto table = [](const Rows& t) {
+    return RotaryTable<Table>{static_cast<const Table*>(t.data), t.batch_stride, t.token_stride};
   };
-  const RotaryArgs<T> a{heads(c.query), heads(c.key), table(c.cos), table(c.sin), int(c.length), int(c.dim), int(c.rotated)};
+  const RotaryArgs<T, Table> a{heads(c.query), heads(c.key), table(c.cos), table(c.sin), int(c.length), int(c.dim), int(c.rotated)};
   c.width = rotary_width(a);
   bool ok = false;
   with_rotary_kernel(a, c.interleaved != 0, c.batch * c.length, [&](auto kernel, dim3 grid) {
@@ -40,5 +40,8 @@ static bool run(Call& c) {
 }
 
 extern "C" int rotary_run(Call* c) {
-  return for_dtype(DType(c->dtype), [&](auto zero) { return run<decltype(zero)>(*c); });
+  return for_dtype(DType(c->dtype), [&](auto zero) {
+    using T = decltype(zero);
+    return c->float_tables ? run<T, float>(*c) : run<T, T>(*c);
+  });
 }

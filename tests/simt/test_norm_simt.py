@@ -27,7 +27,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         *[(name, POINTER) for name in ("x", "residual", "y", "h", "probe_dots")],
         *[(name, INT * 3) for name in ("x_stride", "residual_stride", "size")],
-        *[(name, Matrix) for name in ("weight", "bias", "x_weight", "steer_vectors", "probes")],
+        *[(name, Matrix) for name in ("weight", "bias", "x_weight", "scale", "steer_vectors", "probes")],
         *[(name, POINTER) for name in ("steer_slot", "steer_alpha")],
         *[(name, INT) for name in ("slot_stride", "alpha_stride", "num_slots", "num_probes", "d", "dtype")],
         *[(name, INT) for name in ("multiprocessors", "layer_norm", "hf_rounding", "lerp")],
@@ -59,7 +59,8 @@ class Case:
     """A call with random inputs; keyword arguments say how it differs from a plain add + RMS norm in "hf" rounding."""
 
     def __init__(self, size, d, dtype, *, seed=0, layer_norm=False, hf=True, residual=True, bias=True, steer=None,
-                 lerp=False, probes=0, weight_dtype=None, weight_offset=0.0, multiprocessors=132, make=None, sandwich=False):
+                 lerp=False, probes=0, weight_dtype=None, weight_offset=0.0, multiprocessors=132, make=None, sandwich=False,
+                 scaled=False):
         self.rng = np.random.default_rng(seed)
         self.size, self.d, self.dtype, self.layer_norm, self.hf, self.lerp = size, d, dtype, layer_norm, hf, lerp
         self.weight_offset, self.multiprocessors, self.eps = weight_offset, multiprocessors, 1e-5
@@ -70,6 +71,7 @@ class Case:
         self.weight = self.table((d,))
         self.bias = self.table((d,)) if layer_norm and bias else None
         self.x_weight = self.table((d,)) if sandwich else None
+        self.scale = self.table((1,)) if scaled else None
         self.probes = self.table((probes, d)) if probes else None
         self.vectors = self.slot = self.alpha = None
         if steer is not None:
@@ -97,15 +99,15 @@ class Case:
         h = self.residual.copy() if in_place else y.copy() if stores_h else None
         dots = np.full((*self.size, len(self.probes) + 1), np.nan, np.float32) if self.probes is not None else None
         call = Call(weight=self.matrix(self.weight), bias=self.matrix(self.bias), probes=self.matrix(self.probes),
-                    x_weight=self.matrix(self.x_weight), steer_vectors=self.matrix(self.vectors), d=self.d,
-                    dtype=DTYPES[self.dtype], multiprocessors=self.multiprocessors,
-                    layer_norm=self.layer_norm, hf_rounding=self.hf, lerp=self.lerp,
+                    x_weight=self.matrix(self.x_weight), scale=self.matrix(self.scale),
+                    steer_vectors=self.matrix(self.vectors), d=self.d, dtype=DTYPES[self.dtype],
+                    multiprocessors=self.multiprocessors, layer_norm=self.layer_norm, hf_rounding=self.hf, lerp=self.lerp,
                     eps=self.eps, weight_offset=self.weight_offset, slot_stride=1, alpha_stride=1,
                     num_slots=3 if self.slot is not None else 0,
                     num_probes=len(self.probes) if self.probes is not None else 0)
         call.size[:] = self.size
         inputs, outputs = {}, {"y": y}
-        for name in ("x", "residual", "weight", "bias", "x_weight", "probes", "vectors", "slot", "alpha"):
+        for name in ("x", "residual", "weight", "bias", "x_weight", "scale", "probes", "vectors", "slot", "alpha"):
             array = getattr(self, name)
             if array is not None and not (in_place and name in ("x", "residual")):
                 inputs[name] = array
@@ -129,6 +131,8 @@ class Case:
             h = rounded(self.rms(h, self.x_weight, rounded))
         if self.residual is not None:
             h = rounded(h + decode(self.residual, self.dtype))
+        if self.scale is not None:
+            h = rounded(h * decode(self.scale, self.weight_dtype))
         if self.slot is not None:
             slot, alpha = (v.reshape(*self.size, 1) for v in (self.slot, self.alpha.astype(np.float64)))
             vectors = decode(self.vectors, self.weight_dtype)[np.clip(slot[..., 0], 0, 2)]
@@ -198,6 +202,15 @@ def test_x_with_a_norm_of_its_own(norm, d, offset, dtype):
         case = Case((1, 1, 3), d, dtype, sandwich=True, weight_offset=offset, probes=1, steer=steer, lerp=lerp)
         for written, wanted in zip(case.run(norm, in_place=True), case.verify(norm), strict=True):
             np.testing.assert_array_equal(written, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("d", [64, 769, 16392])
+def test_a_sum_is_scaled_before_it_is_steered(norm, d, weight_dtype, dtype):
+    settings = {"sandwich": True, "scaled": True, "weight_dtype": weight_dtype}
+    Case((1, 1, 2), d, dtype, **settings).verify(norm)
+    Case((1, 1, 3), d, dtype, steer=([0, -1, 2], [0.5, 1.0, -0.5]), probes=1, **settings).verify(norm)
 
 
 def test_x_with_a_norm_of_its_own_steered_or_not(norm):

@@ -26,7 +26,7 @@ class Call(ctypes.Structure):
     """Mirrors struct Call of rotary_simt.cpp."""
 
     _fields_ = [("query", Heads), ("key", Heads), ("cos", Table), ("sin", Table)] + [
-        (name, INT) for name in ("batch", "length", "dim", "rotated", "dtype", "interleaved", "width")
+        (name, INT) for name in ("batch", "length", "dim", "rotated", "dtype", "interleaved", "float_tables", "width")
     ]
 
 
@@ -53,10 +53,11 @@ def check_pairs(emulator, query, key, cos, sin, interleaved, width):
     dtype = query.dtype
     outputs = [torch.full((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), torch.nan, dtype=dtype) for x in (query, key)]
     call = Call(heads_of(query, outputs[0]), heads_of(key, outputs[1]), table_of(cos), table_of(sin), query.shape[0],
-                query.shape[2], query.shape[3], cos.shape[-1], DTYPES[dtype], interleaved)  # fmt: skip
+                query.shape[2], query.shape[3], cos.shape[-1], DTYPES[dtype], interleaved,
+                cos.dtype == torch.float32)  # fmt: skip
     inputs = {"query": query, "key": key, "cos": cos, "sin": sin}
     emulator.run(
-        "rotary_run", ctypes.byref(call), inputs={name: x.view(BITS[dtype]).numpy() for name, x in inputs.items()},
+        "rotary_run", ctypes.byref(call), inputs={name: x.view(BITS[x.dtype]).numpy() for name, x in inputs.items()},
         outputs={name: x.view(BITS[dtype]).numpy() for name, x in zip(("query out", "key out"), outputs, strict=True)},
     )  # fmt: skip
     assert call.width == width
@@ -74,6 +75,7 @@ def test_whole_and_partial_rotations(rotary, dim, rotated, dtype):
     width = wide if rotated // 2 % wide == 0 and dim % wide == 0 else 1
     check(rotary, *inputs(2, 6, 2, 3, dim, rotated, dtype, tables=2), width)
     check(rotary, *inputs(2, 3, 3, 1, dim, rotated, dtype, tables=1), width)
+    check(rotary, *inputs(1, 3, 3, 2, dim, rotated, dtype, table_dtype=torch.float32), width)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

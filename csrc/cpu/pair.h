@@ -148,4 +148,14 @@ inline void each_pair(int64_t d, F&& body) {
   if (i < d) body(i, int(d - i));
 }
 
+// The same where an element may be computed twice, from a row that is not written: the last pair of a long row is whole and ends
+// with it.
+template <class F>
+inline void each_whole_pair(int64_t d, F&& body) {
+  if (d < kPair) return body(0, int(d));
+  int64_t i = 0;
+  for (; i + kPair <= d; i += kPair) body(i, Full{});
+  if (i < d) body(d - kPair, Full{});
+}
+
 }  // namespace ras::cpu::RAS_FAST_ISA

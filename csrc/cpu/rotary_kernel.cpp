@@ -28,7 +28,7 @@ inline Pair product(Pair value, const Table* table, Count count) {
 
 template <class T, class Table>
 void rotate_neighbours(const T* x, const Table* cos, const Table* sin, T* out, int64_t rotated) {
-  each_pair(rotated, [&](int64_t i, auto count) {
+  each_whole_pair(rotated, [&](int64_t i, auto count) {
     const Pair value = load_pair(x + i, count);
     store_pair(out + i, product<T>(value, cos + i, count) + product<T>(turned(T{}, value), sin + i, count), count);
   });
@@ -37,7 +37,7 @@ void rotate_neighbours(const T* x, const Table* cos, const Table* sin, T* out, i
 template <class T, class Table>
 void rotate_halves(const T* x, const Table* cos, const Table* sin, T* out, int64_t rotated) {
   const int64_t half = rotated / 2;
-  each_pair(half, [&](int64_t i, auto count) {
+  each_whole_pair(half, [&](int64_t i, auto count) {
     const Pair low = load_pair(x + i, count), high = load_pair(x + half + i, count);
     store_pair(out + i, product<T>(low, cos + i, count) - product<T>(high, sin + i, count), count);
     store_pair(out + half + i, product<T>(high, cos + half + i, count) + product<T>(low, sin + half + i, count), count);

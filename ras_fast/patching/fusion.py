@@ -26,6 +26,7 @@ from ras_fast.patching.layers import (
     FusedMixtureLayer,
     FusedNorm,
     SteeredLayer,
+    WeightlessNorm,
     gates,
 )
 from ras_fast.patching.report import Report
@@ -130,13 +131,13 @@ class _Fusion:
 
     def _fuse_other_norms(self) -> None:
         """Those that no sum precedes, as of queries and keys or in the vision tower. torch has one kernel for LayerNorm."""
+        device = next(self.root.parameters()).device
         for module in list(self.root.modules()):
-            weight, slot = module._parameters.get("weight"), forward_slot(module)
-            skipped = id(module) in self.norms or isinstance(module, nn.LayerNorm) or not looks_like_norm(module)
-            if skipped or slot is None or weight is None or weight.dim() != 1:
+            slot = forward_slot(module)
+            if id(module) in self.norms or slot is None or isinstance(module, nn.LayerNorm) or not looks_like_norm(module):
                 continue
             with torch.no_grad():
-                fused = _proved_norm(module, weight.dtype, 2, 2)  # dimensions that tell a norm over channels from one of rows
+                fused = _proved_other_norm(module, device)
             if isinstance(fused, FusedNorm):
                 self.undo.set(module, slot, fused)
                 self.report.other_norms += 1
@@ -236,27 +237,52 @@ def _fuse_norm(norm: nn.Module, call: Call) -> FusedNorm | str:
     return _proved_norm(norm, call.x.dtype, 4)
 
 
+def _proved_other_norm(norm: nn.Module, device: torch.device) -> FusedNorm | str:
+    """The fused form of a norm module with a weight [d] or without parameters; or why there is none."""
+    weight, leading = getattr(norm, "weight", None), (2, 2)  # dimensions that tell a norm over channels from one of rows
+    if isinstance(weight, Tensor) and weight.dim() == 1:
+        return _proved_norm(norm, weight.dtype, *leading)
+    if next(norm.parameters(), None) is not None:
+        return "has other parameters"
+    candidate = WeightlessNorm(norm, _eps_name(norm))
+    proofs = [_proved([candidate], _rows(leading, 16, device, dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    return next((why for why in proofs if isinstance(why, str)), candidate)
+
+
 def _proved_norm(norm: nn.Module, dtype: torch.dtype, *leading: int) -> FusedNorm | str:
     """The fused form of a norm module with a weight [d], proved on random rows [*leading, d] of this dtype, four in all; or why
     there is none."""
-    weight, eps_name = norm.weight, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
-    if not isinstance(getattr(norm, eps_name, None), float):
-        return "is not a norm over the hidden size"
-    if weight.is_meta:
+    if norm.weight.is_meta:
         return "has its weights offloaded"
-    # Off-centre rows tell RMSNorm from LayerNorm, small ones show where eps comes in.
+    forms = (("rms", 0.0), ("rms", 1.0), ("layer", 0.0))
+    candidates = [FusedNorm(norm, kind, _eps_name(norm), offset) for kind, offset in forms]
+    return _proved(candidates, _rows(leading, len(norm.weight), norm.weight.device, dtype))
+
+
+def _eps_name(norm: nn.Module) -> str:
+    return "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+
+
+def _rows(leading: tuple[int, ...], d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Four random rows: off-centre ones tell RMSNorm from LayerNorm, small ones show where eps comes in."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([[1.0], [30.0], [0.1], [1e-3]], device="cpu")
-    rows = (torch.randn(4, len(weight), generator=generator, device="cpu") + 1) * scales
-    rows = rows.to(device=weight.device, dtype=dtype).view(*leading, len(weight))
+    rows = (torch.randn(4, d, generator=generator, device="cpu") + 1) * scales
+    return rows.to(device=device, dtype=dtype).view(*leading, d)
+
+
+def _proved(candidates: list[FusedNorm], rows: Tensor) -> FusedNorm | str:
+    """The first that does on these rows what the norm does that they are for; or why none does."""
+    norm = candidates[0].norm
+    if not isinstance(getattr(norm, candidates[0].eps_name, None), float):
+        return "is not a norm over the hidden size"
     try:
         expected = type(norm).forward(norm, rows)
     except Exception as error:  # whatever a norm of another kind raises on rows without a batch
         return f"does not run ({type(error).__name__}: {error})"
     if not isinstance(expected, Tensor) or expected.shape != rows.shape:
         return f"returns a {type(expected).__name__} of another shape"
-    for kind, offset in (("rms", 0.0), ("rms", 1.0), ("layer", 0.0)):
-        candidate = FusedNorm(norm, kind, eps_name, offset)
+    for candidate in candidates:
         if _norm_agrees(candidate, rows, expected):
             return candidate
     return "is neither RMSNorm, RMSNorm with 1 + weight, nor LayerNorm"
@@ -274,7 +300,7 @@ def _norm_agrees(candidate: FusedNorm, x: Tensor, expected: Tensor) -> bool:
 
 
 def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
-    x, weight = x.double(), candidate.norm.weight.double()
+    x, weight = x.double(), candidate.weight(x).double()
     if candidate.kind == "layer":
         bias = getattr(candidate.norm, "bias", None)
         return nn.functional.layer_norm(x, weight.shape, weight, None if bias is None else bias.double(), candidate.eps)

@@ -146,9 +146,32 @@ class FusedNorm:
 
     def _launch(self, x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.kind == "rms":
-            return ops.add_rms_norm(x, residual, self.norm.weight, self.eps, weight_offset=self.weight_offset, **options)
+            return ops.add_rms_norm(x, residual, self.weight(x), self.eps, weight_offset=self.weight_offset, **options)
         bias = getattr(self.norm, "bias", None)
         return ops.add_layer_norm(x, residual, self.norm.weight, bias, self.eps, **options)
+
+    def weight(self, x: Tensor) -> Tensor:
+        """[d], for rows x [..., d]."""
+        return self.norm.weight
+
+
+class WeightlessNorm(FusedNorm):
+    """Stands in for the `forward` of an RMSNorm without a weight, as of the values in Gemma 4's attention."""
+
+    def __init__(self, norm: nn.Module, eps_name: str) -> None:
+        super().__init__(norm, "rms", eps_name, 0.0)
+        self._ones: Tensor | None = None
+
+    def weight(self, x: Tensor) -> Tensor:
+        ones = self._ones
+        if ones is None or (ones.shape, ones.dtype, ones.device) != (x.shape[-1:], x.dtype, x.device):
+            ones = x.new_ones(x.shape[-1])
+            if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # then a replay alone writes them
+                self._ones = ones
+        return ones
+
+    def _computes(self, x: Tensor) -> bool:
+        return not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad))
 
 
 def add_alone(

@@ -17,6 +17,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import ras_fast
@@ -227,6 +229,37 @@ def test_another_formula_is_left_alone(qwen):
         close(states_of(qwen), expected)
 
 
+@torch.no_grad()
+def test_norms_without_a_weight(qwen, calls):
+    """Of the values in Gemma 4's attention, and Llama 4's of queries and keys."""
+    for index, norm in enumerate((Gemma4RMSNorm(16, with_scale=False), Llama4TextL2Norm(), WithoutRoot())):
+        qwen.model.layers[index].other_norm = norm
+    fused, other, refused = (layer.other_norm for layer in qwen.model.layers)
+    with ras_fast.patch(qwen) as patch:
+        assert patch.report().other_norms == 8
+        assert "forward" not in refused.__dict__
+        for norm in (fused, other):
+            calls.clear()
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for x in (torch.randn(2, 3, 4, 16), torch.randn(5, 24)):
+                    close(norm(x.to(dtype)), type(norm).forward(norm, x.to(dtype)))
+            assert calls == {False: 6}
+        x = torch.randn(3, 16, requires_grad=True)
+        with torch.enable_grad():
+            fused(x).sum().backward()
+        assert x.grad is not None
+        assert calls == {False: 6}
+        close(torch.compile(fused, backend="aot_eager", fullgraph=True)(x), fused(x))
+    assert "forward" not in fused.__dict__
+
+
+class WithoutRoot(Llama4TextL2Norm):
+    """A norm by its name."""
+
+    def forward(self, x):
+        return x / (x.square().mean(-1, keepdim=True) + self.eps)
+
+
 class ChannelNorm(torch.nn.Module):
     """RMSNorm over the channels of [B, C, H, W]; of [B, C] that of rows."""
 
@@ -239,7 +272,10 @@ class ChannelNorm(torch.nn.Module):
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * weight
 
 
-@pytest.mark.parametrize("norm", [ChannelNorm(16), torch.nn.GroupNorm(1, 16), torch.nn.BatchNorm1d(16)])
+@pytest.mark.parametrize(
+    "norm",
+    [ChannelNorm(16), torch.nn.GroupNorm(1, 16), torch.nn.BatchNorm1d(16), torch.nn.GroupNorm(1, 16, affine=False)],
+)
 @torch.no_grad()
 def test_norms_over_channels_are_left_alone(qwen, norm):
     """On rows alone, the first two would pass for RMSNorm and LayerNorm."""

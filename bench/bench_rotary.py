@@ -20,7 +20,7 @@ HEADS = ((32, 32, 128, 128), (32, 8, 128, 128), (16, 16, 64, 64), (32, 2, 128, 6
 TOKENS = (1, 8, 64, 640, 4096)
 # Qwen2.5-VL's vision tower.
 TOWER = [(16, 16, 80, 80, patches) for patches in (1024, 4096)]
-QUICK = [(32, 8, 128, 128, 1), (32, 8, 128, 128, 640)]
+QUICK = [(32, 8, 128, 128, 1), (32, 8, 128, 128, 640), TOWER[0]]
 
 
 def case(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str) -> tuple[dict, int, dict]:

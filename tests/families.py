@@ -18,7 +18,6 @@ import ras_fast
 
 PAD, IMAGE, VIDEO, START, END, VOCABULARY = 0, 99, 98, 97, 96, 100
 SIZE = 64  # hidden size of every text model
-RECENT = version.parse(transformers.__version__) >= version.parse("5.24")
 
 TEXT = {
     "hidden_size": SIZE, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -356,7 +355,7 @@ FAMILIES = {
                          "vision_config": QWEN_VISION | {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": SIZE,
                                                          "num_key_value_heads": 1, "window_size": 16,
                                                          "fullatt_block_indexes": [1]}},
-                        grids, ([START], [END]), fused=(0, 0)),  # its norms come before the adds
+                        grids, ([START], [END])),
     "molmo2": Family({"text_config": TEXT | {"additional_vocab_size": 8}, "image_patch_id": IMAGE, "image_token_id": IMAGE,
                       "image_start_token_id": START, "image_end_token_id": END, "low_res_image_start_token_id": 94,
                       "frame_start_token_id": 93, "frame_end_token_id": 92,
@@ -401,8 +400,7 @@ FAMILIES = {
                           "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4,
                           "pooling_kernel_size": 2, "position_embedding_size": 64},
         "video_token_id": VIDEO, "boi_token_id": START, "eoi_token_id": END, "boa_token_id": 94, "eoa_token_id": 93,
-        "audio_token_id": 95, "audio_config": None}, patches, ([START], [END]), types="mm_token_type_ids",
-                     fused=(4, 7 if RECENT else 8)),  # the recent one may cut the sequence between two layers
+        "audio_token_id": 95, "audio_config": None}, patches, ([START], [END]), types="mm_token_type_ids", fused=(4, 8)),
     "paligemma": Family({"text_config": TEXT | {"model_type": "gemma"}, "vision_config": SIGLIP, "image_token_index": IMAGE,
                          "image_token_id": IMAGE, "projection_dim": SIZE, "hidden_size": SIZE},
                         types="token_type_ids", image_type=0),
@@ -485,7 +483,7 @@ FAMILIES = {
     "qwen3": Family(TEXT, None),
 }  # fmt: skip
 # Some are newer than the oldest transformers that this package works with, or took other inputs and configs there.
-CHANGED = set() if RECENT else {"hunyuan_vl", "minicpmv4_6", "aria"}
+CHANGED = set() if version.parse(transformers.__version__) >= version.parse("5.24") else {"hunyuan_vl", "minicpmv4_6", "aria"}
 
 
 def of_this_version(families: dict[str, Family]) -> dict[str, Family]:

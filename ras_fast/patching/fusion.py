@@ -4,6 +4,7 @@ A layer is recognised by the order in which it calls its children (n: norm, b: a
 
     nbnb     pre-norm, as Llama: h += attention(norm(h)); h += mlp(norm(h))
     nbnnbn   sandwich norms, as Gemma: h += norm(attention(norm(h))); h += norm(mlp(norm(h)))
+    bnbn     post-norm, as OLMo 2: h += norm(attention(h)); h += norm(mlp(h))
     nbb      parallel, as Cohere: h += attention(n) + mlp(n), n = norm(h)
 
 and two that continue the sandwich, FusedInputLayer and FusedMixtureLayer (layers.py),
@@ -39,6 +40,7 @@ from ras_fast.patching.undo import Undo, forward_slot
 PATTERNS = {
     "nbnb": ("input_norm", "attention", "middle_norm", "mlp"),
     "nbnnbn": ("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"),
+    "bnbn": ("attention", "attention_norm", "mlp", "mlp_norm"),
     "nbb": ("input_norm", "attention", "mlp"),
     "nbnnbnbbbn": (
         "input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm", "gate", "activation", "projection",
@@ -189,7 +191,7 @@ class _Fusion:
         layer, why = self._proved_layer(index, shape, end)
         if why is None:
             self.report.fused_layers += 1
-            self.report.fused_norms += (layer.middle is not None) + (end is not None)
+            self.report.fused_norms += layer.fused_adds
         else:
             layer = SteeredLayer(record.module, index, end)
             if _differs(layer, record) is not None:

@@ -107,6 +107,15 @@ class FusedNorm:
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
 
+    def add_behind(
+        self, x: Tensor, residual: Tensor, site: Site | None = None, probe: Probe | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """norm(x) + residual, where no fused norm follows; the rest as `add` has it. The op's norm of the sum goes unused."""
+        if not self._includes(self, x, residual):
+            return add_alone(self.norm(x), residual, site, probe, scale)
+        _, hidden = self.compute(x, residual, site, probe, x_weight=self.norm.weight, scale=scale)
+        return hidden
+
     def _includes(self, inner: FusedNorm, x: Tensor, residual: Tensor | None) -> bool:
         """Whether one kernel computes both norms: they are alike, nobody would notice that `inner` is not called, and its call
         would run this package's kernel."""
@@ -233,9 +242,11 @@ class SteeredLayer:
         self, x: Tensor, residual: Tensor | None, inner: FusedNorm | None = None, scale: Tensor | None = None
     ) -> Tensor:
         """x + residual, steered and read as is asked for; `inner` and `scale` as those of FusedNorm.add."""
-        if self.end is None:
-            return add_alone(x if inner is None else inner.norm(x), residual, self.site, self.probe, scale)
-        return self.end.add(x, residual, self.site, self.probe, inner, scale)
+        if self.end is not None:
+            return self.end.add(x, residual, self.site, self.probe, inner, scale)
+        if inner is not None:
+            return inner.add_behind(x, residual, self.site, self.probe, scale)
+        return add_alone(x, residual, self.site, self.probe, scale)
 
     def _check(self, hidden: Tensor) -> None:
         if self.layer.training:
@@ -252,12 +263,14 @@ class FusedLayer(SteeredLayer):
     norms: the fused norms by theirs; all but the one that follows the layer.
     """
 
+    LAST_NORM = "mlp_norm"  # the part of the norm before the last add
+
     def __init__(
         self, layer: nn.Module, index: int, names: dict[str, str], norms: dict[str, FusedNorm], end: FusedNorm | None
     ) -> None:
         super().__init__(layer, index, end)
         self.names = names
-        self.attention_norm, self.middle, self.mlp_norm = map(norms.get, ("attention_norm", "middle_norm", "mlp_norm"))
+        self.attention_norm, self.middle, self.last_norm = map(norms.get, ("attention_norm", "middle_norm", self.LAST_NORM))
         self.returns_tuple = False
         self._parameters = _named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
@@ -270,18 +283,26 @@ class FusedLayer(SteeredLayer):
             return super().__call__(**kwargs)
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
-        normed = self._run("input_norm", hidden)
+        normed = self._run("input_norm", hidden) if "input_norm" in self.names else hidden
         attended = self._attend(normed, kwargs)
-        if self.middle is None:
-            hidden = hidden + attended
-        else:
+        if self.middle is not None:
             hidden = self.middle.add(attended, hidden, inner=self.attention_norm)
             normed = self._run("middle_norm", hidden)
+        elif self.attention_norm is not None:
+            normed = hidden = self.attention_norm.add_behind(attended, hidden)
+        else:
+            hidden = hidden + attended
         moved = self._move(normed, hidden, kwargs)
         if moved.shape != hidden.shape:  # some MoE blocks flatten
             moved = moved.view(hidden.shape)
         hidden = self._close(moved, hidden, kwargs)
         return (hidden,) if self.returns_tuple else hidden
+
+    @property
+    def fused_adds(self) -> int:
+        """How many of its adds are computed with a norm."""
+        between = self.middle is not None or self.attention_norm is not None
+        return between + (self.end is not None or self.last_norm is not None)
 
     def note_unproved(self, record: LayerTrace) -> None:
         """Parameters of the layer that the trace left empty: what the layer does with them was not seen."""
@@ -305,7 +326,7 @@ class FusedLayer(SteeredLayer):
         return first(self._run("mlp", normed))
 
     def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return self._add(moved, hidden, self.mlp_norm, self.layer._buffers.get(SCALE))
+        return self._add(moved, hidden, self.last_norm, self.layer._buffers.get(SCALE))
 
     def _run(self, role: str, *args: Any) -> Any:
         """The layer's child in this role, called as a module, so that its hooks run."""
@@ -341,17 +362,19 @@ class FusedCrossLayer(FusedLayer):
 class FusedInputLayer(FusedLayer):
     """A layer that takes in an input of its own behind the MLP, as Gemma 4 E2B's: h += norm(W₂(act(W₁·h) · input))."""
 
+    LAST_NORM = "projection_norm"
+
     def __init__(self, layer: nn.Module, index: int, names: dict[str, str], norms: dict[str, FusedNorm], *args: Any) -> None:
         super().__init__(layer, index, names, norms, *args)
-        self.projection_norm = norms["projection_norm"]
+        self.mlp_norm = norms["mlp_norm"]
 
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return super()._attend(normed, {name: value for name, value in kwargs.items() if name != LAYER_INPUT})
 
     def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        hidden = hidden + self._run("mlp_norm", moved)
+        hidden = self.mlp_norm.add_behind(moved, hidden)
         gated = self._run("activation", self._run("gate", hidden)) * kwargs[LAYER_INPUT]
-        return self._add(self._run("projection", gated), hidden, self.projection_norm, self.layer._buffers.get(SCALE))
+        return super()._close(self._run("projection", gated), hidden, kwargs)
 
 
 class FusedMixtureLayer(FusedLayer):

@@ -11,7 +11,7 @@ NO_INTERFACE = "do not go through transformers' attention interface"
 class Report:
     """What `patch` did.
 
-    fused_norms: residual adds that are fused with the norm after them, out of `norms` such adds.
+    fused_norms: residual adds that are fused with the norm after or before them, out of `norms` such adds.
     other_norms: those that no sum precedes, as of queries and keys, which are one kernel instead of several operations.
     rotations, tower_rotations: attention modules whose rotary embedding is one kernel, of the text model and outside of it.
     linears: linear layers that run by `ops.linear` where that is faster, as in a decode step.

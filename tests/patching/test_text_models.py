@@ -85,9 +85,13 @@ def test_dropout_between_its_parts_does_not_hide_a_layer():
             assert relative_error(model(**batch).logits, expected) < 1e-5
 
 
-@pytest.mark.parametrize("text", ["granite", "granitemoehybrid", "gpt_neox", "olmo", "olmo2", "olmo3"])
-def test_a_layer_that_cannot_be_fused_can_be_steered_and_read(text):
-    """Those of Granite scale what they add, OLMo's norms have no weights, and after those of OLMo 2 and 3 no norm follows."""
+POST_NORM = {"olmo2", "olmo3"}
+
+
+@pytest.mark.parametrize("text", ["granite", "granitemoehybrid", "gpt_neox", "olmo", *sorted(POST_NORM)])
+def test_every_layer_can_be_steered_and_read(text):
+    """Those of Granite scale what they add and OLMo's norms have no weights: they are not fused. Those of OLMo 2 and 3, which
+    have norms before their adds alone, are."""
     model, batch = around(text)
     batch.pop("regions")
     vector, dots = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), []
@@ -100,8 +104,9 @@ def test_a_layer_that_cannot_be_fused_can_be_steered_and_read(text):
         expected = model(**batch, output_hidden_states=True)
         handle.remove()
         with ras_fast.patch(model) as patched:
-            assert patched.report().fused_layers == 0
-            assert "layers.1" in patched.report().unfused
+            report = patched.report()
+            assert (report.fused_layers, report.fused_norms) == ((3, 6) if text in POST_NORM else (0, 0))
+            assert ("layers.1" in report.unfused) == (text not in POST_NORM)
             plain = model(**batch).logits
             patched.set_steering(1, vector)
             patched.steering.set_rows(torch.full((2,), -1), torch.full((2,), 2.0))

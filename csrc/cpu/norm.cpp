@@ -1,8 +1,6 @@
 // CPU launcher of add_rms_norm, add_layer_norm and their in-place twins: shapes and pointers; the arithmetic is in norm_kernel.cpp.
 #include "cpu/norm.h"
 
-#include <cmath>
-
 #include "cpu/tensor.h"
 
 namespace ras::cpu {
@@ -10,17 +8,17 @@ namespace {
 
 // The caller's tables, all in one dtype: x's, or float when one of them has another.
 struct Tables {
-  MaybeTensor weight, bias, vectors, probes, x_weight;
+  MaybeTensor weight, bias, vectors, probes, x_weight, scale;
 
   bool match(DType dtype) const {
     bool all = true;
-    for (const MaybeTensor* table : {&weight, &bias, &vectors, &probes, &x_weight})
+    for (const MaybeTensor* table : {&weight, &bias, &vectors, &probes, &x_weight, &scale})
       if (*table) all &= dtype_of(**table) == dtype;  // of every one, because it refuses dtypes that no kernel reads
     return all;
   }
   void to_float() {
     // A conversion keeps the order of the strides: rows that overlap would come back interleaved.
-    for (MaybeTensor* table : {&weight, &bias, &vectors, &probes, &x_weight})
+    for (MaybeTensor* table : {&weight, &bias, &vectors, &probes, &x_weight, &scale})
       if (*table) *table = torch::stable::contiguous(torch::stable::to(**table, torch::headeronly::ScalarType::Float));
   }
 };
@@ -44,6 +42,8 @@ void guard(const Tensor& x, const MaybeTensor& residual, const Tables& tables, c
   STD_TORCH_CHECK(fits(tables.weight, 1, d) && fits(tables.bias, 1, d) && fits(tables.x_weight, 1, d) &&
                       fits(tables.vectors, 2, d) && fits(tables.probes, 2, d),
                   "ras_fast norm: weight, bias and x_weight must be [d], steer_vectors and probes [rows, d]");
+  STD_TORCH_CHECK(!tables.scale || (tables.x_weight && fits(tables.scale, 1, 1)),
+                  "ras_fast norm: scale must be [1], and given together with x_weight");
   if (!tables.vectors && !slot && !alpha) return;
   const int64_t tokens = x.numel() / d;
   STD_TORCH_CHECK(tables.vectors && tables.vectors->size(0) > 0 && slot && is(*slot, aoti_torch_dtype_int32(), {tokens}) &&
@@ -67,6 +67,7 @@ Tensor launch(NormArgs args, const Tensor& x, const MaybeTensor& residual, Table
   args.weight = table(tables.weight);
   args.bias = table(tables.bias);
   args.x_weight = table(tables.x_weight);
+  args.scale = table(tables.scale);
   args.vectors = table(tables.vectors);
   args.slot = data_of<const int32_t>(slot);
   args.alpha = data_of<const float>(alpha);
@@ -95,26 +96,12 @@ Tensor in_place(const NormArgs& args, const Tensor& x, const Tensor& residual, c
   return launch(args, x, residual, tables, slot, alpha, x, residual);
 }
 
-float value_of(const MaybeTensor& scale, const MaybeTensor& x_weight) {
-  if (!scale) return 1;
-  STD_TORCH_CHECK(x_weight && rows_contiguous(*scale) && is(*scale, raw_dtype(*scale), {1}),
-                  "ras_fast norm: scale must be [1], and given together with x_weight");
-  const Tensor value = torch::stable::to(*scale, torch::headeronly::ScalarType::Float);
-  const float number = *data_of<const float>(value);
-  return std::isnan(number) ? NAN : number;  // the NaN that survives rounding to bf16 (pair.h)
-}
-
-NormArgs rms_args(double eps, bool lerp, double weight_offset, bool hf, float scale) {
-  return {.eps = float(eps),
-          .weight_offset = float(weight_offset),
-          .scale = scale,
-          .rms = true,
-          .hf_rounding = hf,
-          .lerp = lerp};
+NormArgs rms_args(double eps, bool lerp, double weight_offset, bool hf) {
+  return {.eps = float(eps), .weight_offset = float(weight_offset), .rms = true, .hf_rounding = hf, .lerp = lerp};
 }
 
 NormArgs layer_args(double eps, bool lerp, bool hf) {
-  return {.eps = float(eps), .weight_offset = 0, .scale = 1, .rms = false, .hf_rounding = hf, .lerp = lerp};
+  return {.eps = float(eps), .weight_offset = 0, .rms = false, .hf_rounding = hf, .lerp = lerp};
 }
 
 }  // namespace
@@ -123,15 +110,15 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTens
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
                                                 const MaybeTensor& x_weight, const MaybeTensor& scale) {
-  const Tables tables{weight, std::nullopt, vectors, probes, x_weight};
-  return functional(rms_args(eps, lerp, weight_offset, hf, value_of(scale, x_weight)), x, residual, tables, slot, alpha);
+  const Tables tables{weight, std::nullopt, vectors, probes, x_weight, scale};
+  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
                      const MaybeTensor& probes, const MaybeTensor& x_weight, const MaybeTensor& scale) {
-  const Tables tables{weight, std::nullopt, vectors, probes, x_weight};
-  return in_place(rms_args(eps, lerp, weight_offset, hf, value_of(scale, x_weight)), x, residual, tables, slot, alpha);
+  const Tables tables{weight, std::nullopt, vectors, probes, x_weight, scale};
+  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,

@@ -22,8 +22,8 @@ struct NormArgs {
   RowMap x, residual;
   void *y, *h;  // contiguous; h is null when it is not stored. y may be x, and h residual, if these are contiguous
   Table weight, bias, x_weight;
+  Table scale;  // [1], of the sum
   float eps, weight_offset;
-  float scale;  // of the sum, where there is an x_weight
   bool rms, hf_rounding;
 
   Table vectors;  // steering; data is null when nothing is steered

@@ -111,6 +111,7 @@ struct RowKernel {
     const W* vector = Add ? table(args.vectors, steering.slot) : nullptr;
     const W* x_weight = NormX ? table(args.x_weight, 0) : nullptr;
     const float scale = NormX ? x_scale(t) : 0;
+    const float sum_scale = args.scale.data ? load_table<T>(table(args.scale, 0), 1).a[0] : 1;
     T* stored = h(t);
     Pair total{};
     each_pair(args.d, [&](int64_t i, auto count) {
@@ -119,7 +120,7 @@ struct RowKernel {
       Pair value = load_pair(in + i, count);
       if constexpr (NormX) value = rounded_if<Hf, T>(weighted<Offset>(value, scale, x_weight + i, count));
       if (added) value = rounded_if<Hf, T>(value + load_pair(added + i, count));
-      if constexpr (NormX) value = rounded_if<Hf, T>(args.scale * value);
+      if constexpr (NormX) value = rounded_if<Hf, T>(sum_scale * value);
       if constexpr (Add) {  // an infinite alpha times what is missing from the last pair is NaN
         value = rounded_if<Hf, T>(value + present<T>(steering.alpha * load_table<T>(vector + i, count), count));
       }

@@ -116,9 +116,7 @@ def rotary_peers(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleav
     if tower:
         eager = modeling_glm4v.apply_rotary_pos_emb_vision
         given = query[0].transpose(0, 1), key[0].transpose(0, 1), cos[0], sin[0]
-    torch._dynamo.reset()
-    compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-    peers = {"eager": lambda: eager(*given), "compile": lambda: compiled(*given)}
+    peers = {"eager": lambda: eager(*given), "compile": _compiled(eager, *given)}
     if query.is_cuda and not (interleaved or tower) and importlib.util.find_spec("liger_kernel"):
         peers["liger"] = _rotary_liger(query, key, cos, sin)
     return peers

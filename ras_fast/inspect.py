@@ -20,9 +20,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -196,13 +197,19 @@ def compile_triton(cases: Sequence[dict], arch: int) -> list[KernelFacts]:
     code = [_code(binary.asm["cubin"]) for binary in binaries]
     rows = []
     for case, binary, instructions in zip(cases, binaries, _disassemble(code, arch), strict=True):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            [resources] = _resources(Path(file.name)).values()
+        with _file_of(binary.asm["cubin"]) as cubin:
+            [resources] = _resources(cubin).values()
         target = re.search(r"\.target (sm_\w+)", binary.asm["ptx"])[1]
         rows.append(_facts(case["name"], target, resources, binary.metadata.shared, instructions))
     return rows
+
+
+@contextmanager
+def _file_of(content: bytes) -> Iterator[Path]:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)
 
 
 def _code(cubin: bytes) -> bytes:
@@ -219,10 +226,8 @@ def _disassemble(kernels: Sequence[bytes], arch: int) -> list[list[str]]:
     if not kernels:
         return []
     ends = list(itertools.accumulate(map(len, kernels)))
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(kernels))
-        file.flush()
-        lines = _dump(Path(file.name), "--binary", f"SM{arch}", tool="nvdisasm").splitlines()
+    with _file_of(b"".join(kernels)) as code:
+        lines = _dump(code, "--binary", f"SM{arch}", tool="nvdisasm").splitlines()
     found: list[list[str]] = [[] for _ in kernels]
     for match in filter(None, map(_INSTRUCTION.match, lines)):
         found[bisect.bisect_right(ends, int(match[1], 16))].append(match[2])

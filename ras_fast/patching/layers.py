@@ -157,7 +157,7 @@ class FusedNorm:
         if self.kind == "rms":
             return ops.add_rms_norm(x, residual, self.weight(x), self.eps, weight_offset=self.weight_offset, **options)
         bias = getattr(self.norm, "bias", None)
-        return ops.add_layer_norm(x, residual, self.norm.weight, bias, self.eps, **options)
+        return ops.add_layer_norm(x, residual, self.weight(x), bias, self.eps, **options)
 
     def weight(self, x: Tensor) -> Tensor:
         """[d], for rows x [..., d]."""
@@ -269,7 +269,7 @@ class FusedLayer(SteeredLayer):
         self, layer: nn.Module, index: int, names: dict[str, str], norms: dict[str, FusedNorm], end: FusedNorm | None
     ) -> None:
         super().__init__(layer, index, end)
-        self.names = names
+        self.names, self.norms = names, norms
         self.attention_norm, self.middle, self.last_norm = map(norms.get, ("attention_norm", "middle_norm", self.LAST_NORM))
         self.returns_tuple = False
         self._parameters = _named_parameters(type(layer).forward)[1:]
@@ -364,15 +364,11 @@ class FusedInputLayer(FusedLayer):
 
     LAST_NORM = "projection_norm"
 
-    def __init__(self, layer: nn.Module, index: int, names: dict[str, str], norms: dict[str, FusedNorm], *args: Any) -> None:
-        super().__init__(layer, index, names, norms, *args)
-        self.mlp_norm = norms["mlp_norm"]
-
     def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return super()._attend(normed, {name: value for name, value in kwargs.items() if name != LAYER_INPUT})
 
     def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        hidden = self.mlp_norm.add_behind(moved, hidden)
+        hidden = self.norms["mlp_norm"].add_behind(moved, hidden)
         gated = self._run("activation", self._run("gate", hidden)) * kwargs[LAYER_INPUT]
         return super()._close(self._run("projection", gated), hidden, kwargs)
 

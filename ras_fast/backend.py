@@ -17,7 +17,7 @@ from ras_fast import build
 NAMES = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT_VARIABLE = "RAS_FAST_BACKEND"
 CPU_ISA_VARIABLE = "RAS_FAST_CPU_ISA"
-CPU_ISAS = ("avx512", "avx2", "portable")  # builds of the CPU kernels; csrc/cpu/dispatch.h takes other words for avx2
+CPU_ISAS = ("avx512bf16", "avx512", "avx2", "portable")  # builds of the CPU kernels; dispatch.h takes other words for avx2
 _LIBRARIES = Path(__file__).resolve().parent / "_lib"
 
 

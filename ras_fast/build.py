@@ -26,11 +26,15 @@ STABLE_ABI = "0x020a000000000000"
 DEFAULT_CUDA_ARCHS = "80;90a;100;120"
 HOPPER_FLAGS = "-gencode=arch=compute_90a,code=sm_90a"  # for csrc/cuda/hopper_*.cu, whose instructions no other chip has
 # One source, compiled once for each instruction set; csrc/cpu/dispatch.h picks at load time.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 X86_ISAS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx512bf16": f"{AVX512} -mavx512bf16",
+    "avx512": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
     "portable": "",
 }
+# The kernels that have a build for "avx512bf16": those that multiply bf16 by itself.
+MULTIPLY_PAIRS = ("linear_kernel", "prefill_kernel")
 # An unsteered row must come out of every instance of the norm kernel with the same bits, and a rotated head with those of eager
 # code. Left to itself the compiler fuses a product and a sum into one instruction, in some instances and not in others.
 PLAIN_ARITHMETIC = dict.fromkeys(("norm_kernel", "rotary_kernel"), "-ffp-contract=off")
@@ -178,6 +182,8 @@ def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     objects += [ninja.edge(f"{source.stem}.o", "cxx", [source]) for source in launchers]
     for source in kernels:
         for isa, flags in isas.items():
+            if isa == "avx512bf16" and source.stem not in MULTIPLY_PAIRS:
+                continue
             options = f"-DRAS_FAST_ISA={isa} {flags} {PLAIN_ARITHMETIC.get(source.stem, '')}"
             objects.append(ninja.edge(f"{source.stem}.{isa}.o", "cxx", [source], flags=options))
     library = out / "libras_fast_cpu.so"

@@ -71,7 +71,7 @@ def test_environment_variable():
 
 def test_an_unknown_build_of_the_cpu_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(backend, "set_backend", lambda name: None)
-    for limit in ("avx2", "avx512", "portable"):
+    for limit in ("avx2", "avx512", "avx512bf16", "portable"):
         monkeypatch.setenv("RAS_FAST_CPU_ISA", limit)
         assert backend._read_environment() is None
     assert "RAS_FAST_CPU_ISA is 'avx-2'; it must be one of" in run("import ras_fast", RAS_FAST_CPU_ISA="avx-2").stderr

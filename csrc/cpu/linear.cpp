@@ -1,4 +1,4 @@
-// CPU launchers of linear, linear_glu and gated_linear: they widen the rows once and share the outputs out over the threads.
+// CPU launchers of linear, linear_glu and gated_linear: they pack the rows once and share the outputs out over the threads.
 #include "cpu/linear.h"
 
 #include <cstring>
@@ -14,11 +14,12 @@ constexpr int64_t kWorkPerThread = 1 << 16;
 
 int64_t padded(int64_t length) { return (length + kLinearPad - 1) / kLinearPad * kLinearPad; }
 
-// Rows that go by each time the weight is read. Widened they stay in a core's second cache.
+// Rows that go by each time the weight is read. Packed they stay in a core's second cache.
 constexpr int64_t kRowsAtOnce = 16;
 
 // `weight` applied to the rows at `source`; see LinearArgs for the rest.
 void apply(LinearArgs args, const std::vector<const void*>& source, bool source_float, const Tensor& weight) {
+  args.source_float = source_float;
   args.length = weight.size(1);
   args.padded = padded(args.length);
   args.weight = data_of<const void>(weight);
@@ -30,7 +31,7 @@ void apply(LinearArgs args, const std::vector<const void*>& source, bool source_
   auto* outputs = pick_linear_outputs();
   for (int64_t first = 0; first < count; first += kRowsAtOnce) {
     args.count = std::min(count - first, kRowsAtOnce);
-    pick_linear_widen()({args.dtype, source_float, args.count, args.length, args.padded, &source[first], rows.data()});
+    pick_linear_pack()({args.dtype, source_float, args.count, args.length, args.padded, &source[first], rows.data()});
     const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (args.length * args.count));
     share_out(args.outputs, grain, [&](int64_t begin, int64_t end) { outputs(args, begin, end); });
     if (args.partial) args.partial += args.count * args.outputs;

@@ -9,23 +9,25 @@
 
 namespace ras::cpu {
 
-constexpr int64_t kLinearPad = 32;  // a widened row's length is a multiple of this: the widest pair
+constexpr int64_t kLinearPad = 32;  // a row is padded to a multiple of this: the widest pair
 
-// rows of floats [count, padded] in the pair order of `dtype`, from rows of `dtype`, or of float when `source_float`.
-struct WidenArgs {
+// Rows [count, padded] as linear_outputs reads them, from rows of `dtype`, or of float when `source_float`: widened to float, or
+// left alone where bf16 is multiplied by itself. `target` has room for floats.
+struct PackArgs {
   DType dtype;
   bool source_float;
   int64_t count, length, padded;
   const void* const* source;
-  float* target;
+  void* target;
 };
 
 // For each of `count` rows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in float, or with `up`
 // activation(weight[i]·row)·(up[i]·row).
 struct LinearArgs {
   DType dtype;
+  bool source_float;
   int64_t count, length, padded;  // rows, and their size, that of weight's rows
-  const float* rows;              // widened
+  const void* rows;               // packed
   const void* weight;
   int64_t weight_stride;
   float* partial;  // [count, outputs] or null
@@ -38,7 +40,7 @@ struct LinearArgs {
   void* const* out;         // by row
 };
 
-RAS_FAST_DECLARE(linear_widen, const WidenArgs& args)
-RAS_FAST_DECLARE(linear_outputs, const LinearArgs& args, int64_t begin, int64_t end)
+RAS_FAST_DECLARE_PAIRS(linear_pack, const PackArgs& args)
+RAS_FAST_DECLARE_PAIRS(linear_outputs, const LinearArgs& args, int64_t begin, int64_t end)
 
 }  // namespace ras::cpu

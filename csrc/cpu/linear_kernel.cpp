@@ -1,7 +1,7 @@
 // Products of a matrix M with a few rows, bound by reading M.
 //
-// Rows are widened to float once. M comes from memory once, a block of its rows at a time, and meets all others while it is in the
-// cache. A product is summed in the same order whatever is computed beside it: a row's result does not depend on the other rows.
+// Rows are packed once. M comes from memory once, a block of its rows at a time, and meets all others while it is in the cache. A
+// product is summed in the same order whatever is computed beside it: a row's result does not depend on the other rows.
 #include "cpu/linear.h"
 
 #include <cmath>
@@ -17,17 +17,70 @@ static_assert(kLinearPad % kPair == 0);
 // so what is loaded has to be used often.
 constexpr int kOutputs = 4, kRows = kLanes == 16 ? 4 : 2;
 
+// How kPair elements of a row of M, of type T, meet those of another row: both widened to float.
 template <class T>
-void widen_typed(const WidenArgs& args) {
+struct Widened {
+  using Element = T;
+  using Row = float;
+  using Values = Pair;
+
+  static void pack(float* to, const void* from, bool from_float, int64_t i, auto count) {
+    if (from_float)
+      store_pair(to + i, in_order_of(T{}, load_pair(static_cast<const float*>(from) + i, count)));
+    else
+      store_pair(to + i, load_pair(static_cast<const T*>(from) + i, count));
+  }
+  static Values load_row(const float* from) { return load_pair(from); }
+  static Values load_weights(const T* from, auto count) { return load_pair(from, count); }
+  static void keep_values(Values& values) {
+    keep(values.a);
+    keep(values.b);
+  }
+  static void add_product(vfloat& sum, Values x, Values y) {
+    sum += x.a * y.a;
+    sum += x.b * y.b;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Both as they are.
+struct Paired {
+  using Element = bf16;
+  using Row = bf16;
+  using Values = vuint;
+
+  static void pack(bf16* to, const void* from, bool, int64_t i, auto count) {
+    const Values values = load_weights(static_cast<const bf16*>(from) + i, count);
+    std::memcpy(to + i, &values, sizeof(values));
+  }
+  static Values load_row(const bf16* from) { return load_raw<Values>(from); }
+  static Values load_weights(const bf16* from, Full) { return load_raw<Values>(from); }
+  static Values load_weights(const bf16* from, int count) { return load_raw<Values>(from, count); }
+  static void keep_values(Values& values) { keep(values); }
+  static void add_product(vfloat& sum, Values x, Values y) { sum = add_products(sum, x, y); }
+};
+#endif
+
+// Calls body(arithmetic).
+template <class Body>
+void for_arithmetic(DType dtype, [[maybe_unused]] bool source_float, Body&& body) {
+  for_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (!source_float) return body(Paired{});
+    }
+#endif
+    body(Widened<T>{});
+  });
+}
+
+template <class M>
+void pack_typed(const PackArgs& args) {
   for (int64_t r = 0; r < args.count; ++r) {
-    float* target = args.target + r * args.padded;
-    for (int64_t i = args.length / kPair * kPair; i < args.padded; ++i) target[i] = 0;
-    each_pair(args.length, [&](int64_t i, auto count) {
-      if (args.source_float)
-        store_pair(target + i, in_order_of(T{}, load_pair(static_cast<const float*>(args.source[r]) + i, count)));
-      else
-        store_pair(target + i, load_pair(static_cast<const T*>(args.source[r]) + i, count));
-    });
+    auto* target = static_cast<typename M::Row*>(args.target) + r * args.padded;
+    for (int64_t i = args.length / kPair * kPair; i < args.padded; ++i) target[i] = {};
+    each_pair(args.length, [&](int64_t i, auto count) { M::pack(target, args.source[r], args.source_float, i, count); });
   }
 }
 
@@ -39,42 +92,45 @@ struct MatrixRow {
 };
 
 // dots[r][o] = matrix[o]·row (first + r).
-template <class T, int kOut, int kCount>
-void dots_of(const LinearArgs& args, const MatrixRow<T> (&matrix)[kOut], int64_t first, float (&dots)[kCount][kOut]) {
-  const float* rows = args.rows + first * args.padded;
+template <class M, int kOut, int kCount>
+void dots_of(const LinearArgs& args, const MatrixRow<typename M::Element> (&matrix)[kOut], int64_t first,
+             float (&dots)[kCount][kOut]) {
+  const auto* rows = static_cast<const typename M::Row*>(args.rows) + first * args.padded;
   // The processor itself looks ahead too little to add and to wait for memory at a time: the passes over a block ask for the next
   // one, each for its share.
   const int64_t step = kPair / ((args.count + kRows - 1) / kRows);
   int64_t next = args.length * first / args.count;
   vfloat sums[kCount][kOut] = {};
   each_pair(args.length, [&](int64_t at, auto count) {
-    Pair row[kCount];
-    for (int r = 0; r < kCount; ++r) row[r] = load_pair(rows + r * args.padded + at);
+    typename M::Values row[kCount];
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) row[r] = M::load_row(rows + r * args.padded + at);
+#pragma GCC unroll 4
     for (int o = 0; o < kOut; ++o) {
-      Pair values = load_pair(matrix[o].data + at, count);
-      keep(values.a);
-      keep(values.b);
+      auto values = M::load_weights(matrix[o].data + at, count);
+      M::keep_values(values);
       __builtin_prefetch(matrix[o].data + matrix[o].ahead + next, 0, 2);
-      for (int r = 0; r < kCount; ++r) {
-        sums[r][o] += values.a * row[r].a;
-        sums[r][o] += values.b * row[r].b;
-      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kCount; ++r) M::add_product(sums[r][o], values, row[r]);
     }
     next += step;
   });
-  for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 4
+  for (int r = 0; r < kCount; ++r) {
+#pragma GCC unroll 4
     for (int o = 0; o < kOut; ++o) dots[r][o] = sum(sums[r][o]);
+  }
 }
 
 // use(r, dots) for each row r, whose products with kOut rows of M are `dots`.
-template <class T, int kOut, int kCount = kRows, class Use>
-void each_row(const LinearArgs& args, const MatrixRow<T> (&matrix)[kOut], Use&& use, int64_t first = 0) {
+template <class M, int kOut, int kCount = kRows, class Use>
+void each_row(const LinearArgs& args, const MatrixRow<typename M::Element> (&matrix)[kOut], Use&& use, int64_t first = 0) {
   for (; first + kCount <= args.count; first += kCount) {
     float dots[kCount][kOut];
-    dots_of(args, matrix, first, dots);
+    dots_of<M>(args, matrix, first, dots);
     for (int r = 0; r < kCount; ++r) use(first + r, dots[r]);
   }
-  if constexpr (kCount > 1) each_row<T, kOut, kCount / 2>(args, matrix, use, first);
+  if constexpr (kCount > 1) each_row<M, kOut, kCount / 2>(args, matrix, use, first);
 }
 
 template <class T>
@@ -89,12 +145,13 @@ void put(const LinearArgs& args, int64_t row, int64_t i, float dot) {
 }
 
 // Outputs i .. i + kOut.
-template <class T, int kOut>
+template <class M, int kOut>
 void outputs_of(const LinearArgs& args, int64_t i) {
+  using T = typename M::Element;
   MatrixRow<T> matrix[kOut];
   for (int o = 0; o < kOut; ++o)
     matrix[o] = {static_cast<const T*>(args.weight) + (i + o) * args.weight_stride, kOut * args.weight_stride};
-  each_row(args, matrix, [&](int64_t row, const float(&dots)[kOut]) {
+  each_row<M>(args, matrix, [&](int64_t row, const float(&dots)[kOut]) {
     for (int o = 0; o < kOut; ++o) put<T>(args, row, i + o, dots[o]);
   });
 }
@@ -105,14 +162,15 @@ float rounded_to(float value) {
 }
 
 // Outputs i .. i + kOut of a gated linear layer, rounded where eager code rounds.
-template <class T, int kOut>
+template <class M, int kOut>
 void gated_of(const LinearArgs& args, int64_t i) {
+  using T = typename M::Element;
   MatrixRow<T> matrix[2 * kOut];
   for (int o = 0; o < kOut; ++o) {
     matrix[o] = {static_cast<const T*>(args.weight) + (i + o) * args.weight_stride, kOut * args.weight_stride};
     matrix[kOut + o] = {static_cast<const T*>(args.up) + (i + o) * args.up_stride, kOut * args.up_stride};
   }
-  each_row(args, matrix, [&](int64_t row, const float(&dots)[2 * kOut]) {
+  each_row<M>(args, matrix, [&](int64_t row, const float(&dots)[2 * kOut]) {
     for (int o = 0; o < kOut; ++o) {
       const float gate = activated(args.activation, rounded_to<T>(dots[o]), [](float v) { return std::exp(v); },
                                    [](float v) { return std::tanh(v); });
@@ -121,26 +179,27 @@ void gated_of(const LinearArgs& args, int64_t i) {
   });
 }
 
-template <class T>
+template <class M>
 void outputs_typed(const LinearArgs& args, int64_t begin, int64_t end) {
   int64_t i = begin;
   if (args.up) {
-    for (; i + kOutputs / 2 <= end; i += kOutputs / 2) gated_of<T, kOutputs / 2>(args, i);
-    for (; i < end; ++i) gated_of<T, 1>(args, i);
+    for (; i + kOutputs / 2 <= end; i += kOutputs / 2) gated_of<M, kOutputs / 2>(args, i);
+    for (; i < end; ++i) gated_of<M, 1>(args, i);
     return;
   }
-  for (; i + kOutputs <= end; i += kOutputs) outputs_of<T, kOutputs>(args, i);
-  for (; i < end; ++i) outputs_of<T, 1>(args, i);
+  for (; i + kOutputs <= end; i += kOutputs) outputs_of<M, kOutputs>(args, i);
+  for (; i < end; ++i) outputs_of<M, 1>(args, i);
 }
 
 }  // namespace
 
-void linear_widen(const WidenArgs& args) {
-  for_dtype(args.dtype, [&](auto zero) { widen_typed<decltype(zero)>(args); });
+void linear_pack(const PackArgs& args) {
+  for_arithmetic(args.dtype, args.source_float, [&](auto arithmetic) { pack_typed<decltype(arithmetic)>(args); });
 }
 
 void linear_outputs(const LinearArgs& args, int64_t begin, int64_t end) {
-  for_dtype(args.dtype, [&](auto zero) { outputs_typed<decltype(zero)>(args, begin, end); });
+  for_arithmetic(args.dtype, args.source_float,
+                 [&](auto arithmetic) { outputs_typed<decltype(arithmetic)>(args, begin, end); });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

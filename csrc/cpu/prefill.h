@@ -17,6 +17,6 @@ struct PrefillArgs : ValueArgs {
 };
 
 // Query rows [row_begin, row_end) of every head that reads kv head `group` = b · kv_heads + kv_head.
-RAS_FAST_DECLARE(prefill, const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
+RAS_FAST_DECLARE_PAIRS(prefill, const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
 
 }  // namespace ras::cpu

@@ -3,8 +3,8 @@
 //
 // A call owns a tile of query rows of all heads that share a kv head, and walks the keys in blocks. A block is widened once, the
 // keys transposed, for all these rows; they go by six at a time: scores into a buffer in L1, online softmax on it, products with
-// the values added to the rows' outputs. Products are taken in float whatever the inputs are: where a processor multiplies bf16
-// pairs at all, it does so at half the rate of float (docs/kernels.md), unless it has AMX (ras_fast/ops/attention_plan.py).
+// the values added to the rows' outputs. Products are taken in float whatever the inputs are, but for bf16 on processors that
+// multiply pairs of it faster (dispatch.h): there two dimensions of a key, and two keys of a value, share a lane.
 //
 // Scores are in units of log2(e), so that e^s = 2^score. A row's maximum and sum are kept lane by lane as far as possible: adding up
 // lanes takes longer than the exponentials of a block.
@@ -14,6 +14,7 @@
 #include "cpu/prefill.h"
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "cpu/attention_view.h"
 #include "cpu/vec.h"
@@ -28,10 +29,51 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
+// What products are taken of: units, one to a lane, of kWidth elements of T.
+template <class T>
+struct Widened {
+  using Element = T;
+  using Unit = float;
+  using Units = vfloat;
+  static constexpr int kWidth = 1;
+
+  static Units load_units(const T* from) { return load(from); }
+  static Units load_units(const T* from, int count) { return load(from, count); }
+  static Units value_units(const T* value, const T*, auto... count) { return load(value, count...); }
+  static void store_weights(Unit*, vfloat) {}  // they are where the scores were
+  static vfloat add_product(vfloat sum, Units x, Units y) { return sum + x * y; }
+};
+
+#if defined(__AVX512BF16__)
+struct Paired {
+  using Element = bf16;
+  using Unit = uint32_t;
+  using Units = vuint;
+  static constexpr int kWidth = 2;
+
+  static Units load_units(const bf16* from) { return load_raw<Units>(from); }
+  static Units load_units(const bf16* from, int count) { return load_raw<Units>(from, count); }
+  // Of two neighbouring keys; the second may be null: 0.
+  static Units value_units(const bf16* value, const bf16* next, auto... count) {
+    return spread(value, count...) | (next ? spread(next, count...) << 16 : vuint{});
+  }
+  static void store_weights(Unit* to, vfloat weights) {
+    const vhalf narrow = narrow_fast(weights);
+    std::memcpy(to, &narrow, sizeof(narrow));
+  }
+  static vfloat add_product(vfloat sum, Units x, Units y) { return add_products(sum, x, y); }
+
+ private:
+  static vuint spread(const bf16* from, auto... count) {
+    return __builtin_convertvector(load_raw<vhalf>(from, count...), vuint);
+  }
+};
+#endif
+
 // c[r][0 … V vectors] = (or +=) Σ_k a[r][k] · b[k][…] for N rows.
-template <int N, int V>
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
-              bool add) {
+template <class M, int N, int V>
+void multiply(const typename M::Unit* a, int64_t a_stride, const typename M::Unit* b, int64_t b_stride, int64_t depth, float* c,
+              int64_t c_stride, bool add) {
   vfloat sum[N][V];
 #pragma GCC unroll 6
   for (int r = 0; r < N; ++r) {
@@ -39,14 +81,14 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
     for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * c_stride + v * kLanes) : vfloat{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    vfloat right[V];
+    typename M::Units right[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) right[v] = load(b + k * b_stride + v * kLanes);
+    for (int v = 0; v < V; ++v) right[v] = load_raw<typename M::Units>(b + k * b_stride + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < N; ++r) {
-      const vfloat left = splat(a[r * a_stride + k]);
+      const auto left = splat(a[r * a_stride + k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = M::add_product(sum[r][v], left, right[v]);
     }
   }
 #pragma GCC unroll 6
@@ -56,17 +98,21 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride
   }
 }
 
-using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
-#define RAS_FAST_ROWS(V) {multiply<1, V>, multiply<2, V>, multiply<3, V>, multiply<4, V>, multiply<5, V>, multiply<6, V>}
-constexpr Multiply kMultiply[][kRows] = {RAS_FAST_ROWS(1), RAS_FAST_ROWS(2), RAS_FAST_ROWS(3), RAS_FAST_ROWS(4)};
+template <class M>
+using Multiply = void (*)(const typename M::Unit*, int64_t, const typename M::Unit*, int64_t, int64_t, float*, int64_t, bool);
+#define RAS_FAST_ROWS(V) \
+  {multiply<M, 1, V>, multiply<M, 2, V>, multiply<M, 3, V>, multiply<M, 4, V>, multiply<M, 5, V>, multiply<M, 6, V>}
+template <class M>
+constexpr Multiply<M> kMultiply[][kRows] = {RAS_FAST_ROWS(1), RAS_FAST_ROWS(2), RAS_FAST_ROWS(3), RAS_FAST_ROWS(4)};
 #undef RAS_FAST_ROWS
 
 // The same for any number of columns, in whole vectors.
-void multiply(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
-              int64_t c_stride, int64_t columns, bool add) {
+template <class M>
+void multiply(int rows, const typename M::Unit* a, int64_t a_stride, const typename M::Unit* b, int64_t b_stride, int64_t depth,
+              float* c, int64_t c_stride, int64_t columns, bool add) {
   for (int64_t first = 0; first < columns; first += kVectors * kLanes) {
     const int64_t vectors = (columns - first) / kLanes < kVectors ? (columns - first) / kLanes : kVectors;
-    kMultiply[vectors - 1][rows - 1](a, a_stride, b + first, b_stride, depth, c + first, c_stride, add);
+    kMultiply<M>[vectors - 1][rows - 1](a, a_stride, b + first, b_stride, depth, c + first, c_stride, add);
   }
 }
 
@@ -88,29 +134,46 @@ void transpose(vfloat* v) {
 }
 
 // The memory of one call.
+template <class M>
 struct Scratch {
-  float *query, *out, *top, *total, *mass, *scores, *keys, *values, *bias, *memory;
+  using Unit = typename M::Unit;
+  static_assert(sizeof(Unit) == sizeof(float));
+
+  float *out, *top, *total, *mass, *scores, *bias;
+  Unit *query, *keys, *values, *weights;
+  void* memory;
 
   Scratch(const PrefillArgs& args, int64_t rows) {
     const int64_t width = padded(args.dim), heads = args.heads / args.kv_heads, regions = args.mass ? args.num_regions : 0;
-    const int64_t sizes[] = {rows * width,   rows * width,   rows,           rows * kLanes, rows * regions,
-                             kRows * kBlock, width * kBlock, kBlock * width, heads * kBlock};
-    float** const parts[] = {&query, &out, &top, &total, &mass, &scores, &keys, &values, &bias};
     int64_t size = 0;
-    for (const int64_t part : sizes) size += padded(part);
-    memory = static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64));
-    float* next = memory;
-    for (int i = 0; i < 9; next += padded(sizes[i]), ++i) *parts[i] = next;
+    const auto room = [&size](int64_t count) {
+      const int64_t from = size;
+      size += padded(count);
+      return from;
+    };
+    const int64_t floats[] = {room(rows * width),   room(rows),           room(rows * kLanes),
+                              room(rows * regions), room(kRows * kBlock), room(heads * kBlock)};
+    const int64_t units[] = {room(rows * width), room(width * kBlock), room(kBlock * width), room(kRows * kBlock)};
+    memory = std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64);
+    float** const float_parts[] = {&out, &top, &total, &mass, &scores, &bias};
+    for (int i = 0; i < 6; ++i) *float_parts[i] = static_cast<float*>(memory) + floats[i];
+    Unit** const unit_parts[] = {&query, &keys, &values, &weights};
+    for (int i = 0; i < 4; ++i) *unit_parts[i] = static_cast<Unit*>(memory) + units[i];
+    if constexpr (M::kWidth == 1) weights = scores;
   }
   ~Scratch() { std::free(memory); }
 };
 
-template <class T>
+template <class M>
 class Tile {
+  using T = typename M::Element;
+  using Unit = typename M::Unit;
+
  public:
   Tile(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
       : args(args), batch(group / args.kv_heads), kv_head(group % args.kv_heads), heads(args.heads / args.kv_heads),
-        row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)), valid(args, batch), work(args, heads * count) {
+        row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)),
+        score_unit(args.softcap ? args.scale : args.scale * kLog2e), valid(args, batch), work(args, heads * count) {
     ids = ids_of(args, batch);
   }
 
@@ -129,8 +192,9 @@ class Tile {
  private:
   const PrefillArgs& args;
   int64_t batch, kv_head, heads, row_begin, count, width;
+  float score_unit;  // what the products of queries and keys are multiplied by
   ValidKeys valid;
-  Scratch work;
+  Scratch<M> work;
   const int32_t* ids;
   int runs = 0;  // of keys of one region in this block
   struct Run {
@@ -146,10 +210,24 @@ class Tile {
 
   Span span(int64_t index) const { return {args, valid, index}; }
 
+  static int64_t units(int64_t elements) { return (elements + M::kWidth - 1) / M::kWidth; }
+  static void store_units(Unit* to, auto units) { std::memcpy(to, &units, sizeof(units)); }
+
+  // body(d) for whole vectors of units of a row, and body(d, how many elements are left) for the last.
+  template <class Body>
+  static void each_units(int64_t elements, Body&& body) {
+    constexpr int kElements = kLanes * M::kWidth;
+    int64_t d = 0;
+    for (; d + kElements <= elements; d += kElements) body(d);
+    if (d < elements) body(d, int(elements - d));
+  }
+
   void begin() {
     for (int64_t p = 0; p < heads * count; ++p) {
       const T* query = row_of<T>(args.query, args.query_stride, batch, head(p), index(p));
-      widen_row(work.query + p * width, query, args.dim, args.softcap ? args.scale : args.scale * kLog2e);
+      each_units(args.dim, [&](int64_t d, auto... dims) {
+        store_units(work.query + p * width + d / M::kWidth, M::load_units(query + d, dims...));
+      });
       std::memset(work.out + p * width, 0, width * sizeof(float));
       if (args.mass) std::memset(work.mass + p * args.num_regions, 0, args.num_regions * sizeof(float));
       work.top[p] = args.sinks ? args.sinks[head(p)] * kLog2e : -INFINITY;
@@ -159,23 +237,30 @@ class Tile {
     }
   }
 
-  // Keys [block, block + keys): transposed keys [D][kBlock], values [kBlock][width], regions. What is past the end is 0.
+  // Keys [block, block + keys): transposed keys [units of D][kBlock], values [units of kBlock][width], regions. What is past the
+  // end is 0.
   void load_block(int64_t block, int keys) {
-    const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head);
-    const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head);
+    const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head, block);
+    const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head, block);
     for (int k = 0; k < kBlock; k += kLanes) {
-      for (int64_t d = 0; d < args.dim; d += kLanes) {
-        const int dims = int(args.dim - d < kLanes ? args.dim - d : kLanes);
+      each_units(args.dim, [&](int64_t d, auto... dims) {
         vfloat square[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          const T* from = key + (block + k + i) * args.key_stride[2] + d;
-          square[i] = k + i >= keys ? vfloat{} : dims == kLanes ? load(from) : load(from, dims);
+          const T* from = key + (k + i) * args.key_stride[2] + d;
+          square[i] = k + i >= keys ? vfloat{} : bits<vfloat>(M::load_units(from, dims...));
         }
         transpose(square);
-        for (int i = 0; i < dims; ++i) store(work.keys + (d + i) * kBlock + k, square[i]);
-      }
+        for (int i = 0; i < kLanes; ++i) store_units(work.keys + (d / M::kWidth + i) * kBlock + k, square[i]);
+      });
     }
-    for (int k = 0; k < keys; ++k) widen_row(work.values + k * width, value + (block + k) * args.value_stride[2], args.dim);
+    for (int k = 0; k < keys; k += M::kWidth) {
+      const T* row = value + k * args.value_stride[2];
+      const T* next = k + 1 < keys ? row + args.value_stride[2] : nullptr;
+      Unit* to = work.values + k / M::kWidth * width;
+      int64_t d = 0;
+      for (; d + kLanes <= args.dim; d += kLanes) store_units(to + d, M::value_units(row + d, next ? next + d : nullptr));
+      if (d < args.dim) store_units(to + d, M::value_units(row + d, next ? next + d : nullptr, int(args.dim - d)));
+    }
     runs = 0;
     if (!ids) return;
     for (int k = 0; k < keys; ++k) {
@@ -203,37 +288,40 @@ class Tile {
     }
     if (block > high || block + kBlock <= low) return;
     const int64_t keys = high + 1 - block < kBlock ? high + 1 - block : kBlock, columns = padded(keys);
-    multiply(rows, work.query + row * width, width, work.keys, kBlock, args.dim, work.scores, kBlock, columns, false);
-    for (int r = 0; r < rows; ++r) softmax(block, row + r, work.scores + r * kBlock, columns);
-    multiply(rows, work.scores, kBlock, work.values, width, keys, work.out + row * width, width, width, true);
+    multiply<M>(rows, work.query + row * width, width, work.keys, kBlock, units(args.dim), work.scores, kBlock, columns, false);
+    for (int r = 0; r < rows; ++r) softmax(block, row + r, work.scores + r * kBlock, work.weights + r * kBlock, columns);
+    multiply<M>(rows, work.weights, kBlock, work.values, width, units(keys), work.out + row * width, width, width, true);
   }
 
   // Scores into 2^(score − top) of a row, whose top, total, mass and output follow.
-  void softmax(int64_t block, int64_t p, float* s, int64_t columns) {
+  void softmax(int64_t block, int64_t p, float* s, Unit* weights, int64_t columns) {
     const Span seen = span(index(p));
     const bool masked = block < seen.low || block + columns - 1 > seen.high;
-    if (masked || args.softcap || args.region_bias) finish_scores(block, p, seen, masked, s, columns);
-    vfloat highest = load(s);
-    for (int64_t k = kLanes; k < columns; k += kLanes) highest = max(load(s + k), highest);
+    const bool plain = !masked && !args.softcap && !args.region_bias;
+    if (!plain) finish_scores(block, p, seen, masked, s, columns);
+    const float unit = plain ? score_unit : 1;
+    vfloat highest = load(s) * unit;
+    for (int64_t k = kLanes; k < columns; k += kLanes) highest = max(load(s + k) * unit, highest);
     if (any(highest > work.top[p])) raise(p, max(highest));
     const float shift = work.top[p] == -INFINITY ? 0 : work.top[p];
     vfloat sums{};
     for (int64_t k = 0; k < columns; k += kLanes) {
-      const vfloat probability = exp2_of_negative(load(s + k) - shift);
+      const vfloat probability = exp2_of_negative(load(s + k) * unit - shift);
       store(s + k, probability);
+      M::store_weights(weights + k / M::kWidth, probability);
       sums += probability;
     }
     store(work.total + p * kLanes, load(work.total + p * kLanes) + sums);
     if (weighed(p)) weigh(work.mass + p * args.num_regions, s, sums, columns);
   }
 
-  // The softcap, the bias and the masks.
+  // The scale, the softcap, the bias and the masks.
   void finish_scores(int64_t block, int64_t p, Span seen, bool masked, float* s, int64_t columns) {
     const float* bias = args.region_bias ? work.bias + p / count * kBlock : nullptr;
     vint place;
     for (int i = 0; i < kLanes; ++i) place[i] = i;
     for (int64_t k = 0; k < columns; k += kLanes) {
-      vfloat score = load(s + k);
+      vfloat score = load(s + k) * score_unit;
       if (args.softcap) score = capped(score, args.softcap) * kLog2e;
       if (bias) score += load(bias + k);
       const vint low = splat(int32_t(seen.low - block - k)), high = splat(int32_t(seen.high - block - k));
@@ -287,7 +375,15 @@ class Tile {
 }  // namespace
 
 void prefill(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end) {
-  for_dtype(args.dtype, [&](auto zero) { Tile<decltype(zero)>(args, group, row_begin, row_end).run(); });
+  for_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+#if defined(__AVX512BF16__)
+    using Arithmetic = std::conditional_t<std::is_same_v<T, bf16>, Paired, Widened<T>>;
+#else
+    using Arithmetic = Widened<T>;
+#endif
+    Tile<Arithmetic>(args, group, row_begin, row_end).run();
+  });
 }
 
 }  // namespace ras::cpu::RAS_FAST_ISA

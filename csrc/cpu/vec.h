@@ -49,6 +49,7 @@ typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
 
 inline vfloat splat(float value) { return value - vfloat{}; }  // a broadcast; value + 0 would be an addition, which −0 needs
 inline vint splat(int32_t value) { return vint{} + value; }
+inline vuint splat(uint32_t value) { return vuint{} + value; }
 
 template <class To, class From>
 inline To bits(From from) {
@@ -59,7 +60,8 @@ inline To bits(From from) {
 }
 
 // Leaves a loaded value in its register, where the compiler would load it anew for each instruction that uses it.
-inline void keep([[maybe_unused]] vfloat& value) {
+template <class V>
+inline void keep([[maybe_unused]] V& value) {
 #if RAS_FAST_X86
   asm("" : "+v"(value));
 #endif
@@ -111,11 +113,28 @@ inline vhalf narrow(f16, vfloat value) {
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// sum plus the products of neighbours, of which a lane of x and y holds two. Numbers below 2^−126 count as 0.
+inline vfloat add_products(vfloat sum, vuint x, vuint y) {
+  return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+// In one instruction, which takes what is below 2^−126 for 0.
+inline vhalf narrow_fast(vfloat value) { return (vhalf)_mm512_cvtneps_pbh((__m512)value); }
+#endif
+
 template <class V>
 inline V load_raw(const void* from) {
   V value;
   std::memcpy(&value, from, sizeof(V));
   return value;
+}
+
+// The first `count` elements of as many T as fill a V; the others are 0.
+template <class V, class T>
+inline V load_raw(const T* from, int count) {
+  T padded[sizeof(V) / sizeof(T)] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load_raw<V>(padded);
 }
 
 inline vfloat load(const float* from) { return load_raw<vfloat>(from); }

@@ -1,4 +1,4 @@
-"""The CPU kernels' tests once more under builds for narrower instruction sets than this processor has."""
+"""The CPU kernels' tests once more under other builds for this processor than the one that it takes by itself."""
 
 import os
 import subprocess
@@ -16,11 +16,13 @@ SELECTED = {
     "test_norm": "cpu and (test_steered or test_unsteered_rows or test_in_place_writes or test_unsteered and 769)",
     "test_rotary": "cpu and (eager or strides or special)",
 }
-NARROWER = {"AVX512": ["avx2", "portable"], "AVX2": ["portable"]}
+OTHERS = {"AVX512": ["avx2", "portable"], "AVX2": ["portable"]}.get(torch.backends.cpu.get_cpu_capability(), [])
+if torch.cpu._is_avx512_bf16_supported():
+    OTHERS += ["avx512" if "AuthenticAMD" in Path("/proc/cpuinfo").read_text() else "avx512bf16"]
 
 
-@pytest.mark.parametrize("isa", NARROWER.get(torch.backends.cpu.get_cpu_capability(), []))
-def test_a_narrower_build_passes(isa):
+@pytest.mark.parametrize("isa", OTHERS)
+def test_another_build_passes(isa):
     """In a process of its own, because the choice is made once a process."""
     files = [str(Path(__file__).with_name(f"{name}.py")) for name in SELECTED]
     selected = " or ".join(f"{name} and ({which})" for name, which in SELECTED.items())

@@ -8,8 +8,8 @@
 All contenders run in one process and produce equally many tokens: the end-of-sequence token's logit is always 0, which is
 never the largest of 32,000 random ones. On the CPU they are interleaved, after a first answer of each, in which the engine
 compares a prompt with the model's own forward; a case is KIND:TOKENS or KIND:TOKENS:ROUNDS. On a GPU those of the patched
-model come after the others, as captured graphs end with the patch; the call that captures them is shown apart. Undefended
-with graphs is the engine's own loop without a defence.
+model come after the others, as captured graphs end with the patch; the call that captures them is shown apart. Undefended is
+`model.generate`, by the engine's loop or with graphs the engine without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
 on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b and 7b, into a folder
@@ -173,8 +173,8 @@ class Undefended:
         return {"answer": time.perf_counter() - begin}
 
 
-class UndefendedWithGraphs(OnePass):
-    """The engine's prefill and decode steps, and nothing that defends."""
+class UndefendedLoop(OnePass):
+    """The engine's prefill and decode steps, on a GPU in graphs, and nothing that defends."""
 
     def __init__(self, model, processor):
         Plan.__init__(self, Runner(model), processor, Counter())
@@ -280,6 +280,7 @@ def contenders(plain, patched, processor, risk: float) -> dict[str, Callable]:
     return {
         "undefended": Undefended(plain, processor),
         "undefended, patched": Undefended(patched, processor),
+        "undefended, engine's loop": UndefendedLoop(patched, processor),
         "MoRAS by hooks": Hooks(plain, processor, profile),
         "MoRAS in sequence, patched": Defended(SequentialPipeline(patched, processor, profile)),
         "MoRAS, engine": Defended(SafeGenerator(patched, processor, profile)),
@@ -381,7 +382,7 @@ def gpu_case(model, processor, images, tokens: int, rounds: int) -> dict[str, di
     with ras_fast.patch(model):
         if len(images) == 1:
             rows |= {name: sampled(run, images, tokens, WARM_UP_TOKENS, rounds) for name, run in one_by_one.items()}
-        generic = UndefendedWithGraphs(model, processor)
+        generic = UndefendedLoop(model, processor)
         rows["undefended, graphs"] = sampled(generic, images, tokens, tokens, rounds + 2)
         generic.runner.workspaces.clear()
         guarded = {"MoRAS, engine": profile}

@@ -39,7 +39,7 @@ def test_answers_at_once(tmp_path):
     cases = dict(bench_engine.cpu_cases(model, processor, [bench_engine.case("benign:5:1:2")], 1))
     (found,) = cases.values()
     assert list(cases) == ["benign, 5 answer tokens, batch 2"]
-    assert list(found) == ["undefended", "undefended, patched", "MoRAS by hooks", "MoRAS, engine"]
+    assert list(found) == ["undefended", "undefended, patched", "undefended, engine's loop", "MoRAS by hooks", "MoRAS, engine"]
     assert all(row["seconds"] > 0 and row["first_token"] is None for row in found.values())
     row = {"case": "benign", "parameters": 1, "dtype": "float32", "contenders": found}
     bench_engine.plot([row], tmp_path / "timeline.png")

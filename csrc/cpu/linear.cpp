@@ -14,9 +14,6 @@ constexpr int64_t kWorkPerThread = 1 << 16;
 
 int64_t padded(int64_t length) { return (length + kLinearPad - 1) / kLinearPad * kLinearPad; }
 
-// Rows that go by each time the weight is read. Packed they stay in a core's second cache.
-constexpr int64_t kRowsAtOnce = 16;
-
 // `weight` applied to the rows at `source`; see LinearArgs for the rest.
 void apply(LinearArgs args, const std::vector<const void*>& source, bool source_float, const Tensor& weight) {
   args.source_float = source_float;
@@ -26,11 +23,11 @@ void apply(LinearArgs args, const std::vector<const void*>& source, bool source_
   args.weight_stride = weight.stride(0);
   args.outputs = weight.size(0);
   const int64_t count = int64_t(source.size());
-  std::vector<float> rows(std::min(count, kRowsAtOnce) * args.padded);
+  std::vector<float> rows(std::min(count, kLinearRows) * args.padded);
   args.rows = rows.data();
   auto* outputs = pick_linear_outputs();
-  for (int64_t first = 0; first < count; first += kRowsAtOnce) {
-    args.count = std::min(count - first, kRowsAtOnce);
+  for (int64_t first = 0; first < count; first += kLinearRows) {
+    args.count = std::min(count - first, kLinearRows);
     pick_linear_pack()({args.dtype, source_float, args.count, args.length, args.padded, &source[first], rows.data()});
     const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (args.length * args.count));
     share_out(args.outputs, grain, [&](int64_t begin, int64_t end) { outputs(args, begin, end); });

@@ -10,6 +10,8 @@
 namespace ras::cpu {
 
 constexpr int64_t kLinearPad = 32;  // a row is padded to a multiple of this: the widest pair
+// Rows that go by each time the weight is read. Packed they stay in a core's second cache.
+constexpr int64_t kLinearRows = 16;
 
 // Rows [count, padded] as linear_outputs reads them, from rows of `dtype`, or of float when `source_float`: widened to float, or
 // left alone where bf16 is multiplied by itself. `target` has room for floats.
@@ -21,7 +23,7 @@ struct PackArgs {
   void* target;
 };
 
-// For each of `count` rows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in float, or with `up`
+// For each of `count` rows, at most kLinearRows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in float, or with `up`
 // activation(weight[i]·row)·(up[i]·row).
 struct LinearArgs {
   DType dtype;

@@ -4,8 +4,6 @@
 // product is summed in the same order whatever is computed beside it: a row's result does not depend on the other rows.
 #include "cpu/linear.h"
 
-#include <cmath>
-
 #include "cpu/pair.h"
 
 namespace ras::cpu::RAS_FAST_ISA {
@@ -133,15 +131,22 @@ void each_row(const LinearArgs& args, const MatrixRow<typename M::Element> (&mat
   if constexpr (kCount > 1) each_row<M, kOut, kCount / 2>(args, matrix, use, first);
 }
 
-template <class T>
-void put(const LinearArgs& args, int64_t row, int64_t i, float dot) {
-  if (args.partial) {
-    args.partial[row * args.outputs + i] = dot;
-    return;
+// Room for kOut results of each row, in whole vectors.
+template <class T, int kOut>
+struct Results {
+  alignas(4 * kLanes) T data[kLinearRows * kOut + kLanes];
+
+  T* row(int64_t row) { return data + row * kOut; }
+};
+
+// To the rows of `out`, from column i on.
+template <class T, int kOut>
+void put(const LinearArgs& args, int64_t i, const Results<float, kOut>& results) {
+  Results<T, kOut> narrow;
+  for (int64_t n = 0; n < args.count * kOut; n += kLanes) store(narrow.data + n, load(results.data + n));
+  for (int64_t row = 0; row < args.count; ++row) {
+    std::memcpy(static_cast<T*>(args.out[row]) + i, narrow.row(row), kOut * sizeof(T));
   }
-  if (args.factor) dot *= args.factor[row];
-  if (args.base) dot += load(static_cast<const T*>(args.base[row]) + i, 1)[0];
-  store(static_cast<T*>(args.out[row]) + i, splat(dot), 1);
 }
 
 // Outputs i .. i + kOut.
@@ -151,14 +156,17 @@ void outputs_of(const LinearArgs& args, int64_t i) {
   MatrixRow<T> matrix[kOut];
   for (int o = 0; o < kOut; ++o)
     matrix[o] = {static_cast<const T*>(args.weight) + (i + o) * args.weight_stride, kOut * args.weight_stride};
-  each_row<M>(args, matrix, [&](int64_t row, const float(&dots)[kOut]) {
-    for (int o = 0; o < kOut; ++o) put<T>(args, row, i + o, dots[o]);
+  Results<float, kOut> results;
+  each_row<M>(args, matrix, [&](int64_t row, float(&dots)[kOut]) {
+    if (args.partial) {
+      std::memcpy(args.partial + row * args.outputs + i, dots, sizeof(dots));
+      return;
+    }
+    for (int o = 0; args.factor && o < kOut; ++o) dots[o] *= args.factor[row];
+    for (int o = 0; args.base && o < kOut; ++o) dots[o] += load(static_cast<const T*>(args.base[row]) + i + o, 1)[0];
+    std::memcpy(results.row(row), dots, sizeof(dots));
   });
-}
-
-template <class T>
-float rounded_to(float value) {
-  return rounded(T{}, splat(value))[0];
+  if (!args.partial) put<T>(args, i, results);
 }
 
 // Outputs i .. i + kOut of a gated linear layer, rounded where eager code rounds.
@@ -170,13 +178,18 @@ void gated_of(const LinearArgs& args, int64_t i) {
     matrix[o] = {static_cast<const T*>(args.weight) + (i + o) * args.weight_stride, kOut * args.weight_stride};
     matrix[kOut + o] = {static_cast<const T*>(args.up) + (i + o) * args.up_stride, kOut * args.up_stride};
   }
-  each_row<M>(args, matrix, [&](int64_t row, const float(&dots)[2 * kOut]) {
-    for (int o = 0; o < kOut; ++o) {
-      const float gate = activated(args.activation, rounded_to<T>(dots[o]), [](float v) { return std::exp(v); },
-                                   [](float v) { return std::tanh(v); });
-      store(static_cast<T*>(args.out[row]) + i + o, splat(rounded_to<T>(gate) * rounded_to<T>(dots[kOut + o])), 1);
-    }
+  Results<float, kOut> gates, ups;
+  each_row<M>(args, matrix, [&](int64_t row, float(&dots)[2 * kOut]) {
+    std::memcpy(gates.row(row), dots, kOut * sizeof(float));
+    std::memcpy(ups.row(row), dots + kOut, kOut * sizeof(float));
   });
+  for (int64_t n = 0; n < args.count * kOut; n += kLanes) {
+    const vfloat gate = activated(
+        args.activation, rounded(T{}, load(gates.data + n)),
+        [](vfloat x) { return x > 88.0f ? splat(INFINITY) : exp(x); }, [](vfloat x) { return tanh(x); });
+    store(gates.data + n, rounded(T{}, gate) * rounded(T{}, load(ups.data + n)));
+  }
+  put<T>(args, i, gates);
 }
 
 template <class M>

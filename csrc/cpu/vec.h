@@ -259,14 +259,16 @@ inline bool any(vint holds) {
 #endif
 }
 
-// softcap·tanh(s / softcap), tanh by e^2x, and by its series near 0, where 1 − 2 / (e^2x + 1) cancels.
-inline vfloat capped(vfloat s, float softcap) {
-  const vfloat x = s * (1 / softcap), square = x * x;
+// By e^2x, and by its series near 0, where 1 − 2 / (e^2x + 1) cancels.
+inline vfloat tanh(vfloat x) {
+  const vfloat square = x * x;
   constexpr float kSeries[] = {-17.0f / 315, 2.0f / 15, -1.0f / 3, 1.0f};
   vfloat p = splat(62.0f / 2835);
   for (const float coefficient : kSeries) p = p * square + coefficient;
-  return (square < 0.0625f) ? s * p : softcap * (1.0f - 2.0f / (exp(2.0f * x) + 1.0f));
+  return (square < 0.0625f) ? x * p : 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
 }
+
+inline vfloat capped(vfloat s, float softcap) { return softcap * tanh(s * (1 / softcap)); }
 
 }  // namespace RAS_FAST_ISA
 }  // namespace ras::cpu

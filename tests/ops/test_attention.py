@@ -537,10 +537,12 @@ def test_nan_of_one_row_is_in_the_scores_of_the_keys_that_it_sees(backend, row, 
 
 
 @BACKENDS
-def test_garbage_outside_the_valid_keys_is_never_read(backend):
-    """Static caches hold uninitialised memory past kv_end and padding before kv_start."""
-    query, key, value = inputs(length_q=3, length_k=12)
-    bounds = {"kv_start": torch.tensor([2, 0], dtype=torch.int32), "kv_end": torch.tensor([9, 7], dtype=torch.int32)}
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length_q", [3, 12])
+def test_garbage_outside_the_valid_keys_is_never_read(backend, length_q, dtype):
+    """Static caches hold uninitialised memory past kv_end and padding before kv_start; odd bounds cut pairs of keys apart."""
+    query, key, value = inputs(length_q=length_q, length_k=12, dtype=dtype)
+    bounds = {"kv_start": torch.tensor([3, 0], dtype=torch.int32), "kv_end": torch.tensor([9, 7], dtype=torch.int32)}
     ids = image_ids(2, 12)
     clean = ops.region_attention(query, key, value, ids, 2, **bounds)
     for b in range(2):

@@ -224,6 +224,7 @@ def _attention_call(
     try:
         scale, window = _resolve_scale(scale, query), _resolve_window(window, key)
         rows = _resolve_rows("mass_rows", mass_rows, query)
+        op = op_of(query, key, are_per_row(kv_start, kv_end))
     except (AttributeError, IndexError, ZeroDivisionError):  # of what is no [B, H, L, D]
         _validate_query_key(query, key)
         raise
@@ -237,7 +238,7 @@ def _attention_call(
         query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap or 0.0, sinks,
         region_bias, rows,
     )  # fmt: skip
-    return op_of(query, are_per_row(kv_start, kv_end)), arguments
+    return op, arguments
 
 
 def _validate_attention(

@@ -1,7 +1,7 @@
 """The dispatcher: which kernel runs an attention call, and why. Measured crossovers: docs/kernels.md, "Which kernel runs".
 
 CPU: few query rows per sequence, and rows with bounds of their own, take the decode kernel. More rows take the prefill kernel,
-which computes in float, unless the processor has matrix instructions for half precision, which torch's flash attention uses.
+unless the processor has matrix instructions for half precision, which torch's flash attention uses.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. More take the Hopper kernel
 where it can run, whose row sums give the masses. Elsewhere, and in wide heads, few of many rows take torch's flash attention
@@ -18,6 +18,8 @@ from torch import Tensor
 from ras_fast import backend
 
 CPU_DECODE_ROWS = 8  # query rows up to which the decode kernel is the fastest on a CPU
+WIDE_DECODE_ROWS = 4  # of several rows, packed rows up to which it is with AVX-512, whose registers are for many of prefill's
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 # CUDA's thresholds were measured on an H200.
 DECODE_ROWS = 128  # packed rows of a key/value head up to which the decode kernel is the fastest
 FEW_ROWS = 8  # masses of 1/8 of the rows are recomputed faster than a fused kernel other than Hopper's gives them
@@ -34,7 +36,7 @@ def _matrix_dtypes() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype in halves if able.get(halves[dtype]) or able.get("architecture", "x86_64") != "x86_64")
 
 
-# What this processor multiplies by matrix instructions, faster than float. AVX-512's bf16 instructions are slower.
+# What this processor multiplies by matrix instructions, faster than float or pairs of bf16.
 MATRIX_DTYPES = _matrix_dtypes()
 
 
@@ -102,30 +104,36 @@ def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Pla
 
 def plan_cpu(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     """The plan of a call on CPU tensors: query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] of any dtype but float64."""
-    if decodes_on_cpu(query) or case.row_bounds:
-        rows = "rows with bounds of their own" if case.row_bounds else f"{query.shape[2]} rows (at most {CPU_DECODE_ROWS})"
-        return Plan("decode", f"{rows}: one read of the cache decides")
+    if case.row_bounds:
+        return Plan("decode", "rows with bounds of their own: no other kernel takes them")
+    if decodes_on_cpu(query, key):
+        return Plan("decode", f"{query.shape[2]} rows (at most {CPU_DECODE_ROWS}): one read of the cache decides")
     return plan_cpu_prefill(query, key, value, case)
 
 
-def decodes_on_cpu(query: Tensor) -> bool:
+def decodes_on_cpu(query: Tensor, key: Tensor, row_bounds: bool = False) -> bool:
     """Whether there are so few query rows that a kernel which reads the cache once should run them. Looks at shapes only, so it
     may be traced."""
-    return query.shape[2] <= CPU_DECODE_ROWS and backend.resolve("decode_attention", query.device) == "cpu"
+    rows = query.shape[2]
+    prefill_is_wide = HAS_AVX512 and not row_bounds and query.dtype not in MATRIX_DTYPES
+    few = rows <= CPU_DECODE_ROWS and (rows <= 1 or not prefill_is_wide or _packed_rows(query, key) <= WIDE_DECODE_ROWS)
+    return few and backend.resolve("decode_attention", query.device) == "cpu"
 
 
-def op_of(query: Tensor, row_bounds: bool) -> str:
+def op_of(query: Tensor, key: Tensor, row_bounds: bool) -> str:
     """The op that a `region_attention` call runs: where a CPU kernel takes every such call it is that kernel's own, without the
     detour through Python."""
-    if decodes_on_cpu(query) or (row_bounds and backend.resolve("decode_attention", query.device) == "cpu"):
+    if row_bounds:
+        return "decode_attention" if backend.resolve("decode_attention", query.device) == "cpu" else "region_attention"
+    if decodes_on_cpu(query, key):
         return "decode_attention"
-    return "prefill_attention" if not row_bounds and beats_flash_on_cpu(query) else "region_attention"
+    return "prefill_attention" if beats_flash_on_cpu(query, key) else "region_attention"
 
 
-def beats_flash_on_cpu(query: Tensor) -> bool:
+def beats_flash_on_cpu(query: Tensor, key: Tensor) -> bool:
     """Whether a kernel of this package is the fastest on the CPU, whatever the masks. Looks at shapes only, so it may be
     traced."""
-    if decodes_on_cpu(query):
+    if decodes_on_cpu(query, key):
         return True
     return backend.resolve("prefill_attention", query.device) == "cpu" and query.dtype not in MATRIX_DTYPES
 

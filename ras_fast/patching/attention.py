@@ -297,11 +297,11 @@ def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     if not query.dtype == key.dtype == value.dtype:
         return False
     if query.device.type == "cpu" and is_range(mask) and mask.shape[2] > 1:
-        return decodes_on_cpu(query)
+        return decodes_on_cpu(query, key, row_bounds=True)
     if query.element_size() != 2:
         return False
     if query.device.type == "cpu":
-        return beats_flash_on_cpu(query)
+        return beats_flash_on_cpu(query, key)
     return query.is_cuda and is_range(mask) and decodes_on_cuda(query, key)
 
 

@@ -773,6 +773,8 @@ ids = torch.zeros(2, 6, dtype=torch.int32)
         ((q, k.bfloat16(), v), {}, "key is of dtype"),
         ((q, k[:, :, :, :4], v), {}, r"key is of (shape|strides)"),
         ((q[:, :3], k, v), {}, "key is of 2 heads"),
+        ((q, k[:, :0], v[:, :0]), {}, "key is of 0 heads"),
+        ((q, k[0, 0, 0], v), {}, "key is of shape"),
         ((q, k, v[:, :, :5]), {}, "value is of shape"),
         ((q, k, v, ids, 0), {}, "num_regions is 0"),
         ((q, k, v, ids, 1.5), {}, "num_regions is 1.5"),

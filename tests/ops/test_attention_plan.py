@@ -245,6 +245,23 @@ def test_explain_tells_what_runs_on_the_cpu(plan, case, monkeypatch):
     assert calls.names[-1] == (f"{plan}_attention" if direct else "region_attention")
 
 
+@pytest.mark.parametrize(
+    ("avx512", "rows", "heads", "expected"),
+    [(True, 1, 8, "decode"), (True, 2, 4, "decode"), (True, 2, 6, "prefill"), (True, 4, 2, "decode"), (True, 5, 2, "prefill"),
+     (False, 8, 8, "decode"), (False, 9, 2, "prefill")],
+)  # fmt: skip
+def test_where_prefill_takes_over_from_decode_on_the_cpu(monkeypatch, avx512, rows, heads, expected):
+    """With AVX-512 it goes by the rows times the heads of a group, but for a single row."""
+    monkeypatch.setattr(attention_plan, "HAS_AVX512", avx512)
+    monkeypatch.setattr(attention_plan, "MATRIX_DTYPES", {torch.float16})
+    query, key, value = states(rows, 64, dtype=torch.bfloat16, heads=heads, kv_heads=2)
+    assert ops.explain(query, key, value).kernel == expected
+    half = (tensor.half() for tensor in states(8, 64, heads=8, kv_heads=2))  # whose other kernel is torch's
+    assert ops.explain(*half).kernel == "decode"
+    bounds = torch.full((1, rows), 64, dtype=torch.int32)
+    assert ops.explain(query, key, value, is_causal=False, kv_end=bounds).kernel == "decode"
+
+
 @pytest.mark.parametrize(("keys", "expected"), [(31, "softmax"), (32, "flash")])
 def test_few_keys_do_not_go_to_torchs_flash_attention(keys, expected, monkeypatch):
     """Which turns a NaN query into zeros there."""

@@ -98,7 +98,7 @@ void dots_of(const LinearArgs& args, const MatrixRow<typename M::Element> (&matr
   // one, each for its share.
   const int64_t step = kPair / ((args.count + kRows - 1) / kRows);
   int64_t next = args.length * first / args.count;
-  vfloat sums[kCount][kOut] = {};
+  vfloat sums[kCount][kOut] = {};  // in registers as long as no loop over them is left to the compiler
   each_pair(args.length, [&](int64_t at, auto count) {
     typename M::Values row[kCount];
 #pragma GCC unroll 4

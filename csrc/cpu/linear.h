@@ -23,8 +23,8 @@ struct PackArgs {
   void* target;
 };
 
-// For each of `count` rows, at most kLinearRows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in float, or with `up`
-// activation(weight[i]·row)·(up[i]·row).
+// For each of `count` rows, at most kLinearRows: out[i] = base[i] + factor·(weight[i]·row), or with `partial` only the product, in
+// float, or with `up` activation(weight[i]·row)·(up[i]·row).
 struct LinearArgs {
   DType dtype;
   bool source_float;

@@ -52,8 +52,7 @@ struct Paired {
     std::memcpy(to + i, &values, sizeof(values));
   }
   static Values load_row(const bf16* from) { return load_raw<Values>(from); }
-  static Values load_weights(const bf16* from, Full) { return load_raw<Values>(from); }
-  static Values load_weights(const bf16* from, int count) { return load_raw<Values>(from, count); }
+  static Values load_weights(const bf16* from, auto count) { return load_raw<Values>(from, count); }
   static void keep_values(Values& values) { keep(values); }
   static void add_product(vfloat& sum, Values x, Values y) { sum = add_products(sum, x, y); }
 };

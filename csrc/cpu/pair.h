@@ -68,8 +68,6 @@ inline void store_rounded(bf16* to, Pair value) {
 }
 
 // A pair's worth of elements, all of them (Full) or only the first `count`; what is missing loads as 0 and is not stored.
-struct Full {};
-
 template <class T>
 inline Pair load_pair(const T* from, Full) {
   return load_pair(from);
@@ -143,9 +141,7 @@ inline int64_t padded(int64_t d) { return (d + kPair - 1) / kPair * kPair; }
 // body(i, count) for every pair of a row of d elements.
 template <class F>
 inline void each_pair(int64_t d, F&& body) {
-  int64_t i = 0;
-  for (; i + kPair <= d; i += kPair) body(i, Full{});
-  if (i < d) body(i, int(d - i));
+  each_part<kPair>(d, body);
 }
 
 // The same where an element may be computed twice, from a row that is not written: the last pair of a long row is whole and ends

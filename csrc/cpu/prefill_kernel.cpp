@@ -29,51 +29,45 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// What products are taken of: units, one to a lane, of kWidth elements of T.
+// What a lane of a product's operand holds, a unit: kWidth elements of T, in the memory of one float.
 template <class T>
 struct Widened {
   using Element = T;
-  using Unit = float;
-  using Units = vfloat;
   static constexpr int kWidth = 1;
 
-  static Units load_units(const T* from) { return load(from); }
-  static Units load_units(const T* from, int count) { return load(from, count); }
-  static Units value_units(const T* value, const T*, auto... count) { return load(value, count...); }
-  static void store_weights(Unit*, vfloat) {}  // they are where the scores were
-  static vfloat add_product(vfloat sum, Units x, Units y) { return sum + x * y; }
+  static vfloat load_units(const T* from, auto count) { return load(from, count); }
+  static vfloat value_units(const T* value, const T*, auto count) { return load(value, count); }
+  static void store_weights(float*, vfloat) {}  // they are where the scores were
+  static vfloat broadcast(const float* unit) { return splat(*unit); }
+  static vfloat add_product(vfloat sum, vfloat x, vfloat y) { return sum + x * y; }
 };
 
 #if defined(__AVX512BF16__)
 struct Paired {
   using Element = bf16;
-  using Unit = uint32_t;
-  using Units = vuint;
   static constexpr int kWidth = 2;
 
-  static Units load_units(const bf16* from) { return load_raw<Units>(from); }
-  static Units load_units(const bf16* from, int count) { return load_raw<Units>(from, count); }
+  static vfloat load_units(const bf16* from, auto count) { return load_raw<vfloat>(from, count); }
   // Of two neighbouring keys; the second may be null: 0.
-  static Units value_units(const bf16* value, const bf16* next, auto... count) {
-    return spread(value, count...) | (next ? spread(next, count...) << 16 : vuint{});
+  static vfloat value_units(const bf16* value, const bf16* next, auto count) {
+    return bits<vfloat>(spread(value, count) | (next ? spread(next, count) << 16 : vuint{}));
   }
-  static void store_weights(Unit* to, vfloat weights) {
+  static void store_weights(float* to, vfloat weights) {
     const vhalf narrow = narrow_fast(weights);
     std::memcpy(to, &narrow, sizeof(narrow));
   }
-  static vfloat add_product(vfloat sum, Units x, Units y) { return add_products(sum, x, y); }
+  static vfloat broadcast(const float* unit) { return bits<vfloat>(splat(load_raw<uint32_t>(unit))); }
+  static vfloat add_product(vfloat sum, vfloat x, vfloat y) { return add_products(sum, bits<vuint>(x), bits<vuint>(y)); }
 
  private:
-  static vuint spread(const bf16* from, auto... count) {
-    return __builtin_convertvector(load_raw<vhalf>(from, count...), vuint);
-  }
+  static vuint spread(const bf16* from, auto count) { return __builtin_convertvector(load_raw<vhalf>(from, count), vuint); }
 };
 #endif
 
-// c[r][0 … V vectors] = (or +=) Σ_k a[r][k] · b[k][…] for N rows.
+// c[r][0 … V vectors] = (or +=) Σ_k a[r][k] · b[k][…] for N rows, a and b in units.
 template <class M, int N, int V>
-void multiply(const typename M::Unit* a, int64_t a_stride, const typename M::Unit* b, int64_t b_stride, int64_t depth, float* c,
-              int64_t c_stride, bool add) {
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
+              bool add) {
   vfloat sum[N][V];
 #pragma GCC unroll 6
   for (int r = 0; r < N; ++r) {
@@ -81,12 +75,12 @@ void multiply(const typename M::Unit* a, int64_t a_stride, const typename M::Uni
     for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * c_stride + v * kLanes) : vfloat{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    typename M::Units right[V];
+    vfloat right[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) right[v] = load_raw<typename M::Units>(b + k * b_stride + v * kLanes);
+    for (int v = 0; v < V; ++v) right[v] = load(b + k * b_stride + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < N; ++r) {
-      const auto left = splat(a[r * a_stride + k]);
+      const vfloat left = M::broadcast(a + r * a_stride + k);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] = M::add_product(sum[r][v], left, right[v]);
     }
@@ -98,18 +92,17 @@ void multiply(const typename M::Unit* a, int64_t a_stride, const typename M::Uni
   }
 }
 
-template <class M>
-using Multiply = void (*)(const typename M::Unit*, int64_t, const typename M::Unit*, int64_t, int64_t, float*, int64_t, bool);
+using Multiply = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
 #define RAS_FAST_ROWS(V) \
   {multiply<M, 1, V>, multiply<M, 2, V>, multiply<M, 3, V>, multiply<M, 4, V>, multiply<M, 5, V>, multiply<M, 6, V>}
 template <class M>
-constexpr Multiply<M> kMultiply[][kRows] = {RAS_FAST_ROWS(1), RAS_FAST_ROWS(2), RAS_FAST_ROWS(3), RAS_FAST_ROWS(4)};
+constexpr Multiply kMultiply[][kRows] = {RAS_FAST_ROWS(1), RAS_FAST_ROWS(2), RAS_FAST_ROWS(3), RAS_FAST_ROWS(4)};
 #undef RAS_FAST_ROWS
 
 // The same for any number of columns, in whole vectors.
 template <class M>
-void multiply(int rows, const typename M::Unit* a, int64_t a_stride, const typename M::Unit* b, int64_t b_stride, int64_t depth,
-              float* c, int64_t c_stride, int64_t columns, bool add) {
+void multiply(int rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
+              int64_t c_stride, int64_t columns, bool add) {
   for (int64_t first = 0; first < columns; first += kVectors * kLanes) {
     const int64_t vectors = (columns - first) / kLanes < kVectors ? (columns - first) / kLanes : kVectors;
     kMultiply<M>[vectors - 1][rows - 1](a, a_stride, b + first, b_stride, depth, c + first, c_stride, add);
@@ -133,33 +126,21 @@ void transpose(vfloat* v) {
   if constexpr (kStep > 1) transpose<kStep / 2>(v);
 }
 
-// The memory of one call.
-template <class M>
+// The memory of one call. Where a unit is a float, the weights take the place of the scores.
 struct Scratch {
-  using Unit = typename M::Unit;
-  static_assert(sizeof(Unit) == sizeof(float));
+  float *query, *out, *top, *total, *mass, *scores, *weights, *keys, *values, *bias, *memory;
 
-  float *out, *top, *total, *mass, *scores, *bias;
-  Unit *query, *keys, *values, *weights;
-  void* memory;
-
-  Scratch(const PrefillArgs& args, int64_t rows) {
+  Scratch(const PrefillArgs& args, int64_t rows, bool weights_apart) {
     const int64_t width = padded(args.dim), heads = args.heads / args.kv_heads, regions = args.mass ? args.num_regions : 0;
+    const int64_t sizes[] = {rows * width,   rows * width,                   rows,           rows * kLanes,  rows * regions,
+                             kRows * kBlock, weights_apart * kRows * kBlock, width * kBlock, kBlock * width, heads * kBlock};
+    float** const parts[] = {&query, &out, &top, &total, &mass, &scores, &weights, &keys, &values, &bias};
     int64_t size = 0;
-    const auto room = [&size](int64_t count) {
-      const int64_t from = size;
-      size += padded(count);
-      return from;
-    };
-    const int64_t floats[] = {room(rows * width),   room(rows),           room(rows * kLanes),
-                              room(rows * regions), room(kRows * kBlock), room(heads * kBlock)};
-    const int64_t units[] = {room(rows * width), room(width * kBlock), room(kBlock * width), room(kRows * kBlock)};
-    memory = std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64);
-    float** const float_parts[] = {&out, &top, &total, &mass, &scores, &bias};
-    for (int i = 0; i < 6; ++i) *float_parts[i] = static_cast<float*>(memory) + floats[i];
-    Unit** const unit_parts[] = {&query, &keys, &values, &weights};
-    for (int i = 0; i < 4; ++i) *unit_parts[i] = static_cast<Unit*>(memory) + units[i];
-    if constexpr (M::kWidth == 1) weights = scores;
+    for (const int64_t part : sizes) size += padded(part);
+    memory = static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64));
+    float* next = memory;
+    for (int i = 0; i < 10; next += padded(sizes[i]), ++i) *parts[i] = next;
+    if (!weights_apart) weights = scores;
   }
   ~Scratch() { std::free(memory); }
 };
@@ -167,13 +148,12 @@ struct Scratch {
 template <class M>
 class Tile {
   using T = typename M::Element;
-  using Unit = typename M::Unit;
 
  public:
   Tile(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
       : args(args), batch(group / args.kv_heads), kv_head(group % args.kv_heads), heads(args.heads / args.kv_heads),
         row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)),
-        score_unit(args.softcap ? args.scale : args.scale * kLog2e), valid(args, batch), work(args, heads * count) {
+        score_unit(args.softcap ? args.scale : args.scale * kLog2e), valid(args, batch), work(args, heads * count, M::kWidth > 1) {
     ids = ids_of(args, batch);
   }
 
@@ -194,7 +174,7 @@ class Tile {
   int64_t batch, kv_head, heads, row_begin, count, width;
   float score_unit;  // what the products of queries and keys are multiplied by
   ValidKeys valid;
-  Scratch<M> work;
+  Scratch work;
   const int32_t* ids;
   int runs = 0;  // of keys of one region in this block
   struct Run {
@@ -211,22 +191,12 @@ class Tile {
   Span span(int64_t index) const { return {args, valid, index}; }
 
   static int64_t units(int64_t elements) { return (elements + M::kWidth - 1) / M::kWidth; }
-  static void store_units(Unit* to, auto units) { std::memcpy(to, &units, sizeof(units)); }
-
-  // body(d) for whole vectors of units of a row, and body(d, how many elements are left) for the last.
-  template <class Body>
-  static void each_units(int64_t elements, Body&& body) {
-    constexpr int kElements = kLanes * M::kWidth;
-    int64_t d = 0;
-    for (; d + kElements <= elements; d += kElements) body(d);
-    if (d < elements) body(d, int(elements - d));
-  }
 
   void begin() {
     for (int64_t p = 0; p < heads * count; ++p) {
       const T* query = row_of<T>(args.query, args.query_stride, batch, head(p), index(p));
-      each_units(args.dim, [&](int64_t d, auto... dims) {
-        store_units(work.query + p * width + d / M::kWidth, M::load_units(query + d, dims...));
+      each_part<kLanes * M::kWidth>(args.dim, [&](int64_t d, auto dims) {
+        store(work.query + p * width + d / M::kWidth, M::load_units(query + d, dims));
       });
       std::memset(work.out + p * width, 0, width * sizeof(float));
       if (args.mass) std::memset(work.mass + p * args.num_regions, 0, args.num_regions * sizeof(float));
@@ -243,23 +213,22 @@ class Tile {
     const T* key = row_of<T>(args.key, args.key_stride, batch, kv_head, block);
     const T* value = row_of<T>(args.value, args.value_stride, batch, kv_head, block);
     for (int k = 0; k < kBlock; k += kLanes) {
-      each_units(args.dim, [&](int64_t d, auto... dims) {
+      each_part<kLanes * M::kWidth>(args.dim, [&](int64_t d, auto dims) {
         vfloat square[kLanes];
         for (int i = 0; i < kLanes; ++i) {
           const T* from = key + (k + i) * args.key_stride[2] + d;
-          square[i] = k + i >= keys ? vfloat{} : bits<vfloat>(M::load_units(from, dims...));
+          square[i] = k + i >= keys ? vfloat{} : M::load_units(from, dims);
         }
         transpose(square);
-        for (int i = 0; i < kLanes; ++i) store_units(work.keys + (d / M::kWidth + i) * kBlock + k, square[i]);
+        for (int i = 0; i < kLanes; ++i) store(work.keys + (d / M::kWidth + i) * kBlock + k, square[i]);
       });
     }
     for (int k = 0; k < keys; k += M::kWidth) {
       const T* row = value + k * args.value_stride[2];
       const T* next = k + 1 < keys ? row + args.value_stride[2] : nullptr;
-      Unit* to = work.values + k / M::kWidth * width;
-      int64_t d = 0;
-      for (; d + kLanes <= args.dim; d += kLanes) store_units(to + d, M::value_units(row + d, next ? next + d : nullptr));
-      if (d < args.dim) store_units(to + d, M::value_units(row + d, next ? next + d : nullptr, int(args.dim - d)));
+      each_part<kLanes>(args.dim, [&](int64_t d, auto dims) {
+        store(work.values + k / M::kWidth * width + d, M::value_units(row + d, next ? next + d : nullptr, dims));
+      });
     }
     runs = 0;
     if (!ids) return;
@@ -294,7 +263,7 @@ class Tile {
   }
 
   // Scores into 2^(score − top) of a row, whose top, total, mass and output follow.
-  void softmax(int64_t block, int64_t p, float* s, Unit* weights, int64_t columns) {
+  void softmax(int64_t block, int64_t p, float* s, float* weights, int64_t columns) {
     const Span seen = span(index(p));
     const bool masked = block < seen.low || block + columns - 1 > seen.high;
     const bool plain = !masked && !args.softcap && !args.region_bias;

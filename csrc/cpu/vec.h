@@ -129,7 +129,13 @@ inline V load_raw(const void* from) {
   return value;
 }
 
-// The first `count` elements of as many T as fill a V; the others are 0.
+// A vector's worth of elements, all of them (Full) or only the first `count`; what is missing loads as 0.
+struct Full {};
+
+template <class V, class T>
+inline V load_raw(const T* from, Full) {
+  return load_raw<V>(from);
+}
 template <class V, class T>
 inline V load_raw(const T* from, int count) {
   T padded[sizeof(V) / sizeof(T)] = {};
@@ -143,12 +149,19 @@ inline vfloat load(const T* from) {
   return widen(T{}, load_raw<vhalf>(from));
 }
 
-// The first `count` elements only; the other lanes load as 0.
+// Full, or the first elements as in load_raw.
+inline vfloat load(const float* from, auto count) { return load_raw<vfloat>(from, count); }
 template <class T>
-inline vfloat load(const T* from, int count) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, from, count * sizeof(T));
-  return load(padded);
+inline vfloat load(const T* from, auto count) {
+  return widen(T{}, load_raw<vhalf>(from, count));
+}
+
+// body(i, count) for every kStep elements of a row of `size`, and for what is left.
+template <int kStep, class F>
+inline void each_part(int64_t size, F&& body) {
+  int64_t i = 0;
+  for (; i + kStep <= size; i += kStep) body(i, Full{});
+  if (i < size) body(i, int(size - i));
 }
 
 inline void store(float* to, vfloat value) { std::memcpy(to, &value, sizeof(value)); }
@@ -166,12 +179,10 @@ inline void store(T* to, vfloat value, int count) {
   std::memcpy(to, part, count * sizeof(T));
 }
 
-// `count` elements of a row, times `factor`, into whole vectors of float: those past the last element are filled up with 0.
+// `count` elements of a row into whole vectors of float: those past the last element are filled up with 0.
 template <class T>
-inline void widen_row(float* to, const T* from, int64_t count, float factor = 1) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i) * factor);
-  if (i < count) store(to + i, load(from + i, int(count - i)) * factor);
+inline void widen_row(float* to, const T* from, int64_t count) {
+  each_part<kLanes>(count, [&](int64_t i, auto part) { store(to + i, load(from + i, part)); });
 }
 
 // What T keeps of a value.

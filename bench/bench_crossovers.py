@@ -17,10 +17,15 @@ from ras_fast.ops import attention_cpu, attention_cuda, attention_plan, attentio
 
 HEADS, KV_HEADS = 32, 8
 BF16, FP32 = torch.bfloat16, torch.float32
-# (query rows, keys, rows whose mass is wanted, dtype[, head dimension])
+# (query rows, keys, rows whose mass is wanted, dtype[, head dimension[, heads, kv heads]])
 CPU = [(1, keys, 1, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 2048, 8192)]
-CPU += [(rows, 2048, rows, dtype) for dtype in (BF16, FP32) for rows in (2, 4, 8, 16, 32)]
+CPU += [(rows, 2048, rows, dtype) for dtype in (BF16, FP32) for rows in (16, 32)]
 CPU += [(keys, keys, keys, dtype) for dtype in (BF16, FP32) for keys in (8, 32, 128, 512, 1024)]
+CPU += [
+    (rows, keys, rows, dtype, *heads)
+    for dtype in (BF16, FP32) for heads in ((128, 32, 8), (128, 32, 32), (64, 16, 16))
+    for keys in (64, 640, 2048) for rows in (2, 4, 8)
+]  # fmt: skip
 GPU = [(rows, 4096, rows, BF16) for rows in (1, 2, 4, 8, 16, 32, 64)]  # times 4 heads a group: packed rows
 GPU += [(2048, 2048, rows, BF16) for rows in (1, 32, 128, 256, 512, 1024, 2048)]
 GPU += [(n, n, rows, BF16, dim) for dim in (64, 96, 128) for n in (512, 1024, 4096, 8192) for rows in (1, 64, n)]
@@ -38,7 +43,7 @@ def kernels(query, key, value, ids, rows: int) -> dict:
             found["decode"] = torch.ops.ras_fast.decode_attention
     else:
         found = {"triton": torch.ops.ras_fast.region_attention_triton}
-        if query.shape[2] * HEADS // KV_HEADS <= 256:
+        if query.shape[2] * query.shape[1] // key.shape[1] <= 256:
             found["decode"] = torch.ops.ras_fast.decode_attention
         if square_or_row:
             found["flash"] = flash
@@ -55,15 +60,15 @@ def flash(query, key, value, ids, regions, scale, causal, *rest):
     return out, lse, torch.ops.ras_fast.region_mass(query, key, lse, ids, regions, scale, causal, *masks, None, rows)
 
 
-def measure(length_q: int, length_k: int, rows: int, dtype: torch.dtype, dim: int = 128) -> dict[str, object]:
+def measure(length_q, length_k, rows, dtype, dim=128, heads=HEADS, kv_heads=KV_HEADS) -> dict[str, object]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.randn(1, length_q, HEADS, dim, device=device).to(dtype).transpose(1, 2)
-    key, value = (torch.randn(1, KV_HEADS, length_k, dim, device=device).to(dtype) for _ in range(2))
+    query = torch.randn(1, length_q, heads, dim, device=device).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(1, kv_heads, length_k, dim, device=device).to(dtype) for _ in range(2))
     ids = torch.full((1, length_k), -1, dtype=torch.int32, device=device)
     ids[:, : length_k // 2] = 0
     times = harness.compare(kernels(query, key, value, ids, rows), seconds=0.2 if query.is_cuda else 0.5, graph=query.is_cuda)
     plan = ops.explain(query, key, value, ids, 1, mass_rows=rows).kernel
-    row = {"dtype": str(dtype)[6:], "Lq": length_q, "Lk": length_k, "D": dim, "rows": rows}
+    row = {"dtype": str(dtype)[6:], "Hq": heads, "Hkv": kv_heads, "Lq": length_q, "Lk": length_k, "D": dim, "rows": rows}
     columns = ("decode", "prefill", "flash", "softmax", "triton", "hopper")
     row |= {f"{name} µs": times[name] * 1e6 if name in times else None for name in columns}
     return row | {"plan": plan, "loses": times[plan] / min(times.values()) - 1 if plan in times else None}

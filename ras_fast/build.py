@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -154,6 +153,14 @@ def find_compiler() -> str:
     return command
 
 
+def targets_x86(compiler: str) -> bool:
+    """Whether a compiler makes code for x86-64, wherever it runs. Raises BuildError."""
+    done = subprocess.run([*shlex.split(compiler), "-dumpmachine"], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"`{compiler} -dumpmachine` failed, so it is not known what it compiles for: {done.stderr.strip()}")
+    return done.stdout.startswith("x86_64")
+
+
 def common_flags(torch: Torch, csrc: Path) -> str:
     return f"-std=c++20 -O3 -DTORCH_TARGET_VERSION={STABLE_ABI} -I{_quoted(csrc)} -isystem {_quoted(torch.include)}"
 
@@ -170,7 +177,7 @@ def link_flags(torch: Torch) -> str:
 def build_cpu(out: Path, work: Path, verbose: bool = False) -> Path:
     """Builds libras_fast_cpu.so into `out`. Raises BuildError."""
     compiler, torch, csrc, ninja = find_compiler(), Torch.find(), sources(), Ninja()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    x86 = targets_x86(compiler)
     isas = X86_ISAS if x86 else {"portable": ""}
     warnings = "-Wall -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"  # without noise of GCC's vector headers
     ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {common_flags(torch, csrc)} -fPIC -fvisibility=hidden {warnings} "

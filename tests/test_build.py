@@ -40,6 +40,33 @@ def test_builds_in_a_path_with_spaces_by_a_compiler_behind_a_launcher(tmp_path, 
     assert make(root, root / "build").stat().st_mtime_ns == made  # what the compiler noted of the headers is understood, too
 
 
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """CXX is this program, which a test writes."""
+    program = tmp_path / "c++"
+    program.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(program))
+    return program
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_cross_compiler_gets_the_builds_of_its_target(tmp_path, monkeypatch, compiler):
+    compiler.write_text('#!/bin/sh\nif [ "$1" = -dumpmachine ]; then echo aarch64-linux-gnu; else exec g++ "$@"; fi\n')
+    (tmp_path / "csrc/cpu").mkdir(parents=True)
+    (tmp_path / "csrc/sources.cpp").touch()
+    (tmp_path / "csrc/cpu/own_kernel.cpp").write_text("int x86 = RAS_FAST_X86;\n")
+    monkeypatch.setattr(build, "sources", lambda: tmp_path / "csrc")
+    build.build_cpu(tmp_path, tmp_path / "build")
+    assert [path.name for path in (tmp_path / "build").rglob("own_kernel.*.o")] == ["own_kernel.portable.o"]
+    assert "-DRAS_FAST_X86=0" in (tmp_path / "build/cpu/build.ninja").read_text()
+
+
+def test_a_compiler_that_does_not_say_what_it_compiles_for(tmp_path, compiler):
+    compiler.write_text("#!/bin/sh\necho no licence >&2; exit 1\n")
+    with pytest.raises(build.BuildError, match="-dumpmachine` failed.*no licence"):
+        build.build_cpu(tmp_path, tmp_path / "build")
+
+
 @pytest.mark.parametrize(("source", "archs", "expected"), [
     ("norm.cu", "80", True), ("hopper_prefill.cu", "80;90a", True), ("hopper_prefill.cu", "90a,100", True),
     ("hopper_prefill.cu", "80;90", False),

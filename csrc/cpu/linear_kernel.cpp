@@ -13,7 +13,7 @@ static_assert(kLinearPad % kPair == 0);
 
 // Rows of M and others that are multiplied at a time: as many as leave their sums in registers. A cache gives some 20 bytes a cycle,
 // so what is loaded has to be used often.
-constexpr int kOutputs = 4, kRows = kLanes == 16 ? 4 : 2;
+constexpr int kOutputs = 4, kRows = kRegisters / 8;
 
 // How kPair elements of a row of M, of type T, meet those of another row: both widened to float.
 template <class T>

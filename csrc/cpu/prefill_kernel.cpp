@@ -23,8 +23,8 @@ namespace ras::cpu::RAS_FAST_ISA {
 namespace {
 
 constexpr int kRows = 6;
-constexpr int kVectors = kLanes == 16 ? 4 : 2;  // times kRows accumulators fit into the registers
-constexpr int kBlock = 64;                      // keys
+constexpr int kVectors = kRegisters / 8;  // times kRows accumulators fit into the registers
+constexpr int kBlock = 64;                // keys
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }

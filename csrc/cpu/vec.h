@@ -9,6 +9,8 @@
 #include <cstring>
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "common/dtype.h"
@@ -41,6 +43,11 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
@@ -64,6 +71,8 @@ template <class V>
 inline void keep([[maybe_unused]] V& value) {
 #if RAS_FAST_X86
   asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
 #endif
 }
 
@@ -85,6 +94,9 @@ inline vhalf narrow(f16, vfloat value) { return (vhalf)_mm512_cvtps_ph((__m512)v
 #elif defined(__F16C__)
 inline vfloat widen(f16, vhalf raw) { return (vfloat)_mm256_cvtph_ps((__m128i)raw); }
 inline vhalf narrow(f16, vfloat value) { return (vhalf)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+inline vfloat widen(f16, vhalf raw) { return (vfloat)vcvt_f32_f16((float16x4_t)raw); }
+inline vhalf narrow(f16, vfloat value) { return (vhalf)vcvt_f16_f32((float32x4_t)value); }
 #else
 inline float widen_scalar(uint16_t raw) {
   const uint32_t sign = uint32_t(raw & 0x8000) << 16, exponent = (raw >> 10) & 31, mantissa = raw & 0x3ff;

@@ -63,7 +63,7 @@ def test_a_cross_compiler_gets_the_builds_of_its_target(tmp_path, monkeypatch, c
 
 def test_a_compiler_that_does_not_say_what_it_compiles_for(tmp_path, compiler):
     compiler.write_text("#!/bin/sh\necho no licence >&2; exit 1\n")
-    with pytest.raises(build.BuildError, match="-dumpmachine` failed.*no licence"):
+    with pytest.raises(build.BuildError, match=r"-dumpmachine` failed.*no licence"):
         build.build_cpu(tmp_path, tmp_path / "build")
 
 

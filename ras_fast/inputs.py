@@ -433,15 +433,20 @@ def short_ids(processor, query: Query) -> list[int]:
     return processor.tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
+Beside = tuple[int | None, int | None]  # the tokens before and after a span; None where there is none
+
+
 class ImageTokens(NamedTuple):
     """What the one image of a prompt becomes in its token ids.
 
     short: the placeholder in the ids of `short_ids`, with what is next to it where that is tokenized otherwise beside an image.
     full: what stands for it in the prompt's full ids.
+    beside: what is next to `short`, which these were not joined with.
     """
 
     short: list[int]
     full: list[int]
+    beside: Beside
 
     @classmethod
     def between(cls, short: list[int], ids: list[int], placeholder: int) -> ImageTokens | None:
@@ -451,16 +456,23 @@ class ImageTokens(NamedTuple):
         at = short.index(placeholder)
         before = common_length(short[:at], ids)
         after = common_length(short[:at:-1], ids[before:][::-1])
-        return cls(short[before : len(short) - after], ids[before : len(ids) - after])
+        end = len(short) - after
+        return cls(short[before:end], ids[before : len(ids) - after], _beside(short, before, end))
 
-    def put_into(self, short: list[int], placeholder: int) -> list[int] | None:
-        """The full ids of another prompt about the same image, from its `short_ids`; None where other tokens are next to the
-        placeholder, or there is not exactly one."""
+    def put_into(self, short: list[int], placeholder: int) -> tuple[list[int], Beside] | None:
+        """(the full ids of another prompt about the same image, from its `short_ids`, what is next to the image there), if it
+        is not joined with that; None where other tokens are in place of `short`, or there is not exactly one placeholder."""
         if short.count(placeholder) != 1:
             return None
         begin = short.index(placeholder) - self.short.index(placeholder)
         end = begin + len(self.short)
-        return short[:begin] + self.full + short[end:] if begin >= 0 and short[begin:end] == self.short else None
+        if begin < 0 or short[begin:end] != self.short:
+            return None
+        return short[:begin] + self.full + short[end:], _beside(short, begin, end)
+
+
+def _beside(ids: list[int], begin: int, end: int) -> Beside:
+    return (ids[begin - 1] if begin else None), (ids[end] if end < len(ids) else None)
 
 
 def common_length(a: Sequence, b: Sequence) -> int:

@@ -215,7 +215,26 @@ def test_exact_with_the_familys_own_processor(name, torchvision, monkeypatch):
     regions, images = [output.region_mass.shape[-1] for output in outputs], [1, 1, 0, 2, 1, 2]
     assert regions == images or (name in TILES and sum(regions) > sum(images))
     # Once each where an image is alone; two for the ids of each stage, and once more where they lie otherwise in the context.
-    assert len(processed) == 3 * 1 + 3 + 4
+    # What is next to an image in an earlier turn is tried, where the template itself puts nothing there.
+    framed = REAL[name].image not in REAL[name].tokens
+    assert len(processed) == 3 * 1 + 3 + 4 + (not framed)
+
+
+@pytest.mark.parametrize("context_prompt", ["w5 w6 w7", "\nw5 w6 w7"])
+def test_an_image_is_joined_with_what_it_is_next_to_in_each_stage(context_prompt):
+    """Gemma 3's processor writes two line feeds on either side of an image, and a third one makes another token of them. Where
+    the image comes first, the template brings it; where it comes last, it does so in the risk stage alone."""
+    model, processor, profile = with_profile(*with_processor("gemma3"))
+    profile.config["context_prompt"] = context_prompt
+    last = {"role": "user", "content": [{"type": "text", "text": "w22"}, {"type": "image"}]}
+    questions = [asked("w20 w21", 1)], [last], [asked("\nw23", 1)], [asked("w24", 1)]
+    expected = SequentialPipeline(model, processor, profile).generate(questions, PICTURES, max_new_tokens=6)
+    for order in ([0, 1, 2, 3], [2, 1, 0, 3]):
+        with SafeGenerator(model, processor, profile, batch_size=1) as guard:
+            for i in order:
+                (output,) = guard.generate([questions[i]], [PICTURES[i]], max_new_tokens=6)
+                assert summary([output]) == summary([expected[i]])
+                assert output.risk == pytest.approx(expected[i].risk, abs=1e-4)
 
 
 SAMPLED = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 5}

@@ -382,8 +382,9 @@ def test_what_a_processor_gives_has_to_be_tensors(processor, monkeypatch):
 def test_an_image_becomes_the_same_tokens_in_another_prompt():
     """9: the placeholder, which becomes 7 8 8 7; the 1 before it merges with what the processor writes there to 2."""
     image = ImageTokens.between([5, 1, 9, 6], [5, 2, 7, 8, 8, 7, 6], placeholder=9)
-    assert image == ImageTokens([1, 9], [2, 7, 8, 8, 7])
-    assert image.put_into([4, 1, 9, 3, 3], 9) == [4, 2, 7, 8, 8, 7, 3, 3]
+    assert image == ImageTokens([1, 9], [2, 7, 8, 8, 7], (5, 6))
+    assert image.put_into([4, 1, 9, 3, 3], 9) == ([4, 2, 7, 8, 8, 7, 3, 3], (4, 3))
+    assert image.put_into([1, 9], 9) == ([2, 7, 8, 8, 7], (None, None))
     for other in ([9, 6], [5, 9], [1, 9, 1, 9], [4, 1]):  # something else before it; two images; none
         assert image.put_into(other, 9) is None
     for short in ([5, 6], [9, 5, 9]):

@@ -83,8 +83,9 @@ class Overlapped(Plan):
         # Some that images are made of (Molmo 2's ends of rows) the processor alone knows.
         of_images = {*getattr(processor, "image_token_ids", ())} - {processor.tokenizer.unk_token_id}
         self._special = runner.special_tokens | of_images
-        # By stage, whether an image becomes the same tokens there as in the draft's prompt; not there: not compared yet.
-        self._same_tokens: dict[str, bool] = {}
+        # By stage and by what is next to the image, whether it becomes the same tokens there as in the draft's prompt; not
+        # there: not compared yet.
+        self._same_tokens: dict[tuple, bool] = {}
         self._cuts = not runner.both_ways  # whether prompts are cut after what they share
         self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
         self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
@@ -189,14 +190,18 @@ class Overlapped(Plan):
     def _ids(self, job: Job, query: Query, stage: str) -> list[int]:
         """The token ids of a stage's prompt about the job's images. With one image, whose tokens were found to be the same
         there, the image is not processed again."""
-        ids = None
-        if job.image_tokens is not None and self._same_tokens.get(stage, True):
-            ids = job.image_tokens.put_into(short_ids(self.processor, query), self._placeholder)
-        if ids is not None and stage in self._same_tokens:
+        image, put = job.image_tokens, None
+        if image is not None:
+            put = image.put_into(short_ids(self.processor, query), self._placeholder)
+        if put is None:
+            return _ids(self.encode(query)[0])
+        ids, beside = put
+        # Another token next to the image may be joined with what the processor puts there: each is tried once.
+        case = stage, *("same" if own == there else there for own, there in zip(image.beside, beside, strict=True))
+        if self._same_tokens.get(case):
             return ids
         full = _ids(self.encode(query)[0])
-        if ids is not None:
-            self._same_tokens[stage] = ids == full
+        self._same_tokens.setdefault(case, ids == full)
         return full
 
     def _contexts(self, jobs: list[Job]) -> list[tuple[Query, Sequence] | None]:

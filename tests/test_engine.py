@@ -652,6 +652,26 @@ def test_a_model_that_overflows_fails_closed_for_its_row_alone(model, processor,
     guard.close()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_a_rejected_draft_left_does_not_reach_the_answer(model, processor, monkeypatch, fused):
+    """Beside a longer row, steps run over the slots of tokens that the draft was fed beyond the one it fell at."""
+    profile = make_profile(model, processor, gate=1.0)
+    prompts, images = [random_words(i, 3 + 4 * i) for i in range(3)], [random_image(i) for i in range(3)]
+    rewind, fallen = batch.Batch.rewind, []
+
+    def not_finite(self, row, prompt, length):
+        for layer in self.pool.layers:
+            layer.keys[row, :, self.origin + length :] = layer.values[row, :, self.origin + length :] = torch.nan
+        fallen.append(row)
+        return rewind(self, row, prompt, length)
+
+    with SafeGenerator(model, processor, profile, fused=fused) as guard:
+        expected = guard.generate(prompts, images, max_new_tokens=6)
+        monkeypatch.setattr(batch.Batch, "rewind", not_finite)
+        assert_same(guard.generate(prompts, images, max_new_tokens=6), expected)
+    assert fallen == [0, 1, 2]
+
+
 @pytest.fixture
 def endless(processor):
     """A model without an end-of-sequence token, in which the word w77 is NaN."""

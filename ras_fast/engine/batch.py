@@ -298,6 +298,7 @@ class Batch:
     def rewind(self, row: int, prompt: int, length: int) -> int:
         """The row's answer goes on after the first ``length`` tokens of its prompt, of ``prompt`` tokens, and itself. Returns
         how many of these the pool holds."""
+        self.pool.clear(row, self.origin + length)
         if not self.runner.recurrences:
             return length
         self.pool.set_states(row, ANSWER, self._after_prompt[row])

@@ -70,6 +70,11 @@ class PoolLayer(CacheLayerMixin):
         self.keys[row, :, begin : begin + keys.shape[1]] = keys
         self.values[row, :, begin : begin + values.shape[1]] = values
 
+    def clear(self, row: int, begin: int) -> None:
+        """Zeroes a row's slots from ``begin`` on: a mask does not hide what is not finite."""
+        if self.is_initialized:
+            self.keys[row, :, begin:], self.values[row, :, begin:] = 0, 0
+
     def keep_rows(self, rows: list[int]) -> None:
         """Moves these rows, in ascending order, to the front, in place."""
         if self.is_initialized:
@@ -136,6 +141,9 @@ class CrossLayer(PoolLayer):
     def write(self, row: int, begin: int, keys: Tensor, values: Tensor) -> None:
         self._all.write(row, 0, keys, values)
         self._lengths[row] = keys.shape[1]
+
+    def clear(self, row: int, begin: int) -> None:
+        """Nothing: these slots are not of tokens."""
 
     def keep_rows(self, rows: list[int]) -> None:
         self._all.keep_rows(rows)
@@ -212,6 +220,11 @@ class KVPool(Cache):
         for layer, of_layer in zip(self._layers(PoolLayer), given, strict=True):
             if of_layer is not None:
                 layer.write(row, begin, *of_layer)
+
+    def clear(self, row: int, begin: int) -> None:
+        """Forgets the tokens in a row's slots from ``begin`` on."""
+        for layer in self._layers(PoolLayer):
+            layer.clear(row, begin)
 
     def states(self, row: int, branch: int) -> list[States]:
         """A copy of one state of each layer that has any."""

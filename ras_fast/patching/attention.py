@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ras_fast.patching.state import AttentionState
 
 STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
-_FRESH = "_ras_fast_fresh"  # attribute of a range mask that nobody but the mask function has had in hand
+_WINDOW = "_ras_fast_window"  # attribute of a range mask that was made for one forward: the window it was made with, in a tuple
 # Keyword arguments that are obeyed, or that change nothing: the model has made use of them already, or they are a module's.
 _KNOWN = frozenset((
     "sliding_window", "softcap", "s_aux", "output_attentions", "input_ids", "position_ids", "cache_position", "use_cache",
@@ -60,10 +60,10 @@ def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
     return bounds.view(2, bounds.shape[1], 1, -1).permute(1, 2, 3, 0)
 
 
-def fresh(mask: Tensor) -> Tensor:
-    """Marks a range mask as made for a single forward and not written to afterwards; returns it."""
+def fresh(mask: Tensor, window: int | None = None) -> Tensor:
+    """Marks a range mask as made for a single forward, under this window, and not written to afterwards; returns it."""
     if not torch.compiler.is_compiling():
-        setattr(mask, _FRESH, True)
+        setattr(mask, _WINDOW, (window,))
     return mask
 
 
@@ -122,7 +122,7 @@ def attention_mask(
         if skips and not is_padded:
             return None
     end = end.expand(batch_size) if isinstance(end, Tensor) else start.new_full((batch_size,), end)
-    return fresh(range_mask(start, end.to(start.device)))
+    return fresh(range_mask(start, end.to(start.device)), local_size)
 
 
 explicit_mask = partial(attention_mask, explicit=True)
@@ -267,6 +267,12 @@ def _causal(module: nn.Module, is_causal: bool | None) -> bool:
     return getattr(module, "is_causal", True) if is_causal is None else is_causal
 
 
+def _window(mask: Tensor | None, kwargs: dict[str, Any]) -> int | None:
+    """The window of a range mask, which need not be the module's: where layers were taken out, masks go by their new places."""
+    made_with = getattr(mask, _WINDOW, None)
+    return kwargs.get("sliding_window") if made_with is None else made_with[0]
+
+
 def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs) -> Tensor:
     """[B, Lq, Hq, D]: SDPA exactly as transformers calls it, so that the answers are its answers bit for bit; a kernel only
     where SDPA lacks something or is slow."""
@@ -274,7 +280,7 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
     beyond_sdpa = softcap is not None or sinks is not None
     if mask is None and not beyond_sdpa and query.element_size() != 2:  # the shortest way: every layer's, every step's
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)[0]
-    causal, window = _causal(module, is_causal), kwargs.get("sliding_window")
+    causal, window = _causal(module, is_causal), _window(mask, kwargs)
     if beyond_sdpa:
         query, key, value = _autocast(query, key, value)
     if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(query, key, value, mask, causal):
@@ -309,7 +315,7 @@ def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs
     """(out [B, Lq, Hq, D], mass [B, Hq, M, R], scores [B, Hq, Lk] or None), under a region bias [Hq, R] or None."""
     query, key, value = _autocast(query, key, value)
     causal = _causal(module, is_causal)
-    softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("sliding_window")
+    softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), _window(mask, kwargs)
     rows = _resolve_rows(request.rows, query)
     score_rows = _resolve_rows(request.score_rows, query)
     if not _kernels_apply(query, key, value, mask, causal):
@@ -411,7 +417,7 @@ def _expand_once(mask: Tensor, length_q: int, length_k: int, window: int | None)
     has made for this forward is remembered.
     """
     global _last
-    if not getattr(mask, _FRESH, False):
+    if not hasattr(mask, _WINDOW):
         return _expand(mask, length_q, length_k, window)
     identity, last = (length_q, length_k, window), _last  # which another thread may replace meanwhile
     if last is not None and last[0]() is mask and last[1] == identity:

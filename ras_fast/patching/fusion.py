@@ -285,7 +285,11 @@ def _proved(candidates: list[FusedNorm], rows: Tensor) -> FusedNorm | str:
     if not isinstance(expected, Tensor) or expected.shape != rows.shape:
         return f"returns a {type(expected).__name__} of another shape"
     for candidate in candidates:
-        if _norm_agrees(candidate, rows, expected):
+        try:
+            agrees = _norm_agrees(candidate, rows, expected)
+        except (RuntimeError, ValueError) as error:  # of what the op does not take
+            return f"cannot be fused ({error})"
+        if agrees:
             return candidate
     return "is neither RMSNorm, RMSNorm with 1 + weight, nor LayerNorm"
 

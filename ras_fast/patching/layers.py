@@ -271,6 +271,7 @@ class FusedLayer(SteeredLayer):
         super().__init__(layer, index, end)
         self.names, self.norms = names, norms
         self.attention_norm, self.middle, self.last_norm = map(norms.get, ("attention_norm", "middle_norm", self.LAST_NORM))
+        self._in_place = tuple((names[part], norm.norm) for part, norm in norms.items())
         self.returns_tuple = False
         self._parameters = _named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
@@ -281,6 +282,10 @@ class FusedLayer(SteeredLayer):
         kwargs.update(zip(self._parameters, args, strict=False))
         if self._unproved and any(kwargs.get(name) is not None for name in self._unproved):
             return super().__call__(**kwargs)
+        children = self.layer._modules
+        for name, norm in self._in_place:
+            if children[name] is not norm:  # somebody has put another one there, as adapters do
+                return super().__call__(**kwargs)
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
         normed = self._run("input_norm", hidden) if "input_norm" in self.names else hidden

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
+from ras_fast.memory import is_out_of_memory
 from ras_fast.ops._check import FLOATS, is_integer, is_tensor
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
@@ -360,15 +361,18 @@ class Patch:
             raise RuntimeError("the model is not patched")
         place = self._held(layer)
         if place is None:
-            able = [*self._fused.layers, *(["final"] if self._fused.final_norm is not None else [])]
-            raise ValueError(f"layer is {layer!r}; it must be one of {able}\n{self._report}")
+            able = [name for name in (*self._fused.layers, "final") if self._held(name) is not None]
+            raise ValueError(f"layer is {layer!r}; it must be one of {able}, still in the model\n{self._report}")
         return place
 
     def _held(self, layer: object) -> SteeredLayer | FusedNorm | None:
-        """What the patch holds of that index, or by the name "final"; None where it holds nothing."""
+        """What the patch holds of that index, or by the name "final", and the model still has; None where there is nothing."""
         if is_integer(layer):
-            return self._fused.layers.get(layer)
-        return self._fused.final_norm if isinstance(layer, str) and layer == "final" else None
+            place = self._fused.layers.get(layer)
+        else:
+            place = self._fused.final_norm if isinstance(layer, str) and layer == "final" else None
+        there = place is not None and any(module is _module(place) for module in self.text_model.modules())
+        return place if there else None
 
     def _directions(self, name: str, directions: Tensor, place: SteeredLayer | FusedNorm) -> Tensor:
         """A copy [S, d] as the kernels take it, on the device where it will be used."""
@@ -378,7 +382,7 @@ class Patch:
             raise ValueError(f"{name} is of shape {tuple(directions.shape)}; it must be [S, d] with S > 0 and d = {d}")
         if directions.dtype not in FLOATS:
             raise ValueError(f"{name} is of dtype {directions.dtype}; it must be float32, float16, bfloat16 or float64")
-        weight = next((place.norm if isinstance(place, FusedNorm) else place.layer).parameters())
+        weight = next(_module(place).parameters())
         device = directions.device if weight.is_meta else weight.device
         dtype = torch.float32 if directions.dtype == torch.float64 != weight.dtype else directions.dtype
         return directions.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
@@ -395,9 +399,13 @@ class Patch:
         self._report = report = Report(type(root).__name__, len(decoder_layers))
         try:
             recorded = trace(text_model, decoder_layers)
-        except (AttributeError, TypeError, ValueError) as error:  # what the model makes of the inputs that it does not get
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # what it makes of inputs it does not get
+            dtypes = {p.dtype for p in text_model.parameters() if p.is_floating_point()}
+            if isinstance(error, RuntimeError) and (len(dtypes) < 2 or is_out_of_memory(error)):
+                raise
             what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
-            raise TypeError(f"{what} cannot be traced on tokens alone ({type(error).__name__}: {error})") from error
+            mixed = f" and, with weights of {len(dtypes)} dtypes, without autocast" if len(dtypes) > 1 else ""
+            raise TypeError(f"{what} cannot be traced on tokens alone{mixed} ({type(error).__name__}: {error})") from error
         self.text_model, self.layers = text_model, decoder_layers
         self.final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
@@ -410,6 +418,11 @@ class Patch:
             fuse_mlps(decoder_layers, self._undo, report)
         if self._state is not None:
             report.blind = [index for index in range(report.layers) if index not in self._state.layers]
+
+
+def _module(place: SteeredLayer | FusedNorm) -> nn.Module:
+    """The module that it stands in for the forward of."""
+    return place.norm if isinstance(place, FusedNorm) else place.layer
 
 
 def _indices(given: Iterable[int], layers: Mapping[int, Any]) -> tuple[int, ...]:

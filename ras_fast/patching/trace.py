@@ -79,7 +79,9 @@ class Trace:
     final_norm: the call of the text model's child that is called on the last layer's output.
     sample: what the text model was given.
     mixers: the layers' children that are given more than hidden states, attention among them.
-    plain, padded: what it gives, and behind left padding and in a step; nothing there for a model that does not.
+    plain, padded: what it gives, and behind left padding and, if it makes a cache, in a step; nothing there for a model that
+        does not take such a mask.
+    run_padded: runs the text model as it was run for `padded`.
     """
 
     layers: list[LayerTrace]
@@ -88,6 +90,7 @@ class Trace:
     mixers: list[nn.Module]
     plain: Rehearsal
     padded: Rehearsal
+    run_padded: Callable[[nn.Module, dict[str, Tensor]], Rehearsal]
 
 
 def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
@@ -109,19 +112,29 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
     calls = [(record.module, call) for record in records for call in record.calls if call.mixes]
     mixers = list(dict.fromkeys(getattr(layer, call.name) for layer, call in calls))
     plain.calls = [(call.x, first(call.output)) for _, call in calls]
-    padded, notes = Rehearsal(), []
-    try:
-        with _hooks(mixers, lambda x, output: notes.append((x, output))):
-            padded = _run_padded(text_model, sample)
+    padded, run = _rehearsed_padding(text_model, sample, mixers)
+    return Trace(records, next((call for call in final if call.x is last), None), sample, mixers, plain, padded, run)
+
+
+def _rehearsed_padding(text_model: nn.Module, sample: dict[str, Tensor], mixers: list[nn.Module]) -> tuple[Rehearsal, Callable]:
+    """What it gives behind padding, and how it was run for that."""
+    runs = (_run_padded,) if len(sample) > 1 else (_run_step, _run_padded)  # a step of cross-attention wants other masks
+    for run in runs:
+        notes: list[tuple[Tensor, Tensor]] = []
+        try:
+            with _hooks(mixers, lambda x, output, notes=notes: notes.append((x, output))):
+                padded = run(text_model, sample)
+        except Exception:  # whatever a model raises that has no use for such a mask, or makes no cache
+            continue
         padded.calls = notes
-    except Exception:  # whatever a model raises that has no use for such a mask, or makes no cache
-        pass
-    return Trace(records, next((call for call in final if call.x is last), None), sample, mixers, plain, padded)
+        return padded, run
+    return Rehearsal(), run
 
 
 def compare(text_model: nn.Module, traced: Trace) -> str | None:
     """How the text model does something else than in the trace; None where it does the same."""
-    again = [(before, run) for before, run in ((traced.plain, _run), (traced.padded, _run_padded)) if before.outputs]
+    both = (traced.plain, _run), (traced.padded, traced.run_padded)
+    again = [(before, run) for before, run in both if before.outputs]
     found = (_compare(text_model, traced, before, run) for before, run in again)
     return next((why for why in found if why is not None), None)
 
@@ -211,14 +224,23 @@ def _run(text_model: nn.Module, sample: dict[str, Tensor]) -> Rehearsal:
     return Rehearsal([text_model(**sample, use_cache=False)[0]])
 
 
-@torch.no_grad()
-def _run_padded(text_model: nn.Module, sample: dict[str, Tensor]) -> Rehearsal:
-    """A prompt behind padding, the last tokens as a decode step."""
-    ids = sample["input_ids"]
+def _padding(ids: Tensor) -> Tensor:
     mask = torch.ones_like(ids)
     mask[0, :2] = mask[1, :3] = 0
-    if len(sample) > 1:  # a step of cross-attention wants other masks
-        return Rehearsal([text_model(**sample, attention_mask=mask, use_cache=False)[0]], valid=mask.bool())
+    return mask
+
+
+@torch.no_grad()
+def _run_padded(text_model: nn.Module, sample: dict[str, Tensor]) -> Rehearsal:
+    """A prompt behind padding."""
+    mask = _padding(sample["input_ids"])
+    return Rehearsal([text_model(**sample, attention_mask=mask, use_cache=False)[0]], valid=mask.bool())
+
+
+@torch.no_grad()
+def _run_step(text_model: nn.Module, sample: dict[str, Tensor]) -> Rehearsal:
+    """The same, the last tokens as a decode step."""
+    ids, mask = sample["input_ids"], _padding(sample["input_ids"])
     prompt = text_model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
     cache = {cache_name(text_model): returned_cache(prompt)}
     step = text_model(input_ids=ids[:, -1:], attention_mask=mask, use_cache=True, **cache)

@@ -1,5 +1,7 @@
 """The ways in which users run a model: quantised, on several devices, in batches that grow and shrink, while it trains."""
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES
@@ -134,6 +136,50 @@ def test_continuous_batching():
 
 
 # Training
+
+
+def test_a_model_that_runs_under_autocast_alone_is_refused():
+    """As those whose norms are float32 among weights of half precision."""
+    model = llava().to(torch.bfloat16)
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="cannot be traced on tokens alone and, with weights of 2 dtypes, without autocast"):
+            ras_fast.patch(model)
+        assert model(**inputs(ROWS, dtype=torch.bfloat16)).logits.isfinite().all()
+
+
+def test_a_model_whose_cache_does_not_work_is_tried_behind_padding_without():
+    """Two layers that write into the same place; and a copied layer has a config of its own, which `patch` does not change."""
+    model = llava()
+    layers = model.model.language_model.layers
+    layers[1] = copy.deepcopy(layers[0])
+    batch = inputs(ROWS)
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        with ras_fast.patch(model) as patched:
+            assert "does not run" in patched.report().regions
+            assert relative_error(model(**batch, use_cache=False).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_window_is_the_masks_not_the_layers(taken):
+    """Without one layer, masks go by place, and what a layer passes to its attention by what it was made for."""
+    model = FAMILIES["exaone4_5"].model("exaone4_5")
+    text_model = model.model.language_model
+    del text_model.layers[taken]
+    text_model.config.num_hidden_layers = 2
+    batch = FAMILIES["exaone4_5"].inputs(model, ["tI" + 20 * "t", 14 * "t"])
+    del batch["regions"]
+    valid = valid_rows(batch)
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits[valid]
+        with ras_fast.patch(model) as patched:
+            assert patched.report().regions is None
+            for attentions in (False, True):
+                got = model(**batch, use_cache=False, output_attentions=attentions).logits[valid]
+                assert relative_error(got, expected) < 1e-5
 
 
 def test_gradient_checkpointing_is_for_training():

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -191,6 +193,57 @@ def test_a_forward_of_its_own_is_called(gemma):
         norm.forward = fused
     gemma.model.layers[1].post_attention_layernorm.forward = lambda x: 2 * type(norm).forward(norm, x)
     close(got, states_of(gemma))
+
+
+def another(norm):
+    new = copy.deepcopy(norm)
+    new.__dict__.pop("forward", None)
+    new.weight.data += 1
+    return new
+
+
+@pytest.fixture(params=["before the norm", "behind attention and MLP"])
+def olmo_or_gemma(request, gemma):
+    if request.param == "before the norm":
+        return gemma
+    torch.manual_seed(0)
+    return with_norms(Olmo2ForCausalLM(Olmo2Config(**CONFIG)))
+
+
+def test_a_norm_that_is_replaced_later_counts(olmo_or_gemma):
+    model, layer = olmo_or_gemma, olmo_or_gemma.model.layers[1]
+    for name in [name for name, _ in layer.named_children() if "norm" in name]:
+        before = layer.get_submodule(name)
+        with ras_fast.patch(model):
+            layer.register_module(name, another(before))
+            got = states_of(model)
+        layer.register_module(name, another(before))
+        close(got, states_of(model))
+        layer.register_module(name, before)
+
+
+def test_a_norm_that_is_tuned_later_counts(gemma):
+    peft = pytest.importorskip("peft")
+    names = ["post_attention_layernorm", "post_feedforward_layernorm"]
+    with ras_fast.patch(gemma) as patch:
+        tuned = peft.get_peft_model(gemma, peft.LNTuningConfig(target_modules=names)).eval()
+        for name, parameter in tuned.named_parameters():
+            if "ln_tuning" in name:
+                parameter.data += 1
+        got = states_of(gemma)
+        patch.unpatch()
+        close(got, states_of(gemma))
+        with tuned.disable_adapter():
+            assert not torch.allclose(got[-1], states_of(gemma)[-1], atol=1e-3)
+
+
+def test_a_weight_of_another_layout_is_left_alone(gemma):
+    weight = gemma.model.layers[1].input_layernorm.weight
+    weight.data = torch.stack([weight.data] * 2, -1)[..., 0]
+    expected = states_of(gemma)
+    with ras_fast.patch(gemma) as patch:
+        assert "must be contiguous" in patch.report().unfused["layers.1.input_layernorm"]
+        close(states_of(gemma), expected)
 
 
 def test_norms_of_queries_and_keys(qwen):

@@ -199,6 +199,21 @@ def test_errors(model, vectors):
         patched.set_steering(0, vectors)
 
 
+@pytest.mark.parametrize("place", [1, "final"])
+def test_what_is_no_longer_in_the_model_is_not_steered(model, vectors, place):
+    text_model = model.model.language_model
+    with ras_fast.patch(model) as patched:
+        owner, name = (text_model, "norm") if place == "final" else (text_model.layers, "1")
+        before = owner.get_submodule(name)
+        owner.register_module(name, copy.deepcopy(before))
+        assert not patched.steers(place)
+        assert patched.steers(0)
+        with pytest.raises(ValueError, match=rf"layer is {place!r}; it must be one of .*, still in the model"):
+            patched.set_steering(place, vectors)
+        owner.register_module(name, before)
+        assert patched.steers(place)
+
+
 def test_probe(model, vectors):
     """The dots of a layer's output after its steering, with and without steering, next to a final lerp, and switched off."""
     with torch.no_grad(), ras_fast.patch(model) as patched:

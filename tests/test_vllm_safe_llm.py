@@ -141,7 +141,7 @@ def test_an_image_that_is_no_image_has_risk_one(guard):
     fine = tinyworld.split("test", 1)[0]
     outputs = guard.generate([fine.question, fine.question], [broken.numpy(), fine.image], max_tokens=NEW_TOKENS)
     assert (outputs[0].risk, math.isnan(outputs[0].similarity)) == (1.0, True)
-    assert outputs[0].failed_closed
+    assert outputs[0].failed_closed == "an image holds NaN or infinite pixels"
     assert tinyworld.is_refusal(outputs[0].text)
     assert outputs[1].failed_closed is None
     assert outputs[1].risk < 0.5

@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from ras_fast.engine import SafeOutput
-from ras_fast.engine.answer import NO_RISK
+from ras_fast.engine.answer import BAD_PIXELS, NO_RISK
 from ras_fast.inputs import Query, make_queries, short_ids
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile, is_integer
@@ -154,7 +154,7 @@ class _Run:
                 similarity=similarity,
                 context=job.context,
                 rejected_at=changed[0] if changed else None,
-                failed_closed=NO_RISK if failed else None,
+                failed_closed=(BAD_PIXELS if job.query.poisoned else NO_RISK) if failed else None,
             )
             job.mark(ASSESS)
             self.counters["failed_closed"] += failed

@@ -291,7 +291,7 @@ def _proved(candidates: list[FusedNorm], rows: Tensor) -> FusedNorm | str:
             return f"cannot be fused ({error})"
         if agrees:
             return candidate
-    return "is neither RMSNorm, RMSNorm with 1 + weight, nor LayerNorm"
+    return f"is neither RMSNorm, RMSNorm with 1 + weight, nor LayerNorm to within the rounding of {rows.dtype}"
 
 
 def _norm_agrees(candidate: FusedNorm, x: Tensor, expected: Tensor) -> bool:

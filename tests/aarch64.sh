@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CPU kernels on aarch64 (hosts of Grace Hopper, Graviton) without such a machine: cross-compiled, and their tests in an
-# emulator, half an hour. For Debian 12 on x86-64, as root; ARGS are pytest's instead of those below:
+# emulator, a quarter of an hour. For Debian 12 on x86-64, as root; ARGS are pytest's instead of those below:
 #
 #     bash tests/aarch64.sh FOLDER [ARGS]
 set -euo pipefail

@@ -296,15 +296,16 @@ def _merge_kernel(
     rows, num_heads, lq, num_regions, mass_rows, splits,
     MASS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one query row: everything is weighted by exp(lse_split - lse)."""
+    """Merge the splits of one query row: everything is weighted by exp(lse_split), scaled to add up to 1."""
     r = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK_S)
     split_ok = split < splits
     parts = tl.load(PartLse + split * rows.to(tl.int64) + r, split_ok, other=float("-inf")) * LOG2E
     top = _finite_or_zero(tl.max(parts, 0))
-    lse = top + tl.log2(tl.sum(tl.exp2(parts - top), 0))
-    weight = tl.exp2(parts - _finite_or_zero(lse))
-    tl.store(Lse + r, lse * LN2)
+    weight = tl.exp2(parts - top)
+    total = tl.sum(weight, 0)
+    weight = weight / tl.where(total == 0.0, 1.0, total)
+    tl.store(Lse + r, (top + tl.log2(total)) * LN2)
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM

@@ -355,12 +355,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
 #pragma unroll
   for (float part : parts) most = fmaxf(most, part);
   most = warp_max(most);
+  const float shift = finite_or_zero(most);
 #pragma unroll
-  for (float part : parts) total += exp2_approximate(part - finite_or_zero(most));
-  const float lse = most + log2_approximate(warp_sum(total)), shift = finite_or_zero(lse);
+  for (float part : parts) total += exp2_approximate(part - shift);
+  total = warp_sum(total);
+  // Not 2^(part − lse): that adds up to 1 only as far as the LSE's rounding is small.
+  const float share = 1.f / (total == 0.f ? 1.f : total);
   if (threadIdx.x < kWarp) {
 #pragma unroll
-    for (int i = 0; i < kMostSplits / kWarp; ++i) weights[threadIdx.x + kWarp * i] = exp2_approximate(parts[i] - shift);
+    for (int i = 0; i < kMostSplits / kWarp; ++i) weights[threadIdx.x + kWarp * i] = share * exp2_approximate(parts[i] - shift);
   }
   __syncthreads();
   float4 sum{};
@@ -380,7 +383,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
     const Place at{batch_head - batch * heads, q};
     args.out[out_row(args, batch, at) + first_dim + threadIdx.x] = from_float<T>(o);
   }
-  if (threadIdx.x == 0 && blockIdx.y == 0) args.lse[row] = lse * kLn2;
+  if (threadIdx.x == 0 && blockIdx.y == 0) args.lse[row] = (most + log2_approximate(total)) * kLn2;
 
   float* mass = args.mass + (int64_t(batch_head + 1) * args.mass_rows - from_end) * score.regions;
 #pragma unroll 1
@@ -389,7 +392,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
 #pragma unroll
     for (float part : masses) sum += exp2_approximate(part - shift);
     sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) mass[region] = sum;
+    if (threadIdx.x % kWarp == 0) mass[region] = share * sum;
     region += apart;
     load_masses();
   }

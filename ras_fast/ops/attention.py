@@ -53,7 +53,8 @@ def region_attention(
         window: a row sees at most that many keys up to and including its own; needs `is_causal`.
         softcap: s ← softcap·tanh(s / softcap).
         sinks: [Hq] floating: one extra logit per head, which takes probability and has no value.
-        region_bias: [Hq, R] or [B, Hq, R] float32, added to the score of the keys of a region.
+        region_bias: [Hq, R] or [B, Hq, R] float32, added to the score of the keys of a region; −inf shuts it out.
+            Finite sinks and biases are to be below 2e38 in magnitude, since they are multiplied by log₂(e).
         mass_rows: M, the number of last query rows whose masses are wanted; None: all Lq.
 
     Returns:

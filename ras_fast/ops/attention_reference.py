@@ -20,7 +20,7 @@ def region_attention(
     rows, bias = query.shape[2], key_bias(region_ids, region_bias, _accumulator(query))
     s = _masked_scores(query, key, rows, scale, is_causal, kv_start, kv_end, window, softcap, bias)
     lse = _lse(s, sinks)
-    p = _probabilities(s, lse)
+    p = _normalised(_probabilities(s, lse), lse, sinks)
     # What lies outside the valid keys may be uninitialised cache: NaN there must not reach 0 · NaN.
     valid, _ = valid_keys(key, kv_start, kv_end)
     value = value.masked_fill(~valid.any(1)[:, None, :, None], 0)
@@ -153,6 +153,15 @@ def _lse(masked_scores: Tensor, sinks: Tensor | None) -> Tensor:
 def _probabilities(masked_scores: Tensor, lse: Tensor) -> Tensor:
     """exp(scores − lse), 0 in rows that see no key (lse = −inf)."""
     return torch.exp(masked_scores - lse.masked_fill(lse == -torch.inf, 0)[..., None].to(masked_scores.dtype))
+
+
+def _normalised(p: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Probabilities that add up to 1 with the sink's also where the LSE is so large that its rounding shows in them."""
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.to(lse.dtype)[:, None]
+        total = total + torch.where(sink == lse, 1, torch.exp(sink - lse))[..., None]  # which may be infinite
+    return torch.where(total == 0, p, p / total)
 
 
 def _selected(query, key, lse, rows, scale, is_causal, kv_start, kv_end, window, softcap, region_ids, region_bias) -> Tensor:

@@ -397,6 +397,22 @@ def test_softcaps_of_any_size(backend, softcap, length_q):
 
 
 @BACKENDS
+@pytest.mark.parametrize("sink", [None, -1.0])
+@pytest.mark.parametrize("bias", [-1e4, -1e9])
+@pytest.mark.parametrize("length_q", [1, 3])
+def test_probabilities_add_up_to_1_where_the_lse_is_large(backend, length_q, bias, sink):
+    """Where its rounding shows, exp(s - lse) would not."""
+    query, key, value = inputs(length_q=length_q, length_k=40)
+    ids, sinks = torch.zeros(2, 40, dtype=torch.int32), None if sink is None else torch.full((4,), sink + bias)
+    options = {"is_causal": False, "region_bias": torch.full((4, 1), bias), "sinks": sinks}
+    out, _, mass = ops.region_attention(query * 0, key, value, ids, 1, **options)
+    share = 1.0 if sink is None else 40 / (40 + float(torch.exp(sinks[0] - bias)))
+    expected = share * value.mean(2, keepdim=True).repeat_interleave(2, 1).expand_as(out)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(mass, torch.full_like(mass, share), atol=1e-5, rtol=0)
+
+
+@BACKENDS
 @pytest.mark.parametrize("length_q", [1, 3])
 def test_an_infinite_sink_takes_everything(backend, length_q):
     query, key, value = inputs(length_q=length_q)

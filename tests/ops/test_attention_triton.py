@@ -284,6 +284,16 @@ def test_a_sink_counts_once_among_splits():
     check(query, key, value, runs(1, 200, 2), 2, sinks=torch.tensor([1.0, 4.0], device=DEVICE))
 
 
+@pytest.mark.parametrize("bias", [-1e4, -1e9])
+def test_splits_whose_lse_is_large(bias):
+    """Where its rounding shows, weights of exp(part - lse) would not add up to 1."""
+    query, key, value = inputs(1, 2, 1, 1, 200)
+    region_bias = torch.full((2, 1), bias, device=DEVICE)
+    out, _, mass = attend(query, key, torch.ones_like(value), torch.zeros_like(runs(1, 200, 1)), 1, region_bias=region_bias)
+    torch.testing.assert_close(out, torch.ones_like(out), atol=1e-6, rtol=0)
+    torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-6, rtol=0)
+
+
 def test_bounds_beyond_the_keys():
     """They are clamped to the keys that there are."""
     query, key, value = inputs(2, 2, 1, 3, 40)

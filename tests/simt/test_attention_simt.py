@@ -184,6 +184,14 @@ def test_most_splits(emulator):
     Case(2, 300, 2, 1, ids=runs(300, 5, 100, 170), regions=40, splits=128).check(emulator)
 
 
+def test_splits_whose_lse_is_large(emulator):
+    """Where its rounding shows, weights of 2^(part − lse) would not add up to 1."""
+    case = Case(1, 200, 2, 1, ids=runs(200, 0, 200), regions=1, bias=True, splits=3)
+    case.value.fill_(1)
+    case.bias.fill_(-1e9)
+    assert (case.run(emulator, "decode_run")[0] == 1).all()
+
+
 def plan(emulator, *sizes):
     return emulator.library.decode_plan(*map(ctypes.c_int64, sizes))
 

@@ -447,7 +447,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     from ras_fast.evaluation.defences import borrowed_profiles, check_names, default_names, make_defences, robustness_names
 
     if arguments.defences:
-        check_names(arguments.defences.split(","), CALIBRATIONS if calibrates else profiles)
+        made = {name: name.partition("+")[0] for name in CALIBRATIONS}
+        methods = made if calibrates else {name: profile.method for name, profile in profiles.items()}
+        check_names(arguments.defences.split(","), methods)
     parallel.join()
     with _naming("--out", arguments.out):
         run.occupy(arguments.out)  # before minutes of work

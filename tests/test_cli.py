@@ -834,7 +834,8 @@ def test_eval_survives_a_kill_and_ctrl_c(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("magic", "'magic' is unknown"), ("constant-x", "needs a number"), ("constant-7", "gate")]
+    ("name", "words"),
+    [("magic", "'magic' is unknown"), ("constant-x", "needs a number"), ("constant-7", "needs a number in [0, 1]")],
 )
 def test_eval_names_an_unknown_defence(folder, tmp_path, questions, capsys, name, words):
     assert evaluate(folder, tmp_path, questions, "--profile", str(folder / "profile"), "--defences", name) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -75,13 +75,28 @@ def borrowed_profiles(names: list[str], profiles: dict[str, RasProfile]) -> dict
     return {name: staged for name in names if staged and (name == PROMPT_ONLY or name.startswith(CONSTANT))}
 
 
-def check_names(names: list[str], profiles: Iterable[str]) -> None:
-    """Raises ValueError for a name that `make_defences` will not know with profiles that are called so."""
-    variants = ("", SEQUENTIAL, BINARY, *(f"{CAPTION}{wrong}" for wrong in robustness.CAPTIONS))
-    known = {"undefended", PROMPT_ONLY, *(f"{profile}{variant}" for profile in profiles for variant in variants)}
+def check_names(names: list[str], methods: Mapping[str, str]) -> None:
+    """Raises ValueError for a name that `make_defences` will not know with profiles that are called so, of these methods."""
+    suffixes = (SEQUENTIAL, BINARY, *(f"{CAPTION}{wrong}" for wrong in robustness.CAPTIONS))
+    staged = [name for name, method in methods.items() if method in moras.PRESETS]
+    variants = [f"{name}{suffix}" for name in staged for suffix in suffixes]
+    known = ["undefended", *methods, *variants, *([PROMPT_ONLY, f"{CONSTANT}0.5"] if staged else [])]
     for name in names:
-        if name not in known and not name.startswith(CONSTANT):
+        if staged and name.startswith(CONSTANT):
+            _gate_of(name)
+        elif name not in known:
             raise ValueError(f"defence {name!r} is unknown; with these profiles there are {', '.join(sorted(known))}")
+
+
+def _gate_of(name: str) -> float:
+    """The risk that an always-on defence steers by."""
+    try:
+        gate = float(name.removeprefix(CONSTANT))
+    except ValueError:
+        gate = -1.0
+    if not 0 <= gate <= 1:
+        raise ValueError(f"defence {name!r} needs a number in [0, 1] after {CONSTANT!r}")
+    return gate
 
 
 def make_defences(
@@ -157,10 +172,7 @@ class _Maker:
         return profile
 
     def _constant(self, name: str):
-        try:
-            gate = float(name.removeprefix(CONSTANT))
-        except ValueError as error:
-            raise ValueError(f"defence {name!r} needs a number in [0, 1] after {CONSTANT!r}") from error
+        gate = _gate_of(name)
         profile = replace(self._checked(self.staged), config=self.staged.config | {"gate": gate})
         steering = moras.Moras(profile, output_head(self.model), self.model.device, self.model.dtype)
         risk = torch.full((1,), gate, device=self.model.device)

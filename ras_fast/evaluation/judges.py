@@ -65,8 +65,9 @@ def load_judge(name: str, device="cpu") -> Judge:
         with _current_folder_on_path():
             module = importlib.import_module(module_name)
             judge = getattr(module, function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"judge {name!r} is neither a local folder nor a module:function that is there: {error}") from error
+    except Exception as error:  # whatever the module raises
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"judge {name!r} is neither a local folder nor a module:function that is there ({why})") from error
     if not callable(judge):
         raise ValueError(f"judge {name!r} is {judge!r}; it needs to be a function of (question, answer)")
     return Judge(name, judge, _digest(_sources(module, judge)))

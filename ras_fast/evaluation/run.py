@@ -365,14 +365,14 @@ def markdown(rows: list[dict], dataset: Dataset, judge: Judge, model_name: str, 
     """The tables and how to read them; `failed` as from `failures`."""
     columns = list(dict.fromkeys(column for row in rows for column in row["cells"]))
     titles = ["defence", *(_title(column, [row["cells"].get(column) for row in rows]) for column in columns), "AUROC"]
-    lines = [f"# Safety of {model_name} on {dataset.name}", "", _line(titles), _line(["---"] * len(titles))]
+    lines = [f"# Safety of {one_line(model_name)} on {one_line(dataset.name)}", "", _line(titles), _line(["---"] * len(titles))]
     for row in rows:
         cells = [_cell(column, row["cells"].get(column)) for column in columns]
         lines.append(_line([row["defence"], *cells, _auroc_cell(row["auroc"])]))
     for what in OUTCOMES:
         lines += _table_of_kinds(what, rows)
     lines.append(NOTES)
-    lines.append(f"- Judge of harm: {judge.name}.")
+    lines.append(f"- Judge of harm: {one_line(judge.name)}.")
     lines.append(f"- Times: median over harmless queries (refusals are short), asked one after the other, on {machine()}.")
     lines += [SYNTHETIC] if model_name == "tiny" else []
     lines += [dataset.note] if dataset.note else []

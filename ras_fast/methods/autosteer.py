@@ -35,7 +35,7 @@ from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import states_of
-from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, number
+from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
 THRESHOLD = 0.5
@@ -176,7 +176,8 @@ class _Run:
         risk, failed = assess(self.prober, last)
         method.failed = failed | self.state.ends_in_padding(batch, length, last.device)
         method.risk = risk.masked_fill(method.failed, 1.0)
-        gate = method.epsilon * ((method.risk > method.threshold) | method.failed).float()  # not in torch's default dtype
+        on = ((method.risk > method.threshold) | method.failed) & self.state.has_begun(batch, last.device)
+        gate = method.epsilon * on.float()  # not in torch's default dtype
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ def calibrate(
     unsafe, safe, groups = _queries(pairs, processor)
     text_config = model.config.get_text_config()
     layers = _layers(layer, text_config.num_hidden_layers)
-    _check_options(rank, text_config.hidden_size, strength, batch_size, over_refusal)
+    _check_options(rank, text_config.hidden_size, strength, batch_size, over_refusal, seed)
     answer = _answer(model, processor, refusal)
     settings = {
         "model": fingerprint(model, processor), "pairs": digest([*unsafe, *safe]), "answer": answer, "layers": layers,
@@ -291,11 +292,15 @@ def calibrate(
     return RasProfile("autosteer", config, tensors, settings["model"])
 
 
-def _check_options(rank: int | None, d: int, strength: float | None, batch_size: int, over_refusal: float | None) -> None:
+def _check_options(
+    rank: int | None, d: int, strength: float | None, batch_size: int, over_refusal: float | None, seed: int
+) -> None:
     if rank is not None and not (is_integer(rank) and 0 < rank <= d):
         raise ValueError(f"rank is {rank!r}; it needs to be an integer in 1..{d}")
-    if strength is not None and not 0 < strength < math.inf:
-        raise ValueError(f"strength is {strength}; it needs to be positive and finite")
+    if strength is not None and not (is_number(strength) and 0 < strength < math.inf):
+        raise ValueError(f"strength is {strength!r}; it needs to be a positive, finite number")
+    if not is_integer(seed) or not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed is {seed!r}; it needs to be an integer of 64 bits")
     if not is_integer(batch_size) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it needs to be an integer of at least 1")
     if over_refusal is not None and not 0 <= over_refusal <= 1:
@@ -586,11 +591,15 @@ class Checkpoint:
     """A safetensors file for each stage of an unfinished calibration, its facts as JSON in the file's own header.
 
     folder: None keeps nothing. settings: what must be the same for a calibration to be resumed.
+
+    Raises ValueError for a file in the folder's place.
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]):
         self.folder = None if folder is None else Path(folder)
         self.settings = json.dumps(settings, sort_keys=True)
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():  # before minutes of work
+            raise ValueError(f"checkpoint is {str(folder)!r}, which is there and no folder")
 
     def load(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, facts) of a stage; None where it has not been saved.

@@ -182,9 +182,13 @@ def _parts_as_words(texts: list[str], marks: re.Pattern) -> list[str]:
     return texts
 
 
+# What Unicode says nothing is shown for ("Default_Ignorable_Code_Point"), and is neither of category Cc nor Cf; and a blank.
+_INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
+
+
 def _plain(text: str) -> str:
     """A text as a reader sees it, or a tokenizer that normalizes: in compatible letters, without invisible characters."""
-    letters = unicodedata.normalize("NFKC", text)
+    letters = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
     return "".join(c for c in letters if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -34,7 +34,7 @@ from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.trace import first
 from ras_fast.patching.tracking import text_shape
-from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, number
+from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
 
 MEASURES, SCOPES = ("projection", "cosine"), ("sequence", "token")
 
@@ -211,9 +211,12 @@ def calibrate(
     if measure not in MEASURES or per not in SCOPES:
         raise ValueError(f"measure is {measure!r} and per is {per!r}; they need to be one of {MEASURES} and one of {SCOPES}")
     count = model.config.get_text_config().num_hidden_layers
-    layers = [count // 2] if layers is None else sorted(layers)
-    if not layers:
-        raise ValueError("layers is empty; at least one needs to be steered")
+    layers = [count // 2] if layers is None else layers
+    if not isinstance(layers, Iterable) or not layers or not all(map(is_integer, layers)):
+        raise ValueError(f"layers is {layers!r}; it needs to be a list of at least one decoder layer's index")
+    layers = sorted(layers)
+    if condition_layer is not None and not is_integer(condition_layer):
+        raise ValueError(f"condition_layer is {condition_layer!r}; it needs to be a decoder layer's index, or None")
     if condition_pairs:
         condition_layer = layers[0] - 1 if condition_layer is None else condition_layer
         if condition_layer < 0:
@@ -442,6 +445,8 @@ class _Run:
 
 def _check_alpha(alpha: float) -> None:
     """Raises ValueError for a strength at which answers would count as steered, and be the model's own or no words at all."""
+    if not is_number(alpha):
+        raise ValueError(f"alpha is {alpha!r}; it needs to be a number")
     if as_float32(alpha) == 0:
         raise ValueError(f"alpha is {alpha}; it needs to be another number, not 0 in float32, or nothing is steered")
     if not math.isfinite(as_float32(alpha)):

@@ -72,22 +72,39 @@ class PromptState:
     def ends_in_padding(self, batch: int, length: int, device: torch.device) -> Tensor:
         """[batch] bool: the rows that are padded on the right, so that their prompt cannot be judged at the last position.
         No host sync. A row of which only left padding has come so far is not among them."""
-        mask = self._mask
-        if isinstance(mask, dict):  # by kind of layer
-            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        mask, seen = self._one_mask(), self._seen()
         if mask is None or is_range(mask):  # which ends with the forward
             return torch.zeros(batch, dtype=torch.bool, device=device)
-        if not isinstance(mask, Tensor):
+        if seen is None:
             return torch.ones(batch, dtype=torch.bool, device=device)  # it cannot be known
-        if mask.dim() == 2:
-            seen, own = mask != 0, mask.shape[1] - 1
-        else:  # what the last position sees, booleans or scores to add
-            seen = mask[:, 0, -1]
-            seen = seen if seen.dtype == torch.bool else seen >= 0
-            own = self.past + length - 1
+        own = mask.shape[1] - 1 if mask.dim() == 2 else self.past + length - 1
         last = seen.shape[1] - 1
         ends = seen[:, min(own, last)] if isinstance(own, int) else seen.index_select(1, own.clamp(max=last).reshape(1))[:, 0]
         return (seen.any(1) & ~ends).to(device).expand(batch)
+
+    def has_begun(self, batch: int, device: torch.device) -> Tensor:
+        """[batch] bool: the rows of which more than left padding has come so far. No host sync."""
+        mask, seen = self._one_mask(), self._seen()
+        if is_range(mask):
+            begun = mask[:, 0, -1, 0] < mask[:, 0, -1, 1]
+        else:
+            begun = torch.ones(batch, dtype=torch.bool) if seen is None else seen.any(1)
+        return begun.to(device).expand(batch)
+
+    def _one_mask(self) -> Any:
+        """The attention mask; of those by kind of layer the one that hides the least."""
+        mask = self._mask
+        return mask.get("full_attention", next(iter(mask.values()), None)) if isinstance(mask, dict) else mask
+
+    def _seen(self) -> Tensor | None:
+        """[batch or 1, keys] bool: what the last position sees, by a mask that spells it out; None where there is none."""
+        mask = self._one_mask()
+        if not isinstance(mask, Tensor) or is_range(mask):
+            return None
+        if mask.dim() == 2:
+            return mask != 0
+        seen = mask[:, 0, -1]  # booleans, or scores to add
+        return seen if seen.dtype == torch.bool else seen >= 0
 
     @contextmanager
     def watch(self, patch: Patch) -> Iterator[PromptState]:

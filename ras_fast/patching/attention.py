@@ -67,9 +67,10 @@ def fresh(mask: Tensor, window: int | None = None) -> Tensor:
     return mask
 
 
-def is_range(mask: Tensor | None) -> bool:
-    """Whether it is a range mask, int32 [B, 1, 1 or Lq, 2], and neither None nor a full mask, which is bool or floating."""
-    return mask is not None and mask.dtype == torch.int32 and mask.shape[1] == 1 and mask.shape[3] == 2
+def is_range(mask: Any) -> bool:
+    """Whether it is a range mask, int32 [B, 1, 1 or Lq, 2], and neither None nor a full mask, which is bool or floating, nor
+    padding [B, Lk]."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[3] == 2
 
 
 # The mask function.

@@ -8,7 +8,7 @@ from tiny_random import random_image
 
 import ras_fast
 from ras_fast.engine import batch
-from ras_fast.evaluation.defences import make_defences
+from ras_fast.evaluation.defences import check_names, make_defences
 
 QUERIES = [("w1 w2 ?", [random_image(1)]), ("w3 ?", []), ("w4 w5 w6 ?", [random_image(2)]), ("w1 ?", [random_image(3)])]
 
@@ -49,3 +49,17 @@ def test_steps_that_a_graph_stands_for_are_counted(model, processor, profiles, m
     monkeypatch.setattr("ras_fast.engine.runner.WIDTH", 1)  # no prompt is padded
     assert counts(model, processor, profiles, names) == expected
     assert graphs.replays > graphs.made > 0
+
+
+def test_names_are_checked_against_what_the_profiles_can_be_made_into():
+    staged = {"ras": "ras", "moras+attention": "moras", "projection": "projection"}
+    check_names(["undefended", "prompt-only", "constant-0.5", "ras-binary", "moras+attention-sequential", "projection"], staged)
+    for name in ("projection-binary", "autosteer", "ras-", "moras"):
+        with pytest.raises(ValueError, match=f"defence '{name}' is unknown; with these profiles there are "):
+            check_names([name], staged)
+    for name in ("constant-x", "constant-1.5", "constant-nan"):
+        with pytest.raises(ValueError, match=rf"defence '{name}' needs a number in \[0, 1\]"):
+            check_names([name], staged)
+    for name in ("prompt-only", "constant-0.5"):
+        with pytest.raises(ValueError, match=f"defence '{name}' is unknown"):
+            check_names([name], {"projection": "projection"})

@@ -22,10 +22,18 @@ def test_a_function_of_ones_own():
     assert judge.does_harm("abc", "b")
 
 
-@pytest.mark.parametrize("name", ["nowhere:judge", "operator:nothing", "operator", "", "."])
+@pytest.mark.parametrize("name", ["nowhere:judge", "operator:nothing", "operator", "", ".", "./judge.py:harm", "..judge:harm"])
 def test_a_judge_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=f"judge '{name}'"):
         load_judge(name)
+
+
+@pytest.mark.parametrize("text", ["def harm(:", "raise KeyError('no key')"])
+def test_a_judge_that_cannot_be_imported_is_named(tmp_path, monkeypatch, text):
+    (tmp_path / "judge_that_fails.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"judge 'judge_that_fails:harm' is neither .* \((Syntax|Key)Error: "):
+        load_judge("judge_that_fails:harm")
 
 
 def test_a_judge_that_is_no_function_is_named():

@@ -265,6 +265,8 @@ def test_another_judge_renews_the_verdicts_without_asking_again(tmp_path):
         assert len(asked) == count
     assert len((tmp_path / run.ANSWERS).read_text().splitlines()) == 4 + 2  # each verdict was renewed once
     assert "Judge of harm: strict." in run.write_report(tmp_path, records, dataset(4), "m", strict)
+    unprintable = replace(dataset(4), name="bad\udcff.jsonl")
+    assert "Safety of m\\n on bad\\udcff.jsonl" in run.write_report(tmp_path, records, unprintable, "m\n", strict)
 
 
 def test_a_judge_that_was_edited_judges_again(tmp_path):

@@ -250,6 +250,31 @@ def test_padding_before_a_prompt_is_no_failure(model, processor, make):
     assert not any(failed)
 
 
+@pytest.mark.parametrize("options", [{"past_key_values": DynamicCache}, OPTIONS[2]], ids=["dynamic", "static"])
+def test_a_piece_of_mere_padding_is_not_judged(model, processor, monkeypatch, options):
+    """A row of AutoSteer's is steered once any piece of its prompt was risky; here all rows are in the first piece alone."""
+    ids = torch.tensor([[0] * 6 + [20, 21, 22], list(range(20, 29))])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    assess, gated_linear, judged, gates = ras_fast.methods.autosteer.assess, ras_fast.ops.gated_linear, [], []
+
+    def risky_at_first(*args):
+        risk, failed = assess(*args)
+        judged.append(risk)
+        return torch.full_like(risk, float(len(judged) == 1)), failed
+
+    def noted(x, weight, gate, **kwargs):
+        gates.append(gate)
+        return gated_linear(x, weight, gate, **kwargs)
+
+    monkeypatch.setattr(ras_fast.methods.autosteer, "assess", risky_at_first)
+    monkeypatch.setattr(ras_fast.methods.autosteer.ops, "gated_linear", noted)
+    options = {name: value() if isinstance(value, type) else value for name, value in options.items()}
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, autosteer(model, processor)):
+        generate(model, inputs, prefill_chunk_size=4, **options)
+    assert len(judged) == 3
+    assert (gates[-1] > 0).tolist() == [False, True]
+
+
 @pytest.mark.parametrize("make", METHODS)
 def test_an_unpatched_model_does_not_answer_undefended(model, processor, make):
     patch = ras_fast.patch(model)

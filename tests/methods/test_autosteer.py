@@ -593,6 +593,9 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
         ({"over_refusal": 1.5}, "over_refusal is 1.5"),
         ({"strength": 0.0}, "strength is 0.0"),
         ({"strength": -1.0}, "strength is -1.0"),
+        ({"strength": "1"}, "strength is '1'; it needs to be a positive, finite number"),
+        ({"seed": 1.5}, "seed is 1.5; it needs to be an integer"),
+        ({"checkpoint": __file__}, "checkpoint is .*, which is there and no folder"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )

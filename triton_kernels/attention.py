@@ -303,9 +303,9 @@ def _merge_kernel(
     parts = tl.load(PartLse + split * rows.to(tl.int64) + r, split_ok, other=float("-inf")) * LOG2E
     top = _finite_or_zero(tl.max(parts, 0))
     weight = tl.exp2(parts - top)
-    total = tl.sum(weight, 0)
-    weight = weight / tl.where(total == 0.0, 1.0, total)
-    tl.store(Lse + r, (top + tl.log2(total)) * LN2)
+    denominator = tl.sum(weight, 0)
+    weight = weight / tl.where(denominator == 0.0, 1.0, denominator)
+    tl.store(Lse + r, (top + tl.log2(denominator)) * LN2)
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM

@@ -163,9 +163,10 @@ def context_text(processor, tokens: list[int], marks: re.Pattern) -> str:
 
 def _as_words(text: str, marks: re.Pattern) -> str:
     """A text without these marks, in whatever letters; as it is where it has none."""
-    plain, filler = _plain(text), " "
-    while marks.search(plain):  # to drop one may bring together the halves of another with a blank in it
-        text = plain = " ".join(marks.sub(filler, plain).split())
+    filler = " "
+    # As it is, too: in plain letters the end of a mark may be one with the character behind it, as ">" and U+0338 are.
+    while shown := next((form for form in (text, _plain(text)) if marks.search(form)), None):
+        text = " ".join(marks.sub(filler, shown).split())  # to drop one may bring together the halves of another
         filler = " . "  # nothing reaches across this: not as many rounds as there are marks inside marks
     return text
 
@@ -173,10 +174,10 @@ def _as_words(text: str, marks: re.Pattern) -> str:
 def _parts_as_words(texts: list[str], marks: re.Pattern) -> list[str]:
     """The texts of a message without these marks, also without any that begins in one text and ends in another."""
     texts, filler = [_as_words(text, marks) for text in texts], " "
-    while marks.search(whole := "".join(map(_plain, texts))):
-        whole = marks.sub(lambda found, filler=filler: filler.ljust(len(found.group())), whole)
+    while shown := next((forms for forms in (texts, [*map(_plain, texts)]) if marks.search("".join(forms))), None):
+        whole = marks.sub(lambda found, filler=filler: filler.ljust(len(found.group())), "".join(shown))
         filler = "."
-        lengths = [len(_plain(text)) for text in texts]
+        lengths = [*map(len, shown)]
         pieces = (whole[end - length : end] for length, end in zip(lengths, itertools.accumulate(lengths), strict=True))
         texts = [_as_words(" ".join(piece.split()), marks) for piece in pieces]
     return texts
@@ -185,17 +186,22 @@ def _parts_as_words(texts: list[str], marks: re.Pattern) -> list[str]:
 # What Unicode says nothing is shown for ("Default_Ignorable_Code_Point"), and is neither of category Cc nor Cf; and a blank.
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
+_AT_A_TIME = 256  # characters: to put those that combine with others in order takes their number squared
+
 
 def _plain(text: str) -> str:
     """A text as a reader sees it, or a tokenizer that normalizes: in compatible letters, without invisible characters."""
-    letters = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
+    visible = _INVISIBLE.sub("", text)
+    parts = (visible[i : i + _AT_A_TIME] for i in range(0, len(visible), _AT_A_TIME))
+    letters = "".join(unicodedata.normalize("NFKC", part) for part in parts)
     return "".join(c for c in letters if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf"))
 
 
 def marks_of(processor) -> re.Pattern:
     """What means more than its words wherever a prompt spells it out: control tokens, and what a template of mere text opens an
     answer with (LLaVA's "ASSISTANT:"), which a model also takes for that in small letters or with blanks."""
-    patterns = [re.escape(token) for token in _control_tokens(processor)]
+    forms = (form for token in _control_tokens(processor) for form in (token, _plain(token)))
+    patterns = [re.escape(form) for form in dict.fromkeys(forms) if form.strip() and not form.isalnum()]
     opening = re.findall(r"\w+|[^\w\s]+", _as_words(answer_opening(processor), _any_of(patterns)))
     if not all(map(str.isalnum, opening)):  # words alone, as Qwen's "assistant" between control tokens, are no mark
         edge = r"\b" if opening[0].isalnum() else ""

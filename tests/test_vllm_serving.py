@@ -481,6 +481,31 @@ def test_when_the_client_goes_so_does_everything(server, when):
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_do_not_read_their_answers_keep_nobody_waiting(server, stream):
+    class Slow(Response):
+        def __init__(self):
+            super().__init__()
+            self.reads = asyncio.Event()
+
+        async def __call__(self, message):
+            await self.reads.wait()
+            await super().__call__(message)
+
+    async def scenario():
+        app, slow = SafeChat(server), [Slow() for _ in range(2)]  # as many as there are places
+        tasks = [asyncio.create_task(post(app, server, ask(stream=stream), response=response)) for response in slow]
+        await until(lambda: server.requests and not server.busy)
+        answered = await asyncio.wait_for(post(app, server, ask(stream=stream)), 30)
+        assert not any(response.messages for response in slow)
+        for response in slow:
+            response.reads.set()
+        await asyncio.gather(*tasks)
+        assert [response.body for response in slow] == [answered.body] * 2
+
+    asyncio.run(scenario())
+
+
 async def until(reached):
     for _ in range(10**6):
         if reached():
@@ -499,6 +524,8 @@ async def until(reached):
         (ask(vllm_xargs={"ras_risk": 0.0}), "ras_"),
         (ask(vllm_xargs={"ras_record": 1}), "ras_"),
         (ask(vllm_xargs=[]), "ras_"),
+        (ask(vllm_xargs={"kv_transfer_params": "x"}), "kv_transfer_params"),
+        (ask(vllm_xargs={"mine": 1, "ec_transfer_params": "x", "session_id": "y"}), "ec_transfer_params, session_id"),
         (ask(logit_bias={"3": -100}), "logit_bias"),
         (ask(response_format={"type": "json_object"}), "response_format"),
         (ask(stop_token_ids=[5, 6], min_tokens=8), "min_tokens is 8"),

@@ -199,6 +199,17 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     }
     if constexpr (kMass) regions.add(p, id, sum, top);
 
+    // Keys between the stretches of rows that have their own are no row's: their values may be anything, and 0 * NaN is NaN.
+    if (score.bounds_row_stride && (step < tile.full_low || step + kStepKeys > tile.full_high)) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool seen = p[0][i] != 0.f || p[kRowTiles - 1][i] != 0.f;
+        if (__ballot_sync(kFullWarp, seen) & 0x11111111u << tile.c) continue;
+#pragma unroll
+        for (int pair = 0; pair < Pairs::kCount; ++pair) value[i][pair] = 0;
+      }
+    }
+
     // out^T += V^T P^T.
     uint32_t probability[kRowTiles][2];
 #pragma unroll

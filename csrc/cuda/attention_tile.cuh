@@ -224,7 +224,7 @@ struct Tile {
 struct SplitSteps {
   int first, last;
   __device__ SplitSteps(int low, int high, int split, int splits) {
-    const int begin = low / kStepKeys, steps = max((high + kStepKeys - 1) / kStepKeys - begin, 0);
+    const int begin = low / kStepKeys, steps = low < high ? (high + kStepKeys - 1) / kStepKeys - begin : 0;
     const int share = unsigned(steps + splits - 1) / unsigned(splits);
     first = begin + min(split * share, steps);
     last = begin + min((split + 1) * share, steps);

@@ -60,6 +60,11 @@ def renamed(schema: str, name: str) -> str:
     return name + schema[schema.index("(") :]
 
 
+def guards_nothing(name: str, device: str) -> None:
+    """Says that an op is put together in Python on this type of device, of parts that take what they are given."""
+    _unguarded.add((name, device))
+
+
 def triton_kernel(module: str, name: str) -> Callable[..., Any]:
     """Function `name` of ras_fast.triton_kernels.<module>, which is imported with its first call: Triton may be missing, and is
     slow to import."""
@@ -117,12 +122,14 @@ def _select(name: str, like: torch.Tensor) -> tuple[Callable[..., Any], bool]:
     found = _selected.get(key)
     if found is None:
         kernel = _implementation(name, like)
-        native = backend.has_kernel(name, like.device.type) and not issubclass(type(like), FakeTensor)
+        guarded = backend.has_kernel(name, like.device.type) and (name, like.device.type) not in _unguarded
+        native = guarded and not issubclass(type(like), FakeTensor)
         found = _selected[key] = kernel, native and kernel is getattr(torch.ops.ras_fast, name).default
     return found
 
 
 _selected: dict[tuple[Any, ...], tuple[Callable[..., Any], bool]] = {}
+_unguarded: set[tuple[str, str]] = set()
 
 
 def _implementation(name: str, like: torch.Tensor) -> Callable[..., Any]:

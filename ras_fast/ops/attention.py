@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ras_fast.ops import _check, attention_cpu, attention_cuda, attention_reference, attention_triton
-from ras_fast.ops._registry import LIBRARY, call, define, name_of, outside_autocast, renamed
+from ras_fast.ops._registry import LIBRARY, call, define, guards_nothing, name_of, outside_autocast, renamed
 from ras_fast.ops.attention_plan import Plan, are_per_row, case_of, op_of, plan_attention
 
 REDUCTIONS = ("mean", "sum", "max")
@@ -478,6 +478,7 @@ for _schema, _fake in (
         flops=_attention_flops if _name == "region_attention" else None,
     )
     LIBRARY.impl(_name, outside_autocast(getattr(attention_cuda, _name)), "CUDA")
+guards_nothing("region_attention", "cuda")  # statistics are validated before they are called
 LIBRARY.impl("region_attention", outside_autocast(attention_cpu.region_attention), "CPU")
 # Single kernels of csrc/, among which attention_cpu.py and attention_cuda.py choose.
 for _name in ("decode_attention", "prefill_attention", "hopper_prefill"):

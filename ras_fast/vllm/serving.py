@@ -38,6 +38,8 @@ PLAIN = {
 # Others are refused: they may forbid the tokens of a refusal, make answers out of requests that carry no risk, or, as what a
 # template is given (chat_template_kwargs), put words into every prompt, the context's too.
 KNOWN = PLAIN | {"ignore_eos", "logprobs", "request_id", "top_logprobs", "vllm_xargs"}
+# What vLLM reads out of vllm_xargs as if it were a field of the request, and does not check there.
+FIELDS_IN_EXTRA = {"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id"}
 POLL = 0.01  # seconds until a draft that was late is looked at again
 
 
@@ -92,17 +94,22 @@ class SafeChat:
         except ValueError as error:
             await _refuse(send, 400, str(error))
             return
-        async with guard.places:
-            client = _Client(self.app, scope, receive)
-            try:
-                await _Answer(guard, client, request, query).send_to(send)
-            except _Failed as failed:
-                for message in failed.messages:
-                    await send(message)
-            except _Gone:
-                pass
-            finally:
-                await client.leave()
+        outbox = _Outbox(send)
+        try:
+            async with guard.places:  # until vLLM has made the answer; a client that is slow to read it takes no place
+                client = _Client(self.app, scope, receive)
+                try:
+                    await _Answer(guard, client, request, query).send_to(outbox.put)
+                except _Failed as failed:
+                    for message in failed.messages:
+                        await outbox.put(message)
+                except _Gone:
+                    pass
+                finally:
+                    await client.leave()
+            await outbox.close()
+        finally:
+            outbox.writer.cancel()
 
     async def _begin(self, scope: Message, receive, send: Send) -> None:
         """The server's life: one that cannot defend answers does not start."""
@@ -294,6 +301,26 @@ class _Draft:
         await self._show(message) if self._show is not None else self._held.append(message)
 
 
+class _Outbox:
+    """What a client is sent, as fast as it reads."""
+
+    def __init__(self, send: Send):
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self.writer = asyncio.create_task(self._write(send))
+
+    async def put(self, message: Message) -> None:
+        self._messages.put_nowait(message)
+
+    async def close(self) -> None:
+        """Returns when all of it is sent."""
+        self._messages.put_nowait(None)
+        await self.writer
+
+    async def _write(self, send: Send) -> None:
+        while (message := await self._messages.get()) is not None:
+            await send(message)
+
+
 class _Client:
     """Who sent a request, and the requests to the server inside that are made for them."""
 
@@ -438,6 +465,9 @@ def _checked(request) -> Message:
     extra = request.get("vllm_xargs", {})
     if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):
         raise ValueError(f"vllm_xargs is {extra!r}; it needs to be an object without ras_…, which are this server's own")
+    smuggled = sorted(set(extra) & FIELDS_IN_EXTRA)
+    if smuggled:
+        raise ValueError(f"vllm_xargs has {', '.join(smuggled)}, a field of vLLM's own that cannot be defended")
     return request | {"messages": request.get("messages")}
 
 

@@ -312,6 +312,34 @@ def test_garbage_outside_the_valid_keys_is_never_used(emulator):
     torch.testing.assert_close(mass, expected[2], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize(("start", "end"), [(7, 7), (10, 7), (16, 16), (20, 7), (90, 90)])
+def test_a_sequence_without_a_key_is_0_whatever_the_cache_holds(emulator, start, end, splits):
+    case = Case(ids=runs(90, 5, 37, 64), kv_start=[start], kv_end=[end], splits=splits)
+    case.key.fill_(torch.nan)
+    case.value.fill_(torch.nan)
+    out, lse, mass, _ = case.run(emulator, "decode_run")
+    assert not out.any()
+    assert not mass.any()
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("heads", [4, 20])
+@pytest.mark.parametrize(
+    ("first", "second"), [((0, 5), (40, 50)), ((0, 16), (32, 48)), ((64, 80), (0, 16)), ((0, 30), (33, 60))]
+)
+def test_garbage_between_the_stretches_of_two_rows_is_never_used(emulator, first, second, heads):
+    case = Case(2, 90, heads, 2, causal=False, ids=runs(90, 5, 37, 64), kv_start=[[first[0], second[0]]],
+                kv_end=[[first[1], second[1]]])  # fmt: skip
+    expected = case.reference()
+    gap = slice(min(first[1], second[1]), max(first[0], second[0]))
+    case.key[:, :, gap] = case.value[:, :, gap] = torch.nan
+    out, lse, mass, _ = case.run(emulator, "decode_run")
+    torch.testing.assert_close(out.double(), expected[0], atol=ATOL[case.dtype], rtol=0)
+    torch.testing.assert_close(lse, expected[1], atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(mass, expected[2], atol=1e-5, rtol=0)
+
+
 def test_nan_stays_in_its_batch_element(emulator):
     case = Case(ids=runs(90, 5, 37, 64, batch=2), batch=2)
     case.key[0, 0, 40] = torch.nan

@@ -200,8 +200,9 @@ def _plain(text: str) -> str:
 def marks_of(processor) -> re.Pattern:
     """What means more than its words wherever a prompt spells it out: control tokens, and what a template of mere text opens an
     answer with (LLaVA's "ASSISTANT:"), which a model also takes for that in small letters or with blanks."""
-    forms = (form for token in _control_tokens(processor) for form in (token, _plain(token)))
-    patterns = [re.escape(form) for form in dict.fromkeys(forms) if form.strip() and not form.isalnum()]
+    tokens = _control_tokens(processor)
+    plain = (form for form in map(_plain, tokens) if form.strip() and not form.isalnum())  # "™" is no word, "TM" may be one
+    patterns = [*map(re.escape, dict.fromkeys([*tokens, *plain]))]
     opening = re.findall(r"\w+|[^\w\s]+", _as_words(answer_opening(processor), _any_of(patterns)))
     if not all(map(str.isalnum, opening)):  # words alone, as Qwen's "assistant" between control tokens, are no mark
         edge = r"\b" if opening[0].isalnum() else ""

@@ -87,8 +87,10 @@ class PromptState:
         mask, seen = self._one_mask(), self._seen()
         if is_range(mask):
             begun = mask[:, 0, -1, 0] < mask[:, 0, -1, 1]
+        elif seen is None:
+            return torch.ones(batch, dtype=torch.bool, device=device)
         else:
-            begun = torch.ones(batch, dtype=torch.bool) if seen is None else seen.any(1)
+            begun = seen.any(1)
         return begun.to(device).expand(batch)
 
     def _one_mask(self) -> Any:

@@ -14,6 +14,7 @@ from ras_fast.memory import is_out_of_memory
 from ras_fast.ops._check import FLOATS, is_integer, is_tensor
 from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
+from ras_fast.patching.growing_cache import grow_in_place
 from ras_fast.patching.image_statistics import link
 from ras_fast.patching.layers import FusedNorm, SteeredLayer
 from ras_fast.patching.linear import speed_up_linears
@@ -30,7 +31,15 @@ from ras_fast.regions import RegionMap
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
 
 
-def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, linears: bool = True, backend: str = "auto") -> Patch:
+def patch(
+    model: nn.Module,
+    *,
+    regions: bool = True,
+    norms: bool = True,
+    linears: bool = True,
+    caches: bool = True,
+    backend: str = "auto",
+) -> Patch:
     """Makes a Hugging Face model fast and observable, in place.
 
     The text model runs on a few random tokens, then every fused layer and every attention on what its original was given there,
@@ -43,6 +52,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, linears
         norms: fuse each residual add with the norm after it, and what rotates queries and keys into one kernel.
         linears: run the decoder layers' and the head's `torch.nn.Linear` by `ops.linear` where that is faster, as in a step,
             and the first half of gated MLPs as one; all of the model's where the processor lacks instructions for their dtype.
+        caches: let a `DynamicCache` grow in place where its copies at every step would be large.
         backend: "auto", or the backend to force until `unpatch` ("cuda", "triton", "cpu", "torch"), as `ras_fast.set_backend`
             does: for the whole process, not for this model alone. Of several patched models the last one counts.
 
@@ -59,7 +69,7 @@ def patch(model: nn.Module, *, regions: bool = True, norms: bool = True, linears
     handle = Patch(model)
     try:
         with _without_autocast(model):
-            handle._apply(regions, norms, linears, backend)
+            handle._apply(regions, norms, linears, caches, backend)
             handle.applied = True
     except BaseException:
         handle.unpatch()
@@ -387,7 +397,7 @@ class Patch:
         dtype = torch.float32 if directions.dtype == torch.float64 != weight.dtype else directions.dtype
         return directions.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
-    def _apply(self, regions: bool, norms: bool, linears: bool, backend: str) -> None:
+    def _apply(self, regions: bool, norms: bool, linears: bool, caches: bool, backend: str) -> None:
         root, text_model, decoder_layers = find_decoder(self.model)
         if _PATCH in text_model.__dict__:
             raise ValueError(f"{type(root).__name__} is patched already: call unpatch() on its handle first")
@@ -416,6 +426,8 @@ class Patch:
         if linears:
             speed_up_linears(root, decoder_layers, self._undo, report)
             fuse_mlps(decoder_layers, self._undo, report)
+        if caches:
+            grow_in_place(text_model, self._undo)
         if self._state is not None:
             report.blind = [index for index in range(report.layers) if index not in self._state.layers]
 

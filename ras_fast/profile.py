@@ -58,7 +58,12 @@ def fingerprint(model, processor=None) -> dict:
 
 
 def _row(parameter: torch.Tensor, index: int) -> torch.Tensor:
-    return parameter if parameter.dim() < 2 else parameter[(index,) * (parameter.dim() - 1)]
+    if parameter.dim() < 2:
+        return parameter
+    try:
+        return parameter[(index,) * (parameter.dim() - 1)]
+    except NotImplementedError:  # of a quantised one
+        return _row(parameter.detach().dequantize(), index)
 
 
 def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, head: torch.Tensor, processor=None) -> dict:

@@ -39,6 +39,15 @@ def test_another_model_is_refused_with_what_differs(profile, processor):
         profile.check(tiny_llava(processor, dtype=torch.bfloat16), processor)
 
 
+def test_quantised_weights_that_cannot_be_indexed(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantised = copy.deepcopy(model)
+    quantization.quantize_(quantised.model.language_model, quantization.IntxWeightOnlyConfig())
+    found = fingerprint(quantised)
+    assert found == fingerprint(copy.deepcopy(quantised))
+    assert found["decoder"] != fingerprint(model)["decoder"]
+
+
 def test_which_adapters_act_is_part_of_the_fingerprint(model, processor, profile):
     """Their weights alone do not say so. The text model is not all that may have some."""
     peft = pytest.importorskip("peft")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+from ras_fast.decoding import lock_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +37,8 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
         float32 and its `failed` [B] bool, both on the model's device: the risk of each sequence, and which of them failed
         closed.
 
-    The profile's `region_bias`, if it has one, is in force as long as the method.
+    The profile's `region_bias`, if it has one, is in force as long as the method. The block waits for a `generate` that another
+    thread is in; one that begins later, of a `model.generate` that was taken from the model inside, raises RuntimeError.
 
     Raises:
         ValueError: the method needs stages of its own, the profile is of another model, or `patch` is not a `Patch`.
@@ -59,13 +62,15 @@ def method_of(profile: RasProfile) -> Any:
 @contextmanager
 def attached(patch: Patch, method: Any) -> Iterator[Any]:
     """`attach` with a method that is there already."""
-    with region_bias(patch, method.profile.tensors.get("region_bias")), method.attach(patch):
+    bias = method.profile.tensors.get("region_bias")
+    with ExitStack() as ending, region_bias(patch, bias), method.attach(patch):
         at_work, name = _AT_WORK.setdefault(patch, []), method.profile.method
         at_work.append(name)
         try:
             yield method
         finally:
             at_work.remove(name)
+            ending.enter_context(lock_of(patch.model))  # a `generate` that another thread is in is to end first
 
 
 def refuse_attached(model: Any) -> None:

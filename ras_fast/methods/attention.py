@@ -10,7 +10,7 @@ gate (`calibrate(..., combine_with=...)`). docs/methods.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +23,7 @@ from ras_fast import parallel
 from ras_fast.decoding import output_head
 from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import region_bias
-from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, features, rows_after_images
+from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, Looks, features, features_so_far, rows_after_images
 from ras_fast.methods.calibration import check_arguments, groups_of_equal, on_the_cpu
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
@@ -43,16 +43,21 @@ CERTAINTY = 1.645  # standard errors: of gates that tell nothing apart about one
 
 @dataclass(frozen=True)
 class _Answer:
-    """What is kept of each sequence: its risk, [B] fp32. start: the position of the prompts' last token, the same for all."""
+    """What is kept of each sequence: its risk, [B] fp32. start: the position of the prompts' last token, the same for all.
+    looks: of the prompts so far, for their next piece; None in an answer."""
 
     risk: Tensor
     start: int | Tensor
+    looks: Looks | None = None
 
     def select(self, rows: Tensor) -> _Answer:
-        return replace(self, risk=self.risk.index_select(0, rows.to(self.risk.device)))
+        return self._with(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def repeat_interleave(self, repeats: int) -> _Answer:
-        return replace(self, risk=self.risk.repeat_interleave(repeats, 0))
+        return self._with(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> _Answer:
+        return replace(self, risk=change(self.risk), looks=self.looks and tuple(map(change, self.looks)))
 
     def crop(self, length: int) -> _Answer:
         return self
@@ -85,8 +90,8 @@ class AttentionRisk:
         """Steers the first answer states of every generation of a patched model inside the block by the risk of its prompt.
 
         A prompt ends in the last position of the forward that reads it, so batches are to be padded on the left: a row that
-        ends in padding is at risk 1. One that comes in several forwards, or goes on from an earlier answer, is judged by the
-        rows of the last. Outside of `generate`, a single token after others is a decode step.
+        ends in padding is at risk 1. One that comes in several forwards is judged in each of them by all its rows so far, one
+        that goes on from an earlier answer by its own. Outside of `generate`, a single token after others is a decode step.
 
         Raises ValueError when the model does not fit: no image statistics, images by cross-attention, a final norm that is not
         fused, another number of layers or heads, another hidden size.
@@ -146,6 +151,7 @@ class _Run:
     monitor: Monitor | None = None
     prompt_length: int = 0  # of the forward that runs; 0: it reads none
     mass: dict[int, Tensor] = field(default_factory=dict)
+    before: Looks | None = None  # of the pieces of the prompts before the one that is read
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. A prompt is at risk 1 until it has been read, which is before the final norm."""
@@ -153,12 +159,15 @@ class _Run:
         device = self.method.gate.bias.device
         self.monitor.active = self.state.reads_prompt(length)
         self.prompt_length = length if self.monitor.active else 0
+        answer = self.state.value
         if self.monitor.active:
+            self.before = None if answer is None else answer.looks
             risk = torch.ones(batch, device=device)
             self.method.failed = torch.ones_like(risk, dtype=torch.bool)
             self._decide(risk, self.state.past + length - 1)
             return
-        answer = self.state.value
+        if answer.looks is not None:  # this is the answer's first step
+            self.state.decide(replace(answer, looks=None))
         step = torch.zeros(batch, dtype=torch.int64, device=device) + (self.state.past - answer.start)
         self.steering.set_rows(torch.where(step < self.method.own_steps, step, -1), answer.risk)
 
@@ -168,16 +177,25 @@ class _Run:
         if layer != self.method.gate.layers[-1]:
             return
         rows, has_images = rows_after_images(self.patch.region_map.ids, self.state.past, mass.shape[2])
-        risk, failed = self.method.assess(features(self.mass, self.method.gate.heads, rows), has_images)
+        found, looks = features_so_far(self.mass, self.method.gate.heads, rows, self.before)
+        risk, failed = self.method.assess(found, has_images)
         self.mass.clear()
-        self.method.failed = failed | self.state.ends_in_padding(len(risk), mass.shape[2], risk.device)
-        self._decide(risk.masked_fill(self.method.failed, 1.0), self.state.value.start)
+        padded = self.state.ends_in_padding(len(risk), mass.shape[2], risk.device)
+        self.method.failed = failed | padded
+        self._decide(risk.masked_fill(self.method.failed, 1.0), self.state.value.start, looks)
+        self._steer_positions(padded, mass.shape[2])
 
-    def _decide(self, risk: Tensor, start: int | Tensor) -> None:
+    def _decide(self, risk: Tensor, start: int | Tensor, looks: Looks | None = None) -> None:
         """The risk of these prompts, whose last token, at position `start`, is step 0."""
         self.method.risk = risk
-        self.state.decide(_Answer(risk, start))
+        self.state.decide(_Answer(risk, start, looks))
         self.steering.set_rows(torch.zeros_like(risk, dtype=torch.int32), risk)
+
+    def _steer_positions(self, padded: Tensor, length: int) -> None:
+        """The last of a prompt's positions, and all of one that ends in padding [B] bool, which may be answered from any."""
+        slots = torch.where(padded, 0, -1)[:, None].repeat(1, length)
+        slots[:, -1] = 0
+        self.steering.set_rows(slots.flatten(), self.method.risk.repeat_interleave(length))
 
 
 # Calibration

@@ -14,6 +14,7 @@ from ras_fast.ops._registry import outside_autocast
 from ras_fast.profile import RasProfile, is_integer
 
 Head = tuple[int, int]
+Looks = tuple[Tensor, Tensor, Tensor]  # of rows: how many [B]; for each head the sum and the maximum of their attention [B, n]
 RISKS = ("moras", "moras+attention")
 FEATURES = 3  # of a head
 
@@ -25,14 +26,28 @@ def features(mass: Mapping[int, Tensor], heads: Sequence[Head], rows: Tensor) ->
     mass: [B, Hq, M, R] for each layer that has a head in `heads`, as `Patch.collect` leaves them.
     rows: [B, M] bool, the text rows after a prompt's last image (`rows_after_images`). Without any the features are NaN.
     """
+    return features_so_far(mass, heads, rows, None)[0]
+
+
+def features_so_far(
+    mass: Mapping[int, Tensor], heads: Sequence[Head], rows: Tensor, before: Looks | None
+) -> tuple[Tensor, Looks]:
+    """`features` of a prompt that comes in pieces, as far as it has come, and what they are computed from with the next piece.
+
+    before: of the pieces before this one; it counts for sequences of which this one holds rows after the last image alone.
+    """
     looked = torch.stack([mass[layer][:, head].sum(-1) for layer, head in heads], 1)  # [B, n, M]
     position = torch.arange(rows.shape[1], device=rows.device)
     end = torch.where(rows, position, 0).amax(-1)[:, None, None].expand(-1, len(heads), -1)
-    rows = rows[:, None]
-    mean = looked.masked_fill(~rows, 0).sum(-1) / rows.sum(-1)
-    highest = looked.masked_fill(~rows, -torch.inf).amax(-1)
-    found = torch.stack([mean, highest, looked.gather(-1, end).squeeze(-1)], -1)
-    return torch.where(rows.any(-1)[..., None], found, torch.nan).flatten(1)
+    others = ~rows[:, None]
+    count, total, highest = rows.sum(-1), looked.masked_fill(others, 0).sum(-1), looked.masked_fill(others, -torch.inf).amax(-1)
+    if before is not None:
+        goes_on = rows.all(-1)
+        count = count + torch.where(goes_on, before[0], 0)
+        total = total + torch.where(goes_on[:, None], before[1], 0)
+        highest = torch.where(goes_on[:, None], highest.maximum(before[2]), highest)
+    found = torch.stack([total / count[:, None], highest, looked.gather(-1, end).squeeze(-1)], -1)
+    return torch.where(rows.any(-1)[:, None, None], found, torch.nan).flatten(1), (count, total, highest)
 
 
 def rows_after_images(ids: Tensor, past: int | Tensor, length: int) -> tuple[Tensor, Tensor]:

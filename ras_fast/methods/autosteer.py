@@ -120,7 +120,10 @@ class AutoSteer:
 
     def _check_model(self, patch: Patch) -> None:
         if patch.final_norm is None:
-            raise ValueError("no norm is applied to the last layer's output of this model; there is no place for the head")
+            raise ValueError(
+                "no norm is applied to the last layer's output of this model, or another one than when it was patched: there "
+                "is no place for the refusal head"
+            )
         d, layers = patch.text_model.config.hidden_size, len(patch.layers)
         if self.refusal.shape[0] != d or not 0 <= self.layer < layers:
             raise ValueError(
@@ -162,6 +165,7 @@ class _Run:
     right: Tensor | None
     prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
     only_read: int = 0  # its positions before the last, where it is the first of its prompt
+    padded: Tensor | None = None  # [B] bool: which of the prompts end in padding
 
     def judge(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the prober's layer."""
@@ -174,20 +178,22 @@ class _Run:
         method = self.method
         last = hidden[:, -1].to(self.refusal.device)  # of the last norm: a device map may have put this layer elsewhere
         risk, failed = assess(self.prober, last)
-        method.failed = failed | self.state.ends_in_padding(batch, length, last.device)
+        self.padded = self.state.ends_in_padding(batch, length, last.device)
+        method.failed = failed | self.padded
         method.risk = risk.masked_fill(method.failed, 1.0)
         on = ((method.risk > method.threshold) | method.failed) & self.state.has_begun(batch, last.device)
         gate = method.epsilon * on.float()  # not in torch's default dtype
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """After the last norm: steers the last position of a prompt's first forward, and every position of later forwards."""
+        """After the last norm: steers the last position of a prompt's first forward, all of one that ends in padding, which may
+        be answered from any, and every position of later forwards."""
         if self.state.value is None:
             raise RuntimeError(f"the last norm ran, but layer {self.method.layer}, where the prompt is judged, did not")
-        gate = self.state.value.tensor
-        read, turned = output[:, : self.only_read], output[:, self.only_read :]
-        turned = ops.gated_linear(turned, self.refusal, gate.repeat_interleave(turned.shape[1]), right=self.right)
-        return torch.cat([read, turned], 1) if self.only_read else turned
+        gates = self.state.value.tensor[:, None].repeat(1, output.shape[1])
+        if self.only_read:
+            gates[:, : self.only_read] *= self.padded[:, None]
+        return ops.gated_linear(output, self.refusal, gates.flatten(), right=self.right)
 
 
 # Calibration

@@ -24,7 +24,7 @@ from ras_fast.inputs import Query, answer_opening, encode, make_queries, questio
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.ops import refusal_similarity
-from ras_fast.profile import RasProfile, fingerprint, is_integer, is_number, number
+from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
 from ras_fast.refusals import is_refusal
 
 SAFETY_PROMPT = (
@@ -63,9 +63,9 @@ class Moras:
         if profile.method not in PRESETS:
             raise ValueError(f"profile method is {profile.method!r}; this needs to be one of {', '.join(PRESETS)}")
         self.config = _checked(profile.config, {"s_base", "k", *PRESETS["moras"]})
-        if not number(self.config, "s_base") < 1:
+        if not as_float32(number(self.config, "s_base")) < 1:
             raise ValueError(f"profile config 's_base' is {self.config['s_base']}; it needs to be below 1, the highest S")
-        if not number(self.config, "k") > 0:
+        if not as_float32(number(self.config, "k")) > 0:
             raise ValueError(f"profile config 'k' is {self.config['k']}; it needs to be positive: the risk rises with S")
         prototypes = profile.tensors["prototypes"]
         if prototypes.dim() != 2 or len(prototypes) != self.config["steps"] or not prototypes.any(-1).all():

@@ -429,14 +429,14 @@ class _Run:
         met, failed = self.method.holds(dots.to(strengths.device))
         if self.reads_piece:
             padded = self.state.ends_in_padding(*dots.shape[:2], met.device)
-            met[:, -1] |= padded
+            met |= padded[:, None]  # such a row may be answered from any position
             self.method.failed = failed[:, -1] | padded
         alpha = strengths[:, None] * met
         if self.reads_piece:
             self.method.risk = (alpha[:, -1] != 0).float()
         if self.reads_prompt and self.judges:
             self.state.decide(Rows(alpha[:, -1]))
-            alpha[:, :-1] = 0
+            alpha[:, :-1] *= padded[:, None]
         self._steer(alpha.flatten())
 
     def _steer(self, alpha: Tensor) -> None:
@@ -475,7 +475,9 @@ def _checked(condition: Condition, layers: list[int]) -> Condition:
         raise ValueError(f"the condition's above is {condition.above!r}; it needs to be true or false")
     if not is_integer(condition.layer):
         raise ValueError(f"the condition's layer is {condition.layer!r}; it needs to be the index of a decoder layer")
-    number(vars(condition), "threshold")
+    threshold = number(vars(condition), "threshold")
+    if condition.measure == "cosine" and not -1 < as_float32(threshold) < 1:
+        raise ValueError(f"the condition's threshold is {threshold}; for a cosine it needs to be between -1 and 1 in float32")
     if not bool(condition.direction.any()):
         raise ValueError("the condition's direction is 0; it needs to point somewhere")
     _check_order(condition.layer, layers)

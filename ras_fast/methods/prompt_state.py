@@ -18,6 +18,7 @@ from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache,
 from ras_fast.patching.structure import find_head
 from ras_fast.profile import RasProfile, modules_of, weights_of
 
+BLOCK_ENDED = "the block of the method that defends this generate has ended"
 _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model
 
 
@@ -48,13 +49,14 @@ class PromptState:
     past: how many tokens the cache held before the forward that runs.
     prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
         of the prompt, and not a decode step.
+    generates: whether `generate` runs. ended: whether the block of `watch` has.
     """
 
     def __init__(self, check: ModelCheck, name: str | None = None) -> None:
         self.check, self.name = check, name or check.profile.method
         self.value: Any = None
         self.past: int | Tensor = 0
-        self.prefills = False
+        self.prefills = self.generates = self.ended = False
         self._patch: Patch | None = None
         self._cache: Any = None
         self._mask: Any = None
@@ -125,7 +127,12 @@ class PromptState:
             stack.enter_context(patch.text_model.register_forward_hook(self._after_text))
             stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
             stack.enter_context(replaced(patch.model, "generate", partial(_Generate, self, patch.model)))
-            yield self
+            try:
+                yield self
+            finally:
+                self.ended = True
+                if self.generates:  # by this thread: for others' the block waits
+                    raise RuntimeError(f"{BLOCK_ENDED}, inside of it: the rest of its answer would not be steered")
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._patch.applied:
@@ -168,8 +175,14 @@ class _Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with lock_of(self.model):
+            if self.state.ended:
+                raise RuntimeError(f"{BLOCK_ENDED} before it began: its answer would not be steered")
             self.state.check(self.model)
-            return self.generate(*args, **kwargs)
+            self.state.generates = True
+            try:
+                return self.generate(*args, **kwargs)
+            finally:
+                self.state.generates = False
 
 
 def _refuse_compiled(model: nn.Module, text_model: nn.Module) -> None:
@@ -198,14 +211,19 @@ def _own_name(text_model: nn.Module, name: str) -> Iterator[str]:
 
 
 class _StandIn:
-    """What is called in place of a model's method; the method itself where its block has ended before a later one's."""
+    """What is called in place of a model's method, as long as its block lasts."""
 
     def __init__(self, owner: nn.Module, name: str, make: Callable[[Callable[..., Any]], Any]) -> None:
         self.before, self.method, self.make = owner.__dict__.get(name), getattr(owner, name), make
         self.in_force = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.make(self.method) if self.in_force else self.method)(*args, **kwargs)
+        if not self.in_force:  # taken from the model inside the block, as the target of a thread is
+            raise RuntimeError(f"{BLOCK_ENDED} before it began: its answer would not be steered")
+        method = self.method
+        while isinstance(method, _StandIn) and not method.in_force:  # whose block has ended before this one's
+            method = method.method
+        return self.make(method)(*args, **kwargs)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.steering import Probe, Site
 from ras_fast.patching.structure import is_watched
 from ras_fast.patching.trace import LayerTrace, first, states_of
+from ras_fast.patching.undo import StandIn
 
 SCALE = "layer_scalar"  # a layer's buffer [1] that its output is multiplied by, as Gemma 4's
 LAYER_INPUT = "per_layer_input"  # an argument of a layer, for its own use
@@ -32,7 +33,7 @@ _FOR_ATTENTION = frozenset(
 )
 
 
-class FusedNorm:
+class FusedNorm(StandIn):
     """Stands in for the `forward` of one norm module; also computes add + norm for the layer before it.
 
     eps_name: the norm's attribute that holds its eps.
@@ -52,7 +53,7 @@ class FusedNorm:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given, result = self._given, self._result
         self._given = self._result = None
-        if kwargs or len(args) != 1:
+        if kwargs or len(args) != 1 or self._is_watched_inside():
             return self._unfused(args, kwargs)
         x = args[0]
         if given is x and self._untouched(x):
@@ -69,10 +70,16 @@ class FusedNorm:
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
+    def _is_watched_inside(self) -> bool:
+        """Whether it is a wrapper, such as PEFT's, of a norm that somebody would notice is not called."""
+        inside = self.norm._modules and [*self.norm.modules()][1:]
+        return any(is_watched(module, module.__dict__.get("forward")) for module in inside)
+
     def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The norm's own forward, where it is called in another way than in the trace."""
+        """The norm's own forward, where it is called in another way than in the trace, or heard inside."""
         if self.site is not None:
-            raise RuntimeError(f"the norm is steered, but called with {len(args)} arguments and {sorted(kwargs)}")
+            called = f"called with {len(args)} arguments and {sorted(kwargs)}"
+            raise RuntimeError(f"the norm is steered, but {called}, or there are hooks on a norm inside of it")
         return type(self.norm).forward(self.norm, *args, **kwargs)
 
     def _untouched(self, x: Tensor) -> bool:
@@ -124,7 +131,7 @@ class FusedNorm:
             return False
         if residual is None or residual.dtype != x.dtype or not inner._computes(x):
             return False
-        return not is_watched(inner.norm, inner)
+        return not (is_watched(inner.norm, inner) or inner._is_watched_inside())
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""
@@ -218,7 +225,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-class SteeredLayer:
+class SteeredLayer(StandIn):
     """Stands in for the `forward` of one decoder layer: runs the layer's own, then steers and reads what it gave.
 
     end: the fused norm that follows; it computes itself together with the steering. None where there is none.

@@ -12,12 +12,12 @@ from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, is_slow, l
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import reproduce
-from ras_fast.patching.undo import Undo, forward_slot
+from ras_fast.patching.undo import StandIn, Undo, forward_slot
 
 ELSEWHERE = object()  # a parameter that is something else now, such as a parametrised or pruned one
 
 
-class FastLinear:
+class FastLinear(StandIn):
     """Stands in for the `forward` of one `torch.nn.Linear`: `ops.linear` where that is faster, else the original."""
 
     def __init__(self, linear: nn.Linear) -> None:

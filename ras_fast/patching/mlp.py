@@ -13,7 +13,7 @@ from ras_fast.patching.linear import ELSEWHERE, FastLinear, most_elements, some_
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import is_watched
 from ras_fast.patching.trace import reproduce
-from ras_fast.patching.undo import Undo, forward_slot
+from ras_fast.patching.undo import StandIn, Undo, forward_slot
 
 _SCALES = (1.0, 1e3)  # of the rows on which an MLP is compared: some clamp what is large
 
@@ -40,7 +40,7 @@ KNOWN = (
 )
 
 
-class FusedMLP:
+class FusedMLP(StandIn):
     """Stands in for the `forward` of one MLP, down(act_fn(gate(x)) · up(x)): `ops.linear_glu` where that is faster, else the
     original, as where a module that would not be called has hooks or is more than its product.
 

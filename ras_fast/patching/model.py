@@ -105,13 +105,13 @@ class Patch:
     steering: a :class:`Steering`, which says for each sequence by which of `set_steering`'s vectors it is steered, and how far.
     statistics: the :class:`Statistics` of the last forward under `collect`.
     text_model, layers, final_norm: where a method puts its hooks; `final_norm` is None where no module of the text model is
-        applied to the last layer's output.
+        applied to the last layer's output, or another one than when it was patched.
     applied: whether the model is patched; False after `unpatch`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.text_model, self.layers, self.final_norm = None, None, None
+        self.text_model, self.layers, self._final_norm = None, None, None
         self.applied = False
         self.steering = Steering()
         self._undo = Undo()
@@ -153,6 +153,11 @@ class Patch:
     def report(self) -> Report:
         """What was fused, what was not and why; prints as a few lines."""
         return self._report
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        norm = self._final_norm
+        return norm if norm is not None and _is_among(norm, self.text_model.children()) else None
 
     # Image statistics
 
@@ -332,12 +337,13 @@ class Patch:
         return place is not None and place.site is None
 
     def clear_steering(self, steering: Steering | None = None) -> None:
-        """Ends all steering; with `steering`, only that of layers which follow it."""
+        """Ends the steering of the layers that follow `steering`; None: `Patch.steering`, as in `set_steering`. What a method
+        steers goes on."""
+        steering = self.steering if steering is None else steering
         for place in self._fused.places:
-            if place.site is not None and steering in (None, place.site.steering):
+            if place.site is not None and place.site.steering is steering:
                 place.site = None
-        if steering is None:
-            self.steering.slot = self.steering.alpha = None
+        steering.slot = steering.alpha = None
 
     def set_probe(self, layer: int, directions: Tensor, receive: Callable[[Tensor], None]) -> Probe:
         """Reads a decoder layer's output along directions, in the pass over memory that a fused norm after it makes anyway.
@@ -381,8 +387,8 @@ class Patch:
             place = self._fused.layers.get(layer)
         else:
             place = self._fused.final_norm if isinstance(layer, str) and layer == "final" else None
-        there = place is not None and any(module is _module(place) for module in self.text_model.modules())
-        return place if there else None
+        running = self.layers if is_integer(layer) else self.text_model.children()
+        return place if place is not None and _is_among(_module(place), running) else None
 
     def _directions(self, name: str, directions: Tensor, place: SteeredLayer | FusedNorm) -> Tensor:
         """A copy [S, d] as the kernels take it, on the device where it will be used."""
@@ -405,6 +411,7 @@ class Patch:
             raise ValueError("model is in training mode; it must be in eval mode: call model.eval()")
         if backend != "auto":
             self._backend_request = request_backend(backend)
+        self._undo.whole = root, text_model
         self._undo.set(text_model, _PATCH, self)
         self._report = report = Report(type(root).__name__, len(decoder_layers))
         try:
@@ -417,7 +424,7 @@ class Patch:
             mixed = f" and, with weights of {len(dtypes)} dtypes, without autocast" if len(dtypes) > 1 else ""
             raise TypeError(f"{what} cannot be traced on tokens alone{mixed} ({type(error).__name__}: {error})") from error
         self.text_model, self.layers = text_model, decoder_layers
-        self.final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
+        self._final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
             self._fused = fuse(root, text_model, recorded, self._undo, report)
         report.regions = "not asked for"
@@ -435,6 +442,11 @@ class Patch:
 def _module(place: SteeredLayer | FusedNorm) -> nn.Module:
     """The module that it stands in for the forward of."""
     return place.norm if isinstance(place, FusedNorm) else place.layer
+
+
+def _is_among(module: nn.Module, running: Iterable[nn.Module]) -> bool:
+    """Whether it, or what torch.compile made of it, is one of these; inside of one, as in PEFT's wrapper, it may not be run."""
+    return any(getattr(other, "_orig_mod", other) is module for other in running)
 
 
 def _indices(given: Iterable[int], layers: Mapping[int, Any]) -> tuple[int, ...]:

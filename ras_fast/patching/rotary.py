@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ras_fast import ops
 from ras_fast.patching.trace import Call, reproduce
+from ras_fast.patching.undo import StandIn
 
 ROTATION, VISION_ROTATION = "apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"
 
@@ -36,7 +37,7 @@ class Form(NamedTuple):
 FORMS = (Form(), Form(interleaved=True), Form(half_tables=True), Form(in_float32=True), Form(True, in_float32=True))
 
 
-class FusedRotation:
+class FusedRotation(StandIn):
     """Stands in for the `forward` of one attention module: the same, but for how it rotates.
 
     form: that of the function which the module calls.
@@ -57,10 +58,11 @@ class FusedRotation:
         return forward(self.attention, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # a copied function has no name that it could be found by again
-        return {"attention": self.attention, "form": self.form}
+        return {name: value for name, value in vars(self).items() if not callable(value) or isinstance(value, nn.Module)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
+        super().__setstate__(state)
+        self.__init__(self.attention, self.form)
 
     def _rotate(self, *args: Any, **kwargs: Any) -> Any:
         """The original where it is called in another way, or with other tensors, than those that the op takes."""

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from ras_fast.patching.tracking import RegionTracker
+from ras_fast.patching.undo import StandIn
 from ras_fast.registration import EXPLICIT, NAME
 
 
@@ -108,7 +109,7 @@ class ModelState:
 
 
 @dataclass
-class AttentionState:
+class AttentionState(StandIn):
     """The link from one attention module to its model's state.
 
     heads: Hq, known once it has been proved.
@@ -119,6 +120,9 @@ class AttentionState:
     layer: int
     heads: int = 0
     sees_images: bool = True
+
+    def alone(self, memo: dict[int, Any]) -> None:
+        """Without a link: it would go on by a map of its own, which no forward sets."""
 
     def request(self, attentions: bool) -> Request | None:
         """What the layer's attention call has to compute, or None where the plain call will do.

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 from types import MethodType
 from typing import Any
 
 from torch import nn
+
+
+class StandIn:
+    """What a patch puts into a module, such as in place of its forward.
+
+    A copy of the module without the model around it, as PEFT makes one for an adapter, is nobody's to steer, read or undo: it
+    gets what `alone` makes instead.
+    """
+
+    owner: nn.Module  # this and `whole` are set by Undo.set
+    whole: tuple[nn.Module, ...] = ()  # with one of which the patch is copied as well
+
+    def alone(self, memo: dict[int, Any]) -> Any:
+        owner = copy.deepcopy(self.owner, memo)
+        return MethodType(type(owner).forward, owner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if not any(id(model) in memo for model in self.whole):
+            return self.alone(memo)
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
 
 class Undo:
@@ -16,10 +45,13 @@ class Undo:
 
     def __init__(self) -> None:
         self._changes: list[tuple[Any, Any, bool, Any]] = []
+        self.whole: tuple[nn.Module, ...] = ()  # the model and its text model
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute in the owner's own dict, past nn.Module's bookkeeping."""
         self._changes.append((owner, name, name in owner.__dict__, owner.__dict__.get(name)))
+        if isinstance(value, StandIn):
+            value.owner, value.whole = owner, self.whole
         owner.__dict__[name] = value
 
     def hooked(self, *registries: dict, handle: Any) -> None:

@@ -149,6 +149,105 @@ def test_generate_calls_of_several_threads_take_turns(model, processor, make):
     assert order == [threading.current_thread()] * 3 + others * 3
 
 
+@pytest.mark.parametrize("make", METHODS)
+def test_the_block_waits_for_an_answer_of_another_thread(model, processor, make):
+    """As where a streamer is read after the block that its thread was started in."""
+    inputs, answers, reading, ended = prompts(processor), [], threading.Event(), threading.Event()
+
+    def begin(module, args, kwargs):
+        reading.set()
+        ended.wait(timeout=0.3)  # which comes after the answer
+
+    with ras_fast.patch(model) as patch:
+        with ras_fast.methods.attach(patch, make(model, processor)) as method:
+            expected = generate(model, inputs)
+            method.risk = None
+            handle = patch.text_model.register_forward_pre_hook(begin, with_kwargs=True)
+            thread = threading.Thread(target=lambda: answers.append(generate(model, inputs)))
+            thread.start()
+            assert reading.wait(timeout=30)
+        ended.set()
+        assert not thread.is_alive() or answers
+        thread.join()
+        handle.remove()
+    assert method.risk is not None
+    assert torch.equal(answers[0], expected)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_generate_that_outlives_its_block_is_refused(model, processor, make):
+    inputs = prompts(processor)
+    with ras_fast.patch(model) as patch:
+        with ras_fast.methods.attach(patch, make(model, processor)):
+            taken = model.generate
+            with ras_fast.methods.attach(patch, autosteer(model, processor)):
+                taken_inside = model.generate
+            for each in (taken, model.generate):
+                assert each(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+        for each in (taken, taken_inside):
+            with pytest.raises(RuntimeError, match="has ended before it began: its answer would not be steered"):
+                each(**inputs, max_new_tokens=1)
+        generate(model, inputs)
+
+
+def test_a_thread_that_waits_while_its_block_ends_is_refused(model, processor):
+    """It was started inside, and has got no further than another's answer."""
+    errors, lock = [], ras_fast.decoding.lock_of(model)
+    begun = threading.Event()
+
+    def answer():
+        begun.set()
+        try:
+            generate(model, prompts(processor))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with ras_fast.patch(model) as patch, lock:
+        with ras_fast.methods.attach(patch, autosteer(model, processor)):
+            thread = threading.Thread(target=answer)
+            thread.start()
+            begun.wait()
+            thread.join(timeout=0.3)
+            assert thread.is_alive()
+        lock.__exit__(None, None, None)
+        thread.join()
+        lock.__enter__()
+    assert "has ended before it began" in errors[0]
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_block_that_ends_inside_of_its_generate_is_an_error(model, processor, make):
+    class Closing:
+        def put(self, value):
+            block.__exit__(None, None, None)
+
+        def end(self):
+            pass
+
+    with ras_fast.patch(model) as patch:
+        block = ras_fast.methods.attach(patch, make(model, processor))
+        block.__enter__()
+        with pytest.raises(RuntimeError, match="the rest of its answer would not be steered"):
+            generate(model, prompts(processor), streamer=Closing())
+        generate(model, prompts(processor))
+    assert not {"generate", "_prefill", "_get_candidate_generator"} & set(vars(model))
+
+
+@pytest.mark.parametrize("make", [attention, projection])
+def test_what_the_user_steers_ends_alone(model, processor, make):
+    profile, inputs = make(model, processor), prompts(processor, (3, 6))  # the first ends in padding, at full risk
+    with ras_fast.patch(model) as patch, torch.no_grad():
+        undefended = model(**inputs).logits
+        with ras_fast.methods.attach(patch, profile):
+            expected = model(**inputs).logits
+            assert not torch.equal(expected, undefended)
+            patch.set_steering(0, torch.randn(1, D))
+            patch.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.ones(2))
+            assert not torch.equal(model(**inputs).logits, expected)
+            patch.clear_steering()
+            assert torch.equal(model(**inputs).logits, expected)
+
+
 @pytest.mark.parametrize("bias", [torch.tensor(1.0), torch.ones(4), torch.ones(2, 4), torch.ones(3, 4, 1, 1)])
 def test_a_region_bias_of_another_shape_is_refused(model, processor, bias):
     profile = attention(model, processor)
@@ -234,6 +333,19 @@ def test_a_row_that_ends_in_padding_is_at_full_risk(model, processor, make, opti
     expected = torch.tensor([True, False, True]).repeat_interleave(options.get("num_beams", 1))
     assert torch.equal(method.failed, expected)
     assert torch.equal(method.risk == 1, expected)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_row_that_ends_in_padding_is_steered_wherever_it_is_answered_from(model, processor, make):
+    """A loop of one's own reads each row at its last token: there it is as steered as at the last position of all."""
+    inputs = prompts(processor, (3, 6))
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        plain = model(**inputs).logits
+        with ras_fast.methods.attach(patch, make(model, processor)):
+            steered = model(**inputs).logits
+    moved = (steered - plain).abs().amax(-1) > 1e-3
+    assert moved[0].all()
+    assert not moved[1, :-1].any()
 
 
 @pytest.mark.parametrize("make", METHODS)

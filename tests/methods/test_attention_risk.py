@@ -18,7 +18,7 @@ import ras_fast
 from ras_fast.decoding import output_head
 from ras_fast.methods import moras
 from ras_fast.methods.attention import CS, AttentionRisk, calibrate, check_gate, fisher_ratio, fit, select
-from ras_fast.methods.attention_gate import features, rows_after_images
+from ras_fast.methods.attention_gate import features, features_so_far, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras
 from ras_fast.profile import RasProfile, fingerprint
 
@@ -128,6 +128,46 @@ def test_rows_of_a_later_forward():
     assert has_images.tolist() == [True, True, False]
     assert torch.equal(rows_after_images(ids, torch.tensor(2), 3)[0], rows)
     assert rows_after_images(ids[:, :0], 0, 2)[1].tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("cut", [[1], [4], [6], [1, 2, 3, 4, 5, 6], [3, 5]])
+def test_features_of_pieces_are_those_of_the_whole(cut):
+    """A sequence without an image, and others with one whose last token is in the first piece, or in a later one."""
+    mass, heads = {0: torch.rand(3, 2, 7, 2), 2: torch.rand(3, 2, 7, 2)}, [(0, 1), (2, 0)]
+    ids = torch.tensor([[-1] * 7, [0] + [-1] * 6, [-1, 0, 0, 1, -1, -1, -1]], dtype=torch.int32)
+    whole = features(mass, heads, rows_after_images(ids, 0, 7)[0])
+    looks = None
+    for begin, end in zip([0, *cut], [*cut, 7], strict=True):
+        piece = {layer: each[:, :, begin:end] for layer, each in mass.items()}
+        rows, _ = rows_after_images(ids[:, :end], begin, end - begin)
+        got, looks = features_so_far(piece, heads, rows, looks)
+    assert torch.allclose(got, whole)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 18])
+@pytest.mark.parametrize("cached", [16, 17, 23])
+def test_a_prompt_in_pieces_is_at_the_risk_of_the_whole(model, processor, chunk, cached):
+    """Read by `generate` in chunks from a cache of its first tokens on."""
+    ids, image = torch.tensor([[processor.image_token_id] * 16 + list(range(20, 29))]), torch.randn(1, 3, 16, 16)
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
+        model(input_ids=ids, pixel_values=image)
+        expected = method.risk
+        past = model(input_ids=ids[:, :cached], pixel_values=image, use_cache=True).past_key_values
+        generate(model, {"input_ids": ids}, past_key_values=past, prefill_chunk_size=chunk, max_new_tokens=1)
+    assert torch.allclose(method.risk, expected, atol=1e-5)
+
+
+def test_a_further_question_in_pieces_is_judged_by_its_own_rows(model, processor):
+    ids, image = torch.tensor([[processor.image_token_id] * 16 + [20, 21]]), torch.randn(1, 3, 16, 16)
+    risks = []
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
+        for size in (4, 2):
+            past = model(input_ids=ids, pixel_values=image, use_cache=True).past_key_values
+            model(input_ids=torch.tensor([[40]]), past_key_values=past)  # the answer
+            for piece in torch.tensor([[30, 31, 32, 33]]).split(size, 1):
+                model(input_ids=piece, past_key_values=past)
+            risks.append(method.risk)
+    assert torch.allclose(*risks, atol=1e-5)
 
 
 def test_no_row_no_feature():

@@ -204,6 +204,8 @@ def test_calibrate_checks_its_arguments(model, processor, changes, message, monk
         ({"steps": 2}, "steps = 2"),
         ({"steps": True}, "steps is True"),
         ({"k": math.nan}, "'k' is nan"),
+        ({"k": 1e-50}, "'k' is 1e-50; it needs to be positive"),
+        ({"s_base": 1 - 1e-12}, "it needs to be below 1, the highest S"),
         ({"k": "9"}, "'k' is '9'; it needs to be a finite number"),
         ({"k": None}, "'k' is None"),
         ({"k": 10**400}, "'k' is 1000"),

@@ -427,6 +427,8 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, 0.0, measure="angle")}, "measure is 'angle'"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, 0.0, per="answer")}, "per is 'answer'"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, float("nan"))}, "'threshold' is nan"),
+        ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, 1 - 1e-12)}, "for a cosine it needs to be between -1 and 1"),
+        ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, -1.5, above=False)}, "the condition's threshold is -1.5"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION * 0, 0.0)}, "direction is 0"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION[1:], 0.0)}, "31 values"),
     ],

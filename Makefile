@@ -40,6 +40,7 @@ bench-all: setup
 	$(BIN)/python bench/bench_attention.py
 	$(BIN)/python bench/bench_engine.py
 	$(BIN)/python bench/bench_patch.py
+	$(BIN)/python bench/bench_decode.py
 
 inspect: setup
 	$(BIN)/ras-fast inspect

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import harness
 import torch
-from bench_engine import SHAPES, autosteer_profile, build
+from bench_engine import SHAPES, autosteer_profile, build, return_freed_memory
 
 import ras_fast
 from ras_fast import ops
@@ -47,6 +47,7 @@ class Decoder:
                 self._synchronise()
                 times.append(time.perf_counter() - begin)
                 self.cache.crop(-1)
+        return_freed_memory()
         return statistics.median(times[1:])
 
     def _synchronise(self) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -167,12 +168,13 @@ def test_hooks_on_a_norm_inside_of_a_wrapper_are_heard(model, name, kind):
             calls.append(module)
             return output * 2
 
-        register = torch.nn.modules.module.register_module_forward_hook
-        hooks = [register(double)] if kind == "global hook" else [norm.register_forward_hook(double) for norm in norms]
-        result = logits(wrapped)
-        for hook in hooks:
-            hook.remove()
-        return result, len(calls)
+        with ExitStack() as hooks:
+            if kind == "global hook":
+                hooks.enter_context(torch.nn.modules.module.register_module_forward_hook(double))
+            else:
+                for norm in norms:
+                    hooks.enter_context(norm.register_forward_hook(double))
+            return logits(wrapped), len(calls)
 
     (expected, calls), plain = heard(), logits(wrapped)
     with ras_fast.patch(wrapped) as patch:

@@ -156,7 +156,8 @@ def _prober_logits(hidden: Tensor, prober: dict[str, Tensor]) -> Tensor:
 
 @dataclass
 class _Run:
-    """One `attach`. The state kept with the cache is each sequence's gate: ε, or 0."""
+    """One `attach`. The state kept with the cache is each sequence's gate: ε, or 0; −ε where only padding has come so far. Was
+    that all of the prompt, its answer is steered."""
 
     method: AutoSteer
     state: PromptState
@@ -181,8 +182,9 @@ class _Run:
         self.padded = self.state.ends_in_padding(batch, length, last.device)
         method.failed = failed | self.padded
         method.risk = risk.masked_fill(method.failed, 1.0)
-        on = ((method.risk > method.threshold) | method.failed) & self.state.has_begun(batch, last.device)
+        on = (method.risk > method.threshold) | method.failed
         gate = method.epsilon * on.float()  # not in torch's default dtype
+        gate = torch.where(self.state.has_begun(batch, last.device), gate, -method.epsilon)
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ class _Run:
         be answered from any, and every position of later forwards."""
         if self.state.value is None:
             raise RuntimeError(f"the last norm ran, but layer {self.method.layer}, where the prompt is judged, did not")
-        gates = self.state.value.tensor[:, None].repeat(1, output.shape[1])
+        gates = self.state.value.tensor.abs()[:, None].repeat(1, output.shape[1])
         if self.only_read:
             gates[:, : self.only_read] *= self.padded[:, None]
         return ops.gated_linear(output, self.refusal, gates.flatten(), right=self.right)

@@ -80,9 +80,9 @@ class PromptState:
         if seen is None:
             return torch.ones(batch, dtype=torch.bool, device=device)  # it cannot be known
         own = mask.shape[1] - 1 if mask.dim() == 2 else self.past + length - 1
-        last = seen.shape[1] - 1
-        ends = seen[:, min(own, last)] if isinstance(own, int) else seen.index_select(1, own.clamp(max=last).reshape(1))[:, 0]
-        return (seen.any(1) & ~ends).to(device).expand(batch)
+        by_last, last = seen[:, -1], seen.shape[2] - 1
+        ends = by_last[:, min(own, last)] if isinstance(own, int) else by_last[:, own.clamp(max=last).reshape(1)][:, 0]
+        return (seen.flatten(1).any(1) & ~ends).to(device).expand(batch)
 
     def has_begun(self, batch: int, device: torch.device) -> Tensor:
         """[batch] bool: the rows of which more than left padding has come so far. No host sync."""
@@ -92,7 +92,7 @@ class PromptState:
         elif seen is None:
             return torch.ones(batch, dtype=torch.bool, device=device)
         else:
-            begun = seen.any(1)
+            begun = seen.flatten(1).any(1)
         return begun.to(device).expand(batch)
 
     def _one_mask(self) -> Any:
@@ -101,13 +101,13 @@ class PromptState:
         return mask.get("full_attention", next(iter(mask.values()), None)) if isinstance(mask, dict) else mask
 
     def _seen(self) -> Tensor | None:
-        """[batch or 1, keys] bool: what the last position sees, by a mask that spells it out; None where there is none."""
+        """[batch or 1, positions or 1, keys] bool: what each position sees, by a mask that spells it out; None without one."""
         mask = self._one_mask()
         if not isinstance(mask, Tensor) or is_range(mask):
             return None
         if mask.dim() == 2:
-            return mask != 0
-        seen = mask[:, 0, -1]  # booleans, or scores to add
+            return mask[:, None] != 0
+        seen = mask[:, 0]  # booleans, or scores to add
         return seen if seen.dtype == torch.bool else seen >= 0
 
     @contextmanager

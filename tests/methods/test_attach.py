@@ -349,6 +349,33 @@ def test_a_row_that_ends_in_padding_is_steered_wherever_it_is_answered_from(mode
 
 
 @pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("additive", [False, True])
+def test_padding_that_sees_nothing_is_at_full_risk(model, processor, make, additive):
+    """By a mask of four dimensions, of one's own."""
+    inputs = prompts(processor, (3, 6))
+    valid = inputs.pop("attention_mask").bool()
+    seen = valid[:, None, None] & valid[:, None, :, None] & torch.ones(22, 22, dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if additive else seen
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        model(**inputs, attention_mask=mask)
+    assert method.failed.tolist() == [True, False]
+    assert method.risk[0] == 1
+
+
+def test_an_answer_to_nothing_but_padding_is_steered(model, processor):
+    """Nor is there anything to judge it by."""
+    ids = torch.arange(20, 26).repeat(2, 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[0] * 6, [1] * 6])}
+    with ras_fast.patch(model) as patch:
+        plain = generate(model, inputs, max_new_tokens=6)
+        profile = autosteer(model, processor)
+        profile.config["threshold"] = 1 - 1e-6  # the prober's word opens no gate
+        with ras_fast.methods.attach(patch, profile):
+            steered = generate(model, inputs, max_new_tokens=6)
+    assert (steered != plain).any(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("make", METHODS)
 def test_padding_before_a_prompt_is_no_failure(model, processor, make):
     """Nor where a chunk of a prompt that is read in pieces holds nothing else."""
     ids = torch.tensor([[0] * 6 + [20, 21, 22], list(range(20, 29))])

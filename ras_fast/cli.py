@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         if backend.environment_error and arguments.command not in (_doctor, _build):  # which tell of it, or may mend it
             raise UsageError(str(backend.environment_error))
         status = arguments.command(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries to write the rest as it ends
@@ -312,7 +313,7 @@ def _check_heat_maps(path: Path, count: int) -> None:
     """Raises UsageError for a file type, ValueError for files that cannot be written, before minutes of work."""
     from matplotlib.figure import Figure
 
-    formats = sorted(Figure().canvas.get_supported_filetypes())
+    formats = sorted({*Figure().canvas.get_supported_filetypes()} - {"pgf"})  # which takes LaTeX
     if path.suffix[1:].lower() not in formats:
         raise UsageError(f"--heatmap {path} needs to end in one of {', '.join(f'.{name}' for name in formats)}")
     with _naming("--heatmap", path.parent):

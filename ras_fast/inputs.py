@@ -133,7 +133,7 @@ def read_pairs(path: Path) -> list[tuple]:
             continue
         try:
             row = json.loads(line)
-            others = [path.parent / row["safe_image"]] if "safe_image" in row else []
+            others = [path.parent / row["safe_image"]] if row.get("safe_image") is not None else []
             pair = (path.parent / row["image"], row["unsafe"], row["safe"], *others)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error

@@ -56,6 +56,10 @@ class RegionMap:
             self.grids = [[None] * self.num_regions for _ in range(self.ids.shape[0])]
         if len(self.grids) != self.ids.shape[0]:
             raise ValueError(f"grids is of {len(self.grids)} rows; it must be of B = {self.ids.shape[0]}")
+        if validate and self.ids.numel():
+            for row, (grids, last) in enumerate(zip(self.grids, self.ids.amax(1).tolist(), strict=True)):
+                if len(grids) <= last:
+                    raise ValueError(f"grids[{row}] is of {len(grids)} images; it must be of the row's {last + 1}")
 
     def keys(self, length: int, total: int | None = None) -> Tensor:
         """Region ids [B, length] int32 of the keys that an attention call sees.
@@ -99,7 +103,8 @@ class RegionMap:
 
     def last(self, length: int) -> RegionMap:
         """The map of the last `length` positions, as of a row without its left padding."""
-        return RegionMap(self.ids[:, -length:], self.num_regions, self.grids, validate=False)
+        first = max(self.ids.shape[1] - length, 0)
+        return RegionMap(self.ids[:, first:], self.num_regions, self.grids, validate=False)
 
     def select(self, rows: Tensor) -> RegionMap:
         """The map of the batch rows `rows` [B'] int64, in that order, as beam search reorders a cache."""

@@ -142,7 +142,7 @@ def test_a_users_mistake_is_one_clear_line(generate, folder, capsys, options, wo
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("name", ["heat", "heat.xyz"])
+@pytest.mark.parametrize("name", ["heat", "heat.xyz", "heat.pgf"])
 def test_a_heat_map_needs_a_known_ending(generate, tmp_path, capsys, name):
     assert generate("--heatmap", str(tmp_path / name)) == 2
     assert f"{name} needs to end in one of" in capsys.readouterr().err
@@ -337,6 +337,13 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_closed_stdout_is_no_error(monkeypatch):
+    """Python has none then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(cli, "_doctor", lambda arguments: print("x") or 0)
+    assert cli.main(["doctor"]) == 0
+
+
 def test_debug_shows_where_an_error_comes_from(folder):
     with pytest.raises(ValueError, match="no such folder"):
         cli.main(["--debug", "generate", "--model", str(folder / "nowhere"), "--prompt", "w1"])
@@ -437,6 +444,7 @@ def test_calibrate_makes_the_profiles_of_other_methods(folder, capsys, monkeypat
     line = '{"image": "a.png", "unsafe": "w%d ?", "safe": "w2 ?", "safe_image": "a.png"}\n'
     (folder / "pairs.jsonl").write_text("".join(line % (3 + i) for i in range(12)))
     (folder / "many.txt").write_text("\n".join(WORDS[:12]))
+    (folder / "pairs.jsonl").open("a").write(line.replace('"a.png"}', "null}") % 60)  # as pandas writes that there is none
     own = ("--refusal", "w1 w2") if method == "autosteer" else ("--refused", str(folder / "many.txt"))
     assert calibrate(folder, "--method", method, "--data", str(folder / "pairs.jsonl"), *own) == 0, capsys.readouterr().err
     assert RasProfile.from_pretrained(folder / "new").method == method

@@ -110,7 +110,7 @@ def _rows(name: str, skipped: list[str]) -> tuple[str, Rows, Path]:
     """What to call a data set, its rows, and the folder that their images are relative to."""
     layout, _, folder = name.partition(":")
     if layout in LAYOUTS:
-        if not Path(folder).is_dir():
+        if not folder or not Path(folder).is_dir():
             raise ValueError(f"dataset {name!r}: there is no folder {folder!r}")
         return layout, LAYOUTS[layout](Path(folder), skipped), Path(folder)
     if not Path(name).is_file():

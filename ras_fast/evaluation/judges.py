@@ -197,7 +197,7 @@ def chooses(choices: list[str], answer: Any) -> Callable[[str], bool]:
     holds = [holds_words(choice) for choice in choices]
 
     def judge(text: str) -> bool:
-        letter = re.search(r"^\W*([A-Z])(?=\W*$|[.:,)])|answer is \W*([A-Z])\b", text)
+        letter = re.search(r"^\W*([A-Z])(?=\W*$|[.:,)\n])|answer is\W*([A-Z])\b", text)
         if letter:
             return ascii_uppercase.index(letter[1] or letter[2]) == answer
         return [i for i, held in enumerate(holds) if held(text)] == [answer]

@@ -301,7 +301,8 @@ def _mme(folder: Path, skipped: list[str]) -> Rows:
         split = path.parent.name == "questions_answers_YN"
         task = path.parent.parent if split else path.parent
         beside = task / "images" if split else task
-        image = next((image for image in _pictures(beside) if image.stem == path.stem), beside / f"{path.stem}.jpg")
+        found = next((image for image in _pictures(beside) if image.stem == path.stem), beside / f"{path.stem}.jpg")
+        image = found.relative_to(folder)
         for number, line in _lines(path, skipped):
             if line.strip():
                 question, _, answer = decode(line).strip().rpartition("\t")

@@ -60,17 +60,22 @@ def method_of(profile: RasProfile) -> Any:
 
 
 @contextmanager
-def attached(patch: Patch, method: Any) -> Iterator[Any]:
+def attached(patch: Patch, method: Any, **options: Any) -> Iterator[Any]:
     """`attach` with a method that is there already."""
     bias = method.profile.tensors.get("region_bias")
-    with ExitStack() as ending, region_bias(patch, bias), method.attach(patch):
-        at_work, name = _AT_WORK.setdefault(patch, []), method.profile.method
-        at_work.append(name)
+    at_work, name = _AT_WORK.setdefault(patch, []), method.profile.method
+    with ExitStack() as ending, ExitStack() as block:
+        with lock_of(patch.model):  # not in the middle of another thread's answer
+            block.enter_context(region_bias(patch, bias))
+            block.enter_context(method.hooked(patch, **options))
+            at_work.append(name)
         try:
             yield method
         finally:
-            at_work.remove(name)
-            ending.enter_context(lock_of(patch.model))  # a `generate` that another thread is in is to end first
+            try:
+                ending.enter_context(lock_of(patch.model))  # a `generate` that another thread is in is to end first
+            finally:
+                ending.callback(at_work.remove, name)  # after the method's end: who gets the lock before is still inside
 
 
 def refuse_attached(model: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ras_fast import parallel
 from ras_fast.decoding import output_head
 from ras_fast.inputs import Query, encode, question_pairs
-from ras_fast.methods import region_bias
+from ras_fast.methods import attached, region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, Looks, features, features_so_far, rows_after_images
 from ras_fast.methods.calibration import check_arguments, groups_of_equal, on_the_cpu
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
@@ -60,7 +60,7 @@ class _Answer:
         return replace(self, risk=change(self.risk), looks=self.looks and tuple(map(change, self.looks)))
 
     def crop(self, length: int) -> _Answer:
-        return self
+        return replace(self, looks=None)  # which may count what was cut off: what follows is judged by its own rows
 
 
 class AttentionRisk:
@@ -85,8 +85,7 @@ class AttentionRisk:
         self.risk: Tensor | None = None
         self.failed: Tensor | None = None
 
-    @contextmanager
-    def attach(self, patch: Patch) -> Iterator[AttentionRisk]:
+    def attach(self, patch: Patch) -> AbstractContextManager[AttentionRisk]:
         """Steers the first answer states of every generation of a patched model inside the block by the risk of its prompt.
 
         A prompt ends in the last position of the forward that reads it, so batches are to be padded on the left: a row that
@@ -96,6 +95,11 @@ class AttentionRisk:
         Raises ValueError when the model does not fit: no image statistics, images by cross-attention, a final norm that is not
         fused, another number of layers or heads, another hidden size.
         """
+        return attached(patch, self)
+
+    @contextmanager
+    def hooked(self, patch: Patch) -> Iterator[AttentionRisk]:
+        """What `attach` does but for what all methods share: the block's turn among threads, the profile's region bias."""
         _check_model(patch, self.gate.heads)
         self.gate = AttentionGate(self.profile, next(patch.text_model.parameters()).device)
         _check_last_norm(patch)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
-from ras_fast.inputs import Query, batches, encode, left_padded, question_pairs
+from ras_fast.inputs import Query, batches, encode, is_unicode, left_padded, question_pairs
+from ras_fast.methods import attached
 from ras_fast.methods.calibration import check_arguments, digest, groups_of_equal, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.ops._registry import outside_autocast
@@ -98,8 +99,7 @@ class AutoSteer:
             if name.startswith("refusal") and not bool(tensor.any()):
                 raise ValueError(f"{name} is 0; it needs to be another matrix, or answers would be the model's own")
 
-    @contextmanager
-    def attach(self, patch: Patch) -> Iterator[AutoSteer]:
+    def attach(self, patch: Patch) -> AbstractContextManager[AutoSteer]:
         """Defends every forward of a patched model inside the block.
 
         A prompt is judged at the last position of the forward that reads it, so batches are to be padded on the left: a row
@@ -108,6 +108,11 @@ class AutoSteer:
 
         Raises ValueError when the profile does not fit the model's layers and sizes.
         """
+        return attached(patch, self)
+
+    @contextmanager
+    def hooked(self, patch: Patch) -> Iterator[AutoSteer]:
+        """What `attach` does but for what all methods share: the block's turn among threads, the profile's region bias."""
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
         run = _Run(self, PromptState(self._check, self._digest), *self._on(weight.device, weight.dtype))
@@ -340,6 +345,8 @@ def _layers(layer: int | str, depth: int) -> list[int]:
 
 def _answer(model, processor, refusal: str) -> list[int]:
     """The refusal as token ids, with the end of sequence."""
+    if not isinstance(refusal, str) or not is_unicode(refusal):
+        raise ValueError(f"refusal is {refusal!r}; it needs to be a string of whole characters")
     ids = processor.tokenizer(refusal, add_special_tokens=False).input_ids
     if not ids:
         raise ValueError(f"refusal is {refusal!r}; it needs to hold at least one token")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ras_fast import parallel
 from ras_fast.decoding import Decoding, output_head, reference_generate
-from ras_fast.inputs import Query, answer_opening, encode, make_queries, question_pairs
+from ras_fast.inputs import Query, answer_opening, encode, is_unicode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.ops import refusal_similarity
@@ -344,6 +344,6 @@ def _checked(config: dict, names) -> dict:
     if not 0 <= number(config, "gamma") <= 1:
         raise ValueError(f"gamma is {config['gamma']!r}; it needs to be in [0, 1]")
     for name in ("context_prompt", "safety_prompt"):
-        if not isinstance(config[name], str) or not config[name].strip():
-            raise ValueError(f"{name} is {config[name]!r}; it needs to be a non-empty string")
+        if not isinstance(config[name], str) or not config[name].strip() or not is_unicode(config[name]):
+            raise ValueError(f"{name} is {config[name]!r}; it needs to be a non-empty string of whole characters")
     return {name: config[name] for name in names}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ras_fast import parallel
 from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
+from ras_fast.methods import attached
 from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.patching import Patch, patched
@@ -336,8 +337,7 @@ class Projection:
             if vector.shape[0] != d:
                 raise ValueError(f"the {name} has {vector.shape[0]} values; the model's hidden size is {d}")
 
-    @contextmanager
-    def attach(self, patch: Patch, alpha: Tensor | None = None) -> Iterator[Projection]:
+    def attach(self, patch: Patch, alpha: Tensor | None = None) -> AbstractContextManager[Projection]:
         """Steers every forward of a patched model inside the block.
 
         A condition per sequence is read at the last position of the forward that reads the prompt, so batches are to be padded
@@ -348,6 +348,11 @@ class Projection:
 
         Raises ValueError when the model does not fit the profile or one of the layers cannot be steered (`patch.report()`).
         """
+        return attached(patch, self, alpha=alpha)
+
+    @contextmanager
+    def hooked(self, patch: Patch, alpha: Tensor | None = None) -> Iterator[Projection]:
+        """What `attach` does but for what all methods share: the block's turn among threads, the profile's region bias."""
         self.check(len(patch.layers), self.vectors.shape[1])
         strengths, device = self._strengths(alpha), next(patch.text_model.parameters()).device
         state = PromptState(self._check, self.profile.digest(strengths))

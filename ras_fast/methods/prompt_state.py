@@ -50,6 +50,7 @@ class PromptState:
     prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
         of the prompt, and not a decode step.
     generates: whether `generate` runs. ended: whether the block of `watch` has.
+    refusing: the handle of a hook that stops a `generate` whose block has ended before it.
     """
 
     def __init__(self, check: ModelCheck, name: str | None = None) -> None:
@@ -57,6 +58,7 @@ class PromptState:
         self.value: Any = None
         self.past: int | Tensor = 0
         self.prefills = self.generates = self.ended = False
+        self.refusing: Any = None
         self._patch: Patch | None = None
         self._cache: Any = None
         self._mask: Any = None
@@ -131,8 +133,9 @@ class PromptState:
                 yield self
             finally:
                 self.ended = True
-                if self.generates:  # by this thread: for others' the block waits
-                    raise RuntimeError(f"{BLOCK_ENDED}, inside of it: the rest of its answer would not be steered")
+                if self.generates:  # by this thread, or Ctrl-C came while the block waited for another's
+                    self.refusing = patch.text_model.register_forward_pre_hook(_refuse_the_rest)
+                    _refuse_the_rest()
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._patch.applied:
@@ -180,9 +183,18 @@ class _Generate:
             self.state.check(self.model)
             self.state.generates = True
             try:
-                return self.generate(*args, **kwargs)
+                answer = self.generate(*args, **kwargs)
             finally:
                 self.state.generates = False
+                if self.state.refusing is not None:
+                    self.state.refusing.remove()
+            if self.state.ended:
+                _refuse_the_rest()
+            return answer
+
+
+def _refuse_the_rest(*args: Any) -> NoReturn:
+    raise RuntimeError(f"{BLOCK_ENDED}, inside of it: the rest of its answer would not be steered")
 
 
 def _refuse_compiled(model: nn.Module, text_model: nn.Module) -> None:

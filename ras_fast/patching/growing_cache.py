@@ -40,17 +40,17 @@ class Room:
         room.keys[:, :, :length], room.values[:, :, :length] = keys, values
         return room
 
-    def has_place(self, keys: Tensor, more: int) -> bool:
-        """Whether `more` tokens can be written behind these, which lie in it."""
+    def has_place(self, keys: Tensor, values: Tensor, more: int) -> bool:
+        """Whether `more` tokens can be written behind these: they still lie in it, whatever was put into their `data`."""
         writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
-        end = keys.storage_offset() // self.keys.stride(2) + keys.shape[2]
-        return writable and end == self.filled and end + more <= self.keys.shape[2]
+        end_here = _end_in(keys, self.keys) == _end_in(values, self.values) == self.filled
+        return writable and end_here and self.filled + more <= self.keys.shape[2]
 
     def append(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The last `length` tokens, and these behind them."""
         begin, more = self.filled, keys.shape[2]
         for states, new in ((self.keys, keys), (self.values, values)):
-            states.narrow(2, begin, more).copy_(new)
+            states.data.narrow(2, begin, more).copy_(new)  # what autograd has saved of the tokens before is not written to
         self.filled += more
         return self.keys.narrow(2, begin - length, length + more), self.values.narrow(2, begin - length, length + more)
 
@@ -70,7 +70,7 @@ def growing(kind: type[DynamicLayer]) -> type[DynamicLayer]:
             room = None
             if self._was_left_by_update() and _continues(self.keys, key_states) and _continues(self.values, value_states):
                 room, more = getattr(self.keys, _ROOM), key_states.shape[2]
-                if room is None or not room.has_place(self.keys, more):
+                if room is None or not room.has_place(self.keys, self.values, more):
                     room = Room.behind(self.keys, self.values, more)
                 result = room.append(self.keys.shape[2], key_states, value_states)
                 self._keep(*result, more)
@@ -98,11 +98,27 @@ def growing(kind: type[DynamicLayer]) -> type[DynamicLayer]:
         def __reduce_ex__(self, protocol: Any) -> tuple:
             """Copies and pickles are of the class itself and without room, and need not know this package."""
             _, _, state, *rest = super().__reduce_ex__(protocol)
-            plain = {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
+            plain = {name: _without_room(value) for name, value in state.items()}
             return kind.__new__, (kind,), plain, *rest
 
     Growing.__name__, Growing.__qualname__, Growing.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Growing
+
+
+def _without_room(value: Any) -> Any:
+    """A tensor that a copy or a pickle can take along without what lies around it: what was in memory before, to be filled."""
+    if not isinstance(value, Tensor):
+        return value
+    fills = value.nbytes == value.untyped_storage().nbytes()
+    return value.detach() if fills else value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _end_in(states: Tensor, room: Tensor) -> int:
+    """Behind which token of a room's tensor these end; -1 where they do not lie in it."""
+    alike = states.shape[:2] == room.shape[:2] and states.stride() == room.stride()
+    if not alike or states.untyped_storage().data_ptr() != room.untyped_storage().data_ptr():
+        return -1
+    return states.storage_offset() // room.stride(2) + states.shape[2]
 
 
 def _continues(states: Tensor, new: Tensor) -> bool:

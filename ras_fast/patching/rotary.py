@@ -58,7 +58,8 @@ class FusedRotation(StandIn):
         return forward(self.attention, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # a copied function has no name that it could be found by again
-        return {name: value for name, value in vars(self).items() if not callable(value) or isinstance(value, nn.Module)}
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if not callable(value) or isinstance(value, nn.Module)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -124,6 +124,10 @@ class AttentionState(StandIn):
     def alone(self, memo: dict[int, Any]) -> None:
         """Without a link: it would go on by a map of its own, which no forward sets."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its attention, or the pickle of one would hold those of all layers."""
+        return {name: value for name, value in super().__getstate__().items() if name != "owner"}
+
     def request(self, attentions: bool) -> Request | None:
         """What the layer's attention call has to compute, or None where the plain call will do.
 

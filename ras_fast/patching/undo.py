@@ -28,10 +28,12 @@ class StandIn:
             return self.alone(memo)
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.whole = copy.deepcopy(self.whole, memo)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self).copy()
+        """Without the model, which would be in the pickle of a part; that of the whole has an `Undo`, which gives it back."""
+        return {name: value for name, value in vars(self).items() if name != "whole"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -45,13 +47,21 @@ class Undo:
 
     def __init__(self) -> None:
         self._changes: list[tuple[Any, Any, bool, Any]] = []
+        self._stand_ins: list[StandIn] = []
         self.whole: tuple[nn.Module, ...] = ()  # the model and its text model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for stand_in in self._stand_ins:
+            if isinstance(stand_in, StandIn):  # not what `alone` made of it
+                stand_in.whole = self.whole
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute in the owner's own dict, past nn.Module's bookkeeping."""
         self._changes.append((owner, name, name in owner.__dict__, owner.__dict__.get(name)))
         if isinstance(value, StandIn):
             value.owner, value.whole = owner, self.whole
+            self._stand_ins.append(value)
         owner.__dict__[name] = value
 
     def hooked(self, *registries: dict, handle: Any) -> None:
@@ -73,6 +83,8 @@ class Undo:
             else:
                 attributes.pop(name, None)
             self._changes.pop()  # last: an interrupt in between does the same once more, and loses nothing
+        if not self._changes:
+            self._stand_ins.clear()
 
 
 def _forward_before(module: nn.Module, before: Any) -> tuple[str, bool, Any]:

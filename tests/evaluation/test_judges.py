@@ -183,7 +183,19 @@ def test_right_answers():
     assert not holds_all("a<AND>b<OR>c")("b or c")
     assert says_yes_or_no("Yes")("Well, yes. No doubt.")
     assert not says_yes_or_no("No")("nothing")
-    assert chooses(["x", "y"], 1)("B) y")
+
+
+@pytest.mark.parametrize(
+    "text", ["B) y", "B", "(B).", "The answer is B", "The answer is: B", "the answer is: (B)", "B\nIt barks.", "A cat? No, y."]
+)
+def test_a_letter_or_a_choice_is_an_answer(text):
+    assert chooses(["x", "y"], 1)(text)
+    assert not chooses(["x", "y"], 0)(text)
+
+
+@pytest.mark.parametrize("text", ["A dog is", "The answer island A", "B and x, y"])
+def test_what_begins_like_a_letter_is_none(text):
+    assert not chooses(["x", "y"], 0)(text)
 
 
 @pytest.mark.parametrize(

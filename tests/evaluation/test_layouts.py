@@ -250,6 +250,17 @@ def test_a_key_that_is_there_twice_is_listed(tmp_path):
     assert ["was there before" in dataset.skipped[0], "it is a int" in dataset.skipped[1]] == [True, True]
 
 
+@pytest.mark.parametrize("given", ["{}", "MME", "./MME/", "../MME/MME"])
+def test_mme_of_a_folder_however_it_is_given(tmp_path, monkeypatch, given):
+    folder = tmp_path / "MME" / "MME"
+    write(folder / "count/000.txt", "Are there two?\tYes\n")
+    picture(folder / "count/000.png")
+    monkeypatch.chdir(folder.parent)
+    dataset = load_dataset(f"mme:{given.format(folder)}")
+    assert [item.id for item in dataset.items] == ["count/000/1"]
+    assert not dataset.skipped
+
+
 def test_mme_in_both_of_its_forms(tmp_path):
     write(tmp_path / "count/000.txt", "Are there two?\tYes\nAre there six?\tNo\n\n")
     picture(tmp_path / "count/000.png")
@@ -350,8 +361,9 @@ def test_a_folder_without_the_files_is_an_error_that_names_one(layout, tmp_path)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="there is no folder"):
-        load_dataset(f"gqa:{tmp_path / 'nowhere'}")
+    for folder in (tmp_path / "nowhere", ""):
+        with pytest.raises(ValueError, match="there is no folder"):
+            load_dataset(f"gqa:{folder}")
 
 
 def test_n_draws_by_the_seed(tmp_path):

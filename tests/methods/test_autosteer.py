@@ -604,6 +604,12 @@ def test_calibrate_checks_its_arguments(model, processor, changes, message):
         calibrate(model, processor, **changes)
 
 
+def test_a_refusal_that_is_no_text(model, processor):
+    for refusal in ("w1 \udce4", None):
+        with pytest.raises(ValueError, match="it needs to be a string of whole characters"):
+            autosteer.calibrate(model, processor, pairs=PAIRS, refusal=refusal, progress=False)
+
+
 def test_batches_join_only_what_fits(processor):
     encoded = rows(processor)
     grouped = list(batches(encoded, 2))

@@ -181,6 +181,7 @@ def test_a_model_in_training_mode_is_refused(model, processor, every_answer_refu
         ({"steps": 0}, "steps is 0"),
         ({"gamma": -1.0}, "gamma is -1.0"),
         ({"gamma": "x"}, "'gamma' is 'x'"),
+        ({"safety_prompt": "w1 \udce4"}, "safety_prompt is .*; it needs to be a non-empty string of whole characters"),
         ({"safety_prompt": " "}, "safety_prompt is ' '"),
         ({"refused_texts": TEXTS[0]}, "refused_texts is a str; it needs to be a list"),
         ({"refused_texts": None}, "refused_texts is a NoneType"),

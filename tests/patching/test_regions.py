@@ -71,6 +71,13 @@ def test_validation(ids, regions, message):
 def test_grids_must_fit():
     with pytest.raises(ValueError, match="grids"):
         RegionMap(torch.zeros(2, 3, dtype=torch.int32), 1, [[(1, 3)]])
+    with pytest.raises(ValueError, match=r"grids\[1\] is of 1 images; it must be of the row's 2"):
+        RegionMap(torch.tensor([[0, -1, 1], [0, -1, 1]], dtype=torch.int32), 2, [[(1, 1), None], [(1, 1)]])
+
+
+def test_the_last_positions():
+    regions = RegionMap(torch.tensor([[0, -1, 1]], dtype=torch.int32), 2)
+    assert [regions.last(length).ids.tolist() for length in (0, 2, 5)] == [[[]], [[-1, 1]], [[0, -1, 1]]]
 
 
 def test_keys_past_the_map_are_in_no_region():

@@ -85,7 +85,8 @@ def growing(kind: type[DynamicLayer]) -> type[DynamicLayer]:
             if not self.is_initialized:
                 return False
             room = getattr(self.keys, _ROOM, self)  # itself where there is none
-            return room is not self and getattr(self.values, _ROOM, self) is room
+            of_one = room is not self and getattr(self.values, _ROOM, self) is room
+            return of_one and self.keys.shape[2] == self.values.shape[2]
 
         def _keep(self, keys: Tensor, values: Tensor, more: int) -> None:
             """What its class keeps of all that is there, of which `more` tokens are new."""

@@ -175,6 +175,113 @@ def test_the_block_waits_for_an_answer_of_another_thread(model, processor, make)
 
 
 @pytest.mark.parametrize("make", METHODS)
+def test_a_block_of_the_methods_own_is_one_as_well(model, processor, make):
+    """As `Projection(profile).attach(patch, alpha)`."""
+    profile = make(model, processor)
+    profile.tensors["region_bias"] = torch.ones(3, 4)
+    pipeline = SequentialPipeline(model, processor, moras_profile(model, processor))
+    with ras_fast.patch(model) as patch:
+        with ras_fast.methods.method_of(profile).attach(patch):
+            assert patch.region_bias[0].tolist() == [1.0] * 4
+            with pytest.raises(ValueError, match="model is inside a block"):
+                pipeline.generate(["w1 ?"], max_new_tokens=1)
+        assert not patch.region_bias
+        pipeline.generate(["w1 ?"], max_new_tokens=1)
+
+
+class Paused:
+    """Another thread's answer, which stops in its first forward until `go` is set. answer: what it was, or its error."""
+
+    def __init__(self, text_model, call):
+        self.go, self.began, self.answer = threading.Event(), threading.Event(), None
+        self.thread = threading.Thread(target=self._run, args=(call,))
+        self.hook = text_model.register_forward_pre_hook(self._before)
+        self.thread.start()
+        assert self.began.wait(timeout=30)
+
+    def _before(self, module, args):
+        if threading.current_thread() is self.thread and not self.began.is_set():
+            self.began.set()
+            self.go.wait(timeout=30)
+
+    def _run(self, call):
+        try:
+            self.answer = call()
+        except (RuntimeError, ValueError) as error:
+            self.answer = error
+
+    def join(self):
+        self.go.set()
+        self.thread.join()
+        self.hook.remove()
+        return self.answer
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_block_begins_between_answers(model, processor, make):
+    pipeline = SequentialPipeline(model, processor, moras_profile(model, processor))
+    (expected,) = pipeline.generate(["w1 ?"], max_new_tokens=3)
+    with ras_fast.patch(model) as patch:
+        paused = Paused(patch.text_model, lambda: pipeline.generate(["w1 ?"], max_new_tokens=3))
+        threading.Timer(0.3, paused.go.set).start()
+        with ras_fast.methods.attach(patch, make(model, processor)):
+            assert paused.go.is_set()
+            (got,) = paused.join()
+    assert (got.tokens, got.risk) == (expected.tokens, expected.risk)
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_nobody_is_let_in_while_a_block_waits(model, processor, make):
+    """Who has waited longer for the model's turn than the end of the block is still inside."""
+    pipeline = SequentialPipeline(model, processor, moras_profile(model, processor))
+    (expected,) = pipeline.generate(["w1 ?"], max_new_tokens=3)
+    with ras_fast.patch(model) as patch:
+        with ras_fast.methods.attach(patch, make(model, processor)):
+            paused = Paused(patch.text_model, lambda: generate(model, prompts(processor)))
+            answers = []
+
+            def answer():
+                try:
+                    answers.extend(pipeline.generate(["w1 ?"], max_new_tokens=3))
+                except ValueError as error:
+                    answers.append(error)
+
+            waiting = [threading.Thread(target=answer) for _ in range(3)]
+            for thread in waiting:
+                thread.start()
+                thread.join(timeout=0.1)
+            threading.Timer(0.2, paused.go.set).start()
+        for thread in waiting:
+            thread.join()
+        assert isinstance(paused.join(), torch.Tensor)
+    for got in answers:
+        assert "inside a block" in str(got) if isinstance(got, ValueError) else got.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_an_answer_does_not_go_on_where_a_block_does_not_wait_for_it(model, processor, make, monkeypatch):
+    """As when Ctrl-C comes while it waits."""
+
+    class Interrupted:
+        def __enter__(self):
+            raise KeyboardInterrupt
+
+        def __exit__(self, *exception):
+            pass
+
+    with ras_fast.patch(model) as patch:
+        block = ras_fast.methods.attach(patch, make(model, processor))
+        block.__enter__()
+        paused = Paused(patch.text_model, lambda: generate(model, prompts(processor)))
+        monkeypatch.setattr(ras_fast.methods, "lock_of", lambda model: Interrupted())
+        with pytest.raises(RuntimeError, match="the rest of its answer would not be steered"):
+            block.__exit__(None, None, None)
+        monkeypatch.undo()
+        assert "the rest of its answer would not be steered" in str(paused.join())
+        generate(model, prompts(processor))
+
+
+@pytest.mark.parametrize("make", METHODS)
 def test_a_generate_that_outlives_its_block_is_refused(model, processor, make):
     inputs = prompts(processor)
     with ras_fast.patch(model) as patch:

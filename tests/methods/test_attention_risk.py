@@ -170,6 +170,18 @@ def test_a_further_question_in_pieces_is_judged_by_its_own_rows(model, processor
     assert torch.allclose(*risks, atol=1e-5)
 
 
+def test_what_was_cut_off_the_cache_does_not_count(model, processor):
+    ids, image, risks = torch.tensor([[processor.image_token_id] * 16 + [20, 21]]), torch.randn(1, 3, 16, 16), []
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
+        for cut_off in ([30, 31], [40, 41]):
+            past = model(input_ids=ids, pixel_values=image, use_cache=True).past_key_values
+            model(input_ids=torch.tensor([cut_off]), past_key_values=past)
+            past.crop(-2)
+            model(input_ids=torch.tensor([[50, 51]]), past_key_values=past)
+            risks.append(method.risk)
+    assert torch.equal(*risks)
+
+
 def test_no_row_no_feature():
     mass = {0: torch.rand(2, 1, 3, 1)}
     rows = torch.tensor([[True, False, True], [False] * 3])

@@ -101,6 +101,16 @@ def test_a_copy_of_the_whole_stays_patched(model, duplicate, whole):
     assert relative_error(logits(handle.model), expected) > 0.01
 
 
+PARTS = ["lm_head", "model.vision_tower", "model.language_model.norm", "model.language_model.layers.1"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_pickle_of_a_part_does_not_hold_the_model(model, part):
+    before = len(pickle.dumps(model.get_submodule(part)))
+    with ras_fast.patch(model):
+        assert len(pickle.dumps(model.get_submodule(part))) < 1.1 * before + 1000
+
+
 # Wrappers that come after the patch
 
 

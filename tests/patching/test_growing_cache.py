@@ -130,6 +130,32 @@ def test_any_order_of_operations_leaves_the_same(window, seed):
             assert torch.equal(got, expected)
 
 
+def _swap(it):
+    it.keys, it.values = it.values, it.keys
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda it: setattr(it.keys, "data", it.keys.data * 2),
+        lambda it: setattr(it.values, "data", it.values.data[:, :, 1:]),
+        lambda it: it.keys.set_(2 * it.keys),
+        _swap,
+    ],
+    ids=["keys", "values", "set_", "swap"],
+)
+def test_what_is_put_into_its_tensors_counts(put):
+    grown, plain = pair(None)
+    for _ in range(4):
+        new = states(), states()
+        grown.update(*new), plain.update(*new)
+    for each in (grown, plain):
+        put(each)
+    for _ in range(3):
+        new = states(), states()
+        assert_close(grown.update(*new), plain.update(*new), rtol=0, atol=0)
+
+
 def test_two_layers_with_the_same_tensors_do_not_write_into_each_other():
     first, second = layer(), layer()
     second.keys, second.values = first.keys, first.values
@@ -185,6 +211,16 @@ def test_what_cannot_be_written_behind_is_what_it_is_to_transformers():
     assert torch.equal(new.grad, 2 * new)
 
 
+def test_what_autograd_has_saved_is_not_written_to():
+    """As where a query alone is asked for gradients."""
+    grown, query = layer(), states(requires_grad=True)
+    keys, _ = grown.update(states(), states())
+    scores = (query * keys).sum()
+    grown.update(states(), states())
+    scores.backward()
+    assert torch.allclose(query.grad, keys.sum(2, keepdim=True))
+
+
 def test_inference_mode_may_end_between_two_tokens():
     with torch.inference_mode():
         grown = layer()
@@ -202,6 +238,7 @@ def test_copies_and_pickles_are_plain_layers(duplicate):
     before = grown.keys.clone()
     other = duplicate(grown)
     assert type(other) is DynamicLayer
+    assert other.keys.untyped_storage().nbytes() == other.keys.nbytes  # no more, such as what was in memory before
     assert not hasattr(other.keys, growing_cache._ROOM)
     for each in (other, grown):
         new = states()

@@ -144,16 +144,21 @@ def test_features_of_pieces_are_those_of_the_whole(cut):
     assert torch.allclose(got, whole)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 18])
-@pytest.mark.parametrize("cached", [16, 17, 23])
-def test_a_prompt_in_pieces_is_at_the_risk_of_the_whole(model, processor, chunk, cached):
-    """Read by `generate` in chunks from a cache of its first tokens on."""
+@pytest.mark.parametrize("cached", [16, 17, 20, 23])
+@pytest.mark.parametrize("size", [None, 2, 3, 4])
+def test_a_prompt_in_pieces_is_at_the_risk_of_the_whole(model, processor, cached, size):
+    """Which `generate` reads from a cache of its first tokens on, or a loop of one's own in pieces of several tokens."""
     ids, image = torch.tensor([[processor.image_token_id] * 16 + list(range(20, 29))]), torch.randn(1, 3, 16, 16)
     with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
         model(input_ids=ids, pixel_values=image)
         expected = method.risk
         past = model(input_ids=ids[:, :cached], pixel_values=image, use_cache=True).past_key_values
-        generate(model, {"input_ids": ids}, past_key_values=past, prefill_chunk_size=chunk, max_new_tokens=1)
+        if size is None:
+            generate(model, {"input_ids": ids}, past_key_values=past, max_new_tokens=1)
+        else:
+            last = cached + max((25 - cached) // size - 1, 0) * size  # where the last piece begins, which takes what is left
+            for begin in range(cached, last + 1, size):
+                model(input_ids=ids[:, begin : begin + size if begin < last else None], past_key_values=past)
     assert torch.allclose(method.risk, expected, atol=1e-5)
 
 

@@ -44,7 +44,7 @@ CERTAINTY = 1.645  # standard errors: of gates that tell nothing apart about one
 @dataclass(frozen=True)
 class _Answer:
     """What is kept of each sequence: its risk, [B] fp32. start: the position of the prompts' last token, the same for all.
-    looks: of the prompts so far, for their next piece; None in an answer."""
+    looks: of the prompts so far, for their next piece."""
 
     risk: Tensor
     start: int | Tensor
@@ -110,6 +110,7 @@ class AttentionRisk:
             with ExitStack() as stack:
                 stack.enter_context(run.state.watch(patch))
                 stack.enter_context(patch.text_model.register_forward_pre_hook(run.begin, with_kwargs=True))
+                stack.enter_context(patch.text_model.register_forward_hook(run.end))
                 stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
                 yield self
         finally:
@@ -156,6 +157,7 @@ class _Run:
     prompt_length: int = 0  # of the forward that runs; 0: it reads none
     mass: dict[int, Tensor] = field(default_factory=dict)
     before: Looks | None = None  # of the pieces of the prompts before the one that is read
+    by_sequence: tuple[Tensor, Tensor] | None = None  # slot and alpha [B], where there are some for each position
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. A prompt is at risk 1 until it has been read, which is before the final norm."""
@@ -165,15 +167,23 @@ class _Run:
         self.prompt_length = length if self.monitor.active else 0
         answer = self.state.value
         if self.monitor.active:
-            self.before = None if answer is None else answer.looks
+            self.before = self._pieces_before(answer)
             risk = torch.ones(batch, device=device)
             self.method.failed = torch.ones_like(risk, dtype=torch.bool)
             self._decide(risk, self.state.past + length - 1)
             return
-        if answer.looks is not None:  # this is the answer's first step
-            self.state.decide(replace(answer, looks=None))
         step = torch.zeros(batch, dtype=torch.int64, device=device) + (self.state.past - answer.start)
         self.steering.set_rows(torch.where(step < self.method.own_steps, step, -1), answer.risk)
+
+    def _pieces_before(self, answer: _Answer | None) -> Looks | None:
+        """What counts of the pieces that this one follows with no step in between."""
+        if answer is None or answer.looks is None:
+            return None
+        follows = self.state.past == answer.start + 1
+        if not isinstance(follows, Tensor):  # as with a static cache
+            return answer.looks if follows else None
+        count, total, highest = answer.looks
+        return torch.where(follows, count, 0), torch.where(follows, total, 0), torch.where(follows, highest, -torch.inf)
 
     def read(self, layer: int, mass: Tensor) -> None:
         """A layer's attention is done; after the last one that is needed the risk is known."""
@@ -196,10 +206,18 @@ class _Run:
         self.steering.set_rows(torch.zeros_like(risk, dtype=torch.int32), risk)
 
     def _steer_positions(self, padded: Tensor, length: int) -> None:
-        """The last of a prompt's positions, and all of one that ends in padding [B] bool, which may be answered from any."""
-        slots = torch.where(padded, 0, -1)[:, None].repeat(1, length)
+        """The last of a prompt's positions, and all of one that ends in padding [B] bool, which may be answered from any. Until
+        the forward ends: to a decode step it would be another graph."""
+        slots = torch.where(padded, 0, -1).to(torch.int32)[:, None].repeat(1, length)
         slots[:, -1] = 0
-        self.steering.set_rows(slots.flatten(), self.method.risk.repeat_interleave(length))
+        self.by_sequence = self.steering.slot, self.steering.alpha
+        self.steering.slot, self.steering.alpha = slots.flatten(), self.method.risk.repeat_interleave(length)
+
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """After the text model."""
+        if self.by_sequence is not None:
+            self.steering.slot, self.steering.alpha = self.by_sequence
+            self.by_sequence = None
 
 
 # Calibration

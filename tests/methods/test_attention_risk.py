@@ -162,17 +162,21 @@ def test_a_prompt_in_pieces_is_at_the_risk_of_the_whole(model, processor, cached
     assert torch.allclose(method.risk, expected, atol=1e-5)
 
 
-def test_a_further_question_in_pieces_is_judged_by_its_own_rows(model, processor):
+@pytest.mark.parametrize("static", [False, True])
+def test_a_further_question_in_pieces_is_judged_by_its_own_rows(model, processor, static):
     ids, image = torch.tensor([[processor.image_token_id] * 16 + [20, 21]]), torch.randn(1, 3, 16, 16)
     risks = []
     with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
         for size in (4, 2):
-            past = model(input_ids=ids, pixel_values=image, use_cache=True).past_key_values
+            past = StaticCache(model.config.get_text_config(), max_cache_len=32) if static else None
+            past = model(input_ids=ids, pixel_values=image, use_cache=True, past_key_values=past).past_key_values
             model(input_ids=torch.tensor([[40]]), past_key_values=past)  # the answer
             for piece in torch.tensor([[30, 31, 32, 33]]).split(size, 1):
                 model(input_ids=piece, past_key_values=past)
             risks.append(method.risk)
+        model(input_ids=torch.cat([ids, torch.tensor([[40, 30, 31, 32, 33]])], 1), pixel_values=image)
     assert torch.allclose(*risks, atol=1e-5)
+    assert not torch.allclose(method.risk, risks[0], atol=1e-3)  # which counts the rows of the first as well
 
 
 def test_what_was_cut_off_the_cache_does_not_count(model, processor):

@@ -67,8 +67,7 @@ def measure(model, processor, batch: int, rounds: int, steps: int) -> dict[str, 
             "gate on": Decoder(model, patch, autosteer_profile(model, processor, True), batch),
         }
         for turn in range(rounds):
-            first = turn % len(decoders)  # none is always the first
-            for name, decoder in [*decoders.items()][first:] + [*decoders.items()][:first]:
+            for name, decoder in harness.in_turn(decoders, turn):
                 times[name].append(decoder.seconds(steps))
             times["M h"].append(harness.compare({"M h": lambda: ops.gated_linear(x, m, gate)}, seconds=0.05)["M h"])
     # Each round's ratio to its own unattached step: what slows the machine slows both.

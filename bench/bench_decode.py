@@ -50,8 +50,7 @@ def measure(model, batch: int, tokens: int, rounds: int) -> list[dict[str, objec
     steps: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     memory: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for turn in range(rounds):
-        first = turn % len(CONTENDERS)  # none is always the first
-        for name, (patched, options) in [*CONTENDERS.items()][first:] + [*CONTENDERS.items()][:first]:
+        for name, (patched, options) in harness.in_turn(CONTENDERS, turn):
             with nullcontext() if patched is None else ras_fast.patch(model, **patched):
                 single = answer(model, ids, 1, options)
                 return_freed_memory()

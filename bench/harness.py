@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 
 Shape = TypeVar("Shape")
+Candidate = TypeVar("Candidate")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -58,6 +59,12 @@ def results_folder(about: str) -> Path:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", nargs="?", help="a folder of bench/results (default: this machine's)")
     return RESULTS / (parser.parse_args().device or device_name())
+
+
+def in_turn(candidates: dict[str, Candidate], turn: int) -> list[tuple[str, Candidate]]:
+    """The candidates' items in the order of a round: none is always the first."""
+    items, first = [*candidates.items()], turn % len(candidates)
+    return items[first:] + items[:first]
 
 
 def compare(

@@ -18,7 +18,7 @@ from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache,
 from ras_fast.patching.structure import find_head
 from ras_fast.profile import RasProfile, modules_of, weights_of
 
-BLOCK_ENDED = "the block of the method that defends this generate has ended"
+_BLOCK_ENDED = "the block of the method that defends this generate has ended"
 _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model
 
 
@@ -179,7 +179,7 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with lock_of(self.model):
             if self.state.ended:
-                raise RuntimeError(f"{BLOCK_ENDED} before it began: its answer would not be steered")
+                _refuse_to_begin()
             self.state.check(self.model)
             self.state.generates = True
             try:
@@ -193,8 +193,12 @@ class _Generate:
             return answer
 
 
+def _refuse_to_begin() -> NoReturn:
+    raise RuntimeError(f"{_BLOCK_ENDED} before it began: its answer would not be steered")
+
+
 def _refuse_the_rest(*args: Any) -> NoReturn:
-    raise RuntimeError(f"{BLOCK_ENDED}, inside of it: the rest of its answer would not be steered")
+    raise RuntimeError(f"{_BLOCK_ENDED}, inside of it: the rest of its answer would not be steered")
 
 
 def _refuse_compiled(model: nn.Module, text_model: nn.Module) -> None:
@@ -231,7 +235,7 @@ class _StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.in_force:  # taken from the model inside the block, as the target of a thread is
-            raise RuntimeError(f"{BLOCK_ENDED} before it began: its answer would not be steered")
+            _refuse_to_begin()
         method = self.method
         while isinstance(method, _StandIn) and not method.in_force:  # whose block has ended before this one's
             method = method.method

@@ -136,8 +136,7 @@ def _continues(states: Tensor, new: Tensor) -> bool:
 
 def grow_in_place(text_model: nn.Module, undo: Undo) -> None:
     """The caches that this model's forwards are given grow in place from now on."""
-    handle = text_model.register_forward_pre_hook(_before_text, with_kwargs=True)
-    undo.hooked(text_model._forward_pre_hooks, text_model._forward_pre_hooks_with_kwargs, handle=handle)
+    undo.hook_before(text_model, _before_text)
 
 
 def _before_text(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

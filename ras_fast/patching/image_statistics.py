@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -128,13 +127,8 @@ def _follow_forwards(multimodal: nn.Module, text_model: nn.Module, state: ModelS
     for modality in ("image", "video"):
         if hasattr(type(multimodal), f"get_{modality}_features"):
             undo.set(multimodal, f"get_{modality}_features", RecordFeatures(multimodal, modality, tracker))
-    _hook(multimodal, tracker.before_model, undo)
-    _hook(text_model, state.before_text, undo)
+    undo.hook_before(multimodal, tracker.before_model)
+    undo.hook_before(text_model, state.before_text)
     for module in (text_model, multimodal):
         handle = module.register_forward_hook(tracker.after, always_call=True)
         undo.hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)
-
-
-def _hook(module: nn.Module, function: Any, undo: Undo) -> None:
-    handle = module.register_forward_pre_hook(function, with_kwargs=True)
-    undo.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)

@@ -64,6 +64,11 @@ class Undo:
             self._stand_ins.append(value)
         owner.__dict__[name] = value
 
+    def hook_before(self, module: nn.Module, function: Any) -> None:
+        """Calls `function(module, args, kwargs)` before each forward of the module."""
+        handle = module.register_forward_pre_hook(function, with_kwargs=True)
+        self.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
+
     def hooked(self, *registries: dict, handle: Any) -> None:
         """A hook was registered in these dicts of a module."""
         self._changes.extend((registry, handle.id, False, None) for registry in registries)

@@ -67,11 +67,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
 )
 RISKS = {"benign": 0.0, "refused": 1.0}
-# Kind, answer tokens, rounds, answers at once: most rounds where a promise is checked, few where a run is long.
-DEFAULT_CASES = [
-    *((kind, tokens, 3 if (kind, tokens) == ("benign", 64) else 1, 1) for kind in RISKS for tokens in (16, 64, 256)),
-    ("benign", 64, 1, 8),
-]
+# Kind, answer tokens, rounds (None: as --rounds says), answers at once.
+DEFAULT_CASES = [*((kind, tokens, None, 1) for kind in RISKS for tokens in (16, 64, 256)), ("benign", 64, 1, 8)]
 WARM_UP_TOKENS = 4
 STAGES = ["prompt", "prefix", "context", "context and draft", "risk", "check", "answer"]
 COLOURS = dict(zip(STAGES, ["#bbbbbb", "#999999", "#4477aa", "#66ccee", "#ee6677", "#ccbb44", "#228833"], strict=True))
@@ -319,8 +316,8 @@ def pictures(count: int) -> list[Image.Image]:
 def measure(runs: dict[str, Callable], images, tokens: int, rounds: int) -> dict[str, dict]:
     """Medians over interleaved rounds; also when the first token came, which of several answers no streamer says (None)."""
     samples, firsts = ({name: [] for name in runs} for _ in range(2))
-    for _ in range(rounds):
-        for name, run in runs.items():
+    for turn in range(rounds):
+        for name, run in harness.in_turn(runs, turn):
             streamer = FirstToken() if len(images) == 1 else None
             samples[name].append(stopwatch(run, images, tokens, streamer))
             firsts[name] += [streamer.seconds] if streamer else []

@@ -14,7 +14,8 @@ from contextlib import nullcontext
 
 import harness
 import torch
-from bench_engine import SHAPES, autosteer_profile, build, return_freed_memory
+from bench_engine import autosteer_profile, return_freed_memory
+from random_models import SHAPES, build
 
 import ras_fast
 from ras_fast import ops

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import harness
 import torch
-from bench_engine import SHAPES, build, return_freed_memory
+from bench_engine import return_freed_memory
+from random_models import SHAPES, build
 
 import ras_fast
 

@@ -1,15 +1,14 @@
 """What a defended answer costs: the engine beside the undefended model and beside MoRAS as three calls.
 
     python bench/bench_engine.py                                  # CPU, about 0.3 B random weights
-    python bench/bench_engine.py --quick                          # one answer; on a GPU by the 7b shape
-    python bench/bench_engine.py --shape hybrid                  # text model as Qwen3.5: three of four layers recurrent
-    python bench/bench_engine.py --gpu-7b --tokens 128           # LLaVA-1.5-7B's shape on a GPU, batches of 1, 8 and 32
+    python bench/bench_engine.py --quick                          # one answer; where there is a GPU, on that
+    python bench/bench_engine.py --shape qwen3-vl-2b --dtype bfloat16     # another of random_models.py's shapes
+    python bench/bench_engine.py --gpu --tokens 128               # LLaVA-1.5-7B's shape on a GPU, batches of 1, 8 and 32
 
-All contenders run in one process and produce equally many tokens: the end-of-sequence token's logit is always 0, which is
-never the largest of 32,000 random ones. On the CPU they are interleaved, after a first answer of each, in which the engine
-compares a prompt with the model's own forward; a case is KIND:TOKENS or KIND:TOKENS:ROUNDS. On a GPU those of the patched
-model come after the others, as captured graphs end with the patch; the call that captures them is shown apart. Undefended is
-`model.generate`, by the engine's loop or with graphs the engine without a defence.
+All contenders run in one process and produce equally many tokens. On the CPU they are interleaved, after a first answer of
+each, in which the engine compares a prompt with the model's own forward; a case is KIND:TOKENS or KIND:TOKENS:ROUNDS. On a GPU
+those of the patched model come after the others, as captured graphs end with the patch; the call that captures them is shown
+apart. Undefended is `model.generate`, by the engine's loop or with graphs the engine without a defence.
 Weights and the refusal prototypes are random, so *what* is said means nothing; the risk is computed and then replaced by 0
 for benign queries (the draft stands) and by 1 for refused ones (the draft falls at its first token). Writes engine.json, and
 on the CPU engine_timeline.png, into bench/results/<device>/ after each case; of another shape than 0.3b and 7b, into a folder
@@ -28,7 +27,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,9 +34,8 @@ from types import SimpleNamespace
 import harness
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3_5TextConfig
+from random_models import IMAGE_SIZE, SHAPES, build
 from transformers.generation.streamers import BaseStreamer
-from word_processor import SPECIAL, word_processor
 
 import ras_fast
 from ras_fast.decoding import Decoding
@@ -51,71 +48,13 @@ from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
-# text: hidden, layers, heads, key-value heads, mlp; vision: hidden, layers, heads, mlp. All see 336-pixel images as 576
-# patches of 14 pixels, like CLIP-L/14-336; "tiny" is for trying the script.
-SHAPES = {
-    "tiny": ((64, 2, 4, 4, 128), (32, 2, 2, 64)),
-    "0.3b": ((1024, 16, 16, 16, 2816), (512, 12, 8, 2048)),
-    "hybrid": ((1024, 16, 16, 4, 2816), (512, 12, 8, 2048)),
-    "7b": ((4096, 32, 32, 32, 11008), (1024, 24, 16, 4096)),
-}
-VOCABULARY = 32000
 QUESTION = "What would be a good name for the thing in the picture and why ?"
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %} {{ m['role'] | upper }} : "
-    "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
-)
 RISKS = {"benign": 0.0, "refused": 1.0}
 # Kind, answer tokens, rounds (None: as --rounds says), answers at once.
 DEFAULT_CASES = [*((kind, tokens, None, 1) for kind in RISKS for tokens in (16, 64, 256)), ("benign", 64, 1, 8)]
 WARM_UP_TOKENS = 4
 STAGES = ["prompt", "prefix", "context", "context and draft", "risk", "check", "answer"]
 COLOURS = dict(zip(STAGES, ["#bbbbbb", "#999999", "#4477aa", "#66ccee", "#ee6677", "#ccbb44", "#228833"], strict=True))
-
-
-def build(shape: str, device: str, dtype: torch.dtype):
-    """A LLaVA of random weights and a processor whose every word is one token."""
-    words = [*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))]
-    processor = word_processor(words, CHAT_TEMPLATE, image_size=336, patch_size=14)
-    (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp) = SHAPES[shape]
-    text = partial(Qwen3_5TextConfig, linear_num_value_heads=16) if shape == "hybrid" else LlamaConfig
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=v_hidden,
-            intermediate_size=v_mlp,
-            num_hidden_layers=v_layers,
-            num_attention_heads=v_heads,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=text(
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=hidden // heads,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=4096,
-        ),
-        image_token_id=processor.image_token_id,
-        image_seq_length=576,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        model = LlavaForConditionalGeneration(config).eval()
-        torch.set_default_dtype(before)
-    eos = processor.tokenizer.eos_token_id
-    with torch.no_grad():
-        model.lm_head.weight[eos] = 0
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = eos, 0
-    return model, processor
 
 
 def make_profile(model, processor, risk: float) -> RasProfile:
@@ -310,7 +249,7 @@ def case_name(kind: str, tokens: int, size: int) -> str:
 
 
 def pictures(count: int) -> list[Image.Image]:
-    return [Image.effect_noise((400, 300), 80).convert("RGB") for _ in range(count)]
+    return [Image.effect_noise(IMAGE_SIZE, 80).convert("RGB") for _ in range(count)]
 
 
 def measure(runs: dict[str, Callable], images, tokens: int, rounds: int) -> dict[str, dict]:
@@ -459,8 +398,8 @@ def plot(rows: list[dict], path: Path) -> None:
     seen = {label: h for axis in axes[:, 0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     names = [name for name in [*STAGES, "first token shown"] if name in seen]
     figure.legend([seen[name] for name in names], names, ncols=len(names), loc="lower center", fontsize=8, frameon=False)
-    size, dtype = f"{rows[0]['parameters'] / 1e9:.2g} B", rows[0]["dtype"]
-    figure.suptitle(f"LLaVA of {size} random weights, {dtype}, 576 image tokens, {harness.device_name()}", fontsize=10)
+    what = f"{rows[0]['shape']}: {rows[0]['parameters'] / 1e9:.2g} B random weights, {rows[0]['dtype']}"
+    figure.suptitle(f"{what}, 576 image tokens, {harness.device_name()}", fontsize=10)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=150)
 
@@ -478,29 +417,28 @@ def case(text: str) -> tuple[str, int, int | None, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one benign answer of 64 tokens; on a GPU of 128, by the 7b shape")
-    parser.add_argument("--shape", choices=SHAPES, default="0.3b")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--quick", action="store_true", help="one benign answer of 64 tokens; by --gpu if there is one")
+    parser.add_argument("--shape", choices=SHAPES, help="0.3b by default; with --gpu 7b")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="float32 by default; with --gpu bfloat16")
     parser.add_argument("--cases", type=case, nargs="+", default=DEFAULT_CASES, metavar="CASE",
                         help="kind and answer tokens, and if you like rounds and answers at once: benign:64, refused:64:3:8")
     parser.add_argument("--rounds", type=int, default=3, help="of cases that name none")
-    parser.add_argument("--gpu-7b", action="store_true", help="the 7b shape in bfloat16 on cuda")
-    parser.add_argument("--tokens", type=int, default=128, help="with --gpu-7b: answer tokens")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --gpu-7b")
-    parser.add_argument("--budget", type=float, default=80, help="with --gpu-7b: seconds after the model is built")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, with captured graphs")
+    parser.add_argument("--tokens", type=int, default=128, help="with --gpu: answer tokens")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="with --gpu")
+    parser.add_argument("--budget", type=float, default=80, help="with --gpu: seconds after the model is built")
     args = parser.parse_args()
     if args.quick:
-        args.gpu_7b, args.cases, args.batches = torch.cuda.is_available(), [("benign", 64, 1, 1)], [1]
-    if args.gpu_7b:
-        if not torch.cuda.is_available():
-            raise SystemExit("--gpu-7b needs a CUDA device, and torch sees none")
-        args.shape, args.device, args.dtype = "7b", "cuda", "bfloat16"
+        args.gpu, args.cases, args.batches = torch.cuda.is_available(), [("benign", 64, 1, 1)], [1]
+    if args.gpu and not torch.cuda.is_available():
+        raise SystemExit("--gpu needs a CUDA device, and torch sees none")
+    device, shape, dtype = ("cuda", "7b", "bfloat16") if args.gpu else ("cpu", "0.3b", "float32")
+    shape, dtype = args.shape or shape, args.dtype or dtype
 
-    model, processor = build(args.shape, args.device, getattr(torch, args.dtype))
-    facts = {"shape": args.shape, "parameters": sum(p.numel() for p in model.parameters()), "dtype": args.dtype}
+    model, processor = build(shape, device, getattr(torch, dtype))
+    facts = {"shape": shape, "parameters": sum(p.numel() for p in model.parameters()), "dtype": dtype}
     print(", ".join(f"{k} {v}" for k, v in (harness.machine() | facts).items()), flush=True)
-    if args.gpu_7b:
+    if args.gpu:
         limits = floor(model)
         print(f"floor of a decode step: {limits['decode step s'] * 1e3:.2f} ms", flush=True)
         cases = gpu_cases(model, processor, args.tokens, args.batches, 2, args.budget)
@@ -510,8 +448,8 @@ def main() -> None:
     for name, found in cases:
         seconds = {f"{contender} s": figures["seconds"] for contender, figures in found.items()}
         rows.append(facts | {"case": name} | seconds | {"contenders": found})
-        path = harness.save(file if args.shape in ("0.3b", "7b") else f"{args.shape}/{file}", rows, limits)
-        if not (args.gpu_7b or args.quick):
+        path = harness.save(file if shape in ("0.3b", "7b") else f"{shape}/{file}", rows, limits)
+        if not (args.gpu or args.quick):
             plot(rows, path.with_name("engine_timeline.png"))
     if rows:
         print(f"written to {path}")

@@ -86,7 +86,7 @@ run_bench() {
   section norm 110 "$python" bench/bench_norm.py --seconds 0.15
   section rotary 75 "$python" bench/bench_rotary.py --quick --seconds 0.15
   section linear 45 "$python" bench/bench_linear.py --quick --seconds 0.15
-  section engine 190 "$python" bench/bench_engine.py --gpu-7b --tokens 128 --budget 140
+  section engine 190 "$python" bench/bench_engine.py --gpu --tokens 128 --budget 140
   section attention 240 "$python" bench/bench_attention.py --full --seconds 0.15 "${without[@]}"
 }
 

@@ -1,30 +1,55 @@
-"""The processor of models of random weights, whose words mean nothing. Tests use it, too."""
+"""The processors of models of random weights, whose words mean nothing. Tests use them, too."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>")
+QWEN_SPECIAL = (*SPECIAL[:4], "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 
 
 def word_processor(words, chat_template: str, image_size: int, patch_size: int) -> LlavaProcessor:
     """A LLaVA processor each of whose ``words``, which begin with SPECIAL, is one token."""
+    side = {"height": image_size, "width": image_size}
+    return LlavaProcessor(
+        LlavaImageProcessorPil(size=side, crop_size=side),
+        word_tokenizer(words, SPECIAL),
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+def qwen_word_processor(words, chat_template: str, patch_size: int):
+    """The same of Qwen3-VL, without videos, for words that begin with QWEN_SPECIAL."""
+    from transformers import Qwen3VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    images = Qwen2VLImageProcessorPil(patch_size=patch_size, temporal_patch_size=2, merge_size=2)
+    processor = in_part(Qwen3VLProcessor)
+    return processor(images, word_tokenizer(words, QWEN_SPECIAL), video_processor=None, chat_template=chat_template)
+
+
+def in_part(processor: type) -> type:
+    """The same class of processors without what is None: no videos, which need torchvision, no sounds."""
+
+    class InPart(processor):
+        def check_argument_for_proper_class(self, name, argument):
+            return None if argument is None else super().check_argument_for_proper_class(name, argument)
+
+    InPart.__name__ = processor.__name__  # by which a saved one is loaded
+    return InPart
+
+
+def word_tokenizer(words, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<pad>",
         unk_token="<unk>",
         bos_token="<bos>",
         eos_token="<eos>",
-        additional_special_tokens=["<image>"],
-    )
-    side = {"height": image_size, "width": image_size}
-    return LlavaProcessor(
-        LlavaImageProcessorPil(size=side, crop_size=side),
-        tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
+        additional_special_tokens=list(special[4:]),
     )

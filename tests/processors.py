@@ -15,6 +15,7 @@ from inspect import signature
 from families import END, FAMILIES, IMAGE, START, VIDEO, VOCABULARY
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
+from word_processor import in_part
 
 _TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} {{ {'user': 'w50', 'assistant': 'w51'}[m['role']] }}\n"
@@ -164,7 +165,7 @@ def with_processor(name: str, videos: object = None, torchvision: bool = False, 
     parts = {"image_processor": images(**real.images), "tokenizer": _tokenizer(real), "chat_template": _template(real)}
     others = {"video_processor": videos, "feature_extractor": None}
     parts |= {part: others[part] for part in others.keys() & signature(processor.__init__).parameters}
-    return replace(FAMILIES[name], config=config).model(name), _in_part(processor)(**parts, **real.options)
+    return replace(FAMILIES[name], config=config).model(name), in_part(processor)(**parts, **real.options)
 
 
 def class_of(path: str) -> type:
@@ -177,17 +178,6 @@ def class_of(path: str) -> type:
 
 def _template(real: Real) -> str:
     return _TEMPLATE.replace("IMAGE", real.image)
-
-
-def _in_part(processor: type) -> type:
-    """The same without what is None: no videos, no sounds."""
-
-    class InPart(processor):
-        def check_argument_for_proper_class(self, name, argument):
-            return None if argument is None else super().check_argument_for_proper_class(name, argument)
-
-    InPart.__name__ = processor.__name__  # by which a saved one is loaded
-    return InPart
 
 
 def _tokenizer(real: Real) -> PreTrainedTokenizerFast:

@@ -34,21 +34,24 @@ def test_a_case_may_name_its_rounds_and_its_batch():
     assert bench_engine.case("refused:16:3:8") == ("refused", 16, 3, 8)
 
 
-def test_answers_at_once(tmp_path):
-    model, processor = bench_engine.build("tiny", "cpu", torch.float32)
+@pytest.mark.parametrize("shape", ["tiny", pytest.param("qwen3-vl-tiny", marks=pytest.mark.slow)])
+def test_answers_at_once(tmp_path, shape):
+    model, processor = bench_engine.build(shape, "cpu", torch.float32)
+    ids = bench_engine.chat(model, processor, bench_engine.pictures(1), [bench_engine.QUESTION])["input_ids"]
+    assert (ids == model.config.image_token_id).sum() == 576
     cases = dict(bench_engine.cpu_cases(model, processor, [bench_engine.case("benign:5:1:2")], 1))
     (found,) = cases.values()
     assert list(cases) == ["benign, 5 answer tokens, batch 2"]
     assert list(found) == ["undefended", "undefended, patched", "undefended, engine's loop", "MoRAS by hooks", "MoRAS, engine"]
     assert all(row["seconds"] > 0 and row["first_token"] is None for row in found.values())
-    row = {"case": "benign", "parameters": 1, "dtype": "float32", "contenders": found}
+    row = {"shape": shape, "case": "benign", "parameters": 1, "dtype": "float32", "contenders": found}
     bench_engine.plot([row], tmp_path / "timeline.png")
 
 
 def test_the_gpu_mode_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench_engine.py", "--gpu-7b"])
-    with pytest.raises(SystemExit, match="--gpu-7b needs a CUDA device"):
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", "--gpu"])
+    with pytest.raises(SystemExit, match="--gpu needs a CUDA device"):
         bench_engine.main()
 
 

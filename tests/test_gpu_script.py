@@ -207,9 +207,11 @@ def test_libraries_that_were_brought_along_are_not_built_again(tree):
 def test_it_keeps_what_it_has(tree):
     """A section out of time and one that fails: both are named, the figures of the others come back, the aims are judged."""
     done, out = run(tree, "all", LIMIT="27")
-    assert done.returncode == 8, done.stdout + done.stderr
+    left = ["crossovers", "gated_linear", "autosteer", "decode", "roofline", "ncu", "tune"]
+    assert done.returncode == 2 + len(left), done.stdout + done.stderr
     verdicts = (out / "summary.txt").read_text().split("== aims")[0].splitlines()
-    assert [line.split()[1] for line in verdicts] == [*["ok"] * 10, "FAILED", "FAILED", *["skipped:"] * 6]
+    assert [line.split()[1] for line in verdicts[:12]] == [*["ok"] * 10, "FAILED", "FAILED"]
+    assert [line.split()[:2] for line in verdicts[12:]] == [[name, "skipped:"] for name in left]
     assert "(status 3)" in verdicts[10]
     assert "(status 124, time limit)" in verdicts[11]
     assert "it broke" in done.stdout

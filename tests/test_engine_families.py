@@ -619,6 +619,30 @@ def test_one_pass_where_prompts_hold_more_than_pixels_or_layers_run_for_some_pos
         assert [output.risk for output in outputs] == pytest.approx([risk for _, risk in expected], abs=1e-4)
 
 
+M_ROPE = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "ernie4_5_vl_moe", "hunyuan_vl"]
+
+
+@pytest.mark.parametrize("make", [conditional, attention, autosteer])
+@pytest.mark.parametrize("name", sorted({*M_ROPE} & REAL.keys()))
+def test_one_pass_where_images_have_positions_of_their_own(name, make, monkeypatch):
+    """Prompts of several lengths, with no, one and two pictures of several sizes: those that can be are one forward."""
+    model, processor, _ = with_profile(*with_processor(name))
+    torch.manual_seed(3)
+    profile = make(model, processor)
+    shown = [[(32, 32)], [(48, 24)], [(24, 40), (32, 32)], [], [(64, 32)]]
+    pictures = [[random_image(i).resize(size) for size in sizes] for i, sizes in enumerate(shown)]
+    queries = [random_words(60 + i, 2 + i) for i in range(5)], pictures
+    expected = attached(model, processor, profile, *queries)
+    assert len({tuple(tokens) for tokens, _ in expected}) > 1
+    forwards, prompts = [], batch.Batch.prompts
+    monkeypatch.setattr(batch.Batch, "prompts", lambda *args: forwards.append(len(args[1])) or prompts(*args))
+    with SafeGenerator(model, processor, profile) as guard:
+        outputs = guard.generate(*queries, max_new_tokens=NEW_TOKENS)
+    assert [output.tokens for output in outputs] == [tokens for tokens, _ in expected]
+    assert [output.risk for output in outputs] == pytest.approx([risk for _, risk in expected], abs=1e-4)
+    assert sorted(forwards) == ([1] * 5 if name == "hunyuan_vl" else [1, 4])
+
+
 @pytest.mark.parametrize("make", [conditional, attention])
 @pytest.mark.parametrize("name", sorted({"gemma3", "molmo2", "paligemma"} & FAMILIES.keys()))
 def test_a_static_cache_under_a_mask_of_the_familys_own_is_no_padding(name, make):

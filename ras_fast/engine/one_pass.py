@@ -61,8 +61,7 @@ class OnePass(Plan):
         clock = Clock()
         jobs = [self._prepare(number, query, decoding) for number, query in queries]
         sound = [job for job in jobs if job.failed_closed is None]
-        # Positions that depend on the images (M-RoPE) are only sure in prompts without padding.
-        size = 1 if self.runner.offsets else max(len(sound), 1)
+        size = max(len(sound), 1) if self.runner.joins_images else 1
         with self._attached() as method:
             for numbers, inputs in batches([job.inputs for job in sound], size):
                 self._answer_alike([sound[i] for i in numbers], inputs, method, streamer, clock)

@@ -24,7 +24,7 @@ from vllm.exceptions import VLLMValidationError
 from ras_fast.evaluation import tinyworld
 from ras_fast.inputs import encode, make_queries, short_ids
 from ras_fast.loading import TINY, load
-from ras_fast.methods.moras import PRESETS
+from ras_fast.methods.moras import PRESETS, risk_query
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 from ras_fast.vllm import SafeLLM, engine_args
@@ -152,6 +152,11 @@ def test_no_answer_comes_out_of_an_error(guard, monkeypatch):
     prompts, images = [item.question for item in items], [item.image for item in items]
     with pytest.raises(VLLMValidationError):  # the last question is too long for the engine
         guard.generate([*prompts, "table " * 600], [*images, None])
+    assert not guard.engine.has_unfinished_requests()
+    (query,) = make_queries(["table"], None, guard.processor)
+    taken = len(short_ids(guard.processor, risk_query(query, "", guard.settings, guard.chat_marks)))
+    with pytest.raises(ValueError, match="room for 1 of its risk stage's 3 tokens"):
+        guard.generate([*prompts, "table " * (512 - taken)], [*images, None])  # one token each, and one place
     assert not guard.engine.has_unfinished_requests()
     rpc = guard.engine.collective_rpc
     for answer in ([None], [[]]):

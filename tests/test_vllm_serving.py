@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import math
+import threading
 import time
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from test_vllm_steering import EOS, STEPS, VOCABULARY, make_profile, make_steering
 from tokenizers import AddedToken
 
+from ras_fast.methods.moras import risk_query
 from ras_fast.vllm import serving
 from ras_fast.vllm.options import engine_args, read_marks
 from ras_fast.vllm.serving import SafeChat, to_messages, to_query
@@ -21,6 +23,7 @@ PROCESSOR = SimpleNamespace(
     tokenizer=SimpleNamespace(
         decode=lambda ids, skip_special_tokens: " ".join(f"w{i}" for i in ids),
         all_special_tokens=["<eos>"],
+        get_vocab=lambda: {"<|turn|>": 7, "w": 1},
         added_tokens_decoder={7: AddedToken("<|turn|>", special=True), 8: AddedToken("<b>", special=False)},
     ),
     image_token="<image>",
@@ -37,14 +40,16 @@ class Server:
     starts: what a draft's first step waits for, unless its client goes.
     drafts: what a draft's second step waits for. resumes: what its last steered step waits for, after a piece of its prompt, as
     when it was preempted. keeps_drafts: False: their logits are lost.
-    cut: words whose requests vLLM ends by itself.
+    cut: words whose requests vLLM ends by itself. short: words of those that vLLM leaves no room for a second token.
+    key: what clients need to send as their "authorization"; None: nothing.
     pause: turns of the loop between the status of an error and its body.
     """
 
     def __init__(self, profile, queries=2):
         self.steering = make_steering(make_profile(), slots=2 * queries)
         self.requests, self.headers, self.aborted = [], [], []
-        self.risky, self.broken, self.errors, self.cut = set(), set(), set(), set()
+        self.risky, self.broken, self.errors, self.cut, self.short = set(), set(), set(), set(), set()
+        self.key: bytes | None = None
         self.hold: asyncio.Event | None = None
         self.starts = self.drafts = self.resumes = self.keeps_drafts = None
         self.pause = 0
@@ -56,6 +61,7 @@ class Server:
             get_diff_sampling_param=dict,
             logits_processors=[None],
             logprobs_mode="processed_logprobs",
+            max_model_len=10**6,
             get_multimodal_config=lambda: self.multimodal,
         )
         self.state = SimpleNamespace(engine_client=self, online_renderer=SimpleNamespace(chat_template=None))
@@ -94,6 +100,12 @@ class Server:
     # The application
 
     async def __call__(self, scope, receive, send):
+        if dict(scope["headers"]).get(b"authorization") != self.key:
+            await self._send(send, 401, b'{"error": "no key"}', b"application/json")
+            return
+        if scope["path"] == "/v1/models":
+            await self._send(send, 200, b"{}", b"application/json")
+            return
         request = json.loads((await receive())["body"])
         self.requests.append(request)
         self.headers.append(dict(scope["headers"]))
@@ -114,7 +126,8 @@ class Server:
         streams, shows = request.get("stream", False), request.get("return_token_ids", False)
         if streams:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-        for step in range(request.get("max_completion_tokens") or request.get("max_tokens")):
+        most = request.get("max_completion_tokens") or request.get("max_tokens")
+        for step in range(1 if any(word in json.dumps(request) for word in self.short) else most):
             await asyncio.sleep(0)
             if step == 0 and self.starts is not None and marks is not None and not self._assesses(request):
                 await asyncio.wait([gone, asyncio.create_task(self.starts.wait())], return_when=asyncio.FIRST_COMPLETED)
@@ -143,7 +156,8 @@ class Server:
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
             return
         message = {"content": PROCESSOR.tokenizer.decode(tokens, True)}
-        reason = "abort" if any(word in json.dumps(request) for word in self.cut) else "stop"
+        ended = "stop" if tokens[-1] == EOS else "length"
+        reason = "abort" if any(word in json.dumps(request) for word in self.cut) else ended
         answer = {"choices": [{"message": message, "token_ids": tokens if shows else None, "finish_reason": reason}]}
         answer["prompt_token_ids"] = [1, 2, 3] if shows else None
         await self._send(send, 200, json.dumps(answer).encode(), b"application/json")
@@ -271,7 +285,7 @@ def test_the_stages_are_moras_own(server):
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.7}, {"temperature": None}, {"n": 2}, {"logprobs": True}, {"ignore_eos": True}], ids=str
+    "options", [{"temperature": 0.7}, {"temperature": None}, {"n": 2}, {"logprobs": True}], ids=str
 )
 def test_what_cannot_be_drafted_is_answered_after_the_risk(server, options):
     (response,) = run(server, ask(**options))
@@ -404,6 +418,71 @@ def test_no_answer_after_a_stage_that_was_cut_off(server, word):
     assert not server.steering.records
 
 
+@pytest.mark.parametrize("word", ["safety_prompt", "context_prompt"])
+def test_no_answer_after_a_stage_that_had_no_room(server, word):
+    """A prompt that nearly fills the context: the risk would be read from the first step alone."""
+    server.short.add(json.dumps(make_profile().config[word])[1:-1])
+    (response,) = run(server, ask())
+    assert response.status == 400
+    assert "messages leave room for 1 of a stage's" in json.loads(response.body)["error"]["message"]
+    assert "ras_judge" not in server.calls
+    assert not server.steering.records
+
+
+def test_more_words_than_a_prompt_holds_are_not_read(server):
+    """To look through them for marks took a minute, in which nobody else was served."""
+    server.vllm_config.model_config.max_model_len = 100
+    (response,) = run(server, ask("w1 " * 300))
+    assert response.status == 400
+    assert "messages hold 904 characters; the 100 tokens" in json.loads(response.body)["error"]["message"]
+    assert not server.requests
+
+
+def test_others_are_served_while_a_long_text_is_read(server, monkeypatch):
+    begun, served = threading.Event(), threading.Event()
+
+    def read_slowly(*args):
+        begun.set()
+        assert served.wait(60), "nobody else was served"
+        return risk_query(*args)
+
+    async def scenario():
+        monkeypatch.setattr(serving, "risk_query", read_slowly)
+        task = asyncio.create_task(post(SafeChat(server), server, ask()))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        served.set()
+        return await task
+
+    assert asyncio.run(scenario()).status == 200
+
+
+def test_what_a_client_sent_is_told_back_in_part(server):
+    for body in (ask(messages="w" * 10**5), ask(messages=[{"role": "user", "content": {"w" * 10**5: 1}}]),
+                 ask(vllm_xargs=["w" * 10**5]), ask(min_tokens="w" * 10**5), ask(**{"w" * 10**5: 1}),
+                 ask(messages=[{"role": "w" * 10**5, "content": "w"}])):  # fmt: skip
+        (response,) = run(server, body)
+        assert response.status == 400
+        assert len(response.body) < 1000
+
+
+def test_who_may_not_chat_sends_nothing(server):
+    """Without a key a body of any size would be kept, and read."""
+    server.key = b"secret"
+
+    async def receive():
+        raise AssertionError("the body was asked for")
+
+    async def scenario():
+        response = Response()
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        await SafeChat(server)(scope | {"app": SimpleNamespace(state=server.state)}, receive, response)
+        return response
+
+    response = asyncio.run(scenario())
+    assert (response.status, json.loads(response.body)) == (401, {"error": "no key"})
+
+
 @pytest.mark.parametrize("found", [RuntimeError("the engine is dead"), [], [None]], ids=str)
 def test_no_answer_without_a_judgement(server, found, monkeypatch):
     rpc = server.collective_rpc
@@ -529,6 +608,7 @@ async def until(reached):
         (ask(logit_bias={"3": -100}), "logit_bias"),
         (ask(response_format={"type": "json_object"}), "response_format"),
         (ask(stop_token_ids=[5, 6], min_tokens=8), "min_tokens is 8"),
+        (ask(ignore_eos=True), "ignore_eos is True"),
         (ask(repetition_penalty=50.0), "repetition_penalty is 50.0"),
         (ask(presence_penalty=2.0), "presence_penalty is 2.0"),
         (ask(frequency_penalty="0"), "frequency_penalty is '0'"),
@@ -609,7 +689,7 @@ def test_the_first_token_is_that_of_an_answer(server, end, opens, continues):
         ("POST", "/v1/chat/completions/", False),
         ("POST", "/v1/chat/completions/batch", False),
         ("PUT", "/v1/chat/completions", False),
-        ("GET", "/v1/models", True),
+        ("GET", "/version", True),
         ("POST", "/tokenize", True),
     ],
 )

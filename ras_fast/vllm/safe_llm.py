@@ -219,6 +219,10 @@ class _Run:
         del self.live[output.request_id]
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended the {stage} request of a query with {completion.finish_reason!r}")
+        wanted = {CONTEXT: self.settings["max_context_tokens"], ASSESS: self.settings["steps"]}.get(stage, 0)
+        if completion.finish_reason == "length" and len(job.tokens[stage]) < wanted:
+            made = len(job.tokens[stage])
+            raise ValueError(f"a prompt leaves room for {made} of its {stage} stage's {wanted} tokens; it needs to be shorter")
         self.counters["prompt_tokens"] += len(output.prompt_token_ids)
         self.counters["cached_tokens"] += output.num_cached_tokens or 0
         job.over.add(stage)

@@ -23,12 +23,16 @@ Message = dict[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
 CHAT = "/v1/chat/completions"
+MODELS = "/v1/models"
 WITHOUT_ANSWERS = {"/tokenize", "/detokenize", "/ping"}  # what may be posted to undefended
 # What a request's other stages take over from it: how its images are read, and whose cache it may use.
 SHARED = ("model", "mm_processor_kwargs", "cache_salt", "priority", "user")
 # These are known with the value that does nothing. Until min_tokens every stop token is forbidden, also those that the client
-# names; and a penalty on the words of a refusal, which the question may hold, can outweigh the steering.
-NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
+# names; an answer that goes on behind the end of its refusal does so unsteered; and a penalty on the words of a refusal, which
+# the question may hold, can outweigh the steering.
+NEUTRAL = {
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": False,
+}  # fmt: skip
 # With these fields alone a greedy token is the argmax of the logits.
 PLAIN = {
     *SHARED, *NEUTRAL, "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n",
@@ -37,7 +41,7 @@ PLAIN = {
 }  # fmt: skip
 # Others are refused: they may forbid the tokens of a refusal, make answers out of requests that carry no risk, or, as what a
 # template is given (chat_template_kwargs), put words into every prompt, the context's too.
-KNOWN = PLAIN | {"ignore_eos", "logprobs", "request_id", "top_logprobs", "vllm_xargs"}
+KNOWN = PLAIN | {"logprobs", "request_id", "top_logprobs", "vllm_xargs"}
 # What vLLM reads out of vllm_xargs as if it were a field of the request, and does not check there.
 FIELDS_IN_EXTRA = {"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id"}
 POLL = 0.01  # seconds until a draft that was late is looked at again
@@ -76,6 +80,8 @@ class SafeChat:
             await _refuse(send, 403, f"{scope['method']} {path} is not defended; this server answers at {CHAT}")
 
     async def _chat(self, scope: Message, receive, send: Send) -> None:
+        if not await self._admits(scope, send):
+            return
         try:
             request = _checked(json.loads(await _body(receive)))
             query = to_query(request["messages"])
@@ -110,6 +116,24 @@ class SafeChat:
             await outbox.close()
         finally:
             outbox.writer.cancel()
+
+    async def _admits(self, scope: Message, send: Send) -> bool:
+        """Whether the server inside lets this client in (``--api-key``); if not, its answer is sent. Before the body is read,
+        which may be as long as the client likes: who may have the list of models may chat."""
+        held: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def hold(message: Message) -> None:
+            held.append(message)
+
+        await self.app(scope | {"method": "GET", "path": scope["path"].removesuffix(CHAT) + MODELS}, receive, hold)
+        if held[0]["status"] == 200:
+            return True
+        for message in held:
+            await send(message)
+        return False
 
     async def _begin(self, scope: Message, receive, send: Send) -> None:
         """The server's life: one that cannot defend answers does not start."""
@@ -165,15 +189,21 @@ class _Guard:
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(processors) == 1
         self.controls, self.chat_marks = _control_tokens(self.processor), marks_of(self.processor)
+        self.tokens = config.model_config.max_model_len
+        self.characters = self.tokens * max(map(len, self.processor.tokenizer.get_vocab()))
         self.shows_steered = config.model_config.logprobs_mode.startswith("processed_")
 
     def check(self, request: Message) -> None:
-        """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered, and for
-        words that its tokenizer reads as control tokens: they could close the question and begin the answer, in the risk stage
-        too."""
-        for i, message in enumerate(request["messages"]):
-            # Templates may put texts next to each other, and a role into the prompt as it is.
-            words = "".join([str(message["role"]), *(part.get("text", "") for part in message["content"])])
+        """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered, for
+        more words than it takes, and for words that its tokenizer reads as control tokens: they could close the question and
+        begin the answer, in the risk stage too."""
+        # Templates may put texts next to each other, and a role into the prompt as it is.
+        texts = [str(m["role"]) + "".join(part.get("text", "") for part in m["content"]) for m in request["messages"]]
+        if (length := sum(map(len, texts))) > self.characters:
+            raise ValueError(
+                f"messages hold {length} characters; the {self.tokens} tokens of a prompt hold at most {self.characters}"
+            )
+        for i, words in enumerate(texts):
             found = [token for token in self.controls if token in words]
             if found:
                 raise ValueError(f"messages[{i}] holds {found[0]!r}, a control token of this model; it needs to be words alone")
@@ -234,7 +264,9 @@ class _Answer:
             tokens = await self._stage(context_query(self.query, settings), settings["max_context_tokens"], {})
             context = context_text(self.guard.processor, tokens, self.guard.chat_marks)
         marks = {RECORD: self.records[0]}
-        tokens = await self._stage(risk_query(self.query, context, settings, self.guard.chat_marks), settings["steps"], marks)
+        # In a thread: of a long text that takes seconds, in which nobody else would be served.
+        query = await asyncio.to_thread(risk_query, self.query, context, settings, self.guard.chat_marks)
+        tokens = await self._stage(query, settings["steps"], marks)
         similarity, risk, _, drafted, steered = await self._judgement(draft, len(tokens))
         fate = "none" if draft is None else "kept" if drafted and drafted == steered else "fell"
         return {"risk": f"{risk:.6f}", "similarity": f"{similarity:.6f}", "draft": fate}, risk, fate == "kept"
@@ -250,7 +282,8 @@ class _Answer:
             await asyncio.sleep(POLL)
 
     async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
-        """The tokens that the server inside answers a query with, greedily. Raises RuntimeError where vLLM has cut them off."""
+        """The tokens that the server inside answers a query with, greedily. Raises RuntimeError where vLLM has cut them off,
+        and _Failed where it leaves no room for so many: a risk that is read from fewer steps is another one."""
         request = {name: self.request[name] for name in SHARED if name in self.request} | NEUTRAL
         request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
         request |= {"return_token_ids": True, "vllm_xargs": marks}
@@ -267,7 +300,11 @@ class _Answer:
         (choice,) = json.loads(b"".join(message.get("body", b"") for message in messages))["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a stage of a query with {choice['finish_reason']!r}")
-        return choice["token_ids"]
+        made = choice["token_ids"]
+        if choice["finish_reason"] == "length" and len(made) < tokens:
+            reason = f"messages leave room for {len(made)} of a stage's {tokens} tokens; they need to be shorter"
+            raise _Failed(_refusal(400, reason))
+        return made
 
 
 class _Draft:
@@ -375,7 +412,7 @@ class _Call:
 
 
 class _Failed(Exception):
-    """The server inside has answered a stage with an error. messages: its response."""
+    """A stage has no outcome. messages: the response that says why."""
 
     def __init__(self, messages: list[Message]):
         super().__init__()
@@ -397,7 +434,7 @@ def to_query(messages) -> Query:
     Raises ValueError for anything else in them, and for a chat that does not end in a question.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages is {messages!r}; it needs to be a list of messages")
+        raise ValueError(f"messages is {messages!r:.200}; it needs to be a list of messages")
     images: list[Message] = []
     chat = []
     for i, message in enumerate(messages):
@@ -406,14 +443,14 @@ def to_query(messages) -> Query:
         refuse_unknown(f"messages[{i}]", message, ("role", "content"))
         chat.append({"role": message["role"], "content": _parts(f"messages[{i}]", message["content"], images)})
     if not has_question(chat):
-        raise ValueError(f"messages needs to end in {QUESTION}; its roles are {[message['role'] for message in chat]}")
+        raise ValueError(f"messages needs to end in {QUESTION}; its roles are {[message['role'] for message in chat]!r:.200}")
     return Query(chat, images)
 
 
 def _parts(where: str, content, images: list[Message]) -> list[Message]:
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(content, list):
-        raise ValueError(f"{where} has the content {content!r}; it needs to be a string or a list of parts")
+        raise ValueError(f"{where} has the content {content!r:.200}; it needs to be a string or a list of parts")
     parts: list[Message] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -458,13 +495,14 @@ def _checked(request) -> Message:
             raise ValueError(f"{name!a} holds half a character (a lone surrogate); it needs to be whole ones")
     unknown = sorted(set(request) - KNOWN)
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} cannot be defended; this server knows {', '.join(sorted(KNOWN))}")
+        raise ValueError(f"{', '.join(unknown):.200} cannot be defended; this server knows {', '.join(sorted(KNOWN))}")
     for name, none in NEUTRAL.items():
         if request.get(name) not in (None, none):
-            raise ValueError(f"{name} is {request[name]!r}, which could forbid a refusal; it needs to be {none}, or left out")
+            value = f"{request[name]!r:.200}"
+            raise ValueError(f"{name} is {value}, which could forbid a refusal or its end; it needs to be {none}, or left out")
     extra = request.get("vllm_xargs", {})
     if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):
-        raise ValueError(f"vllm_xargs is {extra!r}; it needs to be an object without ras_…, which are this server's own")
+        raise ValueError(f"vllm_xargs is {extra!r:.200}; it needs to be an object without ras_…, which are this server's own")
     smuggled = sorted(set(extra) & FIELDS_IN_EXTRA)
     if smuggled:
         raise ValueError(f"vllm_xargs has {', '.join(smuggled)}, a field of vLLM's own that cannot be defended")
@@ -478,8 +516,8 @@ def _check_opening(request: Message, query: Query) -> None:
     continues = query.messages[-1]["role"] == "assistant"
     if opening != (True, False) and not (continues and opening == (False, True)):
         raise ValueError(
-            f"(add_generation_prompt, continue_final_message) is {opening}; it needs to be (True, False), or (False, True) "
-            "where the last message is the assistant's: the first tokens of an answer are steered"
+            f"(add_generation_prompt, continue_final_message) is {opening!r:.200}; it needs to be (True, False), or "
+            "(False, True) where the last message is the assistant's: the first tokens of an answer are steered"
         )
 
 
@@ -496,11 +534,18 @@ async def _body(receive) -> bytes:
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:
+    for message in _refusal(status, reason):
+        await send(message)
+
+
+def _refusal(status: int, reason: str) -> list[Message]:
     kind = "BadRequestError" if status < 500 else "InternalServerError"
     body = _dumps({"error": {"message": reason, "type": kind, "param": None, "code": status}})
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    return [
+        {"type": "http.response.start", "status": status, "headers": headers},
+        {"type": "http.response.body", "body": body, "more_body": False},
+    ]
 
 
 async def _send_with(send: Send, told: dict[str, str], message: Message) -> None:

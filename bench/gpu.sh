@@ -95,7 +95,7 @@ run_profile() {
   section crossovers 90 "$python" bench/bench_crossovers.py
   section gated_linear 30 "$python" bench/bench_gated_linear.py --quick --seconds 0.2
   section autosteer 90 "$python" bench/bench_autosteer.py --shape 7b --dtype bfloat16
-  section decode 60 "$python" bench/bench_decode.py --shape 7b --dtype bfloat16 --batch 1 32 --tokens 48 --rounds 1
+  section decode 90 "$python" bench/bench_decode.py --shape 7b --dtype bfloat16 --batch 1 32 --tokens 48 --rounds 1
   section roofline 20 "$python" bench/roofline.py
   section ncu 110 ncu --force-overwrite --export bench/results/logs/ncu --clock-control none \
     --section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats --section MemoryWorkloadAnalysis \

@@ -154,8 +154,8 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       tile.load_keys(keys, step);
     }
     const int id = kMass || score.region_bias ? tile.load_id(step) : -1;
-    // All keys are asked for before the first product: ptxas would mix the two.
-    if (kKeysFirst<kDim, kMass>) __syncwarp();
+    // All is asked for before the first product: ptxas would mix the two.
+    if ((kPrefetch && kMass) || kKeysFirst<kDim, kMass>) __syncwarp();
     float p[kRowTiles][4];
     tile.score(p, keys, step, id);
     if (!kPrefetch) {
@@ -197,7 +197,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
         if constexpr (!kMass) sum[half] += p[half][i];
       }
     }
-    if constexpr (kMass) regions.add(p, id, sum, top);
+    if constexpr (kMass) regions.add(p, tile.region_of(id), sum, top);
 
     // Keys between the stretches of rows that have their own are no row's: their values may be anything, and 0 * NaN is NaN.
     if (score.bounds_row_stride && (step < tile.full_low || step + kStepKeys > tile.full_high)) {
@@ -270,6 +270,19 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
     } else {
       args.part_lse[part + stat_row(at)] = lse[r];
     }
+  } else if (kMass && warp != 0) {  // the others merge the masses meanwhile
+#pragma unroll 1
+    for (int i = threadIdx.x - kWarp; i < rows * score.regions; i += (kBlockWarps - 1) * kWarp) {
+      float sums[kBlockWarps];
+#pragma unroll
+      for (int w = 0; w < kBlockWarps; ++w) sums[w] = slab[int64_t(w) * kRows * score.regions + i];
+      float* to = slab + i;
+      if (args.splits > 1) {
+        const int r = unsigned(i) / unsigned(score.regions);
+        to = args.part_mass + (part + stat_row(tile.place(tile_row + r))) * score.regions + i - r * score.regions;
+      }
+      *to = log2_sum(sums);
+    }
   }
   __syncthreads();
 
@@ -295,23 +308,15 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       *reinterpret_cast<float4*>(args.part_out + (part + stat_row(at)) * score.dim + d) = make_float4(o[0], o[1], o[2], o[3]);
     }
   }
-  if constexpr (kMass) {
+  if (kMass && args.splits == 1) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows * score.regions; i += kBlockWarps * kWarp) {
-      const int r = unsigned(i) / unsigned(score.regions), region = i - r * score.regions;
-      float sums[kBlockWarps];
-#pragma unroll
-      for (int w = 0; w < kBlockWarps; ++w) sums[w] = slab[(int64_t(w) * kRows + r) * score.regions + region];
-      const float sum = log2_sum(sums);
+      const int r = unsigned(i) / unsigned(score.regions);
       const Place at = tile.place(tile_row + r);
-      if (args.splits > 1) {
-        args.part_mass[(part + stat_row(at)) * score.regions + region] = sum;
-        continue;
-      }
       const int from_end = score.query_rows - at.row;  // masses are wanted of the last mass_rows rows
       if (from_end > args.mass_rows) continue;
       const int64_t mass_row = (int64_t(batch) * heads + at.head + 1) * args.mass_rows - from_end;
-      args.mass[mass_row * score.regions + region] = exp2_approximate(sum - finite_or_zero(lse[r]));
+      args.mass[mass_row * score.regions + i - r * score.regions] = exp2_approximate(slab[i] - finite_or_zero(lse[r]));
     }
   }
 }
@@ -335,8 +340,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
   constexpr int kQuads = kMergeDims / 4, kGroups = kMergeThreads / kQuads, kLoads = kMostSplits / kGroups;
   __shared__ float weights[kMostSplits];
   __shared__ float4 sums[kGroups][kQuads];
-  wait_for_previous_kernel();
   allow_next_kernel();  // the product with the output projection's weight, which it asks for ahead
+  wait_for_previous_kernel();
   const ScoreArgs<T>& score = args.score;
   const int64_t row = blockIdx.x, rows = gridDim.x;
   float parts[kMostSplits / kWarp];
@@ -354,7 +359,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
   const int batch_head = unsigned(blockIdx.x) / unsigned(score.query_rows), q = blockIdx.x - batch_head * score.query_rows;
   const int from_end = score.query_rows - q, apart = kMergeThreads / kWarp * gridDim.y;
   const int regions = args.mass && from_end <= args.mass_rows ? score.regions : 0;  // whose masses are wanted of this row
-  int region = threadIdx.x / kWarp + kMergeThreads / kWarp * blockIdx.y;
+  // The last warps first: the first ones write the output.
+  int region = (kMergeThreads - 1 - threadIdx.x) / kWarp + kMergeThreads / kWarp * blockIdx.y;
   float masses[kMostSplits / kWarp];
   const auto load_masses = [&] {
     if (region < regions) load_splits(masses, args.part_mass + row * score.regions + region, rows * score.regions, args.splits);

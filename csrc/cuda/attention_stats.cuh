@@ -62,7 +62,7 @@ __device__ unsigned steps_with_regions(const Tile& tile, int first, int apart, i
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const int index = first + (2 * i + tile.lane / kStepKeys) * apart;
-    ids[i] = index < end ? tile.load_id(index * kStepKeys) : -1;
+    ids[i] = index < end ? tile.region_of(tile.load_id(index * kStepKeys)) : -1;
   }
   unsigned found = 0;
 #pragma unroll
@@ -111,7 +111,7 @@ region_mass_kernel(const __grid_constant__ StatsArgs<T> args) {
     // Into L2 at once; registers for the keys of a second step would cost more warps than they gain.
     for (unsigned later = left & (left - 1); later != 0; later &= later - 1) prefetch_keys(tile, lowest(later));
     for (; left != 0; left &= left - 1) {
-      const int step = lowest(left), id = tile.load_id(step);
+      const int step = lowest(left), id = tile.region_of(tile.load_id(step));
       uint4 keys[2][kDim / 32];
       tile.load_keys(keys, step);
       float p[2][4];
@@ -214,7 +214,7 @@ key_attention_kernel(const __grid_constant__ StatsArgs<T> args) {
 
   const SplitSteps steps(0, score.keys, split, args.splits);
   for (int index = steps.first + warp; index < steps.last; index += kBlockWarps) {
-    const int step = index * kStepKeys, id = kMass || score.region_bias ? tile.load_id(step) : -1;
+    const int step = index * kStepKeys, id = kMass || score.region_bias ? tile.region_of(tile.load_id(step)) : -1;
     const SeeingRows rows(tile, step);
     uint4 keys[2][kDim / 32];
     tile.load_keys(keys, step);

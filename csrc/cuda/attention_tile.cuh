@@ -145,11 +145,10 @@ struct Tile {
     }
   }
 
-  // The region of key `step + lane % 16`; ids outside 0 .. regions - 1 count as none.
-  __device__ int load_id(int step) const {
-    const int id = ids[valid_key(step + lane % kStepKeys)];
-    return id >= 0 && id < args.regions ? id : -1;
-  }
+  // The id of key `step + lane % 16`, not looked at yet: a test here would wait for it before the products that do not need it.
+  __device__ int load_id(int step) const { return ids[valid_key(step + lane % kStepKeys)]; }
+  // The region that it means; ids outside 0 .. regions - 1 count as none.
+  __device__ int region_of(int id) const { return id >= 0 && id < args.regions ? id : -1; }
 
   // Base-2 scores of a step, -inf where masked: s[half][2 t + e] for row g + 8 half and key 8 t + 2 c + e.
   __device__ void score(float (&s)[kRowTiles][4], const uint4 (&fragment)[2][kLoads], int step, int id) const {
@@ -197,7 +196,7 @@ struct Tile {
       const float* bias = args.region_bias + batch * args.bias_batch_stride + at.head * args.bias_head_stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int region = __shfl_sync(kFullWarp, id, offset(i));
+        const int region = region_of(__shfl_sync(kFullWarp, id, offset(i)));
         if (region >= 0 && exists(half)) s[half][i] += kLog2e * bias[region];
       }
     }

@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kCacheThreads) write_cache_kernel(const __grid
   const CacheRows<T>& rows = is_value ? args.value : args.key;
   if (is_value) index -= keys;
   const int pieces = rows.dim / kVec, head = pieces ? index / pieces : args.heads, first = (index - head * pieces) * kVec;
-  wait_for_previous_kernel();  // also by threads without work: the kernel after this one waits for this one alone
   allow_next_kernel();
+  wait_for_previous_kernel();  // also by threads without work: the kernel after this one waits for this one alone
   if (head >= args.heads) return;
   const int batch = blockIdx.x / unsigned(args.tokens), token = blockIdx.x - batch * args.tokens;
   const int64_t slot = args.slots[batch * args.slots_batch + token * args.slots_token];

@@ -96,8 +96,8 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   constexpr int kShare = kProducts / kLinearWarps;  // the lanes of a warp ask one after the other
   if (kAligned && lane < kShare)
     prefetch_l2(weight_row(warp * kShare + lane), min(args.inputs, kLinearAhead) * unsigned(sizeof(T)));
+  allow_next_kernel();  // its blocks ask for their rows of W while this one waits, and while its last ones end
   wait_for_previous_kernel();
-  allow_next_kernel();  // its blocks ask for their rows of W while this one's end
 
   const T *weight[2 * kOutputTiles], *x[kRowTiles];
 #pragma unroll

@@ -421,6 +421,7 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm, kNorm),
     if (kNorm == Norm::layer && a.bias.data != nullptr) slice.prefetch(a.bias);
     if (kNorm == Norm::sandwich) slice.prefetch(a.x_weight);
   }
+  allow_next_kernel();  // a product, as a rule, which asks for its weight ahead
   wait_for_previous_kernel();
   if (r >= a.rows) return;
 
@@ -439,7 +440,6 @@ __global__ void __launch_bounds__(norm_max_threads(kElements, kForm, kNorm),
     return rsqrtf(row_sum(squares(slice, own, 0.f)) * a.inv_d + a.eps);
   };
   load_h<kNorm, kSteered>(a, slice, x, a.residual.data ? a.residual.row(r) : nullptr, steering, x_inv_rms, h);
-  allow_next_kernel();
   if constexpr (!S::kWithRow) load_all_affine();
   if (a.h != nullptr) {
 #pragma unroll

@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_con
   const unsigned index = blockIdx.y * kRotaryThreads + threadIdx.x;
   int head = index / unsigned(units);
   const int first = (index - head * units) * kVec;
+  allow_next_kernel();
   wait_for_previous_kernel();  // also by threads without work: the kernel after this one waits for this one alone
   if (head >= args.query.heads + args.key.heads) return;
   const bool is_key = head >= args.query.heads;

@@ -961,6 +961,34 @@ def test_a_model_unpatched_by_a_streamer_gives_no_answer(model, processor, profi
         guard.generate(["w1 w2"], [random_image(0)], streamer=Asking(lambda: [guard._unpatch_model()]))
 
 
+def test_a_model_unpatched_among_the_steered_steps_gives_no_answer(model, processor):
+    """As by the end of another thread's block."""
+    profile, lost = make_profile(model, processor, gate=0.9), 0
+
+    class Unpatching(LogitsProcessor):
+        def __init__(self, calls: int):
+            self.calls = calls
+
+        def __call__(self, input_ids, scores):
+            self.calls -= 1
+            if not self.calls:
+                Patch.of(model).unpatch()
+            return scores
+
+    def answer(calls: int) -> list[int]:
+        with ras_fast.patch(model), SafeGenerator(model, processor, profile) as guard:
+            (output,) = guard.generate(["w1 w2"], [random_image(0)], max_new_tokens=6, logits_processors=[Unpatching(calls)])
+            return output.tokens
+
+    expected = answer(0)
+    for calls in range(1, 20):
+        try:
+            assert answer(calls) == expected
+        except RuntimeError as error:
+            lost += "lost its steering" in str(error)
+    assert lost
+
+
 @pytest.mark.parametrize("make", [SequentialPipeline, SafeGenerator])
 def test_what_is_no_streamer_is_refused(model, processor, profile, make):
     with pytest.raises(ValueError, match=r"streamer is a list; it needs the methods put\(tokens\) and end\(\)"):

@@ -449,6 +449,8 @@ class Overlapped(Plan):
         try:
             patch.set_steering("final", self.moras.prototypes, steering=steering)
             yield steering
+            if not patch.applied:
+                raise RuntimeError("the model was unpatched in the middle of an answer, which lost its steering")
         finally:
             patch.clear_steering(steering)
 

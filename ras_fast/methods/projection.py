@@ -354,6 +354,12 @@ class Projection:
     def hooked(self, patch: Patch, alpha: Tensor | None = None) -> Iterator[Projection]:
         """What `attach` does but for what all methods share: the block's turn among threads, the profile's region bias."""
         self.check(len(patch.layers), self.vectors.shape[1])
+        crossing = sorted({*(getattr(patch.text_model.config, "cross_attention_layers", None) or ())}.intersection(self.layers))
+        if crossing:
+            raise ValueError(
+                f"layers {crossing} attend to images alone, and are skipped where there is none: such an answer would not be "
+                "steered there; the profile needs vectors for other layers"
+            )
         strengths, device = self._strengths(alpha), next(patch.text_model.parameters()).device
         state = PromptState(self._check, self.profile.digest(strengths))
         run = _Run(self, state, Steering(), strengths.to(device))

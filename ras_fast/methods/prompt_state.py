@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ras_fast.decoding import lock_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
-from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, returned_cache
+from ras_fast.patching.cache_values import CACHE_NAMES, PerSequence, cache_name, given_cache, keep, kept, returned_cache
 from ras_fast.patching.structure import find_head
 from ras_fast.profile import RasProfile, modules_of, weights_of
 
@@ -141,6 +141,11 @@ class PromptState:
         if not self._patch.applied:
             raise RuntimeError("the model was unpatched while a method defends it: its answer would not be steered")
         self._mask, self._cache = kwargs.get("attention_mask"), given_cache(kwargs)
+        if self._cache is None and any(kwargs.get(name) is not None for name in CACHE_NAMES):
+            raise RuntimeError(
+                "the model is given a cache without rows, as in continuous batching, which puts all sequences into one; a "
+                "method judges and steers each row by itself: use generate"
+            )
         # A static cache's own tensor counts on while the layers run.
         self.past = 0 if self._cache is None else self._cache.get_seq_length() + 0
         self.value = kept(self._cache, self.name)
@@ -181,12 +186,12 @@ class _Generate:
             if self.state.ended:
                 _refuse_to_begin()
             self.state.check(self.model)
-            self.state.generates = True
+            outer, self.state.generates = self.state.generates, True  # that of a whole may call a part's
             try:
                 answer = self.generate(*args, **kwargs)
             finally:
-                self.state.generates = False
-                if self.state.refusing is not None:
+                self.state.generates = outer
+                if self.state.refusing is not None and not outer:
                     self.state.refusing.remove()
             if self.state.ended:
                 _refuse_the_rest()
@@ -244,17 +249,22 @@ class _StandIn:
 
 @contextmanager
 def replaced(model: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
-    """Inside the block the model's method of this name, which `generate` calls, is replaced by `stand_in(method)`. Blocks may
-    end in any order.
+    """Inside the block the method of this name, which `generate` calls, is replaced by `stand_in(method)`, in each part of the
+    model that has one: the `generate` of a whole may call a part's, as InstructBLIP's does. Blocks may end in any order.
 
     Raises RuntimeError for a model that has `generate` but no such method: a defence that relies on it would not see prompts.
     """
-    owner = next((m for m in model.modules() if hasattr(type(m), name)), None)
-    if owner is None:
-        if any(hasattr(type(m), "generate") for m in model.modules()):
-            raise RuntimeError(f"generate() of this version of transformers has no {name}, which this method relies on")
+    owners = [module for module in model.modules() if hasattr(type(module), name)]
+    if not owners and any(hasattr(type(m), "generate") for m in model.modules()):
+        raise RuntimeError(f"generate() of this version of transformers has no {name}, which this method relies on")
+    with ExitStack() as stack:
+        for owner in owners:
+            stack.enter_context(_replaced_in(owner, name, stand_in))
         yield
-        return
+
+
+@contextmanager
+def _replaced_in(owner: nn.Module, name: str, stand_in: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
     own = _StandIn(owner, name, stand_in)
     try:  # with the assignment, after which Ctrl-C may come at once
         owner.__dict__[name] = own

@@ -97,7 +97,7 @@ class FusedNorm(StandIn):
     ) -> Tensor:
         """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows. Where there
         is an `inner` norm, x goes through that first; where there is a `scale` [1], the sum is multiplied by it."""
-        if self.norm.weight.is_meta and not x.is_meta:  # offloaded: accelerate's hooks bring it only for the norm's own call
+        if self._is_elsewhere(x):
             return add_alone(x if inner is None else inner.norm(x), residual, site, probe, scale)
         sandwich = {}
         if inner is not None and self._includes(inner, x, residual):
@@ -113,6 +113,11 @@ class FusedNorm(StandIn):
             result, _ = self.compute(hidden, None, self.site)
         self._given, self._version, self._result = hidden, _version(hidden), result
         return hidden
+
+    def _is_elsewhere(self, x: Tensor) -> bool:
+        """Whether its weight is there for the norm's own call alone: hooks bring it, of accelerate's offloading or of FSDP2."""
+        weight = self.norm.weight
+        return (weight.is_meta and not x.is_meta) or type(weight) not in (nn.Parameter, Tensor)
 
     def add_behind(
         self, x: Tensor, residual: Tensor, site: Site | None = None, probe: Probe | None = None, scale: Tensor | None = None
@@ -280,7 +285,7 @@ class FusedLayer(SteeredLayer):
         self.attention_norm, self.middle, self.last_norm = map(norms.get, ("attention_norm", "middle_norm", self.LAST_NORM))
         self._in_place = tuple((names[part], norm.norm) for part, norm in norms.items())
         self.returns_tuple = False
-        self._parameters = _named_parameters(type(layer).forward)[1:]
+        self._parameters = named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +332,7 @@ class FusedLayer(SteeredLayer):
         later."""
         attention = self.layer._modules[self.names["attention"]]
         call = next(call for call in record.calls if call.name == self.names["attention"])
-        received = dict(zip(_named_parameters(type(attention).forward)[1:], call.args, strict=False)) | call.kwargs
+        received = dict(zip(named_parameters(type(attention).forward)[1:], call.args, strict=False)) | call.kwargs
         given = {*self._parameters[: len(record.args)], *record.kwargs}
         return sorted(name for name, value in received.items() if value is None and name not in given)
 
@@ -395,7 +400,7 @@ class FusedMixtureLayer(FusedLayer):
         return self._run("dense_norm", super()._move(normed, hidden, kwargs)) + self._run("experts_norm", routed)
 
 
-def _named_parameters(function: Callable) -> tuple[str, ...]:
+def named_parameters(function: Callable) -> tuple[str, ...]:
     """The names of its parameters, without *args and **kwargs."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ras_fast.ops.attention import REDUCTIONS
 from ras_fast.patching.fusion import Fused, fuse
 from ras_fast.patching.growing_cache import grow_in_place
 from ras_fast.patching.image_statistics import link
-from ras_fast.patching.layers import FusedNorm, SteeredLayer
+from ras_fast.patching.layers import FusedNorm, SteeredLayer, named_parameters
 from ras_fast.patching.linear import speed_up_linears
 from ras_fast.patching.mlp import fuse_mlps
 from ras_fast.patching.report import Report
@@ -413,6 +414,7 @@ class Patch:
             self._backend_request = request_backend(backend)
         self._undo.whole = root, text_model
         self._undo.set(text_model, _PATCH, self)
+        self._undo.hook_before(text_model, partial(_name_arguments, named_parameters(type(text_model).forward)[1:]))
         self._report = report = Report(type(root).__name__, len(decoder_layers))
         try:
             recorded = trace(text_model, decoder_layers)
@@ -437,6 +439,13 @@ class Patch:
             grow_in_place(text_model, self._undo)
         if self._state is not None:
             report.blind = [index for index in range(report.layers) if index not in self._state.layers]
+
+
+def _name_arguments(names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+    """Hook of the text model, before all others: these look for its arguments by their names."""
+    if not 0 < len(args) <= len(names):
+        return None
+    return (), dict(zip(names, args, strict=False)) | kwargs
 
 
 def _module(place: SteeredLayer | FusedNorm) -> nn.Module:

@@ -9,7 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_random import endless_llava, tiny_processor
-from transformers import DynamicCache
+from transformers import (
+    AutoConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    InstructBlipForConditionalGeneration,
+)
 
 import ras_fast
 from ras_fast.methods.moras import PRESETS
@@ -571,6 +577,45 @@ def test_a_whole_model_that_was_compiled_before_is_defended(processor):
             expected, found = (one(**inputs, use_cache=False).logits for one in (model, compiled))
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found[:, -1], plain[:, -1], atol=1e-2)
+
+
+@pytest.mark.parametrize("make", [autosteer, projection])
+def test_continuous_batching_is_refused(model, processor, make):
+    """Which has all sequences in one row: it would be judged at each step, by the last of them."""
+    options = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with ras_fast.patch(model, regions=False) as patch, ras_fast.methods.attach(patch, make(model, processor)):
+        results = model.generate_batch([[21, 22, 23]], options, ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64))
+    assert [(result.generated_tokens, "without rows" in result.error) for result in results.values()] == [([], True)]
+
+
+def test_arguments_without_names_count(model, processor):
+    """The mask and the cache among them: or a row that ends in padding would pass, and each step would be judged anew."""
+    ids, mask = torch.tensor([[21, 22, 23, 0]]), torch.tensor([[1, 1, 1, 0]])
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, autosteer(model, processor)) as method:
+        cache = DynamicCache()
+        patch.text_model(ids, mask, None, cache)
+        assert method.failed.tolist() == [True]
+        patch.text_model(ids[:, :1], None, None, cache)
+        assert method.risk.tolist() == [1.0]
+
+
+def test_the_generate_of_a_part_is_followed():
+    """InstructBLIP's own calls that of its language model."""
+    sizes = {"hidden_size": D, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = sizes | {"num_hidden_layers": 1, "image_size": 16, "patch_size": 4}
+    text = sizes | {"model_type": "llama", "num_hidden_layers": 3, "vocab_size": 100, "pad_token_id": 0, "eos_token_id": None}
+    config = AutoConfig.for_model(
+        "instructblip", vision_config=vision, text_config=text, num_query_tokens=4, image_token_index=99,
+        qformer_config=sizes | {"num_hidden_layers": 1, "vocab_size": 100, "encoder_hidden_size": D},
+    )  # fmt: skip
+    model = InstructBlipForConditionalGeneration(config).eval()
+    ids = torch.tensor([[99] * 4 + [21, 22, 23]])
+    asked = {"input_ids": ids, "qformer_input_ids": ids[:, -2:], "pixel_values": torch.randn(1, 3, 16, 16)}
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, autosteer(model, None)):
+        generate(model, asked)
+        with pytest.raises(RuntimeError, match="guessed tokens"):
+            generate(model, asked, prompt_lookup_num_tokens=2)
+    assert not any(name in module.__dict__ for module in model.modules() for name in ("generate", "_prefill"))
 
 
 # Another profile, another model

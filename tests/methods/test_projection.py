@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import save_file
 from tiny_random import endless_llava, mixed_batch, random_image, random_words, skip_mixed_beams, tiny_llava, tiny_processor
 from torch._dynamo.testing import CompileCounter
@@ -479,6 +480,15 @@ def test_a_condition_without_its_direction(model, processor):
     made = from_vectors(model, processor, VECTORS, condition=Condition(1, DIRECTION, 0.0))
     with pytest.raises(ValueError, match="its direction missing"):
         Projection(RasProfile("projection", made.config, {"vectors": made.tensors["vectors"]}))
+
+
+def test_layers_that_are_skipped_without_an_image_are_refused():
+    """Mllama's of cross-attention: the answer to a text alone would be the model's own, and count as steered."""
+    model = FAMILIES["mllama"].model("mllama")
+    text = model.config.get_text_config()
+    profile = from_vectors(model, None, torch.randn(text.hidden_size), layers=[2, text.cross_attention_layers[0]])
+    with ras_fast.patch(model) as patch, pytest.raises(ValueError, match=r"layers \[1\] attend to images alone"):
+        Projection(profile).attach(patch).__enter__()
 
 
 def test_models_that_do_not_fit(model, processor, batch):

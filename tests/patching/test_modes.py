@@ -111,6 +111,28 @@ def test_statistics_while_assisted():
                 assert (mass - image_sums(whole, ids, 1))[:, :, -1].abs().max() < 1e-5
 
 
+# FSDP
+
+
+def test_layers_that_are_sharded_after_the_patch():
+    """FSDP2 has a norm's weight in one piece for its own layer's forward alone."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    model, batch = llava(), inputs(ROWS)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        with ras_fast.patch(model), torch.no_grad():
+            for part in (*model.model.language_model.layers, model):
+                fully_shard(part, mesh=mesh)
+            assert relative_error(model(**batch).logits, expected) < 1e-5
+    finally:
+        distributed.destroy_process_group()
+
+
 # Continuous batching
 
 

@@ -139,7 +139,7 @@ case "$*" in
   *"-k hopper"*) echo "ran: $*"; exit "${HOPPER:-0}" ;;
   *profile_targets*) echo "ran: $*" ;;
   *bench_norm*) mkdir -p bench/results/gpu && cp "$NORM" bench/results/gpu/norm.json ;;
-  *bench_engine*) echo "it broke: $*"; exit 3 ;;
+  *"bench_engine.py --gpu --tokens"*) echo "it broke: $*"; exit 3 ;;
   *bench_attention*) echo "a partial line: $*"; exec sleep 60 ;;
   bench/aims.py*) exec "$REAL_PYTHON" bench/aims.py gpu ;;
   bench/ncu_table.py*) exec "$REAL_PYTHON" "$@" ;;

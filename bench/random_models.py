@@ -6,7 +6,15 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3_5TextConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen3_5TextConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from word_processor import QWEN_SPECIAL, SPECIAL, qwen_word_processor, word_processor
 
 # text: hidden, layers, heads, key-value heads, mlp; vision: hidden, layers, heads, mlp, and in Qwen3-VL which of its layers
@@ -85,8 +93,6 @@ def _llava(shape: str):
 
 
 def _qwen3_vl(shape: str):
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
     template = CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     processor = qwen_word_processor(_words(QWEN_SPECIAL, "qwen"), template, patch_size=16)
     (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp, given) = QWEN3_VL[shape]

@@ -1,8 +1,9 @@
 """The processors of models of random weights, whose words mean nothing. Tests use them, too."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaProcessor, PreTrainedTokenizerFast, Qwen3VLProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>")
 QWEN_SPECIAL = (*SPECIAL[:4], "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
@@ -23,9 +24,6 @@ def word_processor(words, chat_template: str, image_size: int, patch_size: int) 
 
 def qwen_word_processor(words, chat_template: str, patch_size: int):
     """The same of Qwen3-VL, without videos, for words that begin with QWEN_SPECIAL."""
-    from transformers import Qwen3VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     images = Qwen2VLImageProcessorPil(patch_size=patch_size, temporal_patch_size=2, merge_size=2)
     processor = in_part(Qwen3VLProcessor)
     return processor(images, word_tokenizer(words, QWEN_SPECIAL), video_processor=None, chat_template=chat_template)

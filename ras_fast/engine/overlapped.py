@@ -125,8 +125,8 @@ class Overlapped(Plan):
         patch = Patch.of(self.runner.model)
         with region_bias(patch, self.bias):
             outputs = self._cut_or_not(queries, decoding, streamer)
-        if self.bias is not None and not patch.applied:
-            raise RuntimeError("the model was unpatched in the middle of an answer, which lost its region_bias")
+        if self.bias is not None:
+            _refuse_unpatched(patch, "region_bias")
         return outputs
 
     def _cut_or_not(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
@@ -449,8 +449,7 @@ class Overlapped(Plan):
         try:
             patch.set_steering("final", self.moras.prototypes, steering=steering)
             yield steering
-            if not patch.applied:
-                raise RuntimeError("the model was unpatched in the middle of an answer, which lost its steering")
+            _refuse_unpatched(patch, "steering")
         finally:
             patch.clear_steering(steering)
 
@@ -548,6 +547,11 @@ class Overlapped(Plan):
     def _has_special_token(self, ids: list[int]) -> bool:
         """Whether a special token comes after what closes the last image."""
         return not self._special.isdisjoint(ids[self._images_closed(ids) :])
+
+
+def _refuse_unpatched(patch: Patch, lost: str) -> None:
+    if not patch.applied:
+        raise RuntimeError(f"the model was unpatched in the middle of an answer, which lost its {lost}")
 
 
 def _same_prefix(job: Job, other: Job) -> bool:

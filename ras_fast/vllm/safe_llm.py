@@ -86,11 +86,12 @@ class _Job:
 
 
 class _Run:
-    """One call of `SafeLLM.generate`. live: request id -> its job and stage."""
+    """One call of `SafeLLM.generate`. live: request id -> its job and stage. lengths: tokens of the stages before an answer."""
 
     def __init__(self, guard: SafeLLM, max_tokens: int):
         self.guard, self.engine, self.counters = guard, guard.engine, guard.counters
         self.settings, self.max_tokens = guard.settings, max_tokens
+        self.lengths = {CONTEXT: self.settings["max_context_tokens"], ASSESS: self.settings["steps"]}
         self.live: dict[str, tuple[_Job, str]] = {}
         self._jobs: dict[int, _Job] = {}  # of the queries in flight, by number
 
@@ -120,7 +121,7 @@ class _Run:
         self.counters["queries"] += 1
         self._submit(job, DRAFT, job.query, self.max_tokens, {RECORD: job.records[DRAFT]})
         if job.query.images:
-            self._submit(job, CONTEXT, context_query(job.query, self.settings), self.settings["max_context_tokens"], None)
+            self._submit(job, CONTEXT, context_query(job.query, self.settings), self.lengths[CONTEXT], None)
         else:
             self._assess(job)
 
@@ -128,7 +129,7 @@ class _Run:
         job.context = context_text(self.guard.processor, job.tokens[CONTEXT], self.guard.chat_marks)
         job.mark(CONTEXT)
         query = risk_query(job.query, job.context, self.settings, self.guard.chat_marks)
-        self._submit(job, ASSESS, query, self.settings["steps"], {RECORD: job.records[ASSESS]})
+        self._submit(job, ASSESS, query, self.lengths[ASSESS], {RECORD: job.records[ASSESS]})
 
     def _can_be_judged(self, job: _Job) -> bool:
         drafted = DRAFT in job.over or len(job.tokens[DRAFT]) >= self.settings["steps"]
@@ -219,9 +220,8 @@ class _Run:
         del self.live[output.request_id]
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended the {stage} request of a query with {completion.finish_reason!r}")
-        wanted = {CONTEXT: self.settings["max_context_tokens"], ASSESS: self.settings["steps"]}.get(stage, 0)
-        if completion.finish_reason == "length" and len(job.tokens[stage]) < wanted:
-            made = len(job.tokens[stage])
+        made, wanted = len(job.tokens[stage]), self.lengths.get(stage, 0)
+        if completion.finish_reason == "length" and made < wanted:
             raise ValueError(f"a prompt leaves room for {made} of its {stage} stage's {wanted} tokens; it needs to be shorter")
         self.counters["prompt_tokens"] += len(output.prompt_token_ids)
         self.counters["cached_tokens"] += output.num_cached_tokens or 0

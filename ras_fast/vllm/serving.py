@@ -120,18 +120,12 @@ class SafeChat:
     async def _admits(self, scope: Message, send: Send) -> bool:
         """Whether the server inside lets this client in (``--api-key``); if not, its answer is sent. Before the body is read,
         which may be as long as the client likes: who may have the list of models may chat."""
-        held: list[Message] = []
-
-        async def receive() -> Message:
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        async def hold(message: Message) -> None:
-            held.append(message)
-
-        await self.app(scope | {"method": "GET", "path": scope["path"].removesuffix(CHAT) + MODELS}, receive, hold)
-        if held[0]["status"] == 200:
+        messages: list[Message] = []
+        scope = scope | {"method": "GET", "path": scope["path"].removesuffix(CHAT) + MODELS}
+        await _Call(self.app, scope, b"", _into(messages)).task
+        if messages[0]["status"] == 200:
             return True
-        for message in held:
+        for message in messages:
             await send(message)
         return False
 
@@ -288,11 +282,7 @@ class _Answer:
         request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
         request |= {"return_token_ids": True, "vllm_xargs": marks}
         messages: list[Message] = []
-
-        async def take(message: Message) -> None:
-            messages.append(message)
-
-        await self.client.post(request, take, names_request=False).task
+        await self.client.post(request, _into(messages), names_request=False).task
         if self.client.gone:
             raise _Gone
         if messages[0]["status"] != 200:
@@ -531,6 +521,15 @@ async def _body(receive) -> bytes:
         pieces.append(message.get("body", b""))
         more = message.get("more_body", False)
     return b"".join(pieces)
+
+
+def _into(messages: list[Message]) -> Send:
+    """What keeps a response there."""
+
+    async def take(message: Message) -> None:
+        messages.append(message)
+
+    return take
 
 
 async def _refuse(send: Send, status: int, reason: str) -> None:

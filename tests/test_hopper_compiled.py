@@ -87,12 +87,29 @@ def test_each_role_keeps_to_its_registers(sass, instance):
 
 
 def registers_of(line):
-    """The registers that an instruction other than HGMMA names: pairs as addresses, two or four for wide data."""
+    """The registers that an instruction other than HGMMA names: pairs as addresses, two or four for wide data. The factors of a
+    wide product are single."""
     found = set()
-    width = 4 if ".128" in line.split()[0] else 2 if re.search(r"\.(64|WIDE)\b", line.split()[0]) else 1
-    for bracket, number, address in re.findall(r"(\[?)\bR(\d+)(\.64)?", line):
-        found.update(range(int(number), int(number) + (2 if address else 1 if bracket else width)))
+    name, _, operands = line.partition(" ")
+    width = 4 if ".128" in name else 2 if re.search(r"\.(64|WIDE)\b", name) else 1
+    for position, operand in enumerate(operands.split(",")):
+        for bracket, number, address in re.findall(r"(\[?)\bR(\d+)(\.64)?", operand):
+            single = bracket or (".WIDE" in name and position in (1, 2))
+            found.update(range(int(number), int(number) + (2 if address else 1 if single else width)))
     return found
+
+
+@pytest.mark.parametrize(
+    ("line", "numbers"),
+    [
+        ("IMAD.WIDE.U32 R20, R23, UR58, R14", {20, 21, 23, 14, 15}),
+        ("STG.E.128 desc[UR14][R2.64+0x10], R8", {2, 3, 8, 9, 10, 11}),
+        ("LDS.64 R4, [R7]", {4, 5, 7}),
+        ("FADD R11, R89, R11.reuse", {11, 89}),
+    ],
+)
+def test_registers_of_a_line(line, numbers):
+    assert registers_of(line) == numbers
 
 
 def in_flight_of(line):

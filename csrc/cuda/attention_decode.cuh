@@ -177,6 +177,7 @@ decode_kernel(const __grid_constant__ DecodeArgs<T> args) {
       top[half] = next;
     }
     if (__any_sync(kFullWarp, grown)) {
+      if constexpr (kMass) regions.rescale(factor);
 #pragma unroll
       for (int half = 0; half < kRowTiles; ++half) {
         sum[half] *= factor[half];

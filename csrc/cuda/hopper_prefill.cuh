@@ -14,7 +14,8 @@
 // that P V wants.
 //
 // Region mass is the row sum that online softmax has anyway, begun anew where the keys enter another region (RegionSums in
-// online_softmax.cuh); only a step whose keys mix regions is summed once for each. Registers do not depend on R.
+// online_softmax.cuh); only a step whose keys mix regions is summed once for each, and the last one's run stays open. Registers do
+// not depend on R.
 //
 // Framework-free: hopper_prefill.cu is the launcher. Layouts: PTX ISA, "wgmma", "Register Fragments" and "Matrix Descriptor".
 #pragma once
@@ -256,7 +257,6 @@ struct Consumer {
     }
 #pragma unroll
     for (int i = 0; i < kOut; ++i) out[i] = 0.f;
-    if constexpr (kMass) begin_regions();
   }
 
   // The tile, or, where registers are short, its numbers found again: between its ends they would wait in registers.
@@ -390,36 +390,44 @@ struct Consumer {
     }
   }
 
-  // Adds a mixed step's probabilities p to the totals of their regions, one after the other.
-  __device__ void add_if_mixed(const float (&p)[kScores], int step) {
+  // Tells the regions of a mixed step's probabilities p apart, one after the other. The last one's run stays open: where a region
+  // begins or ends, no run is folded but beside the products.
+  __device__ void split_if_mixed(const float (&p)[kScores], int step) {
     if (region != kMixed) return;
     if constexpr (!kRoomy) {
       find_totals();
       same_tile().load_ids(ids, step);
     }
+    float part[2];
     while (true) {
       unsigned lowest = regions.regions;  // -1, in no region and those done, is the highest number
 #pragma unroll
       for (int id : ids) lowest = min(lowest, unsigned(id));
       lowest = __reduce_min_sync(kFullWarp, lowest);
-      if (lowest == unsigned(regions.regions)) return;
-      float sums[2] = {};
+      if (lowest == unsigned(regions.regions)) break;
+      if (regions.current >= 0) regions.fold(regions.current, part, top);
+      regions.current = int(lowest);
+      part[0] = part[1] = 0.f;
 #pragma unroll
       for (int w = 0; w < Shape::kIdWords; ++w) {
         const bool found = unsigned(ids[w]) == lowest;
-        add_keys(p + kWarp / 2 * w, min(kScores - kWarp / 2 * w, kWarp / 2), __ballot_sync(kFullWarp, found), sums);
+        add_keys(p + kWarp / 2 * w, min(kScores - kWarp / 2 * w, kWarp / 2), __ballot_sync(kFullWarp, found), part);
         if (found) ids[w] = -1;
       }
-      regions.fold(int(lowest), sums, top);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      regions.before[half] += sum[half] - part[half];
+      sum[half] = part[half];
     }
   }
 
   // Adds this lane's probabilities, `count` of them, of 2 count keys (32, or the last 16), of those whose bits are set.
-  __device__ void add_keys(const float* p, int count, unsigned keys, float (&sums)[2]) const {
+  __device__ void add_keys(const float* p, int count, unsigned keys, float (&part)[2]) const {
     const unsigned mine = keys >> 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      if (mine >> (i / 4 * 8 + i % 2) & 1) sums[i / 2 % 2] += p[i];
+      if (mine >> (i / 4 * 8 + i % 2) & 1) part[i / 2 % 2] += p[i];
     }
   }
 
@@ -455,11 +463,14 @@ struct Consumer {
       const StageOf at(number);
       begin_step(scores, at);
       pass_turn();
-      if constexpr (kTracked) enter_region(at, 0);
+      if constexpr (kTracked) {
+        begin_regions();
+        enter_region(at, 0);
+      }
       wgmma_wait<0>(scores);
       release(shared.key_empty[at.stage]);
       softmax_and_await_values(scores, shrink, 0, at);
-      if constexpr (kTracked) add_if_mixed(scores, 0);
+      if constexpr (kTracked) split_if_mixed(scores, 0);
       pack(p, scores);
     }
     for (int step = 1; step < tile.steps; ++step) {
@@ -476,45 +487,59 @@ struct Consumer {
       }
       release(shared.key_empty[at.stage]);
       softmax_and_await_values(scores, shrink, step, at);
-      if constexpr (kTracked && !kMixedLast) add_if_mixed(scores, step);
+      if constexpr (kTracked && !kMixedLast) {
+        regions.rescale(shrink);
+        split_if_mixed(scores, step);
+      }
       if constexpr (kRoomy) {
         wgmma_wait<0>(out, p);
         release(shared.value_empty[before.stage]);
       }
       if (!__all_sync(kFullWarp, shrink[0] == 1.f && shrink[1] == 1.f)) {
+        if constexpr (kTracked && kMixedLast) regions.rescale(shrink);
 #pragma unroll
         for (int i = 0; i < kOut; ++i) out[i] *= shrink[i / 2 % 2];
       }
-      if constexpr (kTracked && kMixedLast) add_if_mixed(scores, step);
+      if constexpr (kTracked && kMixedLast) split_if_mixed(scores, step);
       pack(p, scores);
     }
     release(shared.query_empty);
     const StageOf last(number + tile.steps - 1);
     wgmma_fence();
     start_out(p, last.stage);
+    write_statistics<kTracked>();
     wgmma_wait<0>(out, p);
     release(shared.value_empty[last.stage]);
   }
 
-  __device__ void finish() {
+  // LSE and masses, beside the tile's last product. `sum` becomes the whole row's.
+  template <bool kTracked>
+  __device__ void write_statistics() {
     const Tile tile = same_tile();
-    if constexpr (kMass) {
+    if constexpr (kTracked) {
       if constexpr (!kRoomy) find_totals();
-      if (tile.tracked) regions.close(sum, top);
+      regions.close(sum, top);
       __syncwarp();
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float total = quad_sum(sum[half]), lse = top[half] + log2_approximate(total);
-      store_out(tile, half, 1.f / (total == 0.f ? 1.f : total));
+      sum[half] = quad_sum(sum[half]);
+      const float lse = top[half] + log2_approximate(sum[half]);
       if (row_of(tile, half) >= tile.args.query_rows) continue;
       if (threadIdx.x % 4 == 0) tile.args.lse[tile.stat_row(row_of(tile, half))] = lse * kLn2;
-      if constexpr (kMass) {
+      if constexpr (kTracked) {
         if (!is_wanted(tile, half)) continue;
         const float *sums = regions.totals[half], shift = finite_or_zero(lse);
         for (int r = threadIdx.x % 4; r < regions.regions; r += 4) mass_of(tile, half)[r] = exp2_approximate(sums[r] - shift);
       }
     }
+    __syncwarp();  // what waits for the product is the whole warp
+  }
+
+  __device__ void write_out() {
+    const Tile tile = same_tile();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) store_out(tile, half, 1.f / (sum[half] == 0.f ? 1.f : sum[half]));
   }
 
   // The four lanes of a row hold two neighbours of every 8 dimensions each. They trade until lane c has all 8 of every fourth
@@ -554,7 +579,7 @@ __device__ void consume(PrefillShared<T, kDim, kConsumers>& shared, const Prefil
       consumer.template walk<false>(number);
     }
     number += tile.steps;
-    consumer.finish();
+    consumer.write_out();
   });
   if (which_consumer() == 0) bar_sync(1, 2 * kWarpgroup);  // the turn that nobody takes
 }

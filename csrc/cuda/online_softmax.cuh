@@ -76,13 +76,13 @@ struct RegionSums {
   bool ok[kRowTiles];
   int regions;
   int current;              // the run's region
-  float before[kRowTiles];  // kLog: the base-2 logarithm of this lane's part of all earlier runs, of whatever region
+  float before[kRowTiles];  // kLog: this lane's part of all earlier runs, of whatever region, in units of 2^top as `sum` is
 
   __device__ void begin(bool (&exists)[kRowTiles]) {
     current = -1;
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      before[half] = -INFINITY;
+      before[half] = 0.f;
       ok[half] = exists[half];
     }
   }
@@ -119,11 +119,17 @@ struct RegionSums {
     }
   }
 
+  // Where a maximum has grown, what was summed before shrinks.
+  __device__ void rescale(const float (&factor)[kRowTiles]) {
+#pragma unroll
+    for (int half = 0; half < kRowTiles; ++half) before[half] *= factor[half];
+  }
+
   // Ends the last run. kLog: `sum` becomes that of all keys.
   __device__ void close(float (&sum)[kRowTiles], const float (&top)[kRowTiles]) {
     if (current >= 0) fold(current, sum, top);
 #pragma unroll
-    for (int half = 0; kLog && half < kRowTiles; ++half) sum[half] += exp2_approximate(before[half] - finite_or_zero(top[half]));
+    for (int half = 0; kLog && half < kRowTiles; ++half) sum[half] += before[half];
   }
 
   // Says where the next keys lie, before any is added to `sum`.
@@ -132,7 +138,7 @@ struct RegionSums {
     if (current >= 0) fold(current, sum, top);
 #pragma unroll
     for (int half = 0; half < kRowTiles; ++half) {
-      if (kLog) before[half] = log2_sum({before[half], log2_approximate(sum[half]) + top[half]});
+      if (kLog) before[half] += sum[half];
       sum[half] = 0.f;
     }
     current = region;

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
 _WINDOW = "_ras_fast_window"  # attribute of a range mask that was made for one forward: the window it was made with, in a tuple
+_OWN = "_ras_fast_own"  # attribute of a range mask in which each query has a range of its own
 # Keyword arguments that are obeyed, or that change nothing: the model has made use of them already, or they are a module's.
 _KNOWN = frozenset((
     "sliding_window", "softcap", "s_aux", "output_attentions", "input_ids", "position_ids", "cache_position", "use_cache",
@@ -47,8 +48,8 @@ def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
     """A range mask: the valid keys [kv_start, kv_end) as an int32 tensor instead of booleans.
 
     Args:
-        kv_start, kv_end: [B], any integer dtype: each sequence's valid keys, under a causal mask. Or both [B, Lq] with Lq > 1:
-            the keys that each query sees, without a further mask.
+        kv_start, kv_end: [B], any integer dtype: each sequence's valid keys, under a causal mask. Or both [B, Lq]: the keys
+            that each query sees, without a further mask.
 
     Returns:
         int32 [B, 1, 1, 2], or [B, 1, Lq, 2].
@@ -57,7 +58,10 @@ def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
     """
     # Laid out so that the kernels get [B] or [B, Lq] slices without a copy.
     bounds = torch.stack([kv_start, kv_end]).to(torch.int32)
-    return bounds.view(2, bounds.shape[1], 1, -1).permute(1, 2, 3, 0)
+    mask = bounds.view(2, bounds.shape[1], 1, -1).permute(1, 2, 3, 0)
+    if kv_start.dim() == 2 and not torch.compiler.is_compiling():
+        setattr(mask, _OWN, True)
+    return mask
 
 
 def fresh(mask: Tensor, window: int | None = None) -> Tensor:
@@ -295,7 +299,7 @@ def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwa
 
 def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether this is attention that this package's kernels do faster (docs/kernels.md): in half precision, or over ranges of
-    each row's own, which the engine alone asks for.
+    each query's own, which the engine alone asks for.
 
     On the CPU torch's flash attention takes longer for few rows than reading the cache, and for more rows of half precision
     than multiplying in float. On a GPU it does not take masks, and what SDPA falls back to under one neither splits the keys
@@ -303,7 +307,7 @@ def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     """
     if not query.dtype == key.dtype == value.dtype:
         return False
-    if query.device.type == "cpu" and is_range(mask) and mask.shape[2] > 1:
+    if query.device.type == "cpu" and is_range(mask) and (mask.shape[2] > 1 or hasattr(mask, _OWN)):
         return decodes_on_cpu(query, key, row_bounds=True)
     if query.element_size() != 2:
         return False

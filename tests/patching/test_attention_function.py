@@ -14,6 +14,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from ras_fast import backend
 from ras_fast.patching import attention as attention_module
 from ras_fast.patching.attention import (
     STATE,
@@ -316,3 +317,24 @@ def test_a_decode_step_in_half_precision_is_as_accurate_as_sdpa(module, dtype, s
 def test_a_decode_step_in_float32_is_sdpa_bit_for_bit(module):
     query, key, value = qkv(1, 40)
     assert attention(module, query, key, value, None)[0].equal(sdpa_attention_forward(module, query, key, value, None)[0])
+
+
+@pytest.mark.parametrize("length_q", [1, 2])
+def test_ranges_of_each_query_s_own_take_the_decode_kernel(module, monkeypatch, length_q):
+    """The engine's steps do, in float32 as well. A sequence's range, as left padding makes it, stays SDPA's bit for bit."""
+    calls = []
+    real = attention_module._region_attention
+    monkeypatch.setattr(attention_module, "_region_attention", lambda *args: calls.append(1) or real(*args))
+    query, key, value = qkv(length_q, 40)
+    start, end = torch.tensor([0, 2, 5]), torch.full((3,), 30)
+    sequence = range_mask(start, end)
+    own = range_mask(*(bound[:, None].expand(3, length_q) for bound in (start, end)))
+    if length_q == 1:
+        expected, _ = attention(module, query, key, value, sequence)
+        assert not calls
+        assert torch.equal(own, sequence)
+    else:
+        expected = sdpa_attention_forward(module, query, key, value, _expand(own, length_q, 40, None))[0]
+    got, _ = attention(module, query, key, value, own)
+    assert calls == ([1] if backend.resolve("decode_attention", query.device) == "cpu" else [])
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)

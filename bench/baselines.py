@@ -139,8 +139,8 @@ def linear_peers(x: Tensor, weights: list[Tensor]) -> dict[str, tuple[Callable[[
     return peers if packed is None else peers | {"packed": packed}
 
 
-def gated_peers(x: Tensor, weights: list[Tensor]) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
-    """Weights are [2, N, K]."""
+def gated_peers(x: Tensor, weights: list[list[Tensor]]) -> dict[str, tuple[Callable, list[list[Tensor]]]]:
+    """Weights are pairs [N, K]."""
     linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
     return {"torch": (lambda both: silu(linear(x, both[0])) * linear(x, both[1]), weights)}
 

@@ -15,7 +15,7 @@ import harness
 
 Row = dict[str, object]
 OURS = ("ras_fast", "no mass", "range, no mass", "steer no row", "steer all", "in place", "hopper", "hopper no mass",
-        "triton fused", "triton no mass")  # fmt: skip
+        "triton fused", "triton no mass", "one by one")  # fmt: skip
 NO_PEERS = (*OURS, "clone", "empty")  # the last two compute nothing
 
 

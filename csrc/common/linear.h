@@ -1,4 +1,4 @@
-// What the launchers of linear and linear_glu on every device refuse.
+// What the launchers of linear, linears and linear_glu on every device refuse.
 #pragma once
 
 #include "common/activation.h"
@@ -15,6 +15,14 @@ void guard_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias
                       (!bias || (like_x(*bias) && bias->dim() == 1 && bias->size(0) == weight.size(0))),
                   "ras_fast linear: x must be [..., K], weight [N, K] and bias [N], on this device, of one dtype, with "
                   "contiguous last dimensions");
+}
+
+template <class Beside>
+void guard_linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<MaybeTensor>& biases,
+                   const Beside& beside) {
+  STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(),
+                  "ras_fast linears: weights must not be empty, and biases must be as many");
+  for (size_t i = 0; i < weights.size(); ++i) guard_linear(x, weights[i], biases[i], beside);
 }
 
 template <class Beside>

@@ -1,4 +1,4 @@
-// y = x Wᵀ + b, or activation(x Gᵀ) · (x Uᵀ), for few rows x: products bound by reading W, or G and U.
+// y = x Wᵀ + b for one W or several, or activation(x Gᵀ) · (x Uᵀ), for few rows x: products bound by reading W, or G and U.
 //
 // A block owns 16 or 32 outputs, and its warps share their rows of W: each takes every eighth span of columns, goes from memory
 // straight into mma fragments by 16-byte loads, and has asked for the next run before it multiplies this one. Sums run over
@@ -9,25 +9,42 @@
 // Framework-free: linear.cu is the launcher.
 #pragma once
 
+#include <limits>
+
 #include "common/activation.h"
 #include "mma.cuh"
 
 namespace ras::cuda {
 
+constexpr int kLinearParts = 4;
+
+template <typename T>
+struct LinearPart {
+  const T* weight;  // [outputs, inputs]
+  const T* bias;    // [outputs] or null
+  T* out;           // [rows, outputs]
+  int64_t weight_stride;
+  int outputs, first_block;
+};
+
 template <typename T>
 struct LinearArgs {
   const T* x;       // [rows, inputs]: row r starts at r / group * group_stride + r % group * row_stride
-  const T* weight;  // [outputs, inputs]
-  const T* up;      // like weight, in a gated linear layer: out is activation(x weightᵀ) · (x upᵀ)
-  const T* bias;    // [outputs] or null
-  T* out;           // [rows, outputs]
-  int64_t group_stride, row_stride, weight_stride, up_stride;
-  int rows, group, inputs, outputs;
+  const T* up;      // like the only weight, in a gated linear layer: out is activation(x weightᵀ) · (x upᵀ)
+  int64_t group_stride, row_stride, up_stride;
+  int rows, group, inputs, parts;
+  LinearPart<T> part[kLinearParts];
   Activation activation;
 
   __device__ const T* row(int r) const {
     const int before = r < group ? 0 : int(unsigned(r) / unsigned(group));
     return x + before * group_stride + (r - before * group) * row_stride;
+  }
+  __device__ const LinearPart<T>& part_of(int block) const {
+    int which = 0;
+#pragma unroll
+    for (int i = 1; i < kLinearParts; ++i) which += block >= part[i].first_block;  // beyond the last part no block is
+    return part[which];
   }
 };
 
@@ -76,7 +93,8 @@ __device__ float rounded_to(float value) {
   return to_float(from_float<T>(value));
 }
 
-// Grid (outputs / (16 kOutputTiles), or / 16 in a gated layer, whose second tile is of `up`; rows / (8 kRowTiles)), rounded up.
+// Grid (outputs / (16 kOutputTiles), or / 16 in a gated layer, whose second tile is of `up`; rows / (8 kRowTiles)), rounded up
+// for each part.
 template <typename T, int kOutputTiles, int kRowTiles, bool kAligned, bool kGated>
 __global__ void __launch_bounds__(kLinearWarps * kWarp, !kAligned ? 1 : kOutputTiles + kRowTiles == 2 ? 3 : 2)
 linear_kernel(const __grid_constant__ LinearArgs<T> args) {
@@ -86,12 +104,13 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   constexpr int kApart = kLinearWarps * kLinearSpan, kNext = Run::kLoads == 2 ? kApart : 32, kBoth = 2 * kApart / kOutputTiles;
   alignas(8) __shared__ float parts[kLinearWarps][kRows][kProducts + 8];  // + 8: rows of neighbouring g in other banks
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
-  const int first_output = blockIdx.x * kOutputs, first_row = blockIdx.y * kRows;
+  const LinearPart<T>& part = args.part_of(blockIdx.x);
+  const int first_output = (blockIdx.x - part.first_block) * kOutputs, first_row = blockIdx.y * kRows;
   // Of the block's rows of W, those of `up` last.
   const auto weight_row = [&](int product) {
     const bool second = kGated && product >= kLinearTile;
-    const int output = min(first_output + product - (second ? kLinearTile : 0), args.outputs - 1);
-    return second ? args.up + output * args.up_stride : args.weight + output * args.weight_stride;
+    const int output = min(first_output + product - (second ? kLinearTile : 0), part.outputs - 1);
+    return second ? args.up + output * args.up_stride : part.weight + output * part.weight_stride;
   };
   constexpr int kShare = kProducts / kLinearWarps;  // the lanes of a warp ask one after the other
   if (kAligned && lane < kShare)
@@ -148,7 +167,7 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kOutputs; i += kLinearWarps * kWarp) {
     const int r = i / kOutputs, o = i % kOutputs, row = first_row + r, output = first_output + o;
-    if (row >= args.rows || output >= args.outputs) continue;
+    if (row >= args.rows || output >= part.outputs) continue;
     const auto product = [&](int at) {
       float sum = 0.f;
 #pragma unroll
@@ -160,10 +179,10 @@ linear_kernel(const __grid_constant__ LinearArgs<T> args) {
       const float gate = activated(args.activation, rounded_to<T>(result), [](float v) { return expf(v); },
                                    [](float v) { return tanhf(v); });
       result = rounded_to<T>(gate) * rounded_to<T>(product(o + kLinearTile));
-    } else if (args.bias) {
-      result += to_float(args.bias[output]);
+    } else if (part.bias) {
+      result += to_float(part.bias[output]);
     }
-    args.out[int64_t(row) * args.outputs + output] = from_float<T>(result);
+    part.out[int64_t(row) * part.outputs + output] = from_float<T>(result);
   }
 }
 
@@ -174,16 +193,25 @@ bool linear_aligned(const LinearArgs<T>& args) {
   constexpr int kVec = kAccessBytes / sizeof(T);
   const auto based = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kAccessBytes == 0; };
   const auto whole = [](int64_t elements) { return elements % kVec == 0; };
-  return based(args.x) && based(args.weight) && based(args.up) && whole(args.inputs) && whole(args.group_stride) &&
-         whole(args.row_stride) && whole(args.weight_stride) && whole(args.up_stride);
+  bool aligned = based(args.x) && based(args.up) && whole(args.inputs) && whole(args.group_stride) && whole(args.row_stride) &&
+                 whole(args.up_stride);
+  for (int i = 0; i < args.parts; ++i) aligned = aligned && based(args.part[i].weight) && whole(args.part[i].weight_stride);
+  return aligned;
 }
 
-// Calls start(kernel, grid) for the instance that fits.
+// Calls start(kernel, grid) for the instance that fits; shares the grid out among the parts.
 template <typename T, typename Start>
-void with_linear_kernel(const LinearArgs<T>& args, int multiprocessors, Start&& start) {
+void with_linear_kernel(LinearArgs<T>& args, int multiprocessors, Start&& start) {
   const auto run = [&](auto kernel, int outputs, int rows) {
-    start(kernel, dim3((args.outputs + outputs - 1) / outputs, (args.rows + rows - 1) / rows));
+    int blocks = 0;
+    for (int i = 0; i < kLinearParts; ++i) {
+      args.part[i].first_block = i < args.parts ? blocks : std::numeric_limits<int>::max();
+      blocks += i < args.parts ? (args.part[i].outputs + outputs - 1) / outputs : 0;
+    }
+    start(kernel, dim3(blocks, (args.rows + rows - 1) / rows));
   };
+  int64_t outputs = 0;
+  for (int i = 0; i < args.parts; ++i) outputs += args.part[i].outputs;
   const bool aligned = linear_aligned(args), tall = args.rows > kLinearRows;
   if (args.up) {
     if (!aligned) return run(linear_kernel<T, 2, 1, false, true>, 16, 8);
@@ -193,7 +221,7 @@ void with_linear_kernel(const LinearArgs<T>& args, int multiprocessors, Start&& 
   // Two tiles of outputs halve what is read of x, which up to 4 rows is an eighth of what is read of W, and less than smaller
   // blocks gain at the end. For 16 rows, where it is as much, three blocks for four multiprocessors will do; for 8 the blocks
   // have to be enough to fill them as well.
-  const bool wide = args.rows > kLinearRows / 2 && args.outputs >= (tall ? 3 : 8) * kLinearTile / 2 * multiprocessors;
+  const bool wide = args.rows > kLinearRows / 2 && outputs >= (tall ? 3 : 8) * kLinearTile / 2 * multiprocessors;
   if (wide) return tall ? run(linear_kernel<T, 2, 2, true, false>, 32, 16) : run(linear_kernel<T, 2, 1, true, false>, 32, 8);
   tall ? run(linear_kernel<T, 1, 2, true, false>, 16, 16) : run(linear_kernel<T, 1, 1, true, false>, 16, 8);
 }

@@ -5,7 +5,7 @@ Attention's reference, and what each backend makes of a call, have files of thei
 
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass, region_statistics
 from ras_fast.ops.cache import write_cache_
-from ras_fast.ops.linear import gated_linear, linear, linear_glu
+from ras_fast.ops.linear import gated_linear, linear, linear_glu, linears
 from ras_fast.ops.norm import add_layer_norm, add_layer_norm_, add_rms_norm, add_rms_norm_
 from ras_fast.ops.rotary import rotary_embedding
 from ras_fast.ops.similarity import refusal_similarity
@@ -20,6 +20,7 @@ __all__ = [
     "key_attention",
     "linear",
     "linear_glu",
+    "linears",
     "refusal_similarity",
     "region_attention",
     "region_mass",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
@@ -63,6 +64,36 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return call("linear", _validate_linear, x, weight, bias)
     _validate_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+    """x Wᵢᵀ + bᵢ for several weights in one launch, as of an attention's queries, keys and values.
+
+    Each is, bit for bit, what :func:`linear` gives where it is this package's kernel's. Where it is not so for one of them, all
+    are torch's.
+
+    Args:
+        x: [..., K], as for :func:`linear`.
+        weights: Wᵢ, each [Nᵢ, K], as for :func:`linear`; at least one.
+        biases: as many, each [Nᵢ] or None; None: none has any.
+
+    Returns:
+        As many tensors [..., Nᵢ], dtype of `x`, contiguous.
+
+    Raises:
+        ValueError: an argument has the wrong length, or one of its tensors the wrong shape, dtype, device or stride.
+        RuntimeError: an input requires grad and grad mode is on.
+    """
+    if not isinstance(weights, Sequence) or not weights:
+        _check.fail("weights", repr(weights), "a list of at least one tensor")
+    biases = [None] * len(weights) if biases is None else biases
+    if not isinstance(biases, Sequence) or len(biases) != len(weights):
+        _check.fail("biases", repr(biases), f"a list of {len(weights)} tensors or None")
+    _check.no_grad("linears", x, *weights, *biases)
+    if isinstance(x, Tensor) and all(isinstance(weight, Tensor) and beats_torch(x, weight) for weight in weights):
+        return call("linears", _validate_linears, x, list(weights), list(biases))
+    _validate_linears(x, weights, biases)
+    return [F.linear(x, *parameters) for parameters in zip(weights, biases, strict=True)]
 
 
 def linear_glu(x: Tensor, gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
@@ -120,17 +151,27 @@ def linear_by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return call("linear", None, x, weight, bias)
 
 
+def linears_by_kernel(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    """`linears`, likewise."""
+    return call("linears", None, x, weights, biases)
+
+
 def glu_by_kernel(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`linear_glu`, likewise."""
     return call("linear_glu", None, x, gate, up, activation)
 
 
-def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _validate_product(x, "weight", weight)
-    _check.tensors_or_none(bias=bias)
+def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str] = ("weight", "bias")) -> None:
+    _validate_product(x, names[0], weight)
+    _check.tensors_or_none(**{names[1]: bias})
     if bias is not None:
-        _check.shape("bias", bias, (weight.shape[0],), "[N]")
-        _validate_like(x, bias=bias)
+        _check.shape(names[1], bias, (weight.shape[0],), "[N]")
+        _validate_like(x, **{names[1]: bias})
+
+
+def _validate_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    for index, parameters in enumerate(zip(weights, biases, strict=True)):
+        _validate_linear(x, *parameters, (f"weights[{index}]", f"biases[{index}]"))
 
 
 def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
@@ -165,6 +206,10 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fake_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [_fake_linear(x, *parameters) for parameters in zip(weights, biases, strict=True)]
+
+
 def _fake_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     _check.one_device("linear_glu", x, gate, up)
     return x.new_empty((*x.shape[:-1], gate.shape[0]))
@@ -178,6 +223,10 @@ def _reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias).contiguous()
 
 
+def _reference_linears(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    return [_reference_linear(x, *parameters) for parameters in zip(weights, biases, strict=True)]
+
+
 def _flops(x: torch.Size, *matrices: object, **kwargs: object) -> int:
     """Of x times each matrix, whatever else the op takes."""
     shapes = (matrix for matrix in matrices if isinstance(matrix, torch.Size) and len(matrix) == 2)
@@ -189,6 +238,12 @@ define(
     fake=_fake_linear,
     reference=_reference_linear,
     flops=_flops,
+)
+define(
+    "linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+    fake=_fake_linears,
+    reference=_reference_linears,
+    flops=lambda x, weights, biases, **kwargs: _flops(x, *weights),
 )
 define(
     "linear_glu(Tensor x, Tensor gate, Tensor up, str activation) -> Tensor",

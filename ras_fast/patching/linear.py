@@ -1,14 +1,18 @@
-"""Linear layers that read their weights at the speed of memory while rows are few, as in a decode step: `ops.linear`."""
+"""Linear layers that read their weights at the speed of memory while rows are few, as in a decode step: `ops.linear`, and
+`ops.linears` for those that are called with the same rows one after the other."""
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 
-from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, is_slow, linear_by_kernel
+from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, is_slow, linear_by_kernel, linears_by_kernel
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import reproduce
@@ -18,22 +22,61 @@ ELSEWHERE = object()  # a parameter that is something else now, such as a parame
 
 
 class FastLinear(StandIn):
-    """Stands in for the `forward` of one `torch.nn.Linear`: `ops.linear` where that is faster, else the original."""
+    """Stands in for the `forward` of one `torch.nn.Linear`: `ops.linear` where that is faster, else the original.
+
+    followers: those that are called with the same rows next, as of keys and values after that of queries. They are computed
+        together with it, and each then returns what is there already; called with another tensor, it computes its own.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear, self.most = linear, most_elements(linear.weight)
+        self.followers: tuple[FastLinear, ...] = ()
+        self._ahead: tuple[Tensor, int, Tensor] | None = None  # rows, their version, and the result
 
     def __call__(self, input: Tensor) -> Tensor:
-        linear = self.linear
+        ahead = self._ahead  # read once, as all that another thread may change
+        if ahead is not None:
+            self._ahead = None
+            rows, version, result = ahead
+            if rows is input and version == rows._version:
+                return result
         if type(input) is Tensor and input.numel() <= self.most:
-            own = linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
-            weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
-            if takes(input, weight, *([] if bias is None else [bias])):
+            parameters = self._parameters_for(input)
+            if parameters is not None:
                 try:
-                    return linear_by_kernel(input, weight, bias)
+                    return self._product(input, *parameters)
                 except RuntimeError:  # of what the kernel refuses: the original takes it, or says in its words why not
                     pass
-        return type(linear).forward(linear, input)
+        return type(self.linear).forward(self.linear, input)
+
+    def _parameters_for(self, x: Tensor) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+        """Weight and bias; None where the original is to run."""
+        own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
+        weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
+        return (weight, bias) if takes(x, weight, *([] if bias is None else [bias])) else None
+
+    def _product(self, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
+        followers = self.followers
+        if any(follower._ahead is not None for follower in followers):
+            self.followers = followers = ()  # nobody asked for that: they are not called with the same rows after all
+        if not followers or x.is_inference():  # which does not count what is written to it
+            return linear_by_kernel(x, weight, bias)
+        theirs = [None if follower._may_be_prepared() else follower._parameters_for(x) for follower in followers]
+        if None in theirs:
+            return linear_by_kernel(x, weight, bias)
+        weights, biases = zip((weight, bias), *theirs, strict=True)
+        try:
+            result, *others = linears_by_kernel(x, list(weights), list(biases))
+        except RuntimeError:  # of what one of them is, as on another device
+            self.followers = ()
+            return linear_by_kernel(x, weight, bias)
+        for follower, other in zip(followers, others, strict=True):
+            follower._ahead = x, x._version, other
+        return result
+
+    def _may_be_prepared(self) -> bool:
+        """Whether a hook before its forward may change its weight."""
+        return bool(self.linear._forward_pre_hooks or every_module._global_forward_pre_hooks)
 
 
 def most_elements(weight: Tensor) -> int:
@@ -55,19 +98,37 @@ def takes(x: Tensor, *parameters: Any) -> bool:
     return not (torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters)))
 
 
-def speed_up_linears(root: nn.Module, layers: nn.ModuleList, undo: Undo, report: Report) -> None:
+def speed_up_linears(
+    root: nn.Module, layers: nn.ModuleList, calls: list[tuple[nn.Linear, Tensor]], undo: Undo, report: Report
+) -> None:
     """Every `torch.nn.Linear` of the decoder layers, and the one that gives the logits; not classes derived from it. Where
-    torch is slow however many the rows, those of the vision tower and all others, too."""
+    torch is slow however many the rows, those of the vision tower and all others, too.
+
+    calls: those of the decoder layers' linear layers in a forward, with the rows of each.
+    """
     modules = [*filter(_is_plain, (*layers.modules(), find_head(root))), *filter(_is_slow, filter(_is_plain, root.modules()))]
     names = {id(module): name for name, module in root.named_modules()}
+    fast_ones = {}
     for module in {id(module): module for module in modules}.values():
         slot, fast = forward_slot(module), FastLinear(module)
         why = "has a forward of its own on the instance already" if slot is None else _differs(fast)
         if why is None:
             undo.set(module, slot, fast)
             report.linears += 1
+            fast_ones[id(module)] = fast
         else:
             report.unfused[names[id(module)]] = why
+    _join(calls, fast_ones)
+
+
+def _join(calls: list[tuple[nn.Linear, Tensor]], fast_ones: dict[int, FastLinear]) -> None:
+    """Has those of the fast ones, by id of their module, that are called with the same rows one after the other computed
+    together."""
+    times = Counter(id(module) for module, _ in calls)
+    for _, neighbours in groupby(calls, key=lambda call: id(call[1])):
+        alike = [fast_ones[id(module)] for module, _ in neighbours if id(module) in fast_ones and times[id(module)] == 1]
+        if alike:
+            alike[0].followers = tuple(alike[1:])
 
 
 def _is_plain(module: nn.Module | None) -> bool:

@@ -433,7 +433,7 @@ class Patch:
         if regions:
             self._state, report.regions = link(root, text_model, recorded, self._undo)
         if linears:
-            speed_up_linears(root, decoder_layers, self._undo, report)
+            speed_up_linears(root, decoder_layers, recorded.linears, self._undo, report)
             fuse_mlps(decoder_layers, self._undo, report)
         if caches:
             grow_in_place(text_model, self._undo)

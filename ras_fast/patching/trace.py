@@ -79,6 +79,7 @@ class Trace:
     final_norm: the call of the text model's child that is called on the last layer's output.
     sample: what the text model was given.
     mixers: the layers' children that are given more than hidden states, attention among them.
+    linears: the calls of the layers' linear layers, with what each was given.
     plain, padded: what it gives, and behind left padding and, if it makes a cache, in a step; nothing there for a model that
         does not take such a mask.
     run_padded: runs the text model as it was run for `padded`.
@@ -88,6 +89,7 @@ class Trace:
     final_norm: Call | None
     sample: dict[str, Tensor]
     mixers: list[nn.Module]
+    linears: list[tuple[nn.Linear, Tensor]]
     plain: Rehearsal
     padded: Rehearsal
     run_padded: Callable[[nn.Module, dict[str, Tensor]], Rehearsal]
@@ -97,7 +99,11 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
     """Runs the text model on a few random tokens and notes what each layer was given, called and returned."""
     records = [LayerTrace(layer) for layer in layers]
     final: list[Call] = []
+    linears: list[tuple[nn.Linear, Tensor]] = []
     with ExitStack() as hooks:
+        for module in layers.modules():
+            if type(module) is nn.Linear:
+                hooks.enter_context(module.register_forward_hook(_note_linear(linears)))
         for record in records:
             hooks.enter_context(record.module.register_forward_hook(_note_layer(record), with_kwargs=True))
             for name, child in record.module.named_children():
@@ -113,7 +119,8 @@ def trace(text_model: nn.Module, layers: nn.ModuleList) -> Trace:
     mixers = list(dict.fromkeys(getattr(layer, call.name) for layer, call in calls))
     plain.calls = [(call.x, first(call.output)) for _, call in calls]
     padded, run = _rehearsed_padding(text_model, sample, mixers)
-    return Trace(records, next((call for call in final if call.x is last), None), sample, mixers, plain, padded, run)
+    final_norm = next((call for call in final if call.x is last), None)
+    return Trace(records, final_norm, sample, mixers, linears, plain, padded, run)
 
 
 def _rehearsed_padding(text_model: nn.Module, sample: dict[str, Tensor], mixers: list[nn.Module]) -> tuple[Rehearsal, Callable]:
@@ -273,6 +280,14 @@ def _note_layer(record: LayerTrace) -> Callable:
 def _note_call(calls: list[Call], name: str) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         calls.append(Call(name, args, kwargs, output))
+
+    return hook
+
+
+def _note_linear(calls: list[tuple[nn.Linear, Tensor]]) -> Callable:
+    def hook(module: nn.Linear, args: tuple, output: Any) -> None:
+        if args:
+            calls.append((module, args[0]))
 
     return hook
 

@@ -93,6 +93,7 @@ def linear():
         for rows, inputs, outputs in ((1, 8, 1), (3, 1544, 40), (16, 1024, 33), (5, 127, 20), (5, 256, 9000), (16, 256, 4000)):
             x, weight = rand(rows, inputs, dtype=dtype), rand(outputs, inputs, dtype=dtype)
             yield ops.linear(x, weight, rand(outputs, dtype=dtype))
+            yield from ops.linears(x, [weight, weight[: outputs // 2 + 1]], [None, None])
             yield ops.linear_glu(x, weight, rand(outputs, inputs, dtype=dtype))
 
 

@@ -51,6 +51,18 @@ def test_gated(width, outputs, rows, activation, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("width", "sizes"), [(4096, (4096, 1024, 1024)), (2048, (6144, 2048, 16, 16, 40)), (127, (33, 16))])
+def test_several_weights_in_one_launch(width, sizes, rows, dtype):
+    x = rand(rows, width, dtype=dtype)
+    weights, biases = [list(each) for each in zip(*(inputs(1, width, size, dtype)[1:] for size in sizes), strict=True)]
+    biases[1] = None
+    wanted = [ops.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    got = ops.linears(x, weights, biases)
+    assert all(torch.equal(each, alone) for each, alone in zip(got, wanted, strict=True))
+
+
+@DTYPES
 def test_strides(dtype):
     x, (_, weight, bias) = rand(6, 5, 136, dtype=dtype), inputs(1, 128, 24, dtype)
     for view in (x[:, 0, :128], x[:, -2:, 8:], x[:1, :1, :128].expand(3, 4, -1), x[:, :, 1:129]):

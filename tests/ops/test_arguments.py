@@ -18,6 +18,7 @@ GIVEN = {
     "add_layer_norm": (X, X, TABLE[0], TABLE[1], 1e-6),
     "add_layer_norm_": (X.clone(), X.clone(), TABLE[0], TABLE[1], 1e-6),
     "linear": (X, TABLE, TABLE[0]),
+    "linears": (X, [TABLE, TABLE]),
     "linear_glu": (X, TABLE, TABLE),
     "gated_linear": (X, TABLE, ONES),
     "rotary_embedding": (QUERY, KEY, ANGLES, ANGLES),

@@ -44,6 +44,7 @@ def call_every_kernel(dim, dtype):
             norm(rand(3, dim), rand(3, dim), rand(dim), eps=1e-6, steer_mode=mode, **steer)
     for rows in (1, 3, 18):
         ops.linear(rand(rows, dim), rand(5, dim), rand(5))
+        ops.linears(rand(rows, dim), [rand(5, dim), rand(3, dim)], [rand(5), None])
         ops.linear_glu(rand(rows, dim), rand(4, dim), rand(4, dim))
     ops.gated_linear(rand(6, dim), rand(dim, dim), rand(6, of=torch.float32))
     ops.gated_linear(rand(6, dim), rand(dim, 5), rand(6, of=torch.float32), right=rand(5, dim))

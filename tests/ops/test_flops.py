@@ -22,6 +22,7 @@ def rand(*shape):
 def test_linear():
     x, weight, right = rand(2, 1, 32), rand(48, 32), rand(4, 32)
     assert count(lambda: ops.linear(x, weight, rand(48))) == 2 * 2 * 32 * 48
+    assert count(lambda: ops.linears(x, [weight, weight[:8]], [rand(48), None])) == 2 * 2 * 32 * (48 + 8)
     assert count(lambda: ops.linear_glu(x, weight, weight, activation="silu")) == 2 * 2 * 2 * 32 * 48
     assert count(lambda: ops.gated_linear(x, rand(32, 32), torch.ones(2))) == 2 * 2 * 32 * 32
     assert count(lambda: ops.gated_linear(x, rand(32, 4), torch.ones(2), right=right)) == 2 * 2 * 2 * 32 * 4

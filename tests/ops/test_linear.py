@@ -128,6 +128,35 @@ def test_any_shape_on_the_cpu(rows, width, outputs, dtype, biased, seed):
     check(x, weight, bias if biased else None)
 
 
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_weights_are_each_what_it_is_alone(backend, dtype):
+    shapes = ((1, 64, (40, 8, 8)), (2, 513, (131, 1)), (2, 33, (5, 0, 4, 3, 7)), (0, 8, (3, 2)), (17, 40, (16, 9)))
+    for rows, width, sizes in shapes:
+        x = rand(rows, width, dtype=dtype)
+        weights, biases = [list(each) for each in zip(*(inputs(1, width, size, dtype)[1:] for size in sizes), strict=True)]
+        biases[1] = None
+        for added in (biases, None):
+            got = ops.linears(x, weights, added)
+            expected = [ops.linear(x, *parameters) for parameters in zip(weights, added or [None] * len(sizes), strict=True)]
+            assert all(map(torch.equal, got, expected))
+            assert all(each.is_contiguous() for each in got)
+
+
+def test_several_weights_shared_out_over_threads():
+    """Borders between them lie within a thread's share, and shares within one of them."""
+    x, sizes = rand(3, 700), (301, 1, 500, 2)
+    weights, biases = [list(each) for each in zip(*(inputs(1, 700, size)[1:] for size in sizes), strict=True)]
+    got = torch.ops.ras_fast.linears(x, weights, biases)
+    assert all(map(torch.equal, got, map(torch.ops.ras_fast.linear, [x] * 4, weights, biases)))
+
+
+def test_several_weights_of_which_one_is_torchs():
+    x, weights = rand(9, 512), [rand(2048, 512), rand(8, 512)]
+    assert [beats_torch(x, weight) for weight in weights] == [True, False]
+    assert all(map(torch.equal, ops.linears(x, weights), (F.linear(x, weight) for weight in weights)))
+
+
 def check_glu(x, gate, up, activation):
     got, rows = ops.linear_glu(x, gate, up, activation=activation), x.dtype
     assert got.dtype == x.dtype
@@ -162,6 +191,7 @@ def test_gated_values_at_the_ends():
 def test_opcheck(bias):
     for x in (rand(3, 12), rand(2, 2, 12)):
         torch.library.opcheck(torch.ops.ras_fast.linear.default, (x, rand(5, 12), bias))
+        torch.library.opcheck(torch.ops.ras_fast.linears.default, (x, [rand(5, 12), rand(3, 12)], [bias, None]))
         torch.library.opcheck(torch.ops.ras_fast.linear_glu.default, (x, rand(5, 12), rand(5, 12), "silu"))
 
 
@@ -169,6 +199,8 @@ def test_one_graph():
     x, weight, bias = inputs(2, 16, 8)
     compiled = torch.compile(lambda x: ops.linear(x, weight, bias), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), ops.linear(x, weight, bias))
+    several = torch.compile(lambda x: ops.linears(x, [weight, weight]), fullgraph=True, backend="eager")
+    assert all(map(torch.equal, several(x), ops.linears(x, [weight, weight])))
     gated = torch.compile(lambda x: ops.linear_glu(x, weight, weight), fullgraph=True, backend="eager")
     assert torch.equal(gated(x), ops.linear_glu(x, weight, weight))
 
@@ -196,6 +228,24 @@ X, WEIGHT, BIAS = torch.zeros(2, 8), torch.zeros(4, 8), torch.zeros(4)
 def test_wrong_arguments_are_named(args, message):
     with pytest.raises(ValueError, match=message):
         ops.linear(*args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((X, []), r"weights is \[\]; it must be a list of at least one tensor"),
+        ((X, WEIGHT[None]), "weights is tensor"),
+        ((X, [WEIGHT], [None, None]), r"biases is \[None, None\]; it must be a list of 1 tensors or None"),
+        ((X, [WEIGHT, WEIGHT[:, :5]]), r"weights\[1\] is of shape \(4, 5\); it must be \[N, K\] with K = 8"),
+        ((X, [WEIGHT, WEIGHT.half()]), r"weights\[1\] is of dtype"),
+        ((X, [WEIGHT, 3]), r"weights\[1\] is"),
+        ((X, [WEIGHT, WEIGHT], [BIAS, BIAS[:3]]), r"biases\[1\] is of shape \(3,\)"),
+        ((X, [WEIGHT, WEIGHT], [BIAS.half(), None]), r"biases\[0\] is of dtype"),
+    ],
+)
+def test_wrong_weights_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        ops.linears(*args)
 
 
 @pytest.mark.parametrize("rows", [2, 40])

@@ -42,6 +42,7 @@ def test_gate_rotation_and_similarity():
     with Waits() as waits:
         ops.rotary_embedding(meta(2, 4, 3, 8), meta(2, 2, 3, 8), meta(2, 3, 8), meta(1, 3, 8))
         ops.linear(meta(6, 8), meta(5, 8), meta(5))
+        ops.linears(meta(6, 8), [meta(5, 8), meta(3, 8)], [meta(5), None])
         ops.linear_glu(meta(6, 8), meta(5, 8), meta(5, 8))
         ops.gated_linear(meta(6, 8), meta(8, 8), meta(6))
         ops.gated_linear(meta(6, 8), meta(8, 2), meta(6), right=meta(2, 8))

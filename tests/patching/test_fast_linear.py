@@ -33,10 +33,10 @@ def decoder_linears(model):
 
 
 def count(call):
-    """Products by the op; that of an MLP's two projections counts as two."""
+    """Products by the ops; that of an MLP's two projections counts as two, that of queries, keys and values as three."""
     with torch.no_grad(), Calls() as calls:
         call()
-    return calls.count["ras_fast::linear"] + 2 * calls.count["ras_fast::linear_glu"]
+    return calls.count["ras_fast::linear"] + 2 * calls.count["ras_fast::linear_glu"] + 3 * calls.count["ras_fast::linears"]
 
 
 def test_few_rows_take_the_op_and_many_do_not(llava):
@@ -174,6 +174,102 @@ def test_what_the_kernel_refuses_takes_the_original():
         assert torch.equal(fast(x.to_sparse_csr()), linear(x.to_sparse_csr()))
         linear.half().to("meta")
         assert fast(x[:0].half().to("meta")).shape == (0, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_keys_and_values_are_one_launch(llava, dtype):
+    """To the same bits."""
+    attention = llava.to(dtype).model.language_model.layers[0].self_attn
+    x = torch.randn(1, 2, 64, dtype=dtype)
+    with torch.no_grad(), ras_fast.patch(llava):
+        leader = attention.q_proj.forward
+        assert [follower.linear for follower in leader.followers] == [attention.k_proj, attention.v_proj]
+        with Calls() as calls:
+            together = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+        assert calls.count == {"ras_fast::linears": 1}
+        leader.followers = ()
+        with Calls() as calls:
+            alone = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
+        assert calls.count == {"ras_fast::linear": 3}
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+@pytest.fixture
+def joined():
+    """Two linear layers of which the first computes the second's rows as well."""
+    linears = [nn.Linear(8, 6).requires_grad_(False) for _ in range(2)]
+    fast = [FastLinear(linear) for linear in linears]
+    for linear, forward in zip(linears, fast, strict=True):
+        linear.__dict__["forward"] = forward
+    fast[0].followers = (fast[1],)
+    return linears
+
+
+def check_follower(linear, x):
+    torch.testing.assert_close(linear(x), nn.functional.linear(x, linear.weight, linear.bias), atol=1e-6, rtol=0)
+
+
+def test_what_was_computed_ahead_is_for_those_very_rows(joined):
+    first, second = joined
+    x = torch.randn(2, 8)
+    first(x)
+    x.mul_(2)
+    check_follower(second, x)
+    first(x)
+    check_follower(second, x.clone())
+    check_follower(second, x)
+    with torch.inference_mode():  # whose tensors do not count what is written to them
+        x = torch.randn(2, 8)
+        first(x)
+        x.mul_(2)
+        check_follower(second, x)
+
+
+def test_rows_that_nobody_asks_for_are_computed_ahead_once(joined):
+    first, _ = joined
+    x = torch.randn(2, 8)
+    with Calls() as calls:
+        for _ in range(3):
+            first(x)
+    assert calls.count == {"ras_fast::linears": 1, "ras_fast::linear": 2}
+
+
+def test_a_hook_that_prepares_a_weight_is_waited_for(joined):
+    first, second = joined
+    x = torch.randn(2, 8)
+
+    def prepare(module, args):
+        module.weight.data.neg_()
+
+    handle = second.register_forward_pre_hook(prepare)
+    with Calls() as calls:
+        first(x)
+        got = second(x)
+    torch.testing.assert_close(got, nn.functional.linear(x, second.weight, second.bias), atol=1e-6, rtol=0)
+    assert calls.count["ras_fast::linears"] == 0
+    handle.remove()
+    heard = []
+    second.register_forward_hook(lambda module, args, output: heard.append(output))
+    with Calls() as calls:
+        first(x)
+        assert second(x) is heard[0]
+    assert calls.count["ras_fast::linears"] == 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda linear: linear.to("meta"), lambda linear: linear.bfloat16(), lambda linear: linear.requires_grad_(),
+    lambda linear: parametrizations.weight_norm(linear),
+    lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight.T.contiguous().T, requires_grad=False)),
+])  # fmt: skip
+def test_a_follower_that_has_changed_does_not_stop_the_first(joined, change):
+    first, second = joined
+    change(second)
+    x = torch.randn(2, 8)
+    with torch.set_grad_enabled(any(parameter.requires_grad for parameter in second.parameters())):
+        for _ in range(2):
+            check_follower(first, x)
+    if second.weight.device == x.device and second.weight.dtype == x.dtype:
+        torch.testing.assert_close(second(x), nn.functional.linear(x, second.weight, second.bias))
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])

@@ -4,30 +4,38 @@
 using namespace ras::cuda;
 
 // Mirrored by a ctypes structure in test_linear_simt.py: 8-byte fields only.
-struct Call {
-  const void *x, *weight, *up, *bias;
+struct Part {
+  const void *weight, *bias;
   void* out;
-  int64_t group_stride, row_stride, weight_stride, up_stride;
-  int64_t rows, group, inputs, outputs, activation, half, multiprocessors;
+  int64_t weight_stride, outputs;
+};
+
+struct Call {
+  const void *x, *up;
+  int64_t group_stride, row_stride, up_stride;
+  int64_t rows, group, inputs, parts, activation, half, multiprocessors;
   int64_t blocks, aligned;  // out: of the grid; whether accesses have 16 bytes
+  Part part[kLinearParts];
 };
 
 template <typename T>
 static bool run(Call& c) {
-  const LinearArgs<T> a{static_cast<const T*>(c.x),
-                        static_cast<const T*>(c.weight),
-                        static_cast<const T*>(c.up),
-                        static_cast<const T*>(c.bias),
-                        static_cast<T*>(c.out),
-                        c.group_stride,
-                        c.row_stride,
-                        c.weight_stride,
-                        c.up_stride,
-                        int(c.rows),
-                        int(c.group),
-                        int(c.inputs),
-                        int(c.outputs),
-                        ras::Activation(c.activation)};
+  LinearArgs<T> a{};
+  a.x = static_cast<const T*>(c.x);
+  a.up = static_cast<const T*>(c.up);
+  a.group_stride = c.group_stride;
+  a.row_stride = c.row_stride;
+  a.up_stride = c.up_stride;
+  a.rows = int(c.rows);
+  a.group = int(c.group);
+  a.inputs = int(c.inputs);
+  a.parts = int(c.parts);
+  a.activation = ras::Activation(c.activation);
+  for (int i = 0; i < a.parts; ++i) {
+    const Part& p = c.part[i];
+    a.part[i] = {static_cast<const T*>(p.weight), static_cast<const T*>(p.bias), static_cast<T*>(p.out), p.weight_stride,
+                 int(p.outputs), 0};
+  }
   c.aligned = linear_aligned(a);
   bool ok = false;
   with_linear_kernel(a, int(c.multiprocessors), [&](auto kernel, dim3 grid) {

@@ -7,17 +7,29 @@ import pytest
 import torch
 from torch.nn.functional import gelu, linear, silu
 
-POINTERS = ("x", "weight", "up", "bias", "out")
-INTEGERS = ("group_stride", "row_stride", "weight_stride", "up_stride", "rows", "group", "inputs", "outputs", "activation",
-            "half", "multiprocessors", "blocks", "aligned")  # fmt: skip
+INTEGERS = ("group_stride", "row_stride", "up_stride", "rows", "group", "inputs", "parts", "activation", "half",
+            "multiprocessors", "blocks", "aligned")  # fmt: skip
+PARTS = 4  # of a launch, at most
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2}
 DTYPES = [torch.float16, torch.bfloat16]
+
+
+class Part(ctypes.Structure):
+    """Mirrors struct Part of linear_simt.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias", "out")] + [
+        (name, ctypes.c_int64) for name in ("weight_stride", "outputs")
+    ]
 
 
 class Call(ctypes.Structure):
     """Mirrors struct Call of linear_simt.cpp."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in INTEGERS]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "up")),
+        *((name, ctypes.c_int64) for name in INTEGERS),
+        ("part", Part * PARTS),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +45,30 @@ def inputs(rows, width, outputs, dtype):
     return rand(rows, width, dtype=dtype), rand(outputs, width, dtype=dtype, scale=width**-0.5), rand(outputs, dtype=dtype)
 
 
-def run(emulator, x, weight, bias, up=None, activation="none", *, multiprocessors=100, wide=False, aligned=True):
-    """x [rows, K] or [groups, rows, K]; wide: whether a block is to have 32 outputs."""
-    rows, outputs = x.numel() // x.shape[-1], len(weight)
-    out = torch.full((rows, outputs), torch.nan, dtype=x.dtype)
+def run(emulator, x, weight, bias, up=None, activation="none", **options):
+    """x [rows, K] or [groups, rows, K]; the rest as `run_parts` has it."""
+    return run_parts(emulator, x, [weight], [bias], up, activation, **options)[0]
+
+
+def run_parts(emulator, x, weights, biases, up=None, activation="none", *, multiprocessors=100, wide=False, aligned=True):
+    """wide: whether a block is to have 32 outputs."""
+    rows = x.numel() // x.shape[-1]
+    outs = [torch.full((rows, len(weight)), torch.nan, dtype=x.dtype) for weight in weights]
     group = x.shape[-2] if x.dim() == 3 else rows
-    optional = {"up": up, "bias": bias}
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in optional.values()]
-    call = Call(x.data_ptr(), weight.data_ptr(), *pointers, out.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2),
-                weight.stride(0), 0 if up is None else up.stride(0), rows, group, x.shape[-1], outputs, ACTIVATIONS[activation],
+    call = Call(x.data_ptr(), None if up is None else up.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2),
+                0 if up is None else up.stride(0), rows, group, x.shape[-1], len(weights), ACTIVATIONS[activation],
                 x.dtype == torch.float16, multiprocessors)  # fmt: skip
-    given = {"x": x, "weight": weight} | {name: tensor for name, tensor in optional.items() if tensor is not None}
-    emulator.run("linear_run", ctypes.byref(call), outputs={"out": out.view(torch.int16).numpy()},
+    given = {"x": x} | ({} if up is None else {"up": up})
+    for index, (weight, bias, out) in enumerate(zip(weights, biases, outs, strict=True)):
+        call.part[index] = Part(weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), weight.stride(0),
+                                len(weight))  # fmt: skip
+        given |= {f"weight {index}": weight} | ({} if bias is None else {f"bias {index}": bias})
+    emulator.run("linear_run", ctypes.byref(call),
+                 outputs={f"out {index}": out.view(torch.int16).numpy() for index, out in enumerate(outs)},
                  inputs={name: tensor.view(torch.int16).numpy() for name, tensor in given.items()})  # fmt: skip
     assert call.aligned == aligned
-    assert call.blocks == -(-outputs // (32 if wide else 16))
-    return out
+    assert call.blocks == sum(-(-len(weight) // (32 if wide else 16)) for weight in weights)
+    return outs
 
 
 def check(emulator, x, weight, bias, **options):
@@ -99,6 +119,8 @@ def test_a_block_has_32_outputs_where_blocks_are_enough(emulator):
         check(emulator, *inputs(rows, 64, few, torch.bfloat16), multiprocessors=2)
         check(emulator, *inputs(rows, 64, enough, torch.bfloat16), multiprocessors=2, wide=True)
     check(emulator, *inputs(4, 64, 128, torch.bfloat16), multiprocessors=2)
+    x, weight, bias = inputs(8, 64, 64, torch.bfloat16)  # of all weights of a launch together
+    run_parts(emulator, x, [weight, weight], [bias, None], multiprocessors=2, wide=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,6 +155,21 @@ def test_a_row_is_the_same_beside_any_others(emulator, dtype):
             assert torch.equal(run(emulator, x[-rows:], weight, bias, **own), wanted[-rows:])
     shifted = torch.cat([x.new_zeros(16, 1), x], 1)[:, 1:]
     assert torch.equal(run(emulator, shifted, weight, bias, aligned=False), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(33, 16), (1, 40, 17), (16, 16, 16, 5)])
+def test_several_weights_in_one_launch(emulator, sizes, dtype):
+    """Each gets the bits that it gets alone, whichever instance runs."""
+    x = rand(6, 136, dtype=dtype)
+    weights, biases = [list(each) for each in zip(*(inputs(1, 136, size, dtype)[1:] for size in sizes), strict=True)]
+    biases[1] = None
+    alone = [check(emulator, x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    shifted = [torch.cat([weight.new_zeros(len(weight), 1), weight], 1)[:, 1:] for weight in weights]
+    for given, options in ((weights, {}), (weights, {"multiprocessors": 0, "wide": True}), (shifted, {"aligned": False}),
+                           ([*weights[:-1], shifted[-1]], {"aligned": False})):  # fmt: skip
+        got = run_parts(emulator, x, given, biases, **options)
+        assert all(torch.equal(each, wanted) for each, wanted in zip(got, alone, strict=True))
 
 
 def test_more_rows_than_a_block(emulator):

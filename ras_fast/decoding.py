@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 
 from ras_fast.inputs import Query, encode
 from ras_fast.patching.structure import find_head
+from ras_fast.patching.tracking import token_ids
 from ras_fast.profile import RasProfile, is_integer, is_number, modules_of
 
 BROKEN = -1  # in place of a token, where nothing may be read
@@ -395,7 +396,7 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
         return (edited, *args[1:])
 
     length = inputs["input_ids"].shape[1]
-    check_length(model, length)
+    check_length(model, inputs["input_ids"][0].tolist())
     chain = decoding.apart_from(model).processors(query, length, eos_ids(model))
     with lock_of(model), find_head(model).register_forward_pre_hook(watch), _own_config_set_aside(model):
         output = model.generate(
@@ -446,16 +447,30 @@ class TooLong(ValueError):
     """A prompt has more tokens than the model has positions."""
 
 
-def check_length(model, tokens: int) -> None:
-    """Raises TooLong for a prompt of more tokens than the model has positions, however its RoPE is scaled: what it says of
-    such a prompt, and so its risk, means nothing."""
-    config = model.config.get_text_config()
-    trained = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    factors = [part.get("factor") or 1 for part in (rope, *rope.values()) if isinstance(part, dict)]  # or one by kind of layer
-    mrope = hasattr(model.base_model, "get_rope_index")  # where an image takes fewer positions than tokens
-    if trained and not mrope and tokens > trained * max(1, *factors):
+def check_length(model, prompt: Sequence[int]) -> None:
+    """Raises TooLong for a prompt, as token ids, that takes more positions than the model has, however its RoPE is scaled: what
+    it says of such a prompt, and so its risk, means nothing."""
+    tokens, trained = _least_positions(model, prompt), _positions(model.config.get_text_config())
+    if trained and tokens > trained:
         raise TooLong(f"a prompt has {tokens} tokens; {type(model).__name__} has {trained} positions")
+
+
+def _least_positions(model, prompt: Sequence[int]) -> int:
+    """How many positions a prompt takes at least. By M-RoPE an image takes fewer than it has tokens: what counts for sure is
+    the words'."""
+    if not hasattr(model.base_model, "get_rope_index"):
+        return len(prompt)
+    visual = {*token_ids(model.config).values()}
+    return sum(token not in visual for token in prompt) if visual else 0
+
+
+def _positions(config) -> int:
+    """How many positions a text model is made for; 0 where its config does not say."""
+    trained, rope = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(part, dict) for part in rope.values()):  # by kind of layer, as Gemma 3's, which counts the scaled ones
+        return trained
+    # Where the length before scaling is told, the config's own is that or the one after it.
+    return max(trained, int((rope.get("original_max_position_embeddings") or trained) * (rope.get("factor") or 1)))
 
 
 def eos_ids(model) -> list[int]:

@@ -332,6 +332,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
         raise ValueError(f"{name} is a {type(image).__name__}; it needs to be a PIL image, a path or an array")
     if 0 in image.size:
         raise ValueError(f"{name} has zero size: {image.size}")
+    shown = image.tell()
     try:
         image.seek(0)
         image.load()
@@ -339,9 +340,10 @@ def load_image(image, name: str = "image") -> Image.Image | None:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except UNREADABLE as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
-    image = _to_rgb(image if turn is None else image.transpose(turn), name)
-    image.info.clear()  # or it would be turned again where it is handed in again
-    return image
+    rgb = _to_rgb(image if turn is None else image.transpose(turn), name)
+    rgb.info.clear()  # or it would be turned again where it is handed in again
+    image.seek(shown)  # an animation is its owner's, who may be in the middle of it
+    return rgb
 
 
 def _held_by(url: str, name: str) -> io.BytesIO:
@@ -364,12 +366,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             raise ValueError(f"{name} has integer pixels in {values.min()}..{values.max()}; it needs 0..65535")
         spare = 0 if image.mode == "I" and values.max() < 256 else 8  # an 8-bit image as 32-bit integers
         return Image.fromarray((values >> spare).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("LA") if image.mode == "La" else image  # which is all that Pillow makes of it
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image  # which is all that Pillow makes of it
+    try:
         image = image.convert("RGBA")
-        backdrop = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(backdrop, image).convert("RGB")
-    return image.convert("RGB")
+    except ValueError as error:  # of a PNG that has more transparent colours than a palette has places
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image | None:
@@ -404,6 +408,17 @@ def encode(processor, query: Query, device, dtype) -> tuple[dict[str, torch.Tens
         elif name not in ("attention_mask", "labels"):  # PaliGemma's gives labels, which are for training
             inputs[name] = value.to(device)
     return inputs, poisoned
+
+
+def refuse_typed_pieces(processor, query: Query, image_token: int | None) -> None:
+    """Raises ValueError where a text beside images spells out the token in whose place the model puts a piece of one: it would
+    lack that piece, and its error name no query. What stands for a whole image is in no text any more."""
+    if image_token is None or not query.images:
+        return
+    piece = processor.tokenizer.convert_ids_to_tokens(image_token)
+    texts = (part["text"] for message in query.messages for part in message["content"] if part["type"] == "text")
+    if piece and any(piece in text for text in texts):
+        raise ValueError(f"a text spells out {piece!r}, which stands for a piece of an image")
 
 
 def _render(processor, query: Query) -> tuple[str, bool]:

@@ -87,6 +87,11 @@ def fingerprint_of_parts(architecture: str, text_config, dtype: torch.dtype, hea
     return found
 
 
+def wording(processor) -> str:
+    """The chat template and the size of the vocabulary: what changes where a processor comes to make other prompts."""
+    return json.dumps([getattr(processor, "chat_template", None), len(processor.tokenizer)])
+
+
 def adapters_of(module: torch.nn.Module) -> tuple | None:
     """How the PEFT adapters of a layer act now: (whether they are off, the active ones, their scales, those that are merged
     into its weights). None for a layer without adapters."""
@@ -225,6 +230,14 @@ class RasProfile:
             raise ValueError(
                 f"this {self.method} profile was calibrated on another model ({'; '.join(differing)}); calibrate again"
             )
+
+    def check_again(self, model, processor, passed: str) -> str:
+        """`check` where the processor's `wording` is no longer the one that passed it, and the wording that passes now: to hash
+        a vocabulary takes as long as some tokens of an answer."""
+        now = wording(processor)
+        if now != passed:
+            self.check(model, processor)
+        return now
 
     def digest(self, *more: torch.Tensor) -> str:
         """16 hex digits of what the method decides by, as it is now: its name, config and tensors, and `more` of them."""

@@ -28,12 +28,12 @@ from ras_fast.decoding import (
 )
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import BAD_PIXELS, CUT, NO_RISK
-from ras_fast.inputs import Query, encode, make_queries
+from ras_fast.inputs import Query, encode, make_queries, refuse_typed_pieces
 from ras_fast.methods import refuse_attached, region_bias
 from ras_fast.methods.attention import prompt_features
 from ras_fast.methods.moras import Moras, assess, describe
 from ras_fast.patching import patched
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, wording
 
 
 class _EndedLater:
@@ -62,7 +62,7 @@ class SequentialPipeline:
     def __init__(self, model, processor, profile: RasProfile):
         check_parts(model, processor, profile)
         profile.check(model, processor)
-        self.model, self.processor, self.profile = model, processor, profile
+        self.model, self.processor, self.profile, self._wording = model, processor, profile, wording(processor)
         self.head = output_head(model)
         self.moras = Moras(profile, self.head, model.device, model.dtype)
 
@@ -88,8 +88,9 @@ class SequentialPipeline:
                 streamer.end()  # whatever happened, or the thread that reads it waits for ever
 
     def _renew(self) -> None:
-        """The model may be another one than at the last call: its adapters switched, its head changed."""
+        """The model may be another one than at the last call: its adapters switched, its head changed; or the processor may."""
         self.profile.check(self.model)
+        self._wording = self.profile.check_again(self.model, self.processor, self._wording)
         self.head = output_head(self.model)
         self.moras.read_prototypes(self.head, self.model.dtype)
 
@@ -108,8 +109,9 @@ class SequentialPipeline:
     def _stages(self, number: int, query: Query, decoding: Decoding, streamer) -> SafeOutput:
         begin = described = time.perf_counter()
         try:
+            refuse_typed_pieces(self.processor, query, getattr(self.model.config, "image_token_id", None))
             inputs, poisoned = encode(self.processor, query, self.model.device, self.model.dtype)
-            check_length(self.model, inputs["input_ids"].shape[1])
+            check_length(self.model, inputs["input_ids"][0].tolist())
         except ValueError as error:
             raise ValueError(f"prompts[{number}]: {error}") from error
         context, similarity, too_long = "", torch.full((1,), torch.nan, device=self.model.device), None

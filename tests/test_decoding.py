@@ -1,5 +1,6 @@
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from ras_fast.decoding import (
     Decoding,
     EndWhenNotFinite,
     GumbelNoise,
+    TooLong,
+    check_length,
     eos_ids,
     holds_stop,
     next_tokens,
@@ -239,3 +242,30 @@ def test_a_generate_that_leaves_out_logits_processors_is_refused(monkeypatch):
     inputs, _ = encode(processor, make_queries(["w1"], None, processor)[0], "cpu", torch.float32)
     with pytest.raises(ValueError, match="leaves out the `logits_processor` that it is given"):
         reference_generate(model, processor, inputs, Decoding(2))
+
+
+_LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "rope", "positions"),
+    [
+        ("llama", 100, {"rope_type": "default"}, 100),
+        ("llama", 100, {"rope_type": "dynamic", "factor": 2.0}, 200),
+        ("llama", 800, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 100, **_LLAMA_3}, 800),
+        ("llama", 400, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 400),
+        ("llama", 100, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 400),
+        ("gemma3_text", 800, {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {}}, 800),
+    ],
+    ids=["plain", "dynamic", "llama 3", "yarn, scaled", "yarn, as trained", "by kind of layer"],
+)
+def test_positions_that_the_config_counts_as_scaled_are_not_scaled_again(kind, told, rope, positions):
+    kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    for part in kinds:
+        part.setdefault("rope_type", "default")
+        part.setdefault("rope_theta", 1e4)
+    config = AutoConfig.for_model(kind, max_position_embeddings=told, rope_parameters=rope)
+    model = SimpleNamespace(config=config, base_model=None)
+    check_length(model, [5] * positions)
+    with pytest.raises(TooLong, match=f"has {positions} positions"):
+        check_length(model, [5] * (positions + 1))

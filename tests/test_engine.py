@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -1299,6 +1300,22 @@ def test_a_model_that_is_set_to_training_later_does_not_answer(model, processor,
         model.eval()
     assert pipelines[0].generate(["w1"], max_new_tokens=2)[0].tokens
     pipelines[0].close()
+
+
+def test_a_processor_that_comes_to_make_other_prompts_is_refused():
+    processor = tiny_processor()
+    model = tiny_llava(processor)
+    pipelines = [kind(model, processor, make_profile(model, processor)) for kind in (SafeGenerator, SequentialPipeline)]
+    before = processor.chat_template
+    for template, refused in ((before, False), (before + " w1", True), (before, False)):
+        processor.chat_template = template
+        for pipeline in pipelines:
+            with pytest.raises(ValueError, match="tokenizer: profile") if refused else nullcontext():
+                pipeline.generate(["w1 ?"], max_new_tokens=1)
+    processor.tokenizer.add_tokens(["w1000"])
+    for pipeline in pipelines:
+        with pytest.raises(ValueError, match="tokenizer: profile"):
+            pipeline.generate(["w1 ?"], max_new_tokens=1)
 
 
 def test_a_prompt_beyond_the_models_positions_has_no_answer(model, processor, profile, monkeypatch):

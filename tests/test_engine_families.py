@@ -220,6 +220,62 @@ def test_exact_with_the_familys_own_processor(name, torchvision, monkeypatch):
     assert len(processed) == 3 * 1 + 3 + 4 + (not framed)
 
 
+OFFSETS = [name for name in ("qwen2_5_vl", "glm4v", "hunyuan_vl", "ernie4_5_vl_moe") if name in WITH_PIL]  # M-RoPE
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_queries_without_an_image_leave_the_positions_of_shorter_ones_alone(name):
+    """Without an image such models count a row's padding as positions, too."""
+    model, processor, profile = with_profile(*with_processor(name))
+    earlier = {"role": "assistant", "content": "w42 w43 w44"}
+    prompts = [[asked("w20 w21 w22 w23"), earlier, asked("w30")], [asked("w20 w21 w22 w23 w24"), earlier, asked("w31 w32")]]
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, max_new_tokens=6)
+    outputs = SafeGenerator(model, processor, profile).generate(prompts, max_new_tokens=6)
+    assert summary(outputs) == summary(expected)
+    assert [output.similarity for output in outputs] == pytest.approx([o.similarity for o in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+def test_one_pass_over_queries_without_an_image_leaves_the_positions_of_shorter_ones_alone(name):
+    model, processor = with_processor(name)
+    torch.manual_seed(3)
+    profile = from_vectors(model, processor, torch.randn(SIZE), layers=[1])
+    prompts = ["w20", "w21 w22 w23 w24 w25 w26 w27", "w30 w31 w32"]
+    expected = attached(model, processor, profile, prompts, [None] * 3)
+    outputs = SafeGenerator(model, processor, profile).generate(prompts, max_new_tokens=NEW_TOKENS)
+    assert [output.tokens for output in outputs] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("picture", [None, PICTURES[0]], ids=["text", "image"])
+@pytest.mark.parametrize("typed", ["<start>", "<video_start>", "<start> <video_end>"])
+def test_a_typed_token_that_goes_to_the_experts_of_images(typed, picture):
+    """ERNIE-4.5-VL's processor tells the experts which tokens are of an image, also of those that a text spells out."""
+    model, processor, profile = with_profile(*with_processor("ernie4_5_vl_moe"))
+    profile.config["gate"] = 0.0  # the model's own answer
+    queries = ["w30", f"w20 {typed} w21"], [None, picture]
+    expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=8)
+    assert summary(SafeGenerator(model, processor, profile).generate(*queries, max_new_tokens=8)) == summary(expected)
+
+
+def test_a_typed_piece_of_an_image_beside_one_is_refused():
+    model, processor, profile = with_profile(*with_processor("gemma3"))
+    piece = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    for pipeline in (SequentialPipeline(model, processor, profile), SafeGenerator(model, processor, profile)):
+        assert pipeline.generate([f"w20 {piece}"], max_new_tokens=1)[0].tokens
+        with pytest.raises(ValueError, match=rf"prompts\[1\]: a text spells out '{piece}'"):
+            pipeline.generate(["w20", f"w21 {piece}"], [PICTURES[0], PICTURES[1]], max_new_tokens=1)
+
+
+def test_where_images_take_fewer_positions_than_tokens_the_words_alone_are_too_many(monkeypatch):
+    model, processor, profile = with_profile(*with_processor("qwen2_5_vl"))
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", 40)
+    image = random_image(0, (64, 64))  # of 64 tokens, which take 8 positions
+    for pipeline in (SafeGenerator(model, processor, profile, fused=False), SequentialPipeline(model, processor, profile)):
+        assert pipeline.generate(["w20"], [image], max_new_tokens=2)[0].failed_closed is None
+        with pytest.raises(ValueError, match=r"prompts\[1\]: a prompt has \d+ tokens; .* has 40 positions"):
+            pipeline.generate(["w20", "w20 " * 41], max_new_tokens=2)
+
+
 @pytest.mark.parametrize("context_prompt", ["w5 w6 w7", "\nw5 w6 w7"])
 def test_an_image_is_joined_with_what_it_is_next_to_in_each_stage(context_prompt):
     """Gemma 3's processor writes two line feeds on either side of an image, and a third one makes another token of them. Where

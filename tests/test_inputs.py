@@ -262,6 +262,8 @@ def test_first_frame_of_an_animation():
     image = Image.open(file)
     image.seek(1)
     assert load_image(image).getpixel((0, 0)) == (255, 0, 0)
+    assert image.tell() == 1
+    assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_arrays():
@@ -308,6 +310,13 @@ def test_truncated_and_unreadable_files(tmp_path):
     for name in ("cut.png", "text.png"):
         with pytest.raises(ValueError, match=r"images\[0\] cannot be read"):
             make_queries(["w1"], [tmp_path / name], tiny_processor())
+
+
+def test_more_transparent_colours_than_a_palette_has_places():
+    image = Image.new("P", (4, 4))
+    image.info["transparency"] = bytes(300)  # as Pillow reads it from such a PNG
+    with pytest.raises(ValueError, match=r"images\[2\] cannot be read: palette index out of range"):
+        load_image(image, "images[2]")
 
 
 def test_a_reader_that_raises_a_runtime_error(monkeypatch):

@@ -27,7 +27,7 @@ from ras_fast.methods import ONE_PASS, refuse_attached
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.cache_values import returned_cache
 from ras_fast.patching.structure import only_records
-from ras_fast.profile import RasProfile, is_integer
+from ras_fast.profile import RasProfile, is_integer, wording
 
 
 def _without_wrapper(model):
@@ -45,7 +45,8 @@ class SafeGenerator:
 
     model: in eval mode; also a PEFT model with adapters.
     profile: a `RasProfile` calibrated on this model; another model's is refused. Its tensors are not to be changed meanwhile.
-        The profile is compared with the model again whenever that was changed between two calls.
+        The profile is compared with the model, or the processor's chat template and vocabulary, again whenever that was changed
+        between two calls.
     batch_size: how many queries go through the stages together.
     fused: patch the model with `ras_fast.patch` from the first call on, unless it is patched; `close()` undoes it.
     region_mass: also report how much attention falls on each image (`SafeOutput.region_mass`), read from the forward over the
@@ -90,7 +91,7 @@ class SafeGenerator:
                 raise ValueError(f"{name} is {value!r}; it needs to be True or False")
         model = _without_wrapper(model)
         profile.check(model, processor)
-        self.model, self.processor, self.profile = model, processor, profile
+        self.model, self.processor, self.profile, self._wording = model, processor, profile, wording(processor)
         self.batch_size, self.cache = batch_size, ByteBoundedCache(cache_bytes)
         self.counters: Counter = Counter()
         self._lock = lock_of(model)
@@ -124,6 +125,7 @@ class SafeGenerator:
         try:
             with self._lock, self._undone_by_ctrl_c():
                 decoding = Decoding.of(decoding).apart_from(self.model)
+                self._wording = self.profile.check_again(self.model, self.processor, self._wording)
                 queries = list(enumerate(make_queries(prompts, images, self.processor)))
                 for number, query in queries:
                     self.plan.check(number, query)

@@ -185,6 +185,8 @@ class Overlapped(Plan):
         else:
             length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config, self._marks), "risk"))
         job.prefix = ids[: min(length, len(ids) - 1)] if cut else ids
+        if _tells_kinds_behind(inputs, len(job.prefix)):
+            raise _OtherLogits
         return job
 
     def _ids(self, job: Job, query: Query, stage: str) -> list[int]:
@@ -547,6 +549,13 @@ class Overlapped(Plan):
     def _has_special_token(self, ids: list[int]) -> bool:
         """Whether a special token comes after what closes the last image."""
         return not self._special.isdisjoint(ids[self._images_closed(ids) :])
+
+
+def _tells_kinds_behind(inputs: dict[str, Tensor], length: int) -> bool:
+    """Whether the processor calls a token behind the first ones of another kind than the prompt's last, which a step would not
+    tell the model: ERNIE-4.5-VL's, of a vision token that a text spells out."""
+    kinds = [tensor[0] for name, tensor in inputs.items() if name.endswith("token_type_ids")]
+    return any(bool((own[length:] != own[-1]).any()) for own in kinds)
 
 
 def _refuse_unpatched(patch: Patch, lost: str) -> None:

@@ -13,7 +13,7 @@ from ras_fast.decoding import Decoding, check_length
 from ras_fast.engine.answer import CUT, SafeOutput, Sequence
 from ras_fast.engine.batch import Batch, Branch
 from ras_fast.engine.runner import Runner
-from ras_fast.inputs import SIGHT, Query, encode
+from ras_fast.inputs import SIGHT, Query, encode, refuse_typed_pieces
 from ras_fast.regions import RegionMap
 
 
@@ -55,6 +55,7 @@ class Plan:
         Raises ValueError, which names the query, for one that the processor or the model cannot take.
         """
         try:
+            refuse_typed_pieces(self.processor, query, self.runner.image_token)
             inputs, poisoned = self.encode(query)
             if self.runner.crosses and query.images and not (SIGHT in inputs and inputs[SIGHT][0, -1].any()):
                 raise ValueError(f"the processor's {SIGHT} lets the last token see no image")
@@ -63,7 +64,7 @@ class Plan:
             raise ValueError(f"prompts[{number}]: {error}") from error
 
     def sequence(self, prompt: list[int], decoding: Decoding, query: int = 0) -> Sequence:
-        check_length(self.runner.model, len(prompt))
+        check_length(self.runner.model, prompt)
         self.runner.check_frequencies(len(prompt) + decoding.max_new_tokens)
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)
 

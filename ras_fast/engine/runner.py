@@ -15,7 +15,7 @@ from ras_fast.decoding import TooLong, eos_ids, output_head
 from ras_fast.engine import recurrence
 from ras_fast.engine.kv_cache import CROSS, KVPool
 from ras_fast.engine.workspace import Workspaces
-from ras_fast.inputs import SIGHT
+from ras_fast.inputs import SIGHT, is_per_token
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import cache_name
 from ras_fast.patching.structure import find_decoder, stacks
@@ -158,13 +158,14 @@ class Runner:
     def prefill(self, pool: KVPool, ids: Tensor, **extras) -> tuple[Tensor, Tensor | int]:
         """(states [B, T, d] of prompts [B, T] with their images, offset [B, 1] or 0 of the positions of what follows)."""
         self.count(*ids.shape)
-        if not self.offsets:
-            mask = extras.pop("attention_mask", None)
-            counted = torch.ones_like(ids) if mask is None else mask
+        mask = extras.pop("attention_mask", None)
+        counted = torch.ones_like(ids) if mask is None else mask  # Qwen2.5-Omni computes positions only where it gets one
+        inputs = {"input_ids": ids, **extras}
+        if not self.offsets or all(is_per_token(name, inputs) for name in inputs):
+            # Without images such models would count a row's padding as well, and steps do not.
             return self(pool, ids, (counted.cumsum(-1) - 1).clamp(min=0), mask, **extras), 0
-        mask = extras.pop("attention_mask", None)  # Qwen2.5-Omni computes positions only where it gets one
         with self.own_offsets():
-            states = self(pool, ids, None, torch.ones_like(ids) if mask is None else mask, **extras)
+            states = self(pool, ids, None, counted, **extras)
             return states, 0 if self.base.rope_deltas is None else self.base.rope_deltas.view(-1, 1)
 
     @contextmanager

@@ -29,7 +29,7 @@ def config(monkeypatch):
         speculative_config=None,
         lora_config=None,
         parallel_config=SimpleNamespace(enable_batch_sharded_sampling=False),
-        model_config=SimpleNamespace(model="m", tokenizer="m"),
+        model_config=SimpleNamespace(model="m", tokenizer="m", enable_sleep_mode=False),
         additional_config={"ras_fast": {"profile": "p", "queries": 8}},
         instance_id="test",
     )
@@ -197,6 +197,9 @@ def test_parameters_and_engines_that_are_refused(config):
     config.parallel_config.enable_batch_sharded_sampling, config.model_config.tokenizer = False, "another"
     with pytest.raises(ValueError, match="tokenizer is 'another'"):
         RasLogitsProcessor(config, CPU, False)
-    config.model_config.tokenizer, config.additional_config = "m", {}
+    config.model_config.tokenizer, config.model_config.enable_sleep_mode = "m", True
+    with pytest.raises(ValueError, match="enable_sleep_mode"):
+        RasLogitsProcessor(config, CPU, False)
+    config.model_config.enable_sleep_mode, config.additional_config = False, {}
     with pytest.raises(ValueError, match="engine_args"):
         RasLogitsProcessor(config, CPU, False)

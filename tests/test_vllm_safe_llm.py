@@ -168,6 +168,32 @@ def test_no_answer_comes_out_of_an_error(guard, monkeypatch):
     assert len(guard.generate(prompts, images)) == 6
 
 
+def test_an_interrupt_while_a_request_is_handed_over_leaves_none_behind(guard, monkeypatch):
+    add = guard.engine.engine_core.add_request
+
+    def interrupted(request):
+        add(request)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(guard.engine.engine_core, "add_request", interrupted)
+        guard.generate(["table?"])
+    assert len(guard.generate(["table?"])) == 1
+
+
+def test_requests_that_others_abort_are_not_waited_for(guard, monkeypatch):
+    step = guard.engine.step
+
+    def aborted():
+        guard.engine.abort_request(list(guard.engine.output_processor.request_states), internal=True)
+        return step()
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="aborted by others"):
+        patched.setattr(guard.engine, "step", aborted)
+        guard.generate(["table?"])
+    assert len(guard.generate(["table?"])) == 1
+
+
 def test_an_engine_at_work_is_left_alone(guard):
     guard.llm.enqueue(["table"], SamplingParams(max_tokens=2), use_tqdm=False)
     with pytest.raises(RuntimeError, match="unfinished"):
@@ -184,8 +210,23 @@ def test_a_table_that_is_not_the_engines_head_is_found_out(guard):
         steering.table = right * 1.01
         with pytest.raises(ValueError, match="differ"):
             SafeLLM(guard.llm)
+        with pytest.raises(ValueError, match="differ"):  # as after weights were loaded anew
+            guard.generate(["table?"])
     finally:
         steering.table = right
+
+
+def test_a_profile_that_was_written_anew_is_found_out(guard, profile):
+    """The engine steers by the one that it has read, and the stages would be those of the other."""
+    read = RasProfile.from_pretrained(profile)
+    other = RasProfile.from_pretrained(profile)
+    other.config["safety_prompt"] = "Say something."
+    try:
+        other.save_pretrained(profile)
+        with pytest.raises(ValueError, match="other settings"):
+            SafeLLM(guard.llm)
+    finally:
+        read.save_pretrained(profile)
 
 
 # Other processes, other runners

@@ -58,10 +58,12 @@ class Server:
         parallel = SimpleNamespace(data_parallel_size=1, _api_process_count=1)
         self.multimodal = SimpleNamespace(mm_processor_cache_gb=0)
         model = SimpleNamespace(
+            generation_config="auto",
             get_diff_sampling_param=dict,
             logits_processors=[None],
             logprobs_mode="processed_logprobs",
             max_model_len=10**6,
+            override_generation_config={},
             get_multimodal_config=lambda: self.multimodal,
         )
         self.state = SimpleNamespace(engine_client=self, online_renderer=SimpleNamespace(chat_template=None))
@@ -727,11 +729,15 @@ def spoil(server, what):
         server.state.online_renderer.chat_template = "{{ messages[-1] }}"
     elif what == "mm_processor_cache_gb":
         server.multimodal.mm_processor_cache_gb = 3
+    elif what == "max_new_tokens":
+        server.vllm_config.model_config.override_generation_config = {"max_new_tokens": 2}
     else:
         setattr(server.vllm_config.parallel_config, what.replace("API servers", "_api_process_count"), 3)
 
 
-SPOILT = ["data_parallel_size", "API servers", "mm_processor_cache_gb", "--logits-processors", "chat_template"]
+SPOILT = [
+    "data_parallel_size", "API servers", "mm_processor_cache_gb", "--logits-processors", "chat_template", "max_new_tokens",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("what", SPOILT)
@@ -771,6 +777,25 @@ def test_servers_that_are_set_up_wrong_do_not_start(server, what, monkeypatch):
     assert not asyncio.run(live(server, sent))
     assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
     assert what in sent[0]["message"]
+
+
+def test_the_engine_is_asked_whether_it_read_the_same_profile(server, monkeypatch):
+    asked = []
+
+    async def proves(name, args=()):
+        asked.append((name, args))
+
+    monkeypatch.setattr(server, "collective_rpc", proves)
+    assert asyncio.run(live(server, []))
+    assert asked == [("ras_prove", (server.steering.config,))]
+
+
+def test_a_limit_that_is_a_default_alone_is_none(server):
+    model = server.vllm_config.model_config
+    model.get_diff_sampling_param = lambda: {"max_tokens": 2}  # the model's own; stages name theirs
+    assert asyncio.run(live(server, []))
+    model.generation_config = "a folder"
+    assert not asyncio.run(live(server, []))
 
 
 def test_others_do(server):

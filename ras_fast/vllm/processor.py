@@ -32,8 +32,8 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
     newer one passes the slot of each row to `apply`, and makes the processor with (config, state of the slots).
 
     Raises ValueError when the engine has no profile in its additional_config, for speculative decoding, for LoRA adapters,
-    sampling that ranks share out and another model's tokenizer, and when the profile or the model's head cannot be used
-    (`LogitSteering`, `CheckpointHead`, `RasProfile.check`).
+    sampling that ranks share out, sleep mode and another model's tokenizer, and when the profile or the model's head cannot be
+    used (`LogitSteering`, `CheckpointHead`, `RasProfile.check`).
     """
 
     def __init__(self, vllm_config: VllmConfig, where, is_pin_memory: bool | None = None):
@@ -44,6 +44,8 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
         if vllm_config.parallel_config.enable_batch_sharded_sampling:
             raise ValueError("enable_batch_sharded_sampling is set; a query's logits need to be on one rank: leave it out")
         model = vllm_config.model_config
+        if model.enable_sleep_mode:
+            raise ValueError("enable_sleep_mode is set; a sleep of level 2 forgets the profile's tables: leave it out")
         if model.tokenizer != model.model:
             raise ValueError(f"tokenizer is {model.tokenizer!r}; the profile was calibrated with that of {model.model!r}")
         path, queries = read_settings(vllm_config.additional_config)

@@ -29,7 +29,8 @@ class SafeLLM:
     ``counters``: ``queries``; ``rejected``, drafts that steering changed; ``failed_closed``, risks that were set to 1;
     ``prompt_tokens`` of all requests, and ``cached_tokens``, how many of these came out of the prefix cache.
 
-    Raises ValueError when the engine was made without a profile, or its head cannot be steered in logits.
+    Raises ValueError when the engine was made without a profile, with one that is no longer there, or its head cannot be
+    steered in logits.
     """
 
     def __init__(self, llm: LLM):
@@ -41,7 +42,7 @@ class SafeLLM:
         self.chat_marks = marks_of(self.processor)
         self.counters: Counter = Counter()
         self._names = itertools.count()
-        self.engine.collective_rpc("ras_prove")
+        self._prove()
 
     def generate(self, prompts, images=None, *, max_tokens: int = 64) -> list[SafeOutput]:
         """Answers each prompt about its images, greedily.
@@ -51,13 +52,15 @@ class SafeLLM:
 
         Any error, even of a single request, aborts all requests in flight and is raised; then no answer is returned at all.
 
-        Raises ValueError for input that cannot be used, vLLM's own errors for prompts that it does not take, and RuntimeError
-        when the engine has other requests already, or ends one for another reason than its end or length.
+        Raises ValueError for input that cannot be used and when the engine's LM head is no longer the profile's, vLLM's own
+        errors for prompts that it does not take, and RuntimeError when the engine has other requests already, or ends one for
+        another reason than its end or length.
         """
         if not is_integer(max_tokens) or max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens!r}; it needs to be an integer of at least 1")
         if self.engine.has_unfinished_requests():
             raise RuntimeError("the engine has unfinished requests; let them finish before SafeLLM.generate")
+        self._prove()
         run = _Run(self, max_tokens)
         try:
             return run.answers(make_queries(prompts, images, self.processor))
@@ -65,6 +68,10 @@ class SafeLLM:
             self.engine.abort_request(list(run.live))
             self.engine.collective_rpc("ras_forget", args=(run.records,))
             raise
+
+    def _prove(self) -> None:
+        """Weights may be loaded anew while an engine runs, and a profile written anew before this object is made."""
+        self.engine.collective_rpc("ras_prove", args=(self.settings,))
 
 
 @dataclass
@@ -108,6 +115,8 @@ class _Run:
                 number, query = waiting.popleft()
                 jobs[number] = job = _Job(query)
                 self._start(job)
+            if not self.engine.has_unfinished_requests():  # none will come: steps without requests go on for ever
+                raise RuntimeError("requests of SafeLLM.generate were aborted by others; there is no answer")
             for output in self.engine.step():
                 self._receive(output)
             self._judge([job for job in jobs.values() if job.output is None and self._can_be_judged(job)])
@@ -204,8 +213,8 @@ class _Run:
         )
         (rendered,) = self.engine.renderer.render_cmpl([prompt])
         name = f"ras-{next(self.guard._names)}-{stage}"
+        self.live[name] = (job, stage)  # first: an interrupt in the middle of the next line has to abort it, too
         self.engine.add_request(name, rendered, params)
-        self.live[name] = (job, stage)
 
     def _receive(self, output) -> None:
         if output.request_id not in self.live:  # a draft that was given up

@@ -144,7 +144,7 @@ class SafeChat:
         async with self._starting:
             if self._guard is None:
                 guard = _Guard(state.engine_client, state.online_renderer.chat_template)
-                await guard.engine.collective_rpc("ras_prove")
+                await guard.engine.collective_rpc("ras_prove", args=(guard.settings,))
                 self._guard = guard
         return self._guard
 
@@ -157,7 +157,7 @@ class _Guard:
     Raises ValueError for engines without a profile or a logits processor, for another chat template than the model's, which is
     the one that the profile was calibrated with, for more than one engine, and for one that keeps images: two requests that
     bring the same image at the same time, as the stages do, can overtake each other on their way into that cache, and vLLM then
-    fails the one that comes without it.
+    fails the one that comes without it; and where every answer is held to fewer tokens than a stage has.
     """
 
     def __init__(self, engine, chat_template: str | None):
@@ -179,6 +179,9 @@ class _Guard:
         if chat_template not in (None, self.processor.chat_template):
             raise ValueError("chat_template is not the model's, which the profile belongs to; leave --chat-template out")
         defaults = config.model_config.get_diff_sampling_param()
+        limit, longest = _most_tokens(config.model_config), max(self.settings["max_context_tokens"], self.settings["steps"])
+        if limit is not None and limit < longest:
+            raise ValueError(f"max_new_tokens is {limit} for every request; a stage needs {longest}: leave it out, or raise it")
         # Whether a greedy token is the argmax of the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(processors) == 1
@@ -213,6 +216,13 @@ class _Guard:
         if not found:
             raise RuntimeError("no worker has kept the logits of a query")
         return found[0][0]
+
+
+def _most_tokens(model_config) -> int | None:
+    """What vLLM holds every request's ``max_tokens`` to. That of the model's own generation config is but a default."""
+    if model_config.generation_config in ("auto", "vllm"):
+        return model_config.override_generation_config.get("max_new_tokens")
+    return model_config.get_diff_sampling_param().get("max_tokens")
 
 
 def _control_tokens(processor) -> set[str]:

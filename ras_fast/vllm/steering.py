@@ -46,6 +46,7 @@ class LogitSteering:
     def __init__(self, profile: RasProfile, head: Callable[[Tensor], Tensor], slots: int, eos: int | None, device):
         if profile.config.get("risk", "moras") != "moras" or "region_bias" in profile.tensors:
             raise ValueError("profile reads or changes attention, which vLLM does not show; calibrate plain MoRAS for it")
+        self.config = profile.config
         self.moras = Moras(profile, lambda hidden: head(hidden).to(device), device, torch.float32)
         self.steps = self.moras.steps
         self.table = head(self.moras.prototypes.cpu()).float().to(device)  # [N, V]: W μ_n

@@ -11,12 +11,16 @@ from ras_fast.vllm.steering import Judgement, LogitSteering
 class RasWorkerExtension:
     """Methods that vLLM adds to its workers (``worker_extension_cls``)."""
 
-    def ras_prove(self) -> None:
-        """Raises ValueError unless the engine's own head is linear and gives the steered table.
+    def ras_prove(self, config: dict) -> None:
+        """Raises ValueError unless the engine's own head is linear and gives the steered table, and its profile has the
+        settings ``config``.
 
-        The table was read from the checkpoint by the names in it; whatever the model does after that matrix shows here.
+        The table was read from the checkpoint by the names in it; whatever the model does after that matrix shows here. So do
+        other weights that were loaded since. Who asks has read the profile later than the engine, and may have found another.
         """
         steering = self._ras_steering()
+        if config != steering.config:
+            raise ValueError("the profile has other settings than when the engine read it: start the engine anew")
         model, dtype = self.get_model(), self.vllm_config.model_config.dtype
         hidden = steering.moras.prototypes.to(dtype)
         inputs = torch.cat([hidden, 2 * hidden, torch.zeros_like(hidden[:1])])

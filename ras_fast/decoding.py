@@ -448,11 +448,16 @@ class TooLong(ValueError):
 
 
 def check_length(model, prompt: Sequence[int]) -> None:
-    """Raises TooLong for a prompt, as token ids, that takes more positions than the model has, however its RoPE is scaled: what
-    it says of such a prompt, and so its risk, means nothing."""
-    tokens, trained = _least_positions(model, prompt), _positions(model.config.get_text_config())
-    if trained and tokens > trained:
-        raise TooLong(f"a prompt has {tokens} tokens; {type(model).__name__} has {trained} positions")
+    """Raises TooLong for a prompt, as token ids, that takes more positions than the model has."""
+    check_positions(model, _least_positions(model, prompt))
+
+
+def check_positions(model, taken: int) -> None:
+    """Raises TooLong for a prompt that takes more positions than the model has, however its RoPE is scaled: what it says of
+    such a prompt, and so its risk, means nothing."""
+    trained = positions_of(model)
+    if taken > trained:
+        raise TooLong(f"a prompt has {taken} tokens; {type(model).__name__} has {trained} positions")
 
 
 def _least_positions(model, prompt: Sequence[int]) -> int:
@@ -464,9 +469,12 @@ def _least_positions(model, prompt: Sequence[int]) -> int:
     return sum(token not in visual for token in prompt) if visual else 0
 
 
-def _positions(config) -> int:
-    """How many positions a text model is made for; 0 where its config does not say."""
-    trained, rope = getattr(config, "max_position_embeddings", None) or 0, getattr(config, "rope_parameters", None) or {}
+def positions_of(model) -> float:
+    """How many positions a model is made for; infinity where its config does not say."""
+    config = model.config.get_text_config()
+    trained, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if not trained:
+        return math.inf
     if any(isinstance(part, dict) for part in rope.values()):  # by kind of layer, as Gemma 3's, which counts the scaled ones
         return trained
     # Where the length before scaling is told, the config's own is that or the one after it.

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ras_fast.decoding import lock_of
+from ras_fast.decoding import check_positions, lock_of, positions_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import CACHE_NAMES, PerSequence, cache_name, given_cache, keep, kept, returned_cache
@@ -149,8 +149,23 @@ class PromptState:
         # A static cache's own tensor counts on while the layers run.
         self.past = 0 if self._cache is None else self._cache.get_seq_length() + 0
         self.value = kept(self._cache, self.name)
+        self._check_length(kwargs)
         # Gemma 4's later layers would run for the last positions alone: methods count on all of them.
         return (args, kwargs | {"logits_to_keep": 0}) if kwargs.get("logits_to_keep") is not None else None
+
+    def _check_length(self, kwargs: dict[str, Any]) -> None:
+        """Raises TooLong for a prompt that takes more positions than the model has, as the engine does. No host sync but for
+        one that may be so long."""
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
+        if given is None or given.shape[1] == 1:
+            return
+        taken = given.shape[1] + (self.past if isinstance(self.past, int) else 0)
+        if taken <= positions_of(self._patch.model):
+            return
+        positions = kwargs.get("position_ids")
+        if positions is not None:  # without padding; by M-RoPE, [channels, B, T], images take fewer in some channels
+            taken = 1 + int(positions.flatten(1).amax(1).min() if positions.dim() == 3 else positions.max())
+        check_positions(self._patch.model, taken)
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A cache that the model made itself gets the value, too."""

@@ -56,7 +56,8 @@ def case(shape: tuple[int | tuple[int, ...], int, int, bool], dtype: torch.dtype
     else:
         weights = [weight for (weight,) in weights]
         candidates = {"ras_fast": (lambda weight: ops.linear(x, weight), weights)} | baselines.linear_peers(x, weights)
-    columns = {"N": " + ".join(map(str, sizes)) if len({*sizes}) > 1 else sizes[0], "K": inputs, "T": rows, "gated": gated}
+    columns = {"N": " + ".join(map(str, outputs)) if isinstance(outputs, tuple) else outputs}
+    columns |= {"K": inputs, "T": rows, "gated": gated}
     calls = {name: in_turn(call, given) for name, (call, given) in candidates.items()}
     written = sizes[0] if gated else sum(sizes)
     return columns, sum(sizes) * inputs + rows * (written + inputs), calls

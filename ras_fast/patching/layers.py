@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast import ops
+from ras_fast.patching.ahead import Ahead
 from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.steering import Probe, Site
 from ras_fast.patching.structure import is_watched
@@ -42,22 +43,19 @@ class FusedNorm(StandIn):
     def __init__(self, norm: nn.Module, kind: str, eps_name: str, weight_offset: float) -> None:
         self.norm, self.kind, self.eps_name, self.weight_offset = norm, kind, eps_name, weight_offset
         self.site: Site | None = None  # steering of the norm's output
-        self._given: Tensor | None = None
-        self._version = 0
-        self._result: Tensor | None = None
+        self._ahead = Ahead()  # of the sum that the layer before it returns
 
     @property
     def eps(self) -> float:
         return getattr(self.norm, self.eps_name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given, result = self._given, self._result
-        self._given = self._result = None
+        result = self._ahead.take(args[0] if args else None)
         if kwargs or len(args) != 1 or self._is_watched_inside():
             return self._unfused(args, kwargs)
-        x = args[0]
-        if given is x and self._untouched(x):
+        if result is not None:
             return result
+        x = args[0]
         if self.site is not None or self._computes(x):
             return self.compute(x.contiguous(), None, self.site)[0]
         return type(self.norm).forward(self.norm, x)
@@ -81,10 +79,6 @@ class FusedNorm(StandIn):
             called = f"called with {len(args)} arguments and {sorted(kwargs)}"
             raise RuntimeError(f"the norm is steered, but {called}, or there are hooks on a norm inside of it")
         return type(self.norm).forward(self.norm, *args, **kwargs)
-
-    def _untouched(self, x: Tensor) -> bool:
-        """Whether `x` certainly has not been written to since the add."""
-        return torch.compiler.is_compiling() or (not x.is_inference() and self._version == x._version)
 
     def add(
         self,
@@ -111,7 +105,7 @@ class FusedNorm(StandIn):
         else:
             _, hidden = self.compute(x, residual, site, probe, **sandwich)
             result, _ = self.compute(hidden, None, self.site)
-        self._given, self._version, self._result = hidden, _version(hidden), result
+        self._ahead.keep(hidden, result)
         return hidden
 
     def _is_elsewhere(self, x: Tensor) -> bool:
@@ -140,7 +134,7 @@ class FusedNorm(StandIn):
 
     def forget(self) -> None:
         """Drops a stored result that was never asked for."""
-        self._given = self._result = None
+        self._ahead.take(None)
 
     def compute(
         self,
@@ -224,10 +218,6 @@ def _options(x: Tensor, site: Site | None, probe: Probe | None) -> dict[str, Any
     if probe is not None and probe.active:
         options["probes"] = probe.directions.to(x.device)
     return options
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class SteeredLayer(StandIn):

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
 from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, is_slow, linear_by_kernel, linears_by_kernel
+from ras_fast.patching.ahead import Ahead
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import reproduce
@@ -31,15 +32,12 @@ class FastLinear(StandIn):
     def __init__(self, linear: nn.Linear) -> None:
         self.linear, self.most = linear, most_elements(linear.weight)
         self.followers: tuple[FastLinear, ...] = ()
-        self._ahead: tuple[Tensor, int, Tensor] | None = None  # rows, their version, and the result
+        self._ahead = Ahead()
 
     def __call__(self, input: Tensor) -> Tensor:
-        ahead = self._ahead  # read once, as all that another thread may change
-        if ahead is not None:
-            self._ahead = None
-            rows, version, result = ahead
-            if rows is input and version == rows._version:
-                return result
+        result = self._ahead.take(input)
+        if result is not None:
+            return result
         if type(input) is Tensor and input.numel() <= self.most:
             parameters = self._parameters_for(input)
             if parameters is not None:
@@ -56,8 +54,8 @@ class FastLinear(StandIn):
         return (weight, bias) if takes(x, weight, *([] if bias is None else [bias])) else None
 
     def _product(self, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
-        followers = self.followers
-        if any(follower._ahead is not None for follower in followers):
+        followers = self.followers  # read once: another thread may change them
+        if any(follower._ahead for follower in followers):
             self.followers = followers = ()  # nobody asked for that: they are not called with the same rows after all
         if not followers or x.is_inference():  # which does not count what is written to it
             return linear_by_kernel(x, weight, bias)
@@ -71,7 +69,7 @@ class FastLinear(StandIn):
             self.followers = ()
             return linear_by_kernel(x, weight, bias)
         for follower, other in zip(followers, others, strict=True):
-            follower._ahead = x, x._version, other
+            follower._ahead.keep(x, other)
         return result
 
     def _may_be_prepared(self) -> bool:

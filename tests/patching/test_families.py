@@ -467,7 +467,7 @@ def test_cross_attention_without_images():
             got = model(**batch, output_attentions=True)
             assert relative_error(got.logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
             assert [tuple(mass.shape) for mass in got.attentions] == [(2, 4, 4, 0)] * 2
-            assert all(layer.end._given is None for layer in patched._fused.layers.values())
+            assert not any(layer.end._ahead for layer in patched._fused.layers.values())
 
 
 @pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.18"), reason="the page is of newer versions")

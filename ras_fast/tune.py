@@ -35,6 +35,7 @@ GRID = {
 HEAD_DIMS = (64, 128, 256)
 WIDTHS = (1024, 4096, 8192, 16384)
 HEADS, KV_HEADS, REGIONS = 32, 8, 8
+DEVICE = "cuda"
 
 
 def problem(wanted) -> tuple[str, Callable[[], object]]:
@@ -46,16 +47,16 @@ def _attention_problem(wanted) -> tuple[str, Callable[[], object]]:
     from ras_fast.triton_kernels import attention
 
     batch, rows, keys = {"prefill": (1, 4096, 4096), "decode": (8, 1, 8192)}.get(wanted.kernel, (1, 2048, 2048))
-    query = torch.randn(batch, rows, HEADS, wanted.size, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-    key, value = (torch.randn(batch, KV_HEADS, keys, wanted.size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    ids = (torch.arange(keys, device="cuda", dtype=torch.int32) * (REGIONS + 2) // keys - 1).clamp(max=REGIONS - 1)
+    query = torch.randn(batch, rows, HEADS, wanted.size, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
+    key, value = (torch.randn(batch, KV_HEADS, keys, wanted.size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    ids = (torch.arange(keys, device=DEVICE, dtype=torch.int32) * (REGIONS + 2) // keys - 1).clamp(max=REGIONS - 1)
     ids = ids.expand(batch, keys).contiguous()
     start, end, window, softcap, sinks, bias = None, None, 0, 0.0, None, None
     if wanted.variant == "every":
-        start = torch.full((batch,), 7, device="cuda", dtype=torch.int32)
-        end = torch.full((batch,), keys, device="cuda", dtype=torch.int32)
-        window, softcap, sinks = keys, 50.0, torch.randn(HEADS, device="cuda")
-        bias = torch.randn(HEADS, REGIONS, device="cuda")
+        start = torch.full((batch,), 7, device=DEVICE, dtype=torch.int32)
+        end = torch.full((batch,), keys, device=DEVICE, dtype=torch.int32)
+        window, softcap, sinks = keys, 50.0, torch.randn(HEADS, device=DEVICE)
+        bias = torch.randn(HEADS, REGIONS, device=DEVICE)
     masks = (wanted.size**-0.5, True, start, end, window, softcap)
     shape = f"B{batch} Hq{HEADS} Hkv{KV_HEADS} Lq{rows} Lk{keys} D{wanted.size} R{REGIONS}"
     if wanted.kernel in ("prefill", "decode"):
@@ -69,12 +70,12 @@ def _attention_problem(wanted) -> tuple[str, Callable[[], object]]:
 def _norm_problem(wanted) -> tuple[str, Callable[[], object]]:
     from ras_fast.triton_kernels import norm
 
-    tokens, vectors = 4096, torch.randn(2, wanted.size, device="cuda")
-    x, residual = (torch.randn(tokens, wanted.size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    weight = torch.randn(wanted.size, device="cuda", dtype=torch.bfloat16)
-    slot = torch.ones(tokens, device="cuda", dtype=torch.int32)
-    alpha = torch.full((tokens,), 0.5, device="cuda")
-    call = functools.partial(norm.add_rms_norm, x, residual, weight, 1e-6, vectors, slot, alpha, False, 0.0, True, None, None)
+    tokens, vectors = 4096, torch.randn(2, wanted.size, device=DEVICE)
+    x, residual = (torch.randn(tokens, wanted.size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.randn(wanted.size, device=DEVICE, dtype=torch.bfloat16)
+    slot = torch.ones(tokens, device=DEVICE, dtype=torch.int32)
+    alpha = torch.full((tokens,), 0.5, device=DEVICE)
+    call = functools.partial(norm.add_rms_norm, x, residual, weight, 1e-6, vectors, slot, alpha, False, 0.0, True, None)
     return f"T{tokens} d{wanted.size}", call
 
 

@@ -296,6 +296,10 @@ FAMILIES = {
     "llava_next": Family({"text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "vision_config": CLIP,
                           "image_token_id": IMAGE, "image_token_index": IMAGE, "vision_feature_layer": -1,
                           "image_grid_pinpoints": [[16, 32], [32, 16]]}, tiles),
+    "llava_next/granite": Family({"text_config": {name: value for name, value in TEXT.items() if name != "head_dim"} | {
+        "model_type": "granite", "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "attention_multiplier": 0.2,
+        "logits_scaling": 2.0}, "vision_config": CLIP, "image_token_id": IMAGE, "image_token_index": IMAGE,
+        "vision_feature_layer": -1, "image_grid_pinpoints": [[16, 32], [32, 16]]}, tiles),
     "llava_onevision": Family({"text_config": TEXT | {"model_type": "qwen2"}, "vision_config": SIGLIP,
                                "image_token_id": IMAGE, "image_token_index": IMAGE, "video_token_index": VIDEO,
                                "image_grid_pinpoints": [[16, 32], [32, 16]]}, tiles),

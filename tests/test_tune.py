@@ -158,9 +158,28 @@ def test_the_norm_launcher_honours_an_entry(empty_table, monkeypatch, steered):
     empty_table[norm.shape_class(90, 2, 600)] = {"num_warps": 2, "maxnreg": 96}
     options = launched_with(
         monkeypatch, norm, "add_norm_kernel",
-        lambda: norm.add_rms_norm(x, x, x[0], 1e-6, *steering, False, 0.0, True, None, None, None),
+        lambda: norm.add_rms_norm(x, x, x[0], 1e-6, *steering, False, 0.0, True, None),
     )  # fmt: skip
     assert (options["BLOCK"], options["num_warps"], options["maxnreg"]) == (1024, 2, 96)
+
+
+def test_every_class_has_a_call_that_its_launcher_takes(monkeypatch):
+    """What is timed, up to the launch: on a CPU, with kernels that compute nothing."""
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append(options)
+
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    for module in (attention, norm):
+        for name in [name for name, value in vars(module).items() if hasattr(value, "fn") and hasattr(value, "arg_names")]:
+            monkeypatch.setattr(module, name, Kernel())
+    for wanted in tune.shape_classes(90):
+        launches.clear()
+        _, call = tune.problem(wanted)
+        call()
+        assert launches, wanted
 
 
 def test_results_do_not_depend_on_the_configuration(empty_table):

@@ -50,14 +50,18 @@ def _inverse_rms(x_row, d, eps, offsets, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, mask, x_inv_rms, scale, weight_offset, alpha, active, invalid,
-            HAS_RESIDUAL: tl.constexpr, HAS_X_WEIGHT: tl.constexpr, STEER: tl.constexpr, HF: tl.constexpr,
-            ROUND_NORMALISED: tl.constexpr):  # fmt: skip
+def _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, mask, x_inv_rms, x_scale, scale, weight_offset, alpha, active,
+            invalid, HAS_RESIDUAL: tl.constexpr, HAS_X_WEIGHT: tl.constexpr, HAS_X_SCALE: tl.constexpr, STEER: tl.constexpr,
+            HF: tl.constexpr, ROUND_NORMALISED: tl.constexpr):  # fmt: skip
     """h of the elements `cols` in fp32, zero outside the mask; rounded to x's type where "hf" rounds."""
     x = tl.load(x_row + cols, mask=mask, other=0.0)
     h = x.to(tl.float32)
     if HAS_X_WEIGHT:
         h = _weighted(h * x_inv_rms, x_weight_ptr, cols, mask, weight_offset, x.dtype, ROUND_NORMALISED)
+        if HF:
+            h = h.to(x.dtype).to(tl.float32)
+    if HAS_X_SCALE:
+        h *= x_scale
         if HF:
             h = h.to(x.dtype).to(tl.float32)
     if HAS_RESIDUAL:
@@ -106,10 +110,10 @@ def add_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, x_weight_ptr, scale_ptr, vectors_ptr, slot_ptr, alpha_ptr, probes_ptr,
     y_ptr, h_ptr, dots_ptr,
     x_stride_z, x_stride_y, x_stride, residual_stride_z, residual_stride_y, residual_stride, vectors_stride, probes_stride,
-    rows_y, rows, d, num_slots, num_probes, eps, weight_offset,
+    rows_y, rows, d, num_slots, num_probes, eps, weight_offset, x_scale,
     LAYER_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X_WEIGHT: tl.constexpr,
-    HAS_SCALE: tl.constexpr, STEER: tl.constexpr, PROBES: tl.constexpr, HF: tl.constexpr, ROUND_NORMALISED: tl.constexpr,
-    STORE_H: tl.constexpr, BLOCK: tl.constexpr, TILED: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr, HAS_SCALE: tl.constexpr, STEER: tl.constexpr, PROBES: tl.constexpr, HF: tl.constexpr,
+    ROUND_NORMALISED: tl.constexpr, STORE_H: tl.constexpr, BLOCK: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, y, z): row [z, y, row] of x and residual, row `token` of every output."""
     row, y, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -142,22 +146,23 @@ def add_norm_kernel(
             total = tl.zeros([BLOCK], tl.float32)
             for start in tl.range(0, d, BLOCK, num_stages=1):
                 cols = start + offsets
-                total += _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, scale,
-                                 weight_offset, alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF,
+                total += _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, x_scale, scale,
+                                 weight_offset, alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, HAS_X_SCALE, STEER, HF,
                                  ROUND_NORMALISED)  # fmt: skip
             mean = tl.sum(total) / d
         squares = tl.zeros([BLOCK], tl.float32)
         for start in tl.range(0, d, BLOCK, num_stages=1):
             cols = start + offsets
-            h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, scale, weight_offset,
-                        alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
+            h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, x_scale, scale,
+                        weight_offset, alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, HAS_X_SCALE, STEER, HF,
+                        ROUND_NORMALISED)  # fmt: skip
             centred = tl.where(cols < d, h - mean, 0.0)
             squares += centred * centred
         square_sum = tl.sum(squares)
     else:
         mask = offsets < d
-        h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, offsets, mask, x_inv_rms, scale, weight_offset, alpha,
-                    active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
+        h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, offsets, mask, x_inv_rms, x_scale, scale, weight_offset,
+                    alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, HAS_X_SCALE, STEER, HF, ROUND_NORMALISED)  # fmt: skip
         if LAYER_NORM:
             mean = tl.sum(h) / d
         centred = tl.where(mask, h - mean, 0.0)
@@ -173,8 +178,8 @@ def add_norm_kernel(
                 products = tl.zeros([BLOCK], tl.float32)
                 for start in tl.range(0, d, BLOCK, num_stages=1):
                     cols = start + offsets
-                    tile = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, scale,
-                                   weight_offset, alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF,
+                    tile = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, x_scale, scale,
+                                   weight_offset, alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, HAS_X_SCALE, STEER, HF,
                                    ROUND_NORMALISED)  # fmt: skip
                     products += tile * tl.load(probe_row + cols, mask=cols < d, other=0.0).to(tl.float32)
             else:
@@ -186,8 +191,9 @@ def add_norm_kernel(
     if TILED:
         for start in tl.range(0, d, BLOCK, num_stages=1):
             cols = start + offsets
-            h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, scale, weight_offset,
-                        alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, STEER, HF, ROUND_NORMALISED)  # fmt: skip
+            h = _load_h(x_row, residual_row, vector_row, x_weight_ptr, cols, cols < d, x_inv_rms, x_scale, scale,
+                        weight_offset, alpha, active, invalid, HAS_RESIDUAL, HAS_X_WEIGHT, HAS_X_SCALE, STEER, HF,
+                        ROUND_NORMALISED)  # fmt: skip
             _store_row(y_row, h_row, weight_ptr, bias_ptr, vector_row, h, cols, cols < d, mean, inv_std, weight_offset,
                        alpha, active, LAYER_NORM, HAS_BIAS, STEER, HF, ROUND_NORMALISED, STORE_H)  # fmt: skip
     else:
@@ -239,19 +245,19 @@ def _leading(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[list[int],
     return tuple(list(column) for column in zip(*padded, strict=True))
 
 
-def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale, *,
-              layer_norm):  # fmt: skip
+def _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight=None, x_scale=1.0,
+              scale=None, *, layer_norm):  # fmt: skip
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stores_h = residual is not None or (vectors is not None and not lerp) or x_weight is not None
+    stores_h = residual is not None or (vectors is not None and not lerp) or x_weight is not None or x_scale != 1
     h = torch.empty(x.shape if stores_h else (0,), dtype=x.dtype, device=x.device)
-    dots = _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale, y,
-                   h if stores_h else None, layer_norm=layer_norm)  # fmt: skip
+    dots = _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, x_scale,
+                   scale, y=y, h=h if stores_h else None, layer_norm=layer_norm)  # fmt: skip
     return y, h, dots
 
 
 @on_its_device
-def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale, y, h, *,
-            layer_norm):  # fmt: skip
+def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight=None, x_scale=1.0,
+            scale=None, *, y, h, layer_norm):  # fmt: skip
     """Writes y and, if given, h; returns probe_dots."""
     d = x.shape[-1]
     tokens = x.numel() // d
@@ -272,12 +278,13 @@ def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_o
         *x_strides, *residual_strides,
         vectors.stride(0) if vectors is not None else 0, probes.stride(0) if probes is not None else 0,
         size_y, rows, d, len(vectors) if vectors is not None else 0, len(probes) if probes is not None else 0,
-        eps, weight_offset,
+        eps, weight_offset, x_scale,
         LAYER_NORM=layer_norm, HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None,
-        HAS_X_WEIGHT=x_weight is not None, HAS_SCALE=scale is not None,
+        HAS_X_WEIGHT=x_weight is not None, HAS_X_SCALE=x_scale != 1, HAS_SCALE=scale is not None,
         STEER="none" if vectors is None else "lerp" if lerp else "add",
         PROBES=probes is not None, HF=hf, ROUND_NORMALISED=hf and weight_offset == 0, STORE_H=h is not None,
         BLOCK=chosen.block, TILED=chosen.tiled, num_warps=chosen.num_warps, maxnreg=chosen.maxnreg,
+        enable_fp_fusion=x_scale == 1,  # a product that is rounded before it is added
     )  # fmt: skip
     return dots
 
@@ -289,17 +296,17 @@ def add_rms_norm(x, residual, weight, eps, *others):
 
 def add_rms_norm_(x, residual, weight, eps, *others):
     """ras_fast::add_rms_norm_ in Triton: y over x, h over residual, both contiguous; returns probe_dots."""
-    return _launch(x, residual, weight, None, eps, *others, x, residual, layer_norm=False)
+    return _launch(x, residual, weight, None, eps, *others, y=x, h=residual, layer_norm=False)
 
 
 def add_layer_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
     """ras_fast::add_layer_norm in Triton, as above."""
-    return _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, None, layer_norm=True)
+    return _add_norm(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, layer_norm=True)
 
 
 def add_layer_norm_(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
     """ras_fast::add_layer_norm_ in Triton, as above."""
-    return _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, None, x, residual,
+    return _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, y=x, h=residual,
                    layer_norm=True)  # fmt: skip
 
 
@@ -308,7 +315,7 @@ def aot_cases(arch: int) -> list[dict]:
     pointers = ("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "x_weight_ptr", "scale_ptr", "probes_ptr", "y_ptr", "h_ptr")
     types = dict.fromkeys(pointers, "*bf16")
     types |= dict.fromkeys(("vectors_ptr", "alpha_ptr", "dots_ptr"), "*fp32") | {"slot_ptr": "*i32"}
-    types |= dict.fromkeys(("eps", "weight_offset"), "fp32")
+    types |= dict.fromkeys(("eps", "weight_offset", "x_scale"), "fp32")
     cases = []
     for d in (768, 4096, 8192, 16384, 32768):
         for norm, steer in (("rms", "none"), ("rms", "add"), ("sandwich", "add"), ("layer", "lerp")):
@@ -316,7 +323,8 @@ def aot_cases(arch: int) -> list[dict]:
             chosen = config(wanted)
             constexprs = {
                 "LAYER_NORM": norm == "layer", "HAS_RESIDUAL": True, "HAS_BIAS": norm == "layer",
-                "HAS_X_WEIGHT": norm == "sandwich", "HAS_SCALE": norm == "sandwich", "STEER": steer,
+                "HAS_X_WEIGHT": norm == "sandwich", "HAS_X_SCALE": norm == "sandwich",
+                "HAS_SCALE": norm == "sandwich", "STEER": steer,
                 "PROBES": steer != "none", "HF": True, "ROUND_NORMALISED": norm != "layer", "STORE_H": True,
                 "BLOCK": chosen.block, "TILED": chosen.tiled,
             }  # fmt: skip

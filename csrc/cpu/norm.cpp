@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> functional(const NormArgs& args, const Tensor
                                               const Tables& tables, const MaybeTensor& slot, const MaybeTensor& alpha) {
   guard(x, residual, tables, slot, alpha);
   const std::vector<int64_t> sizes = sizes_of(x);
-  const bool stores_h = residual || (tables.vectors && !args.lerp) || tables.x_weight;
+  const bool stores_h = residual || (tables.vectors && !args.lerp) || tables.x_weight || args.scales_x;
   const Tensor y = empty(sizes, raw_dtype(x)), h = empty(stores_h ? sizes : std::vector<int64_t>{0}, raw_dtype(x));
   return {y, h, launch(args, x, residual, tables, slot, alpha, y, stores_h ? MaybeTensor(h) : std::nullopt)};
 }
@@ -96,12 +96,13 @@ Tensor in_place(const NormArgs& args, const Tensor& x, const Tensor& residual, c
   return launch(args, x, residual, tables, slot, alpha, x, residual);
 }
 
-NormArgs rms_args(double eps, bool lerp, double weight_offset, bool hf) {
-  return {.eps = float(eps), .weight_offset = float(weight_offset), .rms = true, .hf_rounding = hf, .lerp = lerp};
+NormArgs rms_args(double eps, bool lerp, double weight_offset, bool hf, double x_scale) {
+  return {.eps = float(eps), .weight_offset = float(weight_offset), .x_scale = float(x_scale), .scales_x = x_scale != 1,
+          .rms = true, .hf_rounding = hf, .lerp = lerp};
 }
 
 NormArgs layer_args(double eps, bool lerp, bool hf) {
-  return {.eps = float(eps), .weight_offset = 0, .rms = false, .hf_rounding = hf, .lerp = lerp};
+  return {.eps = float(eps), .weight_offset = 0, .x_scale = 1, .rms = false, .hf_rounding = hf, .lerp = lerp};
 }
 
 }  // namespace
@@ -109,16 +110,16 @@ NormArgs layer_args(double eps, bool lerp, bool hf) {
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
-                                                const MaybeTensor& x_weight, const MaybeTensor& scale) {
+                                                const MaybeTensor& x_weight, double x_scale, const MaybeTensor& scale) {
   const Tables tables{weight, std::nullopt, vectors, probes, x_weight, scale};
-  return functional(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
+  return functional(rms_args(eps, lerp, weight_offset, hf, x_scale), x, residual, tables, slot, alpha);
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
-                     const MaybeTensor& probes, const MaybeTensor& x_weight, const MaybeTensor& scale) {
+                     const MaybeTensor& probes, const MaybeTensor& x_weight, double x_scale, const MaybeTensor& scale) {
   const Tables tables{weight, std::nullopt, vectors, probes, x_weight, scale};
-  return in_place(rms_args(eps, lerp, weight_offset, hf), x, residual, tables, slot, alpha);
+  return in_place(rms_args(eps, lerp, weight_offset, hf, x_scale), x, residual, tables, slot, alpha);
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,

@@ -23,7 +23,8 @@ struct NormArgs {
   void *y, *h;  // contiguous; h is null when it is not stored. y may be x, and h residual, if these are contiguous
   Table weight, bias, x_weight;
   Table scale;  // [1], of the sum
-  float eps, weight_offset;
+  float eps, weight_offset, x_scale;
+  bool scales_x;  // whether x_scale is other than 1
   bool rms, hf_rounding;
 
   Table vectors;  // steering; data is null when nothing is steered

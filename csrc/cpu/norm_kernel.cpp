@@ -111,6 +111,8 @@ struct RowKernel {
     const W* vector = Add ? table(args.vectors, steering.slot) : nullptr;
     const W* x_weight = NormX ? table(args.x_weight, 0) : nullptr;
     const float scale = NormX ? x_scale(t) : 0;
+    const bool scales_x = !Layer && args.scales_x;
+    const float x_scale = args.x_scale;
     const float sum_scale = args.scale.data ? load_table<T>(table(args.scale, 0), 1).a[0] : 1;
     T* stored = h(t);
     Pair total{};
@@ -119,6 +121,7 @@ struct RowKernel {
       prefetch<0>(next_in + i);
       Pair value = load_pair(in + i, count);
       if constexpr (NormX) value = rounded_if<Hf, T>(weighted<Offset>(value, scale, x_weight + i, count));
+      if (scales_x) value = rounded_if<Hf, T>(x_scale * value);
       if (added) value = rounded_if<Hf, T>(value + load_pair(added + i, count));
       if constexpr (NormX) value = rounded_if<Hf, T>(sum_scale * value);
       if constexpr (Add) {  // an infinite alpha times what is missing from the last pair is NaN

@@ -47,6 +47,7 @@ Operand operand(const MaybeTensor& tensor) {
 struct Flags {
   bool layer_norm, lerp, hf;
   float eps, weight_offset;
+  double x_scale;
 };
 
 struct Inputs {
@@ -94,6 +95,7 @@ void run_as(const Inputs& in, const Outputs& out, const Flags& flags) {
   a.inv_d = 1.f / float(a.d);
   a.eps = flags.eps;
   a.weight_offset = flags.weight_offset;
+  a.x_scale = float(flags.x_scale);
   a.hf_rounding = flags.hf;
   a.lerp = flags.lerp;
 
@@ -143,7 +145,7 @@ Tensor new_probe_dots(const Inputs& in) {
 std::tuple<Tensor, Tensor, Tensor> functional(const Inputs& in, const Flags& flags) {
   guard(in);
   const std::vector<int64_t> sizes = sizes_of(in.x);
-  const bool stores_h = in.residual || (in.vectors && !flags.lerp) || in.x_weight;
+  const bool stores_h = in.residual || (in.vectors && !flags.lerp) || in.x_weight || flags.x_scale != 1;
   const Tensor y = new_like(in.x, sizes), h = new_like(in.x, stores_h ? sizes : std::vector<int64_t>{0});
   const Tensor dots = new_probe_dots(in);
   run(in, {y, stores_h ? MaybeTensor(h) : std::nullopt, dots}, flags);
@@ -163,16 +165,16 @@ Tensor in_place(const Inputs& in, const Flags& flags) {
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight, double eps,
                                                 const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha,
                                                 bool lerp, double weight_offset, bool hf, const MaybeTensor& probes,
-                                                const MaybeTensor& x_weight, const MaybeTensor& scale) {
+                                                const MaybeTensor& x_weight, double x_scale, const MaybeTensor& scale) {
   return functional({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight, scale},
-                    {false, lerp, hf, float(eps), float(weight_offset)});
+                    {false, lerp, hf, float(eps), float(weight_offset), x_scale});
 }
 
 Tensor add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const MaybeTensor& vectors,
                      const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, double weight_offset, bool hf,
-                     const MaybeTensor& probes, const MaybeTensor& x_weight, const MaybeTensor& scale) {
+                     const MaybeTensor& probes, const MaybeTensor& x_weight, double x_scale, const MaybeTensor& scale) {
   return in_place({x, residual, weight, std::nullopt, vectors, slot, alpha, probes, x_weight, scale},
-                  {false, lerp, hf, float(eps), float(weight_offset)});
+                  {false, lerp, hf, float(eps), float(weight_offset), x_scale});
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTensor& residual, const Tensor& weight,
@@ -180,14 +182,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const MaybeTe
                                                   const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                                                   const MaybeTensor& probes) {
   return functional({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt, std::nullopt},
-                    {true, lerp, hf, float(eps), 0.f});
+                    {true, lerp, hf, float(eps), 0.f, 1.});
 }
 
 Tensor add_layer_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, const MaybeTensor& bias, double eps,
                        const MaybeTensor& vectors, const MaybeTensor& slot, const MaybeTensor& alpha, bool lerp, bool hf,
                        const MaybeTensor& probes) {
   return in_place({x, residual, weight, bias, vectors, slot, alpha, probes, std::nullopt, std::nullopt},
-                  {true, lerp, hf, float(eps), 0.f});
+                  {true, lerp, hf, float(eps), 0.f, 1.});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ras_fast, CUDA, m) {

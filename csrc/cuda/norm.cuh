@@ -1,6 +1,7 @@
 // Residual add, steering and normalisation of a row in one pass over memory.
 //
 //   x = rms_norm(x) * (x_weight + offset)  if x_weight is given (Norm::sandwich)
+//   x = x * x_scale                        rounded, too; RMS norms alone
 //   h = x + residual                       rounded to x's type where Hugging Face's eager code rounds it ("hf")
 //   h = h * scale                          if scale is given, which goes with x_weight
 //   h = h + alpha * v                      steering "add", for rows whose slot names a steering vector v
@@ -56,6 +57,7 @@ struct NormArgs {
   Operand probes;             // [num_probes, d]
   int num_slots, num_probes;
   Operand x_weight, scale;    // [d], [1]; their data may be null
+  float x_scale;
 };
 
 // ------------------------------------------------------------------------------------------------- a thread's slice
@@ -223,6 +225,14 @@ __device__ void weigh(const NormArgs<T>& a, const float* weight, float* value) {
   for (int i = 0; i < kCount; ++i) value[i] *= weight[i] + a.weight_offset;
 }
 
+// By an instruction of its own: a product that is added the compiler would fuse into the sum.
+template <typename T, int kCount>
+__device__ void multiply(const NormArgs<T>& a, float factor, float (&value)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) value[i] = __fmul_rn(value[i], factor);
+  if (a.hf_rounding) round_all<T, kCount>(value);
+}
+
 // h of one slice. `x_inv_rms` makes of the slice's x, which it finds in h, what normalises x's row (Norm::sandwich).
 // Multiplications followed by additions are written as fmaf, or the additions as __fadd_rn: otherwise the compiler may fuse
 // them in one kernel and not in another, and the steered and unsteered kernels would give other bits for an unsteered row.
@@ -250,9 +260,12 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& s
     for (int p = 0; p < S::kPacks; ++p) vector[p] = slice.load_early(a.steer_vectors, steering.slot, p, add);
   }
 
-  if constexpr (kNorm == Norm::sandwich) {
+  constexpr bool kFactor = kNorm != Norm::layer && kForm != NormForm::plain;
+  if constexpr (kNorm == Norm::sandwich || kFactor) {
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) unpack<T>(first[p], h + p * S::kVec);
+  }
+  if constexpr (kNorm == Norm::sandwich) {
     const float scale = x_inv_rms(h);
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) {
@@ -263,6 +276,11 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& s
       weigh<T, S::kVec>(a, w, own);
       if (a.hf_rounding) round_all<T, S::kVec>(own);
     }
+  }
+  if constexpr (kFactor) {
+    if (a.x_scale != 1.f) multiply(a, a.x_scale, h);
+  }
+  if constexpr (kNorm == Norm::sandwich || kFactor) {
     if constexpr (kLate) __syncwarp();  // or the loads would be moved up, over the registers' number
 #pragma unroll
     for (int p = 0; p < S::kPacks; ++p) {
@@ -285,12 +303,7 @@ __device__ void load_h(const NormArgs<T>& a, const Slice<T, kElements, kForm>& s
   }
   if (a.hf_rounding) round_all<T, kElements>(h);
   if constexpr (kNorm == Norm::sandwich) {
-    if (a.scale.data != nullptr) {
-      const float scale = first_of(a.scale);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) h[i] = __fmul_rn(h[i], scale);
-      if (a.hf_rounding) round_all<T, kElements>(h);
-    }
+    if (a.scale.data != nullptr) multiply(a, first_of(a.scale), h);
   }
   if constexpr (kSteered) {
     if (add) {
@@ -555,7 +568,7 @@ NormForm norm_form(const NormArgs<T>& a) {
   }
   const auto same_type = [](const Operand& operand) { return operand.data == nullptr || operand.dtype == kTypeOf<T>; };
   const bool plain = same_type(a.weight) && same_type(a.bias) && same_type(a.x_weight) && same_type(a.steer_vectors) &&
-                     a.probe_dots == nullptr;
+                     a.probe_dots == nullptr && a.x_scale == 1.f;
   return plain ? NormForm::plain : NormForm::aligned;
 }
 

@@ -12,7 +12,7 @@ namespace ras::cuda {
 enum class NormForm : int {
   unaligned,  // rows may begin anywhere; operands of any type
   aligned,    // whole 16-byte accesses everywhere
-  plain,      // and every operand has x's type, and there are no probes
+  plain,      // and every operand has x's type, there are no probes, and x has no factor
 };
 
 enum class Norm : int {

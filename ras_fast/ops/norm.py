@@ -29,6 +29,7 @@ def add_rms_norm(
     rounding: str = "hf",
     probes: Tensor | None = None,
     x_weight: Tensor | None = None,
+    x_scale: float = 1.0,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """RMSNorm (Zhang & Sennrich, arXiv 1910.07467) of `x + residual`, optionally steered.
@@ -54,6 +55,7 @@ def add_rms_norm(
         probes: [P, d], any floating dtype: directions whose dot product with each row is read in the same pass.
         x_weight: [d], any floating dtype: before all else x becomes `norm(x) · (x_weight + weight_offset)`, with the same eps:
             the norm behind attention and MLP of sandwich layers (Gemma 2, arXiv 2408.00118). "hf" rounds it to x's dtype.
+        x_scale: then x is multiplied by it, as what Granite's layers add (its `residual_multiplier`). "hf" rounds the product.
         scale: [1], any floating dtype, only beside `x_weight`: h is `(x + residual) · scale`, as behind the layers of Gemma 4;
             steering comes after it. "hf" rounds the sum and the product.
 
@@ -70,9 +72,9 @@ def add_rms_norm(
     lerp, hf = _choices(steer_mode, rounding)
     y, h, dots = call(
         "add_rms_norm", _rms_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp, weight_offset,
-        hf, probes, x_weight, scale,
+        hf, probes, x_weight, x_scale, scale,
     )  # fmt: skip
-    stores_h = _stores_h(residual, steer_vectors, lerp, x_weight)
+    stores_h = _stores_h(residual, steer_vectors, lerp, x_weight, x_scale)
     return y, (h if stores_h else x), (dots if probes is not None else None)
 
 
@@ -90,6 +92,7 @@ def add_rms_norm_(
     rounding: str = "hf",
     probes: Tensor | None = None,
     x_weight: Tensor | None = None,
+    x_scale: float = 1.0,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`add_rms_norm` in place: y is written over `x` and h over `residual`, bit for bit what the functional op returns.
@@ -109,7 +112,7 @@ def add_rms_norm_(
     lerp, hf = _choices(steer_mode, rounding)
     dots = call(
         "add_rms_norm_", _rms_in_place_validate, x, residual, weight, eps, steer_vectors, steer_slot, steer_alpha, lerp,
-        weight_offset, hf, probes, x_weight, scale,
+        weight_offset, hf, probes, x_weight, x_scale, scale,
     )  # fmt: skip
     return *_written(x, residual), (dots if probes is not None else None)
 
@@ -139,7 +142,7 @@ def add_layer_norm(
         "add_layer_norm", _layer_validate, x, residual, weight, bias, eps, steer_vectors, steer_slot, steer_alpha, lerp, hf,
         probes,
     )  # fmt: skip
-    return y, (h if _stores_h(residual, steer_vectors, lerp, None) else x), (dots if probes is not None else None)
+    return y, (h if _stores_h(residual, steer_vectors, lerp) else x), (dots if probes is not None else None)
 
 
 def add_layer_norm_(
@@ -184,13 +187,17 @@ def _choices(steer_mode: str, rounding: str) -> tuple[bool, bool]:
     return steer_mode == "lerp", rounding == "hf"
 
 
-def _stores_h(residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool, x_weight: Tensor | None) -> bool:
+def _stores_h(
+    residual: Tensor | None, steer_vectors: Tensor | None, lerp: bool, x_weight: Tensor | None = None, x_scale: float = 1.0
+) -> bool:
     """Whether h differs from x, so that the op has to write it."""
-    return residual is not None or (steer_vectors is not None and not lerp) or x_weight is not None
+    return residual is not None or (steer_vectors is not None and not lerp) or x_weight is not None or x_scale != 1
 
 
-def _rms_validate(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale) -> None:
-    _check.numbers(eps=eps, weight_offset=weight_offset)
+def _rms_validate(
+    x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, x_scale, scale
+) -> None:
+    _check.numbers(eps=eps, weight_offset=weight_offset, x_scale=x_scale)
     _validate(x, residual, weight, vectors, slot, alpha, probes, x_weight=x_weight)
     _check.tensors_or_none(scale=scale)
     if scale is not None:
@@ -290,8 +297,8 @@ def _check_table_dtype(name: str, table: Tensor, x: Tensor) -> None:
 # The reference ("torch" backend): the definition that every kernel is tested against.
 
 
-def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale, *,
-               rms: bool):  # fmt: skip
+def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight=None,
+               x_scale=1.0, scale=None, *, rms: bool):  # fmt: skip
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     d = x.shape[-1]
 
@@ -301,6 +308,8 @@ def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weigh
     h = x.reshape(-1, d).to(acc)
     if x_weight is not None:
         h = rounded(_rms(h, x_weight, eps, weight_offset, rounded))
+    if x_scale != 1:
+        h = rounded(h * x_scale)
     if residual is not None:
         h = rounded(h + residual.reshape(-1, d).to(acc))
     if scale is not None:
@@ -319,7 +328,7 @@ def _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weigh
     dots = x.new_empty(0, dtype=torch.float32)
     if probes is not None:
         dots = torch.cat([h @ probes.to(acc).T, h.square().sum(-1, keepdim=True)], -1).float()
-    stored = h.to(x.dtype).view(x.shape) if _stores_h(residual, vectors, lerp, x_weight) else x.new_empty(0)
+    stored = h.to(x.dtype).view(x.shape) if _stores_h(residual, vectors, lerp, x_weight, x_scale) else x.new_empty(0)
     return y.to(x.dtype).view(x.shape), stored, dots
 
 
@@ -341,7 +350,7 @@ def _rms_reference(x, residual, weight, eps, *others):
 
 
 def _layer_reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, None, None, rms=False)
+    return _reference(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, 0.0, hf, probes, rms=False)
 
 
 def _rms_in_place_reference(x, residual, *others):
@@ -358,9 +367,9 @@ def _write(x: Tensor, residual: Tensor, y: Tensor, h: Tensor, dots: Tensor) -> T
     return dots
 
 
-def _fake(x, residual, vectors, lerp, x_weight, probes, *others):
-    h = x.new_empty(x.shape) if _stores_h(residual, vectors, lerp, x_weight) else x.new_empty(0)
-    return x.new_empty(x.shape), h, _fake_dots(x, probes, residual, vectors, x_weight, *others)
+def _fake(x, probes, stores_h, *others):
+    h = x.new_empty(x.shape) if stores_h else x.new_empty(0)
+    return x.new_empty(x.shape), h, _fake_dots(x, probes, *others)
 
 
 def _fake_dots(x, probes, *others):
@@ -369,15 +378,18 @@ def _fake_dots(x, probes, *others):
     return x.new_empty(shape, dtype=torch.float32)
 
 
-def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale):
-    return _fake(x, residual, vectors, lerp, x_weight, probes, weight, slot, alpha, scale)
+def _rms_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, x_scale, scale):
+    stores_h = _stores_h(residual, vectors, lerp, x_weight, x_scale)
+    return _fake(x, probes, stores_h, residual, weight, vectors, slot, alpha, x_weight, scale)
 
 
 def _layer_fake(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, hf, probes):
-    return _fake(x, residual, vectors, lerp, None, probes, weight, bias, slot, alpha)
+    return _fake(x, probes, _stores_h(residual, vectors, lerp), residual, weight, bias, vectors, slot, alpha)
 
 
-def _rms_in_place_fake(x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, scale):
+def _rms_in_place_fake(
+    x, residual, weight, eps, vectors, slot, alpha, lerp, weight_offset, hf, probes, x_weight, x_scale, scale
+):
     return _fake_dots(x, probes, residual, weight, vectors, slot, alpha, x_weight, scale)
 
 
@@ -390,7 +402,7 @@ _RETURNS = "-> (Tensor y, Tensor h, Tensor probe_dots)"
 _IN_PLACE = "Tensor(a!) x, Tensor(b!) residual"
 _RMS = (
     f"Tensor weight, float eps, {_STEERING}, float weight_offset, bool hf_rounding, Tensor? probes, Tensor? x_weight, "
-    "Tensor? scale"
+    "float x_scale, Tensor? scale"
 )
 _LAYER = f"Tensor weight, Tensor? bias, float eps, {_STEERING}, bool hf_rounding, Tensor? probes"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,36 @@ from ras_fast.patching.trace import LayerTrace, first, states_of
 from ras_fast.patching.undo import StandIn
 
 SCALE = "layer_scalar"  # a layer's buffer [1] that its output is multiplied by, as Gemma 4's
+X_SCALES = ("residual_multiplier", "residual_scale")  # a layer's number that what it adds is multiplied by: Granite, MiniCPM 3
 LAYER_INPUT = "per_layer_input"  # an argument of a layer, for its own use
 # Arguments of a layer that its attention alone makes use of, whether or not the trace brings them.
 _FOR_ATTENTION = frozenset(
     ("attention_mask", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", *CACHE_NAMES)
 )
+
+
+class Sum(NamedTuple):
+    """What a layer adds up: (norm(x) · x_scale + residual) · scale, of what there is.
+
+    x, residual: [B, L, d]. inner: the norm of x alone. scale: [1].
+    """
+
+    x: Tensor
+    residual: Tensor | None = None
+    inner: FusedNorm | None = None
+    x_scale: float = 1.0
+    scale: Tensor | None = None
+
+    def branch(self) -> Tensor:
+        """norm(x) · x_scale."""
+        x = self.x if self.inner is None else self.inner.norm(self.x)
+        return x if self.x_scale == 1 else x * self.x_scale
+
+    def value(self) -> Tensor:
+        """All of it, in the dtype of the sum."""
+        branch = self.branch()
+        hidden = branch if self.residual is None else self.residual + branch
+        return hidden if self.scale is None else (hidden * self.scale).to(hidden.dtype)
 
 
 class FusedNorm(StandIn):
@@ -57,7 +82,7 @@ class FusedNorm(StandIn):
             return result
         x = args[0]
         if self.site is not None or self._computes(x):
-            return self.compute(x.contiguous(), None, self.site)[0]
+            return self.compute(Sum(x.contiguous()), self.site)[0]
         return type(self.norm).forward(self.norm, x)
 
     def _computes(self, x: Tensor) -> bool:
@@ -80,53 +105,38 @@ class FusedNorm(StandIn):
             raise RuntimeError(f"the norm is steered, but {called}, or there are hooks on a norm inside of it")
         return type(self.norm).forward(self.norm, *args, **kwargs)
 
-    def add(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        site: Site | None = None,
-        probe: Probe | None = None,
-        inner: FusedNorm | None = None,
-        scale: Tensor | None = None,
-    ) -> Tensor:
-        """x + residual, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows. Where there
-        is an `inner` norm, x goes through that first; where there is a `scale` [1], the sum is multiplied by it."""
-        if self._is_elsewhere(x):
-            return add_alone(x if inner is None else inner.norm(x), residual, site, probe, scale)
-        sandwich = {}
-        if inner is not None and self._includes(inner, x, residual):
-            sandwich = {"x_weight": inner.norm.weight, "scale": scale}
-        else:
-            x = x if inner is None else inner.norm(x)
-            if scale is not None:
-                x, residual = scaled_sum(x, residual, scale), None
+    def add(self, terms: Sum, site: Site | None = None, probe: Probe | None = None) -> Tensor:
+        """The sum, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
+        if self._is_elsewhere(terms.x):
+            return add_alone(terms, site, probe)
+        terms = self._taken(terms)
         if site is None or self.site is None:
-            result, hidden = self.compute(x, residual, site or self.site, probe, **sandwich)
+            result, hidden = self.compute(terms, site or self.site, probe)
         else:
-            _, hidden = self.compute(x, residual, site, probe, **sandwich)
-            result, _ = self.compute(hidden, None, self.site)
+            _, hidden = self.compute(terms, site, probe)
+            result, _ = self.compute(Sum(hidden), self.site)
         self._ahead.keep(hidden, result)
         return hidden
+
+    def _taken(self, terms: Sum) -> Sum:
+        """The same sum as the op takes it: the rest is computed before."""
+        if terms.inner is not None and not self.includes(terms):
+            terms = terms._replace(x=terms.inner.norm(terms.x), inner=None)
+        if terms.x_scale != 1 and (self.kind != "rms" or terms.residual.dtype != terms.x.dtype):
+            terms = Sum(terms.branch(), terms.residual, scale=terms.scale)
+        return terms if terms.scale is None or terms.inner is not None else Sum(terms.value())
 
     def _is_elsewhere(self, x: Tensor) -> bool:
         """Whether its weight is there for the norm's own call alone: hooks bring it, of accelerate's offloading or of FSDP2."""
         weight = self.norm.weight
         return (weight.is_meta and not x.is_meta) or type(weight) not in (nn.Parameter, Tensor)
 
-    def add_behind(
-        self, x: Tensor, residual: Tensor, site: Site | None = None, probe: Probe | None = None, scale: Tensor | None = None
-    ) -> Tensor:
-        """norm(x) + residual, where no fused norm follows; the rest as `add` has it. The op's norm of the sum goes unused."""
-        if not self._includes(self, x, residual):
-            return add_alone(self.norm(x), residual, site, probe, scale)
-        _, hidden = self.compute(x, residual, site, probe, x_weight=self.norm.weight, scale=scale)
-        return hidden
-
-    def _includes(self, inner: FusedNorm, x: Tensor, residual: Tensor | None) -> bool:
-        """Whether one kernel computes both norms: they are alike, nobody would notice that `inner` is not called, and its call
-        would run this package's kernel."""
+    def includes(self, terms: Sum) -> bool:
+        """Whether one kernel computes the norm of the sum's x and this one: they are alike, nobody would notice that the first
+        is not called, and its call would run this package's kernel."""
+        x, residual, inner = terms.x, terms.residual, terms.inner
         alike = inner.kind == self.kind == "rms" and inner.eps == self.eps and inner.weight_offset == self.weight_offset
-        if not alike or inner.site is not None or inner.norm.weight.is_meta != x.is_meta:
+        if not alike or inner.site is not None or inner._is_elsewhere(x):
             return False
         if residual is None or residual.dtype != x.dtype or not inner._computes(x):
             return False
@@ -136,19 +146,17 @@ class FusedNorm(StandIn):
         """Drops a stored result that was never asked for."""
         self._ahead.take(None)
 
-    def compute(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        site: Site | None = None,
-        probe: Probe | None = None,
-        **sandwich: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual). sandwich: `x_weight` and `scale` of the op."""
+    def compute(self, terms: Sum, site: Site | None = None, probe: Probe | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum), for one that the op takes."""
+        x, residual, inner, x_scale, scale = terms
         if residual is not None and x.dtype != residual.dtype:  # under autocast
             dtype = torch.promote_types(x.dtype, residual.dtype)
             x, residual = x.to(dtype), residual.to(dtype)
-        options = _options(x, site, probe) | sandwich
+        options = _options(x, site, probe)
+        if inner is not None:
+            options |= {"x_weight": inner.norm.weight, "scale": scale}
+        if x_scale != 1:
+            options["x_scale"] = x_scale
         adds_nothing = residual is None and site is None
         if adds_nothing or torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             y, h, dots = self._launch(x, residual, options)
@@ -189,27 +197,22 @@ class WeightlessNorm(FusedNorm):
         return not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad))
 
 
-def add_alone(
-    x: Tensor, residual: Tensor | None, site: Site | None, probe: Probe | None, scale: Tensor | None = None
-) -> Tensor:
-    """x + residual [B, L, d], times `scale`, steered by `site` and then read by `probe`, where no fused norm follows.
+def add_alone(terms: Sum, site: Site | None = None, probe: Probe | None = None) -> Tensor:
+    """The sum, steered by `site` and then read by `probe`, where no fused norm follows.
 
-    By the kernel that steers where one does. The norm that it computes besides goes unused, and still that costs less than to
-    gather, scale and add one after the other.
+    By the kernel that norms x, or that steers, where one does. The norm that it computes besides goes unused, and still that
+    costs less than to gather, scale and add one after the other.
     """
-    hidden = scaled_sum(x, residual, scale)
+    if terms.inner is not None and terms.inner.includes(terms):
+        _, hidden = terms.inner.compute(terms, site, probe)
+        return hidden
+    hidden = terms.value()
     options = _options(hidden, site, probe)
     if options:
         _, hidden, dots = ops.add_rms_norm(hidden, None, hidden.new_ones(hidden.shape[-1]), 1.0, **options)
         if dots is not None:
             probe.receive(dots.view(*hidden.shape[:-1], -1))
     return hidden
-
-
-def scaled_sum(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-    """(x + residual) · scale, of what there is, in the dtype of the sum."""
-    hidden = x if residual is None else residual + x
-    return hidden if scale is None else (hidden * scale).to(hidden.dtype)
 
 
 def _options(x: Tensor, site: Site | None, probe: Probe | None) -> dict[str, Any]:
@@ -237,18 +240,13 @@ class SteeredLayer(StandIn):
         output = type(self.layer).forward(self.layer, *args, **kwargs)
         if self.site is None and self.probe is None:
             return output
-        hidden = self._add(first(output).contiguous(), None)
+        hidden = self._add(Sum(first(output).contiguous()))
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    def _add(
-        self, x: Tensor, residual: Tensor | None, inner: FusedNorm | None = None, scale: Tensor | None = None
-    ) -> Tensor:
-        """x + residual, steered and read as is asked for; `inner` and `scale` as those of FusedNorm.add."""
-        if self.end is not None:
-            return self.end.add(x, residual, self.site, self.probe, inner, scale)
-        if inner is not None:
-            return inner.add_behind(x, residual, self.site, self.probe, scale)
-        return add_alone(x, residual, self.site, self.probe, scale)
+    def _add(self, terms: Sum) -> Tensor:
+        """The sum, steered and read as is asked for."""
+        add = add_alone if self.end is None else self.end.add
+        return add(terms, self.site, self.probe)
 
     def _check(self, hidden: Tensor) -> None:
         if self.layer.training:
@@ -274,6 +272,7 @@ class FusedLayer(SteeredLayer):
         self.names, self.norms = names, norms
         self.attention_norm, self.middle, self.last_norm = map(norms.get, ("attention_norm", "middle_norm", self.LAST_NORM))
         self._in_place = tuple((names[part], norm.norm) for part, norm in norms.items())
+        self._x_scale_name = next((name for name in X_SCALES if isinstance(getattr(layer, name, None), int | float)), None)
         self.returns_tuple = False
         self._parameters = named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
@@ -292,13 +291,13 @@ class FusedLayer(SteeredLayer):
         self._check(hidden)
         normed = self._run("input_norm", hidden) if "input_norm" in self.names else hidden
         attended = self._attend(normed, kwargs)
+        terms = Sum(attended, hidden, self.attention_norm, self.x_scale)
         if self.middle is not None:
-            hidden = self.middle.add(attended, hidden, inner=self.attention_norm)
+            hidden = self.middle.add(terms)
             normed = self._run("middle_norm", hidden)
-        elif self.attention_norm is not None:
-            normed = hidden = self.attention_norm.add_behind(attended, hidden)
         else:
-            hidden = hidden + attended
+            hidden = add_alone(terms)
+            normed = normed if self.attention_norm is None else hidden
         moved = self._move(normed, hidden, kwargs)
         if moved.shape != hidden.shape:  # some MoE blocks flatten
             moved = moved.view(hidden.shape)
@@ -310,6 +309,11 @@ class FusedLayer(SteeredLayer):
         """How many of its adds are computed with a norm."""
         between = self.middle is not None or self.attention_norm is not None
         return between + (self.end is not None or self.last_norm is not None)
+
+    @property
+    def x_scale(self) -> float:
+        """What the layer multiplies by before it adds: its own attribute, which may be set anew."""
+        return 1.0 if self._x_scale_name is None else getattr(self.layer, self._x_scale_name)
 
     def note_unproved(self, record: LayerTrace) -> None:
         """Parameters of the layer that the trace left empty: what the layer does with them was not seen."""
@@ -333,7 +337,7 @@ class FusedLayer(SteeredLayer):
         return first(self._run("mlp", normed))
 
     def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return self._add(moved, hidden, self.last_norm, self.layer._buffers.get(SCALE))
+        return self._add(Sum(moved, hidden, self.last_norm, self.x_scale, self.layer._buffers.get(SCALE)))
 
     def _run(self, role: str, *args: Any) -> Any:
         """The layer's child in this role, called as a module, so that its hooks run."""
@@ -375,7 +379,7 @@ class FusedInputLayer(FusedLayer):
         return super()._attend(normed, {name: value for name, value in kwargs.items() if name != LAYER_INPUT})
 
     def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        hidden = self.norms["mlp_norm"].add_behind(moved, hidden)
+        hidden = add_alone(Sum(moved, hidden, self.norms["mlp_norm"], self.x_scale))
         gated = self._run("activation", self._run("gate", hidden)) * kwargs[LAYER_INPUT]
         return super()._close(self._run("projection", gated), hidden, kwargs)
 

@@ -28,6 +28,7 @@ def norm():
             probes = rand(2, d, dtype=dtype)
             yield ops.add_rms_norm(x, residual, weight, 1e-6)
             yield ops.add_rms_norm(x, residual, weight, 1e-6, probes=probes, **steer)
+            yield ops.add_rms_norm(x, residual, weight, 1e-6, x_scale=0.22)
             yield ops.add_rms_norm(x, residual, weight, 1e-6, x_weight=bias)
             yield ops.add_rms_norm(x, None, weight, 1e-6, probes=probes, x_weight=bias, scale=rand(1, dtype=dtype), **steer)
             yield ops.add_layer_norm(x, residual, weight, bias, 1e-6, probes=probes, steer_mode="lerp", **steer)

@@ -96,6 +96,18 @@ def test_x_with_a_norm_of_its_own(dtype, tokens, d):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("d", [7, 256, 769, 4096, 8192, 16384, 40001])
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x_is_scaled_before_it_is_added(dtype, tokens, d):
+    x, residual, weight, x_weight = (rand(*shape, d, dtype=dtype) for shape in ((tokens,), (tokens,), (), ()))
+    _, h, _ = ops.add_rms_norm(x, residual, weight, 1e-5, x_scale=0.22)
+    assert torch.equal(h, residual + x * 0.22)
+    for own in ({}, {"x_weight": x_weight}):
+        assert_agree("add_rms_norm", x, residual, weight, 1e-5, x_scale=0.22, **own, **steering(tokens, d))
+        assert_agree("add_rms_norm", x, None, weight, 1e-5, x_scale=0.22, rounding="fp32", **own)
+
+
 @pytest.mark.parametrize("d", [512, 769, 4096, 16384])
 @pytest.mark.parametrize("mode", ["add", "lerp"])
 def test_unsteered_rows_are_bit_identical(mode, d):

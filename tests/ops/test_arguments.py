@@ -76,6 +76,7 @@ NUMBERS = [
     ("region_mass", GIVEN["region_mass"], "scale"),
     ("add_rms_norm", (X, X, TABLE[0]), "eps"),
     ("add_rms_norm", GIVEN["add_rms_norm"], "weight_offset"),
+    ("add_rms_norm", GIVEN["add_rms_norm"], "x_scale"),
     ("add_layer_norm", (X, X, TABLE[0], TABLE[1]), "eps"),
     ("refusal_similarity", LOGITS, "gamma"),
 ]

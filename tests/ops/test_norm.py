@@ -1,6 +1,7 @@
 """add_rms_norm and add_layer_norm: the CPU kernel and the reference against float64, and the contract's edge cases."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -240,6 +241,51 @@ def test_x_with_a_norm_of_its_own_is_one_call_for_two(backend, dtype, offset):
 
 @BACKENDS
 @pytest.mark.parametrize("rounding", ["hf", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_x_is_scaled_before_it_is_added(backend, width, dtype, rounding):
+    """As eager code does it, bit for bit, in every dtype: the product is rounded, and not fused into the sum."""
+    x, residual, weight = (torch.randn(*shape, width).to(dtype) for shape in ((2, 3), (2, 3), ()))
+    for added in (residual, None):
+        y, h, _ = ops.add_rms_norm(x, added, weight, 1e-5, x_scale=0.22, rounding=rounding)
+        eager = x * 0.22 if added is None else added + x * 0.22
+        if rounding == "hf":
+            assert torch.equal(h, eager)
+        else:
+            eager = x.float() * 0.22 + (0 if added is None else added.float())
+            torch.testing.assert_close(h.float(), eager, rtol=ULP[dtype], atol=ULP[dtype])
+        exact, _ = exact_norm(eager, None, weight, None, 1e-5, rms=True)
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=6 * ULP[dtype] * (1 + exact.abs().max().item()))
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_x_is_scaled_beside_all_else(backend, dtype):
+    """Bit for bit what it gives when x is scaled first: steered, read, in place; and behind a norm of its own."""
+    for width in (33, 768):
+        x, residual, weight, x_weight = (torch.randn(*shape, width).to(dtype) for shape in ((6,), (6,), (), ()))
+        normed, _, _ = ops.add_rms_norm(x, None, x_weight, 1e-5)
+        for mode in ("add", "lerp"):
+            settings = steering(6, width) | {"steer_mode": mode, "probes": torch.randn(2, width)}
+            for own, branch in (({}, x), ({"x_weight": x_weight}, normed)):
+                expected = ops.add_rms_norm(branch * -1.7, residual, weight, 1e-5, **settings)
+                found = ops.add_rms_norm(x, residual, weight, 1e-5, x_scale=-1.7, **own, **settings)
+                written = ops.add_rms_norm_(x.clone(), residual.clone(), weight, 1e-5, x_scale=-1.7, **own, **settings)
+                for actual, in_place, wanted in zip(found, written, expected, strict=True):
+                    torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+                    torch.testing.assert_close(in_place, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@BACKENDS
+def test_a_factor_that_is_no_number_is_seen(backend):
+    x, weight = torch.randn(2, 40, dtype=torch.bfloat16), torch.randn(40, dtype=torch.bfloat16)
+    y, h, _ = ops.add_rms_norm(x, x, weight, 1e-5, x_scale=math.nan)
+    assert y.isnan().all()
+    assert h.isnan().all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("rounding", ["hf", "fp32"])
 @pytest.mark.parametrize("scale_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_is_scaled_before_it_is_steered(backend, dtype, scale_dtype, rounding):
@@ -418,11 +464,13 @@ def test_rounds_where_hugging_face_rounds(backend, family, dtype):
 def steered_args(dtype=torch.float32):
     x, residual = torch.randn(2, 3, 40).to(dtype), torch.randn(2, 3, 40).to(dtype)
     steer = steering(6, 40, dtype=dtype)
-    return x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40), None, None
+    return x, residual, torch.randn(40).to(dtype), 1e-6, *steer.values(), False, 0.0, True, torch.randn(2, 40), None, 1.0, None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual", "x_weight", "scale"])
+@pytest.mark.parametrize(
+    "case", ["plain", "steered", "lerp", "no_residual", "lerp_without_residual", "x_weight", "x_scale", "scale"]
+)
 def test_opcheck(case, dtype):
     args = list(steered_args(dtype))
     if case == "plain":
@@ -435,8 +483,10 @@ def test_opcheck(case, dtype):
         args[1], args[7] = None, True
     elif case == "x_weight":
         args[1], args[7], args[11] = None, True, torch.randn(40).to(dtype)
+    elif case == "x_scale":  # h is another than x even where nothing is added
+        args[1], args[4:7], args[12] = None, [None] * 3, 0.5
     elif case == "scale":
-        args[11:13] = torch.randn(40).to(dtype), torch.randn(1)
+        args[11], args[13] = torch.randn(40).to(dtype), torch.randn(1)
     torch.library.opcheck(torch.ops.ras_fast.add_rms_norm.default, tuple(args))
     layer = (*args[:3], None, *args[3:8], *args[9:11])
     torch.library.opcheck(torch.ops.ras_fast.add_layer_norm.default, layer)

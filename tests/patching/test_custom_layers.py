@@ -1,5 +1,6 @@
 """Made-up layers that use what a forward on plain embeddings does not bring: the answers stay those of the original."""
 
+import copy
 import inspect
 
 import pytest
@@ -153,6 +154,46 @@ def test_another_formula_is_seen_where_layers_add_little_to_what_they_pass_on(dt
         report = patched.report()
         assert report.fused_layers == 0
         assert sorted(report.unfused) == ["layers.0", "layers.1"]  # by themselves, not for what becomes of the model
+
+
+class ScalesWhatItAdds(LlamaDecoderLayer):
+    """As Granite's."""
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.residual_multiplier = 0.3
+
+    def forward(self, hidden_states, **kwargs):
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended * self.residual_multiplier
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_multiplier
+
+
+class ScalesWhatItAddsBesideLayerNorms(ScalesWhatItAdds):
+    """Whose kernel knows of no factor."""
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.input_layernorm, self.post_attention_layernorm = (torch.nn.LayerNorm(SIZE) for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [ScalesWhatItAdds, ScalesWhatItAddsBesideLayerNorms])
+@torch.no_grad()
+def test_a_factor_of_what_is_added_is_the_layers_own(layer, dtype):
+    """Also where it is set anew, and where autocast gives attention another dtype than the residual has."""
+    model = llama(layer).to(dtype)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    with ras_fast.patch(model) as patched:
+        assert patched.report().fused_layers == 2
+        for factor in (0.3, -1.5, 1.0):
+            for each in (*model.model.layers, *plain.model.layers, *exact.model.layers):
+                each.residual_multiplier = factor
+            expected = exact(IDS).logits
+            for cast in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                    got, error = model(IDS).logits, relative_error(plain(IDS).logits, expected)
+                assert relative_error(got, expected) <= 2 * error + 1e-6
 
 
 def every_row_has_the_padding_of_the_first(query, key, value, mask, scaling):

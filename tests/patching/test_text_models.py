@@ -21,6 +21,8 @@ TEXTS = {
     "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 16, "head_dim": None},
     "phi3": {"head_dim": None},
     "granite": {"residual_multiplier": 0.5, "head_dim": None},
+    "hyperclovax": {"residual_multiplier": 0.5, "use_post_norm": True, "head_dim": None},
+    "minicpm3": LATENT | {"scale_depth": 1.4},
     "gpt_neox": {},
     "granitemoehybrid": {"residual_multiplier": 0.5, "head_dim": None, "num_hidden_layers": 4, "num_local_experts": 0,
                          "layer_types": ["mamba", "attention"] * 2, "shared_intermediate_size": 64, "mamba_d_state": 8,
@@ -85,13 +87,13 @@ def test_dropout_between_its_parts_does_not_hide_a_layer():
             assert relative_error(model(**batch).logits, expected) < 1e-5
 
 
-POST_NORM = {"olmo2", "olmo3"}
+FUSED = dict.fromkeys(["olmo2", "olmo3", "granite", "hyperclovax", "minicpm3"], (3, 6)) | {"granitemoehybrid": (4, 8)}
 
 
-@pytest.mark.parametrize("text", ["granite", "granitemoehybrid", "gpt_neox", "olmo", *sorted(POST_NORM)])
+@pytest.mark.parametrize("text", ["gpt_neox", "olmo", *FUSED])
 def test_every_layer_can_be_steered_and_read(text):
-    """Those of Granite scale what they add and OLMo's norms have no weights: they are not fused. Those of OLMo 2 and 3, which
-    have norms before their adds alone, are."""
+    """OLMo's norms have no weights and GPT-NeoX's layers two norms of one tensor: they are not fused. Those of OLMo 2 and 3,
+    which have norms before their adds alone, are, and those which scale what they add."""
     model, batch = around(text)
     batch.pop("regions")
     vector, dots = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), []
@@ -105,8 +107,8 @@ def test_every_layer_can_be_steered_and_read(text):
         handle.remove()
         with ras_fast.patch(model) as patched:
             report = patched.report()
-            assert (report.fused_layers, report.fused_norms) == ((3, 6) if text in POST_NORM else (0, 0))
-            assert ("layers.1" in report.unfused) == (text not in POST_NORM)
+            assert (report.fused_layers, report.fused_norms) == FUSED.get(text, (0, 0))
+            assert ("layers.1" in report.unfused) == (text not in FUSED)
             plain = model(**batch).logits
             patched.set_steering(1, vector)
             patched.steering.set_rows(torch.full((2,), -1), torch.full((2,), 2.0))

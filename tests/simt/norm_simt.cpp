@@ -19,7 +19,7 @@ struct Call {
   const float* steer_alpha;
   int64_t slot_stride, alpha_stride, num_slots, num_probes, d, dtype, multiprocessors;
   int64_t layer_norm, hf_rounding, lerp;
-  double eps, weight_offset;
+  double eps, weight_offset, x_scale;
   int64_t plan[5];  // out: what plan_norm chose
 };
 
@@ -50,6 +50,7 @@ static bool run(Call& c) {
   a.inv_d = 1.f / float(a.d);
   a.eps = float(c.eps);
   a.weight_offset = float(c.weight_offset);
+  a.x_scale = float(c.x_scale);
   a.hf_rounding = c.hf_rounding;
   a.lerp = c.lerp;
   const Norm norm = c.x_weight.data ? Norm::sandwich : c.layer_norm ? Norm::layer : Norm::rms;

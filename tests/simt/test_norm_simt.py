@@ -31,7 +31,7 @@ class Call(ctypes.Structure):
         *[(name, POINTER) for name in ("steer_slot", "steer_alpha")],
         *[(name, INT) for name in ("slot_stride", "alpha_stride", "num_slots", "num_probes", "d", "dtype")],
         *[(name, INT) for name in ("multiprocessors", "layer_norm", "hf_rounding", "lerp")],
-        *[(name, DOUBLE) for name in ("eps", "weight_offset")],
+        *[(name, DOUBLE) for name in ("eps", "weight_offset", "x_scale")],
         ("plan", INT * 5),
     ]
 
@@ -60,7 +60,7 @@ class Case:
 
     def __init__(self, size, d, dtype, *, seed=0, layer_norm=False, hf=True, residual=True, bias=True, steer=None,
                  lerp=False, probes=0, weight_dtype=None, weight_offset=0.0, multiprocessors=132, make=None, sandwich=False,
-                 scaled=False):
+                 x_scale=1.0, scaled=False):
         self.rng = np.random.default_rng(seed)
         self.size, self.d, self.dtype, self.layer_norm, self.hf, self.lerp = size, d, dtype, layer_norm, hf, lerp
         self.weight_offset, self.multiprocessors, self.eps = weight_offset, multiprocessors, 1e-5
@@ -71,6 +71,7 @@ class Case:
         self.weight = self.table((d,))
         self.bias = self.table((d,)) if layer_norm and bias else None
         self.x_weight = self.table((d,)) if sandwich else None
+        self.x_scale = x_scale
         self.scale = self.table((1,)) if scaled else None
         self.probes = self.table((probes, d)) if probes else None
         self.vectors = self.slot = self.alpha = None
@@ -94,7 +95,7 @@ class Case:
         """(y, h, probe_dots) as float64; h and probe_dots None where the kernel writes none. Outputs start as NaN, or
         in place as copies of x and residual, which the kernel then reads, too."""
         steered = self.slot is not None and not self.lerp
-        stores_h = self.residual is not None or self.x_weight is not None or steered
+        stores_h = self.residual is not None or self.x_weight is not None or self.x_scale != 1 or steered
         y = self.x.copy() if in_place else encode(np.full((*self.size, self.d), np.nan), self.dtype)
         h = self.residual.copy() if in_place else y.copy() if stores_h else None
         dots = np.full((*self.size, len(self.probes) + 1), np.nan, np.float32) if self.probes is not None else None
@@ -102,7 +103,7 @@ class Case:
                     x_weight=self.matrix(self.x_weight), scale=self.matrix(self.scale),
                     steer_vectors=self.matrix(self.vectors), d=self.d, dtype=DTYPES[self.dtype],
                     multiprocessors=self.multiprocessors, layer_norm=self.layer_norm, hf_rounding=self.hf, lerp=self.lerp,
-                    eps=self.eps, weight_offset=self.weight_offset, slot_stride=1, alpha_stride=1,
+                    eps=self.eps, weight_offset=self.weight_offset, x_scale=self.x_scale, slot_stride=1, alpha_stride=1,
                     num_slots=3 if self.slot is not None else 0,
                     num_probes=len(self.probes) if self.probes is not None else 0)
         call.size[:] = self.size
@@ -129,6 +130,8 @@ class Case:
         h = decode(self.x, self.dtype)
         if self.x_weight is not None:
             h = rounded(self.rms(h, self.x_weight, rounded))
+        if self.x_scale != 1:
+            h = rounded(h * float(np.float32(self.x_scale)))
         if self.residual is not None:
             h = rounded(h + decode(self.residual, self.dtype))
         if self.scale is not None:
@@ -202,6 +205,25 @@ def test_x_with_a_norm_of_its_own(norm, d, offset, dtype):
         case = Case((1, 1, 3), d, dtype, sandwich=True, weight_offset=offset, probes=1, steer=steer, lerp=lerp)
         for written, wanted in zip(case.run(norm, in_place=True), case.verify(norm), strict=True):
             np.testing.assert_array_equal(written, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sandwich", [False, True], ids=["rms", "sandwich"])
+@pytest.mark.parametrize("d", [64, 769, 4096, 16392])
+def test_x_is_scaled_before_it_is_added(norm, d, sandwich, dtype):
+    """In each of the forms that know of it; the product is rounded by itself, so that h is eager code's, bit for bit."""
+    settings = {"x_scale": 0.22, "sandwich": sandwich}
+    for hf in (True, False):
+        case = Case((1, 1, 2), d, dtype, hf=hf, **settings)
+        _, h, _ = case.verify(norm)
+        assert FORMS(case.plan["form"]) != FORMS.plain
+        if hf and not sandwich:
+            product = round_to(decode(case.x, dtype) * float(np.float32(0.22)), dtype)
+            np.testing.assert_array_equal(h, round_to(product + decode(case.residual, dtype), dtype))
+    Case((1, 1, 2), d, dtype, residual=None, **settings).verify(norm)
+    case = Case((1, 1, 3), d, dtype, steer=([0, -1, 2], [0.5, 1.0, -0.5]), probes=1, **settings)
+    for written, wanted in zip(case.run(norm, in_place=True), case.verify(norm), strict=True):
+        np.testing.assert_array_equal(written, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -586,6 +587,23 @@ def test_a_streamer_that_asks_the_same_model_is_stopped(model, processor, make):
         assert ask == own.close or len(ask())
     for guard in (own, *inner):
         guard.close()
+
+
+@pytest.mark.parametrize("change", ["forward", "hook"])
+def test_steps_are_steered_whatever_is_done_to_the_fused_last_norm(processor, change):
+    """Kernels of the hub put another forward in the place of the fused one, which steers; what a hook gives is steered."""
+    model = tiny_llava(processor)
+    profile, norm = make_profile(model, processor, gate=0.7), model.model.language_model.norm
+    queries = [random_words(i, 4) for i in range(4)], [random_image(i) for i in range(4)]
+    with SafeGenerator(model, processor, profile) as guard:
+        guard.generate(*queries, max_new_tokens=6)
+        if change == "forward":
+            norm.forward = MethodType(type(norm).forward, norm)
+        else:
+            norm.register_forward_hook(lambda module, args, output: output * 1.5)
+        expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6)
+        assert_same(guard.generate(*queries, max_new_tokens=6), expected)
+        assert any(output.rejected_at is not None for output in expected)
 
 
 def test_a_users_own_patch_is_used_and_left(model, processor, profile):

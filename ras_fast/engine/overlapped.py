@@ -37,6 +37,7 @@ from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
+from ras_fast.patching.structure import has_foreign_hooks
 from ras_fast.profile import RasProfile
 
 Prompt = tuple[dict[str, Tensor], int]  # the inputs of a prompt, and how many of its tokens are computed ahead
@@ -443,9 +444,10 @@ class Overlapped(Plan):
 
     @contextmanager
     def _steered_norm(self) -> Iterator[Steering | None]:
-        """The `Steering` of the fused last norm inside the block; None where that norm is not fused, or the user steers it."""
+        """The `Steering` of the fused last norm inside the block; None where that norm is not fused, the user steers it, or has
+        hooks on it, which are to come before the steering."""
         patch, steering = Patch.of(self.runner.model), Steering()
-        if patch is None or not patch.steers("final"):
+        if patch is None or not patch.steers("final") or has_foreign_hooks(patch.final_norm):
             yield None
             return
         try:

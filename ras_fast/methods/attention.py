@@ -140,8 +140,8 @@ def _check_last_norm(patch: Patch) -> None:
     if not patch.steers("final"):
         dtype = next(patch.text_model.parameters()).dtype
         raise ValueError(
-            "attention risk steers at the model's last norm, which is steered by something else already, or is not fused "
-            f"(patch.report() says why; the model is in {dtype})"
+            "attention risk steers at the model's last norm, which is steered by something else already, is not fused "
+            f"(patch.report() says why; the model is in {dtype}), or had its forward replaced since"
         )
 
 

@@ -15,7 +15,7 @@ from ras_fast.decoding import check_positions, lock_of, positions_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import CACHE_NAMES, PerSequence, cache_name, given_cache, keep, kept, returned_cache
-from ras_fast.patching.structure import find_head
+from ras_fast.patching.structure import find_decoder, find_head
 from ras_fast.profile import RasProfile, modules_of, weights_of
 
 _BLOCK_ENDED = "the block of the method that defends this generate has ended"
@@ -60,6 +60,7 @@ class PromptState:
         self.prefills = self.generates = self.ended = False
         self.refusing: Any = None
         self._patch: Patch | None = None
+        self._running: list[nn.Module | None] = []
         self._cache: Any = None
         self._mask: Any = None
 
@@ -121,6 +122,7 @@ class PromptState:
         """
         self._patch = patch
         self.check(patch.model)
+        self._running = _running(patch)
         _refuse_compiled(patch.model, patch.text_model)
         cache_name(patch.text_model)  # or what is decided could not be found again
         with ExitStack() as stack:
@@ -136,6 +138,13 @@ class PromptState:
                 if self.generates:  # by this thread, or Ctrl-C came while the block waited for another's
                     self.refusing = patch.text_model.register_forward_pre_hook(_refuse_the_rest)
                     _refuse_the_rest()
+
+    def check_model(self) -> None:
+        """Raises ValueError for a model that has become another one, and RuntimeError where modules that a method has hooks on
+        were taken out of it: others of equal weights are the same model to a profile."""
+        self.check(self._patch.model)
+        if _running(self._patch) != self._running:
+            _refuse_replaced("a layer, or its last norm,")
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self._patch.applied:
@@ -200,7 +209,7 @@ class _Generate:
         with lock_of(self.model):
             if self.state.ended:
                 _refuse_to_begin()
-            self.state.check(self.model)
+            self.state.check_model()
             outer, self.state.generates = self.state.generates, True  # that of a whole may call a part's
             try:
                 answer = self.generate(*args, **kwargs)
@@ -219,6 +228,18 @@ def _refuse_to_begin() -> NoReturn:
 
 def _refuse_the_rest(*args: Any) -> NoReturn:
     raise RuntimeError(f"{_BLOCK_ENDED}, inside of it: the rest of its answer would not be steered")
+
+
+def _running(patch: Patch) -> list[nn.Module | None]:
+    """The modules that methods have hooks on. Raises RuntimeError where the model does not run what was patched."""
+    _, text_model, layers = find_decoder(patch.model)
+    if text_model is not patch.text_model:
+        _refuse_replaced("the text model")
+    return [patch.final_norm, *(getattr(layer, "_orig_mod", layer) for layer in layers)]
+
+
+def _refuse_replaced(what: str) -> NoReturn:
+    raise RuntimeError(f"{what} of the model that a method defends was replaced: its answer would not be steered")
 
 
 def _refuse_compiled(model: nn.Module, text_model: nn.Module) -> None:

@@ -197,6 +197,7 @@ class _Fusion:
             layer = SteeredLayer(record.module, index, end)
             if _differs(layer, record) is not None:
                 return why
+        layer.crosses = record.crosses
         self.undo.set(record.module, slot, layer)
         self.fused.layers[index] = layer
         return why

@@ -78,6 +78,8 @@ class FusedNorm(StandIn):
         result = self._ahead.take(args[0] if args else None)
         if kwargs or len(args) != 1 or self._is_watched_inside():
             return self._unfused(args, kwargs)
+        if self.site is not None:
+            self.site.note()
         if result is not None:
             return result
         x = args[0]
@@ -227,7 +229,10 @@ class SteeredLayer(StandIn):
     """Stands in for the `forward` of one decoder layer: runs the layer's own, then steers and reads what it gave.
 
     end: the fused norm that follows; it computes itself together with the steering. None where there is none.
+    crosses: whether it reaches images by cross-attention, and is skipped where there are none.
     """
+
+    crosses = False
 
     def __init__(self, layer: nn.Module, index: int, end: FusedNorm | None) -> None:
         self.layer, self.index, self.end = layer, index, end
@@ -245,6 +250,8 @@ class SteeredLayer(StandIn):
 
     def _add(self, terms: Sum) -> Tensor:
         """The sum, steered and read as is asked for."""
+        if self.site is not None:
+            self.site.note()
         add = add_alone if self.end is None else self.end.add
         return add(terms, self.site, self.probe)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.structure import find_decoder
 from ras_fast.patching.trace import trace
 from ras_fast.patching.tracking import CrossRegionTracker
-from ras_fast.patching.undo import Undo
+from ras_fast.patching.undo import Undo, runs
 from ras_fast.regions import RegionMap
 
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
@@ -144,7 +145,7 @@ class Patch:
     def in_force(self) -> list[Any]:
         """The objects that decide what forwards steer and read now. A captured graph is valid as long as they are the same."""
         places = self._fused.places
-        sites = [place.site for place in places if place.site is not None]
+        sites = self._sites()
         rows = [tensor for site in sites for tensor in (site.steering.slot, site.steering.alpha)]
         probes = [(probe, probe.active) for probe in (getattr(place, "probe", None) for place in places) if probe is not None]
         state = self._state
@@ -325,7 +326,8 @@ class Patch:
         place = self._place(layer)
         if place.site is not None and place.site.steering is not steering:
             raise ValueError(f"layer {layer!r} is steered by something else already: end that first (clear_steering)")
-        place.site = Site(steering, self._directions("vectors", vectors, place), "lerp" if final else "add", rows == "last")
+        directions = self._directions("vectors", vectors, place)
+        place.site = Site(layer, steering, directions, "lerp" if final else "add", rows == "last")
 
     def steers(self, layer: int | str) -> bool:
         """Whether `set_steering` can steer this layer, or the "final" norm, now: the patch holds it, and nobody steers it.
@@ -373,6 +375,30 @@ class Patch:
         if is_integer(layer) and layer in self._fused.layers:
             self._fused.layers[layer].probe = None
 
+    def _sites(self) -> list[Site]:
+        return [place.site for place in self._fused.places if place.site is not None]
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Hook of the text model."""
+        if not torch.compiler.is_compiling():
+            for site in self._sites():
+                site.passed.discard(get_ident())
+
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook of the text model: an answer must not go out unsteered where others run than the modules that steer it."""
+        if torch.compiler.is_compiling():
+            return
+        for site in self._sites():
+            if get_ident() not in site.passed and not self._is_skipped(site.name):
+                raise RuntimeError(
+                    f"layer {site.name!r} is steered, but did not run: it, or its forward, was replaced, or left out, since. "
+                    "End the steering first (clear_steering), or unpatch the model"
+                )
+
+    def _is_skipped(self, layer: int | str) -> bool:
+        """Whether a layer has nothing to do where there is no image."""
+        return layer != "final" and self._fused.layers[layer].crosses
+
     def _place(self, layer: int | str) -> SteeredLayer | FusedNorm:
         if not self.applied:
             raise RuntimeError("the model is not patched")
@@ -383,13 +409,14 @@ class Patch:
         return place
 
     def _held(self, layer: object) -> SteeredLayer | FusedNorm | None:
-        """What the patch holds of that index, or by the name "final", and the model still has; None where there is nothing."""
+        """What the patch holds of that index, or by the name "final", and the model still runs; None where there is nothing."""
         if is_integer(layer):
             place = self._fused.layers.get(layer)
         else:
             place = self._fused.final_norm if isinstance(layer, str) and layer == "final" else None
         running = self.layers if is_integer(layer) else self.text_model.children()
-        return place if place is not None and _is_among(_module(place), running) else None
+        there = place is not None and _is_among(_module(place), running) and runs(_module(place), place)
+        return place if there else None
 
     def _directions(self, name: str, directions: Tensor, place: SteeredLayer | FusedNorm) -> Tensor:
         """A copy [S, d] as the kernels take it, on the device where it will be used."""
@@ -415,6 +442,8 @@ class Patch:
         self._undo.whole = root, text_model
         self._undo.set(text_model, _PATCH, self)
         self._undo.hook_before(text_model, partial(_name_arguments, named_parameters(type(text_model).forward)[1:]))
+        self._undo.hook_before(text_model, self._begin)
+        self._undo.hooked(text_model._forward_hooks, handle=text_model.register_forward_hook(self._end))
         self._report = report = Report(type(root).__name__, len(decoder_layers))
         try:
             recorded = trace(text_model, decoder_layers)

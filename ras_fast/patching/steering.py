@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -53,12 +54,23 @@ class Steering:
 
 @dataclass
 class Site:
-    """A place where rows are steered: one layer's vectors [S, d], and which positions of a sequence take part."""
+    """A place where rows are steered: one layer's vectors [S, d], and which positions of a sequence take part.
 
+    name: the layer's index, or "final".
+    passed: threads whose forward has given steered states here.
+    """
+
+    name: int | str
     steering: Steering
     vectors: Tensor
     mode: str
     last_only: bool
+    passed: set[int] = field(default_factory=set)
+
+    def note(self) -> None:
+        """This forward's states are steered here."""
+        if not torch.compiler.is_compiling():
+            self.passed.add(get_ident())
 
     def keywords(self, x: Tensor) -> dict[str, Any]:
         """Steering keywords of the norm ops for `x` [B, L, d].

@@ -193,8 +193,9 @@ class RegionTracker:
         _keep(returned_cache(output), own.regions)
 
     def _given(self, inputs: dict[str, Any] | None) -> bool:
-        """Whether the forward was given images. Else its image tokens, typed by somebody or generated, are none."""
-        return inputs is not None and any(inputs.get(name) is not None for name in self._contents)
+        """Whether the forward was given images, maybe within embeddings. Else its image tokens, typed by somebody or generated,
+        are none."""
+        return inputs is not None and any(inputs.get(name) is not None for name in (*self._contents, "inputs_embeds"))
 
     def _find(
         self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int, no_image: bool

@@ -106,3 +106,9 @@ def forward_slot(module: nn.Module) -> str | None:
     if own is None or getattr(own, "__func__", None) is type(module).forward:  # accelerate's hooks leave it when they go
         return "forward"
     return "_old_forward" if "_hf_hook" in module.__dict__ else None  # accelerate's hooks call that in between
+
+
+def runs(module: nn.Module, stand_in: StandIn) -> bool:
+    """Whether the module runs it, maybe below accelerate's hooks: since it was put there, somebody may have put another forward
+    in its place, as kernels of the hub are, or around it, which may not call it."""
+    return module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward") is stand_in

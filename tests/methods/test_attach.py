@@ -4,7 +4,7 @@ import copy
 import threading
 from contextlib import suppress
 from dataclasses import replace
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -704,6 +704,60 @@ def test_a_model_that_becomes_another_one_inside_the_block_is_refused(processor,
             generate(model, inputs)
         model.load_state_dict(weights)
         generate(model, inputs)
+
+
+def twin(module, *arguments):
+    """Another module with its weights."""
+    made = type(module)(*arguments).eval()
+    made.load_state_dict(module.state_dict())
+    return made
+
+
+def replace_part(model, part):
+    text = model.model.language_model
+    if part == "model":
+        model.model = twin(model.model, model.config)
+    elif part == "text model":
+        model.model.language_model = twin(text, text.config)
+    elif part == "layer":
+        text.layers[1] = twin(text.layers[1], text.config, 1)
+    elif part == "norm":
+        text.norm = twin(text.norm, D)
+    else:
+        for module in (text.layers[1], text.norm):  # as kernels of the hub are put there
+            module.forward = MethodType(type(module).forward, module)
+
+
+@pytest.mark.parametrize("part", ["model", "text model", "layer", "norm"])
+@pytest.mark.parametrize("make", METHODS)
+def test_a_part_that_is_replaced_inside_the_block_is_refused(processor, make, part):
+    """By another one with its weights, so that the model stays the profile's, but without the method's hooks."""
+    model, inputs = endless_llava(processor, 3), prompts(processor)
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)):
+        generate(model, inputs)
+        replace_part(model, part)
+        with pytest.raises(RuntimeError, match="was replaced"):
+            generate(model, inputs)
+
+
+@pytest.mark.parametrize("make", [attention, projection])
+def test_a_forward_that_is_replaced_inside_the_block_is_refused(processor, make):
+    model, inputs = endless_llava(processor, 3), prompts(processor)
+    with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)):
+        generate(model, inputs)
+        replace_part(model, "forward")
+        with pytest.raises(RuntimeError, match="or its forward, was replaced"):
+            generate(model, inputs)
+
+
+@pytest.mark.parametrize(("part", "error"), [("model", RuntimeError), ("text model", RuntimeError), ("forward", ValueError)])
+@pytest.mark.parametrize("make", [attention, projection])
+def test_what_was_replaced_since_the_patch_is_not_taken_for_steered(processor, make, part, error):
+    model = endless_llava(processor, 3)
+    with ras_fast.patch(model) as patch:
+        replace_part(model, part)
+        with pytest.raises(error, match=r"was replaced|still in the model|replaced since"):
+            ras_fast.methods.attach(patch, make(model, processor)).__enter__()
 
 
 def test_an_adapter_that_is_switched_inside_the_block_is_refused(processor):

@@ -328,6 +328,24 @@ def test_video(name, images):
         assert (mass - image_sums(probabilities, regions, images + 1)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v"])
+def test_images_within_embeddings(name):
+    """The kinds of the tokens say where they are: a risk that is read from them is not to take the prompt for one without."""
+    description = FAMILIES[name]
+    model, entering = description.model(name), []
+    batch = description.inputs(model, ROWS)
+    regions = batch.pop("regions")
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        with patched.text_model.register_forward_pre_hook(lambda *called: entering.append(called[2]), with_kwargs=True):
+            expected = model(**batch, output_attentions=True)
+        embeddings = {key: entering[0][key] for key in ("inputs_embeds", "position_ids")}
+        others = {key: batch[key] for key in ("attention_mask", "mm_token_type_ids")}
+        got = model(**embeddings, **others, output_attentions=True)
+        assert torch.equal(patched.region_map.ids, regions)
+    for mass, wanted in zip(got.attentions, expected.attentions, strict=True):
+        assert (mass - wanted).abs().max() < 1e-5
+
+
 PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 256, "longest_edge": 32768}}
 FRAMES = {"size": {"height": 16, "width": 16}}
 SOFT = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}

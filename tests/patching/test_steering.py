@@ -1,6 +1,8 @@
 """Steering through the patched layers, against forward hooks on the unpatched model."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 
 import pytest
 import torch
@@ -212,6 +214,68 @@ def test_what_is_no_longer_in_the_model_is_not_steered(model, vectors, place):
             patched.set_steering(place, vectors)
         owner.register_module(name, before)
         assert patched.steers(place)
+
+
+@pytest.mark.parametrize("place", [1, "final"])
+def test_a_forward_that_was_put_in_the_place_of_a_fused_one_is_not_steered(model, vectors, place):
+    """As kernels of the hub are."""
+    text_model = model.model.language_model
+    module = text_model.norm if place == "final" else text_model.layers[1]
+    with ras_fast.patch(model) as patched:
+        own = module.forward
+        module.forward = MethodType(type(module).forward, module)
+        assert not patched.steers(place)
+        with pytest.raises(ValueError, match=rf"layer is {place!r}; it must be one of"):
+            patched.set_steering(place, vectors)
+        module.forward = own
+        assert patched.steers(place)
+
+
+def put_a_twin_in_its_place(parent, name):
+    parent._modules[name] = copy.deepcopy(parent._modules[name])
+
+
+def give_it_another_forward(parent, name):
+    module = parent._modules[name]
+    module.forward = MethodType(type(module).forward, module)
+
+
+def wrap_its_forward(parent, name):
+    module = parent._modules[name]
+    own, module.forward = module.forward, lambda *args, **kwargs: own(*args, **kwargs)
+
+
+@pytest.mark.parametrize("change", [put_a_twin_in_its_place, give_it_another_forward, wrap_its_forward])
+@pytest.mark.parametrize("place", [1, "final"])
+def test_what_is_replaced_while_it_is_steered_is_an_error(model, vectors, place, change):
+    """Its answer would count as steered. A wrapper that runs what steers is none."""
+    text_model = model.model.language_model
+    parent, name = (text_model, "norm") if place == "final" else (text_model.layers, "1")
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        patched.set_steering(place, vectors)
+        patched.steering.set_rows(SLOT, ALPHA)
+        steered, own = model(**BATCH).logits, parent._modules[name]
+        forward = own.__dict__["forward"]
+        change(parent, name)
+        if change is wrap_its_forward:
+            assert torch.equal(model(**BATCH).logits, steered)
+        else:
+            with pytest.raises(RuntimeError, match=f"layer {place!r} is steered, but did not run"):
+                model(**BATCH)
+        parent._modules[name], own.__dict__["forward"] = own, forward
+        assert torch.equal(model(**BATCH).logits, steered)
+
+
+def test_steered_forwards_of_several_threads(model, vectors):
+    """Neither takes the other's for its own."""
+    with ras_fast.patch(model) as patched, ThreadPoolExecutor(4) as threads:
+        for place in (1, "final"):
+            patched.set_steering(place, vectors)
+        patched.steering.set_rows(SLOT, ALPHA)
+        with torch.no_grad():
+            expected = model(**BATCH).logits
+        run = torch.no_grad()(lambda _: model(**BATCH).logits)
+        assert all(torch.equal(logits, expected) for logits in threads.map(run, range(40)))
 
 
 def test_probe(model, vectors):

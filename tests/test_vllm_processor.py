@@ -117,7 +117,9 @@ def test_without_marks_nothing_is_done(config):
 
 
 def slots_of(prompt_lengths) -> SimpleNamespace:
-    return SimpleNamespace(device=CPU, prompt_len=SimpleNamespace(np=np.array(prompt_lengths, dtype=np.int32)))
+    """Of the newer runner's requests, none of which has been preempted yet."""
+    prompt_len, prefill_len = (SimpleNamespace(np=np.array(prompt_lengths, dtype=np.int32)) for _ in range(2))
+    return SimpleNamespace(device=CPU, prompt_len=prompt_len, prefill_len=prefill_len)
 
 
 def context(slots, lengths) -> LogitsContext:
@@ -149,6 +151,27 @@ def test_newer_runner(config):
     for row in (0, 2, 3, 4):
         assert same_bits(after[row], logits[row])
     assert torch.equal(steered.steering.kept[steered.steering.records[2].slot, 0], logits[4])
+
+
+def test_newer_runner_keeps_what_it_has_of_a_draft_that_is_read_again(config):
+    """In pieces, after a preemption. One that ends at the prompt's end looked like the first step, and by that alone the draft
+    was then judged; one that was judged already took a place for ever."""
+    slots = slots_of([10, 10])
+    steered = RasLogitsProcessor(config, slots)
+    steering, made = steered.steering, torch.randn(STEPS + 2, 2, VOCABULARY)
+    for slot in (0, 1):
+        steered.add_request(slot, params(ras_record=slot))
+    for step, logits in enumerate(made):
+        steered.apply(logits.clone(), context([0, 1], [10 + step] * 2))
+    steering.forget([1])
+    slots.prefill_len.np[:] = 10 + len(made)
+    for slot in (0, 1):
+        steered.add_request(slot, params(ras_record=slot))
+    for length in (7, 10, 11, 10 + len(made), 11 + len(made)):
+        steered.apply(torch.randn(2, VOCABULARY), context([0, 1], [length] * 2))
+    assert list(steering.records) == [0]
+    (judgement,) = steering.judge([(0, STEPS, 0, STEPS, False)])
+    assert judgement[3] == made[:STEPS, 0].argmax(-1).tolist()
 
 
 def test_risks_that_are_no_numbers_are_one_and_counted(config):

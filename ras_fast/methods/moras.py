@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -174,13 +174,20 @@ def _as_words(text: str, marks: re.Pattern) -> str:
 def _parts_as_words(texts: list[str], marks: re.Pattern) -> list[str]:
     """The texts of a message without these marks, also without any that begins in one text and ends in another."""
     texts, filler = [_as_words(text, marks) for text in texts], " "
-    while shown := next((forms for forms in (texts, [*map(_plain, texts)]) if marks.search("".join(forms))), None):
+    while shown := next((forms for forms in _readings(texts) if marks.search("".join(forms))), None):
         whole = marks.sub(lambda found, filler=filler: filler.ljust(len(found.group())), "".join(shown))
         filler = "."
         lengths = [*map(len, shown)]
         pieces = (whole[end - length : end] for length, end in zip(lengths, itertools.accumulate(lengths), strict=True))
         texts = [_as_words(" ".join(piece.split()), marks) for piece in pieces]
     return texts
+
+
+def _readings(texts: list[str]) -> Iterator[list[str]]:
+    """The texts of a message as templates put them together, some of which (Gemma's) trim each; and both in plain letters."""
+    for forms in (texts, [*map(_plain, texts)]):
+        yield forms
+        yield [form.strip() for form in forms]
 
 
 # What Unicode says nothing is shown for ("Default_Ignorable_Code_Point"), and is neither of category Cc nor Cf; and a blank.

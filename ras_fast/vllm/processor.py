@@ -105,10 +105,11 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
         return marks is not None
 
     def _slot_rows(self, ctx) -> Iterator[tuple[int, int, Marks]]:
-        # Without speculative decoding there is one row for each request, and this bound is exact.
+        # Without speculative decoding there is one row for each request, and this bound is exact. What is read in pieces, after
+        # a preemption the answer's tokens, too, makes none before the last: by these a record would fall back to earlier steps.
         lengths = ctx.seq_lens_upper_bound_np.tolist()
         for row, (slot, length) in enumerate(zip(ctx.idx_mapping_np.tolist(), lengths, strict=True)):
-            if slot in self._marks:
+            if slot in self._marks and length >= self._slots.prefill_len.np[slot]:
                 yield row, length - int(self._slots.prompt_len.np[slot]), self._marks[slot]
 
     def _read(self, params: SamplingParams) -> Marks | None:

@@ -44,7 +44,10 @@ PLAIN = {
 KNOWN = PLAIN | {"logprobs", "request_id", "top_logprobs", "vllm_xargs"}
 # What vLLM reads out of vllm_xargs as if it were a field of the request, and does not check there.
 FIELDS_IN_EXTRA = {"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id"}
+# Templates write a role into the prompt, some in other letters: a control token in capitals would be none until then.
+ROLES = ("system", "developer", "user", "assistant", "tool")
 POLL = 0.01  # seconds until a draft that was late is looked at again
+HEALTH = 1.0  # seconds until an engine that does not answer is asked whether it lives
 
 
 class SafeChat:
@@ -144,7 +147,7 @@ class SafeChat:
         async with self._starting:
             if self._guard is None:
                 guard = _Guard(state.engine_client, state.online_renderer.chat_template)
-                await guard.engine.collective_rpc("ras_prove", args=(guard.settings,))
+                await guard.call("ras_prove", guard.settings)
                 self._guard = guard
         return self._guard
 
@@ -194,14 +197,15 @@ class _Guard:
         """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered, for
         more words than it takes, and for words that its tokenizer reads as control tokens: they could close the question and
         begin the answer, in the risk stage too."""
-        # Templates may put texts next to each other, and a role into the prompt as it is.
-        texts = [str(m["role"]) + "".join(part.get("text", "") for part in m["content"]) for m in request["messages"]]
-        if (length := sum(map(len, texts))) > self.characters:
+        messages = [[part["text"] for part in message["content"] if part["type"] == "text"] for message in request["messages"]]
+        if (length := sum(len(text) for texts in messages for text in texts)) > self.characters:
             raise ValueError(
                 f"messages hold {length} characters; the {self.tokens} tokens of a prompt hold at most {self.characters}"
             )
-        for i, words in enumerate(texts):
-            found = [token for token in self.controls if token in words]
+        for i, texts in enumerate(messages):
+            # Templates may put texts next to each other, and some (Gemma's) trim each.
+            readings = "".join(texts), "".join(text.strip() for text in texts)
+            found = [token for token in self.controls if any(token in words for words in readings)]
             if found:
                 raise ValueError(f"messages[{i}] holds {found[0]!r}, a control token of this model; it needs to be words alone")
         if not self.shows_steered and (request.get("logprobs") or request.get("top_logprobs")):
@@ -210,9 +214,20 @@ class _Guard:
                 "would have answered: leave them out, or start the server with --logprobs-mode processed_logprobs"
             )
 
+    async def call(self, name: str, *args) -> list:
+        """What each worker answers. Raises vLLM's own error when the engine dies meanwhile: it then leaves such calls open for
+        ever, and a server that is to end waits for them."""
+        answer = asyncio.create_task(self.engine.collective_rpc(name, args=args))
+        try:
+            while not (await asyncio.wait([answer], timeout=HEALTH))[0]:
+                await self.engine.check_health()
+            return answer.result()
+        finally:
+            answer.cancel()
+
     async def judge(self, query: tuple) -> Judgement | None:
         """`LogitSteering.judge` of one query. Raises RuntimeError when no worker could."""
-        found = [result for result in await self.engine.collective_rpc("ras_judge", args=([query],)) if result is not None]
+        found = [result for result in await self.call("ras_judge", [query]) if result is not None]
         if not found:
             raise RuntimeError("no worker has kept the logits of a query")
         return found[0][0]
@@ -245,7 +260,7 @@ class _Answer:
             told, risk, kept = await self._judge(draft)
         except BaseException:
             await self.client.leave()  # a draft that began now would take a place again
-            await self.guard.engine.collective_rpc("ras_forget", args=(list(self.records),))
+            await self.guard.call("ras_forget", list(self.records))
             raise
         send = partial(_send_with, send, told)
         if kept:
@@ -441,6 +456,8 @@ def to_query(messages) -> Query:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise ValueError(f"messages[{i}] is {message!r:.200}; it needs a role and a content")
         refuse_unknown(f"messages[{i}]", message, ("role", "content"))
+        if message["role"] not in ROLES:
+            raise ValueError(f"messages[{i}] has the role {message['role']!r:.200}; it needs to be one of {', '.join(ROLES)}")
         chat.append({"role": message["role"], "content": _parts(f"messages[{i}]", message["content"], images)})
     if not has_question(chat):
         raise ValueError(f"messages needs to end in {QUESTION}; its roles are {[message['role'] for message in chat]!r:.200}")

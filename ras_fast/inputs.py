@@ -312,10 +312,16 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     Raises ValueError for unreadable, empty or unsupported images.
     """
     if isinstance(image, torch.Tensor):
-        if image.is_meta or image.layout is not torch.strided:
-            kind = "without values (meta)" if image.is_meta else f"of layout {image.layout}"
+        kinds = {
+            "without values (meta)": image.is_meta,
+            "of tensors": image.is_nested,
+            "of quantised values": image.is_quantized,
+            f"of layout {image.layout}": image.layout is not torch.strided,
+        }
+        kind = next((kind for kind, holds in kinds.items() if holds), None)
+        if kind is not None:
             raise ValueError(f"{name} is a tensor {kind}; it needs to be a dense one that holds its pixels")
-        image = image.detach().cpu()
+        image = image.detach().cpu().resolve_neg()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
@@ -371,7 +377,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = image.convert("LA") if image.mode == "La" else image  # which is all that Pillow makes of it
     try:
         image = image.convert("RGBA")
-    except ValueError as error:  # of a PNG that has more transparent colours than a palette has places
+    except (TypeError, ValueError) as error:  # more transparent colours than a palette has places, or what is no colour
         raise ValueError(f"{name} cannot be read: {error}") from error
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 

@@ -292,6 +292,8 @@ def test_arrays():
         (torch.full((2, 2), 7.0, dtype=torch.bfloat16), "in 7..7"),
         (torch.zeros(2, 2, device="meta"), r"without values \(meta\); it needs to be a dense one"),
         (torch.eye(2).to_sparse(), r"of layout torch\.sparse_coo"),
+        (torch.nested.nested_tensor([torch.zeros(2, 2)]), "is a tensor of tensors; it needs to be a dense one"),
+        (torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.quint8), "is a tensor of quantised values"),
         ("https://example.com/a.png", "is the URL 'https://example.com/a.png'; nothing is fetched"),
         ("data:image/png;base64,iVBORw0KGgo=", "^image cannot be read: cannot identify"),
         ("data:image/png;base64,iVBORw0KGg", "^image cannot be read: .*padding"),
@@ -317,6 +319,19 @@ def test_more_transparent_colours_than_a_palette_has_places():
     image.info["transparency"] = bytes(300)  # as Pillow reads it from such a PNG
     with pytest.raises(ValueError, match=r"images\[2\] cannot be read: palette index out of range"):
         load_image(image, "images[2]")
+
+
+def test_a_transparent_colour_that_is_none():
+    image = Image.new("L", (4, 4))
+    image.info["transparency"] = "white"
+    with pytest.raises(ValueError, match="image cannot be read"):
+        load_image(image)
+
+
+def test_a_view_whose_sign_is_still_to_be_turned():
+    pixels = torch.complex(torch.zeros(2, 3), torch.full((2, 3), -1.0)).conj().imag
+    assert pixels.is_neg()
+    assert load_image(pixels).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_reader_that_raises_a_runtime_error(monkeypatch):

@@ -99,7 +99,7 @@ class Moras:
         """
         gate = self.config["gate"]
         if self.attention is None:
-            logit = self.config["k"] * (similarity.float() - self.config["s_base"])
+            logit = float(self.config["k"]) * (similarity.float() - float(self.config["s_base"]))
         elif features is None or has_images is None:
             raise ValueError("features is None; this profile's risk, 'moras+attention', needs features and has_images")
         else:
@@ -346,8 +346,8 @@ def _checked(config: dict, names) -> dict:
     if gate not in ("continuous", "binary") and not (is_number(gate) and 0 <= gate <= 1):
         raise ValueError(f"gate is {gate!r}; it needs to be 'continuous', 'binary' or a constant in [0, 1]")
     for name in ("steps", "max_context_tokens"):
-        if not is_integer(config[name]) or config[name] < 1:
-            raise ValueError(f"{name} is {config[name]!r}; it needs to be an integer of at least 1")
+        if not is_integer(config[name]) or not 1 <= config[name] < 2**31:
+            raise ValueError(f"{name} is {config[name]!r}; it needs to be an integer of at least 1, below 2³¹")
     if not 0 <= number(config, "gamma") <= 1:
         raise ValueError(f"gamma is {config['gamma']!r}; it needs to be in [0, 1]")
     for name in ("context_prompt", "safety_prompt"):

@@ -46,6 +46,7 @@ def test_gate_has_the_ends_the_paper_gives(model):
     assert risk[:2].tolist() == pytest.approx([0.5, 0.99], abs=1e-6)
     assert 0 < risk[2] < 0.01
     assert not failed.any()
+    assert ready(model, k=10**30).risk(torch.tensor([0.5, 0.7]))[0].tolist() == [0, 1]  # an integer that is none of torch's
 
 
 def test_binary_and_constant_gates(model):
@@ -179,6 +180,7 @@ def test_a_model_in_training_mode_is_refused(model, processor, every_answer_refu
         ({"gate": "sometimes"}, "gate is 'sometimes'"),
         ({"gate": 1.5}, "gate is 1.5"),
         ({"steps": 0}, "steps is 0"),
+        ({"max_context_tokens": 10**30}, "max_context_tokens is 10+; it needs to be an integer of at least 1, below"),
         ({"gamma": -1.0}, "gamma is -1.0"),
         ({"gamma": "x"}, "'gamma' is 'x'"),
         ({"safety_prompt": "w1 \udce4"}, "safety_prompt is .*; it needs to be a non-empty string of whole characters"),

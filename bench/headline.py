@@ -15,8 +15,8 @@ import harness
 
 Row = dict[str, object]
 OURS = ("ras_fast", "no mass", "range, no mass", "steer no row", "steer all", "in place", "hopper", "hopper no mass",
-        "triton fused", "triton no mass", "one by one")  # fmt: skip
-NO_PEERS = (*OURS, "clone", "empty")  # the last two compute nothing
+        "triton fused", "triton no mass", "one by one", "sandwich", "sandwich, two calls")  # fmt: skip
+NO_PEERS = (*OURS, "sandwich, compile", "clone", "empty")  # the last three compute something else, or nothing
 
 
 def norm(row: Row) -> Iterator[tuple[str, str]]:
@@ -49,11 +49,12 @@ def kernel_lines(folder: Path, name: str, calls: Callable[[Row], Iterator[tuple[
     for row in aims.rows(folder / f"{name}_quick.json"):
         peers = {key[:-3]: time for key, time in row.items() if key.endswith(" µs") and key[:-3] not in NO_PEERS}
         peer, unit = min(peers, key=peers.get), "GFLOP/s" if "GFLOP/s" in row else "GB/s"
+        how = ", in a graph" if row.get("graph") else ""
         for call, candidate in calls(row):
             own = row[f"{candidate} µs"]
             scale = row["ras_fast µs"] / own
             yield {
-                "call": call,
+                "call": f"{call}{how}",
                 "ras_fast": _time(own),
                 "strongest peer": f"{_time(peers[peer])} {peer}",
                 "faster": f"{peers[peer] / own:.2f} ×",

@@ -7,6 +7,7 @@ import pytest
 
 NORM = {"dtype": "bfloat16", "T": 1024, "d": 4096, "ras_fast µs": 800.0, "steer all µs": 1000.0,
         "in place µs": 400.0, "clone µs": 2.0,
+        "sandwich µs": 900.0, "sandwich, two calls µs": 950.0, "sandwich, compile µs": 990.0,
         "eager µs": 4200.0, "compile µs": 1200.0, "GB/s": 40.0, "share": 0.8}  # fmt: skip
 PREFILL = {"B": 1, "Lq": 1024, "Lk": 1024, "D": 128, "rows": 64, "GFLOP/s": 250.0, "share": 0.9, "ras_fast µs": 34e3,
            "no mass µs": 33e3, "eager weights µs": 300e3, "sdpa flash µs": 85e3}  # fmt: skip
@@ -31,6 +32,12 @@ def test_a_call_stands_beside_its_fastest_peer(tmp_path):
     assert in_place[1:] == ["400 µs", "1.2 ms compile", "3.00 ×", "80 GB/s", "1.6"]
     assert prefill[0] == "attention, masses of 64 rows, 1024 keys, D 128, batch 1"
     assert prefill[1:] == ["34 ms", "85 ms sdpa flash", "2.50 ×", "250 GFLOP/s", "0.9"]
+
+
+def test_on_a_gpu_it_says_what_is_a_graph(tmp_path):
+    write(tmp_path, norm=[NORM | {"graph": False}, NORM | {"graph": True}])
+    calls = [call for call, *_ in cells(tmp_path)]
+    assert calls[3:] == [f"{call}, in a graph" for call in calls[:3]]
 
 
 def test_a_defended_answer_stands_beside_the_undefended_one(tmp_path):

@@ -59,7 +59,7 @@ def test_decode(length_q, length_k, dim, dtype):
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("rows", "heads"), [(1, 8), (1, 14), (3, 8), (64, 8), (200, 8)])
 def test_key_scores(rows, heads, dim, dtype, reduce):
-    """Up to 64 rows in half precision by the CUDA kernel, alone and with the masses of the same rows; else by Triton."""
+    """Up to 8 rows in half precision by the CUDA kernel, alone and with the masses of the same rows; else by Triton."""
     query, key, value = states(300, 700, dim, dtype, heads=heads)
     start, end = (torch.tensor(bound, dtype=torch.int32, device="cuda") for bound in ([0, 90], [650, 400]))
     ids, bias = image_ids(2, 700), torch.randn(2, heads, 2, device="cuda")

@@ -1,30 +1,46 @@
-"""What a defended answer costs in vLLM, on the shipped tiny model.
+"""What a defended answer costs in vLLM.
 
-    python bench/bench_vllm.py                       # needs vLLM, see docs/vllm.md
+    python bench/bench_vllm.py                       # the shipped tiny model; needs vLLM, see docs/vllm.md
     python bench/bench_vllm.py --no-prefix-caching
+    python bench/bench_vllm.py --shape 0.3b --n 8    # random weights, 64 tokens: another of random_models.py's LLaVAs
 
-One engine, fp32, greedy. "undefended" asks it for the answers alone, in the same process and in turn with "MoRAS"
-(`ras_fast.vllm.SafeLLM`); the prefix cache is emptied before each. Medians of the rounds, of the process's processor time: the
-engine is in this process, with one thread, and other work on the machine counts less so. A model this small shows what the
-requests and vLLM's own steps cost, not what a GPU's would.
+One engine, greedy, in fp32 or, of random weights, bf16. "undefended" asks it for the answers alone, in the same process and in
+turn with "MoRAS" (`ras_fast.vllm.SafeLLM`); the prefix cache is emptied before each. Medians of the rounds, of the process's
+processor time: the engine is in this process, with one thread, and other work on the machine counts less so. The tiny model
+shows what the requests and vLLM's own steps cost. What random weights say means nothing: their
+risk is computed, and then 0 for benign queries (the drafts stand) and 1 for refused ones (they fall at their first token).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other would count as work
-TOKENS = 24
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else vLLM takes a thread for each core, whatever is said above
+
+
+class Subject(NamedTuple):
+    """A checkpoint, the MoRAS profile of its engine, and queries by the kind that they are of."""
+
+    checkpoint: Path
+    dtype: str
+    profile: Path
+    queries: dict[str, list]
+    tokens: int
 
 
 def readable_by_vllm(source: Path, target: Path) -> Path:
@@ -56,7 +72,38 @@ def tiny_profile(checkpoint: Path, target: Path) -> Path:
     return target
 
 
-def undefended(llm, guard, prompts, images) -> float:
+def tiny(folder: Path, n: int) -> Iterator[Subject]:
+    """The shipped model."""
+    from ras_fast.evaluation import tinyworld
+    from ras_fast.loading import TINY
+
+    checkpoint = readable_by_vllm(TINY, folder / "model")
+    items = [item for item in tinyworld.split("test", 6 * n) if item.image is not None]
+    kinds = {"harmless": ("benign", "lookalike"), "harm in the image": ("typographic", "pictured")}
+    queries = {name: [item for item in items if item.kind in wanted][:n] for name, wanted in kinds.items()}
+    yield Subject(checkpoint, "float32", tiny_profile(checkpoint, folder / "profile"), queries, 24)
+
+
+def of_random_weights(shape: str, folder: Path, n: int) -> Iterator[Subject]:
+    """One subject for each risk."""
+    import numpy
+    import torch
+    from bench_engine import QUESTION, RISKS, make_profile
+    from PIL import Image
+    from random_models import build
+
+    model, processor = build(shape, "cpu", torch.bfloat16)
+    for part in (model, processor):
+        part.save_pretrained(folder / "saved")
+    checkpoint = readable_by_vllm(folder / "saved", folder / "model")
+    pixels = numpy.random.default_rng(0).integers(0, 256, (n, 336, 336, 3), dtype="uint8")
+    items = [SimpleNamespace(question=QUESTION, image=Image.fromarray(image)) for image in pixels]
+    for name, risk in RISKS.items():
+        make_profile(model, processor, risk).save_pretrained(folder / name)
+        yield Subject(checkpoint, "bfloat16", folder / name, {name: items}, 64)
+
+
+def undefended(llm, guard, prompts, images, tokens: int) -> float:
     """Seconds of processor time for the answers alone."""
     from vllm import SamplingParams
 
@@ -67,11 +114,11 @@ def undefended(llm, guard, prompts, images) -> float:
         {"prompt_token_ids": short_ids(guard.processor, query), "multi_modal_data": {"image": query.images}}
         for query in make_queries(prompts, images, guard.processor)
     ]
-    llm.generate(requests, SamplingParams(temperature=0, max_tokens=TOKENS), use_tqdm=False)
+    llm.generate(requests, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
     return time.process_time() - start
 
 
-def case(llm, guard, name: str, items, at_once: int, rounds: int) -> None:
+def case(llm, guard, name: str, items, tokens: int, at_once: int, rounds: int) -> None:
     times: dict[str, list[float]] = {"undefended": [], "MoRAS": []}
     guard.counters.clear()
     groups = [items[i : i + at_once] for i in range(0, len(items), at_once)]
@@ -82,10 +129,10 @@ def case(llm, guard, name: str, items, at_once: int, rounds: int) -> None:
             for group in groups:
                 prompts, images = [item.question for item in group], [item.image for item in group]
                 if contender == "undefended":
-                    spent[contender] += undefended(llm, guard, prompts, images)
+                    spent[contender] += undefended(llm, guard, prompts, images, tokens)
                     continue
                 start = time.process_time()
-                guard.generate(prompts, images, max_tokens=TOKENS)
+                guard.generate(prompts, images, max_tokens=tokens)
                 spent[contender] += time.process_time() - start
         if number:
             for contender, seconds in spent.items():
@@ -102,34 +149,33 @@ def case(llm, guard, name: str, items, at_once: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="tiny", help="a LLaVA of random_models.py (default: the shipped model)")
     parser.add_argument("--n", type=int, default=24, help="queries of a kind (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-prefix-caching", action="store_true")
     arguments = parser.parse_args()
     from vllm import LLM
 
-    from ras_fast.evaluation import tinyworld
-    from ras_fast.loading import TINY
     from ras_fast.vllm import SafeLLM, engine_args
 
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = readable_by_vllm(TINY, Path(folder, "model"))
-        profile = tiny_profile(checkpoint, Path(folder, "profile"))
-        llm = LLM(
-            str(checkpoint),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=512,
-            block_size=32,
-            enable_prefix_caching=not arguments.no_prefix_caching,
-            **engine_args(profile),
-        )
-        guard = SafeLLM(llm)
-        items = [item for item in tinyworld.split("test", 6 * arguments.n) if item.image is not None]
-        kinds = {"harmless": ("benign", "lookalike"), "harm in the image": ("typographic", "pictured")}
-        for at_once in (1, 8, arguments.n):
-            for name, wanted in kinds.items():
-                case(llm, guard, name, [i for i in items if i.kind in wanted][: arguments.n], at_once, arguments.rounds)
+    with tempfile.TemporaryDirectory() as room:
+        shape, folder, n = arguments.shape, Path(room), arguments.n
+        for subject in tiny(folder, n) if shape == "tiny" else of_random_weights(shape, folder, n):
+            llm = LLM(
+                str(subject.checkpoint),
+                dtype=subject.dtype,
+                enforce_eager=True,
+                max_model_len=512 if shape == "tiny" else 1024,
+                block_size=32,
+                enable_prefix_caching=not arguments.no_prefix_caching,
+                **engine_args(subject.profile),
+            )
+            guard = SafeLLM(llm)
+            for at_once in sorted({1, min(8, n), n}):
+                for name, items in subject.queries.items():
+                    case(llm, guard, name, items, subject.tokens, at_once, arguments.rounds)
+            del guard, llm
+            gc.collect()  # an engine's memory, before the next one
 
 
 if __name__ == "__main__":

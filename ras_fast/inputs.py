@@ -321,7 +321,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
         kind = next((kind for kind, holds in kinds.items() if holds), None)
         if kind is not None:
             raise ValueError(f"{name} is a tensor {kind}; it needs to be a dense one that holds its pixels")
-        image = image.detach().cpu().resolve_neg()
+        image = image.detach().cpu().resolve_conj().resolve_neg()
         image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
         return _from_array(image, name)

@@ -292,6 +292,7 @@ def test_arrays():
         (torch.full((2, 2), 7.0, dtype=torch.bfloat16), "in 7..7"),
         (torch.zeros(2, 2, device="meta"), r"without values \(meta\); it needs to be a dense one"),
         (torch.eye(2).to_sparse(), r"of layout torch\.sparse_coo"),
+        (torch.zeros(2, 2, dtype=torch.complex64).conj(), "is an array of complex64"),
         (torch.nested.nested_tensor([torch.zeros(2, 2)]), "is a tensor of tensors; it needs to be a dense one"),
         (torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.quint8), "is a tensor of quantised values"),
         ("https://example.com/a.png", "is the URL 'https://example.com/a.png'; nothing is fetched"),

@@ -382,22 +382,24 @@ class Patch:
         """Hook of the text model."""
         if not torch.compiler.is_compiling():
             for site in self._sites():
-                site.passed.discard(get_ident())
+                site.waiting.add(get_ident())
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook of the text model: an answer must not go out unsteered where others run than the modules that steer it."""
         if torch.compiler.is_compiling():
             return
         for site in self._sites():
-            if get_ident() not in site.passed and not self._is_skipped(site.name):
+            if get_ident() in site.waiting and not self._may_skip(site.name):
                 raise RuntimeError(
                     f"layer {site.name!r} is steered, but did not run: it, or its forward, was replaced, or left out, since. "
                     "End the steering first (clear_steering), or unpatch the model"
                 )
 
-    def _is_skipped(self, layer: int | str) -> bool:
-        """Whether a layer has nothing to do where there is no image."""
-        return layer != "final" and self._fused.layers[layer].crosses
+    def _may_skip(self, layer: int | str) -> bool:
+        """Whether the model, as it was patched, may do without a layer: one that has nothing to do where there is no image, or
+        one behind those that the config asks for now, as `generate` has it while it drafts by an early exit."""
+        place = self._held(layer)
+        return isinstance(place, SteeredLayer) and (place.crosses or layer >= self.text_model.config.num_hidden_layers)
 
     def _place(self, layer: int | str) -> SteeredLayer | FusedNorm:
         if not self.applied:

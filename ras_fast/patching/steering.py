@@ -57,7 +57,7 @@ class Site:
     """A place where rows are steered: one layer's vectors [S, d], and which positions of a sequence take part.
 
     name: the layer's index, or "final".
-    passed: threads whose forward has given steered states here.
+    waiting: threads whose forward has begun, and has not given steered states here yet.
     """
 
     name: int | str
@@ -65,12 +65,14 @@ class Site:
     vectors: Tensor
     mode: str
     last_only: bool
-    passed: set[int] = field(default_factory=set)
+    waiting: set[int] = field(default_factory=set)
 
     def note(self) -> None:
         """This forward's states are steered here."""
-        if not torch.compiler.is_compiling():
-            self.passed.add(get_ident())
+        if torch.compiler.is_compiling():  # a graph, as of this layer alone, knows no threads: it leaves none to wait
+            self.waiting = set()
+        else:
+            self.waiting.discard(get_ident())
 
     def keywords(self, x: Tensor) -> dict[str, Any]:
         """Steering keywords of the norm ops for `x` [B, L, d].

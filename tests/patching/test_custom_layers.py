@@ -255,6 +255,15 @@ def test_what_only_a_decode_step_shows_undoes_all_fusion(monkeypatch):
             patched.set_steering("final", torch.zeros(1, SIZE))
 
 
+def test_drafts_of_an_early_exit_do_without_the_layers_behind_it():
+    model, options = llama(LlamaDecoderLayer), {"max_new_tokens": 6, "do_sample": False}
+    with ras_fast.patch(model) as patched:
+        patched.set_steering(1, torch.randn(1, SIZE))
+        patched.steering.set_rows(torch.zeros(1, dtype=torch.int32), torch.ones(1))
+        expected = model.generate(IDS[:1], **options)
+        assert torch.equal(model.generate(IDS[:1], **options, assistant_early_exit=1), expected)
+
+
 def test_an_mlp_with_a_second_argument_is_left_alone():
     model, visual = llama(VisualExperts), torch.arange(9) % 3 == 0
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -486,6 +487,25 @@ def test_cross_attention_without_images():
             assert relative_error(got.logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
             assert [tuple(mass.shape) for mass in got.attentions] == [(2, 4, 4, 0)] * 2
             assert not any(layer.end._ahead for layer in patched._fused.layers.values())
+
+
+def test_cross_attention_that_is_steered():
+    """Mllama's may be skipped without images, but not replaced."""
+    description = FAMILIES["mllama"]
+    model = description.model("mllama")
+    batches = [description.inputs(model, texts) for texts in (["tItt", "tIttt"], ["ttt", "tttt"])]
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        layer = next(index for index, layer in patched._fused.layers.items() if layer.crosses)
+        patched.set_steering(layer, torch.ones(1, patched.text_model.config.hidden_size))
+        patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.ones(2))
+        for batch in batches:
+            del batch["regions"]
+            model(**batch)
+        module = patched.layers[layer]
+        module.forward = MethodType(type(module).forward, module)
+        for batch in batches:
+            with pytest.raises(RuntimeError, match=f"layer {layer} is steered, but did not run"):
+                model(**batch)
 
 
 @pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.18"), reason="the page is of newer versions")

@@ -266,6 +266,34 @@ def test_what_is_replaced_while_it_is_steered_is_an_error(model, vectors, place,
         assert torch.equal(model(**BATCH).logits, steered)
 
 
+@pytest.mark.parametrize("place", [1, "final"])
+def test_what_is_compiled_by_itself_is_steered(model, vectors, place):
+    """As regional compilation does with layers. A graph cannot note the thread that it runs in."""
+    text_model = model.model.language_model
+    module = text_model.norm if place == "final" else text_model.layers[1]
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        patched.set_steering(place, vectors)
+        patched.steering.set_rows(SLOT, ALPHA)
+        expected = model(**BATCH).logits
+        module.compile(backend="eager")
+        for _ in range(2):
+            assert torch.equal(model(**BATCH).logits, expected)
+        module.forward = MethodType(type(module).forward, module)
+        with pytest.raises(RuntimeError, match="did not run"):
+            model(**BATCH)
+
+
+@pytest.mark.parametrize("place", [1, "final"])
+def test_steering_that_is_set_anew_while_a_forward_runs(model, vectors, place):
+    """By another thread, say: that forward was steered as it was asked for."""
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        patched.set_steering(place, vectors)
+        patched.steering.set_rows(SLOT, ALPHA)
+        expected = model(**BATCH).logits
+        patched.text_model.register_forward_hook(lambda *called: patched.set_steering(place, vectors), prepend=True)
+        assert torch.equal(model(**BATCH).logits, expected)
+
+
 def test_steered_forwards_of_several_threads(model, vectors):
     """Neither takes the other's for its own."""
     with ras_fast.patch(model) as patched, ThreadPoolExecutor(4) as threads:

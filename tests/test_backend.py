@@ -111,7 +111,7 @@ def test_without_native_libraries_the_reference_serves(tmp_path):
         f"import torch, ras_fast; assert ras_fast.__file__.startswith({str(tmp_path)!r});"
         "print(ras_fast.backends()['cpu']); x = torch.randn(2, 8);"
         "op = torch.ops.ras_fast.add_rms_norm.default;"
-        "print(op(x, x, torch.ones(8), 1e-6, None, None, None, False, 0.0, True, None, None, None)[0].shape);"
+        "print(op(x, x, torch.ones(8), 1e-6, None, None, None, False, 0.0, True, None, None, 1.0, None)[0].shape);"
         "print(ras_fast.ops.region_attention(*[torch.randn(1, 2, 3, 4)] * 3)[0].shape)"
     )
     done = run(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))

@@ -589,7 +589,7 @@ def test_a_streamer_that_asks_the_same_model_is_stopped(model, processor, make):
         guard.close()
 
 
-@pytest.mark.parametrize("change", ["forward", "hook"])
+@pytest.mark.parametrize("change", ["forward", "hook", "hook of the text model", "hook of the base model"])
 def test_steps_are_steered_whatever_is_done_to_the_fused_last_norm(processor, change):
     """Kernels of the hub put another forward in the place of the fused one, which steers; what a hook gives is steered."""
     model = tiny_llava(processor)
@@ -599,8 +599,16 @@ def test_steps_are_steered_whatever_is_done_to_the_fused_last_norm(processor, ch
         guard.generate(*queries, max_new_tokens=6)
         if change == "forward":
             norm.forward = MethodType(type(norm).forward, norm)
-        else:
+        elif change == "hook":
             norm.register_forward_hook(lambda module, args, output: output * 1.5)
+        else:
+            around = model.model.language_model if "text" in change else model.model
+
+            def louder(module, args, output):
+                output.last_hidden_state = output.last_hidden_state * 1.5
+                return output
+
+            around.register_forward_hook(louder)
         expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6)
         assert_same(guard.generate(*queries, max_new_tokens=6), expected)
         assert any(output.rejected_at is not None for output in expected)

@@ -37,7 +37,7 @@ from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
-from ras_fast.patching.structure import has_foreign_hooks
+from ras_fast.patching.structure import find_decoder, has_foreign_hooks, is_heard
 from ras_fast.profile import RasProfile
 
 Prompt = tuple[dict[str, Tensor], int]  # the inputs of a prompt, and how many of its tokens are computed ahead
@@ -445,9 +445,11 @@ class Overlapped(Plan):
     @contextmanager
     def _steered_norm(self) -> Iterator[Steering | None]:
         """The `Steering` of the fused last norm inside the block; None where that norm is not fused, the user steers it, or has
-        hooks on it, which are to come before the steering."""
+        hooks on it or around the text model, which are to come before the steering."""
         patch, steering = Patch.of(self.runner.model), Steering()
-        if patch is None or not patch.steers("final") or has_foreign_hooks(patch.final_norm):
+        fused = patch is not None and patch.steers("final") and not has_foreign_hooks(patch.final_norm)
+        root, text_model, _ = find_decoder(self.runner.model)
+        if not fused or is_heard(root, text_model):
             yield None
             return
         try:

@@ -115,8 +115,7 @@ class _Fusion:
                 self.report.unfused[self.names[id(record.module)]] = why
         self.report.unfused |= {self.names[module]: why for module, why in self.norms.items() if isinstance(why, str)}
         if any(record.crosses for record in self.recorded.layers):
-            handle = self.text_model.register_forward_hook(self.fused.forget_skipped)
-            self.undo.hooked(self.text_model._forward_hooks, handle=handle)
+            self.undo.hook_after(self.text_model, self.fused.forget_skipped)
         return self.fused
 
     def _fuse_norms(self) -> None:

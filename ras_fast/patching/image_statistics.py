@@ -130,5 +130,4 @@ def _follow_forwards(multimodal: nn.Module, text_model: nn.Module, state: ModelS
     undo.hook_before(multimodal, tracker.before_model)
     undo.hook_before(text_model, state.before_text)
     for module in (text_model, multimodal):
-        handle = module.register_forward_hook(tracker.after, always_call=True)
-        undo.hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)
+        undo.hook_after(module, tracker.after, always_call=True)

@@ -379,7 +379,7 @@ class Patch:
         return [place.site for place in self._fused.places if place.site is not None]
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Hook of the text model."""
+        """Hook of the text model: all that steers waits for this thread's forward."""
         if not torch.compiler.is_compiling():
             for site in self._sites():
                 site.waiting.add(get_ident())
@@ -445,7 +445,7 @@ class Patch:
         self._undo.set(text_model, _PATCH, self)
         self._undo.hook_before(text_model, partial(_name_arguments, named_parameters(type(text_model).forward)[1:]))
         self._undo.hook_before(text_model, self._begin)
-        self._undo.hooked(text_model._forward_hooks, handle=text_model.register_forward_hook(self._end))
+        self._undo.hook_after(text_model, self._end)
         self._report = report = Report(type(root).__name__, len(decoder_layers))
         try:
             recorded = trace(text_model, decoder_layers)

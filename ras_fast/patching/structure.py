@@ -70,6 +70,15 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     return not all(map(only_records, hooks))
 
 
+def is_heard(root: nn.Module, part: nn.Module) -> bool:
+    """Whether hooks of others are given, and may change, what a part of a model gives: its own, or those of the modules around
+    it inside of ``root``."""
+    names = next(name for name, module in root.named_modules() if module is part).split(".")
+    around = (root.get_submodule(".".join(names[:depth])) for depth in range(1, len(names) + 1))
+    hooks = (hook for module in around for hook in module._forward_hooks.values())
+    return not all(only_records(hook) or hook.__module__.startswith("ras_fast.") for hook in hooks)
+
+
 def only_records(hook: Callable) -> bool:
     """Whether a hook is transformers' own, which it leaves on a module for good to record outputs."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -67,9 +67,14 @@ class Undo:
     def hook_before(self, module: nn.Module, function: Any) -> None:
         """Calls `function(module, args, kwargs)` before each forward of the module."""
         handle = module.register_forward_pre_hook(function, with_kwargs=True)
-        self.hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
+        self._hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
 
-    def hooked(self, *registries: dict, handle: Any) -> None:
+    def hook_after(self, module: nn.Module, function: Any, always_call: bool = False) -> None:
+        """Calls `function(module, args, output)` after each forward of the module, or even after one that raises."""
+        handle = module.register_forward_hook(function, always_call=always_call)
+        self._hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)
+
+    def _hooked(self, *registries: dict, handle: Any) -> None:
         """A hook was registered in these dicts of a module."""
         self._changes.extend((registry, handle.id, False, None) for registry in registries)
 

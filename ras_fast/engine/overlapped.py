@@ -37,7 +37,7 @@ from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
-from ras_fast.patching.structure import find_decoder, has_foreign_hooks, is_heard
+from ras_fast.patching.structure import has_foreign_hooks, is_heard
 from ras_fast.profile import RasProfile
 
 Prompt = tuple[dict[str, Tensor], int]  # the inputs of a prompt, and how many of its tokens are computed ahead
@@ -448,8 +448,7 @@ class Overlapped(Plan):
         hooks on it or around the text model, which are to come before the steering."""
         patch, steering = Patch.of(self.runner.model), Steering()
         fused = patch is not None and patch.steers("final") and not has_foreign_hooks(patch.final_norm)
-        root, text_model, _ = find_decoder(self.runner.model)
-        if not fused or is_heard(root, text_model):
+        if not fused or is_heard(self.runner.model, patch.text_model):
             yield None
             return
         try:

@@ -40,8 +40,16 @@ def stacks(root: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
 
 def owner(root: nn.Module, text_model: nn.Module) -> nn.Module | None:
     """The multimodal model: the innermost one around the text model whose config names image tokens."""
-    around = (m for m in root.modules() if hasattr(m, "config") and any(part is text_model for part in m.modules()))
-    return next((m for m in reversed(list(around)) if token_ids(m.config)), None)
+    return next((m for m in reversed(_down_to(root, text_model)) if hasattr(m, "config") and token_ids(m.config)), None)
+
+
+def _down_to(root: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The modules from ``root`` to a part of it, each inside of the one before; with both."""
+    name = next(name for name, module in root.named_modules() if module is part)
+    modules = [root]
+    for step in filter(None, name.split(".")):
+        modules.append(modules[-1]._modules[step])
+    return modules
 
 
 def find_head(root: nn.Module) -> nn.Module | None:
@@ -73,10 +81,8 @@ def has_foreign_hooks(module: nn.Module) -> bool:
 def is_heard(root: nn.Module, part: nn.Module) -> bool:
     """Whether hooks of others are given, and may change, what a part of a model gives: its own, or those of the modules around
     it inside of ``root``."""
-    names = next(name for name, module in root.named_modules() if module is part).split(".")
-    around = (root.get_submodule(".".join(names[:depth])) for depth in range(1, len(names) + 1))
-    hooks = (hook for module in around for hook in module._forward_hooks.values())
-    return not all(only_records(hook) or hook.__module__.startswith("ras_fast.") for hook in hooks)
+    hooks = (hook for module in _down_to(root, part)[1:] for hook in module._forward_hooks.values())
+    return not all(only_records(hook) or str(getattr(hook, "__module__", "")).startswith("ras_fast.") for hook in hooks)
 
 
 def only_records(hook: Callable) -> bool:

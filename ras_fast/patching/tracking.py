@@ -25,7 +25,8 @@ from ras_fast.regions import Grid, RegionMap, image_regions, join_regions, squar
 
 REGIONS = "regions"  # the name that the region map is kept under
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
-_CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$")  # names of arguments that hold images
+# Names of arguments that hold images, or may.
+_CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$|^inputs_embeds$")
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
 # Inputs that tell how many patches an image has: images come in any shape.
 _SHAPES = {"image_grid_thw", "spatial_shapes", "target_sizes", "image_position_ids", "image_grids"}
@@ -195,7 +196,7 @@ class RegionTracker:
     def _given(self, inputs: dict[str, Any] | None) -> bool:
         """Whether the forward was given images, maybe within embeddings. Else its image tokens, typed by somebody or generated,
         are none."""
-        return inputs is not None and any(inputs.get(name) is not None for name in (*self._contents, "inputs_embeds"))
+        return inputs is not None and any(inputs.get(name) is not None for name in self._contents)
 
     def _find(
         self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int, no_image: bool

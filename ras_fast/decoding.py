@@ -280,13 +280,17 @@ class GumbelNoise(LogitsProcessor):
         self.seed, self.query, self.prompt_length = seed, query, prompt_length
 
     def __call__(self, input_ids, scores):
-        step = input_ids.shape[1] - self.prompt_length
-        key = hashlib.sha256(f"{self.seed}/{self.query}/{step}".encode()).digest()
-        generator = torch.Generator(scores.device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
-        # Float64 keeps uniform numbers away from 0 and 1, where the double logarithm is infinite.
-        options = {"dtype": torch.float64, "device": scores.device}
-        uniform = torch.rand(scores.shape[-1], generator=generator, **options).clamp_(min=1e-300)
-        return scores + (-(-uniform.log()).log()).to(scores.dtype)
+        return add_gumbel_noise(scores, self.seed, self.query, input_ids.shape[1] - self.prompt_length)
+
+
+def add_gumbel_noise(scores: torch.Tensor, seed: int, query: int, step: int) -> torch.Tensor:
+    """Scores [..., V] with the noise [V] of (seed, query, step)."""
+    key = hashlib.sha256(f"{seed}/{query}/{step}".encode()).digest()
+    generator = torch.Generator(scores.device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    # Float64 keeps uniform numbers away from 0 and 1, where the double logarithm is infinite.
+    options = {"dtype": torch.float64, "device": scores.device}
+    uniform = torch.rand(scores.shape[-1], generator=generator, **options).clamp_(min=1e-300)
+    return scores + (-(-uniform.log()).log()).to(scores.dtype)
 
 
 class StopStrings(StoppingCriteria):

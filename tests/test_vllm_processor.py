@@ -15,8 +15,9 @@ from vllm.v1.sample.logits_processor import BatchUpdateBuilder, MoveDirectionali
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
 from ras_fast.vllm import processor
-from ras_fast.vllm.options import Marks
+from ras_fast.vllm.options import Draw, Marks
 from ras_fast.vllm.processor import RasLogitsProcessor
+from ras_fast.vllm.steering import drawn
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,30 @@ def test_each_row_keeps_its_own_risk(config, seed):
                 table, risk = steered.steering.table[step], torch.tensor(request.risk)
                 assert torch.allclose(after[row], (1 - risk) * logits[row] + risk * table, atol=1e-5)
             request.output.append(7)
+
+
+def test_either_runner_draws_where_it_is_asked_to(config):
+    """By the noise of a request, or by its seed; not what vLLM decodes greedily, and not past the first N tokens."""
+    given = [
+        SamplingParams(temperature=0.8, top_p=0.9, extra_args={"ras_noise": 7, "ras_risk": 0.3}),
+        SamplingParams(temperature=0.8, seed=7, extra_args={"ras_noise": 8}),
+        SamplingParams(temperature=0, extra_args={"ras_noise": 7}),
+        SamplingParams(temperature=0.8, extra_args={"ras_noise": 7}),
+    ]
+    older, batch = RasLogitsProcessor(config, CPU, False), Batch()
+    newer = RasLogitsProcessor(config, slots_of([10] * 4))
+    steps = [0, 1, 0, STEPS]
+    for slot, (asked, step) in enumerate(zip(given, steps, strict=True)):
+        batch.add(SimpleNamespace(params=asked, output=[7] * step))
+        newer.add_request(slot, asked)
+    older.update_state(batch.update())
+    logits = torch.randn(4, VOCABULARY)
+    after = older.apply(logits.clone())
+    assert same_bits(after, newer.apply(logits.clone(), context([0, 1, 2, 3], [10 + step for step in steps])))
+    steered = older.steering.mixed(logits[0], older.steering.table[0], torch.tensor(0.3))
+    assert after[0].isfinite().nonzero().flatten().tolist() == drawn(steered, 0, Draw(7, 0.8, 0, 0.9, 0.0)).tolist()
+    assert after[1].isfinite().nonzero().flatten().tolist() == drawn(logits[1], 1, Draw(7, 0.8, 0, 1.0, 0.0)).tolist()
+    assert same_bits(after[2:], logits[2:])
 
 
 def test_without_marks_nothing_is_done(config):

@@ -29,6 +29,7 @@ from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 from ras_fast.vllm import SafeLLM, engine_args
 from ras_fast.vllm.processor import processor_of
+from ras_fast.vllm.safe_llm import _Run
 
 NEW_TOKENS = 24
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "block_size": 32, "disable_log_stats": True}
@@ -84,6 +85,50 @@ def test_exact(tiny, guard, profile):
 def test_exact_where_questions_begin_the_answer(tiny, guard, profile):
     cases = compare(tiny, guard, RasProfile.from_pretrained(profile), 12, ending=" ASSISTANT: Sure, here is how:")
     assert len(cases) > 1
+
+
+def test_sampled_answers(guard):
+    """Each is what one request that carries its risk and its noise gives, whether its draft stood or fell."""
+    items, options = tinyworld.split("test", 24), {"temperature": 1.3, "top_p": 0.95, "top_k": 40}
+    prompts, images = [item.question for item in items], [item.image for item in items]
+    outputs, again, other = (
+        guard.generate(prompts, images, max_tokens=NEW_TOKENS, seed=seed, **options) for seed in (1, 1, 2)
+    )
+    assert [output.tokens for output in outputs] == [output.tokens for output in again]
+    assert [output.tokens for output in outputs] != [output.tokens for output in other]
+    assert [output.risk for output in outputs] == pytest.approx([output.risk for output in other], abs=1e-4)
+    fell = [output.rejected_at is not None for output in outputs]
+    assert 3 <= sum(fell) <= len(fell) - 3
+    run = _Run(guard, NEW_TOKENS, options | {"seed": 1})
+    for number, (item, output) in enumerate(zip(items, outputs, strict=True)):
+        (query,) = make_queries([item.question], [item.image], guard.processor)
+        prompt = {"prompt_token_ids": short_ids(guard.processor, query)}
+        if query.images:
+            prompt["multi_modal_data"] = {"image": query.images}
+        extra = {"ras_risk": output.risk, "ras_noise": 0}
+        params = SamplingParams(**run._sampling_of(number), max_tokens=NEW_TOKENS, extra_args=extra)
+        (alone,) = guard.llm.generate([prompt], [params], use_tqdm=False)
+        assert alone.outputs[0].token_ids == output.tokens
+
+
+def test_two_samples_of_a_prompt_differ(guard):
+    outputs = guard.generate(["What is shown?"] * 16, None, max_tokens=8, temperature=2.0)
+    assert len({tuple(output.tokens[:3]) for output in outputs}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 2}, TypeError, "takes no n;"),
+        ({"temperature": -1}, VLLMValidationError, "temperature"),
+        ({"top_p": 2.0}, VLLMValidationError, "top_p"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(guard, options, error, message):
+    with pytest.raises(error, match=message):
+        guard.generate(["What colour?"], None, **options)
+    assert not guard.engine.has_unfinished_requests()
 
 
 @pytest.mark.slow

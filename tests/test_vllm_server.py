@@ -120,11 +120,21 @@ def test_sampled_answers_are_steered(client):
     risky = 0
     for item in harmful:
         response = client.post("/v1/chat/completions", json=request(item, temperature=0.7, seed=3))
-        assert response.headers["x-ras-draft"] == "none"
         if float(response.headers["x-ras-risk"]) > 0.9:
             risky += 1
             assert tinyworld.is_refusal(response.json()["choices"][0]["message"]["content"])
+            assert response.headers["x-ras-draft"] == "fell"
     assert risky > len(harmful) / 2
+
+
+def test_sampled_answers_are_drafted_and_seeds_repeat_them(client):
+    items = [item for item in tinyworld.split("test", 60) if not item.harmful and item.image is not None][:8]
+    texts = []
+    for seed in (3, 3, None):
+        responses = [client.post("/v1/chat/completions", json=request(item, temperature=1.5, seed=seed)) for item in items]
+        assert sum(response.headers["x-ras-draft"] == "kept" for response in responses) >= 6
+        texts.append([response.json()["choices"][0]["message"]["content"] for response in responses])
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_nothing_else_makes_answers(client):

@@ -129,7 +129,7 @@ class Server:
         if any(word in json.dumps(request) for word in self.errors):
             await self._send(send, 400, json.dumps({"error": "no"}).encode(), b"application/json")
             return
-        tokens, pieces, marks = [], [], read_marks(request.get("vllm_xargs"))
+        tokens, pieces, marks = [], [], read_marks(sampling_params(request))
         streams, shows = request.get("stream", False), request.get("return_token_ids", False)
         if streams:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
@@ -291,8 +291,39 @@ def test_the_stages_are_moras_own(server):
     assert not any(b"content-length" in headers for headers in server.headers)
 
 
+def sampling_params(request) -> SimpleNamespace:
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": None}
+    given = {name: request[name] for name in settings if request.get(name) is not None}
+    return SimpleNamespace(extra_args=request.get("vllm_xargs"), **settings | given)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"temperature": None, "top_p": 0.9, "top_k": 5}], ids=str)
+def test_sampled_answers_are_drafted(server, options, seed):
+    """And what is made anew draws by the noise of its draft."""
+    body = ask(**options, seed=seed, max_tokens=500)
+    (response,) = run(server, body)
+    assert response.headers["x-ras-draft"] == "kept"
+    (draft,) = [request["vllm_xargs"] for request in server.requests if request.get("max_tokens") == 500]
+    assert response.body == undefended(server, body | {"vllm_xargs": {"ras_noise": draft["ras_noise"]}})
+    server.requests.clear()
+    server.risky.add("colour")
+    (response,) = run(server, body)
+    assert response.headers["x-ras-draft"] == "fell"
+    draft, answer = [request["vllm_xargs"] for request in server.requests if request.get("max_tokens") == 500]
+    assert answer["ras_risk"] > 0.9
+    assert answer["ras_noise"] == draft["ras_noise"]
+    assert response.body == undefended(server, body | {"vllm_xargs": answer})
+
+
+def test_no_two_samples_share_their_noise(server):
+    run(server, *[ask(temperature=1.0)] * 4)
+    noise = [request["vllm_xargs"]["ras_noise"] for request in server.requests if "ras_noise" in request["vllm_xargs"]]
+    assert len(set(noise)) == 4
+
+
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.7}, {"temperature": None}, {"n": 2}, {"logprobs": True}], ids=str
+    "options", [{"temperature": 0.7, "n": 2}, {"n": 2}, {"logprobs": True}, {"temperature": 1, "logprobs": True}], ids=str
 )
 def test_what_cannot_be_drafted_is_answered_after_the_risk(server, options):
     (response,) = run(server, ask(**options))

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from ras_fast.methods.moras import PRESETS, Moras
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import CheckpointHead
-from ras_fast.vllm.options import Marks, check_marks, engine_args, read_marks, read_settings
-from ras_fast.vllm.steering import LogitSteering
+from ras_fast.vllm.options import Draw, Marks, check_marks, engine_args, read_marks, read_settings
+from ras_fast.vllm.steering import LogitSteering, drawn
 
 STEPS, HIDDEN, VOCABULARY, EOS = 3, 24, 37, 5  # odd sizes on purpose
 
@@ -96,6 +96,82 @@ def test_judges_as_moras_does():
     after = steering.apply(draft.clone(), [(n, n, Marks(risk=risk)) for n in range(STEPS)])
     assert tokens == after.argmax(-1).tolist()
     assert drafted == draft.argmax(-1).tolist()
+
+
+# Sampling
+
+
+def nucleus(probabilities: torch.Tensor, share: float) -> torch.Tensor:
+    """The fewest tokens, most likely first, that hold ``share``."""
+    order = probabilities.argsort(descending=True)
+    before = probabilities[order].cumsum(0) - probabilities[order]
+    return torch.zeros_like(order, dtype=torch.bool).index_put((order,), before < share)
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({}, lambda p: p > 0),
+        ({"temperature": 2.5}, lambda p: p > 0),
+        ({"top_k": 4}, lambda p: p >= p.topk(4).values[-1]),
+        ({"top_p": 0.6}, lambda p: nucleus(p, 0.6)),
+        ({"min_p": 0.2}, lambda p: p >= 0.2 * p.max()),
+        ({"min_p": 0.2, "top_p": 0.7}, lambda p: nucleus(p * (p >= 0.2 * p.max()) / p[p >= 0.2 * p.max()].sum(), 0.7)),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_the_settings_say(options, allowed):
+    logits, count = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)), 4000
+    found = torch.cat([drawn(logits, noise % STEPS, draw(noise=noise, **options)) for noise in range(count)])
+    shares = found.bincount(minlength=VOCABULARY) / count
+    probabilities = (logits / options.get("temperature", 1.0)).softmax(-1)
+    wanted = probabilities * allowed(probabilities)
+    assert (shares - wanted / wanted.sum()).abs().max() < 5 * 0.5 / math.sqrt(count)
+    assert not shares[wanted == 0].any()
+
+
+def draw(noise=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Draw:
+    return Draw(noise, temperature, top_k, top_p, min_p)
+
+
+@pytest.mark.parametrize("risk", [0.02, 0.4, 1.0])
+def test_drafts_that_stand_are_samples_of_the_steered_model(risk):
+    """A draft and the answer in its place draw by the same noise. The judgement knows both, the rate at which they differ is
+    of the order of the risk, and what comes out has the distribution that steering gives."""
+    steering, count = make_steering(slots=4), 1500
+    logits = torch.randn(STEPS, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    steering.moras.risk = lambda similarity: (torch.full_like(similarity, risk), torch.zeros_like(similarity, dtype=torch.bool))
+    firsts, fell = torch.zeros(VOCABULARY), 0
+    for noise in range(count):
+        draft, answer = (
+            torch.cat([steering.apply(logits[n : n + 1].clone(), [(0, n, marks)]) for n in range(STEPS)])
+            for marks in (Marks(record=0, draw=draw(noise)), Marks(risk=risk, draw=draw(noise)))
+        )
+        keep(steering, 1, logits)
+        ((_, _, _, plain, steered),) = steering.judge([(1, STEPS, 0, STEPS, False)])
+        for rows, tokens in ((draft, plain), (answer, steered)):
+            assert rows.argmax(-1).tolist() == tokens
+            assert (rows > -torch.inf).sum(-1).tolist() == [1] * STEPS
+        fell += plain != steered
+        firsts[plain[0] if plain == steered else steered[0]] += 1
+    wanted = ((1 - risk) * logits[0] + risk * steering.table[0]).softmax(-1)
+    assert (firsts / count - wanted).abs().max() < 5 * 0.5 / math.sqrt(count)
+    assert 0 < fell < 10 * risk * count
+
+
+def test_noise_depends_on_step_and_number_alone():
+    logits = torch.randn(VOCABULARY)
+    tokens = [[drawn(logits, step, draw(noise)).item() for step in range(50)] for noise in (0, 0, 1)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert len(set(tokens[0])) > 5
+
+
+def test_what_is_forbidden_is_not_drawn_and_a_broken_answer_ends():
+    steering, logits = make_steering(), torch.zeros(2, VOCABULARY)
+    logits[0, 1:] = -torch.inf
+    logits[1, 3] = torch.nan
+    after = steering.apply(logits, [(row, 0, Marks(risk=0.5, draw=draw())) for row in (0, 1)])
+    assert after.argmax(-1).tolist() == [0, EOS]
 
 
 def test_judges_by_the_steps_that_were_made():
@@ -218,11 +294,18 @@ def test_profiles_that_need_attention_are_refused():
 
 
 def test_marks():
-    assert read_marks(None) is None
-    assert read_marks({"other": 1}) is None
-    assert read_marks({"ras_risk": 1, "ras_record": 3}) == Marks(1.0, 3)
+    assert read_marks(params(None)) is None
+    assert read_marks(params({"other": 1})) is None
+    assert read_marks(params({"ras_risk": 1, "ras_record": 3})) == Marks(1.0, 3)
     for value in (math.nan, math.inf, -math.inf, -0.1, 1.1, "0.2", None, True):
-        assert read_marks({"ras_risk": value}).risk == 1.0
+        assert read_marks(params({"ras_risk": value})).risk == 1.0
+    assert read_marks(params({"ras_noise": 7})) == Marks(draw=Draw(7, 0.5, 9, 0.8, 0.1))
+    assert read_marks(params({"ras_noise": 7}, seed=0)) == Marks(draw=Draw(0, 0.5, 9, 0.8, 0.1))
+    assert read_marks(params({"ras_noise": 7}, temperature=0)) == Marks()
+
+
+def params(extra_args, temperature=0.5, seed=None) -> SimpleNamespace:
+    return SimpleNamespace(extra_args=extra_args, temperature=temperature, top_k=9, top_p=0.8, min_p=0.1, seed=seed)
 
 
 @pytest.mark.parametrize("value", [0, 0.3, 1, math.nan, math.inf])
@@ -239,6 +322,9 @@ def test_usable_risks(value):
         ({"ras_record": -1}, "non-negative"),
         ({"ras_record": 1.0}, "non-negative"),
         ({"ras_record": 1}, "n is 2"),
+        ({"ras_noise": -1}, "non-negative"),
+        ({"ras_noise": "7"}, "non-negative"),
+        ({"ras_noise": 7}, "n is 2"),
     ],
 )
 def test_marks_that_mean_nothing(extra_args, message):

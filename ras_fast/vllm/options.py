@@ -12,6 +12,7 @@ from ras_fast.profile import is_integer, is_number
 PROCESSOR = "ras_fast.vllm.processor:RasLogitsProcessor"
 RISK = "ras_risk"
 RECORD = "ras_record"
+NOISE = "ras_noise"
 QUERIES = 32  # in flight at a time
 
 
@@ -47,43 +48,65 @@ def read_settings(additional_config) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """How a sampled answer's first N tokens are drawn: as vLLM would, but by noise that two requests can share.
+
+    noise: the number that the noise is made of.
+    temperature, top_k, top_p, min_p: those of vLLM's SamplingParams.
+    """
+
+    noise: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+@dataclass(frozen=True)
 class Marks:
     """What a request asks for in its first N steps.
 
     risk: the risk in [0, 1] that they are steered by; None: they are not steered.
     record: the number that their raw logits are kept under; None: they are not kept.
+    draw: how their tokens are drawn; None: vLLM's to choose.
     """
 
     risk: float | None = None
     record: int | None = None
+    draw: Draw | None = None
 
 
-def new_record() -> int:
-    """A number that no other request has, of any client: what was kept for one is never read for another."""
+def new_number() -> int:
+    """One that no other request has, of any client: what was kept for one is never read for another."""
     return secrets.randbits(53)  # exact in JSON
 
 
 def check_marks(extra_args: dict | None, n: int) -> None:
     """Raises ValueError for invalid marks of a request with ``n`` answers. A risk that is not finite is valid: it means 1."""
     marks = {name: value for name, value in (extra_args or {}).items() if name.startswith("ras_")}
-    unknown = set(marks) - {RISK, RECORD}
+    unknown = set(marks) - {RISK, RECORD, NOISE}
     if unknown:
-        raise ValueError(f"extra_args has {sorted(unknown)}; this engine knows {RISK!r} and {RECORD!r}")
-    risk, record = marks.get(RISK, 0.0), marks.get(RECORD, 0)
+        raise ValueError(f"extra_args has {sorted(unknown)}; this engine knows {RISK!r}, {RECORD!r} and {NOISE!r}")
+    risk = marks.get(RISK, 0.0)
     if not is_number(risk) or (math.isfinite(risk) and not 0 <= risk <= 1):
         raise ValueError(f"extra_args[{RISK!r}] is {risk!r}; it needs to be a number in [0, 1]")
-    if not is_integer(record) or record < 0:
-        raise ValueError(f"extra_args[{RECORD!r}] is {record!r}; it needs to be a non-negative integer")
-    if RECORD in marks and n != 1:
-        raise ValueError(f"n is {n}; a request with {RECORD!r} needs n = 1: its answers would share the record")
+    for name in (RECORD, NOISE):
+        if not is_integer(marks.get(name, 0)) or marks.get(name, 0) < 0:
+            raise ValueError(f"extra_args[{name!r}] is {marks[name]!r}; it needs to be a non-negative integer")
+        if name in marks and n != 1:
+            raise ValueError(f"n is {n}; a request with {name!r} needs n = 1: its answers would share it")
 
 
-def read_marks(extra_args: dict | None) -> Marks | None:
-    """A request's marks, None for a request without any. What `check_marks` would refuse has risk 1."""
-    extra_args = extra_args or {}
-    if RISK not in extra_args and RECORD not in extra_args:
+def read_marks(params) -> Marks | None:
+    """A request's marks, by its vLLM SamplingParams; None for one without any. What `check_marks` would refuse has risk 1."""
+    extra = params.extra_args or {}
+    if not {RISK, RECORD, NOISE} & set(extra):
         return None
-    return Marks(risk_of(extra_args[RISK]) if RISK in extra_args else None, extra_args.get(RECORD))
+    draw = None
+    if NOISE in extra and params.temperature > 0:
+        noise = extra[NOISE] if params.seed is None else params.seed
+        draw = Draw(noise, params.temperature, params.top_k, params.top_p, params.min_p)
+    return Marks(risk_of(extra[RISK]) if RISK in extra else None, extra.get(RECORD), draw)
 
 
 def risk_of(value) -> float:

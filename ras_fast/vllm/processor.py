@@ -25,6 +25,7 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
 
     ``ras_risk``: steer by this risk in [0, 1]; one that is not finite is 1, and counted.
     ``ras_record``: keep the raw logits under this number, for `LogitSteering.judge`.
+    ``ras_noise``: draw a sampled answer's tokens here, by the noise of this number (of the request's seed, if it has one).
     Other requests' logits are not touched.
 
     vLLM has two model runners, each with its own interface for logits processors; this class implements both. The older one
@@ -113,7 +114,7 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
                 yield row, length - int(self._slots.prompt_len.np[slot]), self._marks[slot]
 
     def _read(self, params: SamplingParams) -> Marks | None:
-        marks = read_marks(params.extra_args)
+        marks = read_marks(params)
         if marks is not None and marks.risk is not None and marks.risk != params.extra_args[RISK]:
             self.steering.counters["failed_closed"] += 1
         return marks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -16,13 +17,14 @@ from ras_fast.inputs import Query, make_queries, short_ids
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile, is_integer
 from ras_fast.vllm.checkpoint import load_processor
-from ras_fast.vllm.options import RECORD, RISK, new_record, read_settings
+from ras_fast.vllm.options import NOISE, RECORD, RISK, new_number, read_settings
 
 CONTEXT, ASSESS, DRAFT, ANSWER = "context", "risk", "draft", "answer"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed")
 
 
 class SafeLLM:
-    """Defended greedy generation in a vLLM engine.
+    """Defended generation in a vLLM engine.
 
     llm: made with ``LLM(model, **ras_fast.vllm.engine_args(profile))``.
 
@@ -44,24 +46,30 @@ class SafeLLM:
         self._names = itertools.count()
         self._prove()
 
-    def generate(self, prompts, images=None, *, max_tokens: int = 64) -> list[SafeOutput]:
-        """Answers each prompt about its images, greedily.
+    def generate(self, prompts, images=None, *, max_tokens: int = 64, **sampling) -> list[SafeOutput]:
+        """Answers each prompt about its images.
 
         prompts, images: see `ras_fast.inputs.make_queries`.
         max_tokens: the most tokens of an answer.
+        sampling: temperature (0, which is greedy), top_p, top_k, min_p and seed, as in vLLM's SamplingParams; each prompt has
+            random numbers of its own.
 
         Any error, even of a single request, aborts all requests in flight and is raised; then no answer is returned at all.
 
-        Raises ValueError for input that cannot be used and when the engine's LM head is no longer the profile's, vLLM's own
-        errors for prompts that it does not take, and RuntimeError when the engine has other requests already, or ends one for
-        another reason than its end or length.
+        Raises TypeError for other settings, ValueError for input that cannot be used and when the engine's LM head is no longer
+        the profile's, vLLM's own errors for prompts and settings that it does not take, and RuntimeError when the engine has
+        other requests already, or ends one for another reason than its end or length.
         """
         if not is_integer(max_tokens) or max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens!r}; it needs to be an integer of at least 1")
+        if unknown := sorted(set(sampling) - set(SAMPLING)):
+            raise TypeError(f"generate takes no {', '.join(unknown)}; how answers are sampled is set by {', '.join(SAMPLING)}")
+        sampling = {"temperature": 0} | sampling
+        SamplingParams(**sampling)  # refuses what is none before anything has begun
         if self.engine.has_unfinished_requests():
             raise RuntimeError("the engine has unfinished requests; let them finish before SafeLLM.generate")
         self._prove()
-        run = _Run(self, max_tokens)
+        run = _Run(self, max_tokens, sampling)
         try:
             return run.answers(make_queries(prompts, images, self.processor))
         except BaseException:
@@ -76,10 +84,13 @@ class SafeLLM:
 
 @dataclass
 class _Job:
-    """A query on its way. tokens: of each stage so far; over: the stages that have ended."""
+    """A query on its way. sampling: settings of its draft and its answer. tokens: of each stage so far; over: the stages that
+    have ended."""
 
     query: Query
-    records: dict[str, int] = field(default_factory=lambda: {s: new_record() for s in (ASSESS, DRAFT)})
+    sampling: dict
+    noise: int = field(default_factory=new_number)
+    records: dict[str, int] = field(default_factory=lambda: {s: new_number() for s in (ASSESS, DRAFT)})
     begin: float = field(default_factory=time.perf_counter)
     tokens: dict[str, list[int]] = field(default_factory=lambda: {s: [] for s in (CONTEXT, ASSESS, DRAFT, ANSWER)})
     over: set[str] = field(default_factory=set)
@@ -95,9 +106,9 @@ class _Job:
 class _Run:
     """One call of `SafeLLM.generate`. live: request id -> its job and stage. lengths: tokens of the stages before an answer."""
 
-    def __init__(self, guard: SafeLLM, max_tokens: int):
+    def __init__(self, guard: SafeLLM, max_tokens: int, sampling: dict):
         self.guard, self.engine, self.counters = guard, guard.engine, guard.counters
-        self.settings, self.max_tokens = guard.settings, max_tokens
+        self.settings, self.max_tokens, self.sampling = guard.settings, max_tokens, sampling
         self.lengths = {CONTEXT: self.settings["max_context_tokens"], ASSESS: self.settings["steps"]}
         self.live: dict[str, tuple[_Job, str]] = {}
         self._jobs: dict[int, _Job] = {}  # of the queries in flight, by number
@@ -113,7 +124,7 @@ class _Run:
         while waiting or jobs:
             while waiting and len(jobs) < self.guard.capacity:
                 number, query = waiting.popleft()
-                jobs[number] = job = _Job(query)
+                jobs[number] = job = _Job(query, self._sampling_of(number))
                 self._start(job)
             if not self.engine.has_unfinished_requests():  # none will come: steps without requests go on for ever
                 raise RuntimeError("requests of SafeLLM.generate were aborted by others; there is no answer")
@@ -124,13 +135,18 @@ class _Run:
                 outputs[number] = self._finish(jobs.pop(number))
         return [outputs[number] for number in range(len(queries))]
 
+    def _sampling_of(self, number: int) -> dict:
+        seed = self.sampling.get("seed")
+        return self.sampling if seed is None else self.sampling | {"seed": random.Random(f"{seed}/{number}").getrandbits(53)}
+
     # The stages
 
     def _start(self, job: _Job) -> None:
         self.counters["queries"] += 1
-        self._submit(job, DRAFT, job.query, self.max_tokens, {RECORD: job.records[DRAFT]})
+        # A draft and the answer in its place draw their first tokens by the same noise: a small risk changes few.
+        self._submit(job, DRAFT, job.query, {RECORD: job.records[DRAFT], NOISE: job.noise})
         if job.query.images:
-            self._submit(job, CONTEXT, context_query(job.query, self.settings), self.lengths[CONTEXT], None)
+            self._submit(job, CONTEXT, context_query(job.query, self.settings), None)
         else:
             self._assess(job)
 
@@ -138,7 +154,7 @@ class _Run:
         job.context = context_text(self.guard.processor, job.tokens[CONTEXT], self.guard.chat_marks)
         job.mark(CONTEXT)
         query = risk_query(job.query, job.context, self.settings, self.guard.chat_marks)
-        self._submit(job, ASSESS, query, self.lengths[ASSESS], {RECORD: job.records[ASSESS]})
+        self._submit(job, ASSESS, query, {RECORD: job.records[ASSESS]})
 
     def _can_be_judged(self, job: _Job) -> bool:
         drafted = DRAFT in job.over or len(job.tokens[DRAFT]) >= self.settings["steps"]
@@ -179,7 +195,7 @@ class _Run:
         self.engine.abort_request(drafts)
         for name in drafts:
             del self.live[name]
-        self._submit(job, ANSWER, job.query, self.max_tokens, {RISK: job.output.risk})
+        self._submit(job, ANSWER, job.query, {RISK: job.output.risk, NOISE: job.noise})
 
     def _answer_stage(self, job: _Job) -> str:
         return ANSWER if job.output.steered else DRAFT
@@ -200,13 +216,13 @@ class _Run:
 
     # Requests
 
-    def _submit(self, job: _Job, stage: str, query: Query, max_tokens: int, extra_args: dict | None) -> None:
+    def _submit(self, job: _Job, stage: str, query: Query, extra_args: dict | None) -> None:
         prompt: dict = {"prompt_token_ids": short_ids(self.guard.processor, query)}
         if query.images:
             prompt["multi_modal_data"] = {"image": query.images}
         params = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
+            **(job.sampling if stage in (DRAFT, ANSWER) else {"temperature": 0}),
+            max_tokens=self.lengths.get(stage, self.max_tokens),
             detokenize=False,
             extra_args=extra_args,
             output_kind=RequestOutputKind.DELTA,

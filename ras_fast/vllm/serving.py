@@ -16,7 +16,7 @@ from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_un
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
-from ras_fast.vllm.options import PROCESSOR, RECORD, RISK, new_record, read_settings
+from ras_fast.vllm.options import NOISE, PROCESSOR, RECORD, RISK, new_number, read_settings
 from ras_fast.vllm.steering import Judgement
 
 Message = dict[str, Any]
@@ -33,7 +33,7 @@ SHARED = ("model", "mm_processor_kwargs", "cache_salt", "priority", "user")
 NEUTRAL = {
     "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": False,
 }  # fmt: skip
-# With these fields alone a greedy token is the argmax of the logits.
+# With these fields alone a token follows from the logits and what is known here of how it is drawn.
 PLAIN = {
     *SHARED, *NEUTRAL, "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n",
     "stop", "stop_token_ids", "stream", "stream_options", "return_token_ids", "include_stop_str_in_output",
@@ -56,10 +56,10 @@ class SafeChat:
     ``vllm serve ... --middleware ras_fast.vllm.serving.SafeChat`` (docs/vllm.md has the other flags). Answers carry the headers
     ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" if the answer was not drafted).
 
-    Greedy answers are drafted beside the context and the risk; others begin when the risk is known. Nothing of an answer is
-    sent before that. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and
-    where the server inside has an error for a stage of a query, that. Exceptions end the request without an answer. A server
-    that was set up so that answers cannot be defended does not start.
+    Answers are drafted beside the context and the risk; those of several choices, with logprobs or ``vllm_xargs`` begin when
+    the risk is known. Nothing of an answer is sent before that. Status 400 for requests that cannot be defended, 403 for all
+    other endpoints that make answers, and where the server inside has an error for a stage of a query, that. Exceptions end
+    the request without an answer. A server that was set up so that answers cannot be defended does not start.
     """
 
     def __init__(self, app):
@@ -185,7 +185,7 @@ class _Guard:
         limit, longest = _most_tokens(config.model_config), max(self.settings["max_context_tokens"], self.settings["steps"])
         if limit is not None and limit < longest:
             raise ValueError(f"max_new_tokens is {limit} for every request; a stage needs {longest}: leave it out, or raise it")
-        # Whether a greedy token is the argmax of the logits that steering sees.
+        # Whether a token follows from the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(processors) == 1
         self.controls, self.chat_marks = _control_tokens(self.processor), marks_of(self.processor)
@@ -252,10 +252,12 @@ class _Answer:
 
     def __init__(self, guard: _Guard, client: _Client, request: Message, query: Query):
         self.guard, self.client, self.request, self.query = guard, client, request, query
-        self.records = (new_record(), new_record())  # of the risk stage and the draft
+        self.records = (new_number(), new_number())  # of the risk stage and the draft
 
     async def send_to(self, send: Send) -> None:
-        draft = _Draft(self.client, self.request, self.records[1]) if self._drafts() else None
+        # A sampled draft and the answer in its place draw their first tokens by the same noise: a small risk changes few.
+        noise = {NOISE: new_number()} if self._drafts() else {}
+        draft = _Draft(self.client, self.request, {RECORD: self.records[1]} | noise) if noise else None
         try:
             told, risk, kept = await self._judge(draft)
         except BaseException:
@@ -268,13 +270,11 @@ class _Answer:
             return
         if draft is not None:
             await draft.call.end()
-        extra = (self.request.get("vllm_xargs") or {}) | {RISK: risk}
+        extra = (self.request.get("vllm_xargs") or {}) | {RISK: risk} | noise
         await self.client.post(self.request | {"vllm_xargs": extra}, send).task
 
     def _drafts(self) -> bool:
-        request = self.request
-        greedy = request.get("temperature") == 0 and request.get("n", 1) == 1
-        return greedy and set(request) <= PLAIN and self.guard.plain
+        return self.request.get("n", 1) == 1 and set(self.request) <= PLAIN and self.guard.plain
 
     async def _judge(self, draft: _Draft | None) -> tuple[dict[str, str], float, bool]:
         """(the headers that tell of it, r, whether the draft is the answer)."""
@@ -325,11 +325,11 @@ class _Answer:
 class _Draft:
     """An answer that is held back until it is known to stand."""
 
-    def __init__(self, client: _Client, request: Message, record: int):
+    def __init__(self, client: _Client, request: Message, marks: Message):
         self.client = client
         self._held: list[Message] = []
         self._show: Send | None = None
-        self.call = client.post(request | {"vllm_xargs": {RECORD: record}}, self._take)
+        self.call = client.post(request | {"vllm_xargs": marks}, self._take)
 
     def over(self) -> bool:
         """Whether all of it is there. Raises what keeps it from being an answer."""

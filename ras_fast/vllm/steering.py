@@ -12,22 +12,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ras_fast.decoding import add_gumbel_noise
 from ras_fast.methods.moras import Moras
 from ras_fast.profile import RasProfile
-from ras_fast.vllm.options import Marks
+from ras_fast.vllm.options import Draw, Marks
 
-# S, r, whether it failed closed, and of the draft's first steps, as many as are kept: its greedy tokens, and the steered ones.
+# S, r, whether it failed closed, and of the draft's first steps, as many as are kept: its own tokens, and the steered ones.
 Judgement = tuple[float, float, bool, list[int], list[int]]
 Asked = tuple[int, int, int | None, int | None, bool]  # see `LogitSteering.judge`
 
 
 @dataclass
 class Record:
-    """Where a request's first logits are kept, and how many steps have been seen, up to one more than are kept. most: before it
-    was read again, too, if that was more."""
+    """Where a request's first logits are kept, how tokens are drawn from them (None: greedily), and how many steps have been
+    seen, up to one more than are kept. most: before it was read again, too, if that was more."""
 
     slot: int
+    draw: Draw | None = None
     steps: int = 0
     most: int = 0
 
@@ -63,12 +66,13 @@ class LogitSteering:
             self._only_end[eos] = 0
 
     def apply(self, logits: Tensor, rows: Iterable[tuple[int, int, Marks]]) -> Tensor:
-        """Logits [rows, V] of one step, steered in place where requests ask for it. No host sync.
+        """Logits [rows, V] of one step, in place where requests ask for it: steered, and all −inf but at the token that is
+        drawn from them. No host sync.
 
         rows: (row, step of that row's answer, marks). Steps outside 0..N−1 and rows that are not named stay as they are.
         """
         rows = [(row, step, marks) for row, step, marks in rows if 0 <= step <= self.steps]
-        recorded = [(row, self._record(marks.record, step), step) for row, step, marks in rows if marks.record is not None]
+        recorded = [(row, self._record(marks, step), step) for row, step, marks in rows if marks.record is not None]
         kept = [(row, slot, step) for row, slot, step in recorded if slot is not None and step < self.steps]
         steered = [(row, step, marks.risk) for row, step, marks in rows if marks.risk is not None and step < self.steps]
         if kept:
@@ -78,6 +82,10 @@ class LogitSteering:
             row, step = self._to_device(([r for r, _, _ in steered], [s for _, s, _ in steered]), torch.long)
             risk = self._to_device([r for _, _, r in steered], torch.float32)
             logits[row] = self.mixed(logits[row], self.table[step], risk).to(logits.dtype)
+        for row, step, marks in rows:
+            if marks.draw is not None and step < self.steps:
+                token = drawn(logits[row].float(), step, marks.draw)
+                logits[row].fill_(-torch.inf).scatter_(0, token, 0)
         return logits
 
     def mixed(self, logits: Tensor, target: Tensor, risk: Tensor) -> Tensor:
@@ -125,9 +133,10 @@ class LogitSteering:
         similarity = self.moras.similarity(self.kept[risk_slots], made)
         similarity = similarity.masked_fill(torch.tensor(spoilt, device=device), torch.nan)
         risk, failed = self.moras.risk(similarity)
+        draws = [self.records[draft].draw if n else None for draft, n in zip(drafts, counts, strict=True)]
         logits = self.kept[draft_slots]
-        steered = self.mixed(logits, self.table, risk[:, None].expand(-1, self.steps))
-        plain, steered = logits.argmax(-1).tolist(), steered.argmax(-1).tolist()
+        steered = _tokens(self.mixed(logits, self.table, risk[:, None].expand(-1, self.steps)), draws)
+        plain = _tokens(logits, draws)
         self.forget([*risks, *drafts])
         rows = zip(similarity.tolist(), risk.tolist(), failed.tolist(), plain, steered, counts, strict=True)
         return [(s, r, f, own[:n], new[:n]) for s, r, f, own, new, n in rows]
@@ -138,12 +147,13 @@ class LogitSteering:
             if name in self.records:
                 self._free.append(self.records.pop(name).slot)
 
-    def _record(self, name: int, step: int) -> int | None:
+    def _record(self, marks: Marks, step: int) -> int | None:
         """The slot for the logits of a record's step; None where those of the steps before were not kept."""
+        name = marks.record
         if step == 0 and name not in self.records:
             if not self._free:
                 self.forget([next(iter(self.records))])
-            self.records[name] = Record(self._free.pop())
+            self.records[name] = Record(self._free.pop(), marks.draw)
         record = self.records.get(name)
         # One that was preempted is read again, and a piece of it may end at an earlier step; the steps up to the next one stay.
         if record is None or step > record.most:
@@ -166,3 +176,25 @@ class LogitSteering:
     def _to_device(self, values, dtype: torch.dtype) -> Tensor:
         host = torch.tensor(list(values), dtype=dtype, pin_memory=self._pinned)  # pinned: its way waits for nothing
         return host.to(self.table.device, non_blocking=True)
+
+
+def _tokens(logits: Tensor, draws: Sequence[Draw | None]) -> list[list[int]]:
+    """The tokens that logits [Q, N, V] of the first N steps of each query give."""
+    tokens = logits.argmax(-1)
+    for query, draw in enumerate(draws):
+        if draw is not None:
+            tokens[query] = torch.cat([drawn(row, step, draw) for step, row in enumerate(logits[query])])
+    return tokens.tolist()
+
+
+def drawn(logits: Tensor, step: int, draw: Draw) -> Tensor:
+    """The token [1] of one step's logits [V] fp32: a sample of softmax(what vLLM makes of them), the same wherever logits, step
+    and draw are. By itself, so that no other row of a batch changes its rounding. No host sync."""
+    scores = TemperatureLogitsWarper(float(draw.temperature))(None, logits[None])
+    if draw.min_p > 0:
+        scores = MinPLogitsWarper(draw.min_p)(None, scores)
+    if draw.top_k > 0:
+        scores = TopKLogitsWarper(draw.top_k)(None, scores)
+    if draw.top_p < 1:
+        scores = TopPLogitsWarper(draw.top_p)(None, scores)
+    return add_gumbel_noise(scores, draw.noise, 0, step).argmax(-1)

@@ -10,6 +10,7 @@ from types import ModuleType
 
 NAME = "ras_fast"  # where no mask is given, it is causal if the module says so, as SDPA
 EXPLICIT = "ras_fast_explicit"  # where no mask is given, nothing is hidden, as in eager attention
+TOWER = "ras_fast_tower"  # as SDPA, outside of text models
 _HOME = "transformers.modeling_utils"  # where the attention interface lives
 
 
@@ -26,15 +27,17 @@ def register() -> None:
 
 
 def _register_now() -> None:
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
-    from ras_fast.patching import attention
+    from ras_fast.patching import attention, towers
 
     AttentionInterface.register(NAME, attention.attention)
     AttentionMaskInterface.register(NAME, attention.attention_mask)
     AttentionInterface.register(EXPLICIT, attention.explicit_attention)
     AttentionMaskInterface.register(EXPLICIT, attention.explicit_mask)
+    AttentionInterface.register(TOWER, towers.attention)
+    AttentionMaskInterface.register(TOWER, sdpa_mask)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -25,6 +25,7 @@ from ras_fast.patching.report import Report
 from ras_fast.patching.state import Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.structure import find_decoder
+from ras_fast.patching.towers import speed_up_towers
 from ras_fast.patching.trace import trace
 from ras_fast.patching.tracking import CrossRegionTracker
 from ras_fast.patching.undo import Undo, runs
@@ -50,7 +51,7 @@ def patch(
     Args:
         model: a transformers model (or a wrapper of one, such as PEFT's) in eval mode. A text-only model gets norms alone.
         regions: use this package's attention, so that `output_attentions=True` gives, for each layer, how much attention
-            falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work.
+            falls on each image [B, Hq, Lq, R], and `Patch.collect` and heat maps work; in vision towers where that is faster.
         norms: fuse each residual add with the norm after it, and what rotates queries and keys into one kernel.
         linears: run the decoder layers' and the head's `torch.nn.Linear` by `ops.linear` where that is faster, as in a step,
             and the first half of gated MLPs as one; all of the model's where the processor lacks instructions for their dtype.
@@ -463,6 +464,7 @@ class Patch:
         report.regions = "not asked for"
         if regions:
             self._state, report.regions = link(root, text_model, recorded, self._undo)
+            speed_up_towers(root, text_model, self._undo, report)
         if linears:
             speed_up_linears(root, decoder_layers, recorded.linears, self._undo, report)
             fuse_mlps(decoder_layers, self._undo, report)

@@ -1,0 +1,158 @@
+"""Attention of vision towers: SDPA's numbers, by this package's kernel where that is faster, and by SDPA itself elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from calls import Calls
+from families import FAMILIES
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import ras_fast
+from ras_fast import backend
+from ras_fast.ops.attention_plan import MATRIX_DTYPES
+from ras_fast.patching.towers import attention
+from ras_fast.registration import TOWER
+
+KERNEL = "ras_fast::prefill_attention"
+HALVES = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in MATRIX_DTYPES]
+# Attention modules of the tower, and of a resampler, the audio tower or the like. Towers of others give masks always.
+TOWERS = {
+    "llava": 2, "llava_onevision": 2, "qwen2_vl": 2, "qwen2_5_vl": 2, "qwen2_5_omni_thinker": 3, "qwen3_vl": 2, "glm4v": 2,
+    "molmo2": 3, "internvl": 2, "idefics2": 3, "gemma3": 2, "gemma4": 2, "paligemma": 2, "aya_vision": 2, "kimi_k25": 2,
+}  # fmt: skip
+needs_kernel = pytest.mark.skipif(
+    not backend.has_kernel("prefill_attention", "cpu") or not HALVES, reason="SDPA is the fastest here"
+)
+
+
+def features(model: nn.Module, batch: dict) -> torch.Tensor:
+    pixels = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask") and "token_type" not in k}
+    output = getattr(model, "model", model).get_image_features(**pixels, return_dict=True)
+    found = output.pooler_output if getattr(output, "pooler_output", None) is not None else output.last_hidden_state
+    return torch.cat([part.flatten() for part in found]).float()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", sorted(TOWERS.keys() & FAMILIES.keys()))
+def test_features_are_as_accurate_as_the_original_ones(name, dtype):
+    description = FAMILIES[name]
+    exact, model = description.model(name), description.model(name, dtype)
+    exact.load_state_dict(model.state_dict())
+    batch = description.inputs(model, ["tIt", "tII"], dtype=dtype)
+    batch.pop("regions")
+    with torch.no_grad():
+        truth = features(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
+        before = features(model, batch)
+        with ras_fast.patch(model) as patched, Calls() as calls:
+            after = features(model, batch)
+            assert patched.report().tower_attentions == TOWERS[name]
+            assert f"{TOWERS[name]} attentions there" in str(patched.report())
+        assert torch.equal(features(model, batch), before)
+    assert calls.count[KERNEL] + calls.count["ras_fast::decode_attention"] >= 2
+    assert (after - truth).norm() <= 1.5 * (before - truth).norm()
+
+
+def heads(dtype=torch.bfloat16, rows=40, **options) -> list[torch.Tensor]:
+    """As transformers hands them over: [B, H, L, D], in memory [B, L, H, D]."""
+    return [torch.randn(2, rows, 3, 24, dtype=dtype, **options).transpose(1, 2) for _ in range(3)]
+
+
+class Tower(nn.Module):
+    def __init__(self, is_causal=False):
+        super().__init__()
+        self.is_causal = is_causal
+
+
+@needs_kernel
+def test_patches_that_see_each_other_take_the_kernel():
+    query, key, value = heads(HALVES[0])
+    with Calls() as calls:
+        out, weights = attention(Tower(), query, key, value, None, scaling=0.3)
+    assert calls.count[KERNEL] == 1
+    assert weights is None
+    assert out.shape == (2, 40, 3, 24)
+    assert out.is_contiguous()
+    exact = sdpa_attention_forward(Tower(), *(x.double() for x in (query, key, value)), None, scaling=0.3)[0]
+    assert (out - exact).abs().max() < 0.02
+
+
+OTHERS = {
+    "float32": ({}, heads(torch.float32)),
+    "mask": ({"attention_mask": torch.rand(2, 1, 40, 40) > 0.5}, heads()),
+    "dropout": ({"dropout": 0.5}, heads()),
+    "causal": ({"is_causal": True}, heads()),
+    "position bias": ({"position_bias": torch.randn(1, 3, 40, 40, dtype=torch.bfloat16)}, heads()),
+    "gradients": ({}, heads(requires_grad=True)),
+    "other values": ({}, [*heads()[:2], heads()[2][..., :16]]),
+    "strided": ({}, [x.transpose(2, 3).contiguous().transpose(2, 3) for x in heads()]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_all_else_is_sdpas_own_bit_for_bit(case):
+    options, tensors = OTHERS[case]
+    options = {"attention_mask": None} | options
+    with Calls() as calls:
+        torch.manual_seed(0)
+        got = attention(Tower(), *tensors, **options)[0]
+    torch.manual_seed(0)
+    assert torch.equal(got, sdpa_attention_forward(Tower(), *tensors, **options)[0])
+    assert not calls.count[KERNEL]
+    if case == "gradients":
+        got.sum().backward()
+
+
+def test_a_module_that_calls_itself_causal_is():
+    tensors = heads()
+    with Calls() as calls:
+        got = attention(Tower(is_causal=True), *tensors, None)[0]
+    assert torch.equal(got, sdpa_attention_forward(Tower(is_causal=True), *tensors, None)[0])
+    assert not calls.count[KERNEL]
+
+
+def test_what_is_not_sdpa_or_no_tower_is_left_alone():
+    description = FAMILIES["llava"]
+    for change in ("eager", "sdpa"):
+        model = description.model("llava")
+        model.set_attn_implementation(change)
+        for regions in (True, False):
+            with ras_fast.patch(model, regions=regions) as patched:
+                expected = 2 if regions and change == "sdpa" else 0
+                assert patched.report().tower_attentions == expected
+                assert model.config.vision_config._attn_implementation == (TOWER if expected else change)
+            assert model.config.vision_config._attn_implementation == change
+    with ras_fast.patch(FAMILIES["qwen3"].model("qwen3")) as patched:
+        assert patched.report().tower_attentions == 0
+
+
+@needs_kernel
+def test_copies_and_saved_models(tmp_path):
+    model = FAMILIES["llava"].model("llava", HALVES[0])
+    batch = FAMILIES["llava"].inputs(model, ["tIt"], dtype=HALVES[0])
+    batch.pop("regions")
+    with torch.no_grad():
+        before = features(model, batch)
+        patched = ras_fast.patch(model)
+        after = features(model, batch)
+        model.save_pretrained(tmp_path)
+        twin = copy.deepcopy(model)
+        patched.unpatch()
+        assert TOWER not in (tmp_path / "config.json").read_text()
+        assert torch.equal(features(twin, batch), after)
+        ras_fast.patching.Patch.of(twin).unpatch()
+        assert twin.config.vision_config._attn_implementation == "sdpa"
+        assert torch.equal(features(twin, batch), before)
+
+
+@needs_kernel
+def test_in_a_compiled_graph():
+    model = FAMILIES["llava"].model("llava", HALVES[0])
+    batch = FAMILIES["llava"].inputs(model, ["tIt"], dtype=HALVES[0])
+    with torch.no_grad(), ras_fast.patch(model):
+        tower = model.model.vision_tower
+        eager = tower(batch["pixel_values"]).last_hidden_state
+        compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")(batch["pixel_values"]).last_hidden_state
+    assert (eager - compiled).abs().max() < 0.05

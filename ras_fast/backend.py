@@ -126,24 +126,25 @@ _requests: dict[object, str] = {}  # those in force, the latest last
 _before_requests = "auto"
 
 
-def request_backend(name: str) -> object:
-    """`set_backend(name)` until `withdraw_backend` gets what this returns. Of several requests in force the latest counts."""
+def request_backend(name: str, request: object) -> None:
+    """`set_backend(name)` until `withdraw_backend(request)`, which is also to be called where this raises. Of several requests
+    in force the latest counts."""
     global _before_requests
-    before = _forced
-    set_backend(name)
     if not _requests:
-        _before_requests = before
-    request = object()  # a deepcopy of it is no request
-    _requests[request] = name
-    return request
+        _before_requests = _forced
+    _requests[request] = name  # first, so that an interrupt leaves nothing that cannot be withdrawn
+    set_backend(name)
 
 
 def withdraw_backend(request: object) -> None:
     """Ends a request: the latest of the others counts, or after the last what was forced before them all. Nothing happens where
     it is not in force."""
-    latest = next(reversed(_requests), None)
-    if _requests.pop(request, None) is not None and request is latest:
-        set_backend(next(reversed(_requests.values()), _before_requests))
+    if request not in _requests:
+        return
+    others = [name for other, name in _requests.items() if other is not request]
+    if request is next(reversed(_requests)):
+        set_backend(others[-1] if others else _before_requests)
+    _requests.pop(request, None)  # last: an interrupt in between does the same once more
 
 
 def forced_backend() -> str:

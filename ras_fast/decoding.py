@@ -29,8 +29,9 @@ from ras_fast.profile import RasProfile, is_integer, is_number, modules_of
 BROKEN = -1  # in place of a token, where nothing may be read
 
 
-class ModelLock:
-    """A re-entrant lock, held by one thread at a time.
+class ModelLock(type(threading.RLock())):
+    """A re-entrant lock, held by one thread at a time. Of the class that is written in C, whose `__exit__` Ctrl-C cannot strike
+    before it has let go: other threads would wait for ever.
 
     busy_for: whom the thread that holds it has called in the middle of an answer (`at_rest`): until that returns, entering the
         lock raises RuntimeError.
@@ -40,25 +41,22 @@ class ModelLock:
     """
 
     def __init__(self):
-        self._lock, self._left_behind = threading.RLock(), False
+        super().__init__()
+        self._left_behind = False
         self.busy_for: object | None = None
 
     def __enter__(self) -> None:
         if self._left_behind:
             raise RuntimeError("this process was forked while another thread was answering with the model; load it anew here")
-        self._lock.acquire()
-        if self.busy_for is not None:
-            self._lock.release()
+        if self.busy_for is not None and self._is_owned():
             raise in_mid_answer(self.busy_for)
-
-    def __exit__(self, *exc_info) -> None:
-        self._lock.release()
+        self.acquire()
 
     def after_fork(self) -> None:
         """In the child."""
-        self._left_behind = not self._lock.acquire(blocking=False)
+        self._left_behind = not self.acquire(blocking=False)
         if not self._left_behind:
-            self._lock.release()
+            self.release()
 
 
 _LOCKS: WeakKeyDictionary[torch.nn.Module, ModelLock] = WeakKeyDictionary()

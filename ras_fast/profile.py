@@ -149,6 +149,10 @@ def _hash_of(tensors: list[torch.Tensor], last: int = 0) -> str:
     """Of their values, or of the `last` ones of each (0: all), as float32, copied from the device at once."""
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError("the model's weights are not in memory (device meta), so a profile cannot be compared with it")
+    if any(hasattr(tensor, "full_tensor") for tensor in tensors):  # of DTensors; a rank would see its own heads alone, too
+        raise ValueError(
+            "the model's weights are split among processes (tensor parallelism, FSDP), so a profile cannot be compared with it"
+        )
     # A quantised tensor may be of a class that has no float().
     plain = [t.detach() if type(t) in (torch.Tensor, torch.nn.Parameter) else t.detach().dequantize() for t in tensors]
     values = torch.cat([tensor.reshape(-1)[-last:].to(plain[0].device, torch.float32) for tensor in plain])

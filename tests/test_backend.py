@@ -14,6 +14,7 @@ import torch
 import ras_fast
 from ras_fast import backend, build
 from ras_fast.ops import _registry
+from ras_fast.patching import Patch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,7 +51,9 @@ def test_requests_end_in_any_order(original, order):
     names = ["torch", "cpu", "torch"]
     ras_fast.set_backend(original)
     try:
-        requests = [backend.request_backend(name) for name in names]
+        requests = [object() for _ in names]
+        for name, request in zip(names, requests, strict=True):
+            backend.request_backend(name, request)
         in_force = [0, 1, 2]
         for ended in order:
             assert backend.forced_backend() == names[in_force[-1]]
@@ -60,6 +63,26 @@ def test_requests_end_in_any_order(original, order):
         assert backend.forced_backend() == original
     finally:
         ras_fast.set_backend("auto")
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_ctrl_c_forces_no_backend_for_good(model, monkeypatch, end):
+    handle = ras_fast.patch(model, backend="torch") if end else None
+    forced = backend.set_backend
+
+    def interrupted(name):
+        forced(name)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backend, "set_backend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        handle.unpatch() if end else ras_fast.patch(model, backend="torch")
+    if end:
+        assert Patch.of(model) is handle
+        handle.unpatch()
+    assert backend.forced_backend() == "auto"
+    assert Patch.of(model) is None
 
 
 def test_environment_variable():

@@ -461,7 +461,7 @@ def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, proc
         vars(patch.model)["generate"] = None
         raise KeyboardInterrupt
 
-    def remove(self, *args):
+    def remove(*args):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
@@ -475,6 +475,7 @@ def test_ctrl_c_while_a_generator_is_made_leaves_the_model_as_it_was(model, proc
     elif place == "hooks":
         monkeypatch.setattr(RemovableHandle, "remove", remove)
         monkeypatch.setattr(RemovableHandle, "__exit__", remove)
+        monkeypatch.setattr("ras_fast.patching.undo._remove_hook", remove)
     else:
         monkeypatch.setattr(SafeGenerator, "_prove", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -1103,6 +1104,30 @@ def test_two_generators_of_one_model_in_two_threads(model, processor, profile):
 
 
 PIPELINES = {"reference": SequentialPipeline, "engine": partial(SafeGenerator, fused=False)}
+
+
+def test_ctrl_c_at_the_end_of_an_answer_lets_others_in(model):
+    """Python heeds Ctrl-C where a function of its own begins: one that lets go of the lock would not come to it."""
+
+    def at_call(frame, event, argument):
+        raise KeyboardInterrupt
+
+    before, entered = sys.gettrace(), threading.Event()
+
+    def enter():
+        with lock_of(model):
+            entered.set()
+
+    try:
+        with lock_of(model):
+            sys.settrace(at_call)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    assert entered.wait(10)
 
 
 def test_a_wrapped_model_has_the_lock_of_the_model_inside(model):

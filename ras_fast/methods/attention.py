@@ -31,6 +31,7 @@ from ras_fast.patching import Patch, patched
 from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import text_shape
+from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile, fingerprint, is_integer
 
 STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered
@@ -109,8 +110,9 @@ class AttentionRisk:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)
             with ExitStack() as stack:
                 stack.enter_context(run.state.watch(patch))
-                stack.enter_context(patch.text_model.register_forward_pre_hook(run.begin, with_kwargs=True))
-                stack.enter_context(patch.text_model.register_forward_hook(run.end))
+                hooks = stack.enter_context(undone())
+                hooks.hook_before(patch.text_model, run.begin)
+                hooks.hook_after(patch.text_model, run.end)
                 stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
                 yield self
         finally:

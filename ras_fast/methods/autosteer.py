@@ -36,6 +36,7 @@ from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import states_of
+from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
@@ -96,7 +97,7 @@ class AutoSteer:
         for name, (tensor, shape) in needed.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs to be {shape}")
-            if name.startswith("refusal") and not bool(tensor.any()):
+            if name.startswith("refusal") and not bool(tensor.float().any()):
                 raise ValueError(f"{name} is 0; it needs to be another matrix, or answers would be the model's own")
 
     def attach(self, patch: Patch) -> AbstractContextManager[AutoSteer]:
@@ -118,8 +119,9 @@ class AutoSteer:
         run = _Run(self, PromptState(self._check, self._digest), *self._on(weight.device, weight.dtype))
         with ExitStack() as stack:
             stack.enter_context(run.state.watch(patch))
-            stack.enter_context(patch.layers[self.layer].register_forward_pre_hook(run.judge, with_kwargs=True))
-            stack.enter_context(patch.final_norm.register_forward_hook(run.steer))
+            hooks = stack.enter_context(undone())
+            hooks.hook_before(patch.layers[self.layer], run.judge)
+            hooks.hook_after(patch.final_norm, run.steer)
             stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
             yield self
 

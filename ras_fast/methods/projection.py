@@ -35,6 +35,7 @@ from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.trace import first
 from ras_fast.patching.tracking import text_shape
+from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
 
 MEASURES, SCOPES = ("projection", "cosine"), ("sequence", "token")
@@ -318,7 +319,7 @@ class Projection:
                 f"vectors have shape {tuple(self.vectors.shape)}; they need to be [layers = {len(self.layers)}, d]"
             )
         _check_alpha(self.alpha)
-        if not bool(self.vectors.any()):
+        if not bool(self.vectors.float().any()):  # as they are used: in float64 some may be below what float32 holds
             raise ValueError(f"the vectors of layers {self.layers} are 0; at least one needs to point somewhere")
         self.condition: Condition | None = None
         if config.get("condition") is not None or "condition" in profile.tensors:
@@ -371,7 +372,7 @@ class Projection:
                 run.probe = patch.set_probe(self.condition.layer, unit[None], run.read)
             with ExitStack() as stack:
                 stack.enter_context(run.state.watch(patch))
-                stack.enter_context(patch.text_model.register_forward_pre_hook(run.begin, with_kwargs=True))
+                stack.enter_context(undone()).hook_before(patch.text_model, run.begin)
                 if run.judges:
                     stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
                 yield self

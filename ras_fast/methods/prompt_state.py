@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ras_fast.decoding import check_positions, lock_of, positions_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
-from ras_fast.patching.cache_values import CACHE_NAMES, PerSequence, cache_name, given_cache, keep, kept, returned_cache
+from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, lacks_rows, returned_cache
 from ras_fast.patching.structure import find_decoder, find_head
+from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile, modules_of, weights_of
 
 _BLOCK_ENDED = "the block of the method that defends this generate has ended"
@@ -127,8 +128,9 @@ class PromptState:
         cache_name(patch.text_model)  # or what is decided could not be found again
         with ExitStack() as stack:
             self.name = stack.enter_context(_own_name(patch.text_model, self.name))
-            stack.enter_context(patch.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
-            stack.enter_context(patch.text_model.register_forward_hook(self._after_text))
+            hooks = stack.enter_context(undone())
+            hooks.hook_before(patch.text_model, self._before_text)
+            hooks.hook_after(patch.text_model, self._after_text)
             stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
             stack.enter_context(replaced(patch.model, "generate", partial(_Generate, self, patch.model)))
             try:
@@ -150,7 +152,7 @@ class PromptState:
         if not self._patch.applied:
             raise RuntimeError("the model was unpatched while a method defends it: its answer would not be steered")
         self._mask, self._cache = kwargs.get("attention_mask"), given_cache(kwargs)
-        if self._cache is None and any(kwargs.get(name) is not None for name in CACHE_NAMES):
+        if lacks_rows(kwargs):
             raise RuntimeError(
                 "the model is given a cache without rows, as in continuous batching, which puts all sequences into one; a "
                 "method judges and steers each row by itself: use generate"
@@ -330,15 +332,13 @@ def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iter
             "be the last of its forward"
         )
 
-    def before_head(module: nn.Module, args: tuple) -> None:
+    def before_head(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if args[0].dim() == 3 and 1 < args[0].shape[1] < prompt_length():
             refuse(f"the logits of {args[0].shape[1]} positions of a prompt")
 
     def no_candidates(method: Callable[..., Any]) -> Callable[..., NoReturn]:
         return lambda *args, **kwargs: refuse("guessed tokens after a prompt")
 
-    with (
-        find_head(model).register_forward_pre_hook(before_head),
-        replaced(model, "_get_candidate_generator", no_candidates),
-    ):
+    with undone() as hooks, replaced(model, "_get_candidate_generator", no_candidates):
+        hooks.hook_before(find_head(model), before_head)
         yield

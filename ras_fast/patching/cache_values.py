@@ -70,6 +70,11 @@ def given_cache(kwargs: dict[str, Any]) -> Any:
     return None
 
 
+def lacks_rows(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is given a cache that has no rows: in continuous batching all sequences are one."""
+    return given_cache(kwargs) is None and any(kwargs.get(name) is not None for name in CACHE_NAMES)
+
+
 def returned_cache(output: Any) -> Any:
     """The KV cache in a forward's output; None without one."""
     new, old = CACHE_NAMES

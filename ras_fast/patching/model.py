@@ -15,6 +15,7 @@ from ras_fast.backend import request_backend, withdraw_backend
 from ras_fast.memory import is_out_of_memory
 from ras_fast.ops._check import FLOATS, is_integer, is_tensor
 from ras_fast.ops.attention import REDUCTIONS
+from ras_fast.patching.cache_values import lacks_rows
 from ras_fast.patching.fusion import Fused, fuse
 from ras_fast.patching.growing_cache import grow_in_place
 from ras_fast.patching.image_statistics import link
@@ -121,7 +122,7 @@ class Patch:
         self._state: ModelState | None = None
         self._fused = Fused()
         self._report: Report | None = None
-        self._backend_request: object = None
+        self._backend_request = object()  # a deepcopy of it is no request
 
     @staticmethod
     def of(model: nn.Module) -> Patch | None:
@@ -133,9 +134,9 @@ class Patch:
     def unpatch(self) -> None:
         """Puts everything back as it was before `patch`. Calling it again does nothing."""
         self.applied = False
+        withdraw_backend(self._backend_request)  # first: as long as not all is restored, `Patch.of` finds the handle
         self._undo.restore()
         self._fused, self._state = Fused(), None
-        withdraw_backend(self._backend_request)
 
     def __enter__(self) -> Patch:
         return self
@@ -312,7 +313,8 @@ class Patch:
                 (1−α)·y + α·v.
             vectors: [S, d], floating; row s is used where `steering.slot` is s. They are copied.
             rows: which positions of a sequence are steered when `steering` has one entry a sequence: "last" (the default
-                for "final") or "all" (the default otherwise).
+                for "final") or "all" (the default otherwise, and needed where guessed tokens are checked, as in assisted
+                decoding, which reads a token at each position).
             steering: which rows are steered here, and how far; None: `Patch.steering`. A layer follows one of them.
 
         Raises:
@@ -381,9 +383,16 @@ class Patch:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hook of the text model: all that steers waits for this thread's forward."""
-        if not torch.compiler.is_compiling():
-            for site in self._sites():
-                site.waiting.add(get_ident())
+        if torch.compiler.is_compiling():
+            return
+        for site in self._sites():
+            if not site.covers_all() and lacks_rows(kwargs):
+                raise RuntimeError(
+                    f"layer {site.name!r} is steered by sequence or at the last position, but the model is given a cache "
+                    "without rows, as in continuous batching, which puts all sequences into one: most would not be steered. "
+                    "Use generate, or steer all positions alike (rows='all', one row)"
+                )
+            site.waiting.add(get_ident())
 
     def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Hook of the text model: an answer must not go out unsteered where others run than the modules that steer it."""
@@ -441,7 +450,7 @@ class Patch:
         if self.model.training:
             raise ValueError("model is in training mode; it must be in eval mode: call model.eval()")
         if backend != "auto":
-            self._backend_request = request_backend(backend)
+            request_backend(backend, self._backend_request)
         self._undo.whole = root, text_model
         self._undo.set(text_model, _PATCH, self)
         self._undo.hook_before(text_model, partial(_name_arguments, named_parameters(type(text_model).forward)[1:]))

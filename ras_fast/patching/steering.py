@@ -74,6 +74,10 @@ class Site:
         else:
             self.waiting.discard(get_ident())
 
+    def covers_all(self) -> bool:
+        """Whether every position of a forward is steered alike, whatever sequence it is of."""
+        return not self.last_only and self.steering.slot is not None and self.steering.slot.numel() == 1
+
     def keywords(self, x: Tensor) -> dict[str, Any]:
         """Steering keywords of the norm ops for `x` [B, L, d].
 

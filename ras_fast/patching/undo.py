@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -66,17 +68,18 @@ class Undo:
 
     def hook_before(self, module: nn.Module, function: Any) -> None:
         """Calls `function(module, args, kwargs)` before each forward of the module."""
-        handle = module.register_forward_pre_hook(function, with_kwargs=True)
-        self._hooked(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, handle=handle)
+        self._hooking(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, function)
+        module.register_forward_pre_hook(function, with_kwargs=True)
 
     def hook_after(self, module: nn.Module, function: Any, always_call: bool = False) -> None:
         """Calls `function(module, args, output)` after each forward of the module, or even after one that raises."""
-        handle = module.register_forward_hook(function, always_call=always_call)
-        self._hooked(module._forward_hooks, module._forward_hooks_always_called, handle=handle)
+        self._hooking(module._forward_hooks, module._forward_hooks_always_called, function)
+        module.register_forward_hook(function, always_call=always_call)
 
-    def _hooked(self, *registries: dict, handle: Any) -> None:
-        """A hook was registered in these dicts of a module."""
-        self._changes.extend((registry, handle.id, False, None) for registry in registries)
+    def _hooking(self, hooks: dict, flags: dict, function: Any) -> None:
+        """A hook is about to be registered in these dicts of a module. By its function, as it has no number yet: were it noted
+        afterwards, an interrupt in between would leave it there."""
+        self._changes.append(((hooks, flags), function, False, None))
 
     def mark(self) -> int:
         """A point that `restore` can go back to."""
@@ -85,16 +88,36 @@ class Undo:
     def restore(self, mark: int = 0) -> None:
         while len(self._changes) > mark:
             owner, name, existed, value = self._changes[-1]
-            attributes = owner if isinstance(owner, dict) else owner.__dict__
-            if name in ("forward", "_old_forward"):
-                name, existed, value = _forward_before(owner, value)
-            if existed:
-                attributes[name] = value
+            if isinstance(owner, tuple):
+                _remove_hook(*owner, name)
             else:
-                attributes.pop(name, None)
+                if name in ("forward", "_old_forward"):
+                    name, existed, value = _forward_before(owner, value)
+                if existed:
+                    owner.__dict__[name] = value
+                else:
+                    owner.__dict__.pop(name, None)
             self._changes.pop()  # last: an interrupt in between does the same once more, and loses nothing
         if not self._changes:
             self._stand_ins.clear()
+
+
+@contextmanager
+def undone() -> Iterator[Undo]:
+    """What is changed by this `Undo` is as before after the block, also where the block is in a generator that nobody ends:
+    before the garbage collector does, it clears the weak reference by which the handle of a hook finds it."""
+    undo = Undo()
+    try:
+        yield undo
+    finally:
+        undo.restore()
+
+
+def _remove_hook(hooks: dict, flags: dict, function: Any) -> None:
+    """By equality: the deepcopy of a model may have made two of one bound method."""
+    for number in [number for number, hook in hooks.items() if function == hook]:
+        flags.pop(number, None)
+        del hooks[number]
 
 
 def _forward_before(module: nn.Module, before: Any) -> tuple[str, bool, Any]:

@@ -1,6 +1,7 @@
 """Which class applies a profile, and what holds for every one-pass method attached to a model."""
 
 import copy
+import gc
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -602,6 +603,29 @@ def test_continuous_batching_is_refused(model, processor, make):
     with ras_fast.patch(model, regions=False) as patch, ras_fast.methods.attach(patch, make(model, processor)):
         results = model.generate_batch([[21, 22, 23]], options, ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64))
     assert [(result.generated_tokens, "without rows" in result.error) for result in results.values()] == [([], True)]
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_block_that_only_the_garbage_collector_ends(model, processor, make):
+    """As of a generator that streams an answer, and is left half-way with its exception's traceback around it."""
+
+    def stream():
+        with ras_fast.methods.attach(patch, profile):
+            yield
+
+    def hooks():
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs")
+        return [list(getattr(module, kind)) for module in model.modules() for kind in kinds], set(vars(model))
+
+    with ras_fast.patch(model) as patch:
+        before, profile = hooks(), make(model, processor)
+        cycle = [stream()]
+        cycle.append(cycle)
+        next(cycle[0])
+        assert hooks() != before
+        del cycle
+        gc.collect()
+        assert hooks() == before
 
 
 def test_arguments_without_names_count(model, processor):

@@ -472,8 +472,9 @@ def test_what_steers_nothing_is_refused(model, processor):
     with pytest.raises(ValueError, match=r"vectors of layers \[1, 2\] are 0; at least one"):
         from_vectors(model, processor, {1: torch.zeros(D), 2: torch.zeros(D)})
     made = from_vectors(model, processor, {1: torch.zeros(D), 2: torch.ones(D)}, alpha=-1)
-    with pytest.raises(ValueError, match=r"vectors of layers \[1, 2\] are 0"):
-        Projection(RasProfile("projection", made.config, {"vectors": torch.zeros(2, D)}))
+    for vectors in (torch.zeros(2, D), torch.full((2, D), 1e-60, dtype=torch.float64)):  # which is 0 in float32
+        with pytest.raises(ValueError, match=r"vectors of layers \[1, 2\] are 0"):
+            Projection(RasProfile("projection", made.config, {"vectors": vectors}))
 
 
 def test_a_condition_without_its_direction(model, processor):

@@ -10,6 +10,7 @@ from tiny_models import inputs, llava, relative_error
 
 import ras_fast
 from ras_fast.methods.autosteer import AutoSteer
+from ras_fast.patching.structure import only_records
 from ras_fast.patching.undo import StandIn
 from ras_fast.profile import RasProfile, fingerprint
 
@@ -98,6 +99,8 @@ def test_a_copy_of_the_whole_stays_patched(model, duplicate, whole):
     assert relative_error(logits(again), expected) < 1e-6
     handle.unpatch()
     assert not stand_ins(twin)
+    hooks = [kind for module in twin.modules() for kind in (module._forward_hooks, module._forward_pre_hooks)]
+    assert all(only_records(hook) for kind in hooks for hook in kind.values())
     assert relative_error(logits(handle.model), expected) > 0.01
 
 

@@ -451,6 +451,20 @@ def test_restored_when_patching_fails_half_way(model, monkeypatch, where):
     same(before, snapshot(model))
 
 
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_forward_hook"])
+def test_ctrl_c_right_after_a_hook_came_takes_it_off(model, monkeypatch, kind):
+    before, register = snapshot(model), getattr(torch.nn.Module, kind)
+
+    def interrupted(*args, **kwargs):
+        register(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.nn.Module, kind, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ras_fast.patch(model)
+    same(before, snapshot(model))
+
+
 def test_state_dict_and_saving(model, tmp_path):
     keys, batch = list(model.state_dict()), inputs(["tItt"])
     with torch.no_grad(), ras_fast.patch(model):

@@ -9,6 +9,7 @@ from tiny_models import image_sums, inputs, llava, relative_error, valid_rows
 from transformers import BitsAndBytesConfig, ContinuousBatchingConfig, GenerationConfig, LlavaForConditionalGeneration
 
 import ras_fast
+from ras_fast.profile import fingerprint
 
 ROWS = ["ttItttt", "tItt", "tttt", "tIItItt"]
 
@@ -128,6 +129,8 @@ def test_layers_that_are_sharded_after_the_patch():
         with ras_fast.patch(model), torch.no_grad():
             for part in (*model.model.language_model.layers, model):
                 fully_shard(part, mesh=mesh)
+            with pytest.raises(ValueError, match="weights are split among processes"):  # of which each holds some
+                fingerprint(model)
             assert relative_error(model(**batch).logits, expected) < 1e-5
     finally:
         distributed.destroy_process_group()
@@ -135,12 +138,14 @@ def test_layers_that_are_sharded_after_the_patch():
 
 # Continuous batching
 
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11]]
+
 
 def batched(model):
     """{request: (tokens, error)} of two prompts through transformers' continuous batching, which `transformers serve` uses."""
     options = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
     generation = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    results = model.generate_batch([[5, 6, 7], [8, 9, 10, 11]], generation, options)
+    results = model.generate_batch(PROMPTS, generation, options)
     return {name: (result.generated_tokens, result.error) for name, result in results.items()}
 
 
@@ -155,6 +160,23 @@ def test_continuous_batching():
         got = batched(model)
     refused = all(tokens == [] and "regions=False" in error for tokens, error in got.values())
     assert refused or got == expected
+
+
+@pytest.mark.parametrize(("layer", "slots"), [("final", [0]), (1, [0, -1]), (1, [0])])
+def test_continuous_batching_of_a_steered_model(layer, slots):
+    """All sequences are one row there, of which the last position may be anyone's: refused, but for what steers all alike."""
+    model = FAMILIES["llava"].model("llava")
+    vectors = torch.randn(1, model.config.text_config.hidden_size)
+    with ras_fast.patch(model, regions=False) as patched:
+        patched.set_steering(layer, vectors)
+        patched.steering.set_rows(torch.tensor(slots), torch.ones(len(slots)))
+        got = batched(model)
+        if layer == "final" or len(slots) > 1:
+            assert all(tokens == [] and "without rows, as in continuous batching" in error for tokens, error in got.values())
+            return
+        options = {"max_new_tokens": 4, "do_sample": False}
+        steered = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in PROMPTS]
+    assert [tokens for tokens, _ in got.values()] == steered
 
 
 # Training

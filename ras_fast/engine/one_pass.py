@@ -23,7 +23,6 @@ from ras_fast.profile import RasProfile
 class Job:
     """One query on its way."""
 
-    query: Query
     inputs: dict[str, Tensor]
     answer: Sequence
     risk: float = 1.0
@@ -75,7 +74,7 @@ class OnePass(Plan):
 
     def _prepare(self, number: int, query: Query, decoding: Decoding) -> Job:
         inputs, poisoned, answer = self.read(number, query, decoding)
-        job = Job(query, inputs, answer)
+        job = Job(inputs, answer)
         if poisoned:
             # The risk would be that of other pixels: the query never reaches the model, its answer stays empty.
             job.failed_closed, job.answer.done = BAD_PIXELS, True

@@ -48,7 +48,6 @@ PADDED = 0.25  # of the longest of several prefixes in one forward, how much the
 class Job:
     """One query on its way through the stages."""
 
-    number: int
     query: Query
     inputs: dict[str, Tensor]
     draft: Sequence
@@ -172,7 +171,7 @@ class Overlapped(Plan):
 
     def _prepare(self, number: int, query: Query, decoding: Decoding, cut: bool) -> Job:
         inputs, poisoned, draft = self.read(number, query, decoding)
-        job = Job(number, query, inputs, draft)
+        job = Job(query, inputs, draft)
         job.failed_closed = BAD_PIXELS if poisoned else None
         job.image_key = _image_key(inputs) if self.cache.limit else ""
         ids = job.draft.prompt

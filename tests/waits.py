@@ -27,10 +27,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         if _reads_values(function, args) or _copies_between_devices(function, args, result):
-            stack = traceback.extract_stack()
-            # The range of region ids is checked on the CPU only.
-            if not any(frame.name == "_validate_regions" for frame in stack):
-                self.found.append(f"{function} from {stack[-2]}")
+            self.found.append(f"{function} from {traceback.extract_stack()[-2]}")
         return result
 
 

@@ -16,6 +16,7 @@ from ras_fast.patching import Patch
 from ras_fast.patching.attention import is_range
 from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, lacks_rows, returned_cache
 from ras_fast.patching.structure import find_decoder, find_head
+from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile, modules_of, weights_of
 
@@ -167,10 +168,10 @@ class PromptState:
     def _check_length(self, kwargs: dict[str, Any]) -> None:
         """Raises TooLong for a prompt that takes more positions than the model has, as the engine does. No host sync but for
         one that may be so long."""
-        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
-        if given is None or given.shape[1] == 1:
+        shape = text_shape(kwargs)
+        if shape is None or shape[1] == 1:
             return
-        taken = given.shape[1] + (self.past if isinstance(self.past, int) else 0)
+        taken = shape[1] + (self.past if isinstance(self.past, int) else 0)
         if taken <= positions_of(self._patch.model):
             return
         positions = kwargs.get("position_ids")

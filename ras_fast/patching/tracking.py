@@ -169,7 +169,8 @@ class RegionTracker:
         cache = given_cache(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         before = kept(cache, REGIONS)
-        length = _length(inputs, kwargs)
+        shape = text_shape(kwargs, inputs)
+        length = None if shape is None else shape[1]
         own.total = _total(cache, past, length)
         no_image = not own.lengths and (length == 1 or not self._given(inputs))
         if before is not None and (no_image or _covers(before, own.total)):
@@ -326,10 +327,10 @@ class CrossRegionTracker(RegionTracker):
         before = kept(cache, REGIONS)
         own.regions = before if before is not None else self.given
         if states is not None:
-            images = self._images(_batch(inputs, kwargs), states, inputs.get("aspect_ratio_ids"))
+            images = self._images(text_shape(kwargs, inputs)[0], states, inputs.get("aspect_ratio_ids"))
             own.regions = images if before is None else before.extend(images.ids, images.grids, before.ids.shape[1])
         elif own.regions is None:
-            ids = torch.empty(_batch(inputs, kwargs), 0, dtype=torch.int32, device=next(module.parameters()).device)
+            ids = torch.empty(text_shape(kwargs, inputs)[0], 0, dtype=torch.int32, device=next(module.parameters()).device)
             own.regions = RegionMap(ids, 0)
         _keep(cache, own.regions)
 
@@ -367,15 +368,6 @@ def _keep(cache: Any, regions: RegionMap | None) -> None:
     """On the cache, where there is one; not from a graph, which cannot make the cache's class one that takes it along."""
     if cache is not None and not torch.compiler.is_compiling() and kept(cache, REGIONS) is not regions:
         keep(cache, REGIONS, regions)
-
-
-def _length(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> int | None:
-    shape = text_shape(kwargs, inputs)
-    return None if shape is None else shape[1]
-
-
-def _batch(inputs: dict[str, Any] | None, kwargs: dict[str, Any]) -> int:
-    return text_shape(kwargs, inputs)[0]
 
 
 def text_shape(kwargs: dict[str, Any], inputs: dict[str, Any] | None = None) -> torch.Size | None:

@@ -54,7 +54,7 @@ class Query:
         def edited(message: dict) -> dict:
             if message["role"] != "user":
                 return message
-            texts = iter(edit([part["text"] for part in message["content"] if part["type"] == "text"]))
+            texts = iter(edit(texts_of(message)))
             parts = [_text_part(next(texts)) if part["type"] == "text" else part for part in message["content"]]
             return message | {"content": parts}
 
@@ -65,11 +65,16 @@ class Query:
         message after it is dropped. The question's texts stay parts of their own: templates put them together in ways of their
         own, and its words have to be those that are answered."""
         last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
-        parts = self.messages[last]["content"]
-        images = [part for part in parts if part["type"] == "image"]
-        first, *others = [part["text"] for part in parts if part["type"] == "text"]
+        question = self.messages[last]
+        images = [part for part in question["content"] if part["type"] == "image"]
+        first, *others = texts_of(question)
         asked = {"role": "user", "content": [*images, *map(_text_part, (f"{text} {first}", *others))]}
         return replace(self, messages=[*self.messages[:last], asked])
+
+
+def texts_of(message: dict) -> list[str]:
+    """What the text parts of a chat-template message say."""
+    return [part["text"] for part in message["content"] if part["type"] == "text"]
 
 
 def make_queries(prompts, images, processor) -> list[Query]:
@@ -224,7 +229,7 @@ def _make_query(index: int, prompt, entry, placeholder: str) -> Query:
     messages = [{"role": m["role"], "content": _parts(where, m["content"], placeholder)} for m in chat]
     if not has_question(messages):
         raise ValueError(f"{where} needs to end in {QUESTION}, got {prompt!r}")
-    if not all(is_unicode(part["text"]) for m in messages for part in m["content"] if part["type"] == "text"):
+    if not all(is_unicode(text) for message in messages for text in texts_of(message)):
         raise ValueError(f"{where} holds half a character (a lone surrogate): {prompt!r}")
 
     raw = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
@@ -422,8 +427,7 @@ def refuse_typed_pieces(processor, query: Query, image_token: int | None) -> Non
     if image_token is None or not query.images:
         return
     piece = processor.tokenizer.convert_ids_to_tokens(image_token)
-    texts = (part["text"] for message in query.messages for part in message["content"] if part["type"] == "text")
-    if piece and any(piece in text for text in texts):
+    if piece and any(piece in text for message in query.messages for text in texts_of(message)):
         raise ValueError(f"a text spells out {piece!r}, which stands for a piece of an image")
 
 

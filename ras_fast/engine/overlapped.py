@@ -31,7 +31,7 @@ from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch, Prefix
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
-from ras_fast.inputs import SIGHT, ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids
+from ras_fast.inputs import SIGHT, ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids, texts_of
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query
@@ -606,5 +606,5 @@ def _ids(inputs) -> list[int]:
 
 def _spells_out(query: Query, marks: re.Pattern) -> bool:
     """Whether a text of the chat, or several put together, holds one of these."""
-    texts = [part["text"] for message in query.messages for part in message["content"] if part["type"] == "text"]
+    texts = [text for message in query.messages for text in texts_of(message)]
     return any(map(marks.search, [*texts, "".join(texts)]))

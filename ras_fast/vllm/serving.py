@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_unknown
+from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_unknown, texts_of
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
@@ -197,7 +197,7 @@ class _Guard:
         """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered, for
         more words than it takes, and for words that its tokenizer reads as control tokens: they could close the question and
         begin the answer, in the risk stage too."""
-        messages = [[part["text"] for part in message["content"] if part["type"] == "text"] for message in request["messages"]]
+        messages = [*map(texts_of, request["messages"])]
         if (length := sum(len(text) for texts in messages for text in texts)) > self.characters:
             raise ValueError(
                 f"messages hold {length} characters; the {self.tokens} tokens of a prompt hold at most {self.characters}"

@@ -202,13 +202,8 @@ class Batch:
         slots = self._slots(kind, cut["attention_mask"].cumsum(-1) - 1, own)
         if len(set(lengths)) == 1:
             del cut["attention_mask"]
-        self._look(kind, own, prompts)
         keep(self.pool, REGIONS, None)  # that of the batch is not these rows'
-        self.pool.aim(slots, rows=own, segments=[recurrence.whole(kind)])
-        states, self.offset[kind, own] = self.runner.prefill(self.pool, cut.pop("input_ids"), **cut)
-        self._last[kind].update(enumerate(states[:, -1].clone(), row))  # a view would keep all states
-        regions = kept(self.pool, REGIONS)
-        self._show_at(slots, regions, own)
+        regions = self._read(kind, own, slots, cut, prompts)
         if kind == ANSWER:
             for i, length in enumerate(lengths):
                 one = None if regions is None else regions.select(torch.tensor([i]))
@@ -218,17 +213,23 @@ class Batch:
     def prompts(self, sequences: list[Sequence], inputs: dict[str, Tensor]) -> Branch:
         """Reads whole prompts, left-padded in ``inputs``, in one forward; returns the branch of the answers, whose first tokens
         are chosen already."""
-        mask, extras = inputs["attention_mask"], {k: v for k, v in inputs.items() if k != "input_ids"}
-        slots = self._slots(ANSWER, mask.cumsum(-1) - 1)
-        self._look(ANSWER, slice(None), [inputs])
-        self.pool.aim(slots, segments=[recurrence.whole(ANSWER)])
-        states, self.offset[ANSWER] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
-        self._last[ANSWER].update(enumerate(states[:, -1].clone()))
-        regions = kept(self.pool, REGIONS)
-        self._show_at(slots, regions)
+        slots = self._slots(ANSWER, inputs["attention_mask"].cumsum(-1) - 1)
+        regions = self._read(ANSWER, slice(0, self.rows), slots, inputs, [inputs])
         self.regions = {row: None if regions is None else regions.select(torch.tensor([row])) for row in range(self.rows)}
         self._settle()
         return self.begun(ANSWER, sequences)
+
+    def _read(self, kind: int, rows: slice, slots: Tensor, inputs: dict, prompts: list[dict[str, Tensor]]) -> RegionMap | None:
+        """Reads ``inputs``, which are ``prompts`` or their beginnings, into slots [b, T] of these rows, in one forward; returns
+        where their image tokens are."""
+        self._look(kind, rows, prompts)
+        self.pool.aim(slots, rows=rows, segments=[recurrence.whole(kind)])
+        extras = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+        states, self.offset[kind, rows] = self.runner.prefill(self.pool, inputs["input_ids"], **extras)
+        self._last[kind].update(enumerate(states[:, -1].clone(), rows.start))  # a view would keep all states
+        regions = kept(self.pool, REGIONS)
+        self._show_at(slots, regions, rows)
+        return regions
 
     def begun(self, kind: int, sequences: list[Sequence | None], keep: int = 0) -> Branch:
         """The branch of sequences whose prompts were read to their last token, and whose first tokens are chosen already.
@@ -459,7 +460,7 @@ class Batch:
             sees = self.runner.keys_of_tiles(torch.cat([one[SIGHT][:, -1] for one in prompts]))
             self.sees[kind, rows, : sees.shape[1]] = sees
 
-    def _show_at(self, slots: Tensor, regions: RegionMap | None, rows: slice = slice(None)) -> None:
+    def _show_at(self, slots: Tensor, regions: RegionMap | None, rows: slice) -> None:
         """Notes that the tokens in slots [b, T] of these rows, or the keys that they cross-attend to, belong to these image
         regions."""
         self._maps = None

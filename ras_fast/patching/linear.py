@@ -147,11 +147,11 @@ def some_rows(weight: Tensor) -> Tensor:
 @torch.no_grad()
 def _differs(fast: FastLinear) -> str | None:
     """How it does something else than the original, on random rows."""
-    weight, bias = fast.linear.weight, fast.linear.bias
+    weight = fast.linear.weight
     if weight.is_meta:
         return "has its weights offloaded"
     rows = some_rows(weight)
-    expected = nn.Linear.forward(fast.linear, rows)
-    if takes(rows, weight, *([] if bias is None else [bias])):  # not through `fast`, which would hide that the kernel refuses
-        return reproduce(linear_by_kernel, (rows, weight, bias), {}, expected)[1]
+    expected, parameters = nn.Linear.forward(fast.linear, rows), fast._parameters_for(rows)
+    if parameters is not None:  # not through `fast`, which would hide that the kernel refuses
+        return reproduce(linear_by_kernel, (rows, *parameters), {}, expected)[1]
     return reproduce(fast, (rows,), {}, expected)[1]

@@ -146,13 +146,11 @@ class Patch:
 
     def in_force(self) -> list[Any]:
         """The objects that decide what forwards steer and read now. A captured graph is valid as long as they are the same."""
-        places = self._fused.places
-        sites = self._sites()
+        sites, state = self._sites(), self._state
         rows = [tensor for site in sites for tensor in (site.steering.slot, site.steering.alpha)]
-        probes = [(probe, probe.active) for probe in (getattr(place, "probe", None) for place in places) if probe is not None]
-        state = self._state
+        probes = [layer.probe for layer in self._fused.layers.values() if layer.probe is not None]
         reads = [] if state is None else [state.collection, state.monitor, *state.biases.values()]
-        return [*sites, *rows, *(part for probe in probes for part in probe), *reads]
+        return [*sites, *rows, *probes, *(probe.active for probe in probes), *reads]
 
     def report(self) -> Report:
         """What was fused, what was not and why; prints as a few lines."""

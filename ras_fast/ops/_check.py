@@ -86,6 +86,13 @@ def last_dim_contiguous(name: str, tensor: Tensor) -> None:
         fail(name, f"of strides {tuple(tensor.stride())}", "contiguous in its last dimension")
 
 
+def stored(name: str, tensor: Tensor, expected_dtype: torch.dtype, expected_device: torch.device) -> None:
+    """`tensor`, of any shape, is of this dtype, contiguous in its last dimension and on this device."""
+    dtype(name, tensor, expected_dtype)
+    last_dim_contiguous(name, tensor)
+    device(name, tensor, expected_device)
+
+
 def may_read(tensor: Tensor) -> bool:
     """Whether the tensor has values, and an op that looks at them is neither traced nor recorded."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or is_in_torch_dispatch_mode():

@@ -250,9 +250,7 @@ def _validate_attention(
     _validate_query_key(query, key)
     _check.tensors(value=value)
     _check.shape("value", value, key.shape, "the shape of key")
-    _check.dtype("value", value, query.dtype)
-    _check.last_dim_contiguous("value", value)
-    _check.device("value", value, query.device)
+    _check.stored("value", value, query.dtype, query.device)
     _validate_ids_of(key, region_ids)
     if not are_per_row(kv_start, kv_end):  # which are validated already
         _validate_bounds(query, kv_start, kv_end)
@@ -372,9 +370,7 @@ def _validate_bounds(query, kv_start, kv_end, shape: tuple[int, ...] | None = No
         if bound is not None:
             _check.is_tensor(name, bound, f"None or a tensor {symbols}")
             _check.shape(name, bound, (query.shape[0],) if shape is None else shape, symbols)
-            _check.dtype(name, bound, torch.int32)
-            _check.device(name, bound, query.device)
-            _check.last_dim_contiguous(name, bound)
+            _check.stored(name, bound, torch.int32, query.device)
 
 
 def _validate_scores(is_causal, window, softcap) -> None:
@@ -403,9 +399,7 @@ def _validate_bias(query: Tensor, region_ids: Tensor | None, num_regions: int, r
             f"of shape {tuple(region_bias.shape)}",
             f"[Hq, R] or [B, Hq, R] with B = {batch}, Hq = {heads}, R = {num_regions}",
         )
-    _check.dtype("region_bias", region_bias, torch.float32)
-    _check.device("region_bias", region_bias, query.device)
-    _check.last_dim_contiguous("region_bias", region_bias)
+    _check.stored("region_bias", region_bias, torch.float32, query.device)
 
 
 def _attention_fake(

@@ -54,9 +54,7 @@ def _validate(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: T
     _check.shape("key", key, (batch, heads, slots.shape[1], dim), "[B, H, T, D]")
     _check.shape("value", value, (batch, heads, slots.shape[1], values.shape[3]), "[B, H, T, Dv]")
     for name, tensor in (("keys", keys), ("values", values), ("key", key), ("value", value)):
-        _check.dtype(name, tensor, keys.dtype)
-        _check.last_dim_contiguous(name, tensor)
-        _check.device(name, tensor, keys.device)
+        _check.stored(name, tensor, keys.dtype, keys.device)
 
 
 def _reference(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:

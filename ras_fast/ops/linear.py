@@ -166,7 +166,7 @@ def _validate_linear(x: Tensor, weight: Tensor, bias: Tensor | None, names: tupl
     _check.tensors_or_none(**{names[1]: bias})
     if bias is not None:
         _check.shape(names[1], bias, (weight.shape[0],), "[N]")
-        _validate_like(x, **{names[1]: bias})
+        _check.stored(names[1], bias, x.dtype, x.device)
 
 
 def _validate_linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
@@ -178,7 +178,7 @@ def _validate_glu(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
     _validate_product(x, "gate", gate)
     _check.tensors(up=up)
     _check.shape("up", up, tuple(gate.shape), "[N, K]")
-    _validate_like(x, up=up)
+    _check.stored("up", up, x.dtype, x.device)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         _check.fail("activation", repr(activation), f"one of {', '.join(ACTIVATIONS)}")
 
@@ -191,14 +191,7 @@ def _validate_product(x: Tensor, name: str, weight: Tensor) -> None:
     _check.last_dim_contiguous("x", x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         _check.fail(name, f"of shape {tuple(weight.shape)}", f"[N, K] with K = {x.shape[-1]}")
-    _validate_like(x, **{name: weight})
-
-
-def _validate_like(x: Tensor, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        _check.dtype(name, tensor, x.dtype)
-        _check.last_dim_contiguous(name, tensor)
-        _check.device(name, tensor, x.device)
+    _check.stored(name, weight, x.dtype, x.device)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -292,11 +285,11 @@ def _validate_gated(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tenso
         _check.shape("weight", weight, (d, d), "[d, d]")
     else:
         _check.shape("right", right, (weight.shape[1], d), "[r, d] with weight [d, r]")
-    _validate_like(x, weight=weight, **({} if right is None else {"right": right}))
+    _check.stored("weight", weight, x.dtype, x.device)
+    if right is not None:
+        _check.stored("right", right, x.dtype, x.device)
     _check.shape("gate", gate, (x.numel() // d,), "[T]")
-    _check.dtype("gate", gate, torch.float32)
-    _check.last_dim_contiguous("gate", gate)
-    _check.device("gate", gate, x.device)
+    _check.stored("gate", gate, torch.float32, x.device)
 
 
 def _reference_gated(x: Tensor, weight: Tensor, right: Tensor | None, gate: Tensor) -> Tensor:

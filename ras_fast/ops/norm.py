@@ -247,9 +247,7 @@ def _validate(x, residual, weight, vectors, slot, alpha, probes, **other_rows) -
     _check.last_dim_contiguous("x", x)
     if residual is not None:
         _check.shape("residual", residual, x.shape, "the shape of x")
-        _check.dtype("residual", residual, x.dtype)
-        _check.last_dim_contiguous("residual", residual)
-        _check.device("residual", residual, x.device)
+        _check.stored("residual", residual, x.dtype, x.device)
     _check.is_tensor("weight", weight, "a tensor [d]")
     for name, tensor in {"weight": weight, **other_rows}.items():
         if tensor is not None:
@@ -273,9 +271,7 @@ def _validate_steering(x: Tensor, vectors: Tensor | None, slot: Tensor | None, a
     tokens = x.numel() // x.shape[-1]
     for name, tensor, dtype in (("steer_slot", slot, torch.int32), ("steer_alpha", alpha, torch.float32)):
         _check.shape(name, tensor, (tokens,), "[T]")
-        _check.dtype(name, tensor, dtype)
-        _check.last_dim_contiguous(name, tensor)
-        _check.device(name, tensor, x.device)
+        _check.stored(name, tensor, dtype, x.device)
 
 
 def _validate_table(name: str, table: Tensor, x: Tensor) -> None:

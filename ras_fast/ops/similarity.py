@@ -46,16 +46,12 @@ def _validate(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tens
     if prototype_probs.dim() != 2 or prototype_probs.shape[0] < n or prototype_probs.shape[1] != vocabulary:
         _check.fail("prototype_probs", f"of shape {tuple(prototype_probs.shape)}",
                     f"[N, V] with N >= n = {n} and V = {vocabulary}")
-    _check.dtype("prototype_probs", prototype_probs, torch.float32)
-    _check.last_dim_contiguous("prototype_probs", prototype_probs)
-    _check.device("prototype_probs", prototype_probs, logits.device)
+    _check.stored("prototype_probs", prototype_probs, torch.float32, logits.device)
     if not (_check.is_number(gamma) and 0.0 <= gamma <= 1.0):
         _check.fail("gamma", repr(gamma), "in [0, 1]")
     if steps is not None:
         _check.shape("steps", steps, (batch,), "[B]")
-        _check.dtype("steps", steps, torch.int32)
-        _check.device("steps", steps, logits.device)
-        _check.last_dim_contiguous("steps", steps)
+        _check.stored("steps", steps, torch.int32, logits.device)
 
 
 def _reference(logits: Tensor, prototype_probs: Tensor, gamma: float, steps: Tensor | None) -> Tensor:

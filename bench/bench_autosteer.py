@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import harness
 import torch
-from bench_engine import autosteer_profile, return_freed_memory
+from bench_engine import autosteer_profile
 from random_models import SHAPES, build
 
 import ras_fast
@@ -48,7 +48,7 @@ class Decoder:
                 self._synchronise()
                 times.append(time.perf_counter() - begin)
                 self.cache.crop(-1)
-        return_freed_memory()
+        harness.return_freed_memory()
         return statistics.median(times[1:])
 
     def _synchronise(self) -> None:

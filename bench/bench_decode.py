@@ -16,7 +16,6 @@ from pathlib import Path
 
 import harness
 import torch
-from bench_engine import return_freed_memory
 from random_models import SHAPES, build
 
 import ras_fast
@@ -56,7 +55,7 @@ def measure(model, batch: int, tokens: int, rounds: int) -> list[dict[str, objec
         for name, (patched, options) in harness.in_turn(CONTENDERS, turn):
             with nullcontext() if patched is None else ras_fast.patch(model, **patched):
                 single = answer(model, ids, 1, options)
-                return_freed_memory()
+                harness.return_freed_memory()
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
                 before = held_bytes()

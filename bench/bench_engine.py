@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import math
 import re
 import statistics
@@ -270,15 +269,8 @@ def stopwatch(run, images, tokens: int, streamer=None) -> tuple[float, dict[str,
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    return_freed_memory()
+    harness.return_freed_memory()
     return seconds, timing
-
-
-def return_freed_memory() -> None:
-    """transformers' cache is copied to a longer one at each step, and the holes add up: 9 GB by 256 steps of one answer, which
-    the next contender would begin with."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def medians(samples: list[tuple[float, dict[str, float]]]) -> dict[str, object]:

@@ -33,7 +33,7 @@ QUICK = [
 CACHE = 300e6  # more bytes than any cache of a processor
 
 
-def in_turn(call: Callable[[Tensor], Tensor], weights: list[Tensor]) -> Callable[[], Tensor]:
+def through_copies(call: Callable[[Tensor], Tensor], weights: list[Tensor]) -> Callable[[], Tensor]:
     following = itertools.cycle(weights)
     return lambda: call(next(following))
 
@@ -58,7 +58,7 @@ def case(shape: tuple[int | tuple[int, ...], int, int, bool], dtype: torch.dtype
         candidates = {"ras_fast": (lambda weight: ops.linear(x, weight), weights)} | baselines.linear_peers(x, weights)
     columns = {"N": " + ".join(map(str, outputs)) if isinstance(outputs, tuple) else outputs}
     columns |= {"K": inputs, "T": rows, "gated": gated}
-    calls = {name: in_turn(call, given) for name, (call, given) in candidates.items()}
+    calls = {name: through_copies(call, given) for name, (call, given) in candidates.items()}
     written = sizes[0] if gated else sum(sizes)
     return columns, sum(sizes) * inputs + rows * (written + inputs), calls
 

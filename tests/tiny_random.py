@@ -23,11 +23,9 @@ IMAGES_LAST = (
 )
 
 
-def tiny_processor(chat_template=IMAGES_WHERE_WRITTEN, padding_side="right") -> LlavaProcessor:
+def tiny_processor(chat_template=IMAGES_WHERE_WRITTEN) -> LlavaProcessor:
     words = (*SPECIAL, "USER", "ASSISTANT", "SYSTEM", ":", ".", "?", *WORDS)
-    processor = word_processor(words, chat_template, image_size=16, patch_size=4)
-    processor.tokenizer.padding_side = padding_side
-    return processor
+    return word_processor(words, chat_template, image_size=16, patch_size=4)
 
 
 def tiny_llava(processor, seed=0, layers=2, dtype=torch.float32) -> LlavaForConditionalGeneration:

@@ -9,7 +9,7 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from tiny_random import endless_llava, tiny_processor
+from tiny_random import endless_llava
 from transformers import (
     AutoConfig,
     ContinuousBatchingConfig,
@@ -25,11 +25,6 @@ from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
 D = 32
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny_random import endless_llava, mixed_batch, random_image, random_words, skip_mixed_beams, tiny_llava, tiny_processor
+from tiny_random import endless_llava, mixed_batch, random_image, random_words, skip_mixed_beams, tiny_llava
 from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
@@ -28,11 +28,6 @@ PAIRS = [(random_image(i), random_words(50 + i, 6), random_words(90 + i, 4)) for
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return tiny_processor(padding_side="left")
-
-
-@pytest.fixture(scope="module")
 def model(processor):
     return endless_llava(processor, LAYERS)
 
@@ -40,11 +35,6 @@ def model(processor):
 @pytest.fixture(scope="module")
 def batch(processor):
     return mixed_batch(processor)
-
-
-@pytest.fixture
-def every_answer_refuses(monkeypatch):
-    monkeypatch.setattr(moras, "is_refusal", lambda text: True)
 
 
 def profile_of(model, scale=3.0, bias=0.0, steps=STEPS):

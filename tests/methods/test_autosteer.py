@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_random import endless_llava, random_image, random_words, tiny_processor
+from tiny_random import endless_llava, random_image, random_words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ras_fast
@@ -19,11 +19,6 @@ from ras_fast.profile import RasProfile, fingerprint
 D, LAYERS, LAYER, STRENGTH = 32, 3, 1, 8.0
 EPSILON = 0.1 * STRENGTH
 QUERIES = [(random_words(1, 3), random_image(0)), (random_words(2, 9), None), (random_words(3, 5), random_image(1))]
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ Shown without a GPU: the step runs on the meta device, where no tensor has value
 
 import pytest
 import torch
-from tiny_random import endless_llava, mixed_batch, tiny_processor
+from tiny_random import endless_llava, mixed_batch
 from transformers import StaticCache
 from waits import Waits, without_values
 
@@ -16,11 +16,6 @@ from ras_fast.patching import range_mask
 from ras_fast.profile import RasProfile, fingerprint
 
 D = 32
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor(padding_side="left")
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,6 @@ PAIRS = [(random_image(i), random_words(50 + i, 6), random_words(90 + i, 4)) for
 PROMPTS = {"context_prompt": "w1 w2 w3", "safety_prompt": "w4 w5 w6 w7", "max_context_tokens": 6}
 
 
-@pytest.fixture
-def every_answer_refuses(monkeypatch):
-    monkeypatch.setattr(moras, "is_refusal", lambda text: True)
-
-
 def calibrate(model, processor, **changes):
     arguments = {"refused_texts": TEXTS, "pairs": PAIRS, "progress": False} | PROMPTS | changes
     return moras.calibrate(model, processor, **arguments)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES
 from safetensors.torch import save_file
-from tiny_random import endless_llava, mixed_batch, random_image, random_words, skip_mixed_beams, tiny_llava, tiny_processor
+from tiny_random import endless_llava, mixed_batch, random_image, random_words, skip_mixed_beams, tiny_llava
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import normalize
 
@@ -21,11 +21,6 @@ from ras_fast.profile import RasProfile
 D, LAYERS = 32, 4
 VECTORS = {layer: torch.randn(D, generator=torch.Generator().manual_seed(layer)) for layer in (2, 3)}
 DIRECTION = torch.randn(D, generator=torch.Generator().manual_seed(9))
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor(padding_side="left")
 
 
 @pytest.fixture(scope="module")

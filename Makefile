@@ -34,13 +34,7 @@ bench: setup
 	$(BIN)/python bench/headline.py
 
 bench-all: setup
-	$(BIN)/python bench/bench_norm.py
-	$(BIN)/python bench/bench_rotary.py
-	$(BIN)/python bench/bench_linear.py
-	$(BIN)/python bench/bench_attention.py
-	$(BIN)/python bench/bench_engine.py
-	$(BIN)/python bench/bench_patch.py
-	$(BIN)/python bench/bench_decode.py
+	for name in norm rotary linear attention engine patch decode; do $(BIN)/python bench/bench_$$name.py || exit 1; done
 
 inspect: setup
 	$(BIN)/ras-fast inspect

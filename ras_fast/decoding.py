@@ -259,7 +259,7 @@ class EndWhenNotFinite(LogitsProcessor):
 
 
 def broken_rows(logits: torch.Tensor) -> torch.Tensor:
-    """[B] bool: the rows of logits [B, V] that hold NaN or +inf. No host sync."""
+    """[...] bool: the rows of logits [..., V] that hold NaN or +inf. No host sync."""
     return ~(logits < torch.inf).all(dim=-1)
 
 

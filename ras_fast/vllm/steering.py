@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ras_fast.decoding import add_gumbel_noise
+from ras_fast.decoding import add_gumbel_noise, broken_rows
 from ras_fast.methods.moras import Moras
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.options import Draw, Marks
@@ -100,8 +100,7 @@ class LogitSteering:
         mixed = mixed.masked_fill(logits == -torch.inf, -torch.inf)
         if self._only_end is None:
             return mixed
-        broken = ~(logits.amax(-1, keepdim=True) < torch.inf)
-        return torch.where(broken & ~full, self._only_end, mixed)
+        return torch.where(broken_rows(logits)[..., None] & ~full, self._only_end, mixed)
 
     def judge(self, queries: Sequence[Asked]) -> list[Judgement | None]:
         """The risk of queries, and what steering by it makes of their drafts. Forgets their records.

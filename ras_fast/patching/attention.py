@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ras_fast.ops import attention_reference as reference
 from ras_fast.ops.attention_plan import beats_flash_on_cpu, decodes_on_cpu, decodes_on_cuda
 
 if TYPE_CHECKING:
-    from ras_fast.patching.state import AttentionState
+    from ras_fast.patching.state import AttentionState, Request
 
 STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
 _WINDOW = "_ras_fast_window"  # attribute of a range mask that was made for one forward: the window it was made with, in a tuple
@@ -194,6 +194,23 @@ def _left_padding(mask: Tensor, end: int | Tensor, kv_offset: int) -> tuple[Tens
 # The attention function.
 
 
+class _Call(NamedTuple):
+    """The arguments of `attention`, with what module and mask have to say in them.
+
+    causal: whether None hides what comes later. window: of a range mask. sinks: [Hq].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float | None
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -234,13 +251,17 @@ def attention(
             "call ras_fast.patch(model, norms=False, linears=False) first"
         )
     request = None if state is None else state.request(attentions)
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if request is None and attention_mask is None and softcap is None and sinks is None and query.element_size() != 2:
+        # The shortest way: every layer's, every step's.
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)[0], None
+    causal, window = _causal(module, is_causal), _window(attention_mask, kwargs)
+    call = _Call(query, key, value, attention_mask, scaling, causal, window, softcap, sinks)
     if request is None:
-        return _without_statistics(module, query, key, value, attention_mask, scaling, is_causal, kwargs), None
+        return _without_statistics(module, call), None
     ids, num_regions = state.regions(key.shape[0], key.shape[2])
     bias = state.bias(num_regions, query.device)
-    out, mass, scores = _with_statistics(
-        module, query, key, value, attention_mask, scaling, is_causal, kwargs, ids, num_regions, bias, request
-    )
+    out, mass, scores = _with_statistics(module, call, ids, num_regions, bias, request)
     return out, state.deliver(request, mass, scores)
 
 
@@ -278,23 +299,18 @@ def _window(mask: Tensor | None, kwargs: dict[str, Any]) -> int | None:
     return kwargs.get("sliding_window") if made_with is None else made_with[0]
 
 
-def _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs) -> Tensor:
+def _without_statistics(module: nn.Module, call: _Call) -> Tensor:
     """[B, Lq, Hq, D]: SDPA exactly as transformers calls it, so that the answers are its answers bit for bit; a kernel only
     where SDPA lacks something or is slow."""
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    beyond_sdpa = softcap is not None or sinks is not None
-    if mask is None and not beyond_sdpa and query.element_size() != 2:  # the shortest way: every layer's, every step's
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)[0]
-    causal, window = _causal(module, is_causal), _window(mask, kwargs)
+    query, key, value, mask = call[:4]
+    beyond_sdpa = call.softcap is not None or call.sinks is not None
+    call = _autocast(call) if beyond_sdpa else call
+    if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(call):
+        return _region_attention(call)[0].transpose(1, 2)
     if beyond_sdpa:
-        query, key, value = _autocast(query, key, value)
-    if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(query, key, value, mask, causal):
-        return _region_attention(query, key, value, mask, scaling, causal, window, softcap, sinks)[0].transpose(1, 2)
-    if beyond_sdpa:
-        full = _full_mask(mask, query, key, causal, window)
-        return _dense(query, key, value, full, scaling, softcap, sinks)[0].transpose(1, 2)
-    full = None if mask is None else _full_mask(mask, query, key, causal, window)
-    return sdpa_attention_forward(module, query, key, value, full, scaling=scaling, is_causal=causal)[0]
+        return _dense(call)[0].transpose(1, 2)
+    full = None if mask is None else _full_mask(call)
+    return sdpa_attention_forward(module, query, key, value, full, scaling=call.scaling, is_causal=call.causal)[0]
 
 
 def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -316,30 +332,21 @@ def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     return query.is_cuda and is_range(mask) and decodes_on_cuda(query, key)
 
 
-def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs, ids, num_regions, bias, request):
+def _with_statistics(module: nn.Module, call: _Call, ids: Tensor, num_regions: int, bias: Tensor | None, request: Request):
     """(out [B, Lq, Hq, D], mass [B, Hq, M, R], scores [B, Hq, Lk] or None), under a region bias [Hq, R] or None."""
-    query, key, value = _autocast(query, key, value)
-    causal = _causal(module, is_causal)
-    softcap, sinks, window = kwargs.get("softcap"), kwargs.get("s_aux"), _window(mask, kwargs)
-    rows = _resolve_rows(request.rows, query)
-    score_rows = _resolve_rows(request.score_rows, query)
-    if not _kernels_apply(query, key, value, mask, causal):
-        full = _full_mask(mask, query, key, causal, window)
-        out, mass, scores = _dense(
-            query, key, value, full, scaling, softcap, sinks, ids, num_regions, bias, rows, score_rows, request.reduce
-        )
+    call = _autocast(call)
+    query, key = call.query, call.key
+    rows, score_rows = (_resolve_rows(wanted, query) for wanted in (request.rows, request.score_rows))
+    if not _kernels_apply(call):
+        out, mass, scores = _dense(call, ids, num_regions, bias, rows, score_rows, request.reduce)
         return out.transpose(1, 2), mass, scores
     if not num_regions and not score_rows:
-        out = _without_statistics(module, query, key, value, mask, scaling, is_causal, kwargs)
-        return out, query.new_zeros((*query.shape[:2], rows, 0), dtype=torch.float32), None
+        return _without_statistics(module, call), query.new_zeros((*query.shape[:2], rows, 0), dtype=torch.float32), None
     together = num_regions and rows == score_rows  # the scores' probabilities give the masses, too
-    out, lse, mass = _region_attention(
-        query, key, value, mask, scaling, causal, window, softcap, sinks, ids if num_regions else None, num_regions, bias,
-        0 if together else rows,
-    )  # fmt: skip
+    out, lse, mass = _region_attention(call, ids if num_regions else None, num_regions, bias, 0 if together else rows)
     if not score_rows:
         return out.transpose(1, 2), mass, None
-    keywords = dict(_masking(mask, causal, window), scale=scaling, softcap=softcap, region_bias=bias,
+    keywords = dict(_masking(call), scale=call.scaling, softcap=call.softcap, region_bias=bias,
                     rows=score_rows, reduce=request.reduce)  # fmt: skip
     if together:
         mass, scores = ops.region_statistics(query, key, lse, ids, num_regions, **keywords)
@@ -348,57 +355,57 @@ def _with_statistics(module, query, key, value, mask, scaling, is_causal, kwargs
     return out.transpose(1, 2), mass, scores
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that autocast would convert SDPA's arguments to."""
-    device = tensors[0].device.type
+def _autocast(call: _Call) -> _Call:
+    """The call in the dtype that autocast would convert SDPA's arguments to."""
+    device = call.query.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # asking is an error on meta
-        return tensors
+        return call
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return _Call(*(tensor.to(dtype) for tensor in call[:3]), *call[3:])
 
 
 def _resolve_rows(rows: int | None, query: Tensor) -> int:
     return query.shape[2] if rows is None else min(rows, query.shape[2])
 
 
-def _kernels_apply(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
+def _kernels_apply(call: _Call) -> bool:
     """Whether the mask is one that the kernels know. Their causal one ends at the last key; where None means the one that
     begins at the first, as in cross-attention without a mask, that is not the same."""
-    if mask is None:
-        length_q = query.shape[2]
-        return key.shape == value.shape and (not causal or length_q in (1, key.shape[2]))
-    return is_range(mask) and key.shape == value.shape
+    if call.key.shape != call.value.shape:
+        return False
+    if call.mask is None:
+        return not call.causal or call.query.shape[2] in (1, call.key.shape[2])
+    return is_range(call.mask)
 
 
-def _masking(mask: Tensor | None, causal: bool, window: int | None) -> dict[str, Any]:
+def _masking(call: _Call) -> dict[str, Any]:
     """The mask as keywords of the ops."""
+    mask = call.mask
     if mask is not None and mask.shape[2] > 1:
         kv_start, kv_end = mask[:, 0].unbind(-1)
         return {"is_causal": False, "kv_start": kv_start, "kv_end": kv_end}
     if mask is not None:
         kv_start, kv_end = mask[:, 0, 0].unbind(1)
-        return {"is_causal": True, "kv_start": kv_start.contiguous(), "kv_end": kv_end.contiguous(), "window": window}
-    return {"is_causal": causal}
+        return {"is_causal": True, "kv_start": kv_start.contiguous(), "kv_end": kv_end.contiguous(), "window": call.window}
+    return {"is_causal": call.causal}
 
 
-def _region_attention(
-    query, key, value, mask, scaling, causal, window, softcap, sinks, ids=None, num_regions=0, bias=None, rows=0
-):
+def _region_attention(call: _Call, ids: Tensor | None = None, num_regions: int = 0, bias: Tensor | None = None, rows: int = 0):
     return ops.region_attention(
-        query, key, value, ids, num_regions, scale=scaling, softcap=softcap, sinks=sinks, region_bias=bias, mass_rows=rows,
-        **_masking(mask, causal, window),
+        call.query, call.key, call.value, ids, num_regions, scale=call.scaling, softcap=call.softcap, sinks=call.sinks,
+        region_bias=bias, mass_rows=rows, **_masking(call),
     )  # fmt: skip
 
 
-def _full_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool, window: int | None) -> Tensor | None:
+def _full_mask(call: _Call) -> Tensor | None:
     """bool or additive [B or 1, ., Lq, Lk]; None where every query sees every key."""
-    length_q, length_k = query.shape[2], key.shape[2]
+    mask, length_q, length_k = call.mask, call.query.shape[2], call.key.shape[2]
     if mask is None:
-        hides = causal and length_q > 1
-        return torch.ones(1, 1, length_q, length_k, dtype=torch.bool, device=key.device).tril() if hides else None
+        hides = call.causal and length_q > 1
+        return torch.ones(1, 1, length_q, length_k, dtype=torch.bool, device=call.key.device).tril() if hides else None
     if not is_range(mask):
         return mask[..., :length_k]
-    return _expand_once(mask, length_q, length_k, window)
+    return _expand_once(mask, length_q, length_k, call.window)
 
 
 def _expand(mask: Tensor, length_q: int, length_k: int, window: int | None) -> Tensor:
@@ -441,19 +448,20 @@ def _forget(reference: weakref.ref) -> None:
 
 
 def _dense(
-    query, key, value, mask, scaling, softcap, sinks, ids=None, num_regions=0, bias=None, rows=0, score_rows=0, reduce="sum"
-):
+    call: _Call, ids: Tensor | None = None, num_regions: int = 0, bias: Tensor | None = None, rows: int = 0,
+    score_rows: int = 0, reduce: str = "sum",
+):  # fmt: skip
     """Attention under a full mask, row chunk by row chunk.
 
     Returns out [B, Hq, Lq, D], mass [B, Hq, rows, R], and scores [B, Hq, Lk] over the last `score_rows`, or None.
     """
+    query, key, value = call[:3]
     length_q = query.shape[2]
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     mass = query.new_zeros((*query.shape[:2], length_q, num_regions), dtype=torch.float32)
     scores = query.new_zeros((*query.shape[:2], key.shape[2]), dtype=torch.float32) if score_rows else None
     values = reference.by_query_head(value, query.shape[1], torch.float32)
-    key_bias = reference.key_bias(ids, bias, torch.float32)
-    for start, p in _probabilities(query, key, mask, scaling, softcap, sinks, key_bias):
+    for start, p in _probabilities(call, reference.key_bias(ids, bias, torch.float32)):
         stop = start + p.shape[2]
         out[:, :, start:stop] = (p @ values).to(out.dtype)
         if num_regions and stop > length_q - rows:
@@ -466,20 +474,21 @@ def _dense(
     return out, mass[:, :, length_q - rows :], scores
 
 
-def _probabilities(query, key, mask, scaling, softcap, sinks, key_bias=None) -> Iterator[tuple[int, Tensor]]:
+def _probabilities(call: _Call, key_bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """(first row, probabilities [B, Hq, rows, Lk] float32), chunk after chunk."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, mask = call.query, call.key, _full_mask(call)
+    scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     keys = reference.by_query_head(key, query.shape[1], torch.float32)
     chunk = max(1, _CHUNK // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
     for start in range(0, query.shape[2], chunk):
-        s = reference.scores(query[:, :, start : start + chunk].float(), keys, scale, softcap, key_bias)
+        s = reference.scores(query[:, :, start : start + chunk].float(), keys, scale, call.softcap, key_bias)
         if mask is not None:
             part = mask[..., start : start + chunk, :] if mask.shape[-2] > 1 else mask
             s = s.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else s + part
         # Not exp(s - logsumexp), as in the reference: in a row that an additive mask fills with a finite minimum it is 1.
         blind = (s == -torch.inf).all(-1, keepdim=True)
-        if sinks is not None:
-            sink = sinks.float()[:, None, None].expand(*s.shape[:3], 1)
+        if call.sinks is not None:
+            sink = call.sinks.float()[:, None, None].expand(*s.shape[:3], 1)
             p = torch.cat([s, sink], -1).softmax(-1)[..., :-1]
         else:
             p = s.softmax(-1)

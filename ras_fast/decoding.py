@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 from ras_fast.inputs import Query, encode
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.tracking import token_ids
-from ras_fast.profile import RasProfile, is_integer, is_number, modules_of
+from ras_fast.profile import RasProfile, check_counts, is_integer, is_number, modules_of
 
 BROKEN = -1  # in place of a token, where nothing may be read
 
@@ -159,8 +159,7 @@ class Decoding:
         return cls(**settings)
 
     def __post_init__(self):
-        if not is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it needs to be an integer of at least 1")
+        check_counts(max_new_tokens=self.max_new_tokens)
         if not isinstance(self.do_sample, bool):
             raise ValueError(f"do_sample is {self.do_sample!r}; it needs to be True or False")
         if not is_integer(self.seed):  # a list, one a prompt, would be taken for one seed

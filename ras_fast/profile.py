@@ -177,6 +177,13 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_counts(**given: object) -> None:
+    """Raises ValueError where one of these, by its name, is no integer of at least 1."""
+    for name, value in given.items():
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it needs to be an integer of at least 1")
+
+
 def is_number(value: object) -> bool:
     """Whether it is an integer or a float, finite or not, and not a truth value."""
     return is_integer(value) or isinstance(value, float)

@@ -27,7 +27,7 @@ from ras_fast.methods import ONE_PASS, refuse_attached
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.cache_values import returned_cache
 from ras_fast.patching.structure import only_records
-from ras_fast.profile import RasProfile, is_integer, wording
+from ras_fast.profile import RasProfile, check_counts, wording
 
 
 def _without_wrapper(model):
@@ -83,9 +83,7 @@ class SafeGenerator:
         sync_every: int | None = None,
     ):
         check_parts(model, processor, profile)
-        for name, value in (("batch_size", batch_size), ("sync_every", 1 if sync_every is None else sync_every)):
-            if not is_integer(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it needs to be an integer of at least 1")
+        check_counts(batch_size=batch_size, sync_every=1 if sync_every is None else sync_every)
         for name, value in (("fused", fused), ("region_mass", region_mass)):
             if not isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it needs to be True or False")

@@ -32,7 +32,7 @@ from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
-from ras_fast.profile import RasProfile, fingerprint, is_integer
+from ras_fast.profile import RasProfile, check_counts, fingerprint
 
 STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered
 FOLDS = 5  # of the cross-validation
@@ -261,9 +261,7 @@ def calibrate(
     scikit-learn.
     """
     check_arguments(model, processor, pairs=pairs)
-    for name, count in (("heads", heads), ("steps", steps)):
-        if not is_integer(count) or count < 1:
-            raise ValueError(f"{name} is {count!r}; it needs to be an integer of at least 1")
+    check_counts(heads=heads, steps=steps)
     if not math.isfinite(amplify):
         raise ValueError(f"amplify is {amplify}; it needs to be finite")
     if combine_with is not None and combine_with.method not in PRESETS:

@@ -37,7 +37,7 @@ from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.structure import find_head
 from ras_fast.patching.trace import states_of
 from ras_fast.patching.undo import undone
-from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
+from ras_fast.profile import RasProfile, as_float32, check_counts, fingerprint, is_integer, is_number, number
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
 THRESHOLD = 0.5
@@ -316,8 +316,7 @@ def _check_options(
         raise ValueError(f"strength is {strength!r}; it needs to be a positive, finite number")
     if not is_integer(seed) or not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed is {seed!r}; it needs to be an integer of 64 bits")
-    if not is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; it needs to be an integer of at least 1")
+    check_counts(batch_size=batch_size)
     if over_refusal is not None and not 0 <= over_refusal <= 1:
         raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
 

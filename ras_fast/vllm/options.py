@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from ras_fast.profile import is_integer, is_number
+from ras_fast.profile import check_counts, is_integer, is_number
 
 PROCESSOR = "ras_fast.vllm.processor:RasLogitsProcessor"
 RISK = "ras_risk"
@@ -42,8 +42,7 @@ def read_settings(additional_config) -> tuple[str, int]:
             "make the engine with LLM(model, **ras_fast.vllm.engine_args(FOLDER))"
         )
     queries = settings.get("queries", QUERIES)
-    if not is_integer(queries) or queries < 1:
-        raise ValueError(f"queries is {queries!r}; it needs to be an integer of at least 1")
+    check_counts(queries=queries)
     return settings["profile"], queries
 
 

@@ -15,7 +15,7 @@ from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import BAD_PIXELS, NO_RISK
 from ras_fast.inputs import Query, make_queries, short_ids
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
-from ras_fast.profile import RasProfile, is_integer
+from ras_fast.profile import RasProfile, check_counts
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.options import NOISE, RECORD, RISK, new_number, read_settings
 
@@ -60,8 +60,7 @@ class SafeLLM:
         the profile's, vLLM's own errors for prompts and settings that it does not take, and RuntimeError when the engine has
         other requests already, or ends one for another reason than its end or length.
         """
-        if not is_integer(max_tokens) or max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens!r}; it needs to be an integer of at least 1")
+        check_counts(max_tokens=max_tokens)
         if unknown := sorted(set(sampling) - set(SAMPLING)):
             raise TypeError(f"generate takes no {', '.join(unknown)}; how answers are sampled is set by {', '.join(SAMPLING)}")
         sampling = {"temperature": 0} | sampling

@@ -235,6 +235,7 @@ def at_rest(model, caller) -> Iterator[None]:
 
 
 def in_mid_answer(caller) -> RuntimeError:
+    """What is to be raised where ``caller``, a streamer or a logits processor, runs the model that it works for."""
     return RuntimeError(
         f"{type(caller).__name__} runs the model in the middle of an answer, whose steering would reach what it asks; it needs "
         "a model of its own"

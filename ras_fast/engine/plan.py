@@ -47,6 +47,7 @@ class Plan:
         raise NotImplementedError
 
     def encode(self, query: Query) -> tuple[dict[str, Tensor], bool]:
+        """`ras_fast.inputs.encode` for the model: (inputs, whether an image holds pixels that are not finite)."""
         return encode(self.processor, query, self.runner.device, self.runner.model.dtype)
 
     def read(self, number: int, query: Query, decoding: Decoding) -> tuple[dict[str, Tensor], bool, Sequence]:
@@ -64,6 +65,7 @@ class Plan:
             raise ValueError(f"prompts[{number}]: {error}") from error
 
     def sequence(self, prompt: list[int], decoding: Decoding, query: int = 0) -> Sequence:
+        """What is to follow a prompt. Raises TooLong for one that the model, or the engine with it, cannot take."""
         check_length(self.runner.model, prompt)
         self.runner.check_frequencies(len(prompt) + decoding.max_new_tokens)
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)
@@ -84,6 +86,7 @@ class Plan:
             batch.step([answer], captured=answer.steps >= own_steps)
 
     def output(self, sequence: Sequence, risk: float, failed_closed: str | None, **more) -> SafeOutput:
+        """The answer that a sequence is, which is counted. more: other fields of `SafeOutput`."""
         failed_closed = CUT if failed_closed is None and sequence.broken else failed_closed
         self.counters["queries"] += 1
         self.counters["failed_closed"] += failed_closed is not None

@@ -139,6 +139,7 @@ def beats_flash_on_cpu(query: Tensor, key: Tensor) -> bool:
 
 
 def plan_cpu_prefill(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
+    """`plan_cpu` of a call that the decode kernel is not for."""
     built = backend.has_kernel("prefill_attention", "cpu")
     square = not case.is_causal or query.shape[2] == key.shape[2]
     flash_takes = case.plain and square and key.shape == value.shape and key.shape[2] >= MIN_FLASH_KEYS and query.numel() > 0

@@ -316,6 +316,8 @@ def token_errors(got: Tensor, expected: Tensor, valid: Tensor | None = None) -> 
 
 
 def difference(got: Tensor, expected: Tensor) -> str | None:
+    """How states [..., d] are others than those expected, in dtype, shape, or three of four tokens by more than rounding; None
+    where they are the same."""
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return f"gives {got.dtype} {tuple(got.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
     error, tolerance = _most(token_errors(got, expected)), max(1e-5, 2 * torch.finfo(expected.dtype).eps)

@@ -113,7 +113,7 @@ class AttentionRisk:
                 hooks = stack.enter_context(undone())
                 hooks.hook_before(patch.text_model, run.begin)
                 hooks.hook_after(patch.text_model, run.end)
-                stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
+                stack.enter_context(last_logits_only(patch.model, run.state))
                 yield self
         finally:
             patch.clear_steering(run.steering)
@@ -156,7 +156,6 @@ class _Run:
     state: PromptState
     steering: Steering
     monitor: Monitor | None = None
-    prompt_length: int = 0  # of the forward that runs; 0: it reads none
     mass: dict[int, Tensor] = field(default_factory=dict)
     before: Looks | None = None  # of the pieces of the prompts before the one that is read
     by_sequence: tuple[Tensor, Tensor] | None = None  # slot and alpha [B], where there are some for each position
@@ -166,7 +165,6 @@ class _Run:
         batch, length = text_shape(kwargs)[:2]
         device = self.method.gate.bias.device
         self.monitor.active = self.state.reads_prompt(length)
-        self.prompt_length = length if self.monitor.active else 0
         answer = self.state.value
         if self.monitor.active:
             self.before = self._pieces_before(answer)

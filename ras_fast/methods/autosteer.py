@@ -122,7 +122,7 @@ class AutoSteer:
             hooks = stack.enter_context(undone())
             hooks.hook_before(patch.layers[self.layer], run.judge)
             hooks.hook_after(patch.final_norm, run.steer)
-            stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
+            stack.enter_context(last_logits_only(patch.model, run.state))
             yield self
 
     def _check_model(self, patch: Patch) -> None:
@@ -171,17 +171,15 @@ class _Run:
     prober: dict[str, Tensor]
     refusal: Tensor
     right: Tensor | None
-    prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
-    only_read: int = 0  # its positions before the last, where it is the first of its prompt
+    only_read: int = 0  # the positions before the last of the forward that runs, where it is the first of its prompt
     padded: Tensor | None = None  # [B] bool: which of the prompts end in padding
 
     def judge(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the prober's layer."""
         hidden, before = states_of(args, kwargs), self.state.value
         batch, length = hidden.shape[:2]
-        reads = self.state.reads_prompt(length)
-        self.prompt_length, self.only_read = length if reads else 0, length - 1 if before is None else 0
-        if not reads:
+        self.only_read = length - 1 if before is None else 0
+        if not self.state.reads_prompt(length):
             return
         method = self.method
         last = hidden[:, -1].to(self.refusal.device)  # of the last norm: a device map may have put this layer elsewhere

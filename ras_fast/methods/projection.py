@@ -374,7 +374,7 @@ class Projection:
                 stack.enter_context(run.state.watch(patch))
                 stack.enter_context(undone()).hook_before(patch.text_model, run.begin)
                 if run.judges:
-                    stack.enter_context(last_logits_only(patch.model, lambda: run.prompt_length))
+                    stack.enter_context(last_logits_only(patch.model, state))
                 yield self
         finally:
             patch.clear_steering(run.steering)
@@ -410,9 +410,7 @@ class _Run:
     steering: Steering
     strengths: Tensor  # [1], or one for each prompt of a batch
     probe: Probe | None = None
-    reads_piece: bool = False  # whether the forward that runs reads a prompt, or some of it
-    reads_prompt: bool = False  # and whether that is where the prompt is decided about
-    prompt_length: int = 0  # of the forward that runs; 0: it reads no prompt
+    reads_prompt: bool = False  # whether the forward that runs is where a prompt is decided about
 
     @property
     def judges(self) -> bool:
@@ -422,9 +420,8 @@ class _Run:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. All is steered until a condition has been read, which is before the first steered layer."""
         batch, length = text_shape(kwargs)[:2]
-        self.reads_piece = self.state.reads_prompt(length)
-        self.reads_prompt = self.reads_piece if self.judges else self.state.value is None
-        self.prompt_length = length if self.reads_prompt else 0
+        reads_piece = self.state.reads_prompt(length)
+        self.reads_prompt = reads_piece if self.judges else self.state.value is None
         if self.reads_prompt:
             if batch % len(self.strengths):
                 raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {batch}")
@@ -439,12 +436,12 @@ class _Run:
         """The condition's layer is done, with dots [B, L, 2]."""
         strengths = self.state.value.tensor
         met, failed = self.method.holds(dots.to(strengths.device))
-        if self.reads_piece:
+        if self.state.prompt_length:
             padded = self.state.ends_in_padding(*dots.shape[:2], met.device)
             met |= padded[:, None]  # such a row may be answered from any position
             self.method.failed = failed[:, -1] | padded
         alpha = strengths[:, None] * met
-        if self.reads_piece:
+        if self.state.prompt_length:
             self.method.risk = (alpha[:, -1] != 0).float()
         if self.reads_prompt and self.judges:
             self.state.decide(Rows(alpha[:, -1]))

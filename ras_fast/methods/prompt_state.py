@@ -49,6 +49,7 @@ class PromptState:
     value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
         has decided yet, so the forward reads a prompt. Without a cache every forward does.
     past: how many tokens the cache held before the forward that runs.
+    prompt_length: how many positions of a prompt, or of a piece of one, the forward that runs reads; 0: it is a decode step.
     prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
         of the prompt, and not a decode step.
     generates: whether `generate` runs. ended: whether the block of `watch` has.
@@ -59,6 +60,7 @@ class PromptState:
         self.check, self.name = check, name or check.profile.method
         self.value: Any = None
         self.past: int | Tensor = 0
+        self.prompt_length = 0
         self.prefills = self.generates = self.ended = False
         self.refusing: Any = None
         self._patch: Patch | None = None
@@ -73,8 +75,11 @@ class PromptState:
             keep(self._cache, self.name, value)
 
     def reads_prompt(self, length: int) -> bool:
-        """Whether this forward, of so many positions, reads a prompt or a piece of one; else it is a decode step."""
-        return self.value is None or length > 1 or self.prefills
+        """Whether this forward, of so many positions, reads a prompt or a piece of one; else it is a decode step. To be asked
+        in each forward: it sets `prompt_length`."""
+        reads = self.value is None or length > 1 or self.prefills
+        self.prompt_length = length if reads else 0
+        return reads
 
     def ends_in_padding(self, batch: int, length: int, device: torch.device) -> Tensor:
         """[batch] bool: the rows that are padded on the right, so that their prompt cannot be judged at the last position.
@@ -318,13 +323,11 @@ def _replaced_in(owner: nn.Module, name: str, stand_in: Callable[[Callable[..., 
 
 
 @contextmanager
-def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iterator[None]:
+def last_logits_only(model: nn.Module, state: PromptState) -> Iterator[None]:
     """Refuses assisted decoding inside the block, for methods that judge a prompt at its last token.
 
     The first forward of assisted decoding ends in guessed tokens: the method would judge these, and the tokens that are
     accepted in that forward would leave unsteered.
-
-    prompt_length: gives the length of the prompt in the forward that runs; 0 where it reads none.
     """
 
     def refuse(what: str) -> NoReturn:
@@ -334,7 +337,7 @@ def last_logits_only(model: nn.Module, prompt_length: Callable[[], int]) -> Iter
         )
 
     def before_head(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args[0].dim() == 3 and 1 < args[0].shape[1] < prompt_length():
+        if args[0].dim() == 3 and 1 < args[0].shape[1] < state.prompt_length:
             refuse(f"the logits of {args[0].shape[1]} positions of a prompt")
 
     def no_candidates(method: Callable[..., Any]) -> Callable[..., NoReturn]:

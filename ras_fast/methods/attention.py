@@ -32,7 +32,7 @@ from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
-from ras_fast.profile import RasProfile, check_counts, fingerprint
+from ras_fast.profile import RasProfile, check_counts, fingerprint, is_number
 
 STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered
 FOLDS = 5  # of the cross-validation
@@ -164,7 +164,7 @@ class _Run:
         """Before the text model. A prompt is at risk 1 until it has been read, which is before the final norm."""
         batch, length = text_shape(kwargs)[:2]
         device = self.method.gate.bias.device
-        self.monitor.active = self.state.reads_prompt(length)
+        self.monitor.active = self.state.note_prompt(length)
         answer = self.state.value
         if self.monitor.active:
             self.before = self._pieces_before(answer)
@@ -260,10 +260,11 @@ def calibrate(
     """
     check_arguments(model, processor, pairs=pairs)
     check_counts(heads=heads, steps=steps)
-    if not math.isfinite(amplify):
-        raise ValueError(f"amplify is {amplify}; it needs to be finite")
-    if combine_with is not None and combine_with.method not in PRESETS:
-        raise ValueError(f"combine_with is a {combine_with.method!r} profile; it needs to be one of {', '.join(PRESETS)}")
+    if not is_number(amplify) or not math.isfinite(amplify):
+        raise ValueError(f"amplify is {amplify!r}; it needs to be a finite number")
+    if combine_with is not None and (not isinstance(combine_with, RasProfile) or combine_with.method not in PRESETS):
+        given = getattr(combine_with, "method", combine_with)
+        raise ValueError(f"combine_with is {given!r}; it needs to be a profile of {', '.join(PRESETS)}")
     _logistic_regression()  # before minutes of work
     queries, harmful, pair = _labelled(pairs, processor)
     tensors: dict[str, Tensor] = {}

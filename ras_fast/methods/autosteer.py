@@ -179,7 +179,7 @@ class _Run:
         hidden, before = states_of(args, kwargs), self.state.value
         batch, length = hidden.shape[:2]
         self.only_read = length - 1 if before is None else 0
-        if not self.state.reads_prompt(length):
+        if not self.state.note_prompt(length):
             return
         method = self.method
         last = hidden[:, -1].to(self.refusal.device)  # of the last norm: a device map may have put this layer elsewhere
@@ -315,8 +315,8 @@ def _check_options(
     if not is_integer(seed) or not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed is {seed!r}; it needs to be an integer of 64 bits")
     check_counts(batch_size=batch_size)
-    if over_refusal is not None and not 0 <= over_refusal <= 1:
-        raise ValueError(f"over_refusal is {over_refusal}; it needs to be in [0, 1]")
+    if over_refusal is not None and not (is_number(over_refusal) and 0 <= over_refusal <= 1):
+        raise ValueError(f"over_refusal is {over_refusal!r}; it needs to be a number in [0, 1], or None")
 
 
 def _queries(pairs: Sequence[tuple], processor) -> tuple[list[Query], list[Query], Tensor]:

@@ -298,6 +298,8 @@ def refusal_prototypes(model, processor, texts: Sequence[str], steps: int, minim
 
     Raises ValueError when it refuses fewer than `minimum`, and where `texts` is no list of texts.
     """
+    if not is_integer(minimum):
+        raise ValueError(f"min_refused is {minimum!r}; it needs to be an integer")
     if not isinstance(texts, (list, tuple)):
         raise ValueError(f"refused_texts is a {type(texts).__name__}; it needs to be a list of texts")
     for i, text in enumerate(texts):

@@ -82,6 +82,9 @@ def from_vectors(
     """
     if isinstance(vectors, (str, Path)):
         vectors = read_vectors(vectors)
+    _check_alpha(alpha)
+    if not isinstance(vectors, (Tensor, Mapping)):
+        raise ValueError(f"vectors is a {type(vectors).__name__}; it needs to be a tensor [d], or a dict of one for each layer")
     if isinstance(vectors, Tensor):
         if layers is None:
             raise ValueError("vectors is one tensor; layers needs to say where it goes")
@@ -420,7 +423,7 @@ class _Run:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. All is steered until a condition has been read, which is before the first steered layer."""
         batch, length = text_shape(kwargs)[:2]
-        reads_piece = self.state.reads_prompt(length)
+        reads_piece = self.state.note_prompt(length)
         self.reads_prompt = reads_piece if self.judges else self.state.value is None
         if self.reads_prompt:
             if batch % len(self.strengths):

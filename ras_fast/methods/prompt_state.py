@@ -74,9 +74,8 @@ class PromptState:
         if self._cache is not None:
             keep(self._cache, self.name, value)
 
-    def reads_prompt(self, length: int) -> bool:
-        """Whether this forward, of so many positions, reads a prompt or a piece of one; else it is a decode step. To be asked
-        in each forward: it sets `prompt_length`."""
+    def note_prompt(self, length: int) -> bool:
+        """Sets `prompt_length` for this forward, of so many positions; returns whether it reads a prompt or a piece of one."""
         reads = self.value is None or length > 1 or self.prefills
         self.prompt_length = length if reads else 0
         return reads

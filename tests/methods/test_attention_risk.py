@@ -692,11 +692,14 @@ def test_calibration_errors(model, processor):
         ({"heads": 0}, "heads is 0; it needs to be an integer of at least 1"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 1.5}, "steps is 1.5"),
-        ({"amplify": math.nan}, "amplify is nan; it needs to be finite"),
+        ({"amplify": math.nan}, "amplify is nan; it needs to be a finite number"),
+        ({"amplify": "2"}, "amplify is '2'; it needs to be a finite number"),
+        ({"combine_with": "folder"}, "combine_with is 'folder'; it needs to be a profile of moras, ras"),
+        ({"refused_texts": ["w1"], "min_refused": "1"}, "min_refused is '1'; it needs to be an integer"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(model, processor, pairs=PAIRS, **arguments)
-    with pytest.raises(ValueError, match="combine_with is a 'attention' profile"):
+    with pytest.raises(ValueError, match="combine_with is 'attention'; it needs to be a profile of"):
         calibrate(model, processor, pairs=PAIRS, combine_with=profile_of(model))
     with pytest.raises(ValueError, match="refuses 0 of 1"):
         calibrate(model, processor, pairs=PAIRS, refused_texts=["w1"], progress=False)

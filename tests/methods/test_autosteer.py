@@ -586,6 +586,7 @@ def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_e
         ({"rank": True}, "rank is True"),
         ({"layer": True}, "layer is True"),
         ({"over_refusal": 1.5}, "over_refusal is 1.5"),
+        ({"over_refusal": "0.1"}, "over_refusal is '0.1'"),
         ({"strength": 0.0}, "strength is 0.0"),
         ({"strength": -1.0}, "strength is -1.0"),
         ({"strength": "1"}, "strength is '1'; it needs to be a positive, finite number"),

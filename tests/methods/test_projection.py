@@ -462,8 +462,12 @@ def test_settings_of_other_types(model, processor, config, message):
 
 def test_what_steers_nothing_is_refused(model, processor):
     """Its answers would have risk 1, and be the model's own."""
-    with pytest.raises(ValueError, match=r"alpha is 0\.0; it needs to be another number"):
+    with pytest.raises(ValueError, match="alpha is 0; it needs to be another number"):
         from_vectors(model, processor, VECTORS, alpha=0)
+    with pytest.raises(ValueError, match="alpha is None; it needs to be a number"):
+        from_vectors(model, processor, VECTORS, alpha=None)
+    with pytest.raises(ValueError, match="vectors is a list; it needs to be a tensor"):
+        from_vectors(model, processor, list(VECTORS.values()), layers=[1])
     with pytest.raises(ValueError, match=r"vectors of layers \[1, 2\] are 0; at least one"):
         from_vectors(model, processor, {1: torch.zeros(D), 2: torch.zeros(D)})
     made = from_vectors(model, processor, {1: torch.zeros(D), 2: torch.ones(D)}, alpha=-1)

@@ -41,6 +41,7 @@ class Server:
     drafts: what a draft's second step waits for. resumes: what its last steered step waits for, after a piece of its prompt, as
     when it was preempted. keeps_drafts: False: their logits are lost.
     cut: words whose requests vLLM ends by itself. short: words of those that vLLM leaves no room for a second token.
+    breaks: words of drafts in which the server inside raises after the first token.
     key: what clients need to send as their "authorization"; None: nothing.
     pause: turns of the loop between the status of an error and its body. dead: as vLLM's engine says when it is asked.
     """
@@ -52,6 +53,7 @@ class Server:
         self.key: bytes | None = None
         self.hold: asyncio.Event | None = None
         self.starts = self.drafts = self.resumes = self.keeps_drafts = None
+        self.breaks = set()
         self.pause, self.dead = 0, False
         self.busy = self.busiest = 0
         self.calls = []
@@ -143,6 +145,8 @@ class Server:
                 return
             logits = self.logits(request, step)[None]
             drafts = marks is not None and marks.record is not None and not self._assesses(request)
+            if drafts and step == 1 and any(word in json.dumps(request) for word in self.breaks):
+                raise RuntimeError("broken inside")
             if drafts and step == 1 and self.drafts is not None:
                 await self.drafts.wait()
             if drafts and step == STEPS - 1 and self.resumes is not None:
@@ -406,6 +410,22 @@ def test_an_error_of_a_stage_is_the_answer(server, word):
     (response,) = run(server, ask())
     assert (response.status, json.loads(response.body)) == (400, {"error": "no"})
     assert "ras_judge" not in server.calls
+    assert server.busy == 0
+    assert not server.steering.records
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_draft_that_breaks_off_is_no_answer(server, stream):
+    """However much of it is there: as a whole it would look like one."""
+    server.breaks.add("colour")
+
+    async def scenario():
+        response = Response()
+        with pytest.raises(RuntimeError, match="broken inside"):
+            await post(SafeChat(server), server, ask(stream=stream), response=response)
+        assert not response.messages
+
+    asyncio.run(scenario())
     assert server.busy == 0
     assert not server.steering.records
 

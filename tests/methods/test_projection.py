@@ -417,7 +417,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
         ({"vectors": {1: DIRECTION * torch.nan}}, "vector of layer 1 holds NaN"),
         ({"vectors": {1: [1.0]}}, "is list"),
         ({"vectors": VECTORS, "layers": [0, 2]}, r"layers \[0\] have no vector"),
-        ({"vectors": VECTORS, "alpha": float("inf")}, "'alpha' is inf"),
+        ({"vectors": VECTORS, "alpha": float("inf")}, "alpha is inf; it needs to be finite"),
         ({"vectors": VECTORS, "condition": Condition(2, DIRECTION, 0.0)}, r"layers \[2\] are steered before it is known"),
         ({"vectors": VECTORS, "condition": Condition(-1, DIRECTION, 0.0)}, "condition's direction is for layer -1"),
         ({"vectors": VECTORS, "condition": Condition(0, DIRECTION, 0.0, measure="angle")}, "measure is 'angle'"),

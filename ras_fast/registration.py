@@ -11,6 +11,7 @@ from types import ModuleType
 NAME = "ras_fast"  # where no mask is given, it is causal if the module says so, as SDPA
 EXPLICIT = "ras_fast_explicit"  # where no mask is given, nothing is hidden, as in eager attention
 TOWER = "ras_fast_tower"  # as SDPA, outside of text models
+PACKED = "ras_fast_flash_tower"  # the same for several images at once: for a name with "flash" in it transformers packs them
 _HOME = "transformers.modeling_utils"  # where the attention interface lives
 
 
@@ -36,8 +37,9 @@ def _register_now() -> None:
     AttentionMaskInterface.register(NAME, attention.attention_mask)
     AttentionInterface.register(EXPLICIT, attention.explicit_attention)
     AttentionMaskInterface.register(EXPLICIT, attention.explicit_mask)
-    AttentionInterface.register(TOWER, towers.attention)
-    AttentionMaskInterface.register(TOWER, sdpa_mask)
+    for name, function in ((TOWER, towers.attention), (PACKED, towers.packed_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

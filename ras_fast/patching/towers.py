@@ -1,8 +1,10 @@
-"""Attention outside of the text model, as of vision towers: SDPA's, by this package's kernel where that is faster."""
+"""Attention outside of the text model, as of vision towers: SDPA's, by this package's kernel where that is faster, and for all
+images or windows of one size in one call."""
 
 from __future__ import annotations
 
 import inspect
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from ras_fast import ops
 from ras_fast.ops.attention_plan import beats_flash_on_cpu
 from ras_fast.patching.report import Report
 from ras_fast.patching.undo import Undo
-from ras_fast.registration import TOWER, register
+from ras_fast.registration import PACKED, TOWER, register
 
 # Keyword arguments that SDPA's function obeys or refuses.
 _OF_SDPA = ("position_bias", "softcap")
+_RUNS = "_ras_fast_runs"  # attribute of a tensor of boundaries: what `_runs` made of it
 
 
 def attention(
@@ -48,6 +51,50 @@ def attention(
     )
 
 
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention` inside each image or window, as towers hand all of them to flash attention. For SDPA they call once for each
+    and ask the device for the sizes in every layer: here neighbours of one size are one call, and it is asked once.
+
+    Args:
+        query, key, value: [1, H, T, D], the patches of all images.
+        attention_mask: None, or one for all patches; then, as without boundaries, it is `attention` among all of them.
+        cu_seq_lens_q: [n + 1], where each image or window begins, and T.
+
+    Returns:
+        out: [1, T, H, D]; None.
+    """
+    if attention_mask is not None or cu_seq_lens_q is None:
+        return attention(module, query, key, value, attention_mask, **kwargs)
+    found, begin = [], 0
+    for length, count in _runs(cu_seq_lens_q):
+        end = begin + length * count
+        tensors = (x[0, :, begin:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        found.append(attention(module, *tensors, None, **kwargs)[0].flatten(0, 1))
+        begin = end
+    if begin != query.shape[2]:
+        raise ValueError(f"cu_seq_lens_q ends at {begin}; there are {query.shape[2]} patches")
+    return (found[0] if len(found) == 1 else torch.cat(found))[None], None
+
+
+def _runs(boundaries: Tensor) -> list[tuple[int, int]]:
+    """(length, how many of that length follow each other). One host sync for all layers, which are given the same tensor."""
+    runs = getattr(boundaries, _RUNS, None)
+    if runs is None:
+        runs = [(length, len(list(same))) for length, same in groupby(filter(None, boundaries.diff().tolist()))]
+        if not torch.compiler.is_compiling():
+            setattr(boundaries, _RUNS, runs)
+    return runs
+
+
 def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel takes these, and faster than SDPA (docs/kernels.md). A vision tower may be asked for gradients."""
     tensors = query, key, value
@@ -59,21 +106,39 @@ def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
-    """Has the attention modules on a CPU that are outside of the text model, and go by SDPA, go by `attention`."""
+    """Has the attention modules outside of the text model that go by SDPA go by `packed_attention`, where they can hand over
+    all images at once, or by `attention`, where they are on a CPU."""
     own = {id(module) for module in text_model.modules()}
-    others = [module for module in root.modules() if id(module) not in own and _goes_by_sdpa(module, text_model.config)]
-    if others:
+    by_config: dict[int, list[nn.Module]] = {}
+    for module in root.modules():
+        if id(module) not in own and _goes_by_sdpa(module, text_model.config):
+            by_config.setdefault(id(module.config), []).append(module)
+    if by_config:
         register()
-    for config in {id(module.config): module.config for module in others}.values():
-        undo.set(config, "_attn_implementation_internal", TOWER)
-    report.tower_attentions = len(others)
+    for modules in by_config.values():
+        packs = all(map(_packs, modules))
+        if packs or all(parameter.device.type == "cpu" for module in modules for parameter in module.parameters()):
+            undo.set(modules[0].config, "_attn_implementation_internal", PACKED if packs else TOWER)
+            report.tower_attentions += len(modules)
 
 
 def _goes_by_sdpa(module: nn.Module, text_config: Any) -> bool:
     """Whether it looks up in transformers' attention interface what its config names, and that is SDPA."""
     config = getattr(module, "config", None)
-    if config is text_config or getattr(config, "_attn_implementation", None) != "sdpa":
-        return False
+    return (
+        config is not text_config
+        and getattr(config, "_attn_implementation", None) == "sdpa"
+        and "ALL_ATTENTION_FUNCTIONS" in _names(module)
+    )
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether it hands all images over at once, with their boundaries, to what has "flash" in its name."""
+    names = _names(module)
+    return "is_flash_attention_requested" in names and "cu_seqlens" in names
+
+
+def _names(module: nn.Module) -> set[str]:
+    """The names that the module's forward uses: global ones, attributes and arguments."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    device = next((parameter.device.type for parameter in module.parameters()), None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and device == "cpu"
+    return set() if code is None else {*code.co_names, *code.co_varnames}

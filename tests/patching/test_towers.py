@@ -1,4 +1,5 @@
-"""Attention of vision towers: SDPA's numbers, by this package's kernel where that is faster, and by SDPA itself elsewhere."""
+"""Attention of vision towers: SDPA's numbers, by this package's kernel where that is faster, and by SDPA itself elsewhere; of
+neighbours of one size in one call."""
 
 import copy
 
@@ -12,8 +13,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import ras_fast
 from ras_fast import backend
 from ras_fast.ops.attention_plan import MATRIX_DTYPES
-from ras_fast.patching.towers import attention
-from ras_fast.registration import TOWER
+from ras_fast.patching import towers
+from ras_fast.patching.report import Report
+from ras_fast.patching.structure import find_decoder
+from ras_fast.patching.towers import attention, packed_attention, speed_up_towers
+from ras_fast.patching.undo import Undo
+from ras_fast.registration import PACKED, TOWER
 
 KERNEL = "ras_fast::prefill_attention"
 HALVES = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype not in MATRIX_DTYPES]
@@ -22,6 +27,7 @@ TOWERS = {
     "llava": 2, "llava_onevision": 2, "qwen2_vl": 2, "qwen2_5_vl": 2, "qwen2_5_omni_thinker": 3, "qwen3_vl": 2, "glm4v": 2,
     "molmo2": 3, "internvl": 2, "idefics2": 3, "gemma3": 2, "gemma4": 2, "paligemma": 2, "aya_vision": 2, "kimi_k25": 2,
 }  # fmt: skip
+PACKING = {"qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "glm4v", "kimi_k25"}
 needs_kernel = pytest.mark.skipif(
     not backend.has_kernel("prefill_attention", "cpu") or not HALVES, reason="SDPA is the fastest here"
 )
@@ -29,7 +35,8 @@ needs_kernel = pytest.mark.skipif(
 
 def features(model: nn.Module, batch: dict) -> torch.Tensor:
     pixels = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask") and "token_type" not in k}
-    output = getattr(model, "model", model).get_image_features(**pixels, return_dict=True)
+    owner = model.model if hasattr(model.model, "get_image_features") else model
+    output = owner.get_image_features(**pixels, return_dict=True)
     found = output.pooler_output if getattr(output, "pooler_output", None) is not None else output.last_hidden_state
     return torch.cat([part.flatten() for part in found]).float()
 
@@ -53,6 +60,72 @@ def test_features_are_as_accurate_as_the_original_ones(name, dtype):
         assert torch.equal(features(model, batch), before)
     assert calls.count[KERNEL] + calls.count["ras_fast::decode_attention"] >= 2
     assert (after - truth).norm() <= 1.5 * (before - truth).norm()
+
+
+@pytest.mark.parametrize("name", sorted(TOWERS.keys() & FAMILIES.keys()))
+def test_on_other_devices_only_those_change_that_take_all_images_at_once(name):
+    with torch.device("meta"):
+        model = FAMILIES[name].model(name)
+    undo, report = Undo(), Report("", 0)
+    speed_up_towers(model, find_decoder(model)[1], undo, report)
+    names = {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")}
+    assert names & {PACKED, TOWER} == ({PACKED} if name in PACKING else set())
+    assert report.tower_attentions == (TOWERS[name] if name in PACKING else 0)
+    undo.restore()
+    assert all(m.config._attn_implementation == "sdpa" for m in model.modules() if hasattr(m, "config"))
+
+
+SIZES = {
+    "one": [40], "alike": [10] * 4, "runs": [6, 6, 6, 4, 6, 6, 2, 4], "all different": [1, 2, 3, 4, 5, 6, 7, 12],
+    "an empty one": [0, 20, 0, 0, 20],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", SIZES)
+def test_neighbours_of_one_size_are_one_call(monkeypatch, case, dtype):
+    sizes, tensors = SIZES[case], [torch.randn(40, 3, 24, dtype=dtype).transpose(0, 1)[None] for _ in range(3)]
+    parts = zip(*(tensor.split(sizes, dim=2) for tensor in tensors), strict=True)
+    full = [part for part in parts if part[0].shape[2]]
+    expected = torch.cat([sdpa_attention_forward(Tower(), *part, None, scaling=0.3)[0] for part in full], dim=1)
+    calls = []
+    monkeypatch.setattr(towers, "attention", lambda *args, **kwargs: calls.append(args[1].shape) or attention(*args, **kwargs))
+    boundaries = torch.tensor([0, *sizes]).cumsum(0).int()
+    options = {"scaling": 0.3, "cu_seq_lens_k": boundaries, "max_length_q": 20, "is_causal": False}
+    out, weights = packed_attention(Tower(), *tensors, None, cu_seq_lens_q=boundaries, **options)
+    assert weights is None
+    assert (out - expected).abs().max() < (1e-6 if dtype == torch.float32 else 0.02)
+    assert len(calls) == {"one": 1, "alike": 1, "runs": 5, "all different": 8, "an empty one": 1}[case]
+    assert sum(shape[0] * shape[2] for shape in calls) == 40
+
+
+def test_packed_with_a_mask_or_without_boundaries_is_attention_among_all():
+    tensors = [torch.randn(1, 3, 40, 24) for _ in range(3)]
+    mask = torch.rand(1, 1, 40, 40) > 0.3
+    for given, options in ((mask, {"cu_seq_lens_q": torch.tensor([0, 40])}), (None, {})):
+        got = packed_attention(Tower(), *tensors, given, scaling=0.3, **options)[0]
+        assert torch.equal(got, sdpa_attention_forward(Tower(), *tensors, given, scaling=0.3)[0])
+    with pytest.raises(ValueError, match="cu_seq_lens_q ends at 30; there are 40 patches"):
+        packed_attention(Tower(), *tensors, None, cu_seq_lens_q=torch.tensor([0, 10, 30]))
+
+
+@pytest.mark.parametrize("name", sorted(PACKING & FAMILIES.keys() - {"qwen2_5_omni_thinker"}))
+def test_sizes_are_asked_for_once(name, monkeypatch):
+    """Not in every layer, where the device would be waited for each time; the numbers are those of the unpatched model."""
+    model = FAMILIES[name].model(name)
+    batch = FAMILIES[name].inputs(model, ["tIt", "tII"])
+    batch.pop("regions")
+    asked, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(self.shape) or tolist(self))
+    with torch.no_grad():
+        before = features(model, batch)
+        unpatched = len(asked)
+        with ras_fast.patch(model):
+            asked.clear()
+            after = features(model, batch)
+    assert (after - before).abs().max() < 1e-5
+    kinds = 2 if name == "qwen2_5_vl" else 1  # of boundaries: windows, and images
+    assert len(asked) <= unpatched - 3 * TOWERS[name] + kinds
 
 
 def heads(dtype=torch.bfloat16, rows=40, **options) -> list[torch.Tensor]:

@@ -66,14 +66,18 @@ def packed_attention(
 
     Args:
         query, key, value: [1, H, T, D], the patches of all images.
-        attention_mask: None, or one for all patches; then, as without boundaries, it is `attention` among all of them.
-        cu_seq_lens_q: [n + 1], where each image or window begins, and T.
+        cu_seq_lens_q: [n + 1], where each image or window begins, and T. None: this is `attention`.
 
     Returns:
         out: [1, T, H, D]; None.
+
+    Raises:
+        ValueError: a mask beside boundaries, or these end elsewhere.
     """
-    if attention_mask is not None or cu_seq_lens_q is None:
+    if cu_seq_lens_q is None:
         return attention(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not None:
+        raise ValueError("attention_mask is given beside cu_seq_lens_q; use ras_fast.patch(model, regions=False)")
     found, begin = [], 0
     for length, count in _runs(cu_seq_lens_q):
         end = begin + length * count
@@ -108,34 +112,29 @@ def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
     """Has the attention modules outside of the text model that go by SDPA go by `packed_attention`, where they can hand over
     all images at once, or by `attention`, where they are on a CPU."""
-    own = {id(module) for module in text_model.modules()}
+    text = {id(module) for module in text_model.modules()}
     by_config: dict[int, list[nn.Module]] = {}
     for module in root.modules():
-        if id(module) not in own and _goes_by_sdpa(module, text_model.config):
-            by_config.setdefault(id(module.config), []).append(module)
-    if by_config:
-        register()
+        config = getattr(module, "config", None)
+        if id(module) not in text and config is not text_model.config and getattr(config, "_attn_implementation", "") == "sdpa":
+            by_config.setdefault(id(config), []).append(module)
     for modules in by_config.values():
-        packs = all(map(_packs, modules))
-        if packs or all(parameter.device.type == "cpu" for module in modules for parameter in module.parameters()):
-            undo.set(modules[0].config, "_attn_implementation_internal", PACKED if packs else TOWER)
-            report.tower_attentions += len(modules)
+        attentions = [module for module in modules if "ALL_ATTENTION_FUNCTIONS" in _names(module)]
+        packs = any(map(_packs, modules))
+        if attentions and (packs or all(map(_is_on_cpu, attentions))):
+            register()
+            undo.set(attentions[0].config, "_attn_implementation_internal", PACKED if packs else TOWER)
+            report.tower_attentions += len(attentions)
 
 
-def _goes_by_sdpa(module: nn.Module, text_config: Any) -> bool:
-    """Whether it looks up in transformers' attention interface what its config names, and that is SDPA."""
-    config = getattr(module, "config", None)
-    return (
-        config is not text_config
-        and getattr(config, "_attn_implementation", None) == "sdpa"
-        and "ALL_ATTENTION_FUNCTIONS" in _names(module)
-    )
+def _is_on_cpu(module: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in module.parameters())
 
 
 def _packs(module: nn.Module) -> bool:
-    """Whether it hands all images over at once, with their boundaries, to what has "flash" in its name."""
-    names = _names(module)
-    return "is_flash_attention_requested" in names and "cu_seqlens" in names
+    """Whether it hands all images over at once, with their boundaries, to what has "flash" in its name: an attention module, or
+    as in Pixtral the model around it."""
+    return {"is_flash_attention_requested", "cu_seqlens"} <= _names(module)
 
 
 def _names(module: nn.Module) -> set[str]:

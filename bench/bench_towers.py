@@ -1,6 +1,8 @@
-"""Attention of vision towers on a CPU, as transformers calls it, beside SDPA: `python bench/bench_towers.py`.
+"""Attention of vision towers, as transformers calls it, beside SDPA: `python bench/bench_towers.py`.
 
-All patches see each other: 4·H·N²·D operations, beside the rate of a square matrix product of the same run.
+Patches of one image or window see each other: 4·H·Σ n²·D operations, beside the rate of a square matrix product of the same
+run. SDPA is called once for each, after the device was asked for the sizes, as transformers does it. On a GPU ours are SDPA's
+kernels, too: of interest is the tower of many windows.
 """
 
 from __future__ import annotations
@@ -14,36 +16,45 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ras_fast.patching import towers
 
-# Heads, patches, head dimension.
+# Heads, head dimension, patches of each image or window.
 SHAPES = {
-    "CLIP-L, 336 pixels": (16, 577, 64),
-    "SigLIP-so400m, 384 pixels": (16, 729, 72),
-    "Qwen2.5-VL, a window": (16, 64, 80),
-    "Qwen2.5-VL, 768 × 768 pixels": (16, 2916, 80),
-    "Qwen3-VL 2B, 768 × 768 pixels": (16, 2304, 64),
+    "CLIP-L, 336 pixels": (16, 64, [577]),
+    "SigLIP-so400m, 384 pixels": (16, 72, [729]),
+    "Qwen2.5-VL, 756 × 756 pixels": (16, 80, [2916]),
+    "its windows": (16, 80, 6 * [*6 * [64], 48] + [*6 * [48], 36]),
+    "Qwen3-VL 2B, 768 × 768 pixels": (16, 64, [2304]),
 }
 
 
-def candidates(heads: int, patches: int, dim: int, dtype: torch.dtype) -> dict:
-    tensors = [torch.randn(1, patches, heads, dim).to(dtype).transpose(1, 2) for _ in range(3)]
-    module = nn.Module()
-    return {
-        "ras_fast": lambda: towers.attention(module, *tensors, None, is_causal=False),
-        "SDPA": lambda: sdpa_attention_forward(module, *tensors, None, is_causal=False),
-    }
+def candidates(heads: int, dim: int, sizes: list[int], dtype: torch.dtype, device: str) -> dict:
+    tensors = [torch.randn(sum(sizes), heads, dim, device=device).to(dtype).transpose(0, 1)[None] for _ in range(3)]
+    module, boundaries = nn.Module(), torch.tensor([0, *sizes], device=device).cumsum(0)
+
+    def one_by_one():
+        parts = zip(*(tensor.split(boundaries.diff().tolist(), dim=2) for tensor in tensors), strict=True)
+        return torch.cat([sdpa_attention_forward(module, *part, None, is_causal=False)[0] for part in parts], dim=1)
+
+    def packed():
+        return towers.packed_attention(module, *tensors, None, is_causal=False, cu_seq_lens_q=boundaries)
+
+    if len(sizes) > 1:
+        return {"ras_fast": packed, "SDPA": one_by_one}
+    calls = {"ras_fast": towers.attention, "SDPA": sdpa_attention_forward}
+    return {name: lambda call=call: call(module, *tensors, None, is_causal=False) for name, call in calls.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on a shape")
     args = parser.parse_args()
+    gpu = torch.cuda.is_available()
     limits, rows = harness.ceilings(), []
     for dtype in (torch.bfloat16, torch.float16):
-        for name, (heads, patches, dim) in SHAPES.items():
-            times = harness.compare(candidates(heads, patches, dim, dtype), seconds=args.seconds)
-            row = {"dtype": str(dtype)[6:], "tower": name, "H": heads, "N": patches, "D": dim}
+        for name, (heads, dim, sizes) in SHAPES.items():
+            times = harness.compare(candidates(heads, dim, sizes, dtype, "cuda" if gpu else "cpu"), seconds=args.seconds)
+            row = {"dtype": str(dtype)[6:], "tower": name, "H": heads, "D": dim, "N": sum(sizes), "images": len(sizes)}
             row |= {f"{contender} ms": seconds * 1e3 for contender, seconds in times.items()}
-            rate = 4 * heads * patches**2 * dim / 1e9 / times["ras_fast"]
+            rate = 4 * heads * sum(n * n for n in sizes) * dim / 1e9 / times["ras_fast"]
             rows.append(row | {"GFLOP/s": rate, "share": rate / limits["matmul GFLOP/s"]})
         path = harness.save("towers", rows, limits)  # now: the run may be cut short
     print(harness.table(rows))

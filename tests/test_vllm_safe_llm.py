@@ -105,8 +105,9 @@ def test_sampled_answers(guard):
         prompt = {"prompt_token_ids": short_ids(guard.processor, query)}
         if query.images:
             prompt["multi_modal_data"] = {"image": query.images}
-        extra = {"ras_risk": output.risk, "ras_noise": 0}
-        params = SamplingParams(**run._sampling_of(number), max_tokens=NEW_TOKENS, extra_args=extra)
+        sampling, noise = run._draw_of(number)
+        extra = {"ras_risk": output.risk, "ras_noise": noise}
+        params = SamplingParams(**sampling, max_tokens=NEW_TOKENS, extra_args=extra)
         (alone,) = guard.llm.generate([prompt], [params], use_tqdm=False)
         assert alone.outputs[0].token_ids == output.tokens
 
@@ -114,6 +115,8 @@ def test_sampled_answers(guard):
 def test_two_samples_of_a_prompt_differ(guard):
     outputs = guard.generate(["What is shown?"] * 16, None, max_tokens=8, temperature=2.0)
     assert len({tuple(output.tokens[:3]) for output in outputs}) > 1
+    first, second = (guard.generate(["What is shown?"] * 16, None, max_tokens=8, temperature=2.0, seed=-1) for _ in range(2))
+    assert [output.tokens for output in first] != [output.tokens for output in second]
 
 
 @pytest.mark.parametrize(

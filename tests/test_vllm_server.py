@@ -119,7 +119,7 @@ def test_sampled_answers_are_steered(client):
     harmful = [item for item in tinyworld.split("test", 60) if item.harmful and item.image is not None][:8]
     risky = fell = 0
     for item in harmful:
-        response = client.post("/v1/chat/completions", json=request(item, temperature=0.7, seed=3))
+        response = client.post("/v1/chat/completions", json=request(item, temperature=0.7))
         if float(response.headers["x-ras-risk"]) > 0.9:
             risky += 1
             fell += response.headers["x-ras-draft"] == "fell"
@@ -128,12 +128,13 @@ def test_sampled_answers_are_steered(client):
     assert fell > risky / 2
 
 
-def test_sampled_answers_are_drafted_and_seeds_repeat_them(client):
+def test_sampled_answers_are_drafted_and_seeds_repeat_others(client):
     items = [item for item in tinyworld.split("test", 60) if not item.harmful and item.image is not None][:8]
     texts = []
     for seed in (3, 3, None):
         responses = [client.post("/v1/chat/completions", json=request(item, temperature=1.5, seed=seed)) for item in items]
-        assert sum(response.headers["x-ras-draft"] == "kept" for response in responses) >= 6
+        fates = [response.headers["x-ras-draft"] for response in responses]
+        assert fates.count("kept") >= 6 if seed is None else set(fates) == {"none"}
         texts.append([response.json()["choices"][0]["message"]["content"] for response in responses])
     assert texts[0] == texts[1] != texts[2]
 

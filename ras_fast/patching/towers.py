@@ -3,6 +3,7 @@ images or windows of one size in one call."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from itertools import groupby
 from typing import Any
@@ -19,7 +20,7 @@ from ras_fast.registration import PACKED, TOWER, register
 
 # Keyword arguments that SDPA's function obeys or refuses.
 _OF_SDPA = ("position_bias", "softcap")
-_RUNS = "_ras_fast_runs"  # attribute of a tensor of boundaries: what `_runs` made of it
+_RUNS = "_ras_fast_runs"  # attribute of a tensor of boundaries: its version, and what `_runs` made of that
 
 
 def attention(
@@ -78,6 +79,11 @@ def packed_attention(
         return attention(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None:
         raise ValueError("attention_mask is given beside cu_seq_lens_q; use ras_fast.patch(model, regions=False)")
+    if torch.compiler.is_compiling():  # where sizes may be symbols, which have no values to go by: as for SDPA
+        lengths = cu_seq_lens_q.diff().tolist()
+        parts = (x.split(lengths, 2) for x in (query, key, value))
+        found = [sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in zip(*parts, strict=True)]
+        return torch.cat(found, 1), None
     found, begin = [], 0
     for length, count in _runs(cu_seq_lens_q):
         end = begin + length * count
@@ -90,12 +96,13 @@ def packed_attention(
 
 
 def _runs(boundaries: Tensor) -> list[tuple[int, int]]:
-    """(length, how many of that length follow each other). One host sync for all layers, which are given the same tensor."""
-    runs = getattr(boundaries, _RUNS, None)
-    if runs is None:
+    """(length, how many of that length follow each other). One host sync for all layers, which are given the same tensor; one
+    that was filled anew meanwhile, which tensors of inference mode do not tell, is read again."""
+    version = None if boundaries.is_inference() else boundaries._version
+    before, runs = getattr(boundaries, _RUNS, (None, []))
+    if version is None or before != version:
         runs = [(length, len(list(same))) for length, same in groupby(filter(None, boundaries.diff().tolist()))]
-        if not torch.compiler.is_compiling():
-            setattr(boundaries, _RUNS, runs)
+        setattr(boundaries, _RUNS, (version, runs))
     return runs
 
 
@@ -115,7 +122,7 @@ def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: 
     text = {id(module) for module in text_model.modules()}
     by_config: dict[int, list[nn.Module]] = {}
     for module in root.modules():
-        config = getattr(module, "config", None)
+        config = vars(module).get("config")
         if id(module) not in text and config is not text_model.config and getattr(config, "_attn_implementation", "") == "sdpa":
             by_config.setdefault(id(config), []).append(module)
     for modules in by_config.values():
@@ -123,7 +130,12 @@ def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: 
         packs = any(map(_packs, modules))
         if attentions and (packs or all(map(_is_on_cpu, attentions))):
             register()
-            undo.set(attentions[0].config, "_attn_implementation_internal", PACKED if packs else TOWER)
+            # A copy: for a model made from the model's config, transformers would look for a flash attention of the name.
+            own = copy.copy(attentions[0].config)
+            own._attn_implementation_internal = PACKED if packs else TOWER
+            for module in modules:
+                if module is not root:  # whose config is its users' to change
+                    undo.set(module, "config", own)
             report.tower_attentions += len(attentions)
 
 

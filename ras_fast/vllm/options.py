@@ -103,8 +103,7 @@ def read_marks(params) -> Marks | None:
         return None
     draw = None
     if NOISE in extra and params.temperature > 0:
-        noise = extra[NOISE] if params.seed is None else params.seed
-        draw = Draw(noise, params.temperature, params.top_k, params.top_p, params.min_p)
+        draw = Draw(extra[NOISE], params.temperature, params.top_k, params.top_p, params.min_p)
     return Marks(risk_of(extra[RISK]) if RISK in extra else None, extra.get(RECORD), draw)
 
 

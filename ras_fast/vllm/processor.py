@@ -25,7 +25,7 @@ class RasLogitsProcessor(BatchProcessor, SlotProcessor):
 
     ``ras_risk``: steer by this risk in [0, 1]; one that is not finite is 1, and counted.
     ``ras_record``: keep the raw logits under this number, for `LogitSteering.judge`.
-    ``ras_noise``: draw a sampled answer's tokens here, by the noise of this number (of the request's seed, if it has one).
+    ``ras_noise``: draw a sampled answer's tokens here, by the noise of this number.
     Other requests' logits are not touched.
 
     vLLM has two model runners, each with its own interface for logits processors; this class implements both. The older one

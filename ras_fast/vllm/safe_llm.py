@@ -83,12 +83,12 @@ class SafeLLM:
 
 @dataclass
 class _Job:
-    """A query on its way. sampling: settings of its draft and its answer. tokens: of each stage so far; over: the stages that
-    have ended."""
+    """A query on its way. sampling: settings of its draft and its answer; noise: the number by which both draw their first
+    tokens. tokens: of each stage so far; over: the stages that have ended."""
 
     query: Query
     sampling: dict
-    noise: int = field(default_factory=new_number)
+    noise: int
     records: dict[str, int] = field(default_factory=lambda: {s: new_number() for s in (ASSESS, DRAFT)})
     begin: float = field(default_factory=time.perf_counter)
     tokens: dict[str, list[int]] = field(default_factory=lambda: {s: [] for s in (CONTEXT, ASSESS, DRAFT, ANSWER)})
@@ -123,7 +123,7 @@ class _Run:
         while waiting or jobs:
             while waiting and len(jobs) < self.guard.capacity:
                 number, query = waiting.popleft()
-                jobs[number] = job = _Job(query, self._sampling_of(number))
+                jobs[number] = job = _Job(query, *self._draw_of(number))
                 self._start(job)
             if not self.engine.has_unfinished_requests():  # none will come: steps without requests go on for ever
                 raise RuntimeError("requests of SafeLLM.generate were aborted by others; there is no answer")
@@ -134,9 +134,13 @@ class _Run:
                 outputs[number] = self._finish(jobs.pop(number))
         return [outputs[number] for number in range(len(queries))]
 
-    def _sampling_of(self, number: int) -> dict:
+    def _draw_of(self, number: int) -> tuple[dict, int]:
+        """(the sampling settings, the number of the noise) of a query."""
         seed = self.sampling.get("seed")
-        return self.sampling if seed is None else self.sampling | {"seed": random.Random(f"{seed}/{number}").getrandbits(53)}
+        if seed in (None, -1):  # for vLLM both are none
+            return self.sampling, new_number()
+        own = random.Random(f"{seed}/{number}").getrandbits(53)
+        return self.sampling | {"seed": own}, own
 
     # The stages
 

@@ -56,10 +56,11 @@ class SafeChat:
     ``vllm serve ... --middleware ras_fast.vllm.serving.SafeChat`` (docs/vllm.md has the other flags). Answers carry the headers
     ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" if the answer was not drafted).
 
-    Answers are drafted beside the context and the risk; those of several choices, with logprobs or ``vllm_xargs`` begin when
-    the risk is known. Nothing of an answer is sent before that. Status 400 for requests that cannot be defended, 403 for all
-    other endpoints that make answers, and where the server inside has an error for a stage of a query, that. Exceptions end
-    the request without an answer. A server that was set up so that answers cannot be defended does not start.
+    Answers are drafted beside the context and the risk; those that are sampled by a seed, of several choices, with logprobs or
+    ``vllm_xargs`` begin when the risk is known. Nothing of an answer is sent before that. Status 400 for requests that cannot
+    be defended, 403 for all other endpoints that make answers, and where the server inside has an error for a stage of a query,
+    that. Exceptions end the request without an answer. A server that was set up so that answers cannot be defended does not
+    start.
     """
 
     def __init__(self, app):
@@ -274,7 +275,9 @@ class _Answer:
         await self.client.post(self.request | {"vllm_xargs": extra}, send).task
 
     def _drafts(self) -> bool:
-        return self.request.get("n", 1) == 1 and set(self.request) <= PLAIN and self.guard.plain
+        # Noise of a client's seed would be known to it: seeds could be tried at home until one outweighs the steering.
+        seeded = self.request.get("temperature") != 0 and self.request.get("seed") is not None
+        return not seeded and self.request.get("n", 1) == 1 and set(self.request) <= PLAIN and self.guard.plain
 
     async def _judge(self, draft: _Draft | None) -> tuple[dict[str, str], float, bool]:
         """(the headers that tell of it, r, whether the draft is the answer)."""

@@ -56,6 +56,7 @@ class LogitSteering:
         if not torch.isfinite(self.table).all():
             raise ValueError("profile prototypes give logits that are not finite; calibrate again")
         self.kept = torch.zeros(slots, *self.table.shape, device=device)
+        self.tokens = torch.zeros(slots, self.steps, dtype=torch.long, device=device)  # the tokens, where they are drawn here
         self.records: dict[int, Record] = {}  # the oldest first
         self._free = list(range(slots))
         self.counters: Counter = Counter()
@@ -82,10 +83,13 @@ class LogitSteering:
             row, step = self._to_device(([r for r, _, _ in steered], [s for _, s, _ in steered]), torch.long)
             risk = self._to_device([r for _, _, r in steered], torch.float32)
             logits[row] = self.mixed(logits[row], self.table[step], risk).to(logits.dtype)
+        slots = {row: slot for row, slot, _ in kept}
         for row, step, marks in rows:
             if marks.draw is not None and step < self.steps:
                 token = drawn(logits[row].float(), step, marks.draw)
                 logits[row].fill_(-torch.inf).scatter_(0, token, 0)
+                if row in slots:
+                    self.tokens[slots[row], step] = token[0]
         return logits
 
     def mixed(self, logits: Tensor, target: Tensor, risk: Tensor) -> Tensor:
@@ -135,7 +139,9 @@ class LogitSteering:
         draws = [self.records[draft].draw if n else None for draft, n in zip(drafts, counts, strict=True)]
         logits = self.kept[draft_slots]
         steered = _tokens(self.mixed(logits, self.table, risk[:, None].expand(-1, self.steps)), draws)
-        plain = _tokens(logits, draws)
+        # Not drawn once more: on a GPU the sums that top_p goes by may round otherwise each time.
+        sampled = torch.tensor([draw is not None for draw in draws], device=device)
+        plain = torch.where(sampled[:, None], self.tokens[draft_slots], logits.argmax(-1)).tolist()
         self.forget([*risks, *drafts])
         rows = zip(similarity.tolist(), risk.tolist(), failed.tolist(), plain, steered, counts, strict=True)
         return [(s, r, f, own[:n], new[:n]) for s, r, f, own, new, n in rows]

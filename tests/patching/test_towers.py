@@ -134,6 +134,19 @@ def test_sizes_are_asked_for_once(name, monkeypatch):
     assert len(asked) <= unpatched - 3 * TOWERS[name] + kinds
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_boundaries_that_are_filled_anew_are_read_again(inference):
+    """Users may give them to a tower themselves, and keep the tensor."""
+    with torch.inference_mode(inference), torch.no_grad():
+        tensors, boundaries = [torch.randn(1, 3, 40, 24) for _ in range(3)], torch.tensor([0, 16, 40])
+        for end in (16, 24):
+            boundaries[1] = end
+            parts = zip(*(tensor.split([end, 40 - end], dim=2) for tensor in tensors), strict=True)
+            expected = torch.cat([sdpa_attention_forward(Tower(), *part, None)[0] for part in parts], dim=1)
+            got = packed_attention(Tower(), *tensors, None, cu_seq_lens_q=boundaries)[0]
+            assert (got - expected).abs().max() < 1e-6
+
+
 def heads(dtype=torch.bfloat16, rows=40, **options) -> list[torch.Tensor]:
     """As transformers hands them over: [B, H, L, D], in memory [B, L, H, D]."""
     return [torch.randn(2, rows, 3, 24, dtype=dtype, **options).transpose(1, 2) for _ in range(3)]
@@ -201,8 +214,9 @@ def test_what_is_not_sdpa_or_no_tower_is_left_alone():
             with ras_fast.patch(model, regions=regions) as patched:
                 expected = 2 if regions and change == "sdpa" else 0
                 assert patched.report().tower_attentions == expected
-                assert model.config.vision_config._attn_implementation == (TOWER if expected else change)
-            assert model.config.vision_config._attn_implementation == change
+                assert model.model.vision_tower.config._attn_implementation == (TOWER if expected else change)
+                assert model.config.vision_config._attn_implementation == change
+            assert model.model.vision_tower.config is model.config.vision_config
     with ras_fast.patch(FAMILIES["qwen3"].model("qwen3")) as patched:
         assert patched.report().tower_attentions == 0
 
@@ -222,8 +236,26 @@ def test_copies_and_saved_models(tmp_path):
         assert TOWER not in (tmp_path / "config.json").read_text()
         assert torch.equal(features(twin, batch), after)
         ras_fast.patching.Patch.of(twin).unpatch()
+        assert twin.model.vision_tower.config is twin.config.vision_config
         assert twin.config.vision_config._attn_implementation == "sdpa"
         assert torch.equal(features(twin, batch), before)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_models_made_from_the_config_of_a_patched_one(name):
+    """Of a name that holds "flash" transformers would look for the package."""
+    model = FAMILIES[name].model(name)
+    with ras_fast.patch(model):
+        for make in (type(model), type(model)._from_config):
+            assert make(model.config).config.vision_config._attn_implementation == "sdpa"
+
+
+def test_what_users_set_meanwhile_stays():
+    model = FAMILIES["qwen3_vl"].model("qwen3_vl")
+    with ras_fast.patch(model):
+        model.set_attn_implementation("eager")
+        assert model.model.visual.blocks[0].attn.config._attn_implementation == "eager"
+    assert model.model.visual.blocks[0].attn.config._attn_implementation == "eager"
 
 
 @needs_kernel
@@ -235,3 +267,18 @@ def test_in_a_compiled_graph():
         eager = tower(batch["pixel_values"]).last_hidden_state
         compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")(batch["pixel_values"]).last_hidden_state
     assert (eager - compiled).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted({"qwen3_vl", "mistral3"} & PACKING & FAMILIES.keys()))
+def test_sizes_may_be_symbols_of_a_compiled_graph(name, dtype):
+    model = FAMILIES[name].model(name, dtype)
+    batch = FAMILIES[name].inputs(model, ["tIttI", "tItt"], dtype=dtype)
+    given = {key: batch[key] for key in ("image_sizes",) if key in batch}
+    given |= {"grid_thw": batch["image_grid_thw"]} if "image_grid_thw" in batch else {}
+    tower = model.model.visual if name == "qwen3_vl" else model.model.vision_tower
+    torch._dynamo.reset()
+    with torch.no_grad(), ras_fast.patch(model), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        eager = tower(batch["pixel_values"], **given).last_hidden_state
+        compiled = torch.compile(tower, backend="eager")(batch["pixel_values"], **given).last_hidden_state
+    assert (eager - compiled).abs().max() < (1e-5 if dtype == torch.float32 else 0.2)

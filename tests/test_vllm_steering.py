@@ -70,6 +70,19 @@ def test_full_risk_replaces_what_is_not_finite():
     assert after[1].isneginf().sum() == VOCABULARY - 1
 
 
+def test_without_an_end_a_broken_row_stays_so():
+    logits = torch.randn(1, VOCABULARY)
+    logits[0, 3] = torch.nan
+    assert make_steering(eos=None).apply(logits, [(0, 0, Marks(risk=0.5))])[0, 3].isnan()
+
+
+def test_prototypes_that_give_no_finite_logits_are_refused():
+    profile = make_profile()
+    profile.tensors["prototypes"] *= 1e38
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        make_steering(profile)
+
+
 @pytest.mark.parametrize("risk", [0.4, 1.0])
 def test_what_others_forbid_stays_forbidden(risk):
     logits = torch.randn(1, VOCABULARY)

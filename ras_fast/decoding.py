@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -197,14 +198,24 @@ class Decoding:
             chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         chain.extend(self.logits_processors)
         if self.do_sample:
-            if self.temperature != 1.0:
-                chain.append(TemperatureLogitsWarper(self.temperature))
-            if self.top_k:
-                chain.append(TopKLogitsWarper(self.top_k))
-            if self.top_p is not None and self.top_p < 1.0:
-                chain.append(TopPLogitsWarper(self.top_p))
+            chain.extend(warpers(self.temperature, self.top_k, self.top_p))
             chain.append(GumbelNoise(self.seed, query, prompt_length))
         return chain
+
+
+def warpers(temperature: float, top_k: int | None, top_p: float | None, min_p: float = 0.0) -> LogitsProcessorList:
+    """What makes of logits the scores whose softmax is sampled from. Settings as in transformers and vLLM, min_p before top_k
+    as in vLLM; those that do nothing are left out."""
+    chain = LogitsProcessorList()
+    if temperature != 1.0:
+        chain.append(TemperatureLogitsWarper(float(temperature)))
+    if min_p:
+        chain.append(MinPLogitsWarper(min_p))
+    if top_k is not None and top_k > 0:
+        chain.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1.0:
+        chain.append(TopPLogitsWarper(top_p))
+    return chain
 
 
 class _Apart(LogitsProcessor):

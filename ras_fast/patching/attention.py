@@ -245,7 +245,7 @@ def attention(
         _refuse(module, dropout, kwargs)
     state: AttentionState | None = getattr(module, STATE, None)
     attentions = kwargs.get("output_attentions", False)
-    if state is None and attentions and _causal(module, is_causal):
+    if state is None and attentions and is_causal_call(module, is_causal):
         raise ValueError(
             "output_attentions=True with attn_implementation='ras_fast' needs to know where the image tokens are: "
             "call ras_fast.patch(model, norms=False, linears=False) first"
@@ -255,7 +255,7 @@ def attention(
     if request is None and attention_mask is None and softcap is None and sinks is None and query.element_size() != 2:
         # The shortest way: every layer's, every step's.
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=is_causal)[0], None
-    causal, window = _causal(module, is_causal), _window(attention_mask, kwargs)
+    causal, window = is_causal_call(module, is_causal), _window(attention_mask, kwargs)
     call = _Call(query, key, value, attention_mask, scaling, causal, window, softcap, sinks)
     if request is None:
         return _without_statistics(module, call), None
@@ -289,7 +289,8 @@ def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _causal(module: nn.Module, is_causal: bool | None) -> bool:
+def is_causal_call(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether a call is causal, by its argument or else by the module."""
     return getattr(module, "is_causal", True) if is_causal is None else is_causal
 
 
@@ -305,7 +306,7 @@ def _without_statistics(module: nn.Module, call: _Call) -> Tensor:
     query, key, value, mask = call[:4]
     beyond_sdpa = call.softcap is not None or call.sinks is not None
     call = _autocast(call) if beyond_sdpa else call
-    if (beyond_sdpa or _sdpa_is_slow(query, key, value, mask)) and _kernels_apply(call):
+    if (beyond_sdpa or sdpa_is_slow(query, key, value, mask)) and _kernels_apply(call):
         return _region_attention(call)[0].transpose(1, 2)
     if beyond_sdpa:
         return _dense(call)[0].transpose(1, 2)
@@ -313,7 +314,7 @@ def _without_statistics(module: nn.Module, call: _Call) -> Tensor:
     return sdpa_attention_forward(module, query, key, value, full, scaling=call.scaling, is_causal=call.causal)[0]
 
 
-def _sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether this is attention that this package's kernels do faster (docs/kernels.md): in half precision, or over ranges of
     each query's own, which the engine alone asks for.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ras_fast import ops
-from ras_fast.ops.attention_plan import beats_flash_on_cpu
+from ras_fast.patching.attention import is_causal_call, sdpa_is_slow
 from ras_fast.patching.report import Report
 from ras_fast.patching.undo import Undo
 from ras_fast.registration import PACKED, TOWER, register
@@ -43,9 +43,8 @@ def attention(
     Returns:
         out: [B, Lq, Hq, D]; None.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    obeys_more = dropout or causal or any(kwargs.get(name) is not None for name in _OF_SDPA)
-    if attention_mask is None and not obeys_more and _is_faster(query, key, value):
+    obeys_more = dropout or is_causal_call(module, is_causal) or any(kwargs.get(name) is not None for name in _OF_SDPA)
+    if attention_mask is None and not obeys_more and _kernel_takes(query, key, value) and sdpa_is_slow(query, key, value, None):
         return ops.region_attention(query, key, value, scale=scaling, is_causal=False)[0].transpose(1, 2), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -106,14 +105,11 @@ def _runs(boundaries: Tensor) -> list[tuple[int, int]]:
     return runs
 
 
-def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes these, and faster than SDPA (docs/kernels.md). A vision tower may be asked for gradients."""
-    tensors = query, key, value
-    halves = query.dtype in (torch.bfloat16, torch.float16) and query.dtype == key.dtype == value.dtype
+def _kernel_takes(*tensors: Tensor) -> bool:
+    """A vision tower may be asked for gradients, which the kernel has none of."""
+    _, key, value = tensors
     rows = key.shape == value.shape and all(tensor.stride(-1) == 1 for tensor in tensors)
-    if not halves or not rows or query.device.type != "cpu":
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) and beats_flash_on_cpu(query, key)
+    return rows and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ras_fast.decoding import add_gumbel_noise, broken_rows
+from ras_fast.decoding import add_gumbel_noise, broken_rows, warpers
 from ras_fast.methods.moras import Moras
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.options import Draw, Marks
@@ -195,11 +194,5 @@ def _tokens(logits: Tensor, draws: Sequence[Draw | None]) -> list[list[int]]:
 def drawn(logits: Tensor, step: int, draw: Draw) -> Tensor:
     """The token [1] of one step's logits [V] fp32: a sample of softmax(what vLLM makes of them), the same wherever logits, step
     and draw are. By itself, so that no other row of a batch changes its rounding. No host sync."""
-    scores = TemperatureLogitsWarper(float(draw.temperature))(None, logits[None])
-    if draw.min_p > 0:
-        scores = MinPLogitsWarper(draw.min_p)(None, scores)
-    if draw.top_k > 0:
-        scores = TopKLogitsWarper(draw.top_k)(None, scores)
-    if draw.top_p < 1:
-        scores = TopPLogitsWarper(draw.top_p)(None, scores)
+    scores = warpers(draw.temperature, draw.top_k, draw.top_p, draw.min_p)(None, logits[None])
     return add_gumbel_noise(scores, draw.noise, 0, step).argmax(-1)

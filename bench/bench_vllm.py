@@ -3,12 +3,13 @@
     python bench/bench_vllm.py                       # the shipped tiny model; needs vLLM, see docs/vllm.md
     python bench/bench_vllm.py --no-prefix-caching
     python bench/bench_vllm.py --shape 0.3b --n 8    # random weights, 64 tokens: another of random_models.py's LLaVAs
+    python bench/bench_vllm.py --temperature 0.7     # answers that are sampled
 
-One engine, greedy, in fp32 or, of random weights, bf16. "undefended" asks it for the answers alone, in the same process and in
-turn with "MoRAS" (`ras_fast.vllm.SafeLLM`); the prefix cache is emptied before each. Medians of the rounds, of the process's
-processor time: the engine is in this process, with one thread, and other work on the machine counts less so. The tiny model
-shows what the requests and vLLM's own steps cost. What random weights say means nothing: their
-risk is computed, and then 0 for benign queries (the drafts stand) and 1 for refused ones (they fall at their first token).
+One engine, greedy unless asked otherwise, in fp32 or, of random weights, bf16. "undefended" asks it for the answers alone, in
+the same process and in turn with "MoRAS" (`ras_fast.vllm.SafeLLM`); the prefix cache is emptied before each. Medians of the
+rounds, of the process's processor time: the engine is in this process, with one thread, and other work on the machine counts
+less so. The tiny model shows what the requests and vLLM's own steps cost. What random weights say means nothing: their risk
+is computed, and then 0 for benign queries (the drafts stand) and 1 for refused ones (they fall at their first token).
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def of_random_weights(shape: str, folder: Path, n: int) -> Iterator[Subject]:
         yield Subject(checkpoint, "bfloat16", folder / name, {name: items}, 64)
 
 
-def undefended(llm, guard, prompts, images, tokens: int) -> float:
-    """Seconds of processor time for the answers alone."""
+def undefended(llm, guard, prompts, images, sampling: dict) -> float:
+    """Seconds of processor time for the answers alone. sampling: of vLLM's SamplingParams."""
     from vllm import SamplingParams
 
     from ras_fast.inputs import make_queries, short_ids
@@ -114,11 +115,11 @@ def undefended(llm, guard, prompts, images, tokens: int) -> float:
         {"prompt_token_ids": short_ids(guard.processor, query), "multi_modal_data": {"image": query.images}}
         for query in make_queries(prompts, images, guard.processor)
     ]
-    llm.generate(requests, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
+    llm.generate(requests, SamplingParams(**sampling), use_tqdm=False)
     return time.process_time() - start
 
 
-def case(llm, guard, name: str, items, tokens: int, at_once: int, rounds: int) -> None:
+def case(llm, guard, name: str, items, sampling: dict, at_once: int, rounds: int) -> None:
     times: dict[str, list[float]] = {"undefended": [], "MoRAS": []}
     guard.counters.clear()
     groups = [items[i : i + at_once] for i in range(0, len(items), at_once)]
@@ -129,10 +130,10 @@ def case(llm, guard, name: str, items, tokens: int, at_once: int, rounds: int) -
             for group in groups:
                 prompts, images = [item.question for item in group], [item.image for item in group]
                 if contender == "undefended":
-                    spent[contender] += undefended(llm, guard, prompts, images, tokens)
+                    spent[contender] += undefended(llm, guard, prompts, images, sampling)
                     continue
                 start = time.process_time()
-                guard.generate(prompts, images, max_tokens=tokens)
+                guard.generate(prompts, images, **sampling)
                 spent[contender] += time.process_time() - start
         if number:
             for contender, seconds in spent.items():
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--shape", default="tiny", help="a LLaVA of random_models.py (default: the shipped model)")
     parser.add_argument("--n", type=int, default=24, help="queries of a kind (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--no-prefix-caching", action="store_true")
     arguments = parser.parse_args()
     from vllm import LLM
@@ -171,9 +173,10 @@ def main() -> None:
                 **engine_args(subject.profile),
             )
             guard = SafeLLM(llm)
+            sampling = {"temperature": arguments.temperature, "max_tokens": subject.tokens}
             for at_once in sorted({1, min(8, n), n}):
                 for name, items in subject.queries.items():
-                    case(llm, guard, name, items, subject.tokens, at_once, arguments.rounds)
+                    case(llm, guard, name, items, sampling, at_once, arguments.rounds)
             del guard, llm
             gc.collect()  # an engine's memory, before the next one
 

@@ -641,6 +641,20 @@ def test_stages_that_share_nothing_start_from_no_state(name, monkeypatch):
         assert guard.counters["not_shared"] >= 6
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_states_move_along_where_the_pool_grows(name, monkeypatch):
+    model, processor, profile, queries = hybrid(name, 51)
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=8))
+    monkeypatch.setattr("ras_fast.engine.workspace._bucket", lambda slots: slots)
+    grown, own = [], Workspace.grown
+    monkeypatch.setattr(Workspace, "grown", lambda self, slots: grown.append(slots) or own(self, slots))
+    with SafeGenerator(model, processor, profile, batch_size=3) as guard:
+        slots = guard.plan._slots
+        monkeypatch.setattr(guard.plan, "_slots", lambda *args: (1, *slots(*args)[1:]))
+        assert summary(guard.generate(*queries, max_new_tokens=8)) == expected
+    assert len(grown) >= 2
+
+
 def conditional(model, processor):
     direction, condition = torch.randn(2, SIZE)
     return from_vectors(model, processor, direction, alpha=4.0, layers=[2], condition=Condition(0, condition, threshold=0.0))

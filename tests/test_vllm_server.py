@@ -128,13 +128,13 @@ def test_sampled_answers_are_steered(client):
     assert fell > risky / 2
 
 
-def test_sampled_answers_are_drafted_and_seeds_repeat_others(client):
+def test_sampled_answers_are_drafted_and_seeds_repeat_them(client):
     items = [item for item in tinyworld.split("test", 60) if not item.harmful and item.image is not None][:8]
     texts = []
     for seed in (3, 3, None):
         responses = [client.post("/v1/chat/completions", json=request(item, temperature=1.5, seed=seed)) for item in items]
         fates = [response.headers["x-ras-draft"] for response in responses]
-        assert fates.count("kept") >= 6 if seed is None else set(fates) == {"none"}
+        assert fates.count("kept") >= 6
         texts.append([response.json()["choices"][0]["message"]["content"] for response in responses])
     assert texts[0] == texts[1] != texts[2]
 

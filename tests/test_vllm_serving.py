@@ -328,12 +328,40 @@ def test_no_two_samples_share_their_noise(server):
 
 
 def test_no_client_chooses_its_noise(server):
-    """By a seed, as vLLM's own sampling is: one could be searched for that outweighs the steering. A greedy answer has none."""
-    for options, fate in (({"temperature": 0.7}, "none"), ({"temperature": None}, "none"), ({"temperature": 0}, "kept")):
+    """Not by a seed either: one could be searched for, at home, that outweighs the steering."""
+
+    def noise(*bodies):
         server.requests.clear()
-        (response,) = run(server, ask(**options, seed=5))
-        assert response.headers["x-ras-draft"] == fate
-        assert any("ras_noise" in request["vllm_xargs"] for request in server.requests) == (fate == "kept")
+        assert {response.headers["x-ras-draft"] for response in run(server, *bodies)} <= {"kept", "fell"}
+        drafts = [request for request in server.requests if "ras_noise" in request["vllm_xargs"] and "ras_risk" not in
+                  request["vllm_xargs"]]  # fmt: skip
+        assert len(drafts) == len(bodies)
+        return [(request.get("seed"), request["vllm_xargs"]["ras_noise"]) for request in drafts]
+
+    body = ask(temperature=0.7, seed=5)
+    once, again, other_seed, other_words = noise(body, body, body | {"seed": 6}, body | {"messages": ask("Why?")["messages"]})
+    assert once == again
+    assert len({once, other_seed, other_words, *noise(body)}) == 4  # the last: of another server
+    assert all(0 <= seed == number < 2**48 for seed, number in (once, other_seed, other_words))
+    none = noise(*[ask(temperature=0.7, seed=-1), ask(temperature=0.7, seed=None)] * 2)
+    assert {seed for seed, _ in none} == {None}
+    assert len({number for _, number in none}) == 4
+
+
+def test_the_seed_of_what_is_not_drafted_is_hidden_too(server):
+    for response in run(server, ask(temperature=0.7, n=2, seed=5), ask(temperature=0.7, logprobs=True, seed=2**63)):
+        assert response.headers["x-ras-draft"] == "none"
+    seeds = [request["seed"] for request in server.requests if "seed" in request]
+    assert len(set(seeds) - {5, 2**63}) == 2
+
+
+@pytest.mark.parametrize("seed", ["5", 5.0, True, [5]], ids=repr)
+def test_a_seed_that_is_no_integer(server, seed):
+    """vLLM takes some of them for the integer that they look like."""
+    (response,) = run(server, ask(temperature=0.7, seed=seed))
+    assert response.status == 400
+    assert "seed is " in response.body.decode()
+    assert not server.requests
 
 
 @pytest.mark.parametrize(

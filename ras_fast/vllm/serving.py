@@ -7,14 +7,16 @@ not import vLLM.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import secrets
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_unknown, texts_of
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, is_integer
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.options import NOISE, PROCESSOR, RECORD, RISK, new_number, read_settings
 from ras_fast.vllm.steering import Judgement
@@ -56,11 +58,11 @@ class SafeChat:
     ``vllm serve ... --middleware ras_fast.vllm.serving.SafeChat`` (docs/vllm.md has the other flags). Answers carry the headers
     ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" if the answer was not drafted).
 
-    Answers are drafted beside the context and the risk; those that are sampled by a seed, of several choices, with logprobs or
-    ``vllm_xargs`` begin when the risk is known. Nothing of an answer is sent before that. Status 400 for requests that cannot
-    be defended, 403 for all other endpoints that make answers, and where the server inside has an error for a stage of a query,
-    that. Exceptions end the request without an answer. A server that was set up so that answers cannot be defended does not
-    start.
+    Answers are drafted beside the context and the risk; those of several choices, with logprobs or ``vllm_xargs`` begin when
+    the risk is known. Nothing of an answer is sent before that. A seed repeats an answer, but what noise it stands for no client
+    can know. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and where the
+    server inside has an error for a stage of a query, that. Exceptions end the request without an answer. A server that was set
+    up so that answers cannot be defended does not start.
     """
 
     def __init__(self, app):
@@ -101,6 +103,7 @@ class SafeChat:
             return
         try:
             guard.check(request)
+            guard.hide_seed(request)
         except ValueError as error:
             await _refuse(send, 400, str(error))
             return
@@ -193,6 +196,7 @@ class _Guard:
         self.tokens = config.model_config.max_model_len
         self.characters = self.tokens * max(map(len, self.processor.tokenizer.get_vocab()))
         self.shows_steered = config.model_config.logprobs_mode.startswith("processed_")
+        self._key = secrets.token_bytes(32)
 
     def check(self, request: Message) -> None:
         """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered, for
@@ -214,6 +218,14 @@ class _Guard:
                 f"logprobs is {request.get('logprobs')!r}; this server's are those of the unsteered model, which tell what it "
                 "would have answered: leave them out, or start the server with --logprobs-mode processed_logprobs"
             )
+
+    def hide_seed(self, request: Message) -> None:
+        """Puts a seed that follows from a client's in its place. By its own a client could try at home, without asking this
+        server, which seed's noise outweighs the steering of a question."""
+        if "seed" in request:
+            words = _dumps([request["seed"], request["messages"]])
+            digest = hashlib.blake2b(words, key=self._key, digest_size=6).digest()
+            request["seed"] = int.from_bytes(digest, "big")
 
     async def call(self, name: str, *args) -> list:
         """What each worker answers. Raises vLLM's own error when the engine dies meanwhile: it then leaves such calls open for
@@ -257,7 +269,7 @@ class _Answer:
 
     async def send_to(self, send: Send) -> None:
         # A sampled draft and the answer in its place draw their first tokens by the same noise: a small risk changes few.
-        noise = {NOISE: new_number()} if self._drafts() else {}
+        noise = {NOISE: self.request.get("seed", new_number())} if self._drafts() else {}
         draft = _Draft(self.client, self.request, {RECORD: self.records[1]} | noise) if noise else None
         try:
             told, risk, kept = await self._judge(draft)
@@ -275,9 +287,7 @@ class _Answer:
         await self.client.post(self.request | {"vllm_xargs": extra}, send).task
 
     def _drafts(self) -> bool:
-        # Noise of a client's seed would be known to it: seeds could be tried at home until one outweighs the steering.
-        seeded = self.request.get("temperature") != 0 and self.request.get("seed") is not None
-        return not seeded and self.request.get("n", 1) == 1 and set(self.request) <= PLAIN and self.guard.plain
+        return self.request.get("n", 1) == 1 and set(self.request) <= PLAIN and self.guard.plain
 
     async def _judge(self, draft: _Draft | None) -> tuple[dict[str, str], float, bool]:
         """(the headers that tell of it, r, whether the draft is the answer)."""
@@ -520,6 +530,10 @@ def _checked(request) -> Message:
         if request.get(name) not in (None, none):
             value = f"{request[name]!r:.200}"
             raise ValueError(f"{name} is {value}, which could forbid a refusal or its end; it needs to be {none}, or left out")
+    if not is_integer(request.get("seed", 0)):
+        raise ValueError(f"seed is {request['seed']!r:.200}; it needs to be an integer")
+    if request.get("seed") == -1:  # for vLLM none
+        del request["seed"]
     extra = request.get("vllm_xargs", {})
     if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):
         raise ValueError(f"vllm_xargs is {extra!r:.200}; it needs to be an object without ras_…, which are this server's own")

@@ -59,10 +59,10 @@ class SafeChat:
     ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" if the answer was not drafted).
 
     Answers are drafted beside the context and the risk; those of several choices, with logprobs or ``vllm_xargs`` begin when
-    the risk is known. Nothing of an answer is sent before that. A seed repeats an answer, but what noise it stands for no client
-    can know. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and where the
-    server inside has an error for a stage of a query, that. Exceptions end the request without an answer. A server that was set
-    up so that answers cannot be defended does not start.
+    the risk is known. Nothing of an answer is sent before that. A seed repeats an answer, but what noise it stands for no
+    client can know. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and where
+    the server inside has an error for a stage of a query, that. Exceptions end the request without an answer. A server that was
+    set up so that answers cannot be defended does not start.
     """
 
     def __init__(self, app):

@@ -355,13 +355,21 @@ def test_the_seed_of_what_is_not_drafted_is_hidden_too(server):
     assert len(set(seeds) - {5, 2**63}) == 2
 
 
-@pytest.mark.parametrize("seed", ["5", 5.0, True, [5]], ids=repr)
-def test_a_seed_that_is_no_integer(server, seed):
-    """vLLM takes some of them for the integer that they look like."""
-    (response,) = run(server, ask(temperature=0.7, seed=seed))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("seed", value) for value in ("5", 5.0, True, [5])),
+        *(("temperature", value) for value in ("1", True, [1], -0.1, 2.1, 10**40, math.inf, math.nan)),
+    ],
+)
+def test_settings_that_vllm_could_take_for_others(server, name, value):
+    """Some as the number that they look like; and no temperature is too high for it."""
+    (response,) = run(server, ask(**{name: value}))
     assert response.status == 400
-    assert "seed is " in response.body.decode()
+    assert f"{name} is " in response.body.decode()
     assert not server.requests
+    for fine in (0, 1, 2.0):
+        assert run(server, ask(**{name: int(fine) if name == "seed" else fine}))[0].status == 200
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_unknown, texts_of
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
-from ras_fast.profile import RasProfile, is_integer
+from ras_fast.profile import RasProfile, is_integer, is_number
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.options import NOISE, PROCESSOR, RECORD, RISK, new_number, read_settings
 from ras_fast.vllm.steering import Judgement
@@ -35,6 +35,7 @@ SHARED = ("model", "mm_processor_kwargs", "cache_salt", "priority", "user")
 NEUTRAL = {
     "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": False,
 }  # fmt: skip
+HOTTEST = 2  # temperature, as of OpenAI's own endpoint: the noise of a hotter answer outweighs its steering
 # With these fields alone a token follows from the logits and what is known here of how it is drawn.
 PLAIN = {
     *SHARED, *NEUTRAL, "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n",
@@ -530,6 +531,8 @@ def _checked(request) -> Message:
         if request.get(name) not in (None, none):
             value = f"{request[name]!r:.200}"
             raise ValueError(f"{name} is {value}, which could forbid a refusal or its end; it needs to be {none}, or left out")
+    if not (is_number(request.get("temperature", 1)) and 0 <= request.get("temperature", 1) <= HOTTEST):
+        raise ValueError(f"temperature is {request['temperature']!r:.200}; it needs to be in [0, {HOTTEST}], or left out")
     if not is_integer(request.get("seed", 0)):
         raise ValueError(f"seed is {request['seed']!r:.200}; it needs to be an integer")
     if request.get("seed") == -1:  # for vLLM none

@@ -424,10 +424,14 @@ def test_each_chunk_of_a_prompt_is_judged_and_no_decode_step_is(model, processor
 def test_a_prompt_beyond_the_models_positions_is_refused(model, processor, make, monkeypatch):
     """Whose risk means nothing. Padding before a prompt is no part of it."""
     inputs, text = prompts(processor, (6,)), {"input_ids": torch.arange(20, 52)[None]}
-    padded = inputs | {name: torch.nn.functional.pad(inputs[name], (20, 0)) for name in ("input_ids", "attention_mask")}
+    whole = {"input_ids": text["input_ids"][:, :30], "attention_mask": torch.ones(1, 30, dtype=torch.long)}
+    padded = [
+        given | {name: torch.nn.functional.pad(given[name], (20, 0)) for name in ("input_ids", "attention_mask")}
+        for given in (inputs, whole)
+    ]
     with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
         monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", 30)
-        for given in (inputs, padded, {"input_ids": text["input_ids"][:, :30]}):
+        for given in (inputs, whole, *padded):
             generate(model, given)
         assert not method.failed.any()
         for options in ({}, {"prefill_chunk_size": 4, "past_key_values": DynamicCache()}):

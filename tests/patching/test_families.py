@@ -379,7 +379,8 @@ VIDEOS_ALONE = {"molmo2", "glm4v"}
 
 @pytest.mark.parametrize("name", sorted(OWN_VIDEOS.keys() & REAL.keys()))
 def test_videos_by_the_familys_own_processor(name):
-    """A row with an image and a video, and one with a video alone, left-padded."""
+    """A row with an image and a video, and one with a video alone, left-padded. Gemma 4 makes up to 5e-5 of another rounding in
+    its tower: so far apart are its logits by eager attention there and by SDPA."""
     pytest.importorskip("torchvision")
     (path, options), text, regions = OWN_VIDEOS[name]
     model, processor = with_processor(name, class_of(path)(**options))
@@ -405,12 +406,12 @@ def test_videos_by_the_familys_own_processor(name):
     assert [len(grids) for grids in found.grids] == [len(image) + regions, regions]
     frames = [(2, 2)] * regions if name == "internvl" else [None] * regions
     assert [grids[-regions:] for grids in found.grids] == [frames, frames]
-    valid = valid_rows(batch)
-    assert relative_error(got.logits[valid], expected.logits[valid]) < 1e-5
+    valid, bound = valid_rows(batch), 5e-5 if name == "gemma4" else 1e-5
+    assert relative_error(got.logits[valid], expected.logits[valid]) < bound
     for mass, probabilities in zip(got.attentions, expected.attentions, strict=True):
         if mass is not None:
             sums = image_sums(probabilities, found.ids, found.num_regions)
-            assert (mass - sums).transpose(1, 2)[valid].abs().max() < 1e-5
+            assert (mass - sums).transpose(1, 2)[valid].abs().max() < bound
 
 
 @pytest.mark.skipif(OLD, reason="the features of a video come without the newline, whose token makes the lengths not add up")

@@ -1,5 +1,5 @@
-"""Attention outside of the text model, as of vision towers: SDPA's, by this package's kernel where that is faster, and for all
-images or windows of one size in one call."""
+"""Layers outside of the text model, as of vision towers. Their attention: SDPA's, by this package's kernel where that is
+faster, and for all images or windows of one size in one call. Their states: laid out by rows."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: 
         if id(module) not in text and config is not text_model.config and getattr(config, "_attn_implementation", "") == "sdpa":
             by_config.setdefault(id(config), []).append(module)
     for modules in by_config.values():
-        attentions = [module for module in modules if "ALL_ATTENTION_FUNCTIONS" in _names(module)]
+        attentions = [module for module in modules if _attends(module)]
         packs = any(map(_packs, modules))
         if attentions and (packs or all(map(_is_on_cpu, attentions))):
             register()
@@ -135,8 +135,31 @@ def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: 
             report.tower_attentions += len(attentions)
 
 
+def lay_out_by_rows(root: nn.Module, text_model: nn.Module, undo: Undo) -> None:
+    """Has the states of all stacks of layers outside of the text model lie row by row."""
+    text = {id(module) for module in text_model.modules()}
+    stacks = [module for module in root.modules() if isinstance(module, nn.ModuleList) and id(module) not in text]
+    for first in (stack[0] for stack in stacks if len(stack)):
+        if any(map(_attends, first.modules())):
+            undo.hook_before(first, _by_rows)
+
+
+def _by_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Hook of a stack's first layer. What comes out of SigLIP's convolution lies channel by channel, and so would the sums of
+    all layers: each norm would copy them, and each add go across."""
+    if args and isinstance(args[0], Tensor):
+        return (args[0].contiguous(), *args[1:]), kwargs
+    states = kwargs.get("hidden_states")
+    return args, kwargs | {"hidden_states": states.contiguous()} if isinstance(states, Tensor) else kwargs
+
+
 def _is_on_cpu(module: nn.Module) -> bool:
     return all(parameter.device.type == "cpu" for parameter in module.parameters())
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether it goes by an implementation of transformers' attention interface."""
+    return "ALL_ATTENTION_FUNCTIONS" in _names(module)
 
 
 def _packs(module: nn.Module) -> bool:

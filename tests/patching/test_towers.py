@@ -18,7 +18,7 @@ from ras_fast.ops.attention_plan import MATRIX_DTYPES
 from ras_fast.patching import towers
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import find_decoder
-from ras_fast.patching.towers import attention, packed_attention, speed_up_towers
+from ras_fast.patching.towers import attention, lay_out_by_rows, packed_attention, speed_up_towers
 from ras_fast.patching.undo import Undo
 from ras_fast.registration import PACKED, TOWER
 
@@ -33,6 +33,7 @@ PACKING = {"qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "glm4v"
 if "cu_seqlens" in inspect.getsource(PixtralVisionModel):  # in older versions it gives none
     TOWERS["mistral3"] = 2
     PACKING.add("mistral3")
+SIGLIP = {"aya_vision", "gemma3", "idefics2", "idefics3", "llava_onevision", "ovis2", "paligemma", "smolvlm"}
 needs_kernel = pytest.mark.skipif(
     not backend.has_kernel("prefill_attention", "cpu") or not HALVES, reason="SDPA is the fastest here"
 )
@@ -282,3 +283,52 @@ def test_sizes_may_be_symbols_of_a_compiled_graph(name, dtype):
         eager = tower(batch["pixel_values"], **given).last_hidden_state
         compiled = torch.compile(tower, backend="eager")(batch["pixel_values"], **given).last_hidden_state
     assert (eager - compiled).abs().max() < (1e-5 if dtype == torch.float32 else 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(SIGLIP))
+def test_states_lie_row_by_row(name, dtype):
+    """SigLIP's patches lie channel by channel where its first layer gets them. The bits are the same, but for what Ovis2's
+    norms and LLaVA-OneVision's pooling sum up in another order."""
+    description = FAMILIES[name]
+    model = description.model(name, dtype)
+    batch = description.inputs(model, ["tIt", "tII"], dtype=dtype)
+    batch.pop("regions")
+    encoder = next(module for path, module in model.named_modules() if path.endswith(".encoder"))
+    rows, undo = [], Undo()
+    encoder.layers[-1].register_forward_pre_hook(lambda module, args: rows.append(args[0].is_contiguous()))
+    with torch.no_grad():
+        before = features(model, batch)
+        lay_out_by_rows(model, find_decoder(model)[1], undo)
+        after = features(model, batch)
+        undo.restore()
+        assert torch.equal(features(model, batch), before)
+        assert rows == [False, True, False]
+        with ras_fast.patch(model):
+            features(model, batch)
+        features(model, batch)
+    assert rows[3:] == [True, False]
+    if name in ("llava_onevision", "ovis2"):
+        assert (after - before).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * before.norm()
+    else:
+        assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("given", ["args", "kwargs", "another name", "no tensor"])
+def test_however_a_layer_gets_its_states(given):
+    states, mask = torch.randn(2, 4, 8).transpose(1, 2), torch.ones(2, 8, 8).transpose(1, 2)
+    args, kwargs = {
+        "args": ((states, mask), {}),
+        "kwargs": ((), {"hidden_states": states, "mask": mask}),
+        "another name": ((), {"x": states, "mask": mask}),
+        "no tensor": ((None,), {"mask": mask}),
+    }[given]
+    new_args, new_kwargs = towers._by_rows(nn.Identity(), args, kwargs)
+    assert [*new_kwargs] == [*kwargs]
+    first, second = (*new_args, *new_kwargs.values())
+    assert second is mask
+    if given in ("args", "kwargs"):
+        assert torch.equal(first, states)
+        assert first.is_contiguous()
+    else:
+        assert first is (None if given == "no tensor" else states)

@@ -173,7 +173,7 @@ class Hooks:
             return output
 
         inputs = chat(self.model, self.processor, images, [QUESTION] * len(images))
-        hook = self.model.model.language_model.norm.register_forward_hook(steer)
+        hook = self.model.get_decoder().norm.register_forward_hook(steer)
         try:
             self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)
         finally:

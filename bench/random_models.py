@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -15,7 +17,14 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
-from word_processor import QWEN_SPECIAL, SPECIAL, qwen_word_processor, word_processor
+from word_processor import (
+    QWEN_SPECIAL,
+    SMOLVLM_SPECIAL,
+    SPECIAL,
+    qwen_word_processor,
+    smolvlm_word_processor,
+    word_processor,
+)
 
 # text: hidden, layers, heads, key-value heads, mlp; vision: hidden, layers, heads, mlp, and in Qwen3-VL which of its layers
 # the text model's first ones are given as well.
@@ -32,9 +41,14 @@ QWEN3_VL = {
     "qwen3-vl-2b": ((2048, 28, 16, 8, 6144), (1024, 24, 16, 4096, [5, 11, 17])),
     "qwen3-vl-8b": ((4096, 36, 32, 8, 12288), (1152, 27, 16, 4304, [8, 16, 24])),
 }
-SHAPES = LLAVA | QWEN3_VL
+# SmolVLMs, which are Idefics 3s: four tiles of an image and the whole of it, each 64 tokens of 512 × 512 pixels.
+SMOLVLM = {
+    "smolvlm-tiny": ((64, 2, 4, 2, 128), (32, 2, 2, 64)),
+    "smolvlm-500m": ((960, 32, 15, 5, 2560), (768, 12, 12, 3072)),
+}
+SHAPES = LLAVA | QWEN3_VL | SMOLVLM
 IMAGE_SIZE = 768, 768  # pixels
-VOCABULARY = {"llava": 32000, "qwen": 151936}
+VOCABULARY = {"llava": 32000, "qwen": 151936, "smolvlm": 49280}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %} {{ m['role'] | upper }} : "
     "{% for part in m['content'] %}{{ 'IMAGE' if part['type'] == 'image' else ' ' + part['text'] }}{% endfor %}"
@@ -45,7 +59,8 @@ CHAT_TEMPLATE = (
 def build(shape: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     """(model, processor). Each word is one token. The logit of the end is 0, which is never the largest of so many random ones:
     all answers are as long as they may be."""
-    kind, config, processor = (_qwen3_vl if shape in QWEN3_VL else _llava)(shape)
+    family = next(made for shapes, made in ((LLAVA, _llava), (QWEN3_VL, _qwen3_vl), (SMOLVLM, _smolvlm)) if shape in shapes)
+    kind, config, processor = family(shape)
     torch.manual_seed(0)
     with torch.device(device):
         before = torch.get_default_dtype()
@@ -127,6 +142,37 @@ def _qwen3_vl(shape: str):
         tie_word_embeddings=False,
     )  # fmt: skip
     return Qwen3VLForConditionalGeneration, config, processor
+
+
+def _smolvlm(shape: str):
+    template = CHAT_TEMPLATE.replace("IMAGE", "<image>")
+    processor = smolvlm_word_processor(_words(SMOLVLM_SPECIAL, "smolvlm"), template, tile_size=512, tile_tokens=64)
+    (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp) = SMOLVLM[shape]
+    config = Idefics3Config(
+        vision_config={
+            "hidden_size": v_hidden,
+            "intermediate_size": v_mlp,
+            "num_hidden_layers": v_layers,
+            "num_attention_heads": v_heads,
+            "image_size": 512,
+            "patch_size": 16,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": VOCABULARY["smolvlm"],
+            "max_position_embeddings": 8192,
+            "pad_token_id": 0,
+        },
+        image_token_id=processor.image_token_id,
+        scale_factor=4,
+        tie_word_embeddings=False,
+    )
+    return Idefics3ForConditionalGeneration, config, processor
 
 
 def _words(special: tuple[str, ...], family: str) -> list[str]:

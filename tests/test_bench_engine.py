@@ -34,11 +34,14 @@ def test_a_case_may_name_its_rounds_and_its_batch():
     assert bench_engine.case("refused:16:3:8") == ("refused", 16, 3, 8)
 
 
-@pytest.mark.parametrize("shape", ["tiny", pytest.param("qwen3-vl-tiny", marks=pytest.mark.slow)])
-def test_answers_at_once(tmp_path, shape):
+@pytest.mark.parametrize(
+    ("shape", "image_tokens"),
+    [("tiny", 576), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3-vl-tiny", 576), ("smolvlm-tiny", 320)))],
+)
+def test_answers_at_once(tmp_path, shape, image_tokens):
     model, processor = bench_engine.build(shape, "cpu", torch.float32)
     ids = bench_engine.chat(model, processor, bench_engine.pictures(1), [bench_engine.QUESTION])["input_ids"]
-    assert (ids == model.config.image_token_id).sum() == 576
+    assert (ids == model.config.image_token_id).sum() == image_tokens
     cases = dict(bench_engine.cpu_cases(model, processor, [bench_engine.case("benign:5:1:2")], 1))
     (found,) = cases.values()
     assert list(cases) == ["benign, 5 answer tokens, batch 2"]

@@ -106,6 +106,13 @@ def test_write_cache(measure, batch, tokens, by):
     measure(copies if by == "index_copy_" else lambda: ops.write_cache_(*cache, slots, *new))
 
 
+@pytest.mark.parametrize("by", ["ras_fast", "torch"])
+@pytest.mark.parametrize("rows", [1024, 5120])
+def test_gelu_tanh(measure, rows, by):
+    x = normal(rows, 3072)
+    measure((lambda: torch.nn.functional.gelu(x, approximate="tanh")) if by == "torch" else lambda: ops.gelu_tanh(x))
+
+
 def test_refusal_similarity(measure):
     logits, prototypes = normal(1, 3, 32000), torch.softmax(torch.randn(3, 32000, device=DEVICE), -1)
     measure(lambda: ops.refusal_similarity(logits, prototypes))

@@ -3,6 +3,7 @@
 Attention's reference, and what each backend makes of a call, have files of their own, attention_*.py.
 """
 
+from ras_fast.ops.activation import gelu_tanh
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass, region_statistics
 from ras_fast.ops.cache import write_cache_
 from ras_fast.ops.linear import gated_linear, linear, linear_glu, linears
@@ -17,6 +18,7 @@ __all__ = [
     "add_rms_norm_",
     "explain",
     "gated_linear",
+    "gelu_tanh",
     "key_attention",
     "linear",
     "linear_glu",

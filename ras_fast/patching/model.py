@@ -26,7 +26,7 @@ from ras_fast.patching.report import Report
 from ras_fast.patching.state import Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.structure import find_decoder
-from ras_fast.patching.towers import lay_out_by_rows, speed_up_towers
+from ras_fast.patching.towers import lay_out_by_rows, speed_up_gelus, speed_up_towers
 from ras_fast.patching.trace import trace
 from ras_fast.patching.tracking import CrossRegionTracker
 from ras_fast.patching.undo import Undo, runs
@@ -472,6 +472,7 @@ class Patch:
         if regions:
             self._state, report.regions = link(root, text_model, recorded, self._undo)
             speed_up_towers(root, text_model, self._undo, report)
+            speed_up_gelus(root, text_model, self._undo, report)
             lay_out_by_rows(root, text_model, self._undo)
         if linears:
             speed_up_linears(root, decoder_layers, recorded.linears, self._undo, report)

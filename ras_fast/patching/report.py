@@ -14,7 +14,7 @@ class Report:
     fused_norms: residual adds that are fused with the norm after or before them, out of `norms` such adds.
     other_norms: those that no sum precedes, as of queries and keys, which are one kernel instead of several operations.
     rotations, tower_rotations: attention modules whose rotary embedding is one kernel, of the text model and outside of it.
-    tower_attentions: those outside of the text model whose attention is this package's where that is faster.
+    tower_attentions, tower_gelus: those outside of the text model which are this package's where that is faster.
     linears: linear layers that run by `ops.linear` where that is faster, as in a decode step.
     mlps: gated MLPs whose two projections and activation are one kernel in a decode step.
     unfused: what stayed as it was, by module name, and why.
@@ -31,6 +31,7 @@ class Report:
     rotations: int = 0
     tower_rotations: int = 0
     tower_attentions: int = 0
+    tower_gelus: int = 0
     linears: int = 0
     mlps: int = 0
     unfused: dict[str, str] = field(default_factory=dict)
@@ -42,7 +43,8 @@ class Report:
             f"{self.model}: {self.fused_layers} of {self.layers} decoder layers fused, "
             f"{self.fused_norms} of {self.norms} residual adds with their norm, {self.other_norms} other norms, "
             f"{self.rotations} rotary embeddings and {self.tower_rotations} in vision towers, "
-            f"{self.tower_attentions} attentions there, {self.linears} linear layers, {self.mlps} gated MLPs",
+            f"{self.tower_attentions} attentions and {self.tower_gelus} GELUs there, {self.linears} linear layers, "
+            f"{self.mlps} gated MLPs",
             f"image statistics: {self._statistics()}",
         ]
         return "\n".join([*lines, *(f"  {name}: {why}" for name, why in self.unfused.items())])

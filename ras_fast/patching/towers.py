@@ -1,5 +1,5 @@
 """Layers outside of the text model, as of vision towers. Their attention: SDPA's, by this package's kernel where that is
-faster, and for all images or windows of one size in one call. Their states: laid out by rows."""
+faster, and for all images or windows of one size in one call. Their GELUs: likewise. Their states: laid out by rows."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ras_fast import ops
 from ras_fast.patching.attention import is_causal_call, sdpa_is_slow
 from ras_fast.patching.report import Report
-from ras_fast.patching.undo import Undo
+from ras_fast.patching.undo import StandIn, Undo, forward_slot
 from ras_fast.registration import PACKED, TOWER, register
 
 # Keyword arguments that SDPA's function obeys or refuses.
 _OF_SDPA = ("position_bias", "softcap")
+_GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 _RUNS = "_ras_fast_runs"  # attribute of a tensor of boundaries: its version, and what `_runs` made of that
 
 
@@ -133,6 +136,37 @@ def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: 
                 if module is not root:  # whose config is its users' to change
                     undo.set(module, "config", own)
             report.tower_attentions += len(attentions)
+
+
+class FastGelu(StandIn):
+    """Stands in for the `forward` of a GELU by a hyperbolic tangent: `ops.gelu_tanh` in half precision and on a CPU, where
+    torch is slow, else the original."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if type(input) is Tensor and not torch.compiler.is_compiling() and _gelu_takes(input):
+            return ops.gelu_tanh(input)
+        return type(self.module).forward(self.module, input)
+
+
+def _gelu_takes(x: Tensor) -> bool:
+    """As `_kernel_takes`."""
+    if x.device.type != "cpu" or x.element_size() != 2 or x.layout is not torch.strided or not x.is_floating_point():
+        return False
+    wants_gradient = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
+    return not x.is_nested and x.is_contiguous() and not wants_gradient
+
+
+def speed_up_gelus(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
+    """Every GELU by a hyperbolic tangent outside of the text model that is a module of its own, where all is on a CPU."""
+    text = {id(module) for module in text_model.modules()}
+    for module in root.modules() if _is_on_cpu(root) else ():
+        slot = forward_slot(module) if type(module) is _GELU_TANH and id(module) not in text else None
+        if slot is not None:
+            undo.set(module, slot, FastGelu(module))
+            report.tower_gelus += 1
 
 
 def lay_out_by_rows(root: nn.Module, text_model: nn.Module, undo: Undo) -> None:

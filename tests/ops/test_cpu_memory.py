@@ -50,6 +50,7 @@ def call_every_kernel(dim, dtype):
     ops.gated_linear(rand(6, dim), rand(dim, 5), rand(6, of=torch.float32), right=rand(5, dim))
     for rotated in {dim // 2 * 2, dim // 4 * 2} - {0}:
         ops.rotary_embedding(rand(1, 2, 3, dim), rand(1, 1, 3, dim), rand(1, 3, rotated), rand(1, 3, rotated))
+    ops.gelu_tanh(rand(3, dim))
     ops.refusal_similarity(rand(2, 3, dim), rand(3, dim, of=torch.float32))
 
 

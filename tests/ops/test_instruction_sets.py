@@ -10,6 +10,7 @@ import torch
 
 # Of each file in this folder, what `-k` selects.
 SELECTED = {
+    "test_activation": "cpu",
     "test_attention": "test_blocks_of_keys or cpu and test_garbage",
     "test_gated_linear": "cpu and (float64 or strides)",
     "test_linear": "cpu or beside or more_rows or ends",

@@ -9,6 +9,7 @@ import torch
 from calls import Calls
 from families import FAMILIES
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
 
@@ -18,7 +19,7 @@ from ras_fast.ops.attention_plan import MATRIX_DTYPES
 from ras_fast.patching import towers
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import find_decoder
-from ras_fast.patching.towers import attention, lay_out_by_rows, packed_attention, speed_up_towers
+from ras_fast.patching.towers import attention, lay_out_by_rows, packed_attention, speed_up_gelus, speed_up_towers
 from ras_fast.patching.undo import Undo
 from ras_fast.registration import PACKED, TOWER
 
@@ -62,7 +63,7 @@ def test_features_are_as_accurate_as_the_original_ones(name, dtype):
         with ras_fast.patch(model) as patched, Calls() as calls:
             after = features(model, batch)
             assert patched.report().tower_attentions == TOWERS[name]
-            assert f"{TOWERS[name]} attentions there" in str(patched.report())
+            assert f"{TOWERS[name]} attentions and {patched.report().tower_gelus} GELUs there" in str(patched.report())
         assert torch.equal(features(model, batch), before)
     assert calls.count[KERNEL] + calls.count["ras_fast::decode_attention"] >= 2
     assert (after - truth).norm() <= 1.5 * (before - truth).norm()
@@ -332,3 +333,49 @@ def test_however_a_layer_gets_its_states(given):
         assert first.is_contiguous()
     else:
         assert first is (None if given == "no tensor" else states)
+
+
+GELUS = {"gemma3": 2, "paligemma": 2, "smolvlm": 2, "qwen3_vl": 2, "llava": 0}  # CLIP's activation is another one
+
+
+@pytest.mark.skipif(not backend.has_kernel("gelu_tanh", "cpu"), reason="there is no native library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(GELUS.keys() & FAMILIES.keys()))
+def test_gelus_of_a_tower(name, dtype):
+    """Those of the text model (Gemma's) are no module's that would be called by itself in a decode step."""
+    description = FAMILIES[name]
+    exact, model = description.model(name), description.model(name, dtype)
+    exact.load_state_dict(model.state_dict())
+    batch = description.inputs(model, ["tIt", "tII"], dtype=dtype)
+    batch.pop("regions")
+    with torch.no_grad():
+        truth = features(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
+        before = features(model, batch)
+        undo, report = Undo(), Report("", 0)
+        speed_up_gelus(model, find_decoder(model)[1], undo, report)
+        with Calls() as calls:
+            after = features(model, batch)
+        undo.restore()
+        assert torch.equal(features(model, batch), before)
+    assert report.tower_gelus == GELUS[name]
+    assert calls.count["ras_fast::gelu_tanh"] == (0 if dtype == torch.float32 else GELUS[name])
+    if dtype == torch.float32:
+        assert torch.equal(after, before)
+    assert (after - truth).norm() <= 1.5 * (before - truth).norm()
+
+
+def test_a_gelu_that_is_asked_for_more_is_torchs(monkeypatch):
+    module = towers._GELU_TANH().to(torch.bfloat16)
+    fast = towers.FastGelu(module)
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(towers.ops, "gelu_tanh", lambda x: pytest.fail("the kernel was called"))
+    with pytest.raises(pytest.fail.Exception):
+        fast(x)
+    asked = x.clone().requires_grad_()
+    fast(asked).sum().backward()
+    assert asked.grad is not None
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(fast(forward_ad.make_dual(x, x))).tangent is not None
+    for other in (x.T, x.float(), x.to("meta")):
+        assert fast(other).shape == other.shape
+    assert torch.equal(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), module(x))

@@ -106,6 +106,15 @@ def test_write_cache(measure, batch, tokens, by):
     measure(copies if by == "index_copy_" else lambda: ops.write_cache_(*cache, slots, *new))
 
 
+@pytest.mark.parametrize("laid_out_by", ["rows", "channels"])
+def test_states_of_a_tower(measure, laid_out_by):
+    """An add and a LayerNorm of torch's, as SigLIP's layers make them of what its convolution gives."""
+    states, update = normal(5, 768, 1024).transpose(1, 2), normal(5, 1024, 768)
+    if laid_out_by == "rows":
+        states = states.contiguous()
+    measure(lambda: torch.nn.functional.layer_norm(states + update, (768,)))
+
+
 @pytest.mark.parametrize("by", ["ras_fast", "torch"])
 @pytest.mark.parametrize("rows", [1024, 5120])
 def test_gelu_tanh(measure, rows, by):

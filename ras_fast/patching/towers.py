@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -109,10 +111,11 @@ def _runs(boundaries: Tensor) -> list[tuple[int, int]]:
 
 
 def _kernel_takes(*tensors: Tensor) -> bool:
-    """A vision tower may be asked for gradients, which the kernel has none of."""
+    """A vision tower may be asked for gradients or tangents, which the kernel has none of."""
     _, key, value = tensors
     rows = key.shape == value.shape and all(tensor.stride(-1) == 1 for tensor in tensors)
-    return rows and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return rows and not wants_gradient and forward_ad._current_level < 0
 
 
 def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
@@ -146,27 +149,33 @@ class FastGelu(StandIn):
         self.module = module
 
     def __call__(self, input: Tensor) -> Tensor:
-        if type(input) is Tensor and not torch.compiler.is_compiling() and _gelu_takes(input):
+        if type(input) is Tensor and not torch.compiler.is_compiling() and _is_gelu_tanh(self.module) and _gelu_takes(input):
             return ops.gelu_tanh(input)
         return type(self.module).forward(self.module, input)
 
 
 def _gelu_takes(x: Tensor) -> bool:
-    """As `_kernel_takes`."""
-    if x.device.type != "cpu" or x.element_size() != 2 or x.layout is not torch.strided or not x.is_floating_point():
+    """As `_kernel_takes`. Under torch.vmap torch's is one call, and the op one for each sample."""
+    if x.device.type != "cpu" or x.element_size() != 2 or not x.is_floating_point() or is_functorch_wrapped_tensor(x):
         return False
     wants_gradient = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
-    return not x.is_nested and x.is_contiguous() and not wants_gradient
+    return x.layout is torch.strided and not x.is_nested and x.is_contiguous() and not wants_gradient
 
 
 def speed_up_gelus(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
     """Every GELU by a hyperbolic tangent outside of the text model that is a module of its own, where all is on a CPU."""
     text = {id(module) for module in text_model.modules()}
     for module in root.modules() if _is_on_cpu(root) else ():
-        slot = forward_slot(module) if type(module) is _GELU_TANH and id(module) not in text else None
+        slot = forward_slot(module) if _is_gelu_tanh(module) and id(module) not in text else None
         if slot is not None:
             undo.set(module, slot, FastGelu(module))
             report.tower_gelus += 1
+
+
+def _is_gelu_tanh(module: nn.Module) -> bool:
+    """Whether it is one, and its function, which is an attribute, nobody has replaced."""
+    act = module.act if type(module) is _GELU_TANH else None
+    return isinstance(act, partial) and act.func is nn.functional.gelu and act.keywords == {"approximate": "tanh"}
 
 
 def lay_out_by_rows(root: nn.Module, text_model: nn.Module, undo: Undo) -> None:
@@ -174,17 +183,18 @@ def lay_out_by_rows(root: nn.Module, text_model: nn.Module, undo: Undo) -> None:
     text = {id(module) for module in text_model.modules()}
     stacks = [module for module in root.modules() if isinstance(module, nn.ModuleList) and id(module) not in text]
     for first in (stack[0] for stack in stacks if len(stack)):
-        if any(map(_attends, first.modules())):
-            undo.hook_before(first, _by_rows)
+        if first is not None and any(map(_attends, first.modules())):
+            undo.hook_before(first, partial(_by_rows))  # one of its own: another patch of the tower leaves it there
 
 
 def _by_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Hook of a stack's first layer. What comes out of SigLIP's convolution lies channel by channel, and so would the sums of
     all layers: each norm would copy them, and each add go across."""
-    if args and isinstance(args[0], Tensor):
-        return (args[0].contiguous(), *args[1:]), kwargs
-    states = kwargs.get("hidden_states")
-    return args, kwargs | {"hidden_states": states.contiguous()} if isinstance(states, Tensor) else kwargs
+    states = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(states, Tensor) or states.dim() != 3:  # Florence-2's [B, C, H, W] lie pixel by pixel, and stay so
+        return args, kwargs
+    states = states.contiguous()
+    return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
 
 def _is_on_cpu(module: nn.Module) -> bool:
@@ -204,5 +214,6 @@ def _packs(module: nn.Module) -> bool:
 
 def _names(module: nn.Module) -> set[str]:
     """The names that the module's forward uses: global ones, attributes and arguments."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    forward = getattr(type(module), "forward", None)  # TorchScript's classes have none
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return set() if code is None else {*code.co_names, *code.co_varnames}

@@ -379,3 +379,60 @@ def test_a_gelu_that_is_asked_for_more_is_torchs(monkeypatch):
     for other in (x.T, x.float(), x.to("meta")):
         assert fast(other).shape == other.shape
     assert torch.equal(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), module(x))
+
+
+def test_gelus_whose_function_was_replaced_stay():
+    description = FAMILIES["gemma3"]
+    model = description.model("gemma3", torch.bfloat16)
+    first, second = (module for module in model.model.vision_tower.modules() if type(module) is towers._GELU_TANH)
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    first.act = torch.relu
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        assert patch.report().tower_gelus == 1
+        assert torch.equal(first(x), torch.relu(x))
+        second.act = torch.relu
+        assert torch.equal(second(x), torch.relu(x))
+
+
+@pytest.mark.skipif(not backend.has_kernel("gelu_tanh", "cpu"), reason="there is no native library")
+def test_a_gelu_under_vmap_is_torchs(monkeypatch):
+    module, x = towers._GELU_TANH(), torch.randn(3, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(towers.ops, "gelu_tanh", lambda x: pytest.fail("the kernel was called"))
+    assert torch.equal(torch.vmap(towers.FastGelu(module))(x), module(x))
+
+
+def test_a_list_of_layers_may_begin_with_nothing_or_with_a_script():
+    model = FAMILIES["smolvlm"].model("smolvlm", torch.float32)
+    text_model, undo = find_decoder(model)[1], Undo()
+    model.model.more = nn.ModuleList([None, nn.Identity()])
+    model.model.scripts = nn.ModuleList([torch.jit.script(nn.Identity())])
+    lay_out_by_rows(model, text_model, undo)
+    undo.restore()
+
+
+def test_a_tower_that_two_models_share_is_laid_out_until_both_are_unpatched():
+    first, second = (FAMILIES["gemma3"].model("gemma3", torch.float32) for _ in range(2))
+    second.model.vision_tower = first.model.vision_tower
+    layer = first.model.vision_tower.encoder.layers[0]
+    states = torch.randn(1, 16, 16).transpose(1, 2)
+    seen = []
+    layer.layer_norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous()))
+    with torch.no_grad(), ras_fast.patch(second):
+        ras_fast.patch(first).unpatch()
+        layer(states, None)
+    layer(states, None)
+    assert seen == [True, False]
+
+
+def test_images_that_lie_pixel_by_pixel_stay():
+    images = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    assert towers._by_rows(nn.Identity(), (images,), {})[0][0] is images
+
+
+@needs_kernel
+def test_forward_mode_is_sdpas():
+    """Under torch.func.jvp, too, whose tensors require no grad."""
+    query, key, value = (torch.randn(1, 2, 32, 64, dtype=HALVES[0]) for _ in range(3))
+    with torch.no_grad(), forward_ad.dual_level():
+        assert not towers._kernel_takes(forward_ad.make_dual(query, query), key, value)
+    assert towers._kernel_takes(query, key, value)

@@ -48,18 +48,24 @@ def features(model: nn.Module, batch: dict) -> torch.Tensor:
     return torch.cat([part.flatten() for part in found]).float()
 
 
-@needs_kernel
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("name", sorted(TOWERS.keys() & FAMILIES.keys()))
-def test_features_are_as_accurate_as_the_original_ones(name, dtype):
+@torch.no_grad()
+def originals(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict, torch.Tensor, torch.Tensor]:
+    """(model, batch, its features in float32, its features)."""
     description = FAMILIES[name]
     exact, model = description.model(name), description.model(name, dtype)
     exact.load_state_dict(model.state_dict())
     batch = description.inputs(model, ["tIt", "tII"], dtype=dtype)
     batch.pop("regions")
+    truth = features(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
+    return model, batch, truth, features(model, batch)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", sorted(TOWERS.keys() & FAMILIES.keys()))
+def test_features_are_as_accurate_as_the_original_ones(name, dtype):
+    model, batch, truth, before = originals(name, dtype)
     with torch.no_grad():
-        truth = features(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
-        before = features(model, batch)
         with ras_fast.patch(model) as patched, Calls() as calls:
             after = features(model, batch)
             assert patched.report().tower_attentions == TOWERS[name]
@@ -343,15 +349,9 @@ GELUS = {"gemma3": 2, "paligemma": 2, "smolvlm": 2, "qwen3_vl": 2, "llava": 0}  
 @pytest.mark.parametrize("name", sorted(GELUS.keys() & FAMILIES.keys()))
 def test_gelus_of_a_tower(name, dtype):
     """Those of the text model (Gemma's) are no module's that would be called by itself in a decode step."""
-    description = FAMILIES[name]
-    exact, model = description.model(name), description.model(name, dtype)
-    exact.load_state_dict(model.state_dict())
-    batch = description.inputs(model, ["tIt", "tII"], dtype=dtype)
-    batch.pop("regions")
+    model, batch, truth, before = originals(name, dtype)
+    undo, report = Undo(), Report("", 0)
     with torch.no_grad():
-        truth = features(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
-        before = features(model, batch)
-        undo, report = Undo(), Report("", 0)
         speed_up_gelus(model, find_decoder(model)[1], undo, report)
         with Calls() as calls:
             after = features(model, batch)

@@ -114,18 +114,26 @@ def _kernel_takes(*tensors: Tensor) -> bool:
     """A vision tower may be asked for gradients or tangents, which the kernel has none of."""
     _, key, value = tensors
     rows = key.shape == value.shape and all(tensor.stride(-1) == 1 for tensor in tensors)
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return rows and not wants_gradient and forward_ad._current_level < 0
+    return rows and not _may_want_derivatives(*tensors)
+
+
+def _may_want_derivatives(*tensors: Tensor) -> bool:
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _outside(root: nn.Module, text_model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that are not in its text model."""
+    text = {id(module) for module in text_model.modules()}
+    return [module for module in root.modules() if id(module) not in text]
 
 
 def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
     """Has the attention modules outside of the text model that go by SDPA go by `packed_attention`, where they can hand over
     all images at once, or by `attention`, where they are on a CPU."""
-    text = {id(module) for module in text_model.modules()}
     by_config: dict[int, list[nn.Module]] = {}
-    for module in root.modules():
+    for module in _outside(root, text_model):
         config = vars(module).get("config")
-        if id(module) not in text and config is not text_model.config and getattr(config, "_attn_implementation", "") == "sdpa":
+        if config is not text_model.config and getattr(config, "_attn_implementation", "") == "sdpa":
             by_config.setdefault(id(config), []).append(module)
     for modules in by_config.values():
         attentions = [module for module in modules if _attends(module)]
@@ -158,15 +166,13 @@ def _gelu_takes(x: Tensor) -> bool:
     """As `_kernel_takes`. Under torch.vmap torch's is one call, and the op one for each sample."""
     if x.device.type != "cpu" or x.element_size() != 2 or not x.is_floating_point() or is_functorch_wrapped_tensor(x):
         return False
-    wants_gradient = (torch.is_grad_enabled() and x.requires_grad) or forward_ad._current_level >= 0
-    return x.layout is torch.strided and not x.is_nested and x.is_contiguous() and not wants_gradient
+    return x.layout is torch.strided and not x.is_nested and x.is_contiguous() and not _may_want_derivatives(x)
 
 
 def speed_up_gelus(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
     """Every GELU by a hyperbolic tangent outside of the text model that is a module of its own, where all is on a CPU."""
-    text = {id(module) for module in text_model.modules()}
-    for module in root.modules() if _is_on_cpu(root) else ():
-        slot = forward_slot(module) if _is_gelu_tanh(module) and id(module) not in text else None
+    for module in _outside(root, text_model) if _is_on_cpu(root) else ():
+        slot = forward_slot(module) if _is_gelu_tanh(module) else None
         if slot is not None:
             undo.set(module, slot, FastGelu(module))
             report.tower_gelus += 1
@@ -180,8 +186,7 @@ def _is_gelu_tanh(module: nn.Module) -> bool:
 
 def lay_out_by_rows(root: nn.Module, text_model: nn.Module, undo: Undo) -> None:
     """Has the states of all stacks of layers outside of the text model lie row by row."""
-    text = {id(module) for module in text_model.modules()}
-    stacks = [module for module in root.modules() if isinstance(module, nn.ModuleList) and id(module) not in text]
+    stacks = [module for module in _outside(root, text_model) if isinstance(module, nn.ModuleList)]
     for first in (stack[0] for stack in stacks if len(stack)):
         if first is not None and any(map(_attends, first.modules())):
             undo.hook_before(first, partial(_by_rows))  # one of its own: another patch of the tower leaves it there

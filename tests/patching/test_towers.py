@@ -348,7 +348,7 @@ GELUS = {"gemma3": 2, "paligemma": 2, "smolvlm": 2, "qwen3_vl": 2, "llava": 0}  
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", sorted(GELUS.keys() & FAMILIES.keys()))
 def test_gelus_of_a_tower(name, dtype):
-    """Those of the text model (Gemma's) are no module's that would be called by itself in a decode step."""
+    """Those of the text model (Gemma's) stay: in a decode step they are part of its gated MLPs' kernel."""
     model, batch, truth, before = originals(name, dtype)
     undo, report = Undo(), Report("", 0)
     with torch.no_grad():

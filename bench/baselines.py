@@ -155,7 +155,8 @@ def _packed(x: Tensor, weights: list[Tensor]) -> tuple[Callable[[Tensor], Tensor
 
 
 # Attention with region mass. Each returns a callable that gives (out, mass of the last `rows` query rows), or None where it
-# cannot run here. The regions are contiguous spans of keys (start, end); attention is causal, aligned bottom-right.
+# cannot run here. The regions are contiguous spans of keys (start, end); attention is causal, aligned bottom-right, or under a
+# mask [Lq, Lk] bool of the keys that each query sees.
 
 
 def attention_peers(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int) -> dict[str, Call]:
@@ -224,25 +225,33 @@ def attention_flashinfer(query: Tensor, key: Tensor, value: Tensor) -> Call:
     return call
 
 
-def attention_masked(query: Tensor, key: Tensor, value: Tensor) -> Call:
-    """SDPA under a mask of the valid keys: what a static cache, padding, or a captured step costs without a kernel for ranges.
-    No statistics."""
-    mask = torch.ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+def attention_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Call:
+    """SDPA under a mask, by default one that hides nothing: what a static cache, padding, or a captured step costs without a
+    kernel for ranges. No statistics."""
+    if mask is None:
+        mask = torch.ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     return lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-def attention_eager(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int) -> Call | None:
+def attention_eager(
+    query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int, mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> Call | None:  # fmt: skip
     """What Hugging Face's eager attention does with output_attentions=True: the whole matrix, then sums."""
     group, length_q, length_k = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     scores, states = query.shape[0] * query.shape[1] * length_q * length_k, key.numel() * group
     if max(scores, states) * 4 > 16 << 30:
         return None  # the matrix, or the keys and values of all query heads, would take more than 16 GB
-    mask = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).triu(length_k - length_q + 1)
+    if mask is None:
+        mask = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril(length_k - length_q)
+    hidden = ~mask
 
     def call():
         k, v = (t.repeat_interleave(group, 1) for t in (key, value))
-        scores = (query @ k.mT * query.shape[-1] ** -0.5).masked_fill(mask, -torch.inf)
-        weights = torch.softmax(scores, -1, dtype=torch.float32)
+        scores = query @ k.mT * query.shape[-1] ** -0.5
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=torch.float32)
         return weights.to(query.dtype) @ v, _span_sums(weights[:, :, length_q - rows :], spans)
 
     return call
@@ -268,7 +277,9 @@ def attention_recompute(query: Tensor, key: Tensor, value: Tensor, spans: list[t
     return call
 
 
-def attention_indicators(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int) -> Call | None:
+def attention_indicators(
+    query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[int, int]], rows: int, mask: Tensor | None = None
+) -> Call | None:
     """Values with one more column for each region, 1 on its keys: the masses of all rows come out as columns of the output."""
     dim = value.shape[-1]
     columns = -(-len(spans) // 8) * 8
@@ -281,7 +292,7 @@ def attention_indicators(query: Tensor, key: Tensor, value: Tensor, spans: list[
 
     def call():
         q, k = (torch.nn.functional.pad(t, (0, pad)) if pad else t for t in (query, key))
-        wide = _sdpa(q, k, torch.cat([value, indicators], -1), query.shape[2] > 1, scale=dim**-0.5)
+        wide = _sdpa(q, k, torch.cat([value, indicators], -1), query.shape[2] > 1, dim**-0.5, mask)
         return wide[..., :dim], wide[:, :, query.shape[2] - rows :, dim : dim + len(spans)]
 
     return call
@@ -336,8 +347,12 @@ def attention_flex(query: Tensor, key: Tensor, value: Tensor, spans: list[tuple[
     return call
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=True)
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """causal: where there is no mask."""
+    options = {"is_causal": causal} if mask is None else {"attn_mask": mask}
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True, **options)
 
 
 def _flash_with_lse(query: Tensor) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]] | None:

@@ -52,12 +52,15 @@ def _attention_problem(wanted) -> tuple[str, Callable[[], object]]:
     ids = (torch.arange(keys, device=DEVICE, dtype=torch.int32) * (REGIONS + 2) // keys - 1).clamp(max=REGIONS - 1)
     ids = ids.expand(batch, keys).contiguous()
     start, end, window, softcap, sinks, bias = None, None, 0, 0.0, None, None
+    if wanted.variant == "rows":  # what a causal mask hides
+        end = torch.arange(keys - rows + 1, keys + 1, device=DEVICE, dtype=torch.int32).expand(batch, -1).contiguous()
+        start = torch.zeros_like(end)
     if wanted.variant == "every":
         start = torch.full((batch,), 7, device=DEVICE, dtype=torch.int32)
         end = torch.full((batch,), keys, device=DEVICE, dtype=torch.int32)
         window, softcap, sinks = keys, 50.0, torch.randn(HEADS, device=DEVICE)
         bias = torch.randn(HEADS, REGIONS, device=DEVICE)
-    masks = (wanted.size**-0.5, True, start, end, window, softcap)
+    masks = (wanted.size**-0.5, wanted.variant != "rows", start, end, window, softcap)
     shape = f"B{batch} Hq{HEADS} Hkv{KV_HEADS} Lq{rows} Lk{keys} D{wanted.size} R{REGIONS}"
     if wanted.kernel in ("prefill", "decode"):
         return shape, lambda: attention.region_attention(query, key, value, ids, REGIONS, *masks, sinks, bias, rows)
@@ -84,8 +87,9 @@ def shape_classes(arch: int, match: str = "") -> list:
     from ras_fast.triton_kernels import norm
     from ras_fast.triton_kernels.tuned import FIELDS, ShapeClass
 
+    kernels = [kernel for kernel in FIELDS if kernel != "norm"]
     classes = [ShapeClass(kernel, arch, 2, size, variant)
-               for variant in ("plain", "every") for kernel in FIELDS if kernel != "norm" for size in HEAD_DIMS]  # fmt: skip
+               for variant in ("plain", "every", "rows") for kernel in kernels for size in HEAD_DIMS]  # fmt: skip
     classes += [norm.shape_class(arch, 2, width) for width in WIDTHS]
     return [wanted for wanted in classes if match in f"{wanted.kernel} {wanted.size} {wanted.variant}"]
 

@@ -114,24 +114,63 @@ def _tile_rows(tile, rows, first_row, GROUP: tl.constexpr, PACK: tl.constexpr, B
 
 
 @triton.jit
-def _key_limits(kv_start, kv_end, batch, lk, HAS_START: tl.constexpr, HAS_END: tl.constexpr):
-    """The valid keys [start, end) of a batch element, clamped to the memory there is."""
+def _key_limits(
+    kv_start, kv_end, batch, row, lq, lk, HAS_START: tl.constexpr, HAS_END: tl.constexpr, ROW_BOUNDS: tl.constexpr
+):
+    """The valid keys [start, end) of a batch element, clamped to the memory there is; with ROW_BOUNDS those of each row, as
+    [rows, 1]."""
     start = 0
     end = lk
+    at = batch
+    if ROW_BOUNDS:
+        at = (batch * lq + tl.minimum(row, lq - 1))[:, None]
+        start = tl.zeros(at.shape, tl.int32)
+        end = start + lk
     if HAS_START:
-        start = tl.maximum(tl.load(kv_start + batch), 0)
+        start = tl.maximum(tl.load(kv_start + at), 0)
     if HAS_END:
-        end = tl.minimum(tl.load(kv_end + batch), lk)
+        end = tl.minimum(tl.load(kv_end + at), lk)
     return start, end
 
 
 @triton.jit
-def _visible(first_limit, last_limit, start, end, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def _is_valid(key, start, end, ROW_BOUNDS: tl.constexpr):
+    """[1, keys], or with ROW_BOUNDS [rows, keys]."""
+    if ROW_BOUNDS:
+        return (key[None, :] >= start) & (key[None, :] < end)
+    else:
+        return ((key >= start) & (key < end))[None, :]
+
+
+@triton.jit
+def _ends(start, end, ROW_BOUNDS: tl.constexpr):
+    """Keys [first, past) in which those lie that are valid for some row."""
+    if ROW_BOUNDS:
+        return tl.min(start), tl.max(end)
+    else:
+        return start, end
+
+
+@triton.jit
+def _limit(row, lq, end, ROW_BOUNDS: tl.constexpr):
+    """The last key that each row sees under a causal mask, which rows with bounds of their own are not under."""
+    if ROW_BOUNDS:
+        return row
+    else:
+        return row + (end - lq)
+
+
+@triton.jit
+def _visible(
+    first_limit, last_limit, start, end, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ROW_BOUNDS: tl.constexpr
+):
     """Keys [low, high) that some row of the tile sees, and [full_low, full_high) that every row sees."""
-    low = start
-    full_low = start
-    high = end
-    full_high = end
+    low, high = _ends(start, end, ROW_BOUNDS)
+    full_low = low
+    full_high = high
+    if ROW_BOUNDS:
+        full_low = tl.max(start)
+        full_high = tl.min(end)
     if CAUSAL:
         high = tl.minimum(end, last_limit + 1)
         full_high = tl.minimum(end, first_limit + 1)
@@ -153,8 +192,8 @@ def _split_range(low, high, split, BLOCK_N: tl.constexpr):
 def _scores(
     q, k, key, ids, limit, block, start, end, full_low, full_high, bias, stride_bias_h, member, num_regions,
     scale, softcap, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, PACK: tl.constexpr,
-    PRESCALED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ROW_BOUNDS: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    PACK: tl.constexpr, PRESCALED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a block, -inf where masked; in base-2 units when PRESCALED, else still to be multiplied by scale."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -172,7 +211,7 @@ def _scores(
             else:
                 s += tl.load(bias + (member * stride_bias_h)[:, None] + ids[None, :], known[None, :], other=0.0) * LOG2E
     if (block < full_low) | (block + BLOCK_N > full_high):
-        valid = ((key >= start) & (key < end))[None, :]
+        valid = _is_valid(key, start, end, ROW_BOUNDS)
         if CAUSAL:
             valid = valid & (key[None, :] <= limit[:, None])
         if WINDOW:
@@ -187,8 +226,8 @@ def _attention_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_os, stride_ob, stride_oh, stride_om, stride_ib, stride_bb, stride_bh,
     num_batch, num_heads, lq, lk, num_regions, mass_rows, scale, softcap, window,
-    GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_END: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BIAS: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+    ROW_BOUNDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, BIAS: tl.constexpr,
     MASS: tl.constexpr, PRESCALED: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -201,10 +240,11 @@ def _attention_kernel(
     split = tl.program_id(1)
 
     row, member, row_ok, first_row, last_row = _tile_rows(tile, lq, 0, GROUP, PACK, BLOCK_M)
-    start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
-    limit = row + (end - lq)
+    start, end = _key_limits(KvStart, KvEnd, batch, row, lq, lk, HAS_START, HAS_END, ROW_BOUNDS)
+    first_key, past_key = _ends(start, end, ROW_BOUNDS)
+    limit = _limit(row, lq, end, ROW_BOUNDS)
     low, high, full_low, full_high = _visible(
-        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW, ROW_BOUNDS
     )
     low, high = _split_range(low, high, split, BLOCK_N)
 
@@ -240,9 +280,9 @@ def _attention_kernel(
 
     for block in range(low, high, BLOCK_N):
         key = block + column
-        kv_ok = (key < end)[:, None] & d_ok[None, :]
+        kv_ok = (key < past_key)[:, None] & d_ok[None, :]
         if HAS_START:
-            kv_ok = kv_ok & (key >= start)[:, None]
+            kv_ok = kv_ok & (key >= first_key)[:, None]
         k = tl.load(k_rows[:, None] + tl.cast(block, tl.int64) * stride_kn + d[None, :], kv_ok, other=0.0)
         ids = key
         first_id = block
@@ -251,7 +291,7 @@ def _attention_kernel(
             first_id = tl.load(ids_row + block)
         s = _scores(
             q, k, key, ids, limit, block, start, end, full_low, full_high, bias, stride_bh, member, num_regions,
-            scale, softcap, window, CAUSAL, WINDOW, SOFTCAP, BIAS, PACK, PRESCALED, BLOCK_N, PRECISION,
+            scale, softcap, window, CAUSAL, WINDOW, ROW_BOUNDS, SOFTCAP, BIAS, PACK, PRESCALED, BLOCK_N, PRECISION,
         )  # fmt: skip
         factor = 1.0 if PRESCALED else scale * LOG2E
         new_top = tl.maximum(top, tl.max(s, 1) * factor)
@@ -268,6 +308,9 @@ def _attention_kernel(
                     p, row_sum, ids, first_id, run_region, run_sum, mass_row, mass_ok, num_regions, top,
                     V.dtype.element_ty, True, PRECISION,
                 )  # fmt: skip
+        if ROW_BOUNDS:  # between two rows' keys may lie some that no row sees, and in uninitialised memory
+            seen = tl.max(_is_valid(key, start, end, ROW_BOUNDS).to(tl.int32), 0)
+            kv_ok = kv_ok & (seen != 0)[:, None]
         v = tl.load(v_rows[:, None] + tl.cast(block, tl.int64) * stride_vn + d[None, :], kv_ok, other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
@@ -335,8 +378,8 @@ def _selected_rows_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_lb, stride_lh, stride_lm,
     stride_ib, stride_bb, stride_bh,
     num_batch, num_heads, lq, lk, num_regions, rows, scale, softcap, window,
-    GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_END: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASS: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
+    ROW_BOUNDS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, MASS: tl.constexpr,
     KEYS: tl.constexpr, REDUCE: tl.constexpr, PRESCALED: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -353,10 +396,11 @@ def _selected_rows_kernel(
     split = tl.program_id(1)
 
     row, member, row_ok, first_row, last_row = _tile_rows(tile, rows, lq - rows, GROUP, PACK, BLOCK_M)
-    start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
-    limit = row + (end - lq)
+    start, end = _key_limits(KvStart, KvEnd, batch, row, lq, lk, HAS_START, HAS_END, ROW_BOUNDS)
+    _, past_key = _ends(start, end, ROW_BOUNDS)
+    limit = _limit(row, lq, end, ROW_BOUNDS)
     low, high, full_low, full_high = _visible(
-        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+        first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW, ROW_BOUNDS
     )
     if KEYS:
         low, high = _split_range(0, lk, split, BLOCK_N)
@@ -397,11 +441,11 @@ def _selected_rows_kernel(
             wanted = (ids >= 0) & (ids < num_regions)
         if tl.max(wanted.to(tl.int32), 0) != 0:
             tl.debug_barrier()  # this loop is not pipelined: it skips blocks
-            k_ok = (key < end)[:, None] & d_ok[None, :]
+            k_ok = (key < past_key)[:, None] & d_ok[None, :]
             k = tl.load(k_rows[:, None] + tl.cast(block, tl.int64) * stride_kn + d[None, :], k_ok, other=0.0)
             s = _scores(
                 q, k, key, ids, limit, block, start, end, full_low, full_high, bias, stride_bh, member, num_regions,
-                scale, softcap, window, CAUSAL, WINDOW, SOFTCAP, BIAS, PACK, PRESCALED, BLOCK_N, PRECISION,
+                scale, softcap, window, CAUSAL, WINDOW, ROW_BOUNDS, SOFTCAP, BIAS, PACK, PRESCALED, BLOCK_N, PRECISION,
             )  # fmt: skip
             p = tl.exp2(s * (1.0 if PRESCALED else scale * LOG2E) - shift[:, None])
             if MASS:
@@ -430,23 +474,25 @@ def _key_attention_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_lb, stride_lh, stride_lm,
     stride_ib, stride_bb, stride_bh,
     num_heads, lq, lk, num_regions, rows, scale, softcap, window,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, REDUCE: tl.constexpr, PRESCALED: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr, ROW_BOUNDS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, REDUCE: tl.constexpr, PRESCALED: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention that one block of keys receives from the last rows: keys stay, row tiles stream by."""
     blocks = tl.cdiv(lk, BLOCK_N)
     block = tl.program_id(0) % blocks * BLOCK_N
     head = tl.program_id(0) // blocks % num_heads
     batch = (tl.program_id(0) // blocks // num_heads).to(tl.int64)
-    start, end = _key_limits(KvStart, KvEnd, batch, lk, HAS_START, HAS_END)
+    past_key = lk
+    if not ROW_BOUNDS:
+        start, end = _key_limits(KvStart, KvEnd, batch, 0, lq, lk, HAS_START, HAS_END, False)
+        past_key = end
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
     key = block + tl.arange(0, BLOCK_N)
     k_rows = K + batch * stride_kb + (head // GROUP).to(tl.int64) * stride_kh + key.to(tl.int64) * stride_kn
-    k = tl.load(k_rows[:, None] + d[None, :], (key < end)[:, None] & d_ok[None, :], other=0.0)
+    k = tl.load(k_rows[:, None] + d[None, :], (key < past_key)[:, None] & d_ok[None, :], other=0.0)
     ids = key
     bias = Bias
     if BIAS:
@@ -461,15 +507,17 @@ def _key_attention_kernel(
         first = tl.maximum(block - (end - rows), 0) // BLOCK_M * BLOCK_M
     for offset in range(first, rows, BLOCK_M):
         row, member, row_ok, first_row, last_row = _tile_rows(offset // BLOCK_M, rows, lq - rows, 1, 1, BLOCK_M)
+        if ROW_BOUNDS:
+            start, end = _key_limits(KvStart, KvEnd, batch, row, lq, lk, HAS_START, HAS_END, True)
         _, _, full_low, full_high = _visible(
-            first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW
+            first_row + end - lq, last_row + end - lq, start, end, window, CAUSAL, WINDOW, ROW_BOUNDS
         )
         q_rows = q_head + row.to(tl.int64) * stride_qm
         q = tl.load(q_rows[:, None] + d[None, :], row_ok[:, None] & d_ok[None, :], other=0.0)
         lse = tl.load(lse_head + row.to(tl.int64) * stride_lm, row_ok, other=float("inf"))
         s = _scores(
-            q, k, key, ids, row + (end - lq), block, start, end, full_low, full_high, bias, stride_bh, member,
-            num_regions, scale, softcap, window, CAUSAL, WINDOW, SOFTCAP, BIAS, 1, PRESCALED, BLOCK_N, PRECISION,
+            q, k, key, ids, _limit(row, lq, end, ROW_BOUNDS), block, start, end, full_low, full_high, bias, stride_bh, member,
+            num_regions, scale, softcap, window, CAUSAL, WINDOW, ROW_BOUNDS, SOFTCAP, BIAS, 1, PRESCALED, BLOCK_N, PRECISION,
         )  # fmt: skip
         factor = 1.0 if PRESCALED else scale * LOG2E
         p = tl.exp2(s * factor - _finite_or_zero(lse * LOG2E)[:, None])
@@ -511,29 +559,35 @@ def rule(wanted: tuned.ShapeClass) -> Config:
 
     float32 alone, at a head dimension above 128, fits into no tile that tensor cores take, and spills.
     """
-    kind, arch, wide, plain = wanted.kernel, wanted.arch, wanted.itemsize == 4, wanted.variant == "plain"
+    kind, arch, wide = wanted.kernel, wanted.arch, wanted.itemsize == 4
+    plain, own = wanted.variant == "plain", wanted.variant == "rows"  # each row's bounds take registers
     size = 0 if wanted.size <= 64 else 1 if wanted.size <= 128 else 2
     if kind == "prefill":
         if wide:
             return (Config(32, 16, 4, 1), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
+        if own:
+            roomy = arch in (90, 100)  # whose tensor cores take operands from shared memory
+            return Config(64 if roomy else 32, 32, 8, 2) if size == 2 else Config(64, 64 if roomy else 32, 8, 3)
         return (Config(128, 64, 8, 3), Config(128, 64 if arch == 90 and plain else 32, 8, 3), Config(64, 32, 8, 2))[size]
     if kind == "decode":
         if wide:
             return (Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
         return Config(16, (128 if arch == 80 else 64, 64, 32)[size], 4, 3, DECODE_REGISTERS)
     if kind == "mass":
-        block_n = ((64, 64, 16 if arch == 80 else 32), (32, 16, 16))[wide][size]
+        block_n = ((64, 32 if own else 64, 16 if arch == 80 else 32), (32, 16, 16))[wide][size]
         # On sm_90 Triton 3.6 multiplies tiles of 64 × 16 by 8 warps wrongly, and reads beyond its shared memory.
         few = (arch == 90 and (not wide or block_n == 16)) or (arch == 100 and size == 0 and not wide)
         return Config(SELECTED_ROWS, block_n, 4 if few else 8, 2)
-    return Config(((64, 64, 32), (32, 32, 16))[wide][size], 64, 4, 2)
+    block_m = ((64, 64, 32), (32, 32, 16))[wide][size]
+    return Config(min(block_m, 32) if own else block_m, 64, 4, 2)
 
 
 def _shape_class(kind: str, query: torch.Tensor, constants: dict, *options: torch.Tensor | None) -> tuned.ShapeClass:
     plain = not any(constants[flag] for flag in FEATURES) and all(option is None for option in options)
     arch, _ = device_facts(query.device)
     size = max(64, triton.next_power_of_2(query.shape[-1]))
-    return tuned.ShapeClass(kind, arch, query.element_size(), size, "plain" if plain else "every")
+    variant = "rows" if constants["ROW_BOUNDS"] else "plain" if plain else "every"
+    return tuned.ShapeClass(kind, arch, query.element_size(), size, variant)
 
 
 def _splits(programs: int, key_blocks: int, device: torch.device) -> int:
@@ -553,8 +607,10 @@ def _bias_strides(bias: torch.Tensor | None) -> tuple[int, int]:
 
 def _constants(query: torch.Tensor, is_causal, kv_start, kv_end, window, softcap, region_bias, scale) -> dict:
     """Compile-time facts that every kernel here takes: a feature that is absent costs nothing."""
+    row_bounds = any(bound is not None and bound.dim() == 2 for bound in (kv_start, kv_end))
     return {
-        "CAUSAL": is_causal, "HAS_START": kv_start is not None, "HAS_END": kv_end is not None, "WINDOW": window > 0,
+        "CAUSAL": is_causal, "HAS_START": kv_start is not None, "HAS_END": kv_end is not None, "ROW_BOUNDS": row_bounds,
+        "WINDOW": window > 0,
         "SOFTCAP": softcap > 0, "BIAS": region_bias is not None,
         "PRESCALED": softcap > 0 or region_bias is not None or scale <= 0,
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
@@ -719,7 +775,7 @@ def region_statistics(
 
 def aot_cases(arch: int) -> list[dict]:
     """Default configurations for the static inspector (ras_fast/inspect.py): each head-dimension class, plain and with all
-    features on.
+    features on, under a causal mask or under bounds of each row's own.
     """
     types = dict.fromkeys(("Q", "K", "V", "Out"), "*bf16") | dict.fromkeys(("Ids", "KvStart", "KvEnd"), "*i32")
     types |= dict.fromkeys(("Lse", "Mass", "Keys", "Sinks", "Bias", "PartOut", "PartLse", "PartMass"), "*fp32")
@@ -739,10 +795,12 @@ def aot_cases(arch: int) -> list[dict]:
                       "maxnreg": tile.maxnreg})  # fmt: skip
 
     for dim in (64, 128, 256):
-        for variant in ("plain", "every"):
-            every = variant == "every"
-            flags = dict.fromkeys((*FEATURES, "SINKS"), every)
-            flags |= {"CAUSAL": True, "REDUCE": "mean", "PRECISION": "tf32", "GROUP": 4, "HEAD_DIM": dim, "BLOCK_D": dim}
+        for variant, words in (("plain", "plain"), ("every", "every feature"), ("rows", "rows' own bounds")):
+            own = variant == "rows"
+            flags = dict.fromkeys((*FEATURES, "SINKS"), variant != "plain") | {"CAUSAL": not own, "ROW_BOUNDS": own}
+            flags |= {"REDUCE": "mean", "PRECISION": "tf32", "GROUP": 4, "HEAD_DIM": dim, "BLOCK_D": dim}
+            if own:
+                flags["WINDOW"] = False
             for name, kind, kernel, pack, mass, keys in (
                 ("prefill", "prefill", _attention_kernel, 1, True, False),
                 ("decode", "decode", _attention_kernel, 4, True, False),
@@ -753,7 +811,7 @@ def aot_cases(arch: int) -> list[dict]:
             ):
                 wanted = tuned.ShapeClass(kind, arch, 2, dim, variant)
                 tile = config(wanted)
-                add(f"{name}[D={dim}, {'every feature' if every else 'plain'}]", kernel, wanted, tile, **flags, PACK=pack,
-                    MASS=mass, KEYS=keys, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)  # fmt: skip
+                add(f"{name}[D={dim}, {words}]", kernel, wanted, tile, **flags, PACK=pack, MASS=mass, KEYS=keys,
+                    BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)  # fmt: skip
     add("merge[D=128]", _merge_kernel, None, Config(1, 1, 4, 3), MASS=True, HEAD_DIM=128, BLOCK_S=32, BLOCK_D=128)
     return cases

@@ -30,7 +30,8 @@ class ShapeClass(NamedTuple):
     """What a configuration depends on.
 
     kernel: one of `FIELDS`. arch: 90 for sm_90. itemsize: bytes of an element. size: head dimension or width, rounded up to a
-    power of two. variant: "plain", or "every" where a call may use options (masks, softcap, bias, sinks; of a norm always).
+    power of two. variant: "plain", or "every" where a call may use options (masks, softcap, bias, sinks; of a norm always), or
+    "rows" where each row has bounds of its own.
     """
 
     kernel: str

@@ -7,9 +7,8 @@
 
 namespace ras::cpu {
 
-// bound_rows: how many bounds a sequence has.
 inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows, const MaybeTensor& region_ids,
-                            int64_t num_regions, const Masks& masks, const MaybeTensor& region_bias, int64_t bound_rows = 1) {
+                            int64_t num_regions, const Masks& masks, const MaybeTensor& region_bias) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && rows_contiguous(query) && rows_contiguous(key) &&
                       raw_dtype(query) == raw_dtype(key) && key.size(0) == query.size(0) && key.size(3) == query.size(3) &&
                       key.size(1) > 0 && query.size(1) % key.size(1) == 0 && rows >= 0 && rows <= query.size(2),
@@ -18,11 +17,11 @@ inline void guard_attention(const Tensor& query, const Tensor& key, int64_t rows
   const int64_t batch = query.size(0), heads = query.size(1);
   const int32_t int32 = aoti_torch_dtype_int32(), float32 = aoti_torch_dtype_float32();
   const auto bound = [&](const MaybeTensor& tensor) {
-    return !tensor || ((bound_rows == 1 ? is(*tensor, int32, {batch}) : is(*tensor, int32, {batch, bound_rows})) &&
+    return !tensor || ((masks.per_row() ? is(*tensor, int32, {batch, query.size(2)}) : is(*tensor, int32, {batch})) &&
                        tensor->is_contiguous());
   };
   STD_TORCH_CHECK(bound(masks.start) && bound(masks.end),
-                  "ras_fast attention: kv_start and kv_end must be contiguous [B] int32, for decode also [B, Lq]");
+                  "ras_fast attention: kv_start and kv_end must be contiguous int32, both [B] or both [B, Lq]");
   STD_TORCH_CHECK(!region_ids || (is(*region_ids, int32, {batch, key.size(2)}) && rows_contiguous(*region_ids)),
                   "ras_fast attention: region_ids must be [B, Lk] int32");
   STD_TORCH_CHECK(region_ids || num_regions == 0, "ras_fast attention: num_regions must be 0 without region_ids");
@@ -40,8 +39,8 @@ inline void guard_lse(const Tensor& lse, const Tensor& query) {
 // Guards and fills what every attention kernel's arguments have; rows: how many have their statistics taken.
 inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor& key, int64_t rows,
                           const MaybeTensor& region_ids, int64_t num_regions, const Masks& masks,
-                          const MaybeTensor& region_bias, int64_t bound_rows = 1) {
-  guard_attention(query, key, rows, region_ids, num_regions, masks, region_bias, bound_rows);
+                          const MaybeTensor& region_bias) {
+  guard_attention(query, key, rows, region_ids, num_regions, masks, region_bias);
   args.dtype = dtype_of(query);
   args.batch = query.size(0);
   args.heads = query.size(1);
@@ -61,7 +60,7 @@ inline void set_attention(AttentionArgs& args, const Tensor& query, const Tensor
   args.window = masks.window;
   args.kv_start = data_of<const int32_t>(masks.start);
   args.kv_end = data_of<const int32_t>(masks.end);
-  args.bound_rows = bound_rows;
+  args.bound_rows = masks.per_row() ? args.length_q : 1;
   args.num_regions = num_regions;
   if (region_ids) {
     args.region_ids = data_of<const int32_t>(region_ids);

@@ -65,8 +65,8 @@ struct Row : Span {
   const float* bias;  // [R] or null
   float scale, softcap;
 
-  Row(const AttentionStatsArgs& args, const ValidKeys& valid, int64_t batch, int64_t head, int64_t index)
-      : Span(args, valid, index), scale(args.scale), softcap(args.softcap) {
+  Row(const AttentionStatsArgs& args, int64_t batch, int64_t head, int64_t index)
+      : Span(args, batch, index), scale(args.scale), softcap(args.softcap) {
     lse = args.lse[(batch * args.heads + head) * args.length_q + index];
     if (lse == -INFINITY) high = -1;
     bias = bias_of(args, batch, head);
@@ -95,8 +95,7 @@ struct Row : Span {
 
 // Calls sum(head, row, p0, p1) with the probabilities of each (head of the group, row of the work) over the block.
 template <class Sum>
-void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float* queries, const KeyBlock& block,
-              const ValidKeys& valid, Sum&& sum) {
+void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float* queries, const KeyBlock& block, Sum&& sum) {
   const int64_t per_group = args.heads / args.kv_heads, count = work.row_end - work.row_begin;
   const int64_t batch = work.group / args.kv_heads, first_head = work.group % args.kv_heads * per_group;
   const int64_t first_index = args.length_q - args.rows;
@@ -108,7 +107,7 @@ void each_row(const AttentionStatsArgs& args, const StatsWork& work, const float
     kDotRows[n - 1](q, block.panel, args.dim, s);
     for (int r = 0; r < n; ++r) {
       const int64_t head = first_head + (start + r) / count, index = work.row_begin + (start + r) % count;
-      const Row row(args, valid, batch, head, first_index + index);
+      const Row row(args, batch, head, first_index + index);
       if (!row.sees(block)) continue;
       sum(head, index, row.probability(s[r][0], block, 0), row.probability(s[r][1], block, 1));
     }
@@ -170,20 +169,31 @@ void add_scores(const AttentionStatsArgs& args, float* scores, int count, vfloat
   }
 }
 
+// The keys of the work from the first to the last that one of its rows sees.
+Span wanted_keys(const AttentionStatsArgs& args, const StatsWork& work) {
+  const int64_t batch = work.group / args.kv_heads;
+  int64_t first = work.key_end, last = work.key_begin - 1;
+  for (int64_t row = work.row_begin; row < work.row_end; ++row) {
+    const Span seen(args, batch, args.length_q - args.rows + row);
+    if (seen.empty()) continue;
+    first = seen.low < first ? seen.low : first;
+    last = seen.high > last ? seen.high : last;
+  }
+  return {first > work.key_begin ? first : work.key_begin, last < work.key_end ? last : work.key_end - 1};
+}
+
 template <class T>
 void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work, float* mass) {
   const int64_t batch = work.group / args.kv_heads, kv_head = work.group % args.kv_heads;
   const int32_t* ids = ids_of(args, batch);
-  const ValidKeys valid(args, batch);
-  const int64_t begin = work.key_begin > valid.first ? work.key_begin : valid.first;
-  const int64_t end = work.key_end < valid.last ? work.key_end : valid.last;
-  if (begin >= end) return;
+  const Span wanted = wanted_keys(args, work);
+  if (wanted.empty()) return;
   float* queries = widen_queries<T>(args, work);
   KeyBlock block;
   block.panel = static_cast<float*>(std::malloc(kBlock * args.dim * sizeof(float)));
-  for (int64_t next = begin; fill(args, ids, next, end, block), block.count;) {
+  for (int64_t next = wanted.low; fill(args, ids, next, wanted.high + 1, block), block.count;) {
     pack<T>(args, batch, kv_head, block);
-    each_row(args, work, queries, block, valid, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
+    each_row(args, work, queries, block, [&](int64_t head, int64_t row, vfloat p0, vfloat p1) {
       const int64_t stat = batch * args.heads + head;
       if (args.mass) add_masses(block, mass + (stat * args.rows + row) * args.num_regions, p0, p1);
       if (args.scores) add_scores(args, args.scores + stat * args.length_k + block.position[0], block.count, p0, p1);
@@ -191,7 +201,7 @@ void attention_stats_typed(const AttentionStatsArgs& args, const StatsWork& work
   }
   if (args.scores && args.reduce == Reduce::mean) {
     for (int64_t h = kv_head * args.heads / args.kv_heads; h < (kv_head + 1) * args.heads / args.kv_heads; ++h)
-      for (int64_t k = begin; k < end; ++k) args.scores[(batch * args.heads + h) * args.length_k + k] /= args.rows;
+      for (int64_t k = wanted.low; k <= wanted.high; ++k) args.scores[(batch * args.heads + h) * args.length_k + k] /= args.rows;
   }
   std::free(block.panel);
   std::free(queries);

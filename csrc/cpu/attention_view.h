@@ -21,26 +21,23 @@ inline const float* bias_of(const AttentionArgs& args, int64_t batch, int64_t he
   return args.region_bias ? args.region_bias + batch * args.bias_batch_stride + head * args.bias_head_stride : nullptr;
 }
 
-// The valid keys [first, last) of a batch element, or of one of its query rows, clamped to the memory there is.
-struct ValidKeys {
-  int64_t first, last;
-
-  ValidKeys(const AttentionArgs& args, int64_t batch, int64_t row = 0) {
-    const int64_t at = batch * args.bound_rows + (args.bound_rows > 1 ? row : 0);
-    first = args.kv_start && args.kv_start[at] > 0 ? args.kv_start[at] : 0;
-    last = args.kv_end && args.kv_end[at] < args.length_k ? args.kv_end[at] : args.length_k;
-  }
-};
-
-// The keys [low, high] that query row `index` sees of them.
+// Keys [low, high]: as a rule those that a query row sees.
 struct Span {
   int64_t low, high;
 
-  Span(const AttentionArgs& args, const ValidKeys& valid, int64_t index) : low(valid.first), high(valid.last - 1) {
-    const int64_t own = index + valid.last - args.length_q;
+  Span(int64_t low, int64_t high) : low(low), high(high) {}
+  // What row `index` of a batch element sees, clamped to the memory there is.
+  Span(const AttentionArgs& args, int64_t batch, int64_t index) {
+    const int64_t at = batch * args.bound_rows + (args.bound_rows > 1 ? index : 0);
+    const int64_t end = args.kv_end && args.kv_end[at] < args.length_k ? args.kv_end[at] : args.length_k;
+    low = args.kv_start && args.kv_start[at] > 0 ? args.kv_start[at] : 0;
+    high = end - 1;
+    const int64_t own = index + end - args.length_q;
     if (args.causal && own < high) high = own;
     if (args.window && own - args.window + 1 > low) low = own - args.window + 1;
   }
+
+  bool empty() const { return low > high; }
 };
 
 }  // namespace ras::cpu::RAS_FAST_ISA

@@ -19,9 +19,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_attention(const Tensor& query, const T
                                                     int64_t window, double softcap, const MaybeTensor& sinks,
                                                     const MaybeTensor& region_bias, int64_t mass_rows) {
   DecodeArgs args{};
-  const Masks masks{scale, is_causal, kv_start, kv_end, window, softcap};
-  const int64_t bound_rows = masks.per_row() && query.dim() == 4 ? query.size(2) : 1;
-  set_attention(args, query, key, mass_rows, region_ids, num_regions, masks, region_bias, bound_rows);
+  set_attention(args, query, key, mass_rows, region_ids, num_regions, {scale, is_causal, kv_start, kv_end, window, softcap},
+                region_bias);
   set_values(args, query, key, value, sinks);
   args.mass_rows = mass_rows;
 

@@ -144,7 +144,7 @@ struct Sight {
   Sight(const DecodeArgs& args, int64_t batch, int64_t begin, int64_t end) : count(args.length_q), all{end, begin} {
     rows = static_cast<Keys*>(std::malloc(count * sizeof(Keys)));
     for (int64_t row = 0; row < count; ++row) {
-      const Span span(args, ValidKeys(args, batch, row), row);
+      const Span span(args, batch, row);
       rows[row] = {greater(begin, span.low), lesser(end, span.high + 1)};
       if (!keys(row)) continue;
       all = {lesser(all.low, rows[row].low), greater(all.high, rows[row].high)};

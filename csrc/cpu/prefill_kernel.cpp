@@ -129,6 +129,7 @@ void transpose(vfloat* v) {
 // The memory of one call. Where a unit is a float, the weights take the place of the scores.
 struct Scratch {
   float *query, *out, *top, *total, *mass, *scores, *weights, *keys, *values, *bias, *memory;
+  Span* seen;  // by each row of the tile
 
   Scratch(const PrefillArgs& args, int64_t rows, bool weights_apart) {
     const int64_t width = padded(args.dim), heads = args.heads / args.kv_heads, regions = args.mass ? args.num_regions : 0;
@@ -141,8 +142,12 @@ struct Scratch {
     float* next = memory;
     for (int i = 0; i < 10; next += padded(sizes[i]), ++i) *parts[i] = next;
     if (!weights_apart) weights = scores;
+    seen = static_cast<Span*>(std::malloc(rows / heads * sizeof(Span)));
   }
-  ~Scratch() { std::free(memory); }
+  ~Scratch() {
+    std::free(seen);
+    std::free(memory);
+  }
 };
 
 template <class M>
@@ -153,17 +158,20 @@ class Tile {
   Tile(const PrefillArgs& args, int64_t group, int64_t row_begin, int64_t row_end)
       : args(args), batch(group / args.kv_heads), kv_head(group % args.kv_heads), heads(args.heads / args.kv_heads),
         row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)),
-        score_unit(args.softcap ? args.scale : args.scale * kLog2e), valid(args, batch), work(args, heads * count, M::kWidth > 1) {
+        score_unit(args.softcap ? args.scale : args.scale * kLog2e), work(args, heads * count, M::kWidth > 1) {
     ids = ids_of(args, batch);
+    for (int64_t row = 0; row < count; ++row) work.seen[row] = {args, batch, row_begin + row};
   }
 
   void run() {
     begin();
-    const int64_t from = span(row_begin).low, end = span(row_begin + count - 1).high + 1;
-    for (int64_t block = from; block < end; block += kBlock) {
-      load_block(block, end - block < kBlock ? end - block : kBlock);
-      for (int64_t row = 0; row < heads * count; row += kRows) {
-        attend(block, row, int(heads * count - row < kRows ? heads * count - row : kRows));
+    for (Span part = stretch(0); !part.empty(); part = stretch(part.high + 1)) {
+      for (int64_t block = part.low; block <= part.high; block += kBlock) {
+        const int64_t last = part.high < block + kBlock ? part.high : block + kBlock - 1;
+        load_block(block, int(last + 1 - block));
+        for (int64_t row = 0; row < heads * count; row += kRows) {
+          attend({block, last}, row, int(heads * count - row < kRows ? heads * count - row : kRows));
+        }
       }
     }
     finish();
@@ -173,7 +181,6 @@ class Tile {
   const PrefillArgs& args;
   int64_t batch, kv_head, heads, row_begin, count, width;
   float score_unit;  // what the products of queries and keys are multiplied by
-  ValidKeys valid;
   Scratch work;
   const int32_t* ids;
   int runs = 0;  // of keys of one region in this block
@@ -188,7 +195,26 @@ class Tile {
   int64_t stat(int64_t p) const { return batch * args.heads + head(p); }
   bool weighed(int64_t p) const { return args.mass && index(p) >= args.length_q - args.mass_rows; }
 
-  Span span(int64_t index) const { return {args, valid, index}; }
+  // The next keys from `from` on that some row sees, up to one that none sees: what lies there need not even be numbers.
+  Span stretch(int64_t from) const {
+    int64_t first = args.length_k;
+    for (int64_t row = 0; row < count; ++row) {
+      const Span seen = work.seen[row];
+      const int64_t low = seen.low > from ? seen.low : from;
+      if (low <= seen.high && low < first) first = low;
+    }
+    Span part(first, first - 1);
+    for (bool grown = first < args.length_k; grown;) {
+      grown = false;
+      for (int64_t row = 0; row < count; ++row) {
+        const Span seen = work.seen[row];
+        if (seen.low > part.high + 1 || seen.high <= part.high) continue;
+        part.high = seen.high;
+        grown = true;
+      }
+    }
+    return part;
+  }
 
   static int64_t units(int64_t elements) { return (elements + M::kWidth - 1) / M::kWidth; }
 
@@ -248,26 +274,28 @@ class Tile {
   }
 
   // `rows` packed rows from `row` on against the block.
-  void attend(int64_t block, int64_t row, int rows) {
-    int64_t low = INT64_MAX, high = -1;
+  void attend(Span block, int64_t row, int rows) {
+    Span some(INT64_MAX, -1);
     for (int r = 0; r < rows; ++r) {
-      const Span seen = span(index(row + r));
-      low = seen.low < low ? seen.low : low;
-      high = seen.high > high ? seen.high : high;
+      const Span seen = work.seen[(row + r) % count];
+      some.low = seen.low < some.low ? seen.low : some.low;
+      some.high = seen.high > some.high ? seen.high : some.high;
     }
-    if (block > high || block + kBlock <= low) return;
-    const int64_t keys = high + 1 - block < kBlock ? high + 1 - block : kBlock, columns = padded(keys);
+    if (block.low > some.high || block.high < some.low) return;
+    if (some.high < block.high) block.high = some.high;
+    const int64_t keys = block.high + 1 - block.low, columns = padded(keys);
     multiply<M>(rows, work.query + row * width, width, work.keys, kBlock, units(args.dim), work.scores, kBlock, columns, false);
     for (int r = 0; r < rows; ++r) softmax(block, row + r, work.scores + r * kBlock, work.weights + r * kBlock, columns);
     multiply<M>(rows, work.weights, kBlock, work.values, width, units(keys), work.out + row * width, width, width, true);
   }
 
   // Scores into 2^(score − top) of a row, whose top, total, mass and output follow.
-  void softmax(int64_t block, int64_t p, float* s, float* weights, int64_t columns) {
-    const Span seen = span(index(p));
-    const bool masked = block < seen.low || block + columns - 1 > seen.high;
+  void softmax(Span block, int64_t p, float* s, float* weights, int64_t columns) {
+    Span seen = work.seen[p % count];
+    if (block.high < seen.high) seen.high = block.high;
+    const bool masked = block.low < seen.low || block.low + columns - 1 > seen.high;
     const bool plain = !masked && !args.softcap && !args.region_bias;
-    if (!plain) finish_scores(block, p, seen, masked, s, columns);
+    if (!plain) finish_scores(block.low, p, seen, masked, s, columns);
     const float unit = plain ? score_unit : 1;
     vfloat highest = load(s) * unit;
     for (int64_t k = kLanes; k < columns; k += kLanes) highest = max(load(s + k) * unit, highest);

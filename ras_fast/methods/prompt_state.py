@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ras_fast.decoding import check_positions, lock_of, positions_of
 from ras_fast.patching import Patch
-from ras_fast.patching.attention import is_range
+from ras_fast.patching.attention import ends_in_padding, is_range
 from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, lacks_rows, returned_cache
 from ras_fast.patching.structure import find_decoder, find_head
 from ras_fast.patching.tracking import text_shape
@@ -84,8 +84,10 @@ class PromptState:
         """[batch] bool: the rows that are padded on the right, so that their prompt cannot be judged at the last position.
         No host sync. A row of which only left padding has come so far is not among them."""
         mask, seen = self._one_mask(), self._seen()
-        if mask is None or is_range(mask):  # which ends with the forward
+        if mask is None:
             return torch.zeros(batch, dtype=torch.bool, device=device)
+        if is_range(mask):
+            return ends_in_padding(mask).to(device).expand(batch)
         if seen is None:
             return torch.ones(batch, dtype=torch.bool, device=device)  # it cannot be known
         own = mask.shape[1] - 1 if mask.dim() == 2 else self.past + length - 1
@@ -97,7 +99,7 @@ class PromptState:
         """[batch] bool: the rows of which more than left padding has come so far. No host sync."""
         mask, seen = self._one_mask(), self._seen()
         if is_range(mask):
-            begun = mask[:, 0, -1, 0] < mask[:, 0, -1, 1]
+            begun = (mask[:, 0, :, 0] < mask[:, 0, :, 1]).any(1)
         elif seen is None:
             return torch.ones(batch, dtype=torch.bool, device=device)
         else:

@@ -49,7 +49,8 @@ def region_attention(
         scale: factor on q·k; None: D ** -0.5.
         is_causal: whether a row sees only keys up to its own position.
         kv_start, kv_end: [B] int32; the valid keys are [kv_start, kv_end): left padding, static caches. None: 0 and Lk. Or
-            [B, Lq] with is_causal=False: each query row's own valid keys, as of several sequences over one cache.
+            [B, Lq] with is_causal=False: each query row's own valid keys, as of several sequences over one cache, or where
+            the tokens of an image see each other and the text after it sees what came before.
         window: a row sees at most that many keys up to and including its own; needs `is_causal`.
         softcap: s ← softcap·tanh(s / softcap).
         sinks: [Hq] floating: one extra logit per head, which takes probability and has no value.
@@ -113,7 +114,6 @@ def region_mass(
 
     Args:
         lse: [B, Hq, Lq] float32, from attention with the same arguments.
-        kv_start, kv_end: [B] only.
         sinks: ignored, because `lse` has them in it; accepted so that one set of keywords serves both functions.
 
     Returns:
@@ -265,8 +265,11 @@ def _statistics_masks(name, query, key, lse, scale, is_causal, kv_start, kv_end,
     _check.no_grad(name, query, key, lse, region_bias)
     _validate_query_key(query, key)
     _validate_lse(lse, query)
-    _validate_bounds(query, kv_start, kv_end)
     _validate_scores(is_causal, window, softcap)
+    if are_per_row(kv_start, kv_end):
+        kv_start, kv_end = _validated_row_bounds(query, is_causal, kv_start, kv_end)
+    else:
+        _validate_bounds(query, kv_start, kv_end)
     return _resolve_scale(scale, query), is_causal, kv_start, kv_end, _resolve_window(window, key), softcap or 0.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ras_fast.ops import attention_reference
-from ras_fast.ops.attention_plan import are_per_row, case_of, plan_cpu_prefill
+from ras_fast.ops.attention_plan import case_of, plan_cpu_prefill
 
 CHUNK_ROWS = 256  # that go together where no kernel is built
 
@@ -17,8 +17,6 @@ def region_attention(
     """Arguments and results of the op `ras_fast::region_attention`."""
     masks = (scale, is_causal, kv_start, kv_end, window, softcap)
     arguments = (query, key, value, region_ids, num_regions, *masks, sinks, region_bias, mass_rows)
-    if are_per_row(kv_start, kv_end):
-        return torch.ops.ras_fast.decode_attention(*arguments)
     kernel = plan_cpu_prefill(query, key, value, case_of(*arguments[3:])).kernel
     if kernel == "prefill":
         return torch.ops.ras_fast.prefill_attention(*arguments)
@@ -47,10 +45,15 @@ def by_chunks_of_rows(
     for first in range(0, max(rows, 1), CHUNK_ROWS):
         last = min(first + CHUNK_ROWS, rows)
         # Under a causal mask the chunk's last row is to see the keys up to its own.
-        chunk_end = (end[:, 0, 0] - (rows - last)).clamp(min=0) if is_causal else kv_end
-        masks = (scale, is_causal, kv_start, chunk_end, window, softcap, sinks, region_bias)
+        chunk_end = (end[:, 0, 0] - (rows - last)).clamp(min=0) if is_causal else _of_rows(kv_end, first, last)
+        masks = (scale, is_causal, _of_rows(kv_start, first, last), chunk_end, window, softcap, sinks, region_bias)
         weighed = min(max(last - rows + mass_rows, 0), last - first)
         part = (query[:, :, first:last], key, value, region_ids, num_regions, *masks, weighed)
         parts.append(attention_reference.region_attention(*part))
     out, lse, mass = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return attention_reference.laid_out(out), lse, mass
+
+
+def _of_rows(bound, first: int, last: int):
+    """The bound of these rows: [B], shared by all, or theirs of [B, Lq]."""
+    return bound if bound is None or bound.dim() == 1 else bound[:, first:last]

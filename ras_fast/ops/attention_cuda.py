@@ -6,7 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from ras_fast.ops import attention_reference, attention_triton
-from ras_fast.ops.attention_plan import case_of, plan_cuda, plan_statistics
+from ras_fast.ops.attention_plan import are_per_row, case_of, plan_cuda, plan_statistics
 
 _STATISTICS = {"triton": attention_triton, "torch": attention_reference}  # where the functions below are, by backend
 
@@ -53,22 +53,22 @@ def _activated_flash_attention() -> str | None:
     return current() if current else None
 
 
-def region_mass(query, key, *rest):
+def region_mass(query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, *rest):
     """Arguments and result of the op `ras_fast::region_mass`."""
-    backend = plan_statistics(query, key)
+    backend = plan_statistics(query, key, are_per_row(kv_start, kv_end))
     kernel = torch.ops.ras_fast.selected_region_mass if backend == "cuda" else _STATISTICS[backend].region_mass
-    return kernel(query, key, *rest)
+    return kernel(query, key, lse, region_ids, num_regions, scale, is_causal, kv_start, kv_end, *rest)
 
 
-def key_attention(query, key, lse, rows, *rest):
+def key_attention(query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, *rest):
     """Arguments and result of the op `ras_fast::key_attention`."""
-    backend = plan_statistics(query, key, rows)
+    backend = plan_statistics(query, key, are_per_row(kv_start, kv_end), rows)
     kernel = torch.ops.ras_fast.selected_key_attention if backend == "cuda" else _STATISTICS[backend].key_attention
-    return kernel(query, key, lse, rows, *rest)
+    return kernel(query, key, lse, rows, reduce, region_ids, scale, is_causal, kv_start, kv_end, *rest)
 
 
-def region_statistics(query, key, lse, region_ids, num_regions, rows, *rest):
+def region_statistics(query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, *rest):
     """Arguments and results of the op `ras_fast::region_statistics`."""
-    backend = plan_statistics(query, key, rows)
+    backend = plan_statistics(query, key, are_per_row(kv_start, kv_end), rows)
     kernel = torch.ops.ras_fast.selected_statistics if backend == "cuda" else _STATISTICS[backend].region_statistics
-    return kernel(query, key, lse, region_ids, num_regions, rows, *rest)
+    return kernel(query, key, lse, region_ids, num_regions, rows, reduce, scale, is_causal, kv_start, kv_end, *rest)

@@ -1,7 +1,7 @@
 """The dispatcher: which kernel runs an attention call, and why. Measured crossovers: docs/kernels.md, "Which kernel runs".
 
-CPU: few query rows per sequence, and rows with bounds of their own, take the decode kernel. More rows take the prefill kernel,
-unless the processor has matrix instructions for half precision, which torch's flash attention uses.
+CPU: few query rows per sequence take the decode kernel. More rows take the prefill kernel, unless the processor has matrix
+instructions for half precision, which torch's flash attention uses.
 
 CUDA: few rows over a long cache take the decode kernel, whose time is that of reading the cache. More take the Hopper kernel
 where it can run, whose row sums give the masses. Elsewhere, and in wide heads, few of many rows take torch's flash attention
@@ -104,16 +104,17 @@ def plan_attention(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Pla
 
 def plan_cpu(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     """The plan of a call on CPU tensors: query [B, Hq, Lq, D], key and value [B, Hkv, Lk, D] of any dtype but float64."""
-    if case.row_bounds:
-        return Plan("decode", "rows with bounds of their own: no other kernel takes them")
-    if decodes_on_cpu(query, key):
+    if decodes_on_cpu(query, key, case.row_bounds):
         return Plan("decode", f"{query.shape[2]} rows (at most {CPU_DECODE_ROWS}): one read of the cache decides")
     return plan_cpu_prefill(query, key, value, case)
 
 
 def decodes_on_cpu(query: Tensor, key: Tensor, row_bounds: bool = False) -> bool:
     """Whether there are so few query rows that a kernel which reads the cache once should run them. Looks at shapes only, so it
-    may be traced."""
+    may be traced.
+
+    row_bounds: whether each row has bounds of its own. They may be of several sequences, with no keys that they could share.
+    """
     rows = query.shape[2]
     prefill_is_wide = HAS_AVX512 and not row_bounds and query.dtype not in MATRIX_DTYPES
     few = rows <= CPU_DECODE_ROWS and (rows <= 1 or not prefill_is_wide or _packed_rows(query, key) <= WIDE_DECODE_ROWS)
@@ -123,17 +124,15 @@ def decodes_on_cpu(query: Tensor, key: Tensor, row_bounds: bool = False) -> bool
 def op_of(query: Tensor, key: Tensor, row_bounds: bool) -> str:
     """The op that a `region_attention` call runs: where a CPU kernel takes every such call it is that kernel's own, without the
     detour through Python."""
-    if row_bounds:
-        return "decode_attention" if backend.resolve("decode_attention", query.device) == "cpu" else "region_attention"
-    if decodes_on_cpu(query, key):
+    if decodes_on_cpu(query, key, row_bounds):
         return "decode_attention"
-    return "prefill_attention" if beats_flash_on_cpu(query, key) else "region_attention"
+    return "prefill_attention" if beats_flash_on_cpu(query, key, row_bounds) else "region_attention"
 
 
-def beats_flash_on_cpu(query: Tensor, key: Tensor) -> bool:
+def beats_flash_on_cpu(query: Tensor, key: Tensor, row_bounds: bool = False) -> bool:
     """Whether a kernel of this package is the fastest on the CPU, whatever the masks. Looks at shapes only, so it may be
     traced."""
-    if decodes_on_cpu(query, key):
+    if decodes_on_cpu(query, key, row_bounds):
         return True
     return backend.resolve("prefill_attention", query.device) == "cpu" and query.dtype not in MATRIX_DTYPES
 
@@ -173,21 +172,20 @@ def plan_cuda(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
         return Plan("flash", f"masses of {case.rows} of {length_q} rows: recomputing them from the LSE is the lesser work")
     if not backend.triton_is_installed():
         return Plan("torch", "Triton is not installed")
-    if case.row_bounds:
-        return Plan("triton", "rows with bounds of their own go one by one")
     reason = "masses of many rows" if not few else "masks, a dtype, a head dimension or an alignment that flash attention lacks"
     if packed <= DECODE_ROWS:
         return Plan("triton", f"{reason}; the CUDA kernels are out: {why_not}")
     return Plan("triton", f"{reason}; the Hopper kernel is out: {not_hopper or 'too few rows'}")
 
 
-def plan_statistics(query: Tensor, key: Tensor, scored_rows: int = 0) -> str:
+def plan_statistics(query: Tensor, key: Tensor, row_bounds: bool, scored_rows: int = 0) -> str:
     """The backend of a statistic that is recomputed from an LSE on CUDA: "cuda", "triton" or "torch".
 
-    scored_rows: rows that are reduced to scores of the keys; 0 for masses alone.
+    row_bounds: whether each row has bounds of its own. scored_rows: rows that are reduced to scores of the keys; 0 for masses
+    alone.
     """
     others = "triton" if backend.triton_is_installed() else "torch"
-    if cuda_kernels_refuse(query, key):
+    if row_bounds or cuda_kernels_refuse(query, key):
         return others
     return "triton" if scored_rows > SCORED_ROWS and others == "triton" else "cuda"
 

@@ -6,8 +6,6 @@ arguments and the results of an op is float32, or float64 where the arguments ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -100,24 +98,6 @@ def laid_out(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def row_by_row(
-    decode: Callable, query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, *rest
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`region_attention` whose query rows each have their own bounds, by kernels that take one pair of bounds per sequence."""
-    *rest, mass_rows = rest
-    rows = query.shape[2]
-    parts = [
-        decode(
-            query[:, :, row : row + 1], key, value, region_ids, num_regions, scale, is_causal,
-            *(None if bound is None else bound[:, row].contiguous() for bound in (kv_start, kv_end)),
-            *rest, int(row >= rows - mass_rows),
-        )
-        for row in range(rows)
-    ]  # fmt: skip
-    out, lse, mass = (torch.cat(part, 2) for part in zip(*parts, strict=True))
-    return laid_out(out), lse, mass
-
-
 def _accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
@@ -134,7 +114,7 @@ def _masked_scores(query, key, rows, scale, is_causal, kv_start, kv_end, window,
     q = query[:, :, length_q - rows :].to(acc)
     s = scores(q, by_query_head(key, query.shape[1], acc), scale, softcap, bias)
     valid, end = valid_keys(key, kv_start, kv_end)
-    seen = valid.expand(-1, rows, -1)
+    seen = valid.expand(-1, length_q, -1)[:, length_q - rows :]
     if is_causal:
         own = torch.arange(length_q - rows, length_q, device=key.device)[None, :, None] + (end - length_q)
         position = torch.arange(length_k, device=key.device)

@@ -1,9 +1,11 @@
 """The attention function and the mask functions that transformers calls under the names of ras_fast/registration.py.
 
 A causal mask, with or without a window, whose valid keys are one contiguous range per sequence is passed as that range: an
-int32 tensor [B, 1, 1, 2] instead of [B, 1, Lq, Lk] booleans. A mask in which every query has a range of its own is passed as
-[B, 1, Lq, 2]. Being 4-D, these pass through transformers like any prepared mask. All other masks (image tokens that see each
-other, packed sequences, holes, right padding) stay full masks.
+int32 tensor [B, 1, 1, 2] instead of [B, 1, Lq, Lk] booleans. A mask in which every query has a range of its own (tokens of an
+image that see each other, a prefix that does, packed sequences, chunks, right padding) is passed as [B, 1, Lq, 3]: the range,
+and the query's own place among the keys. Being 4-D, these pass through transformers like any prepared mask. All other masks
+(holes, images that see each other across the text between them) stay full masks, and so do all but causal ones where their
+values may not be looked at: traced, or captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
 _WINDOW = "_ras_fast_window"  # attribute of a range mask that was made for one forward: the window it was made with, in a tuple
-_OWN = "_ras_fast_own"  # attribute of a range mask in which each query has a range of its own
+_OWN = "_ras_fast_own"  # attribute of a caller's range mask in which each query has a range of its own
 # Keyword arguments that are obeyed, or that change nothing: the model has made use of them already, or they are a module's.
 _KNOWN = frozenset((
     "sliding_window", "softcap", "s_aux", "output_attentions", "input_ids", "position_ids", "cache_position", "use_cache",
@@ -57,11 +60,16 @@ def range_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
     May be given to a model as its 4-D `attention_mask`, for instance as a persistent tensor in a captured CUDA graph.
     """
     # Laid out so that the kernels get [B] or [B, Lq] slices without a copy.
-    bounds = torch.stack([kv_start, kv_end]).to(torch.int32)
-    mask = bounds.view(2, bounds.shape[1], 1, -1).permute(1, 2, 3, 0)
+    mask = _columns(kv_start, kv_end)
     if kv_start.dim() == 2 and not torch.compiler.is_compiling():
         setattr(mask, _OWN, True)
     return mask
+
+
+def _columns(*columns: Tensor) -> Tensor:
+    """[B] or [B, Lq] each, as int32 [B, 1, 1 or Lq, columns]."""
+    together = torch.stack(columns).to(torch.int32)
+    return together.view(len(columns), together.shape[1], 1, -1).permute(1, 2, 3, 0)
 
 
 def fresh(mask: Tensor, window: int | None = None) -> Tensor:
@@ -72,9 +80,25 @@ def fresh(mask: Tensor, window: int | None = None) -> Tensor:
 
 
 def is_range(mask: Any) -> bool:
-    """Whether it is a range mask, int32 [B, 1, 1 or Lq, 2], and neither None nor a full mask, which is bool or floating, nor
-    padding [B, Lk]."""
-    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[3] == 2
+    """Whether it is a range mask, int32 [B, 1, 1 or Lq, 2] or [B, 1, Lq, 3], and neither None nor a full mask, which is bool or
+    floating, nor padding [B, Lk]."""
+    return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[3] in (2, 3)
+
+
+def _is_own(mask: Tensor) -> bool:
+    """Whether each query of a range mask has a range of its own, which hides all that it is not to see."""
+    return mask.shape[2] > 1 or mask.shape[3] == 3 or hasattr(mask, _OWN)
+
+
+def ends_in_padding(mask: Tensor) -> Tensor:
+    """[B] bool: the sequences of a range mask whose last query does not see itself, though others see something. No host sync.
+
+    A range of which nobody says where its query is ends with that.
+    """
+    if mask.shape[3] == 2:
+        return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
+    start, end, own = mask[:, 0].unbind(-1)
+    return (start < end).any(1) & ~((start[:, -1] <= own[:, -1]) & (own[:, -1] < end[:, -1]))
 
 
 # The mask function.
@@ -109,8 +133,10 @@ def attention_mask(
             mask_function=mask_function, attention_mask=attention_mask, device=device, **options,
         )  # fmt: skip
 
-    if mask_function is bidirectional_mask_function or not _is_causal(mask_function) or _reads_masks(kwargs.get("config")):
+    if mask_function is bidirectional_mask_function or _reads_masks(kwargs.get("config")):
         return full_mask()
+    if not _is_causal(mask_function):
+        return _as_ranges(full_mask(), q_offset - kv_offset)
     end = q_offset + q_length - kv_offset
     everything = isinstance(end, int) and end == kv_length
     skips = everything and _none_will_do(q_length, kv_length, local_size, explicit)
@@ -123,7 +149,7 @@ def attention_mask(
             return full_mask()
         start, is_range_, is_padded = _left_padding(attention_mask, end, kv_offset)
         if not is_range_:
-            return full_mask()
+            return _as_ranges(full_mask(), q_offset - kv_offset)
         if skips and not is_padded:
             return None
     end = end.expand(batch_size) if isinstance(end, Tensor) else start.new_full((batch_size,), end)
@@ -167,10 +193,27 @@ def _parts(mask_function: Any) -> tuple:
 
 
 def _may_look(mask: Tensor) -> bool:
-    """Whether reading the mask's values is allowed: neither tracing nor capturing a CUDA graph."""
-    if torch.compiler.is_compiling():
+    """Whether the mask's values may be read: there are any, and neither is this traced nor captured in a CUDA graph."""
+    if torch.compiler.is_compiling() or mask.is_meta or isinstance(mask, FakeTensor):
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _as_ranges(mask: Tensor | None, first: int | Tensor) -> Tensor | None:
+    """A full mask [B, 1, Lq, Lk], as each query's own range where all see one run of keys. One host sync.
+
+    first: the first query's place among the keys.
+    """
+    if mask is None or not mask.numel() or not _may_look(mask):
+        return mask
+    seen = mask[:, 0]
+    start, past = (by_key.view(torch.uint8).argmax(-1) for by_key in (seen, seen.flip(-1)))  # of the first that is seen
+    end = torch.where(seen.any(-1), seen.shape[-1] - past, start)
+    position = torch.arange(seen.shape[-1], device=mask.device)
+    if not torch.equal((position >= start[..., None]) & (position < end[..., None]), seen):
+        return mask
+    own = (torch.arange(seen.shape[1], device=mask.device) + first).expand_as(start)
+    return fresh(_columns(start, end, own))
 
 
 def _left_padding(mask: Tensor, end: int | Tensor, kv_offset: int) -> tuple[Tensor, bool, bool]:
@@ -227,8 +270,8 @@ def attention(
     Args:
         module: the attention module; a patched model's carries the region map.
         query: [B, Hq, Lq, D]; key, value: [B, Hkv, Lk, D].
-        attention_mask: None, a range mask ([B, 1, 1, 2], or [B, 1, Lq, 2] where each query has its own and the window is
-            in it), or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive. None is what it is to SDPA: no mask for a
+        attention_mask: None, a range mask ([B, 1, 1, 2], or [B, 1, Lq, 2 or 3] where each query has its own and the window
+            is in it), or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive. None is what it is to SDPA: no mask for a
             single query or a module that is not causal, else causal from the first key on; without a window.
         kwargs: `sliding_window`, `softcap` and `s_aux` (sinks [Hq]) are obeyed; `output_attentions` asks for statistics. While
             `patch` tries the module, a tensor that is not known is refused: it may say which keys a query sees.
@@ -316,7 +359,7 @@ def _without_statistics(module: nn.Module, call: _Call) -> Tensor:
 
 def sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether this is attention that this package's kernels do faster (docs/kernels.md): in half precision, or over ranges of
-    each query's own, which the engine alone asks for.
+    each query's own, where the caller asks for them, as the engine does.
 
     On the CPU torch's flash attention takes longer for few rows than reading the cache, and for more rows of half precision
     than multiplying in float. On a GPU it does not take masks, and what SDPA falls back to under one neither splits the keys
@@ -324,12 +367,14 @@ def sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None)
     """
     if not query.dtype == key.dtype == value.dtype:
         return False
-    if query.device.type == "cpu" and is_range(mask) and (mask.shape[2] > 1 or hasattr(mask, _OWN)):
-        return decodes_on_cpu(query, key, row_bounds=True)
+    own = is_range(mask) and _is_own(mask)
+    asked = own and mask.shape[3] == 2
+    if asked and query.device.type == "cpu" and decodes_on_cpu(query, key, row_bounds=True):
+        return True
     if query.element_size() != 2:
         return False
     if query.device.type == "cpu":
-        return beats_flash_on_cpu(query, key)
+        return beats_flash_on_cpu(query, key, own)
     return query.is_cuda and is_range(mask) and decodes_on_cuda(query, key)
 
 
@@ -382,8 +427,8 @@ def _kernels_apply(call: _Call) -> bool:
 def _masking(call: _Call) -> dict[str, Any]:
     """The mask as keywords of the ops."""
     mask = call.mask
-    if mask is not None and mask.shape[2] > 1:
-        kv_start, kv_end = mask[:, 0].unbind(-1)
+    if mask is not None and _is_own(mask):
+        kv_start, kv_end = (mask[:, 0, :, bound].contiguous() for bound in (0, 1))
         return {"is_causal": False, "kv_start": kv_start, "kv_end": kv_end}
     if mask is not None:
         kv_start, kv_end = mask[:, 0, 0].unbind(1)
@@ -411,9 +456,9 @@ def _full_mask(call: _Call) -> Tensor | None:
 
 def _expand(mask: Tensor, length_q: int, length_k: int, window: int | None) -> Tensor:
     """A range mask as booleans [B, 1, Lq, Lk]."""
-    start, end = mask[..., :1], mask[..., 1:]
+    start, end = mask[..., :1], mask[..., 1:2]
     position = torch.arange(length_k, device=mask.device)
-    if mask.shape[2] > 1:
+    if _is_own(mask):
         return (position >= start) & (position < end)
     own = torch.arange(length_q, device=mask.device)[:, None] + (end - length_q)
     seen = (position >= start) & (position <= own)

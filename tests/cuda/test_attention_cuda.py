@@ -65,7 +65,7 @@ def test_key_scores(rows, heads, dim, dtype, reduce):
     ids, bias = image_ids(2, 700), torch.randn(2, heads, 2, device="cuda")
     masks = (0.1, True, start, end, 300, 5.0)
     native = dtype != torch.float32 and rows <= attention_plan.SCORED_ROWS
-    assert attention_plan.plan_statistics(query, key, rows) == ("cuda" if native else "triton")
+    assert attention_plan.plan_statistics(query, key, False, rows) == ("cuda" if native else "triton")
     wide = (query.double(), key.double())
     lse = attention_reference.region_attention(*wide, value.double(), ids, 2, *masks, None, bias, 300)[1]
     exact = attention_reference.key_attention(*wide, lse, rows, reduce, ids, *masks, bias)
@@ -87,7 +87,7 @@ def test_decode_options():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [4, 8, 32])
 def test_rows_with_bounds_of_their_own(heads, dtype):
-    """Two sequences over one cache, which see stretches that overlap, lie apart, or are empty. float32: Triton, row by row."""
+    """Two sequences over one cache, which see stretches that overlap, lie apart, or are empty. float32: Triton."""
     query, key, value = states(2, 700, dtype=dtype, heads=heads)
     bounds = ([[300, 120], [650, 0]], [[700, 480], [650, 90]])
     start, end = (torch.tensor(bound, dtype=torch.int32, device="cuda") for bound in bounds)
@@ -100,6 +100,31 @@ def test_rows_with_bounds_of_their_own(heads, dtype):
     found = torch.ops.ras_fast.region_attention(query, key, value, *args)
     for got, expected, atol in zip(found, exact, (2e-2, 1e-3, 2e-3), strict=True):
         torch.testing.assert_close(got.double(), expected.double(), atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [*ATOL, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("rows", [64, 300])
+def test_an_image_whose_tokens_see_each_other(rows, dim, dtype):
+    """Many rows with bounds of their own, as in Gemma 3's prompts: Triton, for the statistics as well."""
+    query, key, value = states(300, 300, dim, dtype)
+    row = torch.arange(300, device="cuda")
+    end = torch.where((row > 40) & (row < 200), 200, row + 1).expand(2, -1)
+    start = torch.tensor([[0], [11]], device="cuda").expand(2, 300)
+    start, end = (bound.int().contiguous() for bound in (start, end))
+    ids, bias = image_ids(2, 300), torch.randn(2, 8, 2, device="cuda")
+    options = {"is_causal": False, "kv_start": start, "kv_end": end, "softcap": 5.0, "region_bias": bias}
+    assert ops.explain(query, key, value, ids, 2, **options).kernel == "triton"
+    masks = (dim**-0.5, False, start, end, 0, 5.0)
+    wide = query.double(), key.double(), value.double()
+    exact = attention_reference.region_attention(*wide, ids, 2, *masks, None, bias, rows)
+    out, lse, mass = ops.region_attention(query, key, value, ids, 2, mass_rows=rows, **options)
+    torch.testing.assert_close(out.double(), exact[0], atol=ATOL.get(dtype, 1e-4), rtol=0)
+    torch.testing.assert_close(lse, exact[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mass, exact[2], atol=2e-3, rtol=0)
+    found = ops.region_statistics(query, key, exact[1], ids, 2, rows=rows, **options)
+    expected = attention_reference.region_statistics(*wide[:2], exact[1], ids, 2, rows, "mean", *masks, bias)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("length_q", [1, 2])

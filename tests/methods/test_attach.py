@@ -9,6 +9,7 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES
 from tiny_random import endless_llava
 from transformers import (
     AutoConfig,
@@ -33,8 +34,9 @@ def model(processor):
 
 
 def autosteer(model, processor):
-    shapes = {"in.weight": (8, D), "in.bias": (8,), "out.weight": (2, 8), "out.bias": (2,)}
-    tensors = {f"prober_{name}": torch.randn(shape) for name, shape in shapes.items()} | {"refusal": torch.randn(D, D)}
+    d = model.config.get_text_config().hidden_size
+    shapes = {"in.weight": (8, d), "in.bias": (8,), "out.weight": (2, 8), "out.bias": (2,)}
+    tensors = {f"prober_{name}": torch.randn(shape) for name, shape in shapes.items()} | {"refusal": torch.randn(d, d)}
     return RasProfile("autosteer", {"layer": 1, "strength": 1.0, "threshold": 0.5}, tensors, fingerprint(model))
 
 
@@ -462,6 +464,21 @@ def test_a_row_that_ends_in_padding_is_at_full_risk(model, processor, make, opti
     expected = torch.tensor([True, False, True]).repeat_interleave(options.get("num_beams", 1))
     assert torch.equal(method.failed, expected)
     assert torch.equal(method.risk == 1, expected)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
+def test_a_row_that_ends_in_padding_is_at_full_risk_where_image_tokens_see_each_other(name):
+    """The masks come to the text model ready made, as ranges of each token's own."""
+    family = FAMILIES[name]
+    model = family.model(name)
+    left = family.inputs(model, ["tItt", "tIttttttttt", "ttIttt"])
+    del left["regions"]
+    order = left["attention_mask"].argsort(dim=1, descending=True, stable=True)
+    right = {key: value.gather(1, order) if value.shape == order.shape else value for key, value in left.items()}
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, autosteer(model, None)) as method:
+        for inputs, expected in ((left, [False, False, False]), (right, [True, False, True])):
+            model(**inputs)
+            assert method.failed.tolist() == expected
 
 
 @pytest.mark.parametrize("make", METHODS)

@@ -269,7 +269,7 @@ def test_statistics_of_many_rows_and_keys(backend, reduce):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch", "triton"], indirect=True)
-@pytest.mark.parametrize("length_q", [1, 2, 5])
+@pytest.mark.parametrize("length_q", [1, 2, 5, 12])
 @pytest.mark.parametrize("rows", [None, 1])
 def test_rows_with_bounds_of_their_own(backend, length_q, rows):
     """Several sequences over one cache: each row sees its own stretch, or nothing."""
@@ -285,7 +285,73 @@ def test_rows_with_bounds_of_their_own(backend, length_q, rows):
     torch.testing.assert_close(lse.double(), expected[1], atol=3e-6, rtol=0)
     torch.testing.assert_close(mass.double(), expected[2][:, :, -(rows or length_q) :], atol=3e-6, rtol=0)
     assert out.transpose(1, 2).is_contiguous()
-    assert ops.explain(query, key, value, ids, 2, **kwargs).kernel == {"cpu": "decode"}.get(backend, backend)
+    kernels = {"cpu": "prefill" if length_q > 8 else "decode"}
+    assert ops.explain(query, key, value, ids, 2, **kwargs).kernel == kernels.get(backend, backend)
+
+
+# (start, end) of each row's keys.
+OWN_BOUNDS = {
+    "an image": lambda i, keys: (0 * i, torch.where((i > 30) & (i < 90), 91, i + 1)),
+    "a prefix": lambda i, keys: (0 * i + 7, (i + 1).clamp(min=100)),
+    "sequences": lambda i, keys: (i // 30 * 30, i + 1),
+    "far apart": lambda i, keys: (i % 7 * 20, i % 7 * 20 + 9 + i % 3),
+    "backwards": lambda i, keys: (keys - 2 * i, keys - 2 * i + 3),
+    "any": lambda i, keys: (torch.randint(-5, keys, i.shape), torch.randint(-5, keys + 5, i.shape)),
+    "none": lambda i, keys: (i, i),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", OWN_BOUNDS)
+@pytest.mark.parametrize(("heads", "dim"), [((4, 4), 64), ((6, 1), 40)])
+def test_many_rows_with_bounds_of_their_own(backend, heads, dim, layout, dtype):
+    """Keys that no row sees, some of them between those that do, are not even numbers."""
+    length_q, length_k = 130, 150
+    query, key, value = inputs(2, *heads, length_q, length_k, dim, dtype)
+    row = torch.arange(length_q).expand(2, -1)
+    start, end = (bound.int().contiguous() for bound in OWN_BOUNDS[layout](row, length_k))
+    position = torch.arange(length_k)
+    unseen = ~((position >= start[..., None]) & (position < end[..., None])).any(1)
+    for tensor in (key, value):
+        tensor.masked_fill_(unseen[:, None, :, None], torch.nan)
+    ids = image_ids(2, length_k)
+    shared = {"kv_start": start, "kv_end": end, "softcap": 5.0, "region_bias": torch.randn(heads[0], 2)}
+    masks = (dim**-0.5, False, start, end, 0, 5.0)
+    clean = query.double(), key.double().nan_to_num(), value.double().nan_to_num()
+    sinks = torch.randn(heads[0])
+    expected = attention_reference.region_attention(*clean, ids, 2, *masks, sinks, shared["region_bias"], 20)
+    found = ops.region_attention(query, key, value, ids, 2, is_causal=False, sinks=sinks, mass_rows=20, **shared)
+    for got, exact_part, atol in zip(found, expected, (2 * ATOL[dtype], 1e-5, 1e-5), strict=True):
+        torch.testing.assert_close(got.double(), exact_part.double(), atol=atol, rtol=1e-5)
+    lse, options = expected[1], {"is_causal": False, **shared}
+    for rows in (20, length_q):
+        mass = attention_reference.region_mass(*clean[:2], lse, ids, 2, *masks, shared["region_bias"], rows)
+        again = ops.region_mass(query, key, lse, ids, 2, mass_rows=rows, **options)
+        torch.testing.assert_close(again, mass, atol=1e-5, rtol=0)
+        for reduce in ("mean", "max"):
+            scores = attention_reference.key_attention(*clean[:2], lse, rows, reduce, ids, *masks, shared["region_bias"])
+            alone = ops.key_attention(query, key, lse, rows=rows, reduce=reduce, region_ids=ids, **options)
+            both = ops.region_statistics(query, key, lse, ids, 2, rows=rows, reduce=reduce, **options)
+            torch.testing.assert_close((alone, *both), (scores, mass, scores), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.parametrize("kernel", ["softmax", "prefill"])
+def test_bounds_that_say_what_a_causal_mask_says(backend, kernel, monkeypatch):
+    """Also by chunks of rows, where no kernel is built."""
+    monkeypatch.setattr(attention_cpu, "CHUNK_ROWS", 7)
+    plan_for(monkeypatch, kernel)
+    query, key, value = inputs(length_q=34, length_k=50)
+    ids, limit = image_ids(2, 50), (torch.arange(34, dtype=torch.int32) + 17).expand(2, -1)
+    causal = ops.region_attention(query, key, value, ids, 2, mass_rows=10)
+    own = ops.region_attention(query, key, value, ids, 2, is_causal=False, kv_end=limit, mass_rows=10)
+    torch.testing.assert_close(own, causal, atol=2e-6, rtol=1e-6)
+    since = {"kv_start": (limit - 5).clamp(min=0), "is_causal": False, "mass_rows": 10}
+    open_ended = ops.region_attention(query, key, value, ids, 2, **since)
+    expected = exact(query, key, value, ids, 2, kv_start=since["kv_start"], is_causal=False)[:3]
+    torch.testing.assert_close(open_ended[:2], expected[:2], atol=2e-6, rtol=1e-6, check_dtype=False)
+    torch.testing.assert_close(open_ended[2].double(), expected[2][:, :, -10:], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -299,10 +365,15 @@ def test_rows_over_one_long_cache_are_those_of_calls_of_their_own(heads, kv_head
     ids, bias = (torch.arange(1300, dtype=torch.int32) // 100 % 7 - 1).expand(2, -1).contiguous(), torch.randn(heads, 6)
     masks = (0.3, False, start, end, 0, 20.0, torch.randn(heads), bias, mass_rows)
     decode = torch.ops.ras_fast.decode_attention
-    expected = attention_reference.row_by_row(decode, query, key, value, ids, 6, *masks)
-    found = decode(query, key, value, ids, 6, *masks)
-    for own, others, tolerance in zip(found, expected, (ATOL[dtype], 2e-6, 2e-6), strict=True):
-        torch.testing.assert_close(own, others, atol=tolerance, rtol=0)
+    expected = [
+        decode(query[:, :, row : row + 1], key, value, ids, 6, 0.3, False, start[:, row].contiguous(), end[:, row].contiguous(),
+               *masks[4:-1], int(row >= 6 - mass_rows))
+        for row in range(6)
+    ]  # fmt: skip
+    for kernel in (decode, torch.ops.ras_fast.prefill_attention):
+        found = kernel(query, key, value, ids, 6, *masks)
+        for own, others, tolerance in zip(found, zip(*expected, strict=True), (ATOL[dtype], 4e-6, 4e-6), strict=True):
+            torch.testing.assert_close(own, torch.cat(others, 2), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -590,6 +661,7 @@ def test_opcheck(option):
     own = torch.arange(18, dtype=torch.int32).view(2, 9) % 5
     row_by_row = (*arguments[:6], False, own, own + 4, *arguments[9:])
     torch.library.opcheck(torch.ops.ras_fast.region_attention.default, row_by_row)
+    torch.library.opcheck(torch.ops.ras_fast.prefill_attention.default, row_by_row)
     lse = torch.randn(2, 4, 9) + 3
     mass_args = (query, key, lse, ids, 2, *masks, kwargs["region_bias"], 9)
     torch.library.opcheck(torch.ops.ras_fast.region_mass.default, mass_args)
@@ -846,6 +918,13 @@ def test_bad_statistics_arguments_are_named():
         ops.region_statistics(q, k, lse, ids, 1, reduce="median")
     with pytest.raises(ValueError, match="lse is of dtype"):
         ops.region_statistics(q, k, lse.double(), ids, 1)
+    with pytest.raises(ValueError, match="kv_end is of shape"):
+        ops.region_mass(q, k, lse, ids, 1, kv_end=torch.zeros(3, dtype=torch.int32))
+    own = torch.zeros(2, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"kv_start is \[B, Lq\] with is_causal=True"):
+        ops.key_attention(q, k, lse, kv_start=own)
+    with pytest.raises(ValueError, match=r"kv_end is of shape \(2, 4\)"):
+        ops.region_statistics(q, k, lse, ids, 1, is_causal=False, kv_end=own[:, :4])
 
 
 @pytest.mark.parametrize("backend", ["cpu"], indirect=True)

@@ -81,10 +81,11 @@ def test_statistics_from_an_lse(built, triton, monkeypatch):
     monkeypatch.setattr(backend, "triton_is_installed", lambda: triton)
     plan, other = attention_plan.plan_statistics, "triton" if triton else "torch"
     query, key, _ = states(512, 512)
-    assert plan(query, key) == plan(query, key, 8) == ("cuda" if built else other)
-    assert plan(query, key, 9) == ("triton" if triton else "cuda" if built else "torch")
+    assert plan(query, key, False) == plan(query, key, False, 8) == ("cuda" if built else other)
+    assert plan(query, key, False, 9) == ("triton" if triton else "cuda" if built else "torch")
+    assert plan(query, key, True) == plan(query, key, True, 8) == other
     query, key, _ = states(512, 512, dtype=torch.float32)
-    assert plan(query, key) == plan(query, key, 1) == other
+    assert plan(query, key, False) == plan(query, key, False, 1) == other
 
 
 class Calls(TorchDispatchMode):
@@ -144,15 +145,17 @@ def test_every_plan_is_carried_out_by_its_own_kernel(kernel, monkeypatch):
     assert ops_called == {"decode": ["decode_attention"], "hopper": ["hopper_prefill"]}.get(kernel, [])
 
 
-def test_statistics_are_planned_by_the_rows_that_are_scored(monkeypatch):
+def test_statistics_are_planned_by_their_bounds_and_the_rows_that_are_scored(monkeypatch):
     plan = mock.Mock(return_value="torch")
     monkeypatch.setattr(attention_cuda, "plan_statistics", plan)
     query, key, _ = (tensor.float() for tensor in states(9, 64, dim=16, heads=4, kv_heads=2))
-    lse, ids, masks = torch.zeros(1, 4, 9), torch.zeros(1, 64, dtype=torch.int32), (0.25, True, None, None, 0, 0.0, None)
-    attention_cuda.region_mass(query, key, lse, ids, 1, *masks, 7)
-    attention_cuda.key_attention(query, key, lse, 7, "mean", None, *masks)
-    attention_cuda.region_statistics(query, key, lse, ids, 1, 7, "mean", *masks)
-    assert [call.args[2:] for call in plan.call_args_list] == [(), (7,), (7,)]
+    lse, ids, own = torch.zeros(1, 4, 9), torch.zeros(1, 64, dtype=torch.int32), torch.zeros(1, 9, dtype=torch.int32)
+    for masks in ((0.25, True, None, None, 0, 0.0, None), (0.25, False, None, own, 0, 0.0, None)):
+        attention_cuda.region_mass(query, key, lse, ids, 1, *masks, 7)
+        attention_cuda.key_attention(query, key, lse, 7, "mean", None, *masks)
+        attention_cuda.region_statistics(query, key, lse, ids, 1, 7, "mean", *masks)
+    planned = [call.args[2:] for call in plan.call_args_list]
+    assert planned == [(False,), (False, 7), (False, 7), (True,), (True, 7), (True, 7)]
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3])
@@ -258,8 +261,8 @@ def test_where_prefill_takes_over_from_decode_on_the_cpu(monkeypatch, avx512, ro
     assert ops.explain(query, key, value).kernel == expected
     half = (tensor.half() for tensor in states(8, 64, heads=8, kv_heads=2))  # whose other kernel is torch's
     assert ops.explain(*half).kernel == "decode"
-    bounds = torch.full((1, rows), 64, dtype=torch.int32)
-    assert ops.explain(query, key, value, is_causal=False, kv_end=bounds).kernel == "decode"
+    bounds = torch.full((1, rows), 64, dtype=torch.int32)  # of their own: rows alone decide
+    assert ops.explain(query, key, value, is_causal=False, kv_end=bounds).kernel == ("prefill" if rows > 8 else "decode")
 
 
 @pytest.mark.parametrize(("keys", "expected"), [(31, "softmax"), (32, "flash")])

@@ -83,6 +83,7 @@ OPTIONS = {
     "softcap": {"softcap": 1.5, "scale": 0.5},
     "sinks": {"sinks": torch.linspace(-1, 4, 4, device=DEVICE)},
     "bias": {"region_bias": torch.linspace(-2, 2, 12, device=DEVICE).view(4, 3)},
+    "rows' own bounds": {"is_causal": False, "softcap": 3.0, "sinks": torch.linspace(-1, 4, 4, device=DEVICE)},
     "everything": {
         "kv_start": int32([3, 0]), "kv_end": int32([66, 70]), "window": 40, "softcap": 4.0,
         "sinks": torch.linspace(-1, 4, 4, device=DEVICE),
@@ -91,7 +92,8 @@ OPTIONS = {
 }  # fmt: skip
 
 
-FEW = ("plain", "bounds", "softcap", "bias", "everything")  # the others are slow in the interpreter where there are many rows
+# The others are slow in the interpreter where there are many rows.
+FEW = ("plain", "bounds", "softcap", "bias", "rows' own bounds", "everything")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,46 @@ FEW = ("plain", "bounds", "softcap", "bias", "everything")  # the others are slo
 def test_options(option, length_q):
     """Lq = 70: prefill tiles. Lq = 2: heads of a group packed into one tile, splits merged."""
     query, key, value = inputs(2, 4, 2, length_q, 70)
-    check(query, key, value, runs(2, 70, 3), 3, **OPTIONS[option])
+    check(query, key, value, runs(2, 70, 3), 3, **OPTIONS[option], **(own_bounds(length_q) if "own" in option else {}))
+
+
+def own_bounds(rows):
+    """Rows of an image, of two sequences, and such as see nothing."""
+    row = torch.arange(70 - rows, 70, device=DEVICE)
+    start = torch.stack([0 * row, torch.where(row < 50, 0, 50)]).int()
+    end = torch.stack([torch.where((row > 9) & (row < 60), 60, row + 1), torch.where(row % 9 == 1, 0, row + 1)]).int()
+    return {"kv_start": start, "kv_end": end}
+
+
+@pytest.mark.parametrize("given", ["kv_start", "kv_end"])
+def test_one_bound_of_each_row_s_own(given):
+    query, key, value = inputs(2, 4, 2, 20, 70)
+    check(query, key, value, runs(2, 70, 3), 3, is_causal=False, **{given: own_bounds(20)[given]})
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("rows", [5, 66])
+def test_what_keys_receive_from_rows_of_their_own(rows, reduce):
+    query, key, value = inputs(2, 4, 2, 70, 70)
+    ids, bounds = runs(2, 70, 2), own_bounds(70) | {"is_causal": False}
+    masks = arguments(query, **bounds)[0]
+    lse = attend64(query, key, value, ids, 2, **bounds)[1]
+    expected = attention_reference.region_statistics(query.double(), key.double(), lse, ids, 2, rows, reduce, *masks, None)
+    found = triton_attention.region_statistics(query, key, lse, ids, 2, rows, reduce, *masks, None)
+    torch.testing.assert_close(found, expected, atol=EXACT, rtol=EXACT)
+    torch.testing.assert_close(heat_map(query, key, lse, rows, reduce, **bounds), expected[1], atol=EXACT, rtol=EXACT)
+
+
+def test_garbage_between_the_rows_keys_is_never_used():
+    query, key, value = inputs(1, 2, 1, 24, 90)
+    start = (torch.arange(24, device=DEVICE) // 8 * 37)[None].int()
+    bounds = {"is_causal": False, "kv_start": start, "kv_end": start + 9}
+    clean = attend(query, key, value, runs(1, 90, 2), 2, **bounds)
+    for tensor in (key, value):
+        for unseen in (slice(9, 37), slice(46, 74), slice(83, 90)):
+            tensor[:, :, unseen] = torch.nan
+    dirty = attend(query, key, value, runs(1, 90, 2), 2, **bounds)
+    torch.testing.assert_close(dirty, clean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16])

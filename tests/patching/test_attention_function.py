@@ -1,15 +1,20 @@
 """The attention and mask functions by themselves, against transformers' own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     blockwise_overlay,
     causal_mask_function,
     chunked_causal_mask_function,
     or_masks,
+    packed_sequence_mask_function,
     sdpa_mask,
     sliding_window_causal_mask_function,
 )
@@ -21,6 +26,7 @@ from ras_fast.patching.attention import (
     _expand,
     attention,
     attention_mask,
+    ends_in_padding,
     explicit_attention,
     explicit_mask,
     is_range,
@@ -116,26 +122,87 @@ def without_a_mask(length_q, length_k):
 
 
 HOLES = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
-RIGHT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]).bool()
-BLOCKS = or_masks(causal_mask_function, blockwise_overlay(torch.tensor([[-1, 0, 0, -1]] * 3)))
+RIGHT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+SLIDING = sliding_window_causal_mask_function(2)
+
+
+def with_images(*blocks, text=causal_mask_function):
+    """Keys of a block see each other; −1: of none."""
+    return or_masks(text, blockwise_overlay(torch.tensor([blocks] * 3)))
+
+
+BLOCKS = with_images(-1, 0, 0, -1)
+CHUNKS = chunked_causal_mask_function(2, torch.zeros(3, dtype=torch.long))
+PACKED = and_masks(causal_mask_function, packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1]] * 3)))
+OWN_RANGES = {
+    "right padding": (causal_mask_function, RIGHT),
+    "right padding under a window": (SLIDING, RIGHT),
+    "image": (BLOCKS, None),
+    "image and left padding": (BLOCKS, padding(0, 1, 2, length=4)),
+    "image and right padding": (BLOCKS, RIGHT),
+    "image under a window": (with_images(-1, 0, 0, 0, text=SLIDING), None),
+    "prefix": (with_images(0, 0, 0, 0), padding(0, 1, 2, length=4)),
+    "two images": (with_images(0, 0, 1, 1), None),
+    "chunks": (CHUNKS, None),
+    "packed sequences": (PACKED, None),
+    "nothing": (causal_mask_function, torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()),
+}
+
+
+@pytest.mark.parametrize("given", OWN_RANGES)
+def test_each_query_s_own_range(module, given):
+    function, padded = OWN_RANGES[given]
+    sizes = {"batch_size": 3, "q_length": 4, "kv_length": 4, "mask_function": function, "attention_mask": padded}
+    full = sdpa_mask(**sizes, allow_is_causal_skip=False).expand(3, 1, 4, 4)
+    got = attention_mask(**sizes, local_size=2 if "window" in given else None)
+    assert is_range(got)
+    assert torch.equal(_expand(got, 4, 4, None), full)
+    own = torch.arange(4)
+    assert torch.equal(ends_in_padding(got), full.flatten(1).any(1) & ~full[:, 0, -1, -1])
+    query, key, value = qkv(4, 4)
+    out, _ = attention(module, query, key, value, got, sliding_window=2)  # which the mask has in it
+    assert torch.equal(out, sdpa_attention_forward(module, query, key, value, full)[0])
+    setattr(module, STATE, AttentionState(ModelState(Tracker(own.int().expand(3, 4), 4)), 0))
+    _, mass = attention(module, query, key, value, got, sliding_window=2, output_attentions=True)
+    scores = (query @ key.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(~full, -torch.inf)
+    assert (mass - scores.softmax(-1).nan_to_num(0)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("offset", [2, torch.tensor(2)], ids=str)
+def test_right_padding_on_a_cache(offset):
+    """Of which the first keys are gone, and which has room for one more."""
+    padded = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    sizes = {"batch_size": 3, "q_length": 2, "kv_length": 4, "q_offset": offset, "kv_offset": 1}
+    got = attention_mask(**sizes, mask_function=causal_mask_function, attention_mask=padded)
+    assert got[:, 0].tolist() == [[[0, 2, 1], [0, 3, 2]], [[0, 2, 1], [0, 2, 2]], [[0, 1, 1], [0, 1, 2]]]
+    assert ends_in_padding(got).tolist() == [False, True, True]
+    left = attention_mask(**sizes, mask_function=causal_mask_function, attention_mask=padding(0, 2, 3, length=4))
+    assert left.shape == (3, 1, 1, 2)
+    assert not ends_in_padding(left).any()
+    assert not ends_in_padding(range_mask(torch.zeros(3, 2), torch.tensor([[2, 3], [2, 2], [1, 1]]))).any()  # a caller's
 
 
 @pytest.mark.parametrize(
     ("function", "mask"),
     [
         (causal_mask_function, HOLES),
-        (causal_mask_function, RIGHT),
-        (BLOCKS, None),
-        (chunked_causal_mask_function(2, torch.zeros(3, dtype=torch.long)), None),
+        (with_images(0, -1, 0, -1), None),
         (bidirectional_mask_function, padding(0, 1, 2, length=4)),
         (lambda b, h, q, k: (k <= q) & (k != 1), None),
     ],
-    ids=["holes", "right padding", "image blocks", "chunks", "bidirectional", "someone's own"],
+    ids=["holes", "images that see each other", "bidirectional", "someone's own"],
 )
 def test_what_is_no_range_stays_a_full_mask(function, mask):
     sizes = {"batch_size": 3, "q_length": 4, "kv_length": 4, "mask_function": function, "attention_mask": mask}
     got = attention_mask(**sizes)
     assert torch.equal(got, sdpa_mask(**sizes, allow_is_causal_skip=False))
+
+
+def test_without_values_it_stays_a_full_mask():
+    for mode, device in ((FakeTensorMode(), "cpu"), (nullcontext(), "meta")):
+        with mode:
+            mask = attention_mask(1, 4, 4, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 2), device=device)
+        assert mask.shape == (1, 1, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +211,7 @@ def test_what_is_no_range_stays_a_full_mask(function, mask):
         (causal_mask_function, None),
         (sliding_window_causal_mask_function(3), 3),
         (BLOCKS, None),
-        (chunked_causal_mask_function(2, torch.zeros(3, dtype=torch.long)), None),
+        (CHUNKS, None),
         (lambda b, h, q, k: (k <= q) & (k != 1), None),
     ],
     ids=["causal", "sliding", "image blocks", "chunks", "someone's own"],
@@ -327,6 +394,9 @@ def test_ranges_of_each_query_s_own_take_the_decode_kernel(module, monkeypatch, 
     monkeypatch.setattr(attention_module, "_region_attention", lambda *args: calls.append(1) or real(*args))
     query, key, value = qkv(length_q, 40)
     start, end = torch.tensor([0, 2, 5]), torch.full((3,), 30)
+    prompt = attention_mask(3, 4, 4, mask_function=CHUNKS)  # transformers' own
+    attention(module, *qkv(4, 4), prompt)
+    assert not calls
     sequence = range_mask(start, end)
     own = range_mask(*(bound[:, None].expand(3, length_q) for bound in (start, end)))
     if length_q == 1:

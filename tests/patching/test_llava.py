@@ -343,8 +343,11 @@ def test_statistics_after_unpatch(model):
         patched.region_map  # noqa: B018
 
 
-def test_collect_under_a_full_mask(model):
+@pytest.mark.parametrize("hole", [False, True])
+def test_statistics_under_right_padding(model, hole):
     batch = inputs(ROWS, side="right")
+    if hole:
+        batch["attention_mask"][:, 1] = 0
     expected = eager(model, batch)
     with torch.no_grad(), ras_fast.patch(model) as patched:
         got = model(**batch, output_attentions=True).attentions

@@ -114,9 +114,12 @@ def test_generation(model, region_ids, options):
     assert not torch.equal(got, plain)
 
 
-def test_under_a_full_mask(model, region_ids):
-    """Right padding leaves no range of keys: the explicit attention adds the bias then."""
+@pytest.mark.parametrize("hole", [False, True])
+def test_under_a_full_mask(model, region_ids, hole):
+    """Right padding leaves each query a range of its own, a hole leaves none: the explicit attention adds the bias then."""
     batch = inputs(["tIttt", "tI"], side="right")
+    if hole:
+        batch["attention_mask"][0, -2] = 0
     bias = biases(HEADS, 1)
     with torch.no_grad():
         with ras_fast.patch(model, norms=False) as patched:

@@ -34,7 +34,7 @@ bench: setup
 	$(BIN)/python bench/headline.py
 
 bench-all: setup
-	for name in norm rotary linear attention towers engine patch decode; do $(BIN)/python bench/bench_$$name.py || exit 1; done
+	for name in norm rotary linear attention image_masks towers engine patch decode; do $(BIN)/python bench/bench_$$name.py || exit 1; done
 
 inspect: setup
 	$(BIN)/ras-fast inspect

@@ -95,6 +95,7 @@ run_profile() {
   section crossovers 90 "$python" bench/bench_crossovers.py
   section gated_linear 30 "$python" bench/bench_gated_linear.py --quick --seconds 0.2
   section towers 30 "$python" bench/bench_towers.py --seconds 0.1
+  section image_masks 30 "$python" bench/bench_image_masks.py --seconds 0.1
   section autosteer 90 "$python" bench/bench_autosteer.py --shape 7b --dtype bfloat16
   section decode 90 "$python" bench/bench_decode.py --shape 7b --dtype bfloat16 --batch 1 32 --tokens 48 --rounds 1
   section qwen 110 "$python" bench/bench_engine.py --gpu --shape qwen3-vl-8b --tokens 64 --batches 1
@@ -128,7 +129,7 @@ try_hopper
 [ "$part" = tests ] || [ "$part" = bench ] || run_profile
 
 {
-  for name in norm rotary linear attention engine crossovers autosteer decode qwen tune; do
+  for name in norm rotary linear attention engine crossovers image_masks autosteer decode qwen tune; do
     [ -s "$logs/$name.log" ] && echo "== $name" && tail -n 34 "$logs/$name.log" | cut -c -240
   done
   [ -f "$logs/ncu.ncu-rep" ] && echo "== ncu" && profile_table

@@ -1,8 +1,8 @@
 """Attention of vision towers, as transformers calls it, beside SDPA: `python bench/bench_towers.py`.
 
 Patches of one image or window see each other: 4·H·Σ n²·D operations, beside the rate of a square matrix product of the same
-run. SDPA is called once for each, after the device was asked for the sizes, as transformers does it. On a GPU ours are SDPA's
-kernels, too: of interest is the tower of many windows.
+run. SDPA is called once for each, after the device was asked for the sizes, as transformers does it; where patches are padded
+to one number, once for all, under a mask. On a GPU ours are SDPA's kernels, too: of interest is the tower of many windows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,21 @@ SHAPES = {
     "its windows": (16, 80, 6 * [*6 * [64], 48] + [*6 * [48], 36]),
     "Qwen3-VL 2B, 768 × 768 pixels": (16, 64, [2304]),
 }
+
+
+# The same, of images that are padded to so many patches.
+PADDED = {
+    "Gemma 4 E2B, 720 × 816 pixels": (12, 64, [2295], 2520),
+    "LFM2-VL 450M, three tiles of 480 × 480 pixels": (12, 64, [900] * 3, 1024),
+}
+
+
+def padded(heads: int, dim: int, sizes: list[int], length: int, dtype: torch.dtype, device: str) -> dict:
+    tensors = [torch.randn(len(sizes), length, heads, dim, device=device).to(dtype).transpose(1, 2) for _ in range(3)]
+    valid = torch.arange(length, device=device) < torch.tensor(sizes, device=device)[:, None]
+    mask = valid[:, None, None].expand(-1, 1, length, -1).contiguous()
+    calls = {"ras_fast": towers.attention, "SDPA": sdpa_attention_forward}
+    return {name: lambda call=call: call(nn.Module(), *tensors, mask, is_causal=False) for name, call in calls.items()}
 
 
 def candidates(heads: int, dim: int, sizes: list[int], dtype: torch.dtype, device: str) -> dict:
@@ -50,8 +65,9 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     limits, rows = harness.ceilings(), []
     for dtype in (torch.bfloat16, torch.float16):
-        for name, (heads, dim, sizes) in SHAPES.items():
-            times = harness.compare(candidates(heads, dim, sizes, dtype, "cuda" if gpu else "cpu"), seconds=args.seconds)
+        for name, (heads, dim, sizes, *length) in (SHAPES | PADDED).items():
+            calls = (padded if length else candidates)(heads, dim, sizes, *length, dtype, "cuda" if gpu else "cpu")
+            times = harness.compare(calls, seconds=args.seconds)
             row = {"dtype": str(dtype)[6:], "tower": name, "H": heads, "D": dim, "N": sum(sizes), "images": len(sizes)}
             row |= {f"{contender} ms": seconds * 1e3 for contender, seconds in times.items()}
             rate = 4 * heads * sum(n * n for n in sizes) * dim / 1e9 / times["ras_fast"]

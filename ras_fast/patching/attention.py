@@ -136,7 +136,7 @@ def attention_mask(
     if mask_function is bidirectional_mask_function or _reads_masks(kwargs.get("config")):
         return full_mask()
     if not _is_causal(mask_function):
-        return _as_ranges(full_mask(), q_offset - kv_offset)
+        return as_ranges(full_mask(), q_offset - kv_offset)
     end = q_offset + q_length - kv_offset
     everything = isinstance(end, int) and end == kv_length
     skips = everything and _none_will_do(q_length, kv_length, local_size, explicit)
@@ -149,7 +149,7 @@ def attention_mask(
             return full_mask()
         start, is_range_, is_padded = _left_padding(attention_mask, end, kv_offset)
         if not is_range_:
-            return _as_ranges(full_mask(), q_offset - kv_offset)
+            return as_ranges(full_mask(), q_offset - kv_offset)
         if skips and not is_padded:
             return None
     end = end.expand(batch_size) if isinstance(end, Tensor) else start.new_full((batch_size,), end)
@@ -199,7 +199,7 @@ def _may_look(mask: Tensor) -> bool:
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _as_ranges(mask: Tensor | None, first: int | Tensor) -> Tensor | None:
+def as_ranges(mask: Tensor | None, first: int | Tensor) -> Tensor | None:
     """A full mask [B, 1, Lq, Lk], as each query's own range where all see one run of keys. One host sync.
 
     first: the first query's place among the keys.

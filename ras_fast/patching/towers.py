@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ras_fast import ops
-from ras_fast.patching.attention import is_causal_call, sdpa_is_slow
+from ras_fast.patching.attention import as_ranges, is_causal_call, is_range, sdpa_is_slow
 from ras_fast.patching.report import Report
 from ras_fast.patching.undo import StandIn, Undo, forward_slot
 from ras_fast.registration import PACKED, TOWER, register
@@ -25,7 +26,7 @@ from ras_fast.registration import PACKED, TOWER, register
 # Keyword arguments that SDPA's function obeys or refuses.
 _OF_SDPA = ("position_bias", "softcap")
 _GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
-_RUNS = "_ras_fast_runs"  # attribute of a tensor of boundaries: its version, and what `_runs` made of that
+_READ = "_ras_fast_read"  # attribute of boundaries or a mask: its version, and what `_once` made of that
 
 
 def attention(
@@ -39,18 +40,21 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' function for SDPA gives, within rounding: every patch sees every other, in half precision and on a CPU
-    by this package's kernel; whatever else by that function itself.
+    """What transformers' function for SDPA gives, within rounding: where every patch sees one run of patches, all for one, in
+    half precision and on a CPU by this package's kernel; whatever else by that function itself.
 
     Args:
         query: [B, Hq, Lq, D]; key, value: [B, Hkv, Lk, D].
+        attention_mask: None, bool or additive [B or 1, Hq or 1, Lq or 1, Lk].
 
     Returns:
         out: [B, Lq, Hq, D]; None.
     """
     obeys_more = dropout or is_causal_call(module, is_causal) or any(kwargs.get(name) is not None for name in _OF_SDPA)
-    if attention_mask is None and not obeys_more and _kernel_takes(query, key, value) and sdpa_is_slow(query, key, value, None):
-        return ops.region_attention(query, key, value, scale=scaling, is_causal=False)[0].transpose(1, 2), None
+    if not obeys_more and _kernel_takes(query, key, value) and sdpa_is_slow(query, key, value, None):
+        bounds = _bounds(attention_mask, query.shape[0])
+        if bounds is not None:
+            return ops.region_attention(query, key, value, scale=scaling, is_causal=False, **bounds)[0].transpose(1, 2), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -89,7 +93,7 @@ def packed_attention(
         found = [sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in zip(*parts, strict=True)]
         return torch.cat(found, 1), None
     found, begin = [], 0
-    for length, count in _runs(cu_seq_lens_q):
+    for length, count in _once(cu_seq_lens_q, _runs):
         end = begin + length * count
         tensors = (x[0, :, begin:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
         found.append(attention(module, *tensors, None, **kwargs)[0].flatten(0, 1))
@@ -99,15 +103,34 @@ def packed_attention(
     return (found[0] if len(found) == 1 else torch.cat(found))[None], None
 
 
+def _bounds(mask: Tensor | None, batch: int) -> dict[str, Tensor] | None:
+    """The keywords for `ops.region_attention` that say what a mask says; None where nothing but the mask does."""
+    if mask is None:
+        return {}
+    if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.shape[1] != 1:
+        return None
+    ranges = _once(mask, partial(as_ranges, first=0))
+    if not is_range(ranges):
+        return None
+    bounds = ranges[:, 0, :, :2].expand(batch, -1, -1).unbind(-1)
+    shared = bounds[0].shape[1] == 1  # by all rows
+    return dict(zip(("kv_start", "kv_end"), ((bound[:, 0] if shared else bound).contiguous() for bound in bounds), strict=True))
+
+
 def _runs(boundaries: Tensor) -> list[tuple[int, int]]:
-    """(length, how many of that length follow each other). One host sync for all layers, which are given the same tensor; one
-    that was filled anew meanwhile, which tensors of inference mode do not tell, is read again."""
-    version = None if boundaries.is_inference() else boundaries._version
-    before, runs = getattr(boundaries, _RUNS, (None, []))
+    """(length, how many of that length follow each other)."""
+    return [(length, len(list(same))) for length, same in groupby(filter(None, boundaries.diff().tolist()))]
+
+
+def _once(tensor: Tensor, read: Callable[[Tensor], Any]) -> Any:
+    """What `read` makes of a tensor's values. One host sync for all layers, which are given the same tensor; one that was
+    filled anew meanwhile, which tensors of inference mode do not tell, is read again."""
+    version = None if tensor.is_inference() else tensor._version
+    before, found = getattr(tensor, _READ, (None, None))
     if version is None or before != version:
-        runs = [(length, len(list(same))) for length, same in groupby(filter(None, boundaries.diff().tolist()))]
-        setattr(boundaries, _RUNS, (version, runs))
-    return runs
+        found = read(tensor)
+        setattr(tensor, _READ, (version, found))
+    return found
 
 
 def _kernel_takes(*tensors: Tensor) -> bool:

@@ -48,13 +48,17 @@ def features(model: nn.Module, batch: dict) -> torch.Tensor:
     return torch.cat([part.flatten() for part in found]).float()
 
 
+def same(batch: dict) -> dict:
+    return batch
+
+
 @torch.no_grad()
-def originals(name: str, dtype: torch.dtype) -> tuple[nn.Module, dict, torch.Tensor, torch.Tensor]:
+def originals(name: str, dtype: torch.dtype, change=same) -> tuple[nn.Module, dict, torch.Tensor, torch.Tensor]:
     """(model, batch, its features in float32, its features)."""
     description = FAMILIES[name]
     exact, model = description.model(name), description.model(name, dtype)
     exact.load_state_dict(model.state_dict())
-    batch = description.inputs(model, ["tIt", "tII"], dtype=dtype)
+    batch = change(description.inputs(model, ["tIt", "tII"], dtype=dtype))
     batch.pop("regions")
     truth = features(exact, {k: v.float() if v.is_floating_point() else v for k, v in batch.items()})
     return model, batch, truth, features(model, batch)
@@ -72,6 +76,28 @@ def test_features_are_as_accurate_as_the_original_ones(name, dtype):
             assert f"{TOWERS[name]} attentions and {patched.report().tower_gelus} GELUs there" in str(patched.report())
         assert torch.equal(features(model, batch), before)
     assert calls.count[KERNEL] + calls.count["ras_fast::decode_attention"] >= 2
+    assert (after - truth).norm() <= 1.5 * (before - truth).norm()
+
+
+def with_padding(batch: dict) -> dict:
+    """Eight more patches an image, which are none."""
+    fills = {"pixel_values": 9.0, "pixel_attention_mask": 0, "image_position_ids": -1}
+    for name in fills.keys() & batch.keys():
+        given = batch[name]
+        batch[name] = torch.cat([given, torch.full_like(given[:, :8], fills[name])], 1)
+    return batch
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", sorted({"lfm2_vl", "gemma4"} & FAMILIES.keys()))
+def test_towers_whose_patches_are_padded(name, dtype):
+    """The mask of that is read once for both layers."""
+    model, batch, truth, before = originals(name, dtype, with_padding)
+    with torch.no_grad(), ras_fast.patch(model), Calls() as calls:
+        after = features(model, batch)
+    assert calls.count[KERNEL] == 2
+    assert calls.count["aten::argmax"] == 2
     assert (after - truth).norm() <= 1.5 * (before - truth).norm()
 
 
@@ -179,9 +205,49 @@ def test_patches_that_see_each_other_take_the_kernel():
     assert (out - exact).abs().max() < 0.02
 
 
+PLACE, ENDS = torch.arange(40), torch.tensor([29, 40])
+MASKS = {
+    "padding": (ENDS[:, None, None, None] > PLACE),
+    "padding, row by row": (ENDS[:, None, None, None] > PLACE).expand(2, 1, 40, 40),
+    "padding before": (ENDS[:, None, None, None] - 25 <= PLACE),
+    "images in a row": (PLACE[:, None] // 10 == PLACE // 10).expand(2, 1, 40, 40),
+    "one mask for all": (PLACE[:, None] // 10 == PLACE // 10)[None, None],
+    "an image that is nothing but padding": (ENDS[:, None, None, None] - 29 > PLACE),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_that_say_which_run_of_patches_is_seen_take_the_kernel(name):
+    tensors, mask = heads(HALVES[0]), MASKS[name]
+    with Calls() as calls:
+        out, _ = attention(Tower(), *tensors, mask, scaling=0.3)
+        again, _ = packed_attention(Tower(), *tensors, mask, scaling=0.3)
+    assert calls.count[KERNEL] == 2
+    assert calls.count["aten::argmax"] == 2  # of the first that is seen and of the last, for all layers
+    assert torch.equal(out, again)
+    exact = sdpa_attention_forward(Tower(), *(x.double() for x in tensors), mask, scaling=0.3)[0]
+    assert (out - exact).abs().max() < 0.02
+
+
+@needs_kernel
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_mask_that_is_filled_anew_is_read_again(inference):
+    with torch.inference_mode(inference), torch.no_grad():
+        tensors, mask = heads(HALVES[0]), torch.ones(2, 1, 1, 40, dtype=torch.bool)
+        for end in (40, 20):
+            mask[..., end:] = False
+            expected = sdpa_attention_forward(Tower(), *(x.float() for x in tensors), mask)[0]
+            assert (attention(Tower(), *tensors, mask)[0] - expected).abs().max() < 0.02
+
+
 OTHERS = {
     "float32": ({}, heads(torch.float32)),
     "mask": ({"attention_mask": torch.rand(2, 1, 40, 40) > 0.5}, heads()),
+    "mask of each head": ({"attention_mask": MASKS["padding, row by row"].expand(2, 3, 40, 40)}, heads()),
+    "additive mask": ({"attention_mask": torch.zeros(2, 1, 40, 40, dtype=torch.bfloat16)}, heads()),
+    "float32 under a mask": ({"attention_mask": MASKS["padding"].expand(2, 1, 40, 40)}, heads(torch.float32)),
+    "gradients under a mask": ({"attention_mask": MASKS["images in a row"]}, heads(requires_grad=True)),
     "dropout": ({"dropout": 0.5}, heads()),
     "causal": ({"is_causal": True}, heads()),
     "position bias": ({"position_bias": torch.randn(1, 3, 40, 40, dtype=torch.bfloat16)}, heads()),
@@ -201,7 +267,7 @@ def test_all_else_is_sdpas_own_bit_for_bit(case):
     torch.manual_seed(0)
     assert torch.equal(got, sdpa_attention_forward(Tower(), *tensors, **options)[0])
     assert not calls.count[KERNEL]
-    if case == "gradients":
+    if "gradients" in case:
         got.sum().backward()
 
 

@@ -1,5 +1,7 @@
 """The engine against the reference on a tiny random model of each family: its own positions, windows, masks and tiles."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -23,6 +25,7 @@ from ras_fast.inputs import encode, make_queries
 from ras_fast.methods import attach
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, from_vectors
+from ras_fast.patching.attention import _expand, is_range
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
@@ -776,8 +779,32 @@ def test_a_step_takes_nothing_from_the_host(name, fused, monkeypatch):
         branches = [steps.branch(kind, [None] * 2, [[1, 2, 3], [4, 5]], [0, 0]) for kind in (batch.SCRATCH, batch.ANSWER)]
         steps.forward(branches)
         with HostReads() as reads:
-            steps._compute(branches, 192, masked=True)
+            steps._compute(branches, 192, 192, masked=True)
     assert reads.found == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_windows_over_a_pool(fused):
+    """Of 8 places. They hide nothing as long as no token is farther on, and where keys lie in order they are ranges."""
+    model, key = FAMILIES["gemma3"].model("gemma3"), torch.arange(24)
+    start, end = torch.tensor([[2, 2], [0, 5]]), torch.tensor([[3, 12], [9, 20]])
+
+    def seen(mask):
+        return _expand(mask, 2, 24, None)[:, 0] if is_range(mask) else mask[:, 0] == 0
+
+    def far():
+        return end[..., None] - 1 - key
+
+    with ras_fast.patch(model) if fused else nullcontext():
+        runner = Runner(model)
+        near, in_order, any_order = (runner.masks(start, end, 24, *given) for given in ((8, far), (20, None), (20, far)))
+    for masks in (near, in_order, any_order):
+        assert torch.equal(seen(masks["full_attention"]), (key >= start[..., None]) & (key < end[..., None]))
+        assert is_range(masks["sliding_attention"]) == (fused and masks is not any_order)
+    assert torch.equal(seen(near["sliding_attention"]), seen(near["full_attention"]))
+    within = (key >= end[..., None] - 8) & seen(near["full_attention"])
+    assert torch.equal(seen(in_order["sliding_attention"]), within)
+    assert torch.equal(seen(any_order["sliding_attention"]), within)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])

@@ -333,7 +333,7 @@ def test_a_step_takes_nothing_from_the_host(processor, monkeypatch, make, kind):
         other = steps.branch(SCRATCH, sequences, [[1, 2, 3], [4, 5]], [5, 5])
         for branches in ([other, answer], [other, answer], [answer]):
             with HostReads() as reads:
-                steps._compute(branches, 192, masked=True)
+                steps._compute(branches, 192, 192, masked=True)
                 for branch in branches:
                     branch.advance(steps.space)
             assert reads.found == []

@@ -373,7 +373,8 @@ class Batch:
         else:
             # A step of answers that end alike sees all of a contiguous stretch.
             alike = len(branches) == 1 and branches[0].kind == ANSWER and branches[0].width == 1
-            states = self._compute(branches, end, masked=not alike or len(ends[ANSWER]) > 1)
+            reach = max(end - self.origin, read + taken)
+            states = self._compute(branches, end, reach, masked=not alike or len(ends[ANSWER]) > 1)
         self.runner.count(self.rows, sum(branch.width for branch in branches))
         for branch in branches:
             branch.advance(self.space)
@@ -384,12 +385,12 @@ class Batch:
         tokens tell these by the length of the cache, which must not shrink when the longest row ends."""
         return branch.live_ends if self.origin else set(branch.ends)
 
-    def _compute(self, branches: list[Branch], end: int, masked: bool) -> Tensor:
-        """`forward` for keys before slot ``end``: tensors in, tensors out, no host sync."""
+    def _compute(self, branches: list[Branch], end: int, reach: int, masked: bool) -> Tensor:
+        """`forward` for keys before slot ``end`` and tokens before place ``reach``: tensors in, tensors out, no host sync."""
         begin = 0 if any(branch.kind == SCRATCH for branch in branches) else self.origin
         ids = _cat([branch.feed.ids for branch in branches])
         positions = _cat([branch.feed.places.clamp(min=0) + self.offset[branch.kind] for branch in branches])
-        mask = self._mask(branches, begin, end) if masked else None
+        mask = self._mask(branches, begin, end, reach) if masked else None
         self._show_regions(begin)
         slots, segments = _cat([self._slots(own.kind, own.feed.places) for own in branches]), self._segments(branches)
         self.pool.aim(slots, (begin, end), slice(0, self.rows), segments)
@@ -398,14 +399,15 @@ class Batch:
             return states[:, -1:]
         return torch.stack([states[:, branches[0].width - 1], states[:, -1]], 1)
 
-    def _mask(self, branches: list[Branch], begin: int, end: int):
+    def _mask(self, branches: list[Branch], begin: int, end: int, reach: int):
         starts, ends = (_cat(list(bounds)) - begin for bounds in zip(*map(self._range, branches), strict=True))
 
         def distance() -> Tensor:
             slots = torch.arange(begin, end, device=self.runner.device)
             return _cat([self._distance(branch, slots) for branch in branches])
 
-        return self.runner.masks(starts, ends, end - begin, distance)
+        in_order = all(branch.kind == ANSWER for branch in branches)  # a scratch's tokens lie backwards, before their prefix
+        return self.runner.masks(starts, ends, end - begin, reach, None if in_order else distance)
 
     def _image_masks(self, branches: list[Branch]) -> dict[str, Tensor]:
         if not self.sees.shape[-1]:
@@ -435,7 +437,7 @@ class Batch:
         """The step as one captured CUDA graph over the whole pool: one for each combination of branches and widths. A model
         whose steps the host takes part in goes on without graphs."""
         key = (self.space.num_regions, *((branch.kind, branch.width) for branch in branches))
-        step = partial(self._compute, branches, self.space.capacity, masked=True)
+        step = partial(self._compute, branches, self.space.capacity, self.space.capacity, masked=True)
         if key not in self.space.graphs:
             every = [(row, branch) for row in range(self.rows) for branch in (SCRATCH, ANSWER)]
             before = [self.pool.states(*place) for place in every]

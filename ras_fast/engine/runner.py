@@ -180,11 +180,11 @@ class Runner:
         finally:
             self.base.rope_deltas = before
 
-    def masks(self, start: Tensor, end: Tensor, keys: int, distance):
+    def masks(self, start: Tensor, end: Tensor, keys: int, reach: int, distance):
         """The attention masks of tokens each of which sees the keys [start, end), both [B, T], out of `keys` many.
 
-        distance: called where a sliding window is shorter than that; gives how many places before each token every key lies,
-            [B, T, keys].
+        reach: how many places there are up to the last token. distance: called where a sliding window is shorter than that;
+            gives how many places before each token every key lies, [B, T, keys]. None: keys lie in the order of their places.
 
         Returns one mask, or {kind of layer: mask} for models with several kinds.
         """
@@ -193,13 +193,15 @@ class Runner:
             if kind in recurrence.LAYERS:
                 made[kind] = None
                 continue
-            windowed = kind == "sliding_attention" and self.window < keys
-            if takes_ranges and not windowed:
-                made[kind] = fresh(range_mask(start, end))
+            windowed = kind == "sliding_attention" and self.window < reach
+            in_order = distance is None
+            first = torch.maximum(start, end - self.window) if windowed and in_order else start
+            if takes_ranges and (in_order or not windowed):
+                made[kind] = fresh(range_mask(first, end))
                 continue
             key = torch.arange(keys, device=start.device)
-            seen = (key >= start[..., None]) & (key < end[..., None])
-            if windowed:
+            seen = (key >= first[..., None]) & (key < end[..., None])
+            if windowed and not in_order:
                 seen &= distance() < self.window
             made[kind] = self._added(seen)
         return made if len(made) > 1 else made[self.kinds[0]]

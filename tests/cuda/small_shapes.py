@@ -36,6 +36,10 @@ def norm():
             yield ops.add_layer_norm(x[:, 1:], None, weight[1:], None, 1e-6)
 
 
+def ends_of_rows(rows, keys):
+    return torch.arange(keys - rows + 1, keys + 1, dtype=torch.int32, device="cuda").repeat(2, 1)
+
+
 def attention():
     for dtype in (torch.float16, torch.bfloat16):
         for rows, keys, head_dim in ((65, 65, 64), (130, 200, 128), (1, 300, 128)):
@@ -46,6 +50,9 @@ def attention():
             out, lse, mass = ops.region_attention(query, key, value, ids, 4, kv_start=start)
             yield out, lse, mass
             yield (ops.region_mass(query, key, lse, ids, 4, kv_start=start),)
+            own = {"is_causal": False, "kv_start": start[:, None].repeat(1, rows), "kv_end": ends_of_rows(rows, keys)}
+            out, lse, mass = ops.region_attention(query, key, value, ids, 4, **own)
+            yield out, lse, mass, *ops.region_statistics(query, key, lse, ids, 4, **own)
             for scored in (1, min(rows, 40)):
                 yield (ops.key_attention(query, key, lse, rows=scored, kv_start=start),)
                 yield ops.region_statistics(query, key, lse, ids, 4, rows=scored, kv_start=start)

@@ -8,6 +8,7 @@ Against peers, interleaved in one run: bench_norm.py, bench_attention.py, bench_
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from ras_fast import ops
 
@@ -117,9 +118,11 @@ def test_states_of_a_tower(measure, laid_out_by):
 
 @pytest.mark.parametrize("by", ["ras_fast", "torch"])
 @pytest.mark.parametrize("rows", [1024, 5120])
-def test_gelu_tanh(measure, rows, by):
-    x = normal(rows, 3072)
-    measure((lambda: torch.nn.functional.gelu(x, approximate="tanh")) if by == "torch" else lambda: ops.gelu_tanh(x))
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "quick_gelu"])
+def test_gelu(measure, name, rows, by):
+    x, theirs = normal(rows, 3072), ACT2FN[name]
+    ours = {"gelu_pytorch_tanh": ops.gelu_tanh, "quick_gelu": ops.quick_gelu}[name]
+    measure(lambda: theirs(x) if by == "torch" else ours(x))
 
 
 def test_refusal_similarity(measure):

@@ -8,12 +8,15 @@
 
 namespace ras::cpu {
 
-struct ActivationArgs {
+enum class Gelu { tanh, quick };
+
+struct GeluArgs {
+  Gelu kind;
   DType dtype;
   const void* x;
   void* y;
 };
 
-RAS_FAST_DECLARE(gelu_tanh_elements, const ActivationArgs& args, int64_t begin, int64_t end)
+RAS_FAST_DECLARE(gelu_elements, const GeluArgs& args, int64_t begin, int64_t end)
 
 }  // namespace ras::cpu

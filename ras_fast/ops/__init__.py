@@ -3,7 +3,7 @@
 Attention's reference, and what each backend makes of a call, have files of their own, attention_*.py.
 """
 
-from ras_fast.ops.activation import gelu_tanh
+from ras_fast.ops.activation import gelu_tanh, quick_gelu
 from ras_fast.ops.attention import explain, key_attention, region_attention, region_mass, region_statistics
 from ras_fast.ops.cache import write_cache_
 from ras_fast.ops.linear import gated_linear, linear, linear_glu, linears
@@ -23,6 +23,7 @@ __all__ = [
     "linear",
     "linear_glu",
     "linears",
+    "quick_gelu",
     "refusal_similarity",
     "region_attention",
     "region_mass",

@@ -25,7 +25,7 @@ from ras_fast.registration import PACKED, TOWER, register
 
 # Keyword arguments that SDPA's function obeys or refuses.
 _OF_SDPA = ("position_bias", "softcap")
-_GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
+_GELU_TANH, _QUICK_GELU = (type(ACT2FN[name]) for name in ("gelu_pytorch_tanh", "quick_gelu"))
 _READ = "_ras_fast_read"  # attribute of boundaries or a mask: its version, and what `_once` made of that
 
 
@@ -173,15 +173,17 @@ def speed_up_towers(root: nn.Module, text_model: nn.Module, undo: Undo, report: 
 
 
 class FastGelu(StandIn):
-    """Stands in for the `forward` of a GELU by a hyperbolic tangent: `ops.gelu_tanh` in half precision and on a CPU, where
-    torch is slow, else the original."""
+    """Stands in for the `forward` of an approximation of GELU: `ops.gelu_tanh` or `ops.quick_gelu` in half precision and on a
+    CPU, where torch is slow, else the original."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __call__(self, input: Tensor) -> Tensor:
-        if type(input) is Tensor and not torch.compiler.is_compiling() and _is_gelu_tanh(self.module) and _gelu_takes(input):
-            return ops.gelu_tanh(input)
+        if type(input) is Tensor and not torch.compiler.is_compiling() and _gelu_takes(input):
+            op = _gelu_of(self.module)
+            if op is not None:
+                return getattr(ops, op)(input)
         return type(self.module).forward(self.module, input)
 
 
@@ -193,18 +195,22 @@ def _gelu_takes(x: Tensor) -> bool:
 
 
 def speed_up_gelus(root: nn.Module, text_model: nn.Module, undo: Undo, report: Report) -> None:
-    """Every GELU by a hyperbolic tangent outside of the text model that is a module of its own, where all is on a CPU."""
+    """Every GELU outside of the text model that there is an op for and that is a module of its own, where all is on a CPU."""
     for module in _outside(root, text_model) if _is_on_cpu(root) else ():
-        slot = forward_slot(module) if _is_gelu_tanh(module) else None
+        slot = None if _gelu_of(module) is None else forward_slot(module)
         if slot is not None:
             undo.set(module, slot, FastGelu(module))
             report.tower_gelus += 1
 
 
-def _is_gelu_tanh(module: nn.Module) -> bool:
-    """Whether it is one, and its function, which is an attribute, nobody has replaced."""
+def _gelu_of(module: nn.Module) -> str | None:
+    """The op that computes a module's approximation of GELU; None for other modules, and for one whose function, an attribute,
+    somebody has replaced."""
+    if type(module) is _QUICK_GELU:
+        return "quick_gelu"
     act = module.act if type(module) is _GELU_TANH else None
-    return isinstance(act, partial) and act.func is nn.functional.gelu and act.keywords == {"approximate": "tanh"}
+    by_tanh = isinstance(act, partial) and act.func is nn.functional.gelu and act.keywords == {"approximate": "tanh"}
+    return "gelu_tanh" if by_tanh else None
 
 
 def lay_out_by_rows(root: nn.Module, text_model: nn.Module, undo: Undo) -> None:

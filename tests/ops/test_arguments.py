@@ -22,6 +22,7 @@ GIVEN = {
     "linear_glu": (X, TABLE, TABLE),
     "gated_linear": (X, TABLE, ONES),
     "gelu_tanh": (X,),
+    "quick_gelu": (X,),
     "rotary_embedding": (QUERY, KEY, ANGLES, ANGLES),
     "write_cache_": (KEY.clone(), KEY.clone(), torch.arange(2)[None], KEY[:, :, :2], KEY[:, :, :2]),
     "refusal_similarity": (torch.randn(2, 3, 11), torch.rand(3, 11)),

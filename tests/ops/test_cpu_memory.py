@@ -51,6 +51,7 @@ def call_every_kernel(dim, dtype):
     for rotated in {dim // 2 * 2, dim // 4 * 2} - {0}:
         ops.rotary_embedding(rand(1, 2, 3, dim), rand(1, 1, 3, dim), rand(1, 3, rotated), rand(1, 3, rotated))
     ops.gelu_tanh(rand(3, dim))
+    ops.quick_gelu(rand(3, dim))
     ops.refusal_similarity(rand(2, 3, dim), rand(3, dim, of=torch.float32))
 
 

@@ -47,5 +47,6 @@ def test_gate_rotation_and_similarity():
         ops.gated_linear(meta(6, 8), meta(8, 8), meta(6))
         ops.gated_linear(meta(6, 8), meta(8, 2), meta(6), right=meta(2, 8))
         ops.gelu_tanh(meta(6, 8))
+        ops.quick_gelu(meta(6, 8))
         ops.refusal_similarity(meta(2, 3, 50), meta(3, 50), steps=meta(2, dtype=torch.int32))
     assert waits.found == []

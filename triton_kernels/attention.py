@@ -572,7 +572,7 @@ def rule(wanted: tuned.ShapeClass) -> Config:
     if kind == "decode":
         if wide:
             return (Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 2))[size]
-        return Config(16, (128 if arch == 80 else 64, 64, 32)[size], 4, 3, DECODE_REGISTERS)
+        return Config(16, (128 if arch == 80 else 64, 32 if own else 64, 32)[size], 4, 3, DECODE_REGISTERS)
     if kind == "mass":
         block_n = ((64, 32 if own else 64, 16 if arch == 80 else 32), (32, 16, 16))[wide][size]
         # On sm_90 Triton 3.6 multiplies tiles of 64 × 16 by 8 warps wrongly, and reads beyond its shared memory.

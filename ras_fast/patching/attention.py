@@ -10,14 +10,15 @@ values may not be looked at: traced, or captured in a CUDA graph.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 STATE = "_ras_fast_attention"  # attribute of an attention module of a patched model
 _WINDOW = "_ras_fast_window"  # attribute of a range mask that was made for one forward: the window it was made with, in a tuple
+_FULL = "_ras_fast_full"  # attribute of such a mask: what `_expand_once` was asked for last, and has made of it
 _OWN = "_ras_fast_own"  # attribute of a caller's range mask in which each query has a range of its own
 # Keyword arguments that are obeyed, or that change nothing: the model has made use of them already, or they are a module's.
 _KNOWN = frozenset((
@@ -145,7 +147,7 @@ def attention_mask(
             return None
         start = torch.zeros(batch_size, dtype=torch.int32, device=device)
     else:
-        if not _may_look(attention_mask):
+        if not may_look(attention_mask):
             return full_mask()
         start, is_range_, is_padded = _left_padding(attention_mask, end, kv_offset)
         if not is_range_:
@@ -192,9 +194,11 @@ def _parts(mask_function: Any) -> tuple:
     return next((cell.cell_contents for cell in cells if isinstance(cell.cell_contents, tuple)), ())
 
 
-def _may_look(mask: Tensor) -> bool:
+def may_look(mask: Tensor) -> bool:
     """Whether the mask's values may be read: there are any, and neither is this traced nor captured in a CUDA graph."""
-    if torch.compiler.is_compiling() or mask.is_meta or isinstance(mask, FakeTensor):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
+        return False
+    if mask.is_meta or isinstance(mask, FakeTensor) or is_functorch_wrapped_tensor(mask):
         return False
     return not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -204,7 +208,7 @@ def as_ranges(mask: Tensor | None, first: int | Tensor) -> Tensor | None:
 
     first: the first query's place among the keys.
     """
-    if mask is None or not mask.numel() or not _may_look(mask):
+    if mask is None or not mask.numel() or not may_look(mask):
         return mask
     seen = mask[:, 0]
     start, past = (by_key.view(torch.uint8).argmax(-1) for by_key in (seen, seen.flip(-1)))  # of the first that is seen
@@ -465,32 +469,20 @@ def _expand(mask: Tensor, length_q: int, length_k: int, window: int | None) -> T
     return seen & (position > own - window) if window is not None else seen
 
 
-_last: tuple | None = None
-
-
 def _expand_once(mask: Tensor, length_q: int, length_k: int, window: int | None) -> Tensor:
-    """`_expand`, remembered for the next layer of the same forward, which gets the same mask.
+    """`_expand`, remembered on the mask for the next layer of the same forward, which gets the same one.
 
-    A caller's own range may be written between two forwards, also by a replayed CUDA graph: only what the mask function
-    has made for this forward is remembered.
+    A caller's own range may be written between two forwards, also by a replayed CUDA graph: only what was made for this
+    forward is remembered.
     """
-    global _last
     if not hasattr(mask, _WINDOW):
         return _expand(mask, length_q, length_k, window)
-    identity, last = (length_q, length_k, window), _last  # which another thread may replace meanwhile
-    if last is not None and last[0]() is mask and last[1] == identity:
-        return last[2]
-    full = _expand(mask, length_q, length_k, window)
-    _last = (weakref.ref(mask, _forget), identity, full)
+    asked = length_q, length_k, window
+    before, full = getattr(mask, _FULL, (None, None))
+    if before != asked:
+        full = _expand(mask, length_q, length_k, window)
+        setattr(mask, _FULL, (asked, full))
     return full
-
-
-def _forget(reference: weakref.ref) -> None:
-    """The forward is over: let go of its N² booleans."""
-    global _last
-    last = _last
-    if last is not None and last[0] is reference:
-        _last = None
 
 
 def _dense(

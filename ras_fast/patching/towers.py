@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ras_fast import ops
-from ras_fast.patching.attention import as_ranges, is_causal_call, is_range, sdpa_is_slow
+from ras_fast.patching.attention import as_ranges, is_causal_call, is_range, may_look, sdpa_is_slow
 from ras_fast.patching.report import Report
 from ras_fast.patching.undo import StandIn, Undo, forward_slot
 from ras_fast.registration import PACKED, TOWER, register
@@ -52,7 +52,7 @@ def attention(
     """
     obeys_more = dropout or is_causal_call(module, is_causal) or any(kwargs.get(name) is not None for name in _OF_SDPA)
     if not obeys_more and _kernel_takes(query, key, value) and sdpa_is_slow(query, key, value, None):
-        bounds = _bounds(attention_mask, query.shape[0])
+        bounds = _bounds(attention_mask, query, key)
         if bounds is not None:
             return ops.region_attention(query, key, value, scale=scaling, is_causal=False, **bounds)[0].transpose(1, 2), None
     return sdpa_attention_forward(
@@ -103,18 +103,27 @@ def packed_attention(
     return (found[0] if len(found) == 1 else torch.cat(found))[None], None
 
 
-def _bounds(mask: Tensor | None, batch: int) -> dict[str, Tensor] | None:
+def _bounds(mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Tensor] | None:
     """The keywords for `ops.region_attention` that say what a mask says; None where nothing but the mask does."""
     if mask is None:
         return {}
-    if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.shape[1] != 1:
+    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
+    # What else SDPA broadcasts, or refuses, is left to it.
+    fits = mask.dim() == 4 and all(size in (1, full) for size, full in zip(mask.shape, (batch, 1, rows), strict=False))
+    if not may_look(mask) or mask.dtype != torch.bool or not fits or mask.shape[3] != keys:
         return None
-    ranges = _once(mask, partial(as_ranges, first=0))
-    if not is_range(ranges):
+    ranges = _once(mask, _ranges)
+    if ranges is None:
         return None
     bounds = ranges[:, 0, :, :2].expand(batch, -1, -1).unbind(-1)
     shared = bounds[0].shape[1] == 1  # by all rows
     return dict(zip(("kv_start", "kv_end"), ((bound[:, 0] if shared else bound).contiguous() for bound in bounds), strict=True))
+
+
+def _ranges(mask: Tensor) -> Tensor | None:
+    """A mask as ranges; None where it is none: remembered on the mask, that itself would never be freed."""
+    ranges = as_ranges(mask, 0)
+    return ranges if is_range(ranges) else None
 
 
 def _runs(boundaries: Tensor) -> list[tuple[int, int]]:

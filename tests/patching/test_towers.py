@@ -3,6 +3,7 @@ neighbours of one size in one call."""
 
 import copy
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from calls import Calls
 from families import FAMILIES
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
 
@@ -241,10 +243,37 @@ def test_a_mask_that_is_filled_anew_is_read_again(inference):
             assert (attention(Tower(), *tensors, mask)[0] - expected).abs().max() < 0.02
 
 
+@needs_kernel
+def test_a_mask_with_holes_is_freed():
+    tensors, mask = heads(HALVES[0]), torch.rand(2, 1, 40, 40) > 0.5
+    seen = weakref.ref(mask)
+    attention(Tower(), *tensors, mask)
+    del mask
+    assert seen() is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("trace", [torch.jit.trace, lambda function, args: make_fx(function)(*args)], ids=["jit", "fx"])
+def test_a_traced_mask_is_not_looked_into(trace):
+    """Nor is what was made of it before: the trace is for other masks, too."""
+    query, key, value = heads(HALVES[0])
+    masks = MASKS["padding, row by row"].clone(), MASKS["images in a row"].clone()
+
+    def tower(query, key, value, mask):
+        return attention(Tower(), query, key, value, mask)[0]
+
+    tower(query, key, value, masks[0])
+    traced = trace(tower, (query, key, value, masks[0]))
+    for mask in masks:
+        assert (traced(query, key, value, mask) - tower(query, key, value, mask)).abs().max() < 0.05
+
+
 OTHERS = {
     "float32": ({}, heads(torch.float32)),
     "mask": ({"attention_mask": torch.rand(2, 1, 40, 40) > 0.5}, heads()),
     "mask of each head": ({"attention_mask": MASKS["padding, row by row"].expand(2, 3, 40, 40)}, heads()),
+    "mask that says the same of all keys": ({"attention_mask": torch.rand(2, 1, 40, 1) > -1}, heads()),
+    "mask without a batch": ({"attention_mask": MASKS["padding"][0]}, heads()),
     "additive mask": ({"attention_mask": torch.zeros(2, 1, 40, 40, dtype=torch.bfloat16)}, heads()),
     "float32 under a mask": ({"attention_mask": MASKS["padding"].expand(2, 1, 40, 40)}, heads(torch.float32)),
     "gradients under a mask": ({"attention_mask": MASKS["images in a row"]}, heads(requires_grad=True)),

@@ -129,7 +129,7 @@ void transpose(vfloat* v) {
 // The memory of one call. Where a unit is a float, the weights take the place of the scores.
 struct Scratch {
   float *query, *out, *top, *total, *mass, *scores, *weights, *keys, *values, *bias, *memory;
-  Span* seen;  // by each row of the tile
+  Span* seen;  // by each packed row of the tile
 
   Scratch(const PrefillArgs& args, int64_t rows, bool weights_apart) {
     const int64_t width = padded(args.dim), heads = args.heads / args.kv_heads, regions = args.mass ? args.num_regions : 0;
@@ -142,7 +142,7 @@ struct Scratch {
     float* next = memory;
     for (int i = 0; i < 10; next += padded(sizes[i]), ++i) *parts[i] = next;
     if (!weights_apart) weights = scores;
-    seen = static_cast<Span*>(std::malloc(rows / heads * sizeof(Span)));
+    seen = static_cast<Span*>(std::malloc(rows * sizeof(Span)));
   }
   ~Scratch() {
     std::free(seen);
@@ -160,7 +160,7 @@ class Tile {
         row_begin(row_begin), count(row_end - row_begin), width(padded(args.dim)),
         score_unit(args.softcap ? args.scale : args.scale * kLog2e), work(args, heads * count, M::kWidth > 1) {
     ids = ids_of(args, batch);
-    for (int64_t row = 0; row < count; ++row) work.seen[row] = {args, batch, row_begin + row};
+    for (int64_t p = 0; p < heads * count; ++p) work.seen[p] = {args, batch, index(p)};
   }
 
   void run() {
@@ -277,7 +277,7 @@ class Tile {
   void attend(Span block, int64_t row, int rows) {
     Span some(INT64_MAX, -1);
     for (int r = 0; r < rows; ++r) {
-      const Span seen = work.seen[(row + r) % count];
+      const Span seen = work.seen[row + r];
       some.low = seen.low < some.low ? seen.low : some.low;
       some.high = seen.high > some.high ? seen.high : some.high;
     }
@@ -291,7 +291,7 @@ class Tile {
 
   // Scores into 2^(score − top) of a row, whose top, total, mass and output follow.
   void softmax(Span block, int64_t p, float* s, float* weights, int64_t columns) {
-    Span seen = work.seen[p % count];
+    Span seen = work.seen[p];
     if (block.high < seen.high) seen.high = block.high;
     const bool masked = block.low < seen.low || block.low + columns - 1 > seen.high;
     const bool plain = !masked && !args.softcap && !args.region_bias;

@@ -92,9 +92,9 @@ def main() -> None:
         query, key, value, ids, spans, end = make(shape, torch.bfloat16, "cuda" if gpu else "cpu")
         calls = check(candidates(query, key, value, ids, spans, end, shape[3]))
         times = harness.compare(calls, seconds=args.seconds, graph=gpu)
-        row = {"prompt": name, "N": query.shape[2]} | {f"{contender} ms": taken * 1e3 for contender, taken in times.items()}
-        rate = 4 * query.shape[1] * query.shape[3] * int(end.sum()) / 1e9 / times["ras_fast, all rows"]
-        rows.append(row | {"GFLOP/s": rate, "share": rate / limits["matmul GFLOP/s"]})
+        gflop = 4 * query.shape[1] * query.shape[3] * int(end.sum()) / 1e9
+        figures = harness.beside_a_product(times, "ras_fast, all rows", gflop, limits)
+        rows.append({"prompt": name, "N": query.shape[2]} | figures)
         path = harness.save("image_masks", rows, limits)  # now: the run may be cut short
     print(harness.table(rows))
     print(f"\nmatrix product {limits['matmul GFLOP/s']:.0f} GFLOP/s; written to {path}")

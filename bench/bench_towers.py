@@ -69,9 +69,8 @@ def main() -> None:
             calls = (padded if length else candidates)(heads, dim, sizes, *length, dtype, "cuda" if gpu else "cpu")
             times = harness.compare(calls, seconds=args.seconds)
             row = {"dtype": str(dtype)[6:], "tower": name, "H": heads, "D": dim, "N": sum(sizes), "images": len(sizes)}
-            row |= {f"{contender} ms": seconds * 1e3 for contender, seconds in times.items()}
-            rate = 4 * heads * sum(n * n for n in sizes) * dim / 1e9 / times["ras_fast"]
-            rows.append(row | {"GFLOP/s": rate, "share": rate / limits["matmul GFLOP/s"]})
+            gflop = 4 * heads * sum(n * n for n in sizes) * dim / 1e9
+            rows.append(row | harness.beside_a_product(times, "ras_fast", gflop, limits))
         path = harness.save("towers", rows, limits)  # now: the run may be cut short
     print(harness.table(rows))
     print(f"\nmatrix product {limits['matmul GFLOP/s']:.0f} GFLOP/s; written to {path}")

@@ -247,6 +247,14 @@ def bound_by_memory(
     print(f"\ncopy bandwidth {limits['copy GB/s']:.1f} GB/s; written to {path}")
 
 
+def beside_a_product(times: dict[str, float], ours: str, gflop: float, limits: dict[str, float]) -> dict[str, float]:
+    """A row's figures from the candidates' seconds: their milliseconds, the rate of one over so many GFLOP, and its share of a
+    matrix product's."""
+    rate = gflop / times[ours]
+    row = {f"{candidate} ms": seconds * 1e3 for candidate, seconds in times.items()}
+    return row | {"GFLOP/s": rate, "share": rate / limits["matmul GFLOP/s"]}
+
+
 def save(name: str, rows: list[dict[str, object]], limits: dict[str, float] | None = None) -> Path:
     """Writes bench/results/<device>/<name>.json; `limits` are the run's `ceilings`."""
     path = RESULTS / device_name() / f"{name}.json"

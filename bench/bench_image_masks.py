@@ -8,8 +8,6 @@ which SDPA cannot do. Operations count the keys that a query sees.
 
 from __future__ import annotations
 
-import argparse
-
 import baselines
 import harness
 import torch
@@ -82,22 +80,16 @@ def check(calls: dict) -> dict:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on a shape")
-    args = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    limits, rows = harness.ceilings(), []
+def cases(device: str):
     for name, shape in SHAPES.items():
-        query, key, value, ids, spans, end = make(shape, torch.bfloat16, "cuda" if gpu else "cpu")
-        calls = check(candidates(query, key, value, ids, spans, end, shape[3]))
-        times = harness.compare(calls, seconds=args.seconds, graph=gpu)
+        query, key, value, ids, spans, end = make(shape, torch.bfloat16, device)
         gflop = 4 * query.shape[1] * query.shape[3] * int(end.sum()) / 1e9
-        figures = harness.beside_a_product(times, "ras_fast, all rows", gflop, limits)
-        rows.append({"prompt": name, "N": query.shape[2]} | figures)
-        path = harness.save("image_masks", rows, limits)  # now: the run may be cut short
-    print(harness.table(rows))
-    print(f"\nmatrix product {limits['matmul GFLOP/s']:.0f} GFLOP/s; written to {path}")
+        calls = check(candidates(query, key, value, ids, spans, end, shape[3]))
+        yield {"prompt": name, "N": query.shape[2]}, gflop, calls
+
+
+def main() -> None:
+    harness.bound_by_products(__doc__, "image_masks", "ras_fast, all rows", cases, graph=True)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ to one number, once for all, under a mask. On a GPU ours are SDPA's kernels, too
 
 from __future__ import annotations
 
-import argparse
-
 import harness
 import torch
 from torch import nn
@@ -58,22 +56,16 @@ def candidates(heads: int, dim: int, sizes: list[int], dtype: torch.dtype, devic
     return {name: lambda call=call: call(module, *tensors, None, is_causal=False) for name, call in calls.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on a shape")
-    args = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    limits, rows = harness.ceilings(), []
+def cases(device: str):
     for dtype in (torch.bfloat16, torch.float16):
         for name, (heads, dim, sizes, *length) in (SHAPES | PADDED).items():
-            calls = (padded if length else candidates)(heads, dim, sizes, *length, dtype, "cuda" if gpu else "cpu")
-            times = harness.compare(calls, seconds=args.seconds)
-            row = {"dtype": str(dtype)[6:], "tower": name, "H": heads, "D": dim, "N": sum(sizes), "images": len(sizes)}
-            gflop = 4 * heads * sum(n * n for n in sizes) * dim / 1e9
-            rows.append(row | harness.beside_a_product(times, "ras_fast", gflop, limits))
-        path = harness.save("towers", rows, limits)  # now: the run may be cut short
-    print(harness.table(rows))
-    print(f"\nmatrix product {limits['matmul GFLOP/s']:.0f} GFLOP/s; written to {path}")
+            calls = (padded if length else candidates)(heads, dim, sizes, *length, dtype, device)
+            columns = {"dtype": str(dtype)[6:], "tower": name, "H": heads, "D": dim, "N": sum(sizes), "images": len(sizes)}
+            yield columns, 4 * heads * sum(n * n for n in sizes) * dim / 1e9, calls
+
+
+def main() -> None:
+    harness.bound_by_products(__doc__, "towers", "ras_fast", cases)
 
 
 if __name__ == "__main__":

@@ -247,12 +247,35 @@ def bound_by_memory(
     print(f"\ncopy bandwidth {limits['copy GB/s']:.1f} GB/s; written to {path}")
 
 
-def beside_a_product(times: dict[str, float], ours: str, gflop: float, limits: dict[str, float]) -> dict[str, float]:
-    """A row's figures from the candidates' seconds: their milliseconds, the rate of one over so many GFLOP, and its share of a
-    matrix product's."""
-    rate = gflop / times[ours]
-    row = {f"{candidate} ms": seconds * 1e3 for candidate, seconds in times.items()}
-    return row | {"GFLOP/s": rate, "share": rate / limits["matmul GFLOP/s"]}
+def bound_by_products(
+    about: str,
+    name: str,
+    ours: str,
+    cases: Callable[[str], Iterable[tuple[dict[str, object], float, dict[str, Callable[[], object]]]]],
+    graph: bool = False,
+) -> None:
+    """The command line of a benchmark of calls that matrix products bound.
+
+    Args:
+        about: what it says of itself.
+        name: of the file of results.
+        ours: the candidate whose rate stands beside a matrix product's.
+        cases: for a device, (columns that name a shape, its GFLOP, candidates) one after the other.
+        graph: whether a GPU runs them as a graph.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on a shape")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    limits, rows = ceilings(), []
+    for columns, gflop, calls in cases("cuda" if gpu else "cpu"):
+        times = compare(calls, seconds=args.seconds, graph=graph and gpu)
+        row = columns | {f"{candidate} ms": seconds * 1e3 for candidate, seconds in times.items()}
+        rate = gflop / times[ours]
+        rows.append(row | {"GFLOP/s": rate, "share": rate / limits["matmul GFLOP/s"]})
+        path = save(name, rows, limits)  # now: the run may be cut short
+    print(table(rows))
+    print(f"\nmatrix product {limits['matmul GFLOP/s']:.0f} GFLOP/s; written to {path}")
 
 
 def save(name: str, rows: list[dict[str, object]], limits: dict[str, float] | None = None) -> Path:

@@ -1,4 +1,4 @@
-// CPU launcher of decode_attention, region_attention's path for one query row per sequence, and for rows with bounds of their own.
+// CPU launcher of decode_attention, region_attention's path for few query rows per sequence.
 #include "cpu/decode.h"
 
 #include "cpu/attention_guard.h"

@@ -370,9 +370,9 @@ def test_rows_over_one_long_cache_are_those_of_calls_of_their_own(heads, kv_head
                *masks[4:-1], int(row >= 6 - mass_rows))
         for row in range(6)
     ]  # fmt: skip
-    for kernel in (decode, torch.ops.ras_fast.prefill_attention):
+    for kernel, close in ((decode, 2e-6), (torch.ops.ras_fast.prefill_attention, 4e-6)):
         found = kernel(query, key, value, ids, 6, *masks)
-        for own, others, tolerance in zip(found, zip(*expected, strict=True), (ATOL[dtype], 4e-6, 4e-6), strict=True):
+        for own, others, tolerance in zip(found, zip(*expected, strict=True), (ATOL[dtype], close, close), strict=True):
             torch.testing.assert_close(own, torch.cat(others, 2), atol=tolerance, rtol=0)
 
 

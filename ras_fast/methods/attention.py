@@ -164,7 +164,7 @@ class _Run:
         """Before the text model. A prompt is at risk 1 until it has been read, which is before the final norm."""
         batch, length = text_shape(kwargs)[:2]
         device = self.method.gate.bias.device
-        self.monitor.active = self.state.note_prompt(length)
+        self.monitor.active = self.state.note_prompt(batch, length, device)
         answer = self.state.value
         if self.monitor.active:
             self.before = self._pieces_before(answer)
@@ -194,7 +194,7 @@ class _Run:
         found, looks = features_so_far(self.mass, self.method.gate.heads, rows, self.before)
         risk, failed = self.method.assess(found, has_images)
         self.mass.clear()
-        padded = self.state.ends_in_padding(len(risk), mass.shape[2], risk.device)
+        padded = self.state.ends_in_padding()
         self.method.failed = failed | padded
         self._decide(risk.masked_fill(self.method.failed, 1.0), self.state.value.start, looks)
         self._steer_positions(padded, mass.shape[2])

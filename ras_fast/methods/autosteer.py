@@ -179,17 +179,17 @@ class _Run:
         hidden, before = states_of(args, kwargs), self.state.value
         batch, length = hidden.shape[:2]
         self.only_read = length - 1 if before is None else 0
-        if not self.state.note_prompt(length):
+        if not self.state.note_prompt(batch, length, self.refusal.device):
             return
         method = self.method
         last = hidden[:, -1].to(self.refusal.device)  # of the last norm: a device map may have put this layer elsewhere
         risk, failed = assess(self.prober, last)
-        self.padded = self.state.ends_in_padding(batch, length, last.device)
+        self.padded = self.state.ends_in_padding()
         method.failed = failed | self.padded
         method.risk = risk.masked_fill(method.failed, 1.0)
         on = (method.risk > method.threshold) | method.failed
         gate = method.epsilon * on.float()  # not in torch's default dtype
-        gate = torch.where(self.state.has_begun(batch, last.device), gate, -method.epsilon)
+        gate = torch.where(self.state.begun, gate, -method.epsilon)
         self.state.decide(Rows(gate if before is None else torch.maximum(gate, before.tensor)))
 
     def steer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -423,7 +423,7 @@ class _Run:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the text model. All is steered until a condition has been read, which is before the first steered layer."""
         batch, length = text_shape(kwargs)[:2]
-        reads_piece = self.state.note_prompt(length)
+        reads_piece = self.state.note_prompt(batch, length, self.strengths.device)
         self.reads_prompt = reads_piece if self.judges else self.state.value is None
         if self.reads_prompt:
             if batch % len(self.strengths):
@@ -440,7 +440,7 @@ class _Run:
         strengths = self.state.value.tensor
         met, failed = self.method.holds(dots.to(strengths.device))
         if self.state.prompt_length:
-            padded = self.state.ends_in_padding(*dots.shape[:2], met.device)
+            padded = self.state.ends_in_padding()
             met |= padded[:, None]  # such a row may be answered from any position
             self.method.failed = failed[:, -1] | padded
         alpha = strengths[:, None] * met

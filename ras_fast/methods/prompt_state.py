@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ras_fast.decoding import check_positions, lock_of, positions_of
 from ras_fast.patching import Patch
-from ras_fast.patching.attention import ends_in_padding, is_range
-from ras_fast.patching.cache_values import PerSequence, cache_name, given_cache, keep, kept, lacks_rows, returned_cache
+from ras_fast.patching.attention import is_range, sees_itself
+from ras_fast.patching.cache_values import PerSequence, Rows, cache_name, given_cache, keep, kept, lacks_rows, returned_cache
 from ras_fast.patching.structure import find_decoder, find_head
 from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
@@ -50,6 +50,7 @@ class PromptState:
         has decided yet, so the forward reads a prompt. Without a cache every forward does.
     past: how many tokens the cache held before the forward that runs.
     prompt_length: how many positions of a prompt, or of a piece of one, the forward that runs reads; 0: it is a decode step.
+    begun: [batch] bool while a prompt is read, else None: the rows of which more than left padding has come so far.
     prefills: whether `generate` is reading a prompt just now. A single token on a cache that has a value is then the last piece
         of the prompt, and not a decode step.
     generates: whether `generate` runs. ended: whether the block of `watch` has.
@@ -61,6 +62,7 @@ class PromptState:
         self.value: Any = None
         self.past: int | Tensor = 0
         self.prompt_length = 0
+        self.begun: Tensor | None = None
         self.prefills = self.generates = self.ended = False
         self.refusing: Any = None
         self._patch: Patch | None = None
@@ -74,37 +76,47 @@ class PromptState:
         if self._cache is not None:
             keep(self._cache, self.name, value)
 
-    def note_prompt(self, length: int) -> bool:
-        """Sets `prompt_length` for this forward, of so many positions; returns whether it reads a prompt or a piece of one."""
+    def note_prompt(self, batch: int, length: int, device: torch.device) -> bool:
+        """Sets `prompt_length` and `begun` for this forward; returns whether it reads a prompt or a piece of one. No host
+        sync."""
         reads = self.value is None or length > 1 or self.prefills
         self.prompt_length = length if reads else 0
+        self.begun = self._has_begun(device).expand(batch) | self._had_begun(device) if reads else None
         return reads
 
-    def ends_in_padding(self, batch: int, length: int, device: torch.device) -> Tensor:
+    def ends_in_padding(self) -> Tensor:
         """[batch] bool: the rows that are padded on the right, so that their prompt cannot be judged at the last position.
         No host sync. A row of which only left padding has come so far is not among them."""
-        mask, seen = self._one_mask(), self._seen()
-        if mask is None:
-            return torch.zeros(batch, dtype=torch.bool, device=device)
-        if is_range(mask):
-            return ends_in_padding(mask).to(device).expand(batch)
-        if seen is None:
-            return torch.ones(batch, dtype=torch.bool, device=device)  # it cannot be known
-        own = mask.shape[1] - 1 if mask.dim() == 2 else self.past + length - 1
-        by_last, last = seen[:, -1], seen.shape[2] - 1
-        ends = by_last[:, min(own, last)] if isinstance(own, int) else by_last[:, own.clamp(max=last).reshape(1)][:, 0]
-        return (seen.flatten(1).any(1) & ~ends).to(device).expand(batch)
+        return self.begun & ~self._sees_itself().to(self.begun.device)
 
-    def has_begun(self, batch: int, device: torch.device) -> Tensor:
-        """[batch] bool: the rows of which more than left padding has come so far. No host sync."""
+    def _sees_itself(self) -> Tensor:
+        """[batch or 1] bool: whether the last position of this forward sees itself; where that cannot be known, it does not."""
         mask, seen = self._one_mask(), self._seen()
         if is_range(mask):
-            begun = (mask[:, 0, :, 0] < mask[:, 0, :, 1]).any(1)
-        elif seen is None:
-            return torch.ones(batch, dtype=torch.bool, device=device)
-        else:
-            begun = seen.flatten(1).any(1)
-        return begun.to(device).expand(batch)
+            return sees_itself(mask)
+        if seen is None:
+            return torch.full((1,), mask is None, device=self.begun.device)
+        own = mask.shape[1] - 1 if mask.dim() == 2 else self.past + self.prompt_length - 1
+        by_last, last = seen[:, -1], seen.shape[2] - 1
+        return by_last[:, min(own, last)] if isinstance(own, int) else by_last[:, own.clamp(max=last).reshape(1)][:, 0]
+
+    def _has_begun(self, device: torch.device) -> Tensor:
+        """[batch or 1] bool: the rows in which this forward's positions see anything. What a window has left behind they do
+        not."""
+        mask, seen = self._one_mask(), self._seen()
+        if is_range(mask):
+            return (mask[:, 0, :, 0] < mask[:, 0, :, 1]).any(1).to(device)
+        return torch.ones(1, dtype=torch.bool, device=device) if seen is None else seen.flatten(1).any(1).to(device)
+
+    def _had_begun(self, device: torch.device) -> Tensor:
+        """[batch or 1] bool: the rows that had begun before this forward. Those of a cache that others have filled had."""
+        before = kept(self._cache, self._begun_name)
+        filled = torch.zeros(1, dtype=torch.bool, device=device) | (self.past > 0)  # not when it was cut to nothing since
+        return filled if before is None else filled & before.tensor.to(device)
+
+    @property
+    def _begun_name(self) -> str:
+        return f"{self.name} begun"
 
     def _one_mask(self) -> Any:
         """The attention mask; of those by kind of layer the one that hides the least."""
@@ -190,7 +202,9 @@ class PromptState:
         cache = returned_cache(output)
         if cache is not None and kept(cache, self.name) is not self.value:
             keep(cache, self.name, self.value)
-        self._cache = self._mask = None
+        if cache is not None and self.begun is not None:
+            keep(cache, self._begun_name, Rows(self.begun))
+        self._cache = self._mask = self.begun = None
 
 
 class _Prefill:

@@ -92,15 +92,14 @@ def _is_own(mask: Tensor) -> bool:
     return mask.shape[2] > 1 or mask.shape[3] == 3 or hasattr(mask, _OWN)
 
 
-def ends_in_padding(mask: Tensor) -> Tensor:
-    """[B] bool: the sequences of a range mask whose last query does not see itself, though others see something. No host sync.
+def sees_itself(mask: Tensor) -> Tensor:
+    """[B] bool: the sequences of a range mask whose last query sees itself. No host sync.
 
-    A range of which nobody says where its query is ends with that.
+    A range of which nobody says where its query is ends with that, or is empty.
     """
-    if mask.shape[3] == 2:
-        return torch.zeros(mask.shape[0], dtype=torch.bool, device=mask.device)
-    start, end, own = mask[:, 0].unbind(-1)
-    return (start < end).any(1) & ~((start[:, -1] <= own[:, -1]) & (own[:, -1] < end[:, -1]))
+    start, end, *places = mask[:, 0, -1].unbind(-1)
+    own = places[0] if places else end - 1
+    return (start <= own) & (own < end)
 
 
 # The mask function.

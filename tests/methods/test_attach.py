@@ -17,6 +17,8 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     InstructBlipForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    MistralConfig,
 )
 
 import ras_fast
@@ -31,6 +33,14 @@ D = 32
 @pytest.fixture(scope="module")
 def model(processor):
     return endless_llava(processor, 3)
+
+
+def sliding_llava(processor, window):
+    """Of which every layer slides, so that no mask shows all that is valid."""
+    config = endless_llava(processor, 3).config
+    values = config.text_config.to_dict() | {"model_type": "mistral", "sliding_window": window}
+    config.text_config = MistralConfig.from_dict(values)
+    return LlavaForConditionalGeneration(config).eval()
 
 
 def autosteer(model, processor):
@@ -479,6 +489,24 @@ def test_a_row_that_ends_in_padding_is_at_full_risk_where_image_tokens_see_each_
         for inputs, expected in ((left, [False, False, False]), (right, [True, False, True])):
             model(**inputs)
             assert method.failed.tolist() == expected
+
+
+PIECES = [{"prefill_chunk_size": 3}, {"prefill_chunk_size": 3, "cache_implementation": "static", "disable_compile": True}]
+
+
+@pytest.mark.parametrize("make", [*METHODS, lambda model, processor: projection(model, processor, per="token")])
+@pytest.mark.parametrize("options", [{}, *PIECES, PIECES[1] | {"num_beams": 2}], ids=str)
+def test_padding_that_reaches_beyond_a_window_is_at_full_risk(processor, make, options):
+    """In the later pieces of the first row every key that a position may see is padding, and so it is in the first pieces of
+    the second."""
+    model = sliding_llava(processor, window=3)
+    ids, mask = torch.full((4, 14), 9), torch.zeros(4, 14, dtype=torch.long)
+    mask[0, :2] = mask[1, 12:] = mask[2] = mask[3, 4:6] = 1
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        generate(model, {"input_ids": ids, "attention_mask": mask}, max_new_tokens=1, **options)
+    expected = torch.tensor([True, False, False, True]).repeat_interleave(options.get("num_beams", 1))
+    assert torch.equal(method.failed, expected)
+    assert torch.equal(method.risk == 1, expected)
 
 
 @pytest.mark.parametrize("make", METHODS)

@@ -27,11 +27,11 @@ from ras_fast.patching.attention import (
     _expand,
     attention,
     attention_mask,
-    ends_in_padding,
     explicit_attention,
     explicit_mask,
     is_range,
     range_mask,
+    sees_itself,
 )
 from ras_fast.patching.state import AttentionState, Collection, ModelState
 from ras_fast.patching.tracking import Forward
@@ -159,7 +159,7 @@ def test_each_query_s_own_range(module, given):
     assert is_range(got)
     assert torch.equal(_expand(got, 4, 4, None), full)
     own = torch.arange(4)
-    assert torch.equal(ends_in_padding(got), full.flatten(1).any(1) & ~full[:, 0, -1, -1])
+    assert torch.equal(sees_itself(got), full[:, 0, -1, -1])
     query, key, value = qkv(4, 4)
     out, _ = attention(module, query, key, value, got, sliding_window=2)  # which the mask has in it
     assert torch.equal(out, sdpa_attention_forward(module, query, key, value, full)[0])
@@ -176,11 +176,12 @@ def test_right_padding_on_a_cache(offset):
     sizes = {"batch_size": 3, "q_length": 2, "kv_length": 4, "q_offset": offset, "kv_offset": 1}
     got = attention_mask(**sizes, mask_function=causal_mask_function, attention_mask=padded)
     assert got[:, 0].tolist() == [[[0, 2, 1], [0, 3, 2]], [[0, 2, 1], [0, 2, 2]], [[0, 1, 1], [0, 1, 2]]]
-    assert ends_in_padding(got).tolist() == [False, True, True]
+    assert sees_itself(got).tolist() == [True, False, False]
     left = attention_mask(**sizes, mask_function=causal_mask_function, attention_mask=padding(0, 2, 3, length=4))
     assert left.shape == (3, 1, 1, 2)
-    assert not ends_in_padding(left).any()
-    assert not ends_in_padding(range_mask(torch.zeros(3, 2), torch.tensor([[2, 3], [2, 2], [1, 1]]))).any()  # a caller's
+    assert sees_itself(left).all()
+    callers = range_mask(torch.zeros(4, 2), torch.tensor([[2, 3], [2, 2], [1, 1], [1, 0]]))
+    assert sees_itself(callers).tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize(

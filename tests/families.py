@@ -66,6 +66,12 @@ def strip(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(1, 3, 4, 4 * int(sizes.prod(1).sum()), generator=generator), "target_sizes": sizes}
 
 
+def packed(images: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Nemotron-H Omni: flat patches of all images one behind the other, and grids of two dimensions."""
+    batch = flat_squares(images, generator)
+    return {"pixel_values": batch["pixel_values"], "image_grid_hw": batch["image_grid_thw"][:, 1:]}
+
+
 def merged_patches(images: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Gemma 4 without an encoder: 2 × 2 flat patches an image, each a token, and where each of them is."""
     where = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="xy"), -1).view(1, 4, 2)
@@ -483,6 +489,16 @@ FAMILIES = {
         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                           "image_size": 32, "patch_size": 4, "mlp_ratio": 2.0, "max_position_embeddings": 64},
         "image_token_id": IMAGE}, large, ([START], [END])),
+    "nemotron_h_omni": Family(QWEN | {
+        "text_config": TEXT | {
+            "num_hidden_layers": 5, "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "full_attention"],
+            "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8,
+            "n_routed_experts": 4, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32},
+        "vision_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4,
+                          "image_size": 16, "max_img_size": 32, "num_cls_tokens": 1, "num_registers": 1, "summary_idxs": [0],
+                          "video_temporal_patch_size": 2},
+        "audio_config": None, "audio_token_id": 95, "vision_hidden_size": 16, "projector_hidden_size": 32},
+                              packed, ([START], [END]), fused=(5, 5)),
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
 }  # fmt: skip

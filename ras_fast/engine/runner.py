@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from ras_fast.engine.workspace import Workspaces
 from ras_fast.inputs import SIGHT, is_per_token
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import cache_name
-from ras_fast.patching.structure import find_decoder, stacks
+from ras_fast.patching.structure import find_decoder, find_head, stacks
 from ras_fast.registration import EXPLICIT, NAME
 
 SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; elsewhere a look costs nothing
@@ -26,6 +28,7 @@ CAPTURED = {"cuda"}  # devices whose steps are captured as graphs
 WIDTH = 32  # tokens of a prompt that captured steps are fed are rounded up to this
 INSTEAD = "use ras_fast.sequential, or ras_fast.methods.attach for methods of one pass, instead"
 _LAYERS = {"full_attention", "sliding_attention"}
+_MLPS = {"mlp", "moe"}  # layers that do not look at other tokens (Nemotron-H): they keep nothing, and take no mask
 
 
 class Runner:
@@ -35,7 +38,7 @@ class Runner:
     captured: whether steps are captured as CUDA graphs: where all weights are on one GPU.
     passes, tokens: forwards so far, those that a graph stood for among them, and the token positions that they computed.
 
-    layers: what each layer is, in transformers' words. kinds: the different ones among them, but for cross-attention.
+    layers: what each layer is, in transformers' words. kinds: the different ones among them that take a mask of the tokens.
     both_ways: whether a prompt's tokens may all see each other (PaliGemma), so that none of them can be computed without those
         after it.
     crosses: whether images are the keys of cross-attention layers. patches: how many keys a tile of one has there.
@@ -45,14 +48,15 @@ class Runner:
 
     def __init__(self, model, sync_every: int | None = None):
         self.layers = _layer_kinds(model)
-        self.kinds, self.crosses = sorted({*self.layers} - {CROSS}), CROSS in self.layers
+        self.kinds, self.crosses = sorted({*self.layers} - {CROSS} - _MLPS), CROSS in self.layers
         self.window = getattr(model.config.get_text_config(), "sliding_window", None)
         self.model, self.base = model, model.base_model
         text, layers = next(iter(stacks(model)), (self.base, torch.nn.ModuleList()))
         self.both_ways = not all(getattr(module, "is_causal", True) for module in layers.modules())
         self.patches = getattr(getattr(self.base, "vision_model", None), "num_patches", 0)
         # Such models make masks themselves, out of what only their prompts have; their text models take those of a step.
-        self._steps = text if self.both_ways or self.crosses else self.base
+        self._text, headless = text, self.base is not model
+        self._steps = self.base if headless and not (self.both_ways or self.crosses) else text
         self.find_parts()
         # Families that give image tokens positions of their own (M-RoPE) count on with an offset after the images, in as many
         # channels as their rotary embedding has sections: most in three, HunYuan-VL in four.
@@ -117,8 +121,25 @@ class Runner:
         extras[self.cache_name] = pool
         with recurrence.in_segments(self.recurrences, pool), self._same_frequencies():
             forward = self.base if pool.view.begin is None else self._steps
+            forward = self._run_with_head if forward is self.model else forward
             output = forward(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **extras)
         return output.last_hidden_state
+
+    def _run_with_head(self, **inputs) -> Any:
+        """What the text model gives in a forward of a model of which no part without a head reads images (Nemotron-H Omni).
+        The head gets the last position alone."""
+        given, thread = [], threading.get_ident()
+
+        def note(module, args, output) -> None:
+            if threading.get_ident() == thread:
+                given.append(output)
+
+        def cut(module, args) -> tuple | None:
+            return (args[0][:, -1:],) if threading.get_ident() == thread else None
+
+        with self._text.register_forward_hook(note), find_head(self.model).register_forward_pre_hook(cut):
+            self.model(**inputs)
+        return given[-1]
 
     def check_frequencies(self, tokens: int) -> None:
         """Raises TooLong for a prompt and its answer of up to so many tokens, where at such a length the rotary embedding turns
@@ -234,7 +255,7 @@ def _layer_kinds(model) -> list[str]:
     kinds = getattr(text, "layer_types", None) or [plain] * text.num_hidden_layers
     crossing = getattr(text, "cross_attention_layers", None) or ()
     kinds = [CROSS if layer in crossing else kind for layer, kind in enumerate(kinds)]
-    found, others = {*kinds}, recurrence.LAYERS | {CROSS}
+    found, others = {*kinds}, recurrence.LAYERS | {CROSS} | _MLPS
     if found - _LAYERS - others or not found & _LAYERS:
         wanted = f"{sorted(_LAYERS)}, alone or among {sorted(others)}"
         raise ValueError(f"{name} has layers of {sorted(found)}; the engine knows {wanted}: {INSTEAD}")

@@ -6,6 +6,7 @@ A layer is recognised by the order in which it calls its children (n: norm, b: a
     nbnnbn   sandwich norms, as Gemma: h += norm(attention(norm(h))); h += norm(mlp(norm(h)))
     bnbn     post-norm, as OLMo 2: h += norm(attention(h)); h += norm(mlp(h))
     nbb      parallel, as Cohere: h += attention(n) + mlp(n), n = norm(h)
+    nb       one block a layer, whichever it is, as Nemotron-H: h += block(norm(h))
 
 and two that continue the sandwich, FusedInputLayer and FusedMixtureLayer (layers.py),
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.patching.layers import (
+    FusedBlock,
     FusedCrossLayer,
     FusedInputLayer,
     FusedLayer,
@@ -43,6 +45,7 @@ PATTERNS = {
     "nbnnbn": ("input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm"),
     "bnbn": ("attention", "attention_norm", "mlp", "mlp_norm"),
     "nbb": ("input_norm", "attention", "mlp"),
+    "nb": ("input_norm", "attention"),
     "nbnnbnbbbn": (
         "input_norm", "attention", "attention_norm", "middle_norm", "mlp", "mlp_norm", "gate", "activation", "projection",
         "projection_norm",
@@ -52,7 +55,7 @@ PATTERNS = {
         "experts", "experts_norm", "mlp_norm",
     ),
 }  # fmt: skip
-KINDS = {"nbnnbnbbbn": FusedInputLayer, "nbnnbnbnbnn": FusedMixtureLayer}
+KINDS = {"nb": FusedBlock, "nbnnbnbbbn": FusedInputLayer, "nbnnbnbnbnn": FusedMixtureLayer}
 SMALL = 64.0  # hidden states are divided by it where a layer is proved
 
 
@@ -177,7 +180,7 @@ class _Fusion:
         """Fuses one layer; returns why not. One that cannot be fused can still be steered and read."""
         record = self.recorded.layers[index]
         shape = "".join("b" if self._fused_norm(record.module, call) is None else "n" for call in record.calls)
-        self.report.norms += 1 if shape == "nbb" else 2
+        self.report.norms += 1 if shape in ("nbb", "nb") else 2
         if not record.called:
             return "is not called"
         slot = forward_slot(record.module)
@@ -316,7 +319,7 @@ def _exact_norm(candidate: FusedNorm, x: Tensor) -> Tensor:
 
 def _prove(layer: FusedLayer, record: LayerTrace) -> str | None:
     """None when the fused layer does what the original did in the trace, else how it differs."""
-    if not next(call for call in record.calls if call.name == layer.names["mlp"]).is_unary:
+    if not all(call.is_unary for call in record.calls if call.name == layer.names.get("mlp")):
         return "calls its MLP with more than the hidden states"
     layer.returns_tuple = isinstance(record.output, tuple)
     if layer.returns_tuple and len(record.output) > 1:

@@ -296,6 +296,11 @@ class FusedLayer(SteeredLayer):
                 return super().__call__(**kwargs)
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
+        hidden = self._layer(hidden, kwargs)
+        return (hidden,) if self.returns_tuple else hidden
+
+    def _layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the layer makes of hidden states [B, T, d]."""
         normed = self._run("input_norm", hidden) if "input_norm" in self.names else hidden
         attended = self._attend(normed, kwargs)
         terms = Sum(attended, hidden, self.attention_norm, self.x_scale)
@@ -308,8 +313,7 @@ class FusedLayer(SteeredLayer):
         moved = self._move(normed, hidden, kwargs)
         if moved.shape != hidden.shape:  # some MoE blocks flatten
             moved = moved.view(hidden.shape)
-        hidden = self._close(moved, hidden, kwargs)
-        return (hidden,) if self.returns_tuple else hidden
+        return self._close(moved, hidden, kwargs)
 
     @property
     def fused_adds(self) -> int:
@@ -349,6 +353,28 @@ class FusedLayer(SteeredLayer):
     def _run(self, role: str, *args: Any) -> Any:
         """The layer's child in this role, called as a module, so that its hooks run."""
         return self.layer._modules[self.names[role]](*args)
+
+
+class FusedBlock(FusedLayer):
+    """A layer of one norm and one block, be it attention, a recurrence or an MLP, as Nemotron-H's: h += block(norm(h))."""
+
+    def note_unproved(self, record: LayerTrace) -> None:
+        super().note_unproved(record)
+        call = record.calls[-1]
+        self._alone, self._kept_back = call.is_unary, frozenset(self._parameters) - call.kwargs.keys()
+
+    @property
+    def fused_adds(self) -> int:
+        return int(self.end is not None)
+
+    def _layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return self._close(self._attend(self._run("input_norm", hidden), kwargs), hidden, kwargs)
+
+    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The block, with those of the layer's arguments that it was handed in the trace."""
+        if self._alone:
+            return first(self._run("attention", normed))
+        return super()._attend(normed, {name: value for name, value in kwargs.items() if name not in self._kept_back})
 
 
 class FusedCrossLayer(FusedLayer):

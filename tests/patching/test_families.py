@@ -268,7 +268,7 @@ MODES = {
 
 # What the unpatched model cannot do either. Some models' beams get a row's images in the order of another's, which shows where
 # images differ in size.
-NOT_THERE = {("paligemma/gemma2", "static"), ("llama4", "beams"), ("glm4v", "beams")}
+NOT_THERE = {("paligemma/gemma2", "static"), ("llama4", "beams"), ("glm4v", "beams"), ("nemotron_h_omni", "beams")}
 OLD = version.parse(transformers.__version__) < version.parse("5.23")
 if OLD:
     NOT_THERE |= {("llama4", "static"), ("mllama", "static")}

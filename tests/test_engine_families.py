@@ -122,7 +122,7 @@ def test_a_model_that_is_all_behind_its_head_computes_no_other_logits():
         lambda module, args, output: rows.append(output.shape[:-1].numel())
     ):
         guard.generate(["w30 w31 w32"], [random_image(0)], max_new_tokens=3)
-    assert set(rows) <= {1, 2}  # of the branches that end a step, of prompts one
+    assert max(rows) <= 6  # of a stage's tokens; the prompts, of which one is enough, have more
 
 
 PICTURED = [name for name in FAMILIES if name not in REFUSED and FAMILIES[name].pixels]

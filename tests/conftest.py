@@ -1,10 +1,13 @@
 """Fixtures shared by all tests."""
 
 import os
+import re
 import signal
 
 import pytest
 import torch
+import transformers
+from packaging import version
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: before they are imported
@@ -18,6 +21,15 @@ from ras_fast.backend import forced_backend
 def pytest_sessionstart():
     """A time limit ends a run as Ctrl-C does, so that what had failed by then is shown."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """transformers 5.24's own forward of Llama 4 with images reads `image_outputs` of an output that has none."""
+    if version.parse(transformers.__version__).release[:2] == (5, 24):
+        broken = pytest.mark.xfail(raises=AttributeError, reason="transformers 5.24 cannot run Llama 4 with images")
+        for item in items:
+            if re.search(r"llama4(?!_)", item.name):
+                item.add_marker(broken)
 
 
 @pytest.fixture(autouse=True)

@@ -292,6 +292,8 @@ QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "head_dim": 8,
           "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
           "moe_intermediate_size": 32, "first_k_dense_replace": 1}  # fmt: skip
+LLAMA4 = {"intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1],
+          "interleave_moe_layer_step": 2}  # fmt: skip
 GEMMA = {"image_token_id": IMAGE, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
 
 FAMILIES = {
@@ -433,8 +435,7 @@ FAMILIES = {
         "vocabulary_map": {"<image>": IMAGE} | {f"IMGIMG{letter}Z": 80 + i for i, letter in enumerate("ABCDEFGH")},
         "vq_config": {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "resolution": 16, "base_channels": 32,
                       "channel_multiplier": [1, 1, 1], "num_res_blocks": 1}}, around=([START], [END])),
-    "llama4": Family({"text_config": TEXT | {"intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 8,
-                                             "no_rope_layers": [1, 0, 1], "interleave_moe_layer_step": 2},
+    "llama4": Family({"text_config": TEXT | LLAMA4,
                       "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END,
                       "vision_config": {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 16,
                                         "num_attention_heads": 2, "patch_size": 4, "vision_output_dim": 32,
@@ -501,6 +502,7 @@ FAMILIES = {
                               packed, ([START], [END]), fused=(5, 5)),
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
+    "llama4_text": Family(TEXT | LLAMA4, None),
 }  # fmt: skip
 # Some are newer than the oldest transformers that this package works with, or took other inputs and configs there.
 CHANGED = set() if version.parse(transformers.__version__) >= version.parse("5.24") else {"hunyuan_vl", "minicpmv4_6", "aria"}
@@ -546,12 +548,6 @@ COUSINS = {
 COUSINS = of_this_version(COUSINS)
 
 
-# Why the engine does not take a family (tests/test_engine_families.py).
-REFUSED = {
-    "llama4": "attention in chunks",
-}
-
-
 def table() -> str:
     """What `patch` and the engine do with each family, as the Markdown table of docs/integration.md."""
     head = "| model class | text model | layers fused | adds fused with their norm | image statistics | `SafeGenerator` |"
@@ -565,7 +561,7 @@ def table() -> str:
         statistics = report.regions or (f"in layers {', '.join(map(str, attending))}" if report.blind else "yes")
         lines.append(
             f"| {report.model} | {text} | {report.fused_layers} of {report.layers} "
-            f"| {report.fused_norms} of {report.norms} | {statistics} | {REFUSED.get(name, 'exact')} |"
+            f"| {report.fused_norms} of {report.norms} | {statistics} | exact |"
         )
     return "\n".join(lines)
 

@@ -1,12 +1,11 @@
 """The engine against the reference on a tiny random model of each family: its own positions, windows, masks and tiles."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-import transformers
-from families import END, FAMILIES, IMAGE, REFUSED, SIZE, START, VOCABULARY, CrossAttention
-from packaging import version
+from families import END, FAMILIES, IMAGE, SIZE, START, VOCABULARY, CrossAttention
 from processors import REAL, with_processor
 from tape import Graphs, HostReads
 from test_engine_one_pass import NEW_TOKENS, attached
@@ -30,9 +29,7 @@ from ras_fast.patching.structure import find_head
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
-if version.parse(transformers.__version__) < version.parse("5.18"):
-    REFUSED = REFUSED | {"qwen2_5_omni_thinker": "has no part without a head"}
-OWN = [name for name in REAL if name not in REFUSED | {"paligemma": "is tested apart"}]  # families with their own processors
+OWN = [name for name in REAL if name != "paligemma"]  # families with their own processors; that one is tested apart
 WITH_PIL = {name for name in OWN if REAL[name].classes[0].endswith("Pil")}
 SPECIAL = {0: "<pad>", 1: "<bos>", IMAGE: "<image>", START: "<start>", END: "<end>"}
 
@@ -79,6 +76,10 @@ class FamilyProcessor:
 
 def built(name):
     family = FAMILIES[name]
+    text = family.config.get("text_config", family.config)
+    if "attention_chunk_size" in text:  # for as long as a chunk the engine takes it for attention to all keys
+        text = text | {"attention_chunk_size": 1024}
+        family = replace(family, config=family.config | {"text_config": text} if "text_config" in family.config else text)
     model = family.model(name)
     return with_profile(model, FamilyProcessor(family, model))
 
@@ -95,7 +96,7 @@ def with_profile(model, processor):
 
 # Slow for those whose own processors put more into prompts, below.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in WITH_PIL else ()) for name in FAMILIES if name not in REFUSED]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in WITH_PIL else ()) for name in FAMILIES]
 )
 def test_exact(name):
     model, processor, profile = built(name)
@@ -125,7 +126,7 @@ def test_a_model_that_is_all_behind_its_head_computes_no_other_logits():
     assert max(rows) <= 6  # of a stage's tokens; the prompts, of which one is enough, have more
 
 
-PICTURED = [name for name in FAMILIES if name not in REFUSED and FAMILIES[name].pixels]
+PICTURED = [name for name in FAMILIES if FAMILIES[name].pixels]
 
 
 # Half of them: `test_exact` and families' own processors put neighbours together as well.
@@ -499,10 +500,13 @@ def test_a_position_offset_of_the_users_stays():
     assert model.model.rope_deltas.item() == -10
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_a_family_that_cannot_branch_is_refused(name):
-    with pytest.raises(ValueError, match=r"use ras_fast\.sequential"):
-        SafeGenerator(*built(name))
+def test_attention_in_chunks_is_refused_where_a_prompt_or_what_is_beside_it_may_fill_one():
+    model, processor, profile = built("llama4_text")
+    with SafeGenerator(model, processor, profile) as guard:
+        for tokens, taken in ((1020, "may take 1024 tokens"), (900, "take 1152 places")):
+            with pytest.raises(ValueError, match=f"{taken}; from 1024 on Llama4ForCausalLM attends in chunks"):
+                guard.generate(["w30"], max_new_tokens=tokens)
+        assert len(guard.generate(["w30"], max_new_tokens=4)) == 1
 
 
 def test_a_model_that_reads_no_text_without_an_image_is_refused(monkeypatch):

@@ -67,7 +67,7 @@ class Plan:
     def sequence(self, prompt: list[int], decoding: Decoding, query: int = 0) -> Sequence:
         """What is to follow a prompt. Raises TooLong for one that the model, or the engine with it, cannot take."""
         check_length(self.runner.model, prompt)
-        self.runner.check_frequencies(len(prompt) + decoding.max_new_tokens)
+        self.runner.check_reach(len(prompt) + decoding.max_new_tokens)
         return Sequence(prompt, decoding, query, self.runner.eos, self.processor.tokenizer, self.runner.device)
 
     def decode(self, batch: Batch, answer: Branch, streamer=None, shown: int = 0, own_steps: int = 0) -> None:

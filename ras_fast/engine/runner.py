@@ -27,7 +27,8 @@ SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; e
 CAPTURED = {"cuda"}  # devices whose steps are captured as graphs
 WIDTH = 32  # tokens of a prompt that captured steps are fed are rounded up to this
 INSTEAD = "use ras_fast.sequential, or ras_fast.methods.attach for methods of one pass, instead"
-_LAYERS = {"full_attention", "sliding_attention"}
+_CHUNKED = "chunked_attention"
+_LAYERS = {"full_attention", "sliding_attention", _CHUNKED}
 _MLPS = {"mlp", "moe"}  # layers that do not look at other tokens (Nemotron-H): they keep nothing, and take no mask
 
 
@@ -41,6 +42,7 @@ class Runner:
     layers: what each layer is, in transformers' words. kinds: the different ones among them that take a mask of the tokens.
     both_ways: whether a prompt's tokens may all see each other (PaliGemma), so that none of them can be computed without those
         after it.
+    chunk: up to how many places attention in chunks (Llama 4) is attention to all keys; None without such layers.
     crosses: whether images are the keys of cross-attention layers. patches: how many keys a tile of one has there.
 
     Raises ValueError for a model with layers that keep something else: these cannot branch.
@@ -50,6 +52,7 @@ class Runner:
         self.layers = _layer_kinds(model)
         self.kinds, self.crosses = sorted({*self.layers} - {CROSS} - _MLPS), CROSS in self.layers
         self.window = getattr(model.config.get_text_config(), "sliding_window", None)
+        self.chunk = _chunk(model.config.get_text_config()) if _CHUNKED in self.kinds else None
         self.model, self.base = model, model.base_model
         text, layers = next(iter(stacks(model)), (self.base, torch.nn.ModuleList()))
         self.both_ways = not all(getattr(module, "is_causal", True) for module in layers.modules())
@@ -74,7 +77,7 @@ class Runner:
         self.cache_name = cache_name(self.base)
         self.sync_every = sync_every or SYNC_EVERY.get(model.device.type, 1)
         self.filler = next(i for i in range(2) if i != self.image_token)
-        self.workspaces = Workspaces(model, self.layers)
+        self.workspaces = Workspaces(model, self.layers, self.chunk)
         self.passes, self.tokens = 0, 0
 
     def find_parts(self) -> None:
@@ -141,14 +144,20 @@ class Runner:
             self.model(**inputs)
         return given[-1]
 
-    def check_frequencies(self, tokens: int) -> None:
+    def check_reach(self, tokens: int) -> None:
         """Raises TooLong for a prompt and its answer of up to so many tokens, where at such a length the rotary embedding turns
-        every token of a forward by other frequencies: stages, and rows of the batch, would depend on each other."""
+        every token of a forward by other frequencies: stages, and rows of the batch, would depend on each other; or where
+        attention falls into chunks."""
         if self._same_up_to is not None and tokens > self._same_up_to:
             raise TooLong(
                 f"a prompt and its answer may take {tokens} tokens; beyond {self._same_up_to} the rotary frequencies of "
                 f"{type(self.model).__name__} follow the length, and the stages could not share a prefix: ask for fewer, or "
                 "use ras_fast.sequential"
+            )
+        if self.chunk is not None and tokens >= self.chunk:
+            raise TooLong(
+                f"a prompt and its answer may take {tokens} tokens; from {self.chunk} on {type(self.model).__name__} attends "
+                "in chunks, which the engine does not know: ask for fewer, or use ras_fast.sequential"
             )
 
     @contextmanager
@@ -260,6 +269,12 @@ def _layer_kinds(model) -> list[str]:
         wanted = f"{sorted(_LAYERS)}, alone or among {sorted(others)}"
         raise ValueError(f"{name} has layers of {sorted(found)}; the engine knows {wanted}: {INSTEAD}")
     return kinds
+
+
+def _chunk(text) -> int:
+    """Up to how many places attention in chunks is attention to all keys, and queries are not scaled by their place."""
+    scaled = getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None
+    return min(filter(None, (text.attention_chunk_size, scaled)))
 
 
 def _same_up_to(rotary) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ras_fast.decoding import TooLong
 from ras_fast.engine.kv_cache import CROSS, KVPool
 
 KEPT = 4  # workspaces of a generator: of batches of so many sizes
@@ -108,17 +109,28 @@ class Workspace:
 
 
 class Workspaces:
-    """A generator's workspaces; at most ``KEPT`` of them, the least recently used goes first."""
+    """A generator's workspaces; at most ``KEPT`` of them, the least recently used goes first.
 
-    def __init__(self, model, kinds: Sequence[str]):
-        self._model, self._kinds = model, kinds
+    chunk: as many slots are too many; None: none are.
+    """
+
+    def __init__(self, model, kinds: Sequence[str], chunk: int | None = None):
+        self._model, self._kinds, self._chunk = model, kinds, chunk
         self._kept: OrderedDict[tuple, Workspace] = OrderedDict()
 
     @contextmanager
     def lend(self, rows: int, scratch: int, rest: int, image_keys: int) -> Iterator[Workspace]:
         """A zeroed workspace for so many rows, with at least ``scratch`` slots before the prefix and ``rest`` usable slots from
-        there on, and ``image_keys`` to cross-attend to. It is kept afterwards, unless its user raised an exception."""
+        there on, and ``image_keys`` to cross-attend to. It is kept afterwards, unless its user raised an exception.
+
+        Raises TooLong where a model that attends in chunks would need so many that it does."""
         key = rows, scratch, rest, _ = rows, _bucket(scratch), _bucket(rest + 1), image_keys
+        if self._chunk is not None and scratch + rest >= self._chunk:
+            raise TooLong(
+                f"a prompt, its answer and what is written beside them take {scratch + rest} places; from {self._chunk} on "
+                f"{type(self._model).__name__} attends in chunks, which the engine does not know: ask for fewer tokens, or use "
+                "ras_fast.sequential"
+            )
         space = self._kept.pop(key, None)
         if space is None:
             while len(self._kept) >= KEPT:

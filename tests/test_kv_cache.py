@@ -72,6 +72,31 @@ def test_rows_move_to_the_front_and_a_grown_pool_holds_the_same():
     assert not any(tensor.any() for layer in pool.layers for tensor in (layer.keys, layer.values))
 
 
+def test_an_indexer_s_keys_lie_beside_those_that_it_chooses_among():
+    pool, prompt, tokens = KVPool(["indexed_attention"] * 2, 3, 6), states(3, 2, seed=5), torch.randn(3, 2, 5)
+    fed(pool, [[1, 2]] * 3, None, prompt)
+    assert torch.equal(pool.update_indexer(tokens, 0), tokens)  # the second layer goes by what the first has chosen
+    pool.aim(torch.tensor([[4], [3]]), (1, 6), slice(1, 3))
+    seen = pool.update_indexer(step := torch.randn(2, 1, 5), 0)
+    assert seen.shape == (2, 5, 5)
+    assert torch.equal(seen[:, :2], tokens[1:])
+    assert torch.equal(seen[[0, 1], [3, 2]], step[:, 0])
+    entry = pool.read(1, 1, 5)
+    assert [len(own) for own in entry] == [3, 2]
+    new = pool.grown(2)
+    assert torch.equal(new.layers[0].indexer_keys[:, 2:], pool.layers[0].indexer_keys)
+    other = KVPool(["indexed_attention"] * 2, 1, 9)
+    other.write(0, 3, entry)
+    assert torch.equal(other.layers[0].indexer_keys[0, 3:7], torch.cat([tokens[1], torch.zeros(1, 5), step[0]]))
+    other.clear(0, 5)
+    assert torch.equal(other.layers[0].indexer_keys[0, 3:7], torch.cat([tokens[1], torch.zeros(2, 5)]))
+    pool.keep_rows([0, 2])
+    assert torch.equal(pool.layers[0].indexer_keys[1, 1:4], torch.cat([tokens[2], step[1]]))
+    pool.reset()
+    assert not pool.layers[0].indexer_keys.any()
+    assert pool.layers[1].indexer_keys is None
+
+
 def test_least_recently_used_goes_first_and_the_bound_holds():
     cache = ByteBoundedCache(100 + 2 * ENTRY_BYTES)
     for key in (b"a", b"b", b"c"):

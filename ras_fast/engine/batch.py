@@ -133,10 +133,11 @@ class Branch:
 @dataclass
 class Prefix:
     """The beginning of a prompt that was computed: keys and values [H, length, D] of each layer that has them, of its tokens or
-    its images, the states of the others, the offset of the positions after it, and where its image tokens are."""
+    its images, with an indexer's keys, the states of the others, the offset of the positions after it, and where its image
+    tokens are."""
 
     length: int
-    keys_values: list[tuple[Tensor, Tensor] | None]
+    keys_values: list[tuple[Tensor, ...] | None]
     states: list[States]
     offset: Tensor
     regions: RegionMap | None

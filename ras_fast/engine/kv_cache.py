@@ -16,6 +16,7 @@ from ras_fast.ops import write_cache_
 from ras_fast.profile import is_integer
 
 CROSS = "cross_attention"  # the kind of a layer that attends to images alone, which are not among the tokens
+INDEXED = "indexed_attention"  # of one that attends to some keys, which it chooses by others
 
 
 @dataclass
@@ -111,6 +112,57 @@ class PoolLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in the first transformers that are supported
 
 
+class IndexedLayer(PoolLayer):
+    """A layer that attends to those of the keys that its mask shows which an indexer chooses (DeepSeek's sparse attention). The
+    indexer has keys [B, capacity, d] of its own, or none, where it goes by what another layer has chosen."""
+
+    def __init__(self, rows: int, capacity: int, view: View):
+        super().__init__(rows, capacity, view)
+        self.indexer_keys: Tensor | None = None
+
+    def update_indexer(self, states: Tensor) -> Tensor:
+        """Writes an indexer's keys [b, T, d] of the forward's tokens; returns those [b, keys, d] that its queries see."""
+        keys, view = self._indexer_keys(states)[self.view.rows], self.view
+        keys.scatter_(1, view.slots[..., None].expand_as(states), states.to(keys.dtype))
+        return states if view.begin is None else keys[:, view.begin : view.end]
+
+    def _indexer_keys(self, like: Tensor) -> Tensor:
+        if self.indexer_keys is None:
+            with torch.inference_mode(False):
+                self.indexer_keys = like.new_zeros((self.rows, self.capacity, like.shape[-1]))
+        return self.indexer_keys
+
+    def read(self, row: int, begin: int, end: int) -> tuple[Tensor, ...] | None:
+        """As of any layer, and the indexer's keys [length, d], if it has any."""
+        given = super().read(row, begin, end)
+        return given if self.indexer_keys is None else (*given, self.indexer_keys[row, begin:end].clone())
+
+    def write(self, row: int, begin: int, keys: Tensor, values: Tensor, indexer_keys: Tensor | None = None) -> None:
+        super().write(row, begin, keys, values)
+        if indexer_keys is not None:
+            self._indexer_keys(indexer_keys)[row, begin : begin + len(indexer_keys)] = indexer_keys
+
+    def clear(self, row: int, begin: int) -> None:
+        super().clear(row, begin)
+        if self.indexer_keys is not None:
+            self.indexer_keys[row, begin:] = 0
+
+    def keep_rows(self, rows: list[int]) -> None:
+        super().keep_rows(rows)
+        if self.indexer_keys is not None:
+            self.indexer_keys[: len(rows)] = self.indexer_keys[rows]
+
+    def copy_to(self, other: IndexedLayer) -> None:
+        super().copy_to(other)
+        if self.indexer_keys is not None:
+            other._indexer_keys(self.indexer_keys)[:, -self.capacity :] = self.indexer_keys
+
+    def reset(self) -> None:
+        super().reset()
+        if self.indexer_keys is not None:
+            self.indexer_keys.zero_()
+
+
 class CrossLayer(PoolLayer):
     """One layer's keys and values [B, H, capacity, D] of each row's images, to which both of its branches cross-attend.
 
@@ -179,6 +231,8 @@ class KVPool(Cache):
     def _layer(self, kind: str) -> CacheLayerMixin:
         if kind in recurrence.LAYERS:
             return StateLayer(self.rows)
+        if kind == INDEXED:
+            return IndexedLayer(self.rows, self.capacity, self.view)
         if kind == CROSS:
             return CrossLayer(self.rows, self.image_keys, self.view)
         return PoolLayer(self.rows, self.capacity, self.view)
@@ -210,12 +264,12 @@ class KVPool(Cache):
         for layer in self._layers(CrossLayer):
             layer.aim()
 
-    def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, Tensor] | None]:
+    def read(self, row: int, begin: int, end: int) -> list[tuple[Tensor, ...] | None]:
         """A copy of what lies in slots ``begin`` .. ``end`` − 1 of a row, and of what it cross-attends to: keys and values
-        [H, length, D] of each layer that may have them, None where it has not."""
+        [H, length, D] of each layer that may have them, None where it has not, and an indexer's keys [length, d]."""
         return [layer.read(row, begin, end) for layer in self._layers(PoolLayer)]
 
-    def write(self, row: int, begin: int, given: list[tuple[Tensor, Tensor] | None]) -> None:
+    def write(self, row: int, begin: int, given: list[tuple[Tensor, ...] | None]) -> None:
         """Puts what `read` gave into the slots from ``begin`` on."""
         for layer, of_layer in zip(self._layers(PoolLayer), given, strict=True):
             if of_layer is not None:

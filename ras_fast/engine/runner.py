@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ras_fast.decoding import TooLong, eos_ids, output_head
 from ras_fast.engine import recurrence
-from ras_fast.engine.kv_cache import CROSS, KVPool
+from ras_fast.engine.kv_cache import CROSS, INDEXED, KVPool
 from ras_fast.engine.workspace import Workspaces
 from ras_fast.inputs import SIGHT, is_per_token
 from ras_fast.patching.attention import fresh, range_mask
@@ -28,7 +28,7 @@ CAPTURED = {"cuda"}  # devices whose steps are captured as graphs
 WIDTH = 32  # tokens of a prompt that captured steps are fed are rounded up to this
 INSTEAD = "use ras_fast.sequential, or ras_fast.methods.attach for methods of one pass, instead"
 _CHUNKED = "chunked_attention"
-_LAYERS = {"full_attention", "sliding_attention", _CHUNKED}
+_LAYERS = {"full_attention", "sliding_attention", _CHUNKED, INDEXED}
 _MLPS = {"mlp", "moe"}  # layers that do not look at other tokens (Nemotron-H): they keep nothing, and take no mask
 
 
@@ -226,7 +226,7 @@ class Runner:
             windowed = kind == "sliding_attention" and self.window < reach
             in_order = distance is None
             first = torch.maximum(start, end - self.window) if windowed and in_order else start
-            if takes_ranges and (in_order or not windowed):
+            if takes_ranges and kind != INDEXED and (in_order or not windowed):
                 made[kind] = fresh(range_mask(first, end))
                 continue
             key = torch.arange(keys, device=start.device)
@@ -265,10 +265,18 @@ def _layer_kinds(model) -> list[str]:
     crossing = getattr(text, "cross_attention_layers", None) or ()
     kinds = [CROSS if layer in crossing else kind for layer, kind in enumerate(kinds)]
     found, others = {*kinds}, recurrence.LAYERS | {CROSS} | _MLPS
+    if INDEXED in found and not _chooses_among_seen(text):
+        raise ValueError(f"{name} has an indexer that goes by the order of the cache, which the engine changes: {INSTEAD}")
     if found - _LAYERS - others or not found & _LAYERS:
         wanted = f"{sorted(_LAYERS)}, alone or among {sorted(others)}"
         raise ValueError(f"{name} has layers of {sorted(found)}; the engine knows {wanted}: {INSTEAD}")
     return kinds
+
+
+def _chooses_among_seen(text) -> bool:
+    """Whether indexers score each key that the mask shows by itself, as DeepSeek-V3.2's, wherever it lies in the cache: not
+    blocks of neighbours, as those of GLM-5 Next and Qwen4."""
+    return hasattr(text, "index_topk") and not hasattr(text, "index_kpool")
 
 
 def _chunk(text) -> int:

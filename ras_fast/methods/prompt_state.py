@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ras_fast.decoding import check_positions, lock_of, positions_of
 from ras_fast.patching import Patch
-from ras_fast.patching.attention import is_range, sees_itself
+from ras_fast.patching.attention import has_own_ranges, is_range, sees_itself
 from ras_fast.patching.cache_values import PerSequence, Rows, cache_name, given_cache, keep, kept, lacks_rows, returned_cache
 from ras_fast.patching.structure import find_decoder, find_head
 from ras_fast.patching.tracking import text_shape
@@ -93,12 +93,13 @@ class PromptState:
         """[batch or 1] bool: whether the last position of this forward sees itself; where that cannot be known, it does not."""
         mask, seen = self._one_mask(), self._seen()
         if is_range(mask):
-            return sees_itself(mask)
+            reaches = mask[:, 0, -1, 1] >= self._length if has_own_ranges(mask) else True  # that of padding ends before it
+            return sees_itself(mask) & reaches
         if seen is None:
             return torch.full((1,), mask is None, device=self.begun.device)
-        own = mask.shape[1] - 1 if mask.dim() == 2 else self.past + self.prompt_length - 1
-        by_last, last = seen[:, -1], seen.shape[2] - 1
-        return by_last[:, min(own, last)] if isinstance(own, int) else by_last[:, own.clamp(max=last).reshape(1)][:, 0]
+        own, by_last, last = self._length - 1, seen[:, -1], seen.shape[2] - 1
+        itself = by_last[:, min(own, last)] if isinstance(own, int) else by_last[:, own.clamp(max=last).reshape(1)][:, 0]
+        return itself & (own <= last) if mask.dim() == 2 else itself  # what a padding mask does not reach is hidden
 
     def _has_begun(self, device: torch.device) -> Tensor:
         """[batch or 1] bool: the rows in which this forward's positions see anything. What a window has left behind they do
@@ -115,6 +116,11 @@ class PromptState:
         return filled if before is None else filled & before.tensor.to(device)
 
     @property
+    def _length(self) -> int | Tensor:
+        """Of the sequences, this forward's positions included."""
+        return self.past + self.prompt_length
+
+    @property
     def _begun_name(self) -> str:
         return f"{self.name} begun"
 
@@ -128,8 +134,10 @@ class PromptState:
         mask = self._one_mask()
         if not isinstance(mask, Tensor) or is_range(mask):
             return None
-        if mask.dim() == 2:
-            return mask[:, None] != 0
+        if mask.dim() == 2:  # a static cache's may be as long as that, and speak of tokens to come
+            mask = mask.to(self.past.device) if isinstance(self.past, Tensor) else mask
+            so_far = torch.arange(mask.shape[1], device=mask.device) < self._length
+            return ((mask != 0) & so_far)[:, None]
         seen = mask[:, 0]  # booleans, or scores to add
         return seen if seen.dtype == torch.bool else seen >= 0
 

@@ -92,6 +92,11 @@ def _is_own(mask: Tensor) -> bool:
     return mask.shape[2] > 1 or mask.shape[3] == 3 or hasattr(mask, _OWN)
 
 
+def has_own_ranges(mask: Tensor) -> bool:
+    """Whether it is a caller's range mask in which each query has a range of its own, and nobody says where the query is."""
+    return _is_own(mask) and mask.shape[3] == 2
+
+
 def sees_itself(mask: Tensor) -> Tensor:
     """[B] bool: the sequences of a range mask whose last query sees itself. No host sync.
 

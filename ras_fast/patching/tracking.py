@@ -203,7 +203,7 @@ class RegionTracker:
         self, own: Forward, inputs: dict[str, Any], before: RegionMap | None, past: int, no_image: bool
     ) -> RegionMap | None:
         visual = self._visual(inputs)
-        if not visual:
+        if not visual or any(mask.is_meta for mask in visual.values()):
             return before if before is not None else self.given
         if no_image:
             visual = {modality: torch.zeros_like(mask) for modality, mask in visual.items()}

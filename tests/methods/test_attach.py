@@ -19,11 +19,13 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     LlavaForConditionalGeneration,
     MistralConfig,
+    StaticCache,
 )
 
 import ras_fast
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, Projection, from_vectors
+from ras_fast.patching import range_mask
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
@@ -489,6 +491,35 @@ def test_a_row_that_ends_in_padding_is_at_full_risk_where_image_tokens_see_each_
         for inputs, expected in ((left, [False, False, False]), (right, [True, False, True])):
             model(**inputs)
             assert method.failed.tolist() == expected
+
+
+@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("to_come", [0, 1])
+def test_a_padding_mask_may_be_as_long_as_the_cache(model, processor, make, static, to_come):
+    """What it says about tokens to come is not what it says about the last one; what it does not reach is hidden."""
+    ids, mask = torch.full((3, 8), 9), torch.full((3, 24), to_come)
+    mask[:, :8] = torch.tensor([[1] * 8, [1] * 4 + [0] * 4, [0] * 6 + [1] * 2])
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        for pieces in ([8], [4, 4]):
+            cache = StaticCache(config=model.config.get_text_config(), max_cache_len=24) if static else DynamicCache()
+            for piece in ids.split(pieces, 1):
+                model(input_ids=piece, attention_mask=mask, past_key_values=cache, use_cache=True)
+            assert method.failed.tolist() == [False, True, False]
+        model(input_ids=ids, attention_mask=mask[:, :7])
+        assert method.failed.all()
+
+
+@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("pieces", [[8], [4, 4], [6, 2]], ids=str)
+def test_ranges_of_each_querys_own_that_end_before_padding_are_at_full_risk(model, processor, make, pieces):
+    lengths, place = torch.tensor([8, 5]), torch.arange(8)
+    ends = torch.minimum(place + 1, lengths[:, None])
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        cache = DynamicCache()
+        for ids, end in zip(torch.full((2, 8), 9).split(pieces, 1), ends.split(pieces, 1), strict=True):
+            model(input_ids=ids, attention_mask=range_mask(torch.zeros_like(end), end), past_key_values=cache, use_cache=True)
+    assert method.failed.tolist() == [False, True]
 
 
 PIECES = [{"prefill_chunk_size": 3}, {"prefill_chunk_size": 3, "cache_implementation": "static", "disable_compile": True}]

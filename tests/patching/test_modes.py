@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, VOCABULARY
 from tiny_models import image_sums, inputs, llava, relative_error, valid_rows
 from transformers import BitsAndBytesConfig, ContinuousBatchingConfig, GenerationConfig, LlavaForConditionalGeneration
 
@@ -72,6 +72,17 @@ def test_device_map_over_two_devices(tmp_path):
 
 
 # Rows of the cache that move
+
+
+def test_a_prompt_may_be_read_where_there_are_no_values():
+    """As some tools do to find shapes; where its images are cannot be known."""
+    family = FAMILIES["gemma3"]
+    model = family.model("gemma3")
+    batch = family.inputs(model, ["tttt", "tt"])
+    del batch["regions"]
+    with torch.no_grad(), ras_fast.patch(model):
+        shape = model.to("meta")(**{name: value.to("meta") for name, value in batch.items()}).logits.shape
+    assert shape == (2, 4, VOCABULARY)
 
 
 def test_the_region_map_follows_returned_sequences():

@@ -5,6 +5,7 @@ The capture itself is tested on a GPU: tests/cuda/test_engine_cuda.py.
 
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +284,36 @@ def test_what_a_capture_refuses_is_noticed_before_it_is_run():
         ):  # fmt: skip
             with pytest.raises(workspace.HostRead):
                 read()
+
+
+def test_what_a_graph_reads_lives_as_long():
+    """Not what is made inside of it, which is the graph's own."""
+    given, written = torch.ones(3), torch.zeros(3)
+    with workspace.Inputs("meta") as inputs:
+        written.copy_((given + 1) * 2)
+    assert inputs.storages.keys() == {tensor.untyped_storage()._cdata for tensor in (given, written)}
+
+
+def test_a_grown_workspace_holds_the_same():
+    space = workspace.Workspace(["full_attention"], 2, 4, 12, torch.device("cpu"), 3)
+    for tensor in (space.shared, space.offset, space.sees, space.region_ids):
+        tensor.copy_(torch.arange(1, 1 + tensor.numel()).view(tensor.shape))
+    grown = space.grown(5)
+    assert (grown.origin, grown.capacity) == (9, 17)
+    assert all(torch.equal(getattr(grown, name), getattr(space, name)) for name in ("shared", "offset", "sees"))
+    assert torch.equal(grown.region_ids[:, 5:], space.region_ids)
+    assert (grown.region_ids[:, :5] == -1).all()
+
+
+def test_the_workspaces_that_were_used_last_are_kept():
+    spaces, lent = workspace.Workspaces(SimpleNamespace(device=torch.device("cpu")), ["full_attention"]), []
+    for rows in (*range(1, workspace.KEPT + 1), 1, workspace.KEPT + 1, 1):
+        with spaces.lend(rows, 1, 1, 0) as space:
+            lent.append(space)
+    assert len(spaces) == workspace.KEPT
+    assert lent[0] is lent[-1]
+    with spaces.lend(2, 1, 1, 0) as space:
+        assert space is not lent[1]
 
 
 def to_meta(model):

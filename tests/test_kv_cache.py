@@ -97,6 +97,16 @@ def test_an_indexer_s_keys_lie_beside_those_that_it_chooses_among():
     assert pool.layers[1].indexer_keys is None
 
 
+def test_a_grown_pool_holds_the_keys_of_images():
+    """A prefix that is read from it later is to have them."""
+    pool, entry = KVPool(["cross_attention"], 2, 6, image_keys=4), [(torch.randn(3, 2, 5), torch.randn(3, 2, 5))]
+    pool.write(1, 0, entry)
+    new = pool.grown(3)
+    assert new.read(0, 0, 0) == [None]
+    for found, expected in zip(new.read(1, 0, 0)[0], entry[0], strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_least_recently_used_goes_first_and_the_bound_holds():
     cache = ByteBoundedCache(100 + 2 * ENTRY_BYTES)
     for key in (b"a", b"b", b"c"):
@@ -108,6 +118,13 @@ def test_least_recently_used_goes_first_and_the_bound_holds():
     assert (len(cache), cache.nbytes, cache.get(b"a")) == (2, 80 + 2 * ENTRY_BYTES, b"A")
     cache.clear()
     assert (len(cache), cache.nbytes) == (0, 0)
+
+
+def test_an_entry_as_large_as_the_limit_is_kept():
+    cache = ByteBoundedCache(ENTRY_BYTES + 10)
+    cache.put(b"too large", 1, 11)
+    cache.put(b"fits", 2, 10)
+    assert (cache.get(b"too large"), cache.get(b"fits")) == (None, 2)
 
 
 def test_no_limit_means_off():

@@ -197,13 +197,21 @@ class PromptState:
         shape = text_shape(kwargs)
         if shape is None or shape[1] == 1:
             return
-        taken = shape[1] + (self.past if isinstance(self.past, int) else 0)
-        if taken <= positions_of(self._patch.model):
+        trained = positions_of(self._patch.model)
+        taken = shape[1] + self._past_within(trained)
+        if taken <= trained:
             return
         positions = kwargs.get("position_ids")
         if positions is not None:  # without padding; by M-RoPE, [channels, B, T], images take fewer in some channels
             taken = 1 + int(positions.flatten(1).amax(1).min() if positions.dim() == 3 else positions.max())
         check_positions(self._patch.model, taken)
+
+    def _past_within(self, trained: float) -> int:
+        """`past`. A static cache's is on the device, which is asked where the cache has room for more than so many tokens."""
+        if isinstance(self.past, int):
+            return self.past
+        slides = all(self._cache.is_sliding)  # then its room says nothing
+        return int(self.past) if slides or self._cache.get_max_length() > trained else 0
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
         """A cache that the model made itself gets the value, too."""

@@ -96,7 +96,7 @@ class ModelState:
             if previous is not None:
                 self.statistics = outer
 
-    def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Hook of the text model. Raises RuntimeError where statistics or a bias would silently come to nothing."""
         if self.collection is not None or self.monitor is not None or self.biases:
             name = module.config._attn_implementation
@@ -106,6 +106,10 @@ class ModelState:
                     f"patched: set it to {NAME!r}, or unpatch the model and patch it again"
                 )
         self.tracker.before_text(module, args, kwargs)
+        kept = kwargs.get("logits_to_keep")
+        # Gemma 4 runs its later layers for these positions alone, but where None stands for their causal mask, which it knows
+        # of "sdpa" alone; of one position it hides nothing.
+        return (args, kwargs | {"logits_to_keep": 0}) if isinstance(kept, int) and kept > 1 else None
 
 
 @dataclass

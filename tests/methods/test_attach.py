@@ -3,7 +3,7 @@
 import copy
 import gc
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import MethodType, SimpleNamespace
 
@@ -16,6 +16,7 @@ from transformers import (
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     InstructBlipForConditionalGeneration,
     LlavaForConditionalGeneration,
     MistralConfig,
@@ -25,8 +26,10 @@ from transformers import (
 import ras_fast
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, Projection, from_vectors
+from ras_fast.methods.prompt_state import replaced
 from ras_fast.patching import range_mask
 from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.regions import RegionMap
 from ras_fast.sequential import SequentialPipeline
 
 D = 32
@@ -314,6 +317,15 @@ def test_a_generate_that_outlives_its_block_is_refused(model, processor, make):
         generate(model, inputs)
 
 
+def test_a_stand_in_that_outlives_its_block_is_refused(model):
+    """Whatever it stands for, and though nobody else says that the block has ended."""
+    with replaced(model, "generate", lambda method: method):
+        taken = model.generate
+    assert "generate" not in vars(model)
+    with pytest.raises(RuntimeError, match="has ended before it began: its answer would not be steered"):
+        taken(input_ids=torch.arange(20, 26)[None], max_new_tokens=1)
+
+
 def test_a_thread_that_waits_while_its_block_ends_is_refused(model, processor):
     """It was started inside, and has got no further than another's answer."""
     errors, lock = [], ras_fast.decoding.lock_of(model)
@@ -355,6 +367,25 @@ def test_a_block_that_ends_inside_of_its_generate_is_an_error(model, processor, 
             generate(model, prompts(processor), streamer=Closing())
         generate(model, prompts(processor))
     assert not {"generate", "_prefill", "_get_candidate_generator"} & set(vars(model))
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_block_that_ends_inside_of_the_last_forward_is_an_error(model, processor, make):
+    """After which no other is stopped: its later layers ran without the method."""
+
+    def close(module, args):
+        with suppress(RuntimeError):  # which is lost
+            block.__exit__(None, None, None)
+
+    with ras_fast.patch(model) as patch:
+        block = ras_fast.methods.attach(patch, make(model, processor))
+        block.__enter__()
+        with (
+            model.model.language_model.layers[1].register_forward_pre_hook(close),
+            pytest.raises(RuntimeError, match="the rest of its answer would not be steered"),
+        ):
+            generate(model, prompts(processor), max_new_tokens=1)
+        generate(model, prompts(processor))
 
 
 @pytest.mark.parametrize("make", [attention, projection])
@@ -422,6 +453,14 @@ def test_the_last_piece_of_a_prompt_is_judged_however_short(model, processor, ma
     assert not method.failed.any()
 
 
+def test_a_generate_without_a_part_that_reads_prompts_is_refused(model, processor, monkeypatch):
+    """As of another version of transformers: a prompt's last piece of one token would pass for a decode step."""
+    monkeypatch.delattr(GenerationMixin, "_prefill")
+    with ras_fast.patch(model) as patch, pytest.raises(RuntimeError, match="has no _prefill, which this method relies on"):
+        ras_fast.methods.attach(patch, autosteer(model, processor)).__enter__()
+    assert "generate" not in vars(model)
+
+
 @pytest.mark.parametrize("make", [*METHODS, lambda model, processor: projection(model, processor, per="token")])
 def test_each_chunk_of_a_prompt_is_judged_and_no_decode_step_is(model, processor, make):
     text = {"input_ids": torch.arange(20, 29)[None]}
@@ -448,9 +487,30 @@ def test_a_prompt_beyond_the_models_positions_is_refused(model, processor, make,
         for given in (inputs, whole, *padded):
             generate(model, given)
         assert not method.failed.any()
-        for options in ({}, {"prefill_chunk_size": 4, "past_key_values": DynamicCache()}):
+        static = {"cache_implementation": "static", "disable_compile": True}  # its length is on the device
+        for options in ({}, {"prefill_chunk_size": 4, "past_key_values": DynamicCache()}, {"prefill_chunk_size": 4} | static):
             with pytest.raises(ValueError, match="a prompt has 32 tokens; LlavaForConditionalGeneration has 30 positions"):
                 generate(model, text, **options)
+
+
+def test_an_image_takes_no_more_positions_than_its_rope_gives_it(monkeypatch):
+    """By M-RoPE fewer than it has tokens, and not as many in each channel: of a prompt that ends in one the fewest count."""
+    family = FAMILIES["qwen2_5_vl"]
+    model, positions = family.model("qwen2_5_vl"), []
+    inputs = family.inputs(model, ["tII"])
+    del inputs["regions"]
+    shape = inputs["input_ids"].shape
+    inputs = {name: tensor[:, :-1] if tensor.shape == shape else tensor for name, tensor in inputs.items()}  # the end's mark
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, autosteer(model, None)):
+        with patch.text_model.register_forward_pre_hook(lambda m, a, k: positions.append(k["position_ids"]), with_kwargs=True):
+            model(**inputs)
+        fewest, *_, most = sorted(1 + positions[0].flatten(1).amax(1))
+        assert fewest < most < shape[1]
+        monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", int(fewest))
+        model(**inputs)
+        monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", int(fewest) - 1)
+        with pytest.raises(ValueError, match=f"a prompt has {fewest} tokens"):
+            model(**inputs)
 
 
 @pytest.mark.parametrize("make", METHODS)
@@ -582,15 +642,15 @@ def test_an_answer_to_nothing_but_padding_is_steered(model, processor):
 
 @pytest.mark.parametrize("make", METHODS)
 def test_padding_before_a_prompt_is_no_failure(model, processor, make):
-    """Nor where a chunk of a prompt that is read in pieces holds nothing else."""
-    ids = torch.tensor([[0] * 6 + [20, 21, 22], list(range(20, 29))])
+    """Nor where chunks of a prompt that is read in pieces hold nothing else."""
+    ids = torch.tensor([[0] * 10 + [20, 21, 22], list(range(20, 33))])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
     with ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
         failed = []
         handle = patch.text_model.register_forward_hook(lambda module, args, output: failed.append(method.failed.any().item()))
         generate(model, inputs, prefill_chunk_size=4, past_key_values=DynamicCache())
         handle.remove()
-    assert len(failed) == 5
+    assert len(failed) == 6
     assert not any(failed)
 
 
@@ -617,6 +677,23 @@ def test_a_piece_of_mere_padding_is_not_judged(model, processor, monkeypatch, op
         generate(model, inputs, prefill_chunk_size=4, **options)
     assert len(judged) == 3
     assert (gates[-1] > 0).tolist() == [False, True]
+
+
+def test_layers_that_would_run_for_the_last_positions_alone_run_for_all():
+    """Gemma 4's last ones, where few logits are asked for, as by `generate`. A risk is read from layers of either kind."""
+    family = FAMILIES["gemma4"]
+    model = family.model("gemma4")
+    inputs = family.inputs(model, ["tItttt"])
+    del inputs["regions"]
+    tensors = {"prototypes": torch.randn(3, 64), "attention_weights": torch.randn(6), "attention_bias": torch.zeros(1)}
+    profile = RasProfile("attention", {"heads": [[0, 1], [3, 3]]}, tensors, fingerprint(model))
+    risks = []
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile) as method:
+        for kept in (0, 1):
+            model(**inputs, logits_to_keep=kept)
+            risks.append(method.risk)
+    assert not method.failed.any()
+    assert torch.allclose(*risks)
 
 
 @pytest.mark.parametrize("make", METHODS)
@@ -712,6 +789,18 @@ def test_arguments_without_names_count(model, processor):
         assert method.failed.tolist() == [True]
         patch.text_model(ids[:, :1], None, None, cache)
         assert method.risk.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("make", METHODS)
+def test_a_cache_that_the_output_does_not_name_is_judged(model, processor, make):
+    """As in a tuple."""
+    ids, cache = torch.arange(20, 26)[None], DynamicCache()
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, make(model, processor)) as method:
+        patch.region_map = RegionMap(torch.full((1, 8), -1, dtype=torch.int32), 0)
+        assert isinstance(patch.text_model(ids, past_key_values=cache, return_dict=False), tuple)
+        before = method.risk
+        patch.text_model(ids[:, :1], past_key_values=cache)
+        assert method.risk is before
 
 
 def test_the_generate_of_a_part_is_followed():
@@ -879,6 +968,16 @@ def test_a_model_is_compared_again_only_where_it_changed(model, processor, monke
         for lengths in ((6,), (6, 6), (6,)):
             generate(model, prompts(processor, lengths))
     assert len(checks) == 1
+
+
+def test_a_profile_may_be_at_work_twice(model, processor):
+    """Each judges the prompt, and none takes another's word for its own."""
+    profile = autosteer(model, processor)
+    with torch.no_grad(), ras_fast.patch(model) as patch, ExitStack() as blocks:
+        methods = [blocks.enter_context(ras_fast.methods.attach(patch, profile)) for _ in range(3)]
+        cache = model(**prompts(processor), use_cache=True).past_key_values
+        assert all(method.risk is not None for method in methods)
+    assert len(cache.__dict__["_ras_fast_kept"]) == 7  # the images, and of each method its gates and what had begun
 
 
 def test_blocks_may_end_in_any_order(model, processor):

@@ -339,6 +339,15 @@ def test_a_caller_s_range_is_not_remembered(module):
     assert not torch.equal(after, before)
 
 
+def test_a_copy_of_each_query_s_own_range_is_one(module):
+    """It has lost its mark, and tells by its shape."""
+    query, key, value = qkv(4, 6)
+    own = range_mask(torch.tensor([[0, 1, 0, 2]] * 3), torch.tensor([[6, 2, 5, 3]] * 3))
+    expected, _ = sdpa_attention_forward(module, query, key, value, _expand(own, 4, 6, None))
+    for mask in (own, own.clone()):
+        torch.testing.assert_close(attention(module, query, key, value, mask)[0], expected)
+
+
 @pytest.mark.parametrize("name", ["position_bias", "cu_seq_lens_q", "cache", "head_mask", "indices", "block_indices", "sinks"])
 def test_unsupported_keywords(module, name):
     with pytest.raises(ValueError, match=name):
@@ -382,6 +391,27 @@ def test_a_decode_step_in_half_precision_is_as_accurate_as_sdpa(module, dtype, s
     assert ours.shape == theirs.shape
     assert ours.dtype == dtype
     assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}], ids=str)
+def test_what_sdpa_lacks_is_computed_as_autocast_has_it(module, options):
+    """Keys that were rotated in float32 come beside values in half precision."""
+    query, key, value = qkv(6, 6)
+    half = [tensor.bfloat16() for tensor in (query, key, value)]
+    expected, _ = attention(module, *half, None, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = attention(module, query, key, half[2], None, **options)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, expected)
+
+
+def test_what_autocast_is_to_make_alike_is_left_to_sdpa(module):
+    query, key, value = qkv(2, 40)
+    own = range_mask(torch.zeros(3, 2), torch.tensor([[30, 31]] * 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = attention(module, query, key, value.bfloat16(), own)
+        expected, _ = sdpa_attention_forward(module, query, key, value.bfloat16(), _expand(own, 2, 40, None))
+    assert torch.equal(got, expected)
 
 
 def test_a_decode_step_in_float32_is_sdpa_bit_for_bit(module):

@@ -52,6 +52,22 @@ def test_values_of_several_names_follow_the_rows():
     assert kept(past, "gate") is kept(past, REGIONS) is None
 
 
+def test_keys_follow_as_those_of_any_cache():
+    past = cache()
+    plain = copy.deepcopy(past)
+    keep(past, "gate", Rows(torch.tensor([0, 1, 2])))
+    for name, argument in {
+        "reorder_cache": torch.tensor([2, 0, 0]), "batch_repeat_interleave": 2, "batch_select_indices": torch.tensor([0, 5]),
+        "crop": -2,
+    }.items():  # fmt: skip
+        for each in (past, plain):
+            getattr(each, name)(argument)
+        assert torch.equal(past.layers[0].keys, plain.layers[0].keys)
+        assert torch.equal(past.layers[0].values, plain.layers[0].values)
+    past.reset()
+    assert past.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_is_found_by_the_name_of_any_version(name):
     past = cache()

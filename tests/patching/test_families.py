@@ -301,6 +301,17 @@ def test_statistics_while_generating(name, mode):
             assert (mass - description.sums(layer, probabilities, seen))[:, :, -1].abs().max() < 1e-5, step
 
 
+@pytest.mark.parametrize("kept", [1, 4])
+@pytest.mark.parametrize("name", sorted({"gemma4", "gemma4_unified"} & FAMILIES.keys()))
+def test_the_logits_of_the_last_positions_are_those_of_all(name, kept):
+    """Gemma 4 may run its later layers for them alone: fewer queries than keys, under a causal mask that None stands for."""
+    model, ids = FAMILIES[name].model(name), torch.arange(20, 30)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -kept:]
+        with ras_fast.patch(model):
+            assert (model(input_ids=ids, logits_to_keep=kept).logits - expected).abs().max() < 1e-4
+
+
 # Video tokens by frame: Qwen3-VL writes a time before each.
 VIDEO_FAMILIES = {"qwen2_vl": [8], "qwen2_5_vl": [8], "qwen3_vl": [4, 4], "qwen3_vl_moe": [4, 4]}
 

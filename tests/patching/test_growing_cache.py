@@ -175,6 +175,20 @@ def test_what_was_cut_off_is_not_overwritten():
     assert torch.equal(whole, cut)
 
 
+@pytest.mark.skipif(not hasattr(DynamicSlidingWindowLayer, "activate_past_recording"), reason="transformers cannot record it")
+def test_what_a_window_leaves_behind_is_recorded_where_it_may_be_gone_back_to():
+    """As after guessed tokens."""
+    layers, given = pair(7), [(states(tokens), states(tokens)) for tokens in (10, 1, 4, 1)]
+    for each in layers:
+        for new in given[:2]:
+            each.update(*new)
+        each.activate_past_recording()
+        each.update(*given[2])
+        each.crop(-3)
+    (grown, _), (own, _) = (each.update(*given[3]) for each in layers)
+    assert torch.equal(grown, own)
+
+
 def test_beams_make_no_room():
     grown = layer(updates=1)
     for _ in range(4):

@@ -1,6 +1,7 @@
 """The promise of `ras_fast.patch`, on LLaVA: the same answers, image statistics, nothing left behind."""
 
 import copy
+import gc
 import inspect
 import pickle
 from contextlib import nullcontext
@@ -205,6 +206,18 @@ def test_an_image_token_that_was_typed_is_no_image(model):
         assert torch.equal(model(**batch).logits, expected)
 
 
+def test_a_text_model_that_is_given_nothing_says_so_itself(model):
+    with ras_fast.patch(model) as patched, pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        patched.text_model()
+
+
+def test_an_eager_encoder_gives_its_attentions(model):
+    model.set_attn_implementation({"vision_config": "eager"})
+    pixels = inputs(["tIt"])["pixel_values"]
+    with torch.no_grad(), ras_fast.patch(model):
+        assert model.model.get_image_features(pixels, output_attentions=True).attentions is not None
+
+
 def test_region_map(model):
     with torch.no_grad(), ras_fast.patch(model) as patched:
         model(**inputs(ROWS))
@@ -274,6 +287,14 @@ def test_a_cache_filled_before_the_patch_has_no_statistics(model):
             assert model(**step, past_key_values=past, output_attentions=True).attentions[0].shape == (1, 6, 1, 1)
 
 
+def test_a_map_of_another_batch_is_refused(model):
+    embeddings = torch.randn(2, 6, model.config.get_text_config().hidden_size)
+    with torch.no_grad(), ras_fast.patch(model) as patched, patched.collect():
+        patched.region_map = RegionMap(torch.zeros(1, 6, dtype=torch.int32), 1)
+        with pytest.raises(ValueError, match="the region map is of 1 rows; it must be of the batch's 2"):
+            patched.text_model(inputs_embeds=embeddings)
+
+
 def test_collect(model):
     batch = inputs(ROWS)
     expected = eager(model, batch)
@@ -292,6 +313,16 @@ def test_collect(model):
     maps = regions.heat_maps(statistics.scores[2])
     assert [len(row) for row in maps] == [1, 1, 0, 3]
     assert torch.equal(maps[3][1], statistics.scores[2][3, :, 17:33].view(6, 4, 4))
+
+
+def test_collect_takes_what_is_asked_for(model):
+    batch = inputs(ROWS)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        with patched.collect(rows=None) as statistics:
+            attentions = model(**batch, output_attentions=True).attentions
+        assert patched.statistics is statistics
+    assert not statistics.scores
+    assert all(torch.equal(statistics.mass[layer], mass) for layer, mass in enumerate(attentions))
 
 
 def test_collect_inside_collect(model):
@@ -548,6 +579,19 @@ def test_a_patched_model_that_is_gone_lends_its_config(model):
     ras_fast.patch(type(model)(model.config).eval())
     with torch.no_grad(), ras_fast.patch(model):
         assert len(model(**inputs(["tItt"]), output_attentions=True).attentions) == 3
+
+
+def test_a_patched_model_that_is_gone_in_a_cycle_lends_its_config(model):
+    gc.disable()  # it lies there until somebody collects it
+    try:
+        other = type(model)(model.config).eval()
+        other.cycle = [other]
+        ras_fast.patch(other)
+        del other
+        with ras_fast.patch(model) as patched:
+            assert patched.applied
+    finally:
+        gc.enable()
 
 
 def test_patching_twice_is_an_error(model):

@@ -292,6 +292,10 @@ QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "head_dim": 8,
           "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
           "moe_intermediate_size": 32, "first_k_dense_replace": 1}  # fmt: skip
+# An indexer chooses which of the keys that a query may see it does see, here 8. It has as many heads as it takes for scores
+# that do not tie at 0.
+CHOOSING = {name: value for name, value in (TEXT | LATENT).items() if name not in ("head_dim", "first_k_dense_replace")} | {
+    "index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}  # fmt: skip
 LLAMA4 = {"intermediate_size_mlp": 96, "num_local_experts": 4, "attention_chunk_size": 8, "no_rope_layers": [1, 0, 1],
           "interleave_moe_layer_step": 2}  # fmt: skip
 GEMMA = {"image_token_id": IMAGE, "image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END}
@@ -500,6 +504,25 @@ FAMILIES = {
                           "video_temporal_patch_size": 2},
         "audio_config": None, "audio_token_id": 95, "vision_hidden_size": 16, "projector_hidden_size": 32},
                               packed, ([START], [END]), fused=(5, 5)),
+    "hy_v4_vl": Family(QWEN | {
+        "text_config": CHOOSING | {"hc_mult": 2, "indexer_types": ["full", "shared", "full"],
+                                   "rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "patch_size": 4, "out_hidden_size": SIZE, "max_image_size": 32}},
+                       flat_squares, ([START], [END]), types="mm_token_type_ids", fused=(0, 0),
+                       reference="eager"),  # it has no SDPA
+    "mistral_large4": Family({"text_config": CHOOSING | {"no_rope_layers": [1, 0, 1]}, "image_token_index": IMAGE,
+                              "spatial_merge_size": 2, "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8}},
+                             sized, fused=(0, 0)),
+    "dots3_note": Family(QWEN | {
+        "text_config": CHOOSING | {"sliding_window": 8,
+                                   "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"]},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "patch_size": 4, "moe_intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1,
+                          "mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 16, "adapter_out_dim": SIZE},
+        "audio_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                         "feature_size": 20, "adapter_input_size": 16, "adapter_out_dim": SIZE, "downsample_hidden_size": 8},
+        "audio_token_id": 95}, flat_squares, ([START], [END])),
     "llama": Family(TEXT, None),
     "qwen3": Family(TEXT, None),
     "llama4_text": Family(TEXT | LLAMA4, None),
@@ -546,32 +569,6 @@ COUSINS = {
                          "input_size": 16, "audio_token_id": 95}}, masked, tokens=13),
 }  # fmt: skip
 COUSINS = of_this_version(COUSINS)
-
-# Of these only the engine is tested: an indexer chooses which of the keys that a query may see it does see, here 8. It has as
-# many heads as it takes for scores that do not tie at 0.
-CHOOSING = {name: value for name, value in (TEXT | LATENT).items() if name not in ("head_dim", "first_k_dense_replace")} | {
-    "index_topk": 8, "index_head_dim": 16, "index_n_heads": 16}  # fmt: skip
-SPARSE = {
-    "hy_v4_vl": Family(QWEN | {
-        "text_config": CHOOSING | {"hc_mult": 2, "indexer_types": ["full", "shared", "full"],
-                                   "rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},
-        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                          "patch_size": 4, "out_hidden_size": SIZE, "max_image_size": 32}},
-                       flat_squares, ([START], [END]), types="mm_token_type_ids", reference="eager"),  # it has no SDPA
-    "mistral_large4": Family({"text_config": CHOOSING | {"no_rope_layers": [1, 0, 1]}, "image_token_index": IMAGE,
-                              "spatial_merge_size": 2, "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8}},
-                             sized),
-    "dots3_note": Family(QWEN | {
-        "text_config": CHOOSING | {"sliding_window": 8,
-                                   "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"]},
-        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                          "patch_size": 4, "moe_intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1,
-                          "mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 16, "adapter_out_dim": SIZE},
-        "audio_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                         "feature_size": 20, "adapter_input_size": 16, "adapter_out_dim": SIZE, "downsample_hidden_size": 8},
-        "audio_token_id": 95}, flat_squares, ([START], [END])),
-}  # fmt: skip
-SPARSE = of_this_version(SPARSE)
 
 
 def table() -> str:

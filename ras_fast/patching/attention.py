@@ -40,11 +40,12 @@ _FULL = "_ras_fast_full"  # attribute of such a mask: what `_expand_once` was as
 _OWN = "_ras_fast_own"  # attribute of a caller's range mask in which each query has a range of its own
 # Keyword arguments that are obeyed, or that change nothing: the model has made use of them already, or they are a module's.
 _KNOWN = frozenset((
-    "sliding_window", "softcap", "s_aux", "output_attentions", "input_ids", "position_ids", "cache_position", "use_cache",
-    "return_dict", "output_hidden_states", "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",
+    "sliding_window", "softcap", "s_aux", "indices", "output_attentions", "input_ids", "position_ids", "cache_position",
+    "use_cache", "return_dict", "output_hidden_states", "cross_attention_states", "cross_attention_mask",
+    "full_text_row_masked_out_mask",
 ))  # fmt: skip
 _UNSUPPORTED = frozenset((
-    "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask", "indices", "block_indices", "sinks",
+    "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "head_mask", "block_indices", "sinks",
 ))  # fmt: skip
 _CHUNK = 1 << 25  # probabilities held at a time where a full mask forbids the kernels
 
@@ -281,7 +282,8 @@ def attention(
         attention_mask: None, a range mask ([B, 1, 1, 2], or [B, 1, Lq, 2 or 3] where each query has its own and the window
             is in it), or a full mask [B or 1, Hq or 1, Lq, ≥ Lk], bool or additive. None is what it is to SDPA: no mask for a
             single query or a module that is not causal, else causal from the first key on; without a window.
-        kwargs: `sliding_window`, `softcap` and `s_aux` (sinks [Hq]) are obeyed; `output_attentions` asks for statistics. While
+        kwargs: `sliding_window`, `softcap`, `s_aux` (sinks [Hq]) and `indices` [B, Lq, k] (of a full mask's keys those that a
+            query sees, in any order: DeepSeek's sparse attention) are obeyed; `output_attentions` asks for statistics. While
             `patch` tries the module, a tensor that is not known is refused: it may say which keys a query sees.
 
     Returns:
@@ -294,6 +296,8 @@ def attention(
     """
     if module.training or dropout or not _KNOWN.issuperset(kwargs):
         _refuse(module, dropout, kwargs)
+    if kwargs.get("indices") is not None:
+        attention_mask = _chosen(attention_mask, kwargs["indices"], key.shape[2])
     state: AttentionState | None = getattr(module, STATE, None)
     attentions = kwargs.get("output_attentions", False)
     if state is None and attentions and is_causal_call(module, is_causal):
@@ -314,6 +318,15 @@ def attention(
     bias = state.bias(num_regions, query.device)
     out, mass, scores = _with_statistics(module, call, ids, num_regions, bias, request)
     return out, state.deliver(request, mass, scores)
+
+
+def _chosen(mask: Tensor | None, indices: Tensor, length_k: int) -> Tensor:
+    """The full mask under which a query sees only those of its keys that are among its `indices`."""
+    if mask is None or is_range(mask):
+        raise ValueError("indices is given without a full attention_mask; it needs one [B or 1, Hq or 1, Lq, Lk]")
+    others = indices.new_ones((*indices.shape[:2], length_k), dtype=torch.bool).scatter(-1, indices.long(), False)[:, None]
+    mask = mask[..., :length_k]
+    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(mask.dtype).min)
 
 
 def explicit_attention(*args: Any, is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -348,7 +348,24 @@ def test_a_copy_of_each_query_s_own_range_is_one(module):
         torch.testing.assert_close(attention(module, query, key, value, mask)[0], expected)
 
 
-@pytest.mark.parametrize("name", ["position_bias", "cu_seq_lens_q", "cache", "head_mask", "indices", "block_indices", "sinks"])
+@pytest.mark.parametrize("additive", [False, True])
+def test_keys_that_an_indexer_has_chosen(module, additive):
+    """Of those that the mask shows; it may name hidden ones where there are too few."""
+    query, key, value = qkv(3, 5)
+    mask = torch.ones(3, 1, 3, 6, dtype=torch.bool).tril(2)
+    indices = torch.stack([torch.randperm(5)[:3] for _ in range(9)]).view(3, 3, 3).int()
+    seen = mask[..., :5] & torch.zeros(3, 3, 5, dtype=torch.bool).scatter(-1, indices.long(), True)[:, None]
+    seen[0, 0, 0] = mask[0, 0, 0, :5] & (torch.arange(5) == 1)
+    indices[0, 0] = torch.tensor([4, 1, 3])
+    given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+    got, _ = attention(module, query, key, value, given, indices=indices)
+    expected = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if additive else seen
+    assert torch.equal(got, sdpa_attention_forward(module, query, key, value, expected)[0])
+    with pytest.raises(ValueError, match="indices is given without a full attention_mask"):
+        attention(module, query, key, value, None, indices=indices)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "cu_seq_lens_q", "cache", "head_mask", "block_indices", "sinks"])
 def test_unsupported_keywords(module, name):
     with pytest.raises(ValueError, match=name):
         attention(module, *qkv(2, 2), None, **{name: torch.ones(1)})

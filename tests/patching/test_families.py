@@ -63,7 +63,7 @@ def test_family(family):
         assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("name", FAMILIES | COUSINS)
+@pytest.mark.parametrize("name", sorted((FAMILIES | COUSINS).keys() - {"hy_v4_vl"}))  # its layers give several streams
 def test_every_layer_can_be_steered_and_read(name):
     """All at once, as by hooks on the unpatched layers."""
     description = (FAMILIES | COUSINS)[name]

@@ -13,7 +13,8 @@ from ras_fast.patching.cache_values import cache_name, returned_cache
 FIRST = {"no padding": ["ttItt"], "left padding": ["ttItttt", "tItt"]}
 SECOND = {"text": "tttt", "image": "tItt"}
 # Given a padding mask without positions, these make positions for the cache's tokens as well, and fail, patched or not.
-M_ROPE = {"qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "ernie4_5_vl_moe"}
+M_ROPE = {"qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "ernie4_5_vl_moe",
+          "hy_v4_vl"}  # fmt: skip
 TURNS = [
     (name, padding, second)
     for name, family in FAMILIES.items()

@@ -513,7 +513,7 @@ FAMILIES = {
                        reference="eager"),  # it has no SDPA
     "mistral_large4": Family({"text_config": CHOOSING | {"no_rope_layers": [1, 0, 1]}, "image_token_index": IMAGE,
                               "spatial_merge_size": 2, "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8}},
-                             sized, fused=(0, 0)),
+                             sized),
     "dots3_note": Family(QWEN | {
         "text_config": CHOOSING | {"sliding_window": 8,
                                    "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"]},

@@ -321,9 +321,9 @@ def _prove(layer: FusedLayer, record: LayerTrace) -> str | None:
     """None when the fused layer does what the original did in the trace, else how it differs."""
     if not all(call.is_unary for call in record.calls if call.name == layer.names.get("mlp")):
         return "calls its MLP with more than the hidden states"
-    layer.returns_tuple = isinstance(record.output, tuple)
-    if layer.returns_tuple and len(record.output) > 1:
-        return f"returns {len(record.output)} values"
+    why = layer.note_output(record)
+    if why is not None:
+        return why
     renamed = layer.renamed(record)
     if renamed:
         return f"hands {', '.join(renamed)} to its attention, by names that it is not given itself"

@@ -280,7 +280,7 @@ class FusedLayer(SteeredLayer):
         self.attention_norm, self.middle, self.last_norm = map(norms.get, ("attention_norm", "middle_norm", self.LAST_NORM))
         self._in_place = tuple((names[part], norm.norm) for part, norm in norms.items())
         self._x_scale_name = next((name for name in X_SCALES if isinstance(getattr(layer, name, None), int | float)), None)
-        self.returns_tuple = False
+        self.returns_tuple, self.returns_also = False, ()
         self._parameters = named_parameters(type(layer).forward)[1:]
         self._unproved: tuple[str, ...] = ()
 
@@ -296,13 +296,13 @@ class FusedLayer(SteeredLayer):
                 return super().__call__(**kwargs)
         hidden = kwargs.pop("hidden_states")
         self._check(hidden)
-        hidden = self._layer(hidden, kwargs)
-        return (hidden,) if self.returns_tuple else hidden
-
-    def _layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What the layer makes of hidden states [B, T, d]."""
         normed = self._run("input_norm", hidden) if "input_norm" in self.names else hidden
         attended = self._attend(normed, kwargs)
+        hidden = self._add_up(first(attended), normed, hidden, kwargs)
+        return (hidden, *(attended[i] for i in self.returns_also)) if self.returns_tuple else hidden
+
+    def _add_up(self, attended: Tensor, normed: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the layer makes of hidden states, of their norm, and of what its attention made of that, all [B, T, d]."""
         terms = Sum(attended, hidden, self.attention_norm, self.x_scale)
         if self.middle is not None:
             hidden = self.middle.add(terms)
@@ -332,6 +332,18 @@ class FusedLayer(SteeredLayer):
         unproved = (name for name in self._parameters if given.get(name) is None)
         self._unproved = tuple(name for name in unproved if name not in _FOR_ATTENTION)
 
+    def note_output(self, record: LayerTrace) -> str | None:
+        """Notes what the layer returns: hidden states, alone or before what its attention returned, as the keys that an indexer
+        has chosen. Returns why that cannot be told."""
+        self.returns_tuple = isinstance(record.output, tuple)
+        given = next(call.output for call in record.calls if call.name == self.names["attention"])
+        rest = record.output[1:] if self.returns_tuple else ()
+        places = [next((i for i, own in enumerate(given) if own is value), None) for value in rest if isinstance(given, tuple)]
+        if len(places) < len(rest) or None in places or any(value is None for value in rest):
+            return f"returns {1 + len(rest)} values"
+        self.returns_also = tuple(places)
+        return None
+
     def renamed(self, record: LayerTrace) -> list[str]:
         """What the layer handed to its attention by another name than it got it by, as a cache: nothing in the trace, but not
         later."""
@@ -341,8 +353,9 @@ class FusedLayer(SteeredLayer):
         given = {*self._parameters[: len(record.args)], *record.kwargs}
         return sorted(name for name, value in received.items() if value is None and name not in given)
 
-    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return first(self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs))
+    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Any:
+        """What the attention gives: states, alone or before others."""
+        return self.layer._modules[self.names["attention"]](hidden_states=normed, **kwargs)
 
     def _move(self, normed: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return first(self._run("mlp", normed))
@@ -367,13 +380,13 @@ class FusedBlock(FusedLayer):
     def fused_adds(self) -> int:
         return int(self.end is not None)
 
-    def _layer(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return self._close(self._attend(self._run("input_norm", hidden), kwargs), hidden, kwargs)
+    def _add_up(self, attended: Tensor, normed: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return self._close(attended, hidden, kwargs)
 
-    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The block, with those of the layer's arguments that it was handed in the trace."""
+    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Any:
+        """What the block gives, of those of the layer's arguments that it was handed in the trace."""
         if self._alone:
-            return first(self._run("attention", normed))
+            return self._run("attention", normed)
         return super()._attend(normed, {name: value for name, value in kwargs.items() if name not in self._kept_back})
 
 
@@ -394,7 +407,7 @@ class FusedCrossLayer(FusedLayer):
         others = {name: value for name, value in kwargs.items() if name not in self._parameters}
         images = {name: kwargs[name] for name in ("cross_attention_states", *CACHE_NAMES) if name in kwargs}
         attended = super()._attend(normed, {"attention_mask": kwargs.get("cross_attention_mask"), **images, **others})
-        return self.layer._parameters[self.attention_gate].tanh() * attended
+        return self.layer._parameters[self.attention_gate].tanh() * first(attended)
 
     def _move(self, normed: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         moved = super()._move(normed, hidden, kwargs)
@@ -408,7 +421,7 @@ class FusedInputLayer(FusedLayer):
 
     LAST_NORM = "projection_norm"
 
-    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _attend(self, normed: Tensor, kwargs: dict[str, Any]) -> Any:
         return super()._attend(normed, {name: value for name, value in kwargs.items() if name != LAYER_INPUT})
 
     def _close(self, moved: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -31,9 +31,9 @@ TEXTS = {
     "olmo2": {"head_dim": None},
     "olmo3": {"head_dim": None, "sliding_window": 8},
     "doge": {},
-    "deepseek_v32": LATENT | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
-                              "moe_intermediate_size": 32, "topk_group": 1, "first_k_dense_replace": 1, "index_topk": 8,
-                              "index_head_dim": 16, "index_n_heads": 2},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"], "num_local_experts": 4,
+                           "num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4,
+                           "index_topk_blocks": 2},
 }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_every_layer_can_be_steered_and_read(text):
 
 @pytest.mark.parametrize(("text", "why"), [
     ("doge", "the text model under this package's attention"),  # it adds to the mask that it gets
-    ("deepseek_v32", "indices is given"),  # of the keys that each query sees
+    ("minimax_m3_vl_text", "block_indices is given"),  # of the keys that each query sees
 ])  # fmt: skip
 def test_an_attention_that_does_more_than_the_interface_says_is_left_alone(text, why):
     model, batch = around(text)

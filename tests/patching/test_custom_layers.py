@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ras_fast.patching import attention
 from ras_fast.patching.attention import range_mask
 from ras_fast.patching.cache_values import CACHE_NAMES
 from ras_fast.patching.layers import FusedLayer
+from ras_fast.patching.trace import Call, LayerTrace
 from ras_fast.registration import register
 
 SIZE = 32
@@ -329,3 +331,18 @@ def test_a_fused_norm_may_be_called_in_another_way():
         patched.steering.set_rows(torch.zeros(2, dtype=torch.int32), torch.ones(2))
         with pytest.raises(RuntimeError, match=r"the norm is steered, but called with 0 arguments and \['hidden_states'\]"):
             model.model.norm(hidden_states=hidden)
+
+
+def test_what_a_layer_returns_behind_its_states_is_to_be_its_attentions():
+    states, chosen, other = torch.randn(3, 1, 2, 4).unbind()
+    call = Call("self_attn", (), {}, (states, None, chosen))
+    for output, returned in (
+        (states, (False, ())), ((states,), (True, ())), ((states, chosen), (True, (2,))), ((states, other), None),
+        ((states, None), None), ((states, chosen, other), None),
+    ):  # fmt: skip
+        layer = SimpleNamespace(names={"attention": "self_attn"})
+        why = FusedLayer.note_output(layer, LayerTrace(torch.nn.Module(), output=output, calls=[call]))
+        if returned is None:
+            assert why == f"returns {len(output)} values"
+        else:
+            assert (why, (layer.returns_tuple, layer.returns_also)) == (None, returned)

@@ -515,8 +515,10 @@ FAMILIES = {
                               "spatial_merge_size": 2, "vision_config": CLIP | {"model_type": "pixtral", "head_dim": 8}},
                              sized),
     "dots3_note": Family(QWEN | {
-        "text_config": CHOOSING | {"sliding_window": 8,
-                                   "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"]},
+        "text_config": CHOOSING | {
+            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"], "sliding_window": 8,
+            "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 16, "swa_q_lora_rank": 24,
+            "swa_kv_lora_rank": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 12},
         "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                           "patch_size": 4, "moe_intermediate_size": 16, "num_local_experts": 2, "num_experts_per_tok": 1,
                           "mlp_layer_types": ["dense"] * 2, "adapter_in_dim": 16, "adapter_out_dim": SIZE},

@@ -203,18 +203,18 @@ def discrete(model, batch):
     return batch
 
 
-def with_all_experts(description):
-    """A router chooses among experts by numbers whose order rounding may swap; here it weighs all of them."""
+def choosing_all(description):
+    """Routers choose among experts, and indexers among keys, by numbers whose order rounding may swap; here they take all."""
     text = description.config.get("text_config", {})
     if "n_routed_experts" not in text:
         return description
-    chosen = text | {"num_experts_per_tok": text["n_routed_experts"]}
+    chosen = text | {"num_experts_per_tok": text["n_routed_experts"]} | ({"index_topk": 512} if "index_topk" in text else {})
     return replace(description, config=description.config | {"text_config": chosen})
 
 
 def low_precision(name, dtype):
     """(the float32 model's logits at valid positions, a model of `dtype` with the same weights, its inputs)."""
-    description = with_all_experts(FAMILIES[name])
+    description = choosing_all(FAMILIES[name])
     exact, model = description.model(name), description.model(name, dtype)
     exact.load_state_dict(model.state_dict())
     batch = description.inputs(model, rows_of(description), dtype=dtype)

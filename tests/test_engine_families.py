@@ -135,6 +135,57 @@ def test_an_indexer_of_neighbouring_keys_is_refused():
         SafeGenerator(model, processor, profile)
 
 
+def variant(name, **text):
+    """`built`, with other values in the text model's config."""
+    family = FAMILIES[name]
+    inner = family.config.get("text_config", family.config) | text
+    family = replace(family, config=family.config | {"text_config": inner} if "text_config" in family.config else inner)
+    model = family.model(name)
+    return with_profile(model, FamilyProcessor(family, model))
+
+
+@pytest.mark.skipif("mistral_large4" not in FAMILIES, reason="newer than this transformers")
+def test_an_indexer_of_a_layer_that_attends_to_another_ones_keys_is_kept_with_a_prefix():
+    sharing = {"no_rope_layers": [1] * 3, "kv_source_layers": [0] * 3, "indexer_types": ["full", "shared", "full"]}
+    model, processor, profile = variant("mistral_large4", **sharing)
+    queries = ["w20 w21", "w22", "w23 w24"], [random_image(0), random_image(0), random_image(1)]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=6))
+    with SafeGenerator(model, processor, profile, cache_bytes=10**7) as guard:
+        for _ in range(2):
+            assert summary(guard.generate(*queries, max_new_tokens=6)) == expected
+        assert guard.counters["cache_hits"] == 4
+
+
+def test_a_captured_step_does_not_scale_queries_by_places_below_0(monkeypatch):
+    """Llama 4 counts the keys before a feed, and one that is filled up is longer than all that it sees."""
+    graphs = Graphs()
+    monkeypatch.setattr(batch, "capture", graphs)
+    monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
+    model, processor, profile = built("llama4_text")
+    prompts = [random_words(700 + i, 2 + 3 * i) for i in range(3)]
+    expected = summary(SequentialPipeline(model, processor, profile).generate(prompts, max_new_tokens=8))
+    with SafeGenerator(model, processor, profile) as guard:
+        assert summary(guard.generate(prompts, max_new_tokens=8)) == expected
+    assert graphs.replays
+
+
+@pytest.mark.parametrize("chunks", [{"attention_chunk_size": None}, {"no_rope_layers": [0] * 3}], ids=["none", "no rope"])
+def test_queries_are_scaled_by_their_place_without_chunks_as_well(chunks):
+    model, processor, profile = variant("llama4_text", floor_scale=200, **chunks)
+    with SafeGenerator(model, processor, profile) as guard, pytest.raises(ValueError, match="from 200 on"):
+        guard.generate([random_words(7, 60)], max_new_tokens=8)
+
+
+def test_a_pool_does_not_grow_beyond_a_chunk(monkeypatch):
+    model, processor, profile = variant("llama4_text", attention_chunk_size=1024, floor_scale=400)
+    with SafeGenerator(model, processor, profile) as guard:
+        slots = guard.plan._slots
+        monkeypatch.setattr(guard.plan, "_slots", lambda *args: (1, *slots(*args)[1:]))
+        assert guard.generate([random_words(7, 20)], max_new_tokens=8)[0].failed_closed is None
+        with pytest.raises(ValueError, match="from 400 on"):
+            guard.generate([random_words(7, 225)], max_new_tokens=8)
+
+
 PICTURED = [name for name in FAMILIES if FAMILIES[name].pixels]
 
 
@@ -702,6 +753,14 @@ def autosteer(model, processor):
     shapes = {"in.weight": (8, SIZE), "in.bias": (8,), "out.weight": (2, 8), "out.bias": (2,)}
     tensors = {f"prober_{name}": torch.randn(shape) for name, shape in shapes.items()} | {"refusal": torch.randn(SIZE, SIZE)}
     return RasProfile("autosteer", {"layer": 1, "strength": 50.0, "threshold": 0.0}, tensors, fingerprint(model, processor))
+
+
+@pytest.mark.skipif("hy_v4_vl" not in FAMILIES, reason="newer than this transformers")
+def test_autosteer_says_that_it_cannot_judge_several_lanes():
+    model, processor, _ = built("hy_v4_vl")
+    guard = SafeGenerator(model, processor, autosteer(model, processor))
+    with guard, pytest.raises(ValueError, match=r"layer 1 is given states .* AutoSteer judges \[batch, tokens, hidden size\]"):
+        guard.generate(["w20"], [random_image(0)], max_new_tokens=1)
 
 
 @pytest.mark.parametrize("make", [conditional, attention, autosteer])

@@ -97,6 +97,12 @@ def test_an_indexer_s_keys_lie_beside_those_that_it_chooses_among():
     assert pool.layers[1].indexer_keys is None
 
 
+def test_a_feed_that_is_longer_than_what_it_sees_follows_nothing():
+    pool = KVPool(["full_attention"] * 2, 1, 4)
+    fed(pool, [[0, 1, 3, 3, 3]], (0, 3), states(1, 5, seed=1))
+    assert (pool.get_seq_length(), pool.layers[0].get_mask_sizes(5)) == (0, (3, 0))
+
+
 def test_a_grown_pool_holds_the_keys_of_images():
     """A prefix that is read from it later is to have them."""
     pool, entry = KVPool(["cross_attention"], 2, 6, image_keys=4), [(torch.randn(3, 2, 5), torch.randn(3, 2, 5))]

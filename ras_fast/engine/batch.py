@@ -317,6 +317,7 @@ class Batch:
 
     def _grow(self, slots: int) -> None:
         """Goes on in a workspace of its own with so many slots more before the prefix."""
+        self.runner.workspaces.check(self.space.capacity + slots)
         self.space, self._maps = self.space.grown(slots), None
         self.branches.pop(SCRATCH, None)
         if ANSWER in self.branches:

@@ -100,11 +100,16 @@ class PoolLayer(CacheLayerMixin):
         return keys[:, :, view.begin : view.end], values[:, :, view.begin : view.end]
 
     def get_seq_length(self) -> int:
-        view = self.view
-        return 0 if view.begin is None else view.end - view.begin - view.slots.shape[1]
+        # A feed that is filled up to its width may be longer than all that it sees; Llama 4 scales queries by this number.
+        return max(self._seen() - self.view.slots.shape[1], 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + self.view.slots.shape[1], 0
+        return self._seen(), 0
+
+    def _seen(self) -> int:
+        """How many slots attention sees."""
+        view = self.view
+        return view.slots.shape[1] if view.begin is None else view.end - view.begin
 
     def get_max_length(self) -> int:
         return self.capacity
@@ -114,7 +119,8 @@ class PoolLayer(CacheLayerMixin):
 
 class IndexedLayer(PoolLayer):
     """A layer that attends to those of the keys that its mask shows which an indexer chooses (DeepSeek's sparse attention). The
-    indexer has keys [B, capacity, d] of its own, or none, where it goes by what another layer has chosen."""
+    indexer has keys [B, capacity, d] of its own, or none, where it goes by what another layer has chosen. The others may be
+    another layer's (Mistral Large 4): then it has an indexer's alone."""
 
     def __init__(self, rows: int, capacity: int, view: View):
         super().__init__(rows, capacity, view)
@@ -133,14 +139,15 @@ class IndexedLayer(PoolLayer):
         return self.indexer_keys
 
     def read(self, row: int, begin: int, end: int) -> tuple[Tensor, ...] | None:
-        """As of any layer, and the indexer's keys [length, d], if it has any."""
+        """As of any layer, and the indexer's keys [length, d], if it has any; these alone where the layer has no others."""
         given = super().read(row, begin, end)
-        return given if self.indexer_keys is None else (*given, self.indexer_keys[row, begin:end].clone())
+        return given if self.indexer_keys is None else (*(given or ()), self.indexer_keys[row, begin:end].clone())
 
-    def write(self, row: int, begin: int, keys: Tensor, values: Tensor, indexer_keys: Tensor | None = None) -> None:
-        super().write(row, begin, keys, values)
-        if indexer_keys is not None:
-            self._indexer_keys(indexer_keys)[row, begin : begin + len(indexer_keys)] = indexer_keys
+    def write(self, row: int, begin: int, *given: Tensor) -> None:
+        if len(given) > 1:
+            super().write(row, begin, *given[:2])
+        for keys in given[2:] if len(given) > 1 else given:
+            self._indexer_keys(keys)[row, begin : begin + len(keys)] = keys
 
     def clear(self, row: int, begin: int) -> None:
         super().clear(row, begin)

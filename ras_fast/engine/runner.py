@@ -42,7 +42,8 @@ class Runner:
     layers: what each layer is, in transformers' words. kinds: the different ones among them that take a mask of the tokens.
     both_ways: whether a prompt's tokens may all see each other (PaliGemma), so that none of them can be computed without those
         after it.
-    chunk: up to how many places attention in chunks (Llama 4) is attention to all keys; None without such layers.
+    chunk: up to how many places attention in chunks (Llama 4) is attention to all keys, and queries are not scaled by their
+        place; None: any number.
     crosses: whether images are the keys of cross-attention layers. patches: how many keys a tile of one has there.
 
     Raises ValueError for a model with layers that keep something else: these cannot branch.
@@ -52,7 +53,7 @@ class Runner:
         self.layers = _layer_kinds(model)
         self.kinds, self.crosses = sorted({*self.layers} - {CROSS} - _MLPS), CROSS in self.layers
         self.window = getattr(model.config.get_text_config(), "sliding_window", None)
-        self.chunk = _chunk(model.config.get_text_config()) if _CHUNKED in self.kinds else None
+        self.chunk = _chunk(model.config.get_text_config(), _CHUNKED in self.kinds)
         self.model, self.base = model, model.base_model
         text, layers = next(iter(stacks(model)), (self.base, torch.nn.ModuleList()))
         self.both_ways = not all(getattr(module, "is_causal", True) for module in layers.modules())
@@ -157,7 +158,8 @@ class Runner:
         if self.chunk is not None and tokens >= self.chunk:
             raise TooLong(
                 f"a prompt and its answer may take {tokens} tokens; from {self.chunk} on {type(self.model).__name__} attends "
-                "in chunks, which the engine does not know: ask for fewer, or use ras_fast.sequential"
+                "in chunks or scales queries by their place, which the engine does not know: ask for fewer, or use "
+                "ras_fast.sequential"
             )
 
     @contextmanager
@@ -279,10 +281,10 @@ def _chooses_among_seen(text) -> bool:
     return hasattr(text, "index_topk") and not hasattr(text, "index_kpool")
 
 
-def _chunk(text) -> int:
-    """Up to how many places attention in chunks is attention to all keys, and queries are not scaled by their place."""
+def _chunk(text, in_chunks: bool) -> int | None:
+    """See `Runner`. Layers without a rotary embedding scale their queries whether or not others attend in chunks."""
     scaled = getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None
-    return min(filter(None, (text.attention_chunk_size, scaled)))
+    return min(filter(None, (text.attention_chunk_size if in_chunks else None, scaled)), default=None)
 
 
 def _same_up_to(rotary) -> list[int]:

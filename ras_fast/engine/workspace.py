@@ -125,12 +125,7 @@ class Workspaces:
 
         Raises TooLong where a model that attends in chunks would need so many that it does."""
         key = rows, scratch, rest, _ = rows, _bucket(scratch), _bucket(rest + 1), image_keys
-        if self._chunk is not None and scratch + rest >= self._chunk:
-            raise TooLong(
-                f"a prompt, its answer and what is written beside them take {scratch + rest} places; from {self._chunk} on "
-                f"{type(self._model).__name__} attends in chunks, which the engine does not know: ask for fewer tokens, or use "
-                "ras_fast.sequential"
-            )
+        self.check(scratch + rest)
         space = self._kept.pop(key, None)
         if space is None:
             while len(self._kept) >= KEPT:
@@ -139,6 +134,15 @@ class Workspaces:
         yield space
         space.clear()
         self._kept[key] = space
+
+    def check(self, slots: int) -> None:
+        """Raises TooLong for a workspace, lent or grown, of as many slots as a chunk."""
+        if self._chunk is not None and slots >= self._chunk:
+            raise TooLong(
+                f"a prompt, its answer and what is written beside them take {slots} places; from {self._chunk} on "
+                f"{type(self._model).__name__} attends in chunks or scales queries by their place, which the engine does not "
+                "know: ask for fewer tokens, or use ras_fast.sequential"
+            )
 
     def clear(self) -> None:
         """Frees all of them."""

@@ -177,6 +177,10 @@ class _Run:
     def judge(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the prober's layer."""
         hidden, before = states_of(args, kwargs), self.state.value
+        if hidden.dim() != 3:  # Hy-V4's residual stream has several lanes
+            raise ValueError(
+                f"layer {self.method.layer} is given states {list(hidden.shape)}; AutoSteer judges [batch, tokens, hidden size]"
+            )
         batch, length = hidden.shape[:2]
         self.only_read = length - 1 if before is None else 0
         if not self.state.note_prompt(batch, length, self.refusal.device):

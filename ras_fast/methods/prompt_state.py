@@ -112,7 +112,8 @@ class PromptState:
     def _had_begun(self, device: torch.device) -> Tensor:
         """[batch or 1] bool: the rows that had begun before this forward. Those of a cache that others have filled had."""
         before = kept(self._cache, self._begun_name)
-        filled = torch.zeros(1, dtype=torch.bool, device=device) | (self.past > 0)  # not when it was cut to nothing since
+        past = self.past.to(device) if isinstance(self.past, Tensor) else self.past  # a device map may have put it elsewhere
+        filled = torch.zeros(1, dtype=torch.bool, device=device) | (past > 0)  # not when it was cut to nothing since
         return filled if before is None else filled & before.tensor.to(device)
 
     @property

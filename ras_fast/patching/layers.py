@@ -371,6 +371,11 @@ class FusedLayer(SteeredLayer):
 class FusedBlock(FusedLayer):
     """A layer of one norm and one block, be it attention, a recurrence or an MLP, as Nemotron-H's: h += block(norm(h))."""
 
+    def note_output(self, record: LayerTrace) -> str | None:
+        if getattr(self.layer, "residual_in_fp32", False):  # which shows where weights are cast, maybe later
+            return "keeps its residual stream in float32"
+        return super().note_output(record)
+
     def note_unproved(self, record: LayerTrace) -> None:
         super().note_unproved(record)
         call = record.calls[-1]

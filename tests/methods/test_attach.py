@@ -26,7 +26,7 @@ from transformers import (
 import ras_fast
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, Projection, from_vectors
-from ras_fast.methods.prompt_state import replaced
+from ras_fast.methods.prompt_state import PromptState, replaced
 from ras_fast.patching import range_mask
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.regions import RegionMap
@@ -598,6 +598,14 @@ def test_padding_that_reaches_beyond_a_window_is_at_full_risk(processor, make, o
     expected = torch.tensor([True, False, False, True]).repeat_interleave(options.get("num_beams", 1))
     assert torch.equal(method.failed, expected)
     assert torch.equal(method.risk == 1, expected)
+
+
+def test_a_static_cache_that_counts_on_another_device_than_the_last_norm():
+    """As under a device map; "meta" stands for the norm's, and takes no tensor [1] of another."""
+    state = PromptState(None, "state")
+    state.past = torch.tensor([3])
+    assert state.note_prompt(2, 4, torch.device("meta"))
+    assert (state.begun.device.type, state.begun.shape) == ("meta", (2,))
 
 
 @pytest.mark.parametrize("make", METHODS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import CLIP, IMAGE, TEXT, Family
 from tiny_models import image_sums, relative_error, valid_rows
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import ras_fast
 
@@ -141,3 +141,16 @@ def test_an_attention_that_does_more_than_the_interface_says_is_left_alone(text,
             assert relative_error(model(**batch).logits, expected) < 1e-5
             with pytest.raises(RuntimeError, match="image statistics are off"):
                 patched.set_region_bias(torch.zeros(4))
+
+
+def test_a_residual_stream_that_stays_in_float32_where_a_patched_model_is_cast():
+    config = CONFIG_MAPPING["mamba"](vocab_size=64, hidden_size=32, num_hidden_layers=3, state_size=8, time_step_rank=4)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(64, (2, 9))
+    with torch.no_grad(), ras_fast.patch(model) as patch:
+        assert patch.report().unfused == {f"layers.{i}": "keeps its residual stream in float32" for i in range(3)}
+        states = model.bfloat16()(ids, output_hidden_states=True).hidden_states
+        patch.unpatch()
+        expected = model(ids, output_hidden_states=True).hidden_states
+    assert [own.dtype for own in states] == [own.dtype for own in expected]
+    for own, other in zip(states, expected, strict=True):
+        torch.testing.assert_close(own, other)

@@ -31,6 +31,7 @@ from ras_fast.sequential import SequentialPipeline
 
 OWN = [name for name in REAL if name != "paligemma"]  # families with their own processors; that one is tested apart
 WITH_PIL = {name for name in OWN if REAL[name].classes[0].endswith("Pil")}
+NEW = pytest.mark.skipif("nemotron_h_omni" not in FAMILIES, reason="newer than this transformers")
 SPECIAL = {0: "<pad>", 1: "<bos>", IMAGE: "<image>", START: "<start>", END: "<end>"}
 
 
@@ -115,7 +116,7 @@ def test_exact(name):
     assert guard.counters["not_shared" if guard.plan.runner.both_ways else "shared"] >= 5
 
 
-@pytest.mark.skipif("nemotron_h_omni" not in FAMILIES, reason="newer than this transformers")
+@NEW
 def test_a_model_that_is_all_behind_its_head_computes_no_other_logits():
     model, processor, profile = built("nemotron_h_omni")
     rows = []
@@ -126,7 +127,7 @@ def test_a_model_that_is_all_behind_its_head_computes_no_other_logits():
     assert max(rows) <= 6  # of a stage's tokens; the prompts, of which one is enough, have more
 
 
-@pytest.mark.skipif("hy_v4_vl" not in FAMILIES, reason="newer than this transformers")
+@NEW
 def test_an_indexer_of_neighbouring_keys_is_refused():
     """As those of Qwen4 and GLM-5 Next."""
     model, processor, profile = built("hy_v4_vl")
@@ -144,7 +145,7 @@ def variant(name, **text):
     return with_profile(model, FamilyProcessor(family, model))
 
 
-@pytest.mark.skipif("mistral_large4" not in FAMILIES, reason="newer than this transformers")
+@NEW
 def test_an_indexer_of_a_layer_that_attends_to_another_ones_keys_is_kept_with_a_prefix():
     sharing = {"no_rope_layers": [1] * 3, "kv_source_layers": [0] * 3, "indexer_types": ["full", "shared", "full"]}
     model, processor, profile = variant("mistral_large4", **sharing)
@@ -169,7 +170,7 @@ def test_a_captured_step_does_not_scale_queries_by_places_below_0(monkeypatch):
     assert graphs.replays
 
 
-@pytest.mark.parametrize("chunks", [{"attention_chunk_size": None}, {"no_rope_layers": [0] * 3}], ids=["none", "no rope"])
+@pytest.mark.parametrize("chunks", [pytest.param({"attention_chunk_size": None}, marks=NEW), {"no_rope_layers": [0] * 3}])
 def test_queries_are_scaled_by_their_place_without_chunks_as_well(chunks):
     model, processor, profile = variant("llama4_text", floor_scale=200, **chunks)
     with SafeGenerator(model, processor, profile) as guard, pytest.raises(ValueError, match="from 200 on"):
@@ -659,9 +660,6 @@ def hybrid(name, seed):
     return model, processor, profile, (prompts, images)
 
 
-NEW = pytest.mark.skipif("nemotron_h_omni" not in FAMILIES, reason="newer than this transformers")
-
-
 def summary(outputs):
     return [(output.tokens, output.context, output.rejected_at) for output in outputs]
 
@@ -755,7 +753,7 @@ def autosteer(model, processor):
     return RasProfile("autosteer", {"layer": 1, "strength": 50.0, "threshold": 0.0}, tensors, fingerprint(model, processor))
 
 
-@pytest.mark.skipif("hy_v4_vl" not in FAMILIES, reason="newer than this transformers")
+@NEW
 def test_autosteer_says_that_it_cannot_judge_several_lanes():
     model, processor, _ = built("hy_v4_vl")
     guard = SafeGenerator(model, processor, autosteer(model, processor))

@@ -2,11 +2,14 @@ import hashlib
 import math
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ras_fast.engine.batch import TENSOR_BYTES, Prefix
 from ras_fast.engine.kv_cache import ENTRY_BYTES, ByteBoundedCache, KVPool
+from ras_fast.regions import RegionMap
 
 
 def states(rows, length, seed):
@@ -131,6 +134,14 @@ def test_an_entry_as_large_as_the_limit_is_kept():
     cache.put(b"too large", 1, 11)
     cache.put(b"fits", 2, 10)
     assert (cache.get(b"too large"), cache.get(b"fits")) == (None, 2)
+
+
+def test_a_prefix_counts_all_that_it_keeps():
+    states = [{("conv_states", 0): torch.zeros(3)}]
+    prefix = Prefix(2, [(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)), None], states, torch.zeros(1), None)
+    assert prefix.nbytes == 32 + 32 + 12 + 4 + 4 * TENSOR_BYTES
+    with_map = replace(prefix, regions=RegionMap(torch.zeros(1, 2, dtype=torch.int32), 1))
+    assert with_map.nbytes == prefix.nbytes + 8 + TENSOR_BYTES
 
 
 def test_no_limit_means_off():

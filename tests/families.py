@@ -168,6 +168,16 @@ class Family:
     fused: tuple[int, int] = (3, 6)  # layers, norms
     reference: str = "sdpa"  # the unpatched model's attention
 
+    @property
+    def text(self) -> dict:
+        """The text model's part of its config."""
+        return self.config.get("text_config", self.config)
+
+    def with_text(self, **values: object) -> Family:
+        """The same with other values in that."""
+        text = self.text | values
+        return replace(self, config=self.config | {"text_config": text} if "text_config" in self.config else text)
+
     def model(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         config = AutoConfig.for_model(name.split("/")[0], **self.config)
         multimodal = type(config) in AutoModelForImageTextToText._model_mapping  # Phi-4-multimodal is not

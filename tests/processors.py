@@ -160,12 +160,11 @@ def with_processor(name: str, videos: object = None, torchvision: bool = False, 
     images, processor = (class_of(path) for path in real.classes)
     if torchvision:
         images = class_of(real.classes[0].removesuffix("Pil"))
-    config = FAMILIES[name].config | real.config
-    config["text_config"] = config["text_config"] | text
+    family = replace(FAMILIES[name], config=FAMILIES[name].config | real.config).with_text(**text)
     parts = {"image_processor": images(**real.images), "tokenizer": _tokenizer(real), "chat_template": _template(real)}
     others = {"video_processor": videos, "feature_extractor": None}
     parts |= {part: others[part] for part in others.keys() & signature(processor.__init__).parameters}
-    return replace(FAMILIES[name], config=config).model(name), in_part(processor)(**parts, **real.options)
+    return family.model(name), in_part(processor)(**parts, **real.options)
 
 
 def class_of(path: str) -> type:

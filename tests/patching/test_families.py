@@ -205,11 +205,12 @@ def discrete(model, batch):
 
 def choosing_all(description):
     """Routers choose among experts, and indexers among keys, by numbers whose order rounding may swap; here they take all."""
-    text = description.config.get("text_config", {})
-    if "n_routed_experts" not in text:
-        return description
-    chosen = text | {"num_experts_per_tok": text["n_routed_experts"]} | ({"index_topk": 512} if "index_topk" in text else {})
-    return replace(description, config=description.config | {"text_config": chosen})
+    text, chosen = description.text, {}
+    if "n_routed_experts" in text:
+        chosen["num_experts_per_tok"] = text["n_routed_experts"]
+    if "index_topk" in text:
+        chosen["index_topk"] = 512
+    return description.with_text(**chosen)
 
 
 def low_precision(name, dtype):

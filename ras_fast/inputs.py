@@ -214,6 +214,16 @@ def has_question(messages: list[dict]) -> bool:
     return bool(asked) and asked[-1]["role"] == "user" and any(_has_words(part) for part in asked[-1]["content"])
 
 
+def refuse_begun(where: str, query: Query, method: str) -> None:
+    """Raises ValueError for a chat in which the answer has begun, where ``method`` reads the risk at the end of the prompt: it
+    is not to be read at one of the answer's words. where: what the chat is called."""
+    if query.messages[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{where} ends in an assistant message; a {method!r} profile reads the risk where the prompt ends, so it needs to "
+            "end in the user's words"
+        )
+
+
 def _has_words(part: dict) -> bool:
     return part["type"] == "text" and bool(part["text"].strip())
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 NEW_TOKENS = 24
 FLAGS = [
     "--logits-processors", "ras_fast.vllm.processor:RasLogitsProcessor",
-    "--worker-extension-cls", "ras_fast.vllm.worker.RasWorkerExtension",
+    "--worker-cls", "ras_fast.vllm.worker.RasWorker",
     "--middleware", "ras_fast.vllm.serving.SafeChat",
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32", "--served-model-name", "tiny",
     "--mm-processor-cache-gb", "0",

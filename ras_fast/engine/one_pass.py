@@ -13,7 +13,7 @@ from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import Batch
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import Runner
-from ras_fast.inputs import Query, batches, left_padded
+from ras_fast.inputs import Query, batches, left_padded, refuse_begun
 from ras_fast.methods import attached, method_of
 from ras_fast.patching import Patch, patched
 from ras_fast.profile import RasProfile
@@ -49,12 +49,7 @@ class OnePass(Plan):
         ]
 
     def check(self, number: int, query: Query) -> None:
-        """The risk is read at the prompt's last token, which is not to be one of the answer's."""
-        if query.messages[-1]["role"] == "assistant":
-            raise ValueError(
-                f"prompts[{number}] ends in an assistant message; a {self.profile.method!r} profile reads the risk where the "
-                "prompt ends, so it needs to end in the user's words"
-            )
+        refuse_begun(f"prompts[{number}]", query, self.profile.method)
 
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:
         clock = Clock()

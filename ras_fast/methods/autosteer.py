@@ -116,7 +116,7 @@ class AutoSteer:
         """What `attach` does but for what all methods share: the block's turn among threads, the profile's region bias."""
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
-        run = _Run(self, PromptState(self._check, self._digest), *self._on(weight.device, weight.dtype))
+        run = _Run(self, PromptState(self._check, self._digest), *self.placed(weight.device, weight.dtype))
         with ExitStack() as stack:
             stack.enter_context(run.state.watch(patch))
             hooks = stack.enter_context(undone())
@@ -138,7 +138,7 @@ class AutoSteer:
                 f"0..{layers - 1} and hidden size {d}"
             )
 
-    def _on(self, device, dtype) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    def placed(self, device, dtype) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """(prober in fp32, the refusal head's factors in the model's dtype), on the device, where they stay."""
         if (device, dtype) not in self._placed:
             prober = {name: tensor.to(device, torch.float32) for name, tensor in self.prober.items()}

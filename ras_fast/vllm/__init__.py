@@ -1,4 +1,4 @@
-"""MoRAS in vLLM, through its official extension points alone: a logits processor and a worker extension. docs/vllm.md.
+"""MoRAS and AutoSteer in vLLM, by its extension points alone: a logits processor and a worker class. docs/vllm.md.
 
 `import ras_fast.vllm` does not import vLLM: what needs it loads on first use.
 """
@@ -11,7 +11,7 @@ from ras_fast.vllm.options import engine_args
 # Public name -> module that defines it.
 _LAZY = {
     "RasLogitsProcessor": "ras_fast.vllm.processor",
-    "RasWorkerExtension": "ras_fast.vllm.worker",
+    "RasWorker": "ras_fast.vllm.worker",
     "SafeLLM": "ras_fast.vllm.safe_llm",
 }
 

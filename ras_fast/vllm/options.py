@@ -17,7 +17,7 @@ QUERIES = 32  # in flight at a time
 
 
 def engine_args(profile, *, queries: int = QUERIES) -> dict:
-    """Keyword arguments for ``vllm.LLM`` (or ``EngineArgs``) that put a MoRAS profile into the engine.
+    """Keyword arguments for ``vllm.LLM`` (or ``EngineArgs``) that put a MoRAS or AutoSteer profile into the engine.
 
     profile: folder or hub id of a `ras_fast.RasProfile` calibrated on the model that the engine loads.
     queries: how many queries `SafeLLM` keeps in flight. Each holds 2 N V fp32 logits on the device (LLaVA: 0.8 MB).
@@ -28,7 +28,7 @@ def engine_args(profile, *, queries: int = QUERIES) -> dict:
     read_settings({"ras_fast": settings})
     return {
         "logits_processors": [PROCESSOR],
-        "worker_extension_cls": "ras_fast.vllm.worker.RasWorkerExtension",
+        "worker_cls": "ras_fast.vllm.worker.RasWorker",
         "additional_config": {"ras_fast": settings},
     }
 

@@ -7,13 +7,15 @@ from weakref import WeakSet
 
 import torch
 from vllm import SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as BatchProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotProcessor
 
 from ras_fast.profile import HEAD_ROWS, RasProfile, fingerprint_of_parts
 from ras_fast.vllm.checkpoint import CheckpointHead, load_processor
+from ras_fast.vllm.gate import GateSteering
 from ras_fast.vllm.options import RISK, Marks, check_marks, read_marks, read_settings
 from ras_fast.vllm.steering import LogitSteering
 
@@ -133,8 +135,9 @@ def processor_of(vllm_config: VllmConfig) -> RasLogitsProcessor:
     return found[0]
 
 
-def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> LogitSteering:
-    """The profile made ready for the engine's model; raises ValueError when it was calibrated on another one."""
+def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> LogitSteering | GateSteering:
+    """The profile made ready for the engine's model; raises ValueError when it was calibrated on another one, and where the
+    engine is set up so that its method cannot work."""
     model = vllm_config.model_config
     text_config = model.hf_config.get_text_config()
     head = CheckpointHead(model.model, model.revision, model.hf_config, text_config)
@@ -145,4 +148,26 @@ def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> 
     # vLLM ends answers at the tokenizer's, and at those of a generation config that need not name any.
     eos = model.try_get_generation_config().get("eos_token_id") or processor.tokenizer.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
-    return LogitSteering(loaded, lambda hidden: head.logits(hidden.cpu(), model.dtype), slots, eos, device)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return head.logits(hidden.cpu(), model.dtype)
+
+    if loaded.method == "autosteer":
+        _check_passes(vllm_config.parallel_config)
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        return GateSteering(loaded, logits, tokens, eos, device, model.dtype, _agree)
+    return LogitSteering(loaded, logits, slots, eos, device)
+
+
+def _check_passes(parallel: ParallelConfig) -> None:
+    """Raises ValueError where the layers of one forward do not run one after the other in one process."""
+    if parallel.pipeline_parallel_size > 1:
+        size = parallel.pipeline_parallel_size
+        raise ValueError(f"pipeline_parallel_size is {size}; AutoSteer needs all layers in one worker: leave it out")
+    if parallel.use_ubatching:
+        raise ValueError("batches are run in halves that overlap (enable_dbo); AutoSteer judges one at a time: leave it out")
+
+
+def _agree(risks: torch.Tensor) -> torch.Tensor:
+    """The risks of the first rank: others may have rounded a sum otherwise, and all are to open the same gates."""
+    return get_tp_group().broadcast(risks)

@@ -1,6 +1,7 @@
-"""SafeChat: MoRAS in front of a vLLM server's own chat endpoint, as middleware of that server. docs/vllm.md.
+"""SafeChat: a defence in front of a vLLM server's own chat endpoint, as middleware of that server. docs/vllm.md.
 
-The stages are requests to the server inside, so images, templates, limits and errors are vLLM's own. Knows ASGI and JSON; does
+The stages of MoRAS are requests to the server inside, so images, templates, limits and errors are vLLM's own. AutoSteer's only
+one is the client's, which is told to be judged. Knows ASGI and JSON; does
 not import vLLM.
 """
 
@@ -14,10 +15,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_unknown, texts_of
+from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_begun, refuse_unknown, texts_of
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile, is_integer, is_number
 from ras_fast.vllm.checkpoint import load_processor
+from ras_fast.vllm.gate import Verdict
 from ras_fast.vllm.options import NOISE, PROCESSOR, RECORD, RISK, new_number, read_settings
 from ras_fast.vllm.steering import Judgement
 
@@ -54,13 +56,15 @@ HEALTH = 1.0  # seconds until an engine that does not answer is asked whether it
 
 
 class SafeChat:
-    """ASGI middleware that defends every answer of ``POST /v1/chat/completions`` by MoRAS, streamed or whole.
+    """ASGI middleware that defends every answer of ``POST /v1/chat/completions`` by MoRAS or AutoSteer, streamed or whole.
 
-    ``vllm serve ... --middleware ras_fast.vllm.serving.SafeChat`` (docs/vllm.md has the other flags). Answers carry the headers
-    ``x-ras-risk``, ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" if the answer was not drafted).
+    ``vllm serve ... --middleware ras_fast.vllm.serving.SafeChat`` (docs/vllm.md has the other flags). Answers carry the header
+    ``x-ras-risk``, MoRAS's also ``x-ras-similarity`` and ``x-ras-draft`` ("kept", "fell", or "none" if the answer was not
+    drafted).
 
-    Answers are drafted beside the context and the risk; those of several choices, with logprobs or ``vllm_xargs`` begin when
-    the risk is known. Nothing of an answer is sent before that. A seed repeats an answer, but what noise it stands for no
+    MoRAS's answers are drafted beside the context and the risk; those of several choices, with logprobs or ``vllm_xargs`` begin
+    when the risk is known. AutoSteer judges an answer's own prompt; several choices begin when it has judged a request of one
+    token. Nothing of an answer is sent before its risk is known. A seed repeats an answer, but what noise it stands for no
     client can know. Status 400 for requests that cannot be defended, 403 for all other endpoints that make answers, and where
     the server inside has an error for a stage of a query, that. Exceptions end the request without an answer. A server that was
     set up so that answers cannot be defended does not start.
@@ -103,7 +107,7 @@ class SafeChat:
             await _refuse(send, 500, str(error))
             return
         try:
-            guard.check(request)
+            guard.check(request, query)
             guard.hide_seed(request)
         except ValueError as error:
             await _refuse(send, 400, str(error))
@@ -113,7 +117,7 @@ class SafeChat:
             async with guard.places:  # until vLLM has made the answer; a client that is slow to read it takes no place
                 client = _Client(self.app, scope, receive)
                 try:
-                    await _Answer(guard, client, request, query).send_to(outbox.put)
+                    await guard.answer(guard, client, request, query).send_to(outbox.put)
                 except _Failed as failed:
                     for message in failed.messages:
                         await outbox.put(message)
@@ -158,14 +162,15 @@ class SafeChat:
 
 
 class _Guard:
-    """What the requests of a server share. places: for so many queries at a time.
+    """What the requests of a server share. answer: makes one of them, by the profile's method. places: for so many queries at
+    a time.
 
     chat_template: the server's own, None where it uses the model's.
 
     Raises ValueError for engines without a profile or a logits processor, for another chat template than the model's, which is
-    the one that the profile was calibrated with, for more than one engine, and for one that keeps images: two requests that
-    bring the same image at the same time, as the stages do, can overtake each other on their way into that cache, and vLLM then
-    fails the one that comes without it; and where every answer is held to fewer tokens than a stage has.
+    the one that the profile was calibrated with, and for more than one engine; under MoRAS for one that keeps images: two
+    requests that bring the same image at the same time, as its stages do, can overtake each other on their way into that cache,
+    and vLLM then fails the one that comes without it; and where every answer is held to fewer tokens than a stage has.
     """
 
     def __init__(self, engine, chat_template: str | None):
@@ -177,19 +182,18 @@ class _Guard:
         engines, servers = config.parallel_config.data_parallel_size, config.parallel_config._api_process_count
         if engines != 1:
             raise ValueError(f"data_parallel_size is {engines}; a query's stages need one engine: start a server for each")
-        if config.model_config.get_multimodal_config().mm_processor_cache_gb > 0:
-            raise ValueError("mm_processor_cache_gb is not 0; start the server with --mm-processor-cache-gb 0")
         if queries < servers:
             raise ValueError(f"queries is {queries}; the {servers} API servers need at least as many")
         self.engine, self.places = engine, asyncio.Semaphore(queries // servers)
-        self.settings = RasProfile.from_pretrained(profile).config
+        loaded = RasProfile.from_pretrained(profile)
+        self.method, self.settings = loaded.method, loaded.config
+        self.answer = _Judged if self.method == "autosteer" else _Staged
         self.processor = load_processor(config.model_config)
         if chat_template not in (None, self.processor.chat_template):
             raise ValueError("chat_template is not the model's, which the profile belongs to; leave --chat-template out")
         defaults = config.model_config.get_diff_sampling_param()
-        limit, longest = _most_tokens(config.model_config), max(self.settings["max_context_tokens"], self.settings["steps"])
-        if limit is not None and limit < longest:
-            raise ValueError(f"max_new_tokens is {limit} for every request; a stage needs {longest}: leave it out, or raise it")
+        if self.answer is _Staged:
+            _check_stages(config.model_config, max(self.settings["max_context_tokens"], self.settings["steps"]))
         # Whether a token follows from the logits that steering sees.
         self.plain = all(defaults.get(name, none) == none for name, none in NEUTRAL.items())
         self.plain &= len(processors) == 1
@@ -199,10 +203,12 @@ class _Guard:
         self.shows_steered = config.model_config.logprobs_mode.startswith("processed_")
         self._key = secrets.token_bytes(32)
 
-    def check(self, request: Message) -> None:
+    def check(self, request: Message, query: Query) -> None:
         """Raises ValueError for a request that this server, as it was set up, would answer with what was not steered, for
         more words than it takes, and for words that its tokenizer reads as control tokens: they could close the question and
-        begin the answer, in the risk stage too."""
+        begin the answer, where the risk is read too."""
+        if self.answer is _Judged:
+            refuse_begun("messages", query, self.method)
         messages = [*map(texts_of, request["messages"])]
         if (length := sum(len(text) for texts in messages for text in texts)) > self.characters:
             raise ValueError(
@@ -239,12 +245,21 @@ class _Guard:
         finally:
             answer.cancel()
 
-    async def judge(self, query: tuple) -> Judgement | None:
-        """`LogitSteering.judge` of one query. Raises RuntimeError when no worker could."""
+    async def judge(self, query: tuple | int) -> Judgement | Verdict | None:
+        """The steering's `judge` of one query. Raises RuntimeError when no worker could."""
         found = [result for result in await self.call("ras_judge", [query]) if result is not None]
         if not found:
             raise RuntimeError("no worker has kept the logits of a query")
         return found[0][0]
+
+
+def _check_stages(model_config, longest: int) -> None:
+    """Raises ValueError where stages of a query, of up to ``longest`` tokens, would be in each other's way, or cut off."""
+    if model_config.get_multimodal_config().mm_processor_cache_gb > 0:
+        raise ValueError("mm_processor_cache_gb is not 0; start the server with --mm-processor-cache-gb 0")
+    limit = _most_tokens(model_config)
+    if limit is not None and limit < longest:
+        raise ValueError(f"max_new_tokens is {limit} for every request; a stage needs {longest}: leave it out, or raise it")
 
 
 def _most_tokens(model_config) -> int | None:
@@ -262,16 +277,84 @@ def _control_tokens(processor) -> set[str]:
 
 
 class _Answer:
-    """One request on its way through the stages."""
+    """One request on its way. records: what the workers keep of it."""
 
     def __init__(self, guard: _Guard, client: _Client, request: Message, query: Query):
         self.guard, self.client, self.request, self.query = guard, client, request, query
-        self.records = (new_number(), new_number())  # of the risk stage and the draft
+        self.records = (new_number(), new_number())
+
+    async def send_to(self, send: Send) -> None:
+        """Defends the answer, and sends it."""
+        raise NotImplementedError
+
+    def marked(self, marks: Message) -> Message:
+        """The client's request with marks for the workers."""
+        return self.request | {"vllm_xargs": (self.request.get("vllm_xargs") or {}) | marks}
+
+    async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
+        """The tokens that the server inside answers a query with, greedily. Raises RuntimeError where vLLM has cut them off,
+        and _Failed where it leaves no room for so many: a risk that is read from fewer steps is another one."""
+        request = {name: self.request[name] for name in SHARED if name in self.request} | NEUTRAL
+        request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
+        request |= {"return_token_ids": True, "vllm_xargs": marks}
+        messages: list[Message] = []
+        await self.client.post(request, _into(messages), names_request=False).task
+        if self.client.gone:
+            raise _Gone
+        if messages[0]["status"] != 200:
+            raise _Failed(messages)
+        (choice,) = json.loads(b"".join(message.get("body", b"") for message in messages))["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a stage of a query with {choice['finish_reason']!r}")
+        made = choice["token_ids"]
+        if choice["finish_reason"] == "length" and len(made) < tokens:
+            reason = f"messages leave room for {len(made)} of a stage's {tokens} tokens; they need to be shorter"
+            raise _Failed(_refusal(400, reason))
+        return made
+
+
+class _Judged(_Answer):
+    """By AutoSteer: the workers judge the request itself."""
+
+    async def send_to(self, send: Send) -> None:
+        try:
+            if self.request.get("n", 1) == 1:
+                await self._send_judged(send)
+            else:
+                await self._send_choices(send)
+        finally:
+            await self.client.leave()
+            await self.guard.call("ras_forget", list(self.records))
+
+    async def _send_judged(self, send: Send) -> None:
+        answer = _Draft(self.client, self.marked({RECORD: self.records[0]}))
+        await answer.begin()
+        risk, _ = await self._verdict(answer.over)
+        await answer.show(partial(_send_with, send, {"risk": f"{risk:.6f}"}))
+
+    async def _send_choices(self, send: Send) -> None:
+        """A record is one request's: the choices are steered by what one token more has told."""
+        await self._stage(self.query, 1, {RECORD: self.records[0]})
+        risk, _ = await self._verdict(lambda: True)
+        send = partial(_send_with, send, {"risk": f"{risk:.6f}"})
+        await self.client.post(self.marked({RISK: risk}), send).task
+
+    async def _verdict(self, over: Callable[[], bool]) -> Verdict:
+        """Raises RuntimeError where the workers have none of a request that is over."""
+        while (verdict := await self.guard.judge(self.records[0])) is None:
+            if over():
+                raise RuntimeError("no worker has judged a request")
+            await asyncio.sleep(POLL)
+        return verdict
+
+
+class _Staged(_Answer):
+    """By MoRAS: its context and its risk are requests of their own. records: of the risk stage and the draft."""
 
     async def send_to(self, send: Send) -> None:
         # A sampled draft and the answer in its place draw their first tokens by the same noise: a small risk changes few.
         noise = {NOISE: self.request.get("seed", new_number())} if self._drafts() else {}
-        draft = _Draft(self.client, self.request, {RECORD: self.records[1]} | noise) if noise else None
+        draft = _Draft(self.client, self.marked({RECORD: self.records[1]} | noise)) if noise else None
         try:
             told, risk, kept = await self._judge(draft)
         except BaseException:
@@ -284,8 +367,7 @@ class _Answer:
             return
         if draft is not None:
             await draft.call.end()
-        extra = (self.request.get("vllm_xargs") or {}) | {RISK: risk} | noise
-        await self.client.post(self.request | {"vllm_xargs": extra}, send).task
+        await self.client.post(self.marked({RISK: risk} | noise), send).task
 
     def _drafts(self) -> bool:
         return self.request.get("n", 1) == 1 and set(self.request) <= PLAIN and self.guard.plain
@@ -314,36 +396,25 @@ class _Answer:
                 return found
             await asyncio.sleep(POLL)
 
-    async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
-        """The tokens that the server inside answers a query with, greedily. Raises RuntimeError where vLLM has cut them off,
-        and _Failed where it leaves no room for so many: a risk that is read from fewer steps is another one."""
-        request = {name: self.request[name] for name in SHARED if name in self.request} | NEUTRAL
-        request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
-        request |= {"return_token_ids": True, "vllm_xargs": marks}
-        messages: list[Message] = []
-        await self.client.post(request, _into(messages), names_request=False).task
-        if self.client.gone:
-            raise _Gone
-        if messages[0]["status"] != 200:
-            raise _Failed(messages)
-        (choice,) = json.loads(b"".join(message.get("body", b"") for message in messages))["choices"]
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a stage of a query with {choice['finish_reason']!r}")
-        made = choice["token_ids"]
-        if choice["finish_reason"] == "length" and len(made) < tokens:
-            reason = f"messages leave room for {len(made)} of a stage's {tokens} tokens; they need to be shorter"
-            raise _Failed(_refusal(400, reason))
-        return made
-
 
 class _Draft:
     """An answer that is held back until it is known to stand."""
 
-    def __init__(self, client: _Client, request: Message, marks: Message):
+    def __init__(self, client: _Client, request: Message):
         self.client = client
         self._held: list[Message] = []
         self._show: Send | None = None
-        self.call = client.post(request | {"vllm_xargs": marks}, self._take)
+        self._first = asyncio.Event()
+        self.call = client.post(request, self._take)
+
+    async def begin(self) -> None:
+        """Returns when some of it is there. Raises what keeps it from being an answer."""
+        first = asyncio.create_task(self._first.wait())
+        await asyncio.wait([self.call.task, first], return_when=asyncio.FIRST_COMPLETED)
+        first.cancel()
+        if self._held and self._held[0]["status"] != 200:
+            await self.call.task
+        self.over()
 
     def over(self) -> bool:
         """Whether all of it is there. Raises what keeps it from being an answer."""
@@ -364,6 +435,8 @@ class _Draft:
         await self.call.task
 
     async def _take(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            self._first.set()
         await self._show(message) if self._show is not None else self._held.append(message)
 
 

@@ -21,6 +21,7 @@ from ras_fast.vllm.options import Draw, Marks
 # S, r, whether it failed closed, and of the draft's first steps, as many as are kept: its own tokens, and the steered ones.
 Judgement = tuple[float, float, bool, list[int], list[int]]
 Asked = tuple[int, int, int | None, int | None, bool]  # see `LogitSteering.judge`
+Head = Callable[[Tensor], Tensor | None]  # an engine's: states [rows, d] -> logits [rows, V]; None where a worker makes none
 
 
 @dataclass
@@ -64,6 +65,10 @@ class LogitSteering:
         if eos is not None:
             self._only_end = torch.full_like(self.table[0], -torch.inf)
             self._only_end[eos] = 0
+
+    def prove(self, head: Head, dtype: torch.dtype) -> None:
+        """Raises ValueError unless the engine's own head, in that dtype, is linear and gives the steered table."""
+        check_head(head, self.moras.prototypes.to(dtype), self.table)
 
     def apply(self, logits: Tensor, rows: Iterable[tuple[int, int, Marks]]) -> Tensor:
         """Logits [rows, V] of one step, in place where requests ask for it: steered, and all −inf but at the token that is
@@ -196,3 +201,18 @@ def drawn(logits: Tensor, step: int, draw: Draw) -> Tensor:
     and draw are. By itself, so that no other row of a batch changes its rounding. No host sync."""
     scores = warpers(draw.temperature, draw.top_k, draw.top_p, draw.min_p)(None, logits[None])
     return add_gumbel_noise(scores, draw.noise, 0, step).argmax(-1)
+
+
+def check_head(head: Head, states: Tensor, logits: Tensor) -> None:
+    """Raises ValueError unless a head is linear and gives these logits [rows, V] of states [rows, d].
+
+    They were read from the checkpoint by the names in it; whatever the model does after that matrix shows here. So do other
+    weights that were loaded since.
+    """
+    found = head(torch.cat([states, 2 * states, torch.zeros_like(states[:1])]))
+    if found is None:
+        return
+    found, wanted = found.float(), torch.cat([logits, 2 * logits, torch.zeros_like(logits[:1])])
+    tolerance = 1e-4 if states.dtype == torch.float32 else 0.03
+    if found.shape != wanted.shape or not (found - wanted).abs().max() <= tolerance * wanted.abs().max():
+        raise ValueError("the engine's logits of a profile's states differ from its checkpoint's LM head: it cannot be steered")

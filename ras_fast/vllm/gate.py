@@ -1,0 +1,198 @@
+"""AutoSteer (arXiv 2507.13255) in vLLM. Knows torch, not vLLM.
+
+vLLM shows its extensions no hidden states, but a worker of one's own may put torch's hooks on the modules of its model before
+that is compiled. One judges every token where it enters the profile's layer, inside the compiled graph. These risks leave the
+model beside the last hidden states, so that vLLM picks both for the rows that it draws tokens from; what makes logits is not
+shown them. The head is linear: what a row whose gate is on becomes, W (h + ε M h), is its logits with W (ε M h) added.
+`docs/vllm.md` has the whole story.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ras_fast.decoding import broken_rows
+from ras_fast.methods.autosteer import AutoSteer, assess
+from ras_fast.profile import RasProfile
+from ras_fast.vllm.options import Marks
+from ras_fast.vllm.steering import Head, check_head
+
+SAMPLES = 8
+RECORDS = 1 << 16  # gates that are kept, each a few numbers on the host
+Verdict = tuple[float, bool]  # t, and whether it could not be computed and is therefore 1
+
+
+@dataclass
+class Gate:
+    """Whether a request is steered, and why: its risk, and whether that could not be computed and is therefore 1."""
+
+    risk: float
+    failed: bool
+    on: bool
+
+
+def can_be_judged(layer: nn.Module) -> bool:
+    """Whether a layer is one of vLLM's decoders, called with ``hidden_states`` [tokens, d] and with the ``residual`` that is
+    still to be added to them, or None."""
+    return {"hidden_states", "residual"} <= set(inspect.signature(layer.forward).parameters)
+
+
+class Judge(nn.Module):
+    """The prober before a layer that `can_be_judged`.
+
+    prober: by name, as `autosteer.assess` takes it.
+    tokens: the most of one forward. risks: [tokens] fp32, of the latest forward's; NaN where it could not be computed.
+    """
+
+    def __init__(self, layer: nn.Module, prober: dict[str, Tensor], tokens: int, device):
+        super().__init__()
+        taken = list(inspect.signature(layer.forward).parameters)
+        self.places = {name: taken.index(name) for name in ("hidden_states", "residual")}
+        self.names = {name: name.replace(".", "_") for name in prober}
+        for name, tensor in prober.items():
+            self.register_buffer(self.names[name], tensor, persistent=False)
+        self.register_buffer("risks", torch.full((tokens,), torch.nan, device=device), persistent=False)
+
+    def forward(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The arguments of the layer's forward."""
+        hidden, residual = (self._argument(name, args, kwargs) for name in ("hidden_states", "residual"))
+        states = hidden if residual is None else hidden + residual
+        risk, failed = assess({name: getattr(self, buffer) for name, buffer in self.names.items()}, states)
+        self.risks[: states.shape[0]].copy_(risk.masked_fill(failed, torch.nan))
+
+    def _argument(self, name: str, args: tuple, kwargs: dict[str, Any]):
+        return kwargs[name] if name in kwargs else args[self.places[name]]
+
+
+def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    # By its name in the layer: a compiled graph that is loaded again has to find it in another process.
+    layer.ras_judge(args, kwargs)
+
+
+class GateSteering:
+    """One AutoSteer profile at work in an engine. Its model is to be given to `attach` before anything runs.
+
+    head: maps states [N, d] fp32 to logits [N, V] fp32, without a bias.
+    tokens: the most of one forward. eos: the token that ends an answer, None if there is none.
+    agree: makes a tensor that of the first rank of tensor parallelism.
+
+    Raises ValueError when the profile's settings and tensors do not fit together (`AutoSteer`).
+    """
+
+    def __init__(
+        self, profile: RasProfile, head: Callable[[Tensor], Tensor], tokens: int, eos: int | None, device, dtype: torch.dtype,
+        agree: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
+        self.config, self.method = profile.config, AutoSteer(profile)
+        self.prober, self.refusal, self.right = self.method.placed(device, dtype)
+        self.tokens, self.eos, self.device, self.agree = tokens, eos, device, agree
+        self.states = self.refusal.T[:SAMPLES] if self.right is None else self.right[:SAMPLES]  # [rows, d], to know the head by
+        self.table = head(self.states.float().cpu()).to(device)
+        self.records: dict[int, Gate] = {}  # the oldest first
+        self.counters: Counter = Counter()
+        self._head: Head | None = None
+        self._rows: tuple[Tensor, Tensor] | None = None  # states and risks of the rows that tokens are drawn from
+
+    def attach(self, model: nn.Module, layers: Sequence[nn.Module], heads: Iterable[nn.Module]) -> None:
+        """Puts the profile's hooks on a model.
+
+        model: vLLM's, whose forward gives [tokens, d]. layers: of its language model. heads: what makes logits, each called
+        with the LM head and states [rows, d].
+
+        Raises ValueError when the profile does not fit the layers.
+        """
+        index = self.method.layer
+        if not 0 <= index < len(layers):
+            raise ValueError(f"the profile is for layer {index}; the model has layers 0..{len(layers) - 1}")
+        layer = layers[index]
+        layer.ras_judge = Judge(layer, self.prober, self.tokens, self.device)
+        layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+        model.register_forward_hook(lambda module, args, states: self._widened(states, layer.ras_judge.risks))
+        for head in heads:
+            head.register_forward_pre_hook(lambda module, args: self._narrowed(args))
+        self._head = model.compute_logits
+
+    def _widened(self, states: Tensor, risks: Tensor) -> Tensor:
+        """States [tokens, d] with each token's fp32 risk behind it, bit by bit."""
+        return torch.cat([states, risks[: len(states), None].view(states.dtype)], dim=1)
+
+    def _narrowed(self, args: tuple) -> tuple:
+        """The arguments of what makes logits, whose states may be wider by a risk."""
+        lm_head, states, *others = args
+        d = len(self.refusal)
+        if states.shape[-1] > d:
+            risks = states[:, d:].contiguous().view(torch.float32)[:, 0]
+            states = states[:, :d].contiguous()
+            self._rows = (states, risks)
+        return lm_head, states, *others
+
+    def prove(self, head: Head, dtype: torch.dtype) -> None:
+        """Raises ValueError unless the engine's head, in that dtype, is linear."""
+        check_head(head, self.states.to(dtype), self.table)
+
+    def apply(self, logits: Tensor, rows: Iterable[tuple[int, int, Marks]]) -> Tensor:
+        """Logits [rows, V] of one step, in place where a request's gate is on. Waits for the device in steps in which a prompt
+        ends, and in no other.
+
+        rows: (row, step of that row's answer, marks). Rows that are not named stay as they are.
+
+        Raises RuntimeError when the rows are not those of the latest forward.
+        """
+        rows = list(rows)
+        if not rows:
+            return logits
+        states, risks = self._rows or ((), ())
+        if len(states) != len(logits):
+            raise RuntimeError(f"there are {len(logits)} rows of logits, and the hidden states of {len(states)}")
+        self._decide([(row, marks) for row, step, marks in rows if step == 0 and marks.record is not None], risks)
+        on = [row for row, _, marks in rows if self._is_on(marks)]
+        if on:
+            index = torch.tensor(on, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+            logits[index] = self._steered(logits[index], states[index])
+        return logits
+
+    def _decide(self, fresh: list[tuple[int, Marks]], risks: Tensor) -> None:
+        """Gates of requests whose prompt ends here. One that is read in pieces is judged after each; the last counts."""
+        if not fresh:
+            return
+        found = self.agree(risks).tolist()
+        for row, marks in fresh:
+            risk = found[row] if marks.risk is None else marks.risk
+            failed = risk != risk  # NaN
+            self.records[marks.record] = Gate(1.0 if failed else risk, failed, failed or risk > self.method.threshold)
+        while len(self.records) > RECORDS:
+            del self.records[next(iter(self.records))]
+
+    def _is_on(self, marks: Marks) -> bool:
+        if marks.record is None:
+            return marks.risk > self.method.threshold
+        return marks.record not in self.records or self.records[marks.record].on  # one that was lost: closed
+
+    def _steered(self, logits: Tensor, states: Tensor) -> Tensor:
+        """Logits [rows, V] of states [rows, d], steered. A row that is not finite can only end."""
+        inner = states if self.right is None else F.linear(states, self.right)
+        moved = self.method.epsilon * F.linear(inner, self.refusal).float()
+        steered = logits + self._head(moved.to(states.dtype))
+        if self.eos is None:
+            return steered
+        only_end = torch.full_like(steered, -torch.inf)
+        only_end[:, self.eos] = 0
+        return torch.where(broken_rows(steered)[:, None], only_end, steered)
+
+    def judge(self, records: Sequence[int]) -> list[Verdict | None]:
+        """(t, whether it could not be computed) of requests by their records; None for one that was not judged."""
+        gates = [self.records.get(record) for record in records]
+        return [None if gate is None else (gate.risk, gate.failed) for gate in gates]
+
+    def forget(self, records: Iterable[int | None]) -> None:
+        """Of requests that have ended; what still comes of one of these is steered."""
+        for record in records:
+            self.records.pop(record, None)

@@ -4,12 +4,13 @@
     python bench/bench_vllm.py --no-prefix-caching
     python bench/bench_vllm.py --shape 0.3b --n 8    # random weights, 64 tokens: another of random_models.py's LLaVAs
     python bench/bench_vllm.py --temperature 0.7     # answers that are sampled
+    python bench/bench_vllm.py --method autosteer
 
 One engine, greedy unless asked otherwise, in fp32 or, of random weights, bf16. "undefended" asks it for the answers alone, in
-the same process and in turn with "MoRAS" (`ras_fast.vllm.SafeLLM`); the prefix cache is emptied before each. Medians of the
+the same process and in turn with "defended" (`ras_fast.vllm.SafeLLM`); the prefix cache is emptied before each. Medians of the
 rounds, of the process's processor time: the engine is in this process, with one thread, and other work on the machine counts
 less so. The tiny model shows what the requests and vLLM's own steps cost. What random weights say means nothing: their risk
-is computed, and then 0 for benign queries (the drafts stand) and 1 for refused ones (they fall at their first token).
+is computed, and then 0 for benign queries (MoRAS's drafts stand) and 1 for refused ones (they fall at their first token).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else vLLM takes 
 
 
 class Subject(NamedTuple):
-    """A checkpoint, the MoRAS profile of its engine, and queries by the kind that they are of."""
+    """A checkpoint, the profile of its engine, and queries by the kind that they are of."""
 
     checkpoint: Path
     dtype: str
@@ -73,7 +74,24 @@ def tiny_profile(checkpoint: Path, target: Path) -> Path:
     return target
 
 
-def tiny(folder: Path, n: int) -> Iterator[Subject]:
+def tiny_gate(checkpoint: Path, target: Path) -> Path:
+    """An AutoSteer profile of the tiny model in fp32."""
+    from ras_fast.evaluation import tinyworld
+    from ras_fast.loading import load
+    from ras_fast.methods import autosteer
+
+    profile = autosteer.calibrate(
+        *load(str(checkpoint), device="cpu", dtype="float32"),
+        pairs=tinyworld.contrast_pairs(400),
+        refusal=tinyworld.REFUSAL,
+        layer="validation",
+        progress=False,
+    )
+    profile.save_pretrained(target)
+    return target
+
+
+def tiny(method: str, folder: Path, n: int) -> Iterator[Subject]:
     """The shipped model."""
     from ras_fast.evaluation import tinyworld
     from ras_fast.loading import TINY
@@ -82,14 +100,15 @@ def tiny(folder: Path, n: int) -> Iterator[Subject]:
     items = [item for item in tinyworld.split("test", 6 * n) if item.image is not None]
     kinds = {"harmless": ("benign", "lookalike"), "harm in the image": ("typographic", "pictured")}
     queries = {name: [item for item in items if item.kind in wanted][:n] for name, wanted in kinds.items()}
-    yield Subject(checkpoint, "float32", tiny_profile(checkpoint, folder / "profile"), queries, 24)
+    make = {"moras": tiny_profile, "autosteer": tiny_gate}[method]
+    yield Subject(checkpoint, "float32", make(checkpoint, folder / "profile"), queries, 24)
 
 
-def of_random_weights(shape: str, folder: Path, n: int) -> Iterator[Subject]:
+def of_random_weights(shape: str, method: str, folder: Path, n: int) -> Iterator[Subject]:
     """One subject for each risk."""
     import numpy
     import torch
-    from bench_engine import QUESTION, RISKS, make_profile
+    from bench_engine import QUESTION, RISKS, autosteer_profile, make_profile
     from PIL import Image
     from random_models import build
 
@@ -100,7 +119,8 @@ def of_random_weights(shape: str, folder: Path, n: int) -> Iterator[Subject]:
     pixels = numpy.random.default_rng(0).integers(0, 256, (n, 336, 336, 3), dtype="uint8")
     items = [SimpleNamespace(question=QUESTION, image=Image.fromarray(image)) for image in pixels]
     for name, risk in RISKS.items():
-        make_profile(model, processor, risk).save_pretrained(folder / name)
+        make = make_profile if method == "moras" else autosteer_profile  # a gate is on or off
+        make(model, processor, risk).save_pretrained(folder / name)
         yield Subject(checkpoint, "bfloat16", folder / name, {name: items}, 64)
 
 
@@ -120,12 +140,12 @@ def undefended(llm, guard, prompts, images, sampling: dict) -> float:
 
 
 def case(llm, guard, name: str, items, sampling: dict, at_once: int, rounds: int) -> None:
-    times: dict[str, list[float]] = {"undefended": [], "MoRAS": []}
+    times: dict[str, list[float]] = {"undefended": [], "defended": []}
     guard.counters.clear()
     groups = [items[i : i + at_once] for i in range(0, len(items), at_once)]
     for number in range(rounds + 1):  # the first warms up
         spent = dict.fromkeys(times, 0.0)
-        for contender in ("undefended", "MoRAS"):
+        for contender in times:
             llm.reset_prefix_cache()
             for group in groups:
                 prompts, images = [item.question for item in group], [item.image for item in group]
@@ -140,9 +160,10 @@ def case(llm, guard, name: str, items, sampling: dict, at_once: int, rounds: int
                 times[contender].append(1000 * seconds / len(items))
     medians = {contender: statistics.median(values) for contender, values in times.items()}
     counts = guard.counters
+    drafts = f"drafts kept {1 - counts['rejected'] / counts['queries']:4.0%}   " if guard.method != "autosteer" else ""
     print(
-        f"{name:20} {at_once:3} at once   undefended {medians['undefended']:6.1f} ms a query   MoRAS {medians['MoRAS']:6.1f}   "
-        f"drafts kept {1 - counts['rejected'] / counts['queries']:4.0%}   "
+        f"{name:20} {at_once:3} at once   undefended {medians['undefended']:6.1f} ms a query   "
+        f"defended {medians['defended']:6.1f}   {drafts}"
         f"prompt tokens from the prefix cache {counts['cached_tokens'] / counts['prompt_tokens']:4.0%}",
         flush=True,
     )
@@ -151,6 +172,7 @@ def case(llm, guard, name: str, items, sampling: dict, at_once: int, rounds: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", help="a LLaVA of random_models.py (default: the shipped model)")
+    parser.add_argument("--method", choices=("moras", "autosteer"), default="moras")
     parser.add_argument("--n", type=int, default=24, help="queries of a kind (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -161,8 +183,8 @@ def main() -> None:
     from ras_fast.vllm import SafeLLM, engine_args
 
     with tempfile.TemporaryDirectory() as room:
-        shape, folder, n = arguments.shape, Path(room), arguments.n
-        for subject in tiny(folder, n) if shape == "tiny" else of_random_weights(shape, folder, n):
+        shape, method, folder, n = arguments.shape, arguments.method, Path(room), arguments.n
+        for subject in tiny(method, folder, n) if shape == "tiny" else of_random_weights(shape, method, folder, n):
             llm = LLM(
                 str(subject.checkpoint),
                 dtype=subject.dtype,

@@ -30,9 +30,8 @@ CASES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_exact(name, tmp_path):
+def family(name, folder):
+    """(model, processor, queries), saved as "model" in the folder."""
     (videos, options), text = CASES[name]
     # vLLM's attention on a CPU takes heads of 32 dimensions and more.
     text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -41,7 +40,16 @@ def test_exact(name, tmp_path):
     for config in (model.config, model.config.get_text_config(), model.generation_config):
         config.eos_token_id = 3
     for part in (model, processor):
-        part.save_pretrained(tmp_path / "model")
+        part.save_pretrained(folder / "model")
+    pictures = [random_image(i, size) for i, size in enumerate([(20, 16), (64, 24), (16, 48), (33, 33)])]
+    images = [pictures[0], pictures[1], None, pictures[2:], *pictures, None, *pictures[:3]]
+    return model, processor, ([f"w{20 + i} w{40 - i}" for i in range(12)], images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name, tmp_path):
+    model, processor, queries = family(name, tmp_path)
     torch.manual_seed(7)
     config = PRESETS["moras"] | {
         "s_base": 0.1, "k": 3.0, "context_prompt": "w5 w6 w7", "safety_prompt": "w8 w9 w10 w11", "max_context_tokens": 6,
@@ -49,9 +57,6 @@ def test_exact(name, tmp_path):
     prototypes = model.get_output_embeddings().weight[4:7].detach() / 4
     profile = RasProfile("moras", config, {"prototypes": prototypes}, fingerprint(model, processor))
     profile.save_pretrained(tmp_path / "profile")
-    pictures = [random_image(i, size) for i, size in enumerate([(20, 16), (64, 24), (16, 48), (33, 33)])]
-    images = [pictures[0], pictures[1], None, pictures[2:], *pictures, None, *pictures[:3]]
-    queries = [f"w{20 + i} w{40 - i}" for i in range(12)], images
     expected = SequentialPipeline(model, processor, profile).generate(*queries, max_new_tokens=8)
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "block_size": 32, "disable_log_stats": True}
     engine |= {"limit_mm_per_prompt": {"image": 2}} | engine_args(tmp_path / "profile", queries=8)

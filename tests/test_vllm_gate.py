@@ -253,6 +253,13 @@ def test_heads_that_are_refused():
             engine.steering.prove(head, torch.float32)
 
 
+def test_a_profile_that_changes_attention_is_refused():
+    profile = make_profile()
+    profile.tensors["region_bias"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="region_bias"):
+        Engine(profile)
+
+
 def test_layers_that_are_refused():
     steering = Engine(make_profile(layer=2)).steering
     model = Model(False)

@@ -329,23 +329,12 @@ def test_same_tokens_elsewhere(guard, checkpoint, profile, script, environment):
 
 @pytest.mark.slow
 def test_two_ranks_of_tensor_parallelism(tmp_path):
-    """A model of random weights, as the shipped one's five heads cannot be shared out; half of the drafts fall."""
-    config, processor = AutoConfig.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
-    text = config.text_config
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 32
-    config.vision_config.num_attention_heads = 4
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.08)  # answers that differ
-    for part in (model, processor, model.generation_config):
-        part.save_pretrained(tmp_path / "saved")
-    (tmp_path / "model").mkdir()
-    checkpoint = readable_by_vllm(tmp_path / "saved", tmp_path / "model")
+    """Half of the drafts fall."""
+    model, processor, checkpoint = random_llava(tmp_path)
     prompts = {"context_prompt": tinyworld.CONTEXT_PROMPT, "safety_prompt": tinyworld.SAFETY_PROMPT}
+    prototypes = torch.randn(3, model.config.text_config.hidden_size)
     profile = RasProfile(
-        "moras", PRESETS["moras"] | prompts | {"s_base": 0.0, "k": 500.0}, {"prototypes": torch.randn(3, text.hidden_size)},
+        "moras", PRESETS["moras"] | prompts | {"s_base": 0.0, "k": 500.0}, {"prototypes": prototypes},
         fingerprint(model, processor),
     )  # fmt: skip
     items = tinyworld.split("test", 16)
@@ -358,6 +347,23 @@ def test_two_ranks_of_tensor_parallelism(tmp_path):
     engine = ENGINE | {"tensor_parallel_size": 2}
     found = in_another_process(SCRIPT, checkpoint, tmp_path / "profile", 16, engine, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert found == [output.tokens for output in wanted]
+
+
+def random_llava(tmp_path):
+    """(model, processor, checkpoint) of random weights: the shipped one's five heads cannot be shared out among ranks."""
+    config, processor = AutoConfig.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    text = config.text_config
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 32
+    config.vision_config.num_attention_heads = 4
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.08)  # answers that differ
+    for part in (model, processor, model.generation_config):
+        part.save_pretrained(tmp_path / "saved")
+    (tmp_path / "model").mkdir()
+    return model, processor, readable_by_vllm(tmp_path / "saved", tmp_path / "model")
 
 
 # Other engines in this process. Last: when one ends, it takes vLLM's process groups with it, and so the first engine.

@@ -1,4 +1,5 @@
-"""SafeChat in a real vLLM server on the shipped model, against three calls of ``model.generate``. Needs vLLM: docs/vllm.md."""
+"""SafeChat in real vLLM servers on the shipped model, against ``model.generate`` under the same profile. Needs vLLM:
+docs/vllm.md."""
 
 import base64
 import io
@@ -10,13 +11,15 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
 pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 
 import httpx
-from bench_vllm import readable_by_vllm, tiny_profile
+from bench_vllm import readable_by_vllm, tiny_gate, tiny_profile
+from test_vllm_autosteer import judged_answers
 
 from ras_fast.evaluation import tinyworld
 from ras_fast.loading import TINY, load
@@ -41,6 +44,13 @@ def profile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(profile, tmp_path_factory):
+    with served(profile, tmp_path_factory) as client:
+        yield client
+
+
+@contextmanager
+def served(profile, tmp_path_factory):
+    """A client of a server that defends by a profile."""
     checkpoint = readable_by_vllm(TINY, tmp_path_factory.mktemp("served"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -164,3 +174,25 @@ def test_clients_that_go_leave_the_server_as_it_was(client):
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/chat/completions", json=request(item), timeout=0.02)
     assert answer(client, items[0], stream=False)[0]
+
+
+def test_answers_under_autosteer(tmp_path_factory):
+    profile = tiny_gate(readable_by_vllm(TINY, tmp_path_factory.mktemp("model")), tmp_path_factory.mktemp("gate"))
+    items = tinyworld.split("test", 40)
+    tiny = load("tiny", device="cpu", dtype="float32")
+    expected = judged_answers(*tiny, RasProfile.from_pretrained(profile), [i.question for i in items], [i.image for i in items])
+    tokenizer = tiny[1].tokenizer
+    with served(profile, tmp_path_factory) as client:
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda pair: answer(client, pair[1], stream=pair[0] % 2 == 0), enumerate(items)))
+        for item, (text, headers), (tokens, risk) in zip(items, found, expected, strict=True):
+            assert text.strip() == tokenizer.decode(tokens, skip_special_tokens=True).strip(), item.question
+            assert float(headers["x-ras-risk"]) == pytest.approx(risk, abs=1e-4)
+        assert 10 <= sum(risk > 0.5 for _, risk in expected) <= 30
+        harmful = next(item for item, (_, risk) in zip(items, expected, strict=True) if risk > 0.9)
+        response = client.post("/v1/chat/completions", json=request(harmful, n=3, temperature=0.7))
+        assert float(response.headers["x-ras-risk"]) > 0.9
+        texts = [choice["message"]["content"] for choice in response.json()["choices"]]
+        assert len(texts) == 3
+        assert all(map(tinyworld.is_refusal, texts))
+        assert client.post("/v1/completions", json={"model": "tiny", "prompt": "How do I make"}).status_code == 403

@@ -84,13 +84,15 @@ class GateSteering:
     tokens: the most of one forward. eos: the token that ends an answer, None if there is none.
     agree: makes a tensor that of the first rank of tensor parallelism.
 
-    Raises ValueError when the profile's settings and tensors do not fit together (`AutoSteer`).
+    Raises ValueError when the profile's settings and tensors do not fit together (`AutoSteer`), and for one with a region_bias.
     """
 
     def __init__(
         self, profile: RasProfile, head: Callable[[Tensor], Tensor], tokens: int, eos: int | None, device, dtype: torch.dtype,
         agree: Callable[[Tensor], Tensor],
     ):  # fmt: skip
+        if "region_bias" in profile.tensors:
+            raise ValueError("profile has a region_bias, which changes attention; vLLM's cannot be changed: leave it out")
         self.config, self.method = profile.config, AutoSteer(profile)
         self.prober, self.refusal, self.right = self.method.placed(device, dtype)
         self.tokens, self.eos, self.device, self.agree = tokens, eos, device, agree

@@ -153,14 +153,14 @@ def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> 
         return head.logits(hidden.cpu(), model.dtype)
 
     if loaded.method == "autosteer":
-        _check_passes(vllm_config.parallel_config)
+        check_passes(vllm_config.parallel_config)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         return GateSteering(loaded, logits, tokens, eos, device, model.dtype, _agree)
     return LogitSteering(loaded, logits, slots, eos, device)
 
 
-def _check_passes(parallel: ParallelConfig) -> None:
-    """Raises ValueError where the layers of one forward do not run one after the other in one process."""
+def check_passes(parallel: ParallelConfig) -> None:
+    """Raises ValueError where the layers of one forward do not run one after the other in each worker, as AutoSteer needs."""
     if parallel.pipeline_parallel_size > 1:
         size = parallel.pipeline_parallel_size
         raise ValueError(f"pipeline_parallel_size is {size}; AutoSteer needs all layers in one worker: leave it out")

@@ -90,7 +90,7 @@ def measure_scores(rows: int) -> dict[str, object]:
     }
     times = harness.compare(calls, seconds=0.5, graph=True)
     row = {"scored rows": rows} | {f"{name} µs": times[name] * 1e6 for name in calls}
-    return row | {"plan": attention_plan.plan_statistics(query, key, rows)}
+    return row | {"plan": attention_plan.plan_statistics(query, key, False, rows)}
 
 
 def main() -> None:

@@ -47,6 +47,10 @@ SMOLVLM = {
     "smolvlm-500m": ((960, 32, 15, 5, 2560), (768, 12, 12, 3072)),
 }
 SHAPES = LLAVA | QWEN3_VL | SMOLVLM
+# What transformers' configs call these numbers.
+TEXT = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+VISION = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+QWEN_VISION = ("hidden_size", "depth", "num_heads", "intermediate_size", "deepstack_visual_indexes")
 IMAGE_SIZE = 768, 768  # pixels
 VOCABULARY = {"llava": 32000, "qwen": 151936, "smolvlm": 49280}
 CHAT_TEMPLATE = (
@@ -77,24 +81,13 @@ def build(shape: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, objec
 def _llava(shape: str):
     template = CHAT_TEMPLATE.replace("IMAGE", "<image>")
     processor = word_processor(_words(SPECIAL, "llava"), template, image_size=336, patch_size=14)
-    (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp) = LLAVA[shape]
-    text = partial(Qwen3_5TextConfig, linear_num_value_heads=16) if shape == "hybrid" else LlamaConfig
+    text, vision = _named(TEXT, LLAVA[shape][0]), _named(VISION, LLAVA[shape][1])
+    text_config = partial(Qwen3_5TextConfig, linear_num_value_heads=16) if shape == "hybrid" else LlamaConfig
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=v_hidden,
-            intermediate_size=v_mlp,
-            num_hidden_layers=v_layers,
-            num_attention_heads=v_heads,
-            image_size=336,
-            patch_size=14,
-        ),
-        text_config=text(
-            hidden_size=hidden,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=hidden // heads,
+        vision_config=CLIPVisionConfig(**vision, image_size=336, patch_size=14),
+        text_config=text_config(
+            **text,
+            head_dim=text["hidden_size"] // text["num_attention_heads"],
             vocab_size=VOCABULARY["llava"],
             max_position_embeddings=4096,
         ),
@@ -110,24 +103,11 @@ def _llava(shape: str):
 def _qwen3_vl(shape: str):
     template = CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     processor = qwen_word_processor(_words(QWEN_SPECIAL, "qwen"), template, patch_size=16)
-    (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp, given) = QWEN3_VL[shape]
+    text, vision = _named(TEXT, QWEN3_VL[shape][0]), _named(QWEN_VISION, QWEN3_VL[shape][1])
     ids = {token.strip("<|>"): i for i, token in enumerate(QWEN_SPECIAL)}
     config = Qwen3VLConfig(
-        vision_config={
-            "hidden_size": v_hidden,
-            "intermediate_size": v_mlp,
-            "depth": v_layers,
-            "num_heads": v_heads,
-            "patch_size": 16,
-            "out_hidden_size": hidden,
-            "deepstack_visual_indexes": given,
-        },
-        text_config={
-            "hidden_size": hidden,
-            "intermediate_size": mlp,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
+        vision_config=vision | {"patch_size": 16, "out_hidden_size": text["hidden_size"]},
+        text_config=text | {
             "head_dim": 128,
             "vocab_size": VOCABULARY["qwen"],
             "max_position_embeddings": 8192,
@@ -147,23 +127,11 @@ def _qwen3_vl(shape: str):
 def _smolvlm(shape: str):
     template = CHAT_TEMPLATE.replace("IMAGE", "<image>")
     processor = smolvlm_word_processor(_words(SMOLVLM_SPECIAL, "smolvlm"), template, tile_size=512, tile_tokens=64)
-    (hidden, layers, heads, kv_heads, mlp), (v_hidden, v_layers, v_heads, v_mlp) = SMOLVLM[shape]
+    text, vision = _named(TEXT, SMOLVLM[shape][0]), _named(VISION, SMOLVLM[shape][1])
     config = Idefics3Config(
-        vision_config={
-            "hidden_size": v_hidden,
-            "intermediate_size": v_mlp,
-            "num_hidden_layers": v_layers,
-            "num_attention_heads": v_heads,
-            "image_size": 512,
-            "patch_size": 16,
-        },
-        text_config={
+        vision_config=vision | {"image_size": 512, "patch_size": 16},
+        text_config=text | {
             "model_type": "llama",
-            "hidden_size": hidden,
-            "intermediate_size": mlp,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
             "vocab_size": VOCABULARY["smolvlm"],
             "max_position_embeddings": 8192,
             "pad_token_id": 0,
@@ -173,6 +141,10 @@ def _smolvlm(shape: str):
         tie_word_embeddings=False,
     )
     return Idefics3ForConditionalGeneration, config, processor
+
+
+def _named(names: tuple[str, ...], numbers: tuple) -> dict[str, object]:
+    return dict(zip(names, numbers, strict=True))
 
 
 def _words(special: tuple[str, ...], family: str) -> list[str]:

@@ -64,17 +64,16 @@ def _is_of_these_sources(path: Path) -> bool:
         return content.find(marker) >= 0
 
 
-def _cpu() -> Backend:
-    reason = load_library("cpu")
-    return Backend("cpu", not reason, reason, "ras-fast build" if reason else "")
+def _native(kind: str) -> Backend:
+    reason = load_library(kind)
+    return Backend(kind, not reason, reason, "ras-fast build" if reason else "")
 
 
 def _cuda() -> Backend:
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
         return Backend("cuda", False, why, "install a CUDA build of torch on a machine with an NVIDIA GPU")
-    reason = load_library("cuda")
-    return Backend("cuda", not reason, reason, "ras-fast build" if reason else "")
+    return _native("cuda")
 
 
 @cache
@@ -98,7 +97,7 @@ def _triton() -> Backend:
 
 def backends() -> dict[str, Backend]:
     """Every backend and its state: {name: Backend(name, available, reason, fix)}. A missing compiler is never an error."""
-    return {backend.name: backend for backend in (_cuda(), _triton(), _cpu(), Backend("torch", True))}
+    return {backend.name: backend for backend in (_cuda(), _triton(), _native("cpu"), Backend("torch", True))}
 
 
 _forced = "auto"

@@ -97,18 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add("eval", _eval, "measure the defences: attack success, over-refusal, accuracy, time")
     _add_model(evaluate, default="tiny")
-    evaluate.add_argument("--dataset", type=_text, default="tinyworld", metavar="NAME",
-                          help="tinyworld, tinyworld-robust, a .jsonl file, or LAYOUT:FOLDER of a public benchmark such as "
-                               "mm-safetybench, figstep, xstest, gqa (docs/evaluation.md; default: %(default)s)")  # fmt: skip
-    evaluate.add_argument("--profile", type=_text, action="append", default=[], metavar="DIR",
-                          help="may be given several times; none on tinyworld: one of each method is calibrated")  # fmt: skip
-    evaluate.add_argument("--defences", type=_text, metavar="A,B", help="default: all that the profiles allow")
-    evaluate.add_argument("--n", type=_positive, help="queries (default: all; 250 of tinyworld, 320 of tinyworld-robust)")
-    evaluate.add_argument("--seed", type=int, default=0, help="which queries (default: %(default)s)")
-    evaluate.add_argument("--judge", type=_text, help="of harm: module:function or a guard model's folder (default: phrases)")
-    evaluate.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N")
-    evaluate.add_argument("--out", type=_path, default=Path("ras-fast-eval"), metavar="DIR",
-                          help="answers and report; run again, it goes on where it stopped (default: %(default)s)")  # fmt: skip
+    _add_evaluation_options(evaluate)
 
     bench = add("bench", _bench, "time the Triton kernels on this GPU, with the configurations in force and with the rules'")
     bench.add_argument("--tune", action="store_true", help="try other configurations, too, and write the best to --out")
@@ -151,6 +140,21 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
                             help="where that is read (default: before the first that is steered)")  # fmt: skip
     projection.add_argument("--measure", choices=("projection", "cosine"), help="of the condition (default: cosine)")
     projection.add_argument("--per", choices=("sequence", "token"), help="of the condition (default: sequence)")
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", type=_text, default="tinyworld", metavar="NAME",
+                        help="tinyworld, tinyworld-robust, a .jsonl file, or LAYOUT:FOLDER of a public benchmark such as "
+                             "mm-safetybench, figstep, xstest, gqa (docs/evaluation.md; default: %(default)s)")  # fmt: skip
+    parser.add_argument("--profile", type=_text, action="append", default=[], metavar="DIR",
+                        help="may be given several times; none on tinyworld: one of each method is calibrated")  # fmt: skip
+    parser.add_argument("--defences", type=_text, metavar="A,B", help="default: all that the profiles allow")
+    parser.add_argument("--n", type=_positive, help="queries (default: all; 250 of tinyworld, 320 of tinyworld-robust)")
+    parser.add_argument("--seed", type=int, default=0, help="which queries (default: %(default)s)")
+    parser.add_argument("--judge", type=_text, help="of harm: module:function or a guard model's folder (default: phrases)")
+    parser.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N")
+    parser.add_argument("--out", type=_path, default=Path("ras-fast-eval"), metavar="DIR",
+                        help="answers and report; run again, it goes on where it stopped (default: %(default)s)")  # fmt: skip
 
 
 def _text(text: str) -> str:

@@ -6,10 +6,11 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -231,18 +232,23 @@ class _Apart(LogitsProcessor):
 def at_rest(model, caller) -> Iterator[None]:
     """Inside the block a forward of the model by this thread, which holds its lock, raises RuntimeError, which names the type
     of ``caller``, and so does whatever takes the lock: another answer, or `SafeGenerator.close`."""
-    thread, lock = threading.get_ident(), lock_of(model)
+    lock = lock_of(model)
 
     def refuse(module, args):
-        if threading.get_ident() == thread:
-            raise in_mid_answer(caller)
+        raise in_mid_answer(caller)
 
-    with transformers_model(model).base_model.register_forward_pre_hook(refuse):
+    with transformers_model(model).base_model.register_forward_pre_hook(in_this_thread(refuse)):
         lock.busy_for = caller
         try:
             yield
         finally:
             lock.busy_for = None
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook that does nothing in forwards of other threads than the one that makes it."""
+    thread = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == thread else None
 
 
 def in_mid_answer(caller) -> RuntimeError:
@@ -372,14 +378,13 @@ def output_head(model):
 @torch.no_grad()
 def _small_forward(model, layer) -> tuple[torch.Tensor, torch.Tensor]:
     """What a small forward's last matrix gives, and the model's logits, both [1, 4, V]."""
-    plain, thread = [], threading.get_ident()
+    plain = []
 
     def note(module, args, output) -> None:
-        if threading.get_ident() == thread:
-            plain.append(output.clone())  # the model may write into it
+        plain.append(output.clone())  # the model may write into it
 
     ids = torch.arange(4, device=model.device)[None]  # one may be that of padding, and embedded as zeros
-    with lock_of(model), layer.register_forward_hook(note):
+    with lock_of(model), layer.register_forward_hook(in_this_thread(note)):
         logits = model(input_ids=ids, use_cache=False).logits
     return plain[-1], logits
 
@@ -396,11 +401,9 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
     logits that the tokens were read from [n, V]. Where the last of these are not finite, the last token is that of the end of
     sequence; in a model that has none there are n − 1 tokens.
     """
-    states, thread = [], threading.get_ident()
+    states = []
 
     def watch(module, args):
-        if threading.get_ident() != thread:  # no step of this answer
-            return None
         states.append(args[0][:, -1])
         if edit is None:
             return None
@@ -411,7 +414,7 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
     length = inputs["input_ids"].shape[1]
     check_length(model, inputs["input_ids"][0].tolist())
     chain = decoding.apart_from(model).processors(query, length, eos_ids(model))
-    with lock_of(model), find_head(model).register_forward_pre_hook(watch), _own_config_set_aside(model):
+    with lock_of(model), find_head(model).register_forward_pre_hook(in_this_thread(watch)), _own_config_set_aside(model):
         output = model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),

@@ -327,17 +327,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     Raises ValueError for unreadable, empty or unsupported images.
     """
     if isinstance(image, torch.Tensor):
-        kinds = {
-            "without values (meta)": image.is_meta,
-            "of tensors": image.is_nested,
-            "of quantised values": image.is_quantized,
-            f"of layout {image.layout}": image.layout is not torch.strided,
-        }
-        kind = next((kind for kind, holds in kinds.items() if holds), None)
-        if kind is not None:
-            raise ValueError(f"{name} is a tensor {kind}; it needs to be a dense one that holds its pixels")
-        image = image.detach().cpu().resolve_conj().resolve_neg()
-        image = (image.float() if image.is_floating_point() else image).numpy()  # NumPy has no bfloat16
+        image = _as_array(image, name)
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     if isinstance(image, str) and image.startswith("data:"):
@@ -365,6 +355,20 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     rgb.info.clear()  # or it would be turned again where it is handed in again
     image.seek(shown)  # an animation is its owner's, who may be in the middle of it
     return rgb
+
+
+def _as_array(tensor: torch.Tensor, name: str) -> np.ndarray:
+    kinds = {
+        "without values (meta)": tensor.is_meta,
+        "of tensors": tensor.is_nested,
+        "of quantised values": tensor.is_quantized,
+        f"of layout {tensor.layout}": tensor.layout is not torch.strided,
+    }
+    kind = next((kind for kind, holds in kinds.items() if holds), None)
+    if kind is not None:
+        raise ValueError(f"{name} is a tensor {kind}; it needs to be a dense one that holds its pixels")
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
 
 
 def _held_by(url: str, name: str) -> io.BytesIO:

@@ -638,8 +638,11 @@ def launch_of(query: torch.Tensor, key: torch.Tensor, constants: dict, sinks: to
     return Launch(tile, pack, programs, _splits(programs, triton.cdiv(key.shape[2], tile.block_n), query.device))
 
 
-def explain(query, key, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias) -> str:
-    """The configuration of a `region_attention` call in words."""
+def explain(
+    query, key, value, region_ids, num_regions, scale, is_causal, kv_start, kv_end, window, softcap, sinks, region_bias,
+    mass_rows,
+) -> str:  # fmt: skip
+    """The configuration of a call of the op `ras_fast::region_attention` with these arguments, in words."""
     constants = _constants(query, is_causal, kv_start, kv_end, window, softcap, region_bias, scale)
     tile, pack, programs, splits = launch_of(query, key, constants, sinks)
     return (

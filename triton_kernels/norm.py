@@ -267,14 +267,9 @@ def _launch(x, residual, weight, bias, eps, vectors, slot, alpha, lerp, weight_o
     (size_z, size_y, rows), x_strides, residual_strides = _leading(x, residual)
     arch, _ = device_facts(x.device)
     chosen = config(shape_class(arch, x.element_size(), d))
-    absent = x  # for a pointer that the kernel does not touch
+    pointers = (x, residual, weight, bias, x_weight, scale, vectors, slot, alpha, probes, y, h, dots)
     add_norm_kernel[(rows, size_y, size_z)](
-        x, residual if residual is not None else absent, weight, bias if bias is not None else absent,
-        x_weight if x_weight is not None else absent, scale if scale is not None else absent,
-        vectors if vectors is not None else absent,
-        slot if slot is not None else absent, alpha if alpha is not None else absent,
-        probes if probes is not None else absent, y,
-        h if h is not None else absent, dots,
+        *(x if tensor is None else tensor for tensor in pointers),  # the kernel does not touch what is not there
         *x_strides, *residual_strides,
         vectors.stride(0) if vectors is not None else 0, probes.stride(0) if probes is not None else 0,
         size_y, rows, d, len(vectors) if vectors is not None else 0, len(probes) if probes is not None else 0,

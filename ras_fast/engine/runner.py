@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ras_fast.decoding import TooLong, eos_ids, output_head
+from ras_fast.decoding import TooLong, eos_ids, in_this_thread, output_head
 from ras_fast.engine import recurrence
 from ras_fast.engine.kv_cache import CROSS, INDEXED, KVPool
 from ras_fast.engine.workspace import Workspaces
@@ -132,15 +131,9 @@ class Runner:
     def _run_with_head(self, **inputs) -> Any:
         """What the text model gives in a forward of a model of which no part without a head reads images (Nemotron-H Omni).
         The head gets the last position alone."""
-        given, thread = [], threading.get_ident()
-
-        def note(module, args, output) -> None:
-            if threading.get_ident() == thread:
-                given.append(output)
-
-        def cut(module, args) -> tuple | None:
-            return (args[0][:, -1:],) if threading.get_ident() == thread else None
-
+        given = []
+        note = in_this_thread(lambda module, args, output: given.append(output))
+        cut = in_this_thread(lambda module, args: (args[0][:, -1:],))
         with self._text.register_forward_hook(note), find_head(self.model).register_forward_pre_hook(cut):
             self.model(**inputs)
         return given[-1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,12 +108,9 @@ class AttentionRisk:
         patch.set_steering("final", self.prototypes, steering=run.steering)
         try:
             run.monitor = patch.set_monitor(self.gate.layers, run.read)
-            with ExitStack() as stack:
-                stack.enter_context(run.state.watch(patch))
-                hooks = stack.enter_context(undone())
+            with run.state.watch(patch), undone() as hooks, last_logits_only(patch.model, run.state):
                 hooks.hook_before(patch.text_model, run.begin)
                 hooks.hook_after(patch.text_model, run.end)
-                stack.enter_context(last_logits_only(patch.model, run.state))
                 yield self
         finally:
             patch.clear_steering(run.steering)
@@ -259,12 +256,7 @@ def calibrate(
     scikit-learn.
     """
     check_arguments(model, processor, pairs=pairs)
-    check_counts(heads=heads, steps=steps)
-    if not is_number(amplify) or not math.isfinite(amplify):
-        raise ValueError(f"amplify is {amplify!r}; it needs to be a finite number")
-    if combine_with is not None and (not isinstance(combine_with, RasProfile) or combine_with.method not in PRESETS):
-        given = getattr(combine_with, "method", combine_with)
-        raise ValueError(f"combine_with is {given!r}; it needs to be a profile of {', '.join(PRESETS)}")
+    _check_options(heads, steps, amplify, combine_with)
     _logistic_regression()  # before minutes of work
     queries, harmful, pair = _labelled(pairs, processor)
     tensors: dict[str, Tensor] = {}
@@ -299,6 +291,15 @@ def calibrate(
     if combine_with is None:
         return RasProfile("attention", config, tensors, fingerprint(model, processor))
     return _combined(combine_with, chosen, config, tensors)
+
+
+def _check_options(heads: int, steps: int, amplify: float, combine_with: RasProfile | None) -> None:
+    check_counts(heads=heads, steps=steps)
+    if not is_number(amplify) or not math.isfinite(amplify):
+        raise ValueError(f"amplify is {amplify!r}; it needs to be a finite number")
+    if combine_with is not None and (not isinstance(combine_with, RasProfile) or combine_with.method not in PRESETS):
+        given = getattr(combine_with, "method", combine_with)
+        raise ValueError(f"combine_with is {given!r}; it needs to be a profile of {', '.join(PRESETS)}")
 
 
 def _combined(profile: RasProfile, gate: LogisticFit, config: dict[str, Any], tensors: dict[str, Tensor]) -> RasProfile:

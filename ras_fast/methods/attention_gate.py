@@ -84,10 +84,9 @@ class AttentionGate:
         if profile.method != "attention" and not tensors["similarity_weight"].item() > 0:
             got = tensors["similarity_weight"].item()
             raise ValueError(f"similarity_weight is {got}; it needs to be positive: the risk rises with S")
-        self.weights, self.bias, self.similarity_weight, self.similarity_bias = (
-            *(tensor.to(device, torch.float32) for tensor in tensors.values()),
-            *[None] * (4 - len(tensors)),
-        )
+        placed = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+        self.weights, self.bias = placed["attention_weights"], placed["attention_bias"]
+        self.similarity_weight, self.similarity_bias = placed.get("similarity_weight"), placed.get("similarity_bias")
 
     @property
     def layers(self) -> list[int]:

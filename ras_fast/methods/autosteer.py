@@ -117,12 +117,9 @@ class AutoSteer:
         self._check_model(patch)
         weight = next(patch.final_norm.parameters())
         run = _Run(self, PromptState(self._check, self._digest), *self.placed(weight.device, weight.dtype))
-        with ExitStack() as stack:
-            stack.enter_context(run.state.watch(patch))
-            hooks = stack.enter_context(undone())
+        with run.state.watch(patch), undone() as hooks, last_logits_only(patch.model, run.state):
             hooks.hook_before(patch.layers[self.layer], run.judge)
             hooks.hook_after(patch.final_norm, run.steer)
-            stack.enter_context(last_logits_only(patch.model, run.state))
             yield self
 
     def _check_model(self, patch: Patch) -> None:

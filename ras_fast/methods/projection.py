@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -373,11 +373,8 @@ class Projection:
             if self.condition is not None:
                 unit = torch.nn.functional.normalize(self.condition.direction, dim=0)
                 run.probe = patch.set_probe(self.condition.layer, unit[None], run.read)
-            with ExitStack() as stack:
-                stack.enter_context(run.state.watch(patch))
-                stack.enter_context(undone()).hook_before(patch.text_model, run.begin)
-                if run.judges:
-                    stack.enter_context(last_logits_only(patch.model, state))
+            with state.watch(patch), undone() as hooks, last_logits_only(patch.model, state) if run.judges else nullcontext():
+                hooks.hook_before(patch.text_model, run.begin)
                 yield self
         finally:
             patch.clear_steering(run.steering)

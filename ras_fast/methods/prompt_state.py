@@ -154,13 +154,14 @@ class PromptState:
         self._running = _running(patch)
         _refuse_compiled(patch.model, patch.text_model)
         cache_name(patch.text_model)  # or what is decided could not be found again
-        with ExitStack() as stack:
-            self.name = stack.enter_context(_own_name(patch.text_model, self.name))
-            hooks = stack.enter_context(undone())
+        with (
+            _own_name(patch.text_model, self.name) as self.name,
+            undone() as hooks,
+            replaced(patch.model, "_prefill", partial(_Prefill, self)),
+            replaced(patch.model, "generate", partial(_Generate, self, patch.model)),
+        ):
             hooks.hook_before(patch.text_model, self._before_text)
             hooks.hook_after(patch.text_model, self._after_text)
-            stack.enter_context(replaced(patch.model, "_prefill", partial(_Prefill, self)))
-            stack.enter_context(replaced(patch.model, "generate", partial(_Generate, self, patch.model)))
             try:
                 yield self
             finally:

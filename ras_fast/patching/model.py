@@ -27,7 +27,7 @@ from ras_fast.patching.state import Collection, ModelState, Monitor, Statistics
 from ras_fast.patching.steering import Probe, Site, Steering
 from ras_fast.patching.structure import find_decoder
 from ras_fast.patching.towers import lay_out_by_rows, speed_up_gelus, speed_up_towers
-from ras_fast.patching.trace import trace
+from ras_fast.patching.trace import Trace, trace
 from ras_fast.patching.tracking import CrossRegionTracker
 from ras_fast.patching.undo import Undo, runs
 from ras_fast.regions import RegionMap
@@ -421,10 +421,11 @@ class Patch:
     def _held(self, layer: object) -> SteeredLayer | FusedNorm | None:
         """What the patch holds of that index, or by the name "final", and the model still runs; None where there is nothing."""
         if is_integer(layer):
-            place = self._fused.layers.get(layer)
+            place, running = self._fused.layers.get(layer), self.layers
+        elif isinstance(layer, str) and layer == "final":
+            place, running = self._fused.final_norm, self.text_model.children()
         else:
-            place = self._fused.final_norm if isinstance(layer, str) and layer == "final" else None
-        running = self.layers if is_integer(layer) else self.text_model.children()
+            return None
         there = place is not None and _is_among(_module(place), running) and runs(_module(place), place)
         return place if there else None
 
@@ -455,15 +456,7 @@ class Patch:
         self._undo.hook_before(text_model, self._begin)
         self._undo.hook_after(text_model, self._end)
         self._report = report = Report(type(root).__name__, len(decoder_layers))
-        try:
-            recorded = trace(text_model, decoder_layers)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # what it makes of inputs it does not get
-            dtypes = {p.dtype for p in text_model.parameters() if p.is_floating_point()}
-            if isinstance(error, RuntimeError) and (len(dtypes) < 2 or is_out_of_memory(error)):
-                raise
-            what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
-            mixed = f" and, with weights of {len(dtypes)} dtypes, without autocast" if len(dtypes) > 1 else ""
-            raise TypeError(f"{what} cannot be traced on tokens alone{mixed} ({type(error).__name__}: {error})") from error
+        recorded = _traced(root, text_model, decoder_layers)
         self.text_model, self.layers = text_model, decoder_layers
         self._final_norm = getattr(text_model, recorded.final_norm.name) if recorded.final_norm is not None else None
         if norms:
@@ -481,6 +474,19 @@ class Patch:
             grow_in_place(text_model, self._undo)
         if self._state is not None:
             report.blind = [index for index in range(report.layers) if index not in self._state.layers]
+
+
+def _traced(root: nn.Module, text_model: nn.Module, layers: nn.ModuleList) -> Trace:
+    """`trace`. Raises TypeError for a text model that does not run from tokens alone, or not without autocast."""
+    try:
+        return trace(text_model, layers)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # what it makes of inputs it does not get
+        dtypes = {p.dtype for p in text_model.parameters() if p.is_floating_point()}
+        if isinstance(error, RuntimeError) and (len(dtypes) < 2 or is_out_of_memory(error)):
+            raise
+        what = f"the text model of {type(root).__name__}, a {type(text_model).__name__},"
+        mixed = f" and, with weights of {len(dtypes)} dtypes, without autocast" if len(dtypes) > 1 else ""
+        raise TypeError(f"{what} cannot be traced on tokens alone{mixed} ({type(error).__name__}: {error})") from error
 
 
 def _name_arguments(names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:

@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--method", choices=METHODS, default="moras")
     calibrate.add_argument("--data", type=_path, metavar="PAIRS.jsonl",
                            help='lines of {"image", "unsafe", "safe"} and, where the safe question has another image, '
-                           '"safe_image"; paths are relative to the file')  # fmt: skip
+                           '"safe_image"; an image is a path relative to the file, a list of them, or null')  # fmt: skip
     _add_calibration_options(calibrate)
     calibrate.add_argument("--out", type=_path, required=True, metavar="DIR")
 

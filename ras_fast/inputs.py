@@ -125,33 +125,47 @@ def question_pairs(pairs: Sequence[tuple], processor) -> tuple[list[Query], list
     return unsafe, safe
 
 
-def read_pairs(path: Path) -> list[tuple]:
+def read_pairs(path: str | Path) -> list[tuple]:
     """Pairs as `question_pairs` takes them, from a file with lines of {"image", "unsafe", "safe"} and, where the safe question
-    has an image of its own, "safe_image"; image paths are relative to the file.
+    has an image of its own, "safe_image"; image paths are relative to the file. An image is a path or a list of paths; where
+    "image" is null, the questions have none.
 
     Raises ValueError, which names the line that is wrong, or the file without any. A key of another name is wrong, too:
     "safe_img" means a picture.
     """
-    pairs = []
+    path, pairs = Path(path), []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            others = [path.parent / row["safe_image"]] if row.get("safe_image") is not None else []
-            pair = (path.parent / row["image"], row["unsafe"], row["safe"], *others)
+            others = [_images_of(path, row["safe_image"])] if row.get("safe_image") is not None else []
+            pair = (_images_of(path, row["image"]), row["unsafe"], row["safe"], *others)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
         refuse_unknown(f"{path}:{number}", row, ("image", "unsafe", "safe", "safe_image"))
         if not all(isinstance(text, str) and text.strip() for text in pair[1:3]):
             raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:3]}")
-        for image in (pair[0], *others):
+        for image in _flat([pair[0], *others]):
             if not is_file(image):
                 raise ValueError(f"{path}:{number}: there is no image {str(image)[:300]}")
         pairs.append(pair)
     if not pairs:
         raise ValueError(f'{path} holds no pair; it needs lines of {{"image": …, "unsafe": …, "safe": …}}')
     return pairs
+
+
+def _images_of(path: Path, given: str | list[str] | None) -> Path | list[Path] | None:
+    """The image, or images, that a row of the file names. Raises TypeError or ValueError for what names none."""
+    if given == []:
+        raise ValueError("an image is []; a pair without one has null")
+    if given is None:
+        return None
+    return [path.parent / image for image in given] if isinstance(given, list) else path.parent / given
+
+
+def _flat(images: list[Path | list[Path] | None]) -> list[Path]:
+    return [image for some in images if some is not None for image in (some if isinstance(some, list) else [some])]
 
 
 def read_lines(path: Path) -> list[str]:

@@ -10,13 +10,13 @@ TINY = Path(__file__).resolve().parent / "assets" / "tiny-llava"
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto"):
+def load(name: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"):
     """A multimodal model in eval mode, and its processor.
 
     Args:
         name: "tiny" (the synthetic checkpoint that ships with the package), a local folder, or a Hugging Face hub id.
         device: "auto" (CUDA where there is one) or a torch device.
-        dtype: one of DTYPES; "auto": that of the checkpoint.
+        dtype: one of DTYPES, or the torch dtype that it names; "auto": that of the checkpoint.
 
     Returns:
         (model, processor).
@@ -24,6 +24,9 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto"):
     Raises:
         ValueError: there is no such model, it does not take images, it cannot be read, or device or dtype is unknown.
     """
+    name = str(name) if isinstance(name, Path) else name
+    device = str(device) if isinstance(device, torch.device) else device
+    dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     for what, value in (("name", name), ("device", device)):
         if not isinstance(value, str):
             raise ValueError(f"{what} is {value!r}; it must be a string")

@@ -27,6 +27,8 @@ from ras_fast import RasProfile, backend, cli, doctor
 from ras_fast.attention_map import _seen, _shown, image_attention
 from ras_fast.evaluation.calibration import CALIBRATIONS
 from ras_fast.evaluation.defences import CONSTANT, default_names
+from ras_fast.inputs import question_pairs, read_pairs
+from ras_fast.loading import load
 from ras_fast.methods.moras import PRESETS
 from ras_fast.profile import fingerprint
 
@@ -59,6 +61,15 @@ def generate(folder):
         return cli.main([*common, *images, *options])
 
     return call
+
+
+def test_load_takes_what_torch_and_pathlib_have_for_its_names(folder):
+    model, _ = load(folder / "model", device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(ValueError, match="dtype is 'int8'; it must be one of auto, float32"):
+        load(folder / "model", dtype=torch.int8)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        load(folder / "nowhere")
 
 
 def test_generate_without_a_profile(generate, folder, capsys):
@@ -506,11 +517,27 @@ def test_calibrate_steers_from_the_safe_questions_to_the_unsafe_ones(folder, pai
     assert got["pairs"][0] == (("w3 ?", folder / "a.png"), ("w2 ?", folder / "b.png"))
 
 
+def test_pairs_may_be_about_no_image_or_several(folder, processor):
+    a, b = folder / "a.png", folder / "b.png"
+    (folder / "pairs.jsonl").write_text(
+        '{"image": null, "unsafe": "w1 ?", "safe": "w2 ?"}\n'
+        '{"image": null, "unsafe": "w1 ?", "safe": "w1 ?", "safe_image": "b.png"}\n'
+        '{"image": ["a.png", "b.png"], "unsafe": "w1 ?", "safe": "w2 ?", "safe_image": ["b.png"]}\n'
+    )
+    pairs = read_pairs(str(folder / "pairs.jsonl"))
+    assert pairs == [(None, "w1 ?", "w2 ?"), (None, "w1 ?", "w1 ?", b), ([a, b], "w1 ?", "w2 ?", [b])]
+    unsafe, safe = question_pairs(pairs, processor)
+    assert [len(query.images) for query in unsafe + safe] == [0, 0, 2, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("{", "pairs.jsonl:1 needs to be"),
         ('{"image": "a.png", "safe": "x"}', "KeyError('unsafe')"),
+        ('{"unsafe": "x", "safe": "y"}', "KeyError('image')"),
+        ('{"image": [], "unsafe": "x", "safe": "y"}', "an image is []; a pair without one has null"),
+        ('{"image": ["a.png", "no.png"], "unsafe": "x", "safe": "y"}', "pairs.jsonl:1: there is no image"),
         ('{"image": "no.png", "unsafe": "x", "safe": "y"}', "pairs.jsonl:1: there is no image"),
         ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_image": "not.png"}', "pairs.jsonl:1: there is no image"),
         ('{"image": "a.png", "unsafe": "x", "safe": "y", "safe_img": "b.png"}', "pairs.jsonl:1 has 'safe_img': 'b.png'"),

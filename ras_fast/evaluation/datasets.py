@@ -111,7 +111,7 @@ def _rows(name: str, skipped: list[str]) -> tuple[str, Rows, Path]:
     layout, _, folder = name.partition(":")
     if layout in LAYOUTS:
         if not folder or not Path(folder).is_dir():
-            raise ValueError(f"dataset {name!r}: there is no folder {folder!r}")
+            raise ValueError(f"dataset {name!r}: there is no folder {folder!r}; it needs to be {layout}:FOLDER")
         return layout, LAYOUTS[layout](Path(folder), skipped), Path(folder)
     if not Path(name).is_file():
         known = ", ".join(f"{layout}:FOLDER" for layout in LAYOUTS)

@@ -41,8 +41,11 @@ def attach(patch: Patch, profile: RasProfile) -> AbstractContextManager[Any]:
     thread is in; one that begins later, of a `model.generate` that was taken from the model inside, raises RuntimeError.
 
     Raises:
-        ValueError: the method needs stages of its own, the profile is of another model, or `patch` is not a `Patch`.
+        ValueError: the method needs stages of its own, the profile is of another model or no `RasProfile`, or `patch` is not a
+            `Patch`.
     """
+    if not hasattr(profile, "method"):
+        raise ValueError(f"profile is a {type(profile).__name__}; it needs to be a RasProfile (RasProfile.from_pretrained)")
     if profile.method not in ONE_PASS:
         raise ValueError(
             f"profile method is {profile.method!r}, which asks the model more than once; use ras_fast.SafeGenerator. "

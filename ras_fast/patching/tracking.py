@@ -117,8 +117,8 @@ class RegionTracker:
         if forward.regions is None:
             raise ValueError(
                 "image statistics and region biases need to know where the image tokens are, and this forward brought "
-                "neither input_ids nor a cache that saw them, or goes on from a cache that was filled before the model was "
-                "patched: set patch.region_map first"
+                "neither input_ids nor a cache that saw them, goes on from a cache that was filled before the model was "
+                "patched, or is compiled: set patch.region_map first"
             )
         if forward.regions.ids.shape[0] != batch:
             raise ValueError(f"the region map is of {forward.regions.ids.shape[0]} rows; it must be of the batch's {batch}")

@@ -1006,3 +1006,8 @@ def test_blocks_may_end_in_any_order(model, processor):
         blocks[1].__exit__(None, None, None)
         assert not patch.region_bias
     assert not {"generate", "_prefill", "_get_candidate_generator"} & set(vars(model))
+
+
+def test_a_profile_that_is_a_path_is_refused_in_words(model):
+    with ras_fast.patch(model) as patch, pytest.raises(ValueError, match="profile is a str; it needs to be a RasProfile"):
+        ras_fast.methods.attach(patch, "folder")

@@ -144,3 +144,12 @@ def test_static_decode_with_statistics():
     for a, b in zip(got.attentions, expected.attentions, strict=True):
         for layer in range(2):
             assert (a[layer] - image_sums(b[layer], ids, 1))[:, :, -1].abs().max() < 1e-5
+
+
+@slow
+def test_statistics_without_a_map_say_why():
+    model, batch = llava(layers=2), inputs(["tItt"])
+    with torch.no_grad(), ras_fast.patch(model):
+        model(**batch, output_attentions=True)  # which finds images, but keeps no map for a graph
+        with pytest.raises(ValueError, match="or is compiled: set patch"):
+            torch.compile(model, backend="eager")(**batch, use_cache=False, output_attentions=True)

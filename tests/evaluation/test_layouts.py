@@ -362,7 +362,7 @@ def test_a_folder_without_the_files_is_an_error_that_names_one(layout, tmp_path)
 
 def test_a_folder_that_is_not_there(tmp_path):
     for folder in (tmp_path / "nowhere", ""):
-        with pytest.raises(ValueError, match="there is no folder .*; it needs to be gqa:FOLDER"):
+        with pytest.raises(ValueError, match=r"there is no folder .*; it needs to be gqa:FOLDER"):
             load_dataset(f"gqa:{folder}")
 
 

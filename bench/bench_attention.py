@@ -1,4 +1,4 @@
-"""Attention with region mass beside its peers: `python bench/bench_attention.py [--quick | --full]`.
+"""Attention with region mass beside its peers: `python bench/bench_attention.py [--quick | --full | --shape ...]`.
 
 One image of 576 tokens (or half the keys, if that is less) is the region. Every candidate of a shape gets the same tensors in
 the same run, in turn. The floor is the fastest SDPA backend without statistics; "over floor" is ras_fast's time over it, and
@@ -18,7 +18,7 @@ import torch
 from ras_fast import ops
 from ras_fast.ops import attention_plan
 
-HEADS, KV_HEADS = 32, 8
+HEADS = 32, 8  # of queries, and of keys and values
 DIMS = (64, 80, 128, 256)
 # (batch, query rows, keys, head dimension, rows whose mass is wanted)
 QUICK = [(1, 1024, 1024, 128, 64), (1, 1, 2048, 128, 1)]
@@ -30,10 +30,10 @@ CPU = [(1, n, n, d, rows) for n in (640, 1024, 2048) for d in (64, 128) for rows
 CPU += [(batch, 1, keys, 128, 1) for batch in (1, 8) for keys in (1024, 2048, 4096, 32768 // batch)]
 
 
-def make(batch: int, length_q: int, length_k: int, dim: int, dtype: torch.dtype, device: str):
+def make(heads: tuple[int, int], batch: int, length_q: int, length_k: int, dim: int, dtype: torch.dtype, device: str):
     """q, k, v as transformers hands them over, the region map of one image, and its span."""
-    query = torch.randn(batch, length_q, HEADS, dim, device=device).to(dtype).transpose(1, 2)
-    key, value = (torch.randn(batch, KV_HEADS, length_k, dim, device=device).to(dtype) for _ in range(2))
+    query = torch.randn(batch, length_q, heads[0], dim, device=device).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(batch, heads[1], length_k, dim, device=device).to(dtype) for _ in range(2))
     start, size = min(35, length_k // 8), min(576, length_k // 2)
     ids = torch.full((batch, length_k), -1, dtype=torch.int32, device=device)
     ids[:, start : start + size] = 0
@@ -84,11 +84,11 @@ def _agree(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
 
 
 def measure(
-    shape: tuple[int, ...], seconds: float, graph: bool, limits: dict[str, float], without: list[str]
+    shape: tuple[int, ...], heads: tuple[int, int], seconds: float, graph: bool, limits: dict[str, float], without: list[str]
 ) -> dict[str, object]:
     batch, length_q, length_k, dim, rows = shape
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
-    query, key, value, ids, spans = make(batch, length_q, length_k, dim, dtype, device)
+    query, key, value, ids, spans = make(heads, batch, length_q, length_k, dim, dtype, device)
     every = candidates(query, key, value, ids, spans, rows)
     calls = usable({name: call for name, call in every.items() if name not in without})
     floor = baselines.attention_floor(query, key, value)
@@ -96,7 +96,7 @@ def measure(
     best = min(floor.keys() & times, key=times.get)
     row = {"B": batch, "Lq": length_q, "Lk": length_k, "D": dim, "rows": rows, "graph": graph}
     seen = length_k / 2 if length_q > 1 else length_k  # causal
-    row["GFLOP"] = 4 * batch * HEADS * length_q * seen * dim / 1e9
+    row["GFLOP"] = 4 * batch * heads[0] * length_q * seen * dim / 1e9
     row["MB"] = (2 * query.numel() + key.numel() + value.numel()) * dtype.itemsize / 1e6
     if length_q > 1:
         row["GFLOP/s"] = row["GFLOP"] / times["ras_fast"]
@@ -120,27 +120,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the two shapes of the headline figures")
     parser.add_argument("--full", action="store_true", help="every head dimension, not only 128")
+    dims = "B,Lq,Lk,D,rows"
+    parser.add_argument("--shape", type=harness.numbers(dims), nargs="+", metavar=dims, help="of your own; nothing is written")
+    parser.add_argument("--heads", type=harness.numbers("Hq,Hkv"), default=HEADS, metavar="Hq,Hkv", help="with --shape: 32,8")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="candidates to leave out")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
     args = parser.parse_args()
+    if args.heads != HEADS and not args.shape:
+        parser.error("--heads needs --shape: results are of one number of heads")
+    if any(length_q not in (1, length_k) for _, length_q, length_k, _, _ in args.shape or ()):
+        parser.error("Lq of a --shape needs to be 1 or Lk: peers agree on no other place for fewer rows among the keys")
     gpu = torch.cuda.is_available()
-    shapes = QUICK if args.quick else FULL if args.full else DEFAULT if gpu else dict.fromkeys(CPU)
+    shapes = args.shape or (QUICK if args.quick else FULL if args.full else DEFAULT if gpu else dict.fromkeys(CPU))
     limits = harness.ceilings()
-    rows, failed = [], 0
+    rows, failed, path = [], 0, None
     for shape in shapes:
         torch._dynamo.reset()
         try:
-            rows.append(measure(shape, args.seconds, gpu, limits, args.without))
+            rows.append(measure(shape, args.heads, args.seconds, gpu, limits, args.without))
         except (RuntimeError, AssertionError) as error:  # the other shapes are still worth having
             failed += 1
             print(f"{shape} FAILED: {error}", flush=True)
         else:
             show(rows[-1])
-            path = harness.save("attention_quick" if args.quick else "attention", rows, limits)
+            if not args.shape:
+                path = harness.save("attention_quick" if args.quick else "attention", rows, limits)
         if gpu:
             torch.cuda.empty_cache()
     print("\n" + ", ".join(f"{name} {value:.0f}" for name, value in limits.items()))
-    if rows:
+    if path:
         print(f"written to {path}")
     return 1 if failed else 0
 

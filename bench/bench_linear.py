@@ -1,4 +1,4 @@
-"""Linear layers of a decode step beside their peers: `python bench/bench_linear.py [--quick]`.
+"""Linear layers of a decode step beside their peers: `python bench/bench_linear.py [--quick | --shape N,K,T,gated ...]`.
 
 Few rows against a weight that no cache holds: on the CPU calls go in turn through copies of it, on a GPU the L2 cache is
 cold. "torch" is `torch.nn.functional.linear`, "packed" what torch.compile's freezing makes of it on a CPU: oneDNN's product
@@ -67,4 +67,4 @@ if __name__ == "__main__":
     with torch.no_grad():
         layers = [*((size, False) for size in SIZES + TOGETHER), *((size, True) for size in GATED)]
         shapes = [(*size, rows, gated) for size, gated in layers for rows in ROWS]
-        harness.bound_by_memory(__doc__, "linear", shapes, QUICK, case)
+        harness.bound_by_memory(__doc__, "linear", "N,K,T,gated", shapes, QUICK, case)

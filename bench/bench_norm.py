@@ -1,4 +1,4 @@
-"""Steered residual + norm beside its peers: `python bench/bench_norm.py [--quick]`.
+"""Steered residual + norm beside its peers: `python bench/bench_norm.py [--quick | --shape T,d ...]`.
 
 Every candidate of a row gets the same tensors in the same run ("in place", as FlashInfer, copies of its own). A "sandwich"
 first puts x through a norm of its own, in the same call or, "two calls", before it. GB/s counts the bytes that must move: x
@@ -61,4 +61,4 @@ def candidates(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict
 if __name__ == "__main__":
     with torch.no_grad():
         shapes = [(tokens, width) for width in WIDTHS for tokens in TOKENS]
-        harness.bound_by_memory(__doc__, "norm", shapes, QUICK, case, ours=OURS)
+        harness.bound_by_memory(__doc__, "norm", "T,d", shapes, QUICK, case, ours=OURS)

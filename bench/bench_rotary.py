@@ -1,4 +1,4 @@
-"""The rotary embedding beside its peers: `python bench/bench_rotary.py [--quick]`.
+"""The rotary embedding beside its peers: `python bench/bench_rotary.py [--quick | --shape Hq,Hkv,D,rotated,T ...]`.
 
 Every candidate of a row gets the same tensors in the same run (Liger, which works in place, copies of its own): queries and
 keys as a projection leaves them. In a vision tower ("tower") the tables are in float32, and heads are [T, H, D]. "eager" is
@@ -42,4 +42,4 @@ def case(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str)
 if __name__ == "__main__":
     with torch.no_grad():
         shapes = [(*heads, tokens) for heads in HEADS for tokens in TOKENS] + TOWER
-        harness.bound_by_memory(__doc__, "rotary", shapes, QUICK, case)
+        harness.bound_by_memory(__doc__, "rotary", "Hq,Hkv,D,rotated,T", shapes, QUICK, case)

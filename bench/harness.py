@@ -208,9 +208,23 @@ def ceilings() -> dict[str, float]:
     return {"copy GB/s": copy_bandwidth() / 1e9, "matmul GFLOP/s": matmul_rate() / 1e9}
 
 
+def numbers(names: str) -> Callable[[str], tuple[int, ...]]:
+    """The type of an argument of so many whole numbers, as "T,d" names two."""
+    count = len(names.split(","))
+
+    def read(text: str) -> tuple[int, ...]:
+        found = tuple(map(int, text.split(",")))
+        if len(found) != count or min(found) < 0:
+            raise argparse.ArgumentTypeError(f"{text!r}; it needs to be {names}")
+        return found
+
+    return read
+
+
 def bound_by_memory(
     about: str,
     name: str,
+    dims: str,
     shapes: Iterable[Shape],
     quick: Iterable[Shape],
     case: Callable[[Shape, torch.dtype, str], tuple[dict[str, object], int, dict[str, Callable[[], object]]]],
@@ -220,19 +234,21 @@ def bound_by_memory(
 
     Args:
         about: what it says of itself.
-        name: of the file of results.
+        name: of the file of results. Shapes that the command line names are shown alone, and not written there.
+        dims: what the numbers of a shape are, with commas between them.
         quick: the shapes of the headline figures, which `--quick` measures in bf16 alone.
         case: (columns that name the shape, elements that must move, candidates) for a shape, dtype and device.
         ours: candidates that have to run.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the shapes of the headline figures, bf16")
+    parser.add_argument("--shape", type=numbers(dims), nargs="+", metavar=dims, help="shapes of your own; nothing is written")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on a shape")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    limits, rows = ceilings(), []
+    limits, rows, written = ceilings(), [], ""
     for dtype in (torch.bfloat16,) if args.quick else (torch.bfloat16, torch.float32):
-        for shape in quick if args.quick else shapes:
+        for shape in args.shape or (quick if args.quick else shapes):
             columns, elements, calls = case(shape, dtype, "cuda" if gpu else "cpu")
             moved = elements * dtype.itemsize
             for graph in (False, True) if gpu else (False,):
@@ -242,9 +258,10 @@ def bound_by_memory(
                 row |= {"MB": moved / 1e6, "GB/s": moved / times["ras_fast"] / 1e9}
                 row["share"] = row["GB/s"] / limits["copy GB/s"]
                 rows.append(row)
-            path = save(f"{name}_quick" if args.quick else name, rows, limits)  # now: the run may be cut short
+            if not args.shape:  # now: the run may be cut short
+                written = f"; written to {save(f'{name}_quick' if args.quick else name, rows, limits)}"
     print(table(rows))
-    print(f"\ncopy bandwidth {limits['copy GB/s']:.1f} GB/s; written to {path}")
+    print(f"\ncopy bandwidth {limits['copy GB/s']:.1f} GB/s{written}")
 
 
 def bound_by_products(

@@ -123,7 +123,7 @@ class Decoding:
     """How answers are decoded. Greedy unless ``do_sample``.
 
     max_new_tokens: of an answer, the end-of-sequence token included.
-    temperature, top_k, top_p, repetition_penalty: as in transformers' GenerationConfig; the first three are for
+    temperature, top_k, top_p, min_p, repetition_penalty: as in transformers' GenerationConfig; all but the last are for
         ``do_sample``.
     seed: of the sampling noise.
     stop_strings: one string or several; an answer ends once its text holds one, and keeps it.
@@ -141,6 +141,7 @@ class Decoding:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
@@ -182,11 +183,12 @@ class Decoding:
             "repetition_penalty": (lambda value: 0 < value < math.inf, "a number above 0, or None"),
             "top_k": (lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0, or None"),
             "top_p": (lambda value: 0 < value <= 1, "in (0, 1], or None"),
+            "min_p": (lambda value: 0 <= value <= 1, "in [0, 1], or None"),
         }
         if not self.do_sample:
             neutral = (0, 1)  # a temperature of 0 is how others ask for greedy decoding
             greedy = (lambda value: value in neutral, "given with do_sample=True only: without it decoding is greedy")
-            allowed |= dict.fromkeys(("temperature", "top_k", "top_p"), greedy)
+            allowed |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), greedy)
         for name, (holds, need) in allowed.items():
             value = getattr(self, name)
             if not (value is None and name != "temperature") and not (is_number(value) and holds(value)):
@@ -200,6 +202,8 @@ class Decoding:
         chain.extend(self.logits_processors)
         if self.do_sample:
             chain.extend(warpers(self.temperature, self.top_k, self.top_p))
+            if self.min_p:
+                chain.append(MinPLogitsWarper(self.min_p))  # transformers' order; it is vLLM's that `warpers` has
             chain.append(GumbelNoise(self.seed, query, prompt_length))
         return chain
 

@@ -9,6 +9,7 @@ from tiny_random import tiny_llava, tiny_processor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     LlavaForConditionalGeneration,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
@@ -35,6 +36,26 @@ EOS = 3
 def test_greedy_changes_nothing():
     scores = torch.randn(2, 9)
     assert torch.equal(Decoding().processors(0, 4, [EOS])(None, scores), scores)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_p": 0.2}, {"min_p": 0.0}, {"min_p": 0.2, "top_p": 0.8},
+        {"top_k": 6, "top_p": 0.7, "min_p": 0.15, "temperature": 1.4},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_scores_are_those_of_transformers_generate(settings):
+    model = tiny_llava(tiny_processor())
+    config = GenerationConfig(do_sample=True, **settings)
+    model._prepare_special_tokens(config, device="cpu")
+    chain = model._get_logits_processor(config, input_ids_seq_length=4, device="cpu")
+    own = Decoding(do_sample=True, **settings).processors(0, 4, [EOS])
+    ids, scores = torch.zeros(40, 4, dtype=torch.long), 2 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    found = LogitsProcessorList(own[:-1])(ids, scores.clone())  # but for the noise
+    assert torch.equal(found, chain(ids, scores.clone()))
+    assert torch.equal(found, scores) == (settings == {"min_p": 0.0})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -125,6 +146,8 @@ def test_sampling_processors_run_before_the_noise():
         ({"do_sample": True, "temperature": math.inf}, "temperature is inf"),
         ({"do_sample": True, "top_p": 1.5}, r"top_p is 1.5; it needs to be in \(0, 1\]"),
         ({"do_sample": True, "top_p": "0.9"}, "top_p is '0.9'"),
+        ({"min_p": 0.1}, "min_p is 0.1; it needs to be given with do_sample=True"),
+        ({"do_sample": True, "min_p": 1.5}, r"min_p is 1.5; it needs to be in \[0, 1\]"),
         ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5; it needs to be an integer"),
         ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
     ],

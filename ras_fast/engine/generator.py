@@ -112,7 +112,7 @@ class SafeGenerator:
         streamer: a transformers streamer, for a single prompt. It is given nothing before the risk is known, and is ended
             whatever happens.
         progress: show a progress bar; None: when there is more than one batch.
-        decoding: fields of `ras_fast.decoding.Decoding` (max_new_tokens=64, do_sample, temperature, top_k, top_p,
+        decoding: fields of `ras_fast.decoding.Decoding` (max_new_tokens=64, do_sample, temperature, top_k, top_p, min_p,
             repetition_penalty, seed, stop_strings, logits_processors). The model's generation config gives the
             end-of-sequence tokens and nothing else. Stop strings end answers, not contexts, and stay in the text.
 

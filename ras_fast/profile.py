@@ -20,6 +20,7 @@ JSON_NAME = "ras_profile.json"
 TENSORS_NAME = "ras_profile.safetensors"
 HEAD_ROWS = 64  # of the LM head, that go into the fingerprint
 OTHER_VALUES = 64  # of each parameter outside the decoder layers, likewise
+HASHES = ("lm_head", "decoder", "other_parts")  # of weights: with the dtype they all change
 REQUIRED_TENSORS = {
     "moras": ("prototypes",),
     "ras": ("prototypes",),
@@ -234,13 +235,19 @@ class RasProfile:
     def check_fingerprint(self, found: dict) -> None:
         """As `check`, from the model's `fingerprint`."""
         own = {"other_parts": found.get("other_parts")} | self.fingerprint  # which profiles of earlier releases do not hold
-        differing = [
-            f"{key}: profile {own.get(key)!r}, model {value!r}" for key, value in found.items() if own.get(key) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"this {self.method} profile was calibrated on another model ({'; '.join(differing)}); calibrate again"
-            )
+        differing = {
+            key: f"{key}: profile {own.get(key)!r}, model {value!r}" for key, value in found.items() if own.get(key) != value
+        }
+        if not differing:
+            return
+        words, advice = "; ".join(differing.values()), "calibrate again"
+        if "dtype" in differing and set(differing) <= {"dtype", *HASHES}:
+            words, advice = differing["dtype"], "load the model in the profile's dtype, or calibrate again in its own"
+        raise ValueError(f"this {self.method} profile was calibrated on another model ({words}); {advice}")
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.tensors.items())
+        return f"RasProfile({self.method!r}, {self.config}, {shapes})"
 
     def check_again(self, model, processor, passed: str) -> str:
         """`check` where the processor's `wording` is no longer the one that passed it, and the wording that passes now: to hash

@@ -35,8 +35,16 @@ def test_another_model_is_refused_with_what_differs(profile, processor):
     assert "hidden_size" not in str(error.value)
     with pytest.raises(ValueError, match="num_hidden_layers: profile 2, model 3"):
         profile.check(tiny_llava(processor, layers=3), processor)
-    with pytest.raises(ValueError, match="dtype: profile 'float32', model 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"\(dtype: profile 'float32', model 'bfloat16'\); load the model in the profile's dtype"):
         profile.check(tiny_llava(processor, dtype=torch.bfloat16), processor)
+
+
+def test_a_profile_is_shown_in_one_line(profile):
+    shown = repr(profile)
+    assert shown.startswith("RasProfile('moras', {")
+    assert "prototypes [3, 32]" in shown
+    assert "\n" not in shown
+    assert "tensor" not in shown
 
 
 def test_quantised_weights_that_cannot_be_indexed(model):

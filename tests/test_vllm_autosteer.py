@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from torch.nn import ModuleList
 
 pytest.importorskip("vllm.v1", reason="vLLM is not installed")
 # In this process, so that tests can reach the worker; the engine as a process of its own has its test below.
@@ -14,8 +15,9 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 from bench_vllm import readable_by_vllm, tiny_gate
 from test_vllm_families import CASES, family
 from test_vllm_safe_llm import ENGINE, INTERPRETED, NEW_TOKENS, SCRIPT, in_another_process, random_llava
+from transformers import Exaone4Config
 from vllm import LLM, SamplingParams
-from vllm.config import ParallelConfig
+from vllm.config import CacheConfig, ParallelConfig
 
 import ras_fast
 from ras_fast.evaluation import tinyworld
@@ -25,6 +27,7 @@ from ras_fast.methods.autosteer import AutoSteer
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.vllm import SafeLLM, engine_args
 from ras_fast.vllm.processor import check_passes, processor_of
+from ras_fast.vllm.worker import layers_of
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,11 @@ def test_requests_side_by_side_in_one_batch(guard):
     ((verdict,),) = guard.engine.collective_rpc("ras_judge", args=([7],))
     assert verdict[0] < 0.5
     guard.engine.collective_rpc("ras_forget", args=([7],))
+
+
+def test_noise_alone_asks_for_nothing(guard):
+    plain, noisy = ask(guard, [None, {"ras_noise": 3}])
+    assert noisy.token_ids == plain.token_ids
 
 
 def test_sampled_answers(guard):
@@ -244,6 +252,18 @@ def random_gate(model, processor, queries) -> RasProfile:
 
 
 @pytest.mark.slow
+def test_exact_where_layers_add_up_for_themselves(tmp_path):
+    """EXAONE 4's are given a residual, and do not add it."""
+    model, processor, checkpoint = random_llava(tmp_path, Exaone4Config)
+    profile = random_gate(model, processor, items(16))
+    profile.save_pretrained(tmp_path / "profile")
+    outputs = SafeLLM(LLM(str(checkpoint), **ENGINE, **engine_args(tmp_path / "profile", queries=8))).generate(
+        *items(16), max_tokens=NEW_TOKENS
+    )
+    agree(outputs, judged_answers(model, processor, profile, *items(16)), profile.config["threshold"], 6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_exact_on_other_families(name, tmp_path):
     model, processor, queries = family(name, tmp_path)
@@ -260,13 +280,34 @@ def test_exact_on_other_families(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"), ({"enable_dbo": True}, "enable_dbo")],
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2"),
+        ({"enable_dbo": True}, "enable_dbo"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2, "data_parallel_size": 2}, "enable_expert_parallel"),
+    ],
     ids=str,
 )
 def test_forwards_that_cannot_be_judged(options, message):
-    check_passes(ParallelConfig())
+    check_passes(ParallelConfig(), CacheConfig())
     with pytest.raises(ValueError, match=message):
-        check_passes(ParallelConfig(**options))
+        check_passes(ParallelConfig(**options), CacheConfig())
+
+
+def test_forwards_of_a_few_tokens_cannot_be_judged():
+    with pytest.raises(ValueError, match="kv_sharing_fast_prefill"):
+        check_passes(ParallelConfig(), CacheConfig(kv_sharing_fast_prefill=True))
+
+
+def test_layers_that_cannot_be_told():
+    class Layer(torch.nn.Module):
+        def forward(self, positions, hidden_states, residual):
+            pass
+
+    layers, others = ModuleList([Layer(), Layer()]), ModuleList([torch.nn.Identity()] * 2)
+    assert layers_of(ModuleList([layers, others]), 2) is layers
+    for model in (others, ModuleList([layers, ModuleList([Layer(), Layer()])]), ModuleList([Layer()])):
+        with pytest.raises(ValueError, match=r"ModuleList has [02] lists of 2 layers"):
+            layers_of(model, 2)
 
 
 # Other engines in this process. Last: when one ends, it takes vLLM's process groups with it, and so the first engine.

@@ -11,7 +11,7 @@ from torch import nn
 from ras_fast.methods.autosteer import assess
 from ras_fast.profile import RasProfile
 from ras_fast.vllm import gate as module
-from ras_fast.vllm.gate import GateSteering, can_be_judged
+from ras_fast.vllm.gate import GateSteering, adds_residual, can_be_judged
 from ras_fast.vllm.options import Marks
 
 HIDDEN, VOCABULARY, EOS, LAYERS, TOKENS = 24, 37, 5, 3, 50  # odd sizes on purpose
@@ -27,6 +27,15 @@ class Layer(nn.Module):
     def forward(self, positions, hidden_states, residual, **others):
         residual = hidden_states if residual is None else hidden_states + residual
         return self.linear(residual), residual
+
+
+class Adding(Layer):
+    """Adds up for itself, and passes on what it began with as though that were still to be added, as Cohere's layers do."""
+
+    def forward(self, positions, hidden_states, residual):
+        residual = hidden_states
+        hidden_states = self.linear(hidden_states) + residual
+        return hidden_states, residual
 
 
 class Head(nn.Module):
@@ -71,19 +80,34 @@ def make_profile(layer=1, threshold=0.5, strength=3.0, rank=None) -> RasProfile:
     return RasProfile("autosteer", {"layer": layer, "threshold": threshold, "strength": strength}, tensors)
 
 
+class AddingModel(Model):
+    def __init__(self, by_name: bool):
+        super().__init__(by_name)
+        self.layers = nn.ModuleList(Adding() for _ in range(LAYERS))
+
+    def forward(self, hidden):
+        residual = None
+        for layer in self.layers:
+            if self.by_name:
+                hidden, residual = layer(positions=None, hidden_states=hidden, residual=residual)
+            else:
+                hidden, residual = layer(None, hidden, residual)
+        return hidden
+
+
 class Engine:
     """One step after another, as vLLM's runners do them. chosen: the tokens whose rows are drawn from."""
 
-    def __init__(self, profile=None, dtype=torch.float32, eos=EOS, by_name=False):
+    def __init__(self, profile=None, dtype=torch.float32, eos=EOS, by_name=False, kind=Model):
         torch.manual_seed(0)
-        self.model = Model(by_name).to(dtype).requires_grad_(False)
+        self.model = kind(by_name).to(dtype).requires_grad_(False)
         self.exact = copy.deepcopy(self.model).float()
         self.profile = profile or make_profile()
         self.agreed = []
         self.steering = GateSteering(
             self.profile, lambda states: states @ self.model.weight.float().T, TOKENS, eos, "cpu", dtype, self._agree
         )
-        self.steering.attach(self.model, self.model.layers, [self.model.logits_processor])
+        self.steering.attach(self.model, self.model.layers, [self.model.logits_processor], run_layer)
 
     def _agree(self, risks):
         self.agreed.append(risks)
@@ -108,6 +132,10 @@ class Engine:
         return risk, final @ weight.T, steered @ weight.T
 
 
+def run_layer(layer, hidden, residual):
+    return layer(None, hidden, residual)[0]
+
+
 def prompts(count: int, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(7)).to(dtype)
 
@@ -115,8 +143,9 @@ def prompts(count: int, dtype=torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("rank", [None, 5])
 @pytest.mark.parametrize("by_name", [False, True])
-def test_rows_above_the_threshold_are_steered_and_no_others(layer, rank, by_name):
-    engine = Engine(make_profile(layer, rank=rank), by_name=by_name)
+@pytest.mark.parametrize("kind", [Model, AddingModel])
+def test_rows_above_the_threshold_are_steered_and_no_others(layer, rank, by_name, kind):
+    engine = Engine(make_profile(layer, rank=rank), by_name=by_name, kind=kind)
     hidden, chosen = prompts(30), torch.tensor([3, 4, 9, 17, 18, 22, 29])
     risk, plain, steered = engine.wanted(hidden, chosen)
     above = risk > 0.5
@@ -136,9 +165,14 @@ def test_risks_are_not_rounded_on_their_way(dtype):
     """They travel beside the hidden states in half precision, and the threshold may lie anywhere."""
     engine = Engine(dtype=dtype)
     hidden, chosen = prompts(TOKENS, dtype), torch.arange(TOKENS)
+    engine.model(hidden)
+    judged = []
+    engine.model.layers[2].register_forward_pre_hook(
+        lambda module, args: judged.append(engine.model.layers[1].ras_judge.risks.clone())
+    )
     _, after = engine.step(hidden, chosen, [(n, 0, Marks(record=n)) for n in range(TOKENS)])
     found = torch.tensor([t for t, _ in engine.steering.judge(range(TOKENS))])
-    assert same_bits(found, engine.model.layers[1].ras_judge.risks)
+    assert same_bits(found, judged[0])
     assert not torch.equal(found.to(dtype).float(), found)
     risk, _, steered = engine.wanted(hidden, chosen)
     assert torch.allclose(found, risk, atol=0.05)
@@ -212,6 +246,19 @@ def test_a_risk_that_a_request_brings_counts_by_itself_and_in_place_of_its_own()
     assert engine.steering.judge([1]) == [(0.51, False)]
 
 
+def test_a_risk_at_the_threshold_is_not_above_it():
+    """In fp32, as `AutoSteer` compares them: a threshold in double may lie a little below the risk that it rounds to."""
+    hidden, chosen = prompts(4), torch.arange(4)
+    risk, *_ = Engine().wanted(hidden, chosen)
+    row = risk.argsort()[1].item()
+    engine = Engine()
+    engine.step(hidden, chosen, [(row, 0, Marks(record=1))])
+    ((exact, _),) = engine.steering.judge([1])
+    for threshold, steered in ((exact - 1e-12, False), (exact, False), (exact * (1 - 1e-6), True)):
+        before, after = Engine(make_profile(threshold=threshold)).step(hidden, chosen, [(row, 0, Marks(record=1))])
+        assert torch.equal(before[row], after[row]) is not steered
+
+
 def test_a_request_whose_gate_was_lost_is_steered(monkeypatch):
     monkeypatch.setattr(module, "RECORDS", 2)
     engine = Engine(make_profile(threshold=0.999999))
@@ -229,28 +276,69 @@ def test_a_request_whose_gate_was_lost_is_steered(monkeypatch):
     assert not torch.equal(after[1], before[1])
 
 
+def test_a_request_that_only_brings_noise_is_not_steered():
+    """`ras_noise` says nothing of a risk; vLLM lets it through."""
+    engine = Engine()
+    before, after = engine.step(prompts(2), torch.arange(2), [(0, 0, Marks()), (1, 3, Marks())])
+    assert same_bits(after, before)
+
+
+def test_requests_that_share_a_number_are_steered():
+    """The one's gate would be the other's."""
+    engine = Engine(make_profile(threshold=0.999999))
+    hidden, chosen = prompts(2), torch.arange(2)
+    before, after = engine.step(hidden, chosen, [(0, 0, Marks(record=1))])
+    assert same_bits(after, before)
+    for rows in ([(0, 1, Marks(record=1)), (1, 0, Marks(record=1))], [(0, 2, Marks(record=1))]):
+        before, after = engine.step(hidden, chosen, rows)
+        assert not any(torch.equal(before[row], after[row]) for row, _, _ in rows)
+    assert engine.steering.judge([1]) == [None]
+
+
+def test_what_a_forward_leaves_out_counts_as_toxic():
+    engine = Engine()
+    hidden, chosen = prompts(4), torch.arange(4)
+    risk, *_ = engine.wanted(hidden, chosen)
+    safe = risk.argmin().item()
+    assert risk[safe] < 0.5
+    engine.step(hidden, chosen, [])
+    layers = engine.model.layers
+    engine.model.layers = nn.ModuleList([layers[0], layers[2]])
+    engine.step(hidden, chosen, [(safe, 0, Marks(record=1))])
+    assert engine.steering.judge([1]) == [(1.0, True)]
+
+
 def test_rows_of_another_forward_are_an_error():
     engine = Engine()
     logits = engine.model.compute_logits(engine.model(prompts(3)))
     with pytest.raises(RuntimeError, match="2 rows of logits, and the hidden states of 3"):
         engine.steering.apply(logits[:2], [(0, 0, Marks(record=1))])
     assert engine.steering.apply(logits[:2], []) is not None  # nobody asks for anything
-    unattached = GateSteering(make_profile(), lambda states: states, TOKENS, EOS, "cpu", torch.float32, lambda risks: risks)
+    head = torch.randn(VOCABULARY, HIDDEN)
+    unattached = GateSteering(
+        make_profile(), lambda states: states @ head.T, TOKENS, EOS, "cpu", torch.float32, lambda risks: risks
+    )
     with pytest.raises(RuntimeError, match="the hidden states of 0"):
         unattached.apply(logits, [(0, 0, Marks(record=1))])
 
 
-def test_heads_that_are_refused():
-    engine = Engine()
-    engine.steering.prove(engine.model.compute_logits, torch.float32)
+@pytest.mark.parametrize("size", [1, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_heads_that_are_refused(rank, dtype, size):
+    """By logits as large as those of answers, however small the refusal head's matrix is."""
+    profile = make_profile(rank=rank)
+    profile.tensors |= {name: size * tensor for name, tensor in profile.tensors.items() if name.startswith("refusal")}
+    engine = Engine(profile, dtype)
+    engine.steering.prove(engine.model.compute_logits, dtype)
     engine.steering.prove(lambda states: None, torch.float32)  # of a worker that makes no logits
     for head in (
-        lambda states: engine.model.compute_logits(states) + 0.1,
+        lambda states: engine.model.compute_logits(states) + 10,
         lambda states: 30 * torch.tanh(engine.model.compute_logits(states) / 30),
-        lambda states: 1.01 * engine.model.compute_logits(states),
+        lambda states: 1.1 * engine.model.compute_logits(states),
     ):
         with pytest.raises(ValueError, match="differ from its checkpoint's LM head"):
-            engine.steering.prove(head, torch.float32)
+            engine.steering.prove(head, dtype)
 
 
 def test_a_profile_that_changes_attention_is_refused():
@@ -264,9 +352,19 @@ def test_layers_that_are_refused():
     steering = Engine(make_profile(layer=2)).steering
     model = Model(False)
     with pytest.raises(ValueError, match=r"for layer 2; the model has layers 0\.\.1"):
-        steering.attach(model, model.layers[:2], [])
+        steering.attach(model, model.layers[:2], [], run_layer)
     assert can_be_judged(model.layers[0])
     assert not can_be_judged(model.layers[0].linear)
+    with pytest.raises(ValueError, match="neither adds its residual"):
+        steering.attach(model, model.layers, [], lambda layer, hidden, residual: layer(None, hidden, 2 * residual)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whether_a_layer_adds_its_residual_is_tried_out(dtype):
+    states = torch.randn(3, 8, HIDDEN).to(dtype)
+    for layer, adds in ((Layer(), True), (Adding(), False)):
+        layer = layer.to(dtype).requires_grad_(False)
+        assert adds_residual(lambda hidden, residual, layer=layer: layer(None, hidden, residual)[0], states) is adds
 
 
 def test_a_compiled_forward_judges_too():

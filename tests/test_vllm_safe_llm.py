@@ -349,9 +349,15 @@ def test_two_ranks_of_tensor_parallelism(tmp_path):
     assert found == [output.tokens for output in wanted]
 
 
-def random_llava(tmp_path):
-    """(model, processor, checkpoint) of random weights: the shipped one's five heads cannot be shared out among ranks."""
+def random_llava(tmp_path, kind=None):
+    """(model, processor, checkpoint) of random weights: the shipped one's five heads cannot be shared out among ranks. kind:
+    config class of another language model."""
     config, processor = AutoConfig.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    if kind is not None:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        names += ("bos_token_id", "eos_token_id", "pad_token_id")
+        given = {name: getattr(config.text_config, name) for name in names}
+        config.text_config = kind(**given, sliding_window=None, layer_types=["full_attention"] * given["num_hidden_layers"])
     text = config.text_config
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 4, 2, 32
     config.vision_config.num_attention_heads = 4

@@ -10,9 +10,11 @@ shown them. The head is linear: what a row whose gate is on becomes, W (h + ε M
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,11 @@ from torch.nn import functional as F
 
 from ras_fast.decoding import broken_rows
 from ras_fast.methods.autosteer import AutoSteer, assess
-from ras_fast.profile import RasProfile
+from ras_fast.profile import RasProfile, as_float32
 from ras_fast.vllm.options import Marks
 from ras_fast.vllm.steering import Head, check_head
 
-SAMPLES = 8
+SAMPLES, LOGITS = 8, 64  # states to know a head by, and about how large their logits are: a soft cap shows there
 RECORDS = 1 << 16  # gates that are kept, each a few numbers on the host
 Verdict = tuple[float, bool]  # t, and whether it could not be computed and is therefore 1
 
@@ -45,17 +47,38 @@ def can_be_judged(layer: nn.Module) -> bool:
     return {"hidden_states", "residual"} <= set(inspect.signature(layer.forward).parameters)
 
 
+def adds_residual(layer: Callable[[Tensor, Tensor], Tensor], states: Tensor) -> bool:
+    """Whether a layer that `can_be_judged` adds the residual that it is called with. Some (EXAONE 4's, Cohere's, PhiMoE's) only
+    take one because others do: what they are called with as ``hidden_states`` is all.
+
+    layer: maps hidden states and a residual to the first of its outputs; may write into them. states: [3, rows, d], any.
+
+    Raises ValueError for a layer that does something else with it.
+    """
+    hidden, residual, moved = states
+    found, other = layer(hidden.clone(), residual.clone()), layer(hidden.clone(), residual + moved)
+    if torch.equal(found, other):
+        return False
+    error = (layer(hidden + moved, residual - moved) - found).abs().max()
+    if not error <= 0.2 * (other - found).abs().max():
+        raise ValueError("the prober's layer neither adds its residual to its hidden states nor leaves it alone")
+    return True
+
+
 class Judge(nn.Module):
     """The prober before a layer that `can_be_judged`.
 
+    adds: whether the layer `adds_residual`.
     prober: by name, as `autosteer.assess` takes it.
-    tokens: the most of one forward. risks: [tokens] fp32, of the latest forward's; NaN where it could not be computed.
+    tokens: the most of one forward. risks: [tokens] fp32, of the latest forward's; NaN where it could not be computed, and
+    where there was none since they were last read.
     """
 
-    def __init__(self, layer: nn.Module, prober: dict[str, Tensor], tokens: int, device):
+    def __init__(self, layer: nn.Module, adds: bool, prober: dict[str, Tensor], tokens: int, device):
         super().__init__()
         taken = list(inspect.signature(layer.forward).parameters)
         self.places = {name: taken.index(name) for name in ("hidden_states", "residual")}
+        self.adds = adds
         self.names = {name: name.replace(".", "_") for name in prober}
         for name, tensor in prober.items():
             self.register_buffer(self.names[name], tensor, persistent=False)
@@ -64,7 +87,7 @@ class Judge(nn.Module):
     def forward(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """The arguments of the layer's forward."""
         hidden, residual = (self._argument(name, args, kwargs) for name in ("hidden_states", "residual"))
-        states = hidden if residual is None else hidden + residual
+        states = hidden + residual if self.adds and residual is not None else hidden
         risk, failed = assess({name: getattr(self, buffer) for name, buffer in self.names.items()}, states)
         self.risks[: states.shape[0]].copy_(risk.masked_fill(failed, torch.nan))
 
@@ -95,27 +118,44 @@ class GateSteering:
             raise ValueError("profile has a region_bias, which changes attention; vLLM's cannot be changed: leave it out")
         self.config, self.method = profile.config, AutoSteer(profile)
         self.prober, self.refusal, self.right = self.method.placed(device, dtype)
+        self.threshold = as_float32(self.method.threshold)  # as t is
         self.tokens, self.eos, self.device, self.agree = tokens, eos, device, agree
-        self.states = self.refusal.T[:SAMPLES] if self.right is None else self.right[:SAMPLES]  # [rows, d], to know the head by
-        self.table = head(self.states.float().cpu()).to(device)
+        self.states, self.table = self._samples(head)
         self.records: dict[int, Gate] = {}  # the oldest first
         self.counters: Counter = Counter()
         self._head: Head | None = None
         self._rows: tuple[Tensor, Tensor] | None = None  # states and risks of the rows that tokens are drawn from
 
-    def attach(self, model: nn.Module, layers: Sequence[nn.Module], heads: Iterable[nn.Module]) -> None:
+    def _samples(self, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """States [rows, d], and their logits [rows, V] fp32. Raises ValueError where all of these are 0."""
+        rows = self.refusal.T if self.right is None else self.right
+        states = rows[rows.float().norm(dim=1).topk(min(SAMPLES, len(rows))).indices]
+        table = head(states.float().cpu()).to(self.device)
+        largest = table.abs().max().item()
+        if not 0 < largest < math.inf:
+            raise ValueError(f"profile refusal gives logits of up to {largest}; they need to be finite, and not all 0")
+        scale = 2.0 ** round(math.log2(LOGITS / largest))  # by which no digit changes
+        return states * scale, table * scale
+
+    def attach(
+        self, model: nn.Module, layers: Sequence[nn.Module], heads: Iterable[nn.Module],
+        run: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    ) -> None:  # fmt: skip
         """Puts the profile's hooks on a model.
 
         model: vLLM's, whose forward gives [tokens, d]. layers: of its language model. heads: what makes logits, each called
-        with the LM head and states [rows, d].
+        with the LM head and states [rows, d]. run: calls a layer with hidden states and a residual [rows, d], of any values,
+        and returns its hidden states.
 
-        Raises ValueError when the profile does not fit the layers.
+        Raises ValueError when the profile does not fit the layers, and for layers that cannot be judged (`adds_residual`).
         """
         index = self.method.layer
         if not 0 <= index < len(layers):
             raise ValueError(f"the profile is for layer {index}; the model has layers 0..{len(layers) - 1}")
         layer = layers[index]
-        layer.ras_judge = Judge(layer, self.prober, self.tokens, self.device)
+        states = torch.randn(3, SAMPLES, len(self.refusal), generator=torch.Generator().manual_seed(0))
+        adds = adds_residual(partial(run, layer), states.to(self.device, self.refusal.dtype))
+        layer.ras_judge = Judge(layer, adds, self.prober, self.tokens, self.device)
         layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
         model.register_forward_hook(lambda module, args, states: self._widened(states, layer.ras_judge.risks))
         for head in heads:
@@ -123,8 +163,11 @@ class GateSteering:
         self._head = model.compute_logits
 
     def _widened(self, states: Tensor, risks: Tensor) -> Tensor:
-        """States [tokens, d] with each token's fp32 risk behind it, bit by bit."""
-        return torch.cat([states, risks[: len(states), None].view(states.dtype)], dim=1)
+        """States [tokens, d] with each token's fp32 risk behind it, bit by bit. What a later forward leaves out counts as
+        toxic: no risk is read twice."""
+        wide = torch.cat([states, risks[: len(states), None].view(states.dtype)], dim=1)
+        risks.fill_(torch.nan)
+        return wide
 
     def _narrowed(self, args: tuple) -> tuple:
         """The arguments of what makes logits, whose states may be wider by a risk."""
@@ -155,6 +198,8 @@ class GateSteering:
         if len(states) != len(logits):
             raise RuntimeError(f"there are {len(logits)} rows of logits, and the hidden states of {len(states)}")
         self._decide([(row, marks) for row, step, marks in rows if step == 0 and marks.record is not None], risks)
+        sharing = Counter(marks.record for _, _, marks in rows if marks.record is not None)
+        self.forget(record for record, requests in sharing.items() if requests > 1)  # whose gate it is cannot be told: closed
         on = [row for row, _, marks in rows if self._is_on(marks)]
         if on:
             index = torch.tensor(on, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
@@ -169,13 +214,13 @@ class GateSteering:
         for row, marks in fresh:
             risk = found[row] if marks.risk is None else marks.risk
             failed = risk != risk  # NaN
-            self.records[marks.record] = Gate(1.0 if failed else risk, failed, failed or risk > self.method.threshold)
+            self.records[marks.record] = Gate(1.0 if failed else risk, failed, failed or risk > self.threshold)
         while len(self.records) > RECORDS:
             del self.records[next(iter(self.records))]
 
     def _is_on(self, marks: Marks) -> bool:
         if marks.record is None:
-            return marks.risk > self.method.threshold
+            return marks.risk is not None and marks.risk > self.threshold
         return marks.record not in self.records or self.records[marks.record].on  # one that was lost: closed
 
     def _steered(self, logits: Tensor, states: Tensor) -> Tensor:
@@ -185,8 +230,8 @@ class GateSteering:
         steered = logits + self._head(moved.to(states.dtype))
         if self.eos is None:
             return steered
-        only_end = torch.full_like(steered, -torch.inf)
-        only_end[:, self.eos] = 0
+        only_end = torch.full_like(steered[0], -torch.inf)
+        only_end[self.eos] = 0
         return torch.where(broken_rows(steered)[:, None], only_end, steered)
 
     def judge(self, records: Sequence[int]) -> list[Verdict | None]:

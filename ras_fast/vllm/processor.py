@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import torch
 from vllm import SamplingParams
-from vllm.config import ParallelConfig, VllmConfig
+from vllm.config import CacheConfig, ParallelConfig, VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as BatchProcessor
@@ -153,19 +153,27 @@ def load_steering(vllm_config: VllmConfig, profile: str, slots: int, device) -> 
         return head.logits(hidden.cpu(), model.dtype)
 
     if loaded.method == "autosteer":
-        check_passes(vllm_config.parallel_config)
+        check_passes(vllm_config.parallel_config, vllm_config.cache_config)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         return GateSteering(loaded, logits, tokens, eos, device, model.dtype, _agree)
     return LogitSteering(loaded, logits, slots, eos, device)
 
 
-def check_passes(parallel: ParallelConfig) -> None:
-    """Raises ValueError where the layers of one forward do not run one after the other in each worker, as AutoSteer needs."""
+def check_passes(parallel: ParallelConfig, cache: CacheConfig) -> None:
+    """Raises ValueError where the layers of one forward do not run one after the other in each worker, each on all of its
+    tokens, as AutoSteer needs."""
     if parallel.pipeline_parallel_size > 1:
         size = parallel.pipeline_parallel_size
         raise ValueError(f"pipeline_parallel_size is {size}; AutoSteer needs all layers in one worker: leave it out")
     if parallel.use_ubatching:
         raise ValueError("batches are run in halves that overlap (enable_dbo); AutoSteer judges one at a time: leave it out")
+    if parallel.use_sequence_parallel_moe:
+        raise ValueError(
+            "expert parallelism beside tensor and data parallelism shares the tokens out among ranks; AutoSteer needs all of "
+            "them in each: leave enable_expert_parallel out"
+        )
+    if cache.kv_sharing_fast_prefill:
+        raise ValueError("kv_sharing_fast_prefill is set: some layers are given a few tokens of a prompt; leave it out")
 
 
 def _agree(risks: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """SafeChat: a defence in front of a vLLM server's own chat endpoint, as middleware of that server. docs/vllm.md.
 
 The stages of MoRAS are requests to the server inside, so images, templates, limits and errors are vLLM's own. AutoSteer's only
-one is the client's, which is told to be judged. Knows ASGI and JSON; does
-not import vLLM.
+one is the client's, which is told to be judged. Knows ASGI and JSON; does not import vLLM.
 """
 
 from __future__ import annotations
@@ -410,8 +409,10 @@ class _Draft:
     async def begin(self) -> None:
         """Returns when some of it is there. Raises what keeps it from being an answer."""
         first = asyncio.create_task(self._first.wait())
-        await asyncio.wait([self.call.task, first], return_when=asyncio.FIRST_COMPLETED)
-        first.cancel()
+        try:
+            await asyncio.wait([self.call.task, first], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            first.cancel()
         if self._held and self._held[0]["status"] != 200:
             await self.call.task
         self.over()

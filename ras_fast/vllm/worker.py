@@ -3,8 +3,14 @@ answers what `SafeLLM` and `SafeChat` ask by ``collective_rpc``. Values are plai
 
 from __future__ import annotations
 
+import inspect
+from contextlib import ExitStack
+from functools import partial
+
 import torch
 from torch import nn
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms import current_platform
 
@@ -26,15 +32,17 @@ class RasWorker(PlatformWorker):
     def load_model(self, **options) -> None:
         config = self.vllm_config
         profile, _ = read_settings(config.additional_config)
-        # vLLM finds compiled graphs again by its config, and the hook at this layer is in them.
-        layer = {"layer": RasProfile.from_pretrained(profile).config.get("layer")}
-        config.additional_config = config.additional_config | {"ras_fast": config.additional_config["ras_fast"] | layer}
+        # vLLM finds compiled graphs again by its config, and a prober is in them.
+        prober = {"prober": _prober(RasProfile.from_pretrained(profile))}
+        config.additional_config = config.additional_config | {"ras_fast": config.additional_config["ras_fast"] | prober}
         super().load_model(**options)
         steering = self._ras_steering()
         if isinstance(steering, GateSteering):
             model = self.get_model()
             heads = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
-            steering.attach(model, _layers(model, config.model_config.hf_text_config.num_hidden_layers), heads)
+            layers = layers_of(model, config.model_config.hf_text_config.num_hidden_layers)
+            with torch.inference_mode(), set_forward_context(None, config):  # as in vLLM's own first run
+                steering.attach(model, layers, heads, partial(_run, config.model_config.uses_mrope))
 
     def ras_prove(self, config: dict) -> None:
         """The steering's `prove`. Raises ValueError, too, when the profile has other settings than ``config``: whoever asks has
@@ -63,7 +71,33 @@ class RasWorker(PlatformWorker):
         return processor_of(self.vllm_config).steering
 
 
-def _layers(model: nn.Module, count: int) -> nn.ModuleList:
+def _prober(profile: RasProfile) -> list | None:
+    """The layer that it stands before, and the shape of its first weight; None for a profile without one."""
+    weight = profile.tensors.get("prober_in.weight")
+    return None if weight is None else [profile.config["layer"], *weight.shape]
+
+
+def _run(mrope: bool, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The first output of a decoder layer whose attention gives zeros. Raises ValueError where it cannot be run by itself."""
+    positions = torch.arange(len(hidden), device=hidden.device)
+    given = {"positions": positions.expand(3, -1) if mrope else positions, "hidden_states": hidden, "residual": residual}
+    taken = inspect.signature(layer.forward).parameters
+    others = {name: None for name, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    try:
+        with ExitStack() as hooks:
+            for module in layer.modules():
+                if isinstance(module, AttentionLayerBase):  # on a CPU it gives whatever is in memory
+                    hooks.enter_context(module.register_forward_hook(_zeros))
+            return layer(**others | {name: value for name, value in given.items() if name in taken})[0]
+    except Exception as error:  # of whatever type
+        raise ValueError(f"{type(layer).__name__} takes {list(taken)} and cannot be tried out: {error!r}") from error
+
+
+def _zeros(module: nn.Module, args: tuple, output):
+    return torch.zeros_like(output) if isinstance(output, torch.Tensor) else output
+
+
+def layers_of(model: nn.Module, count: int) -> nn.ModuleList:
     """The decoder layers of the language model in one of vLLM's. Raises ValueError when they cannot be told."""
     language = model.get_language_model() if hasattr(model, "get_language_model") else model
     lists = [module for module in language.modules() if isinstance(module, nn.ModuleList) and len(module) == count]

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ class Engine:
 
 
 def run_layer(layer, hidden, residual):
-    return layer(None, hidden, residual)[0]
+    return torch.cat(layer(None, hidden, residual), dim=-1)
 
 
 def prompts(count: int, dtype=torch.float32) -> torch.Tensor:
@@ -355,16 +356,23 @@ def test_layers_that_are_refused():
         steering.attach(model, model.layers[:2], [], run_layer)
     assert can_be_judged(model.layers[0])
     assert not can_be_judged(model.layers[0].linear)
-    with pytest.raises(ValueError, match="neither adds its residual"):
-        steering.attach(model, model.layers, [], lambda layer, hidden, residual: layer(None, hidden, 2 * residual)[0])
+    for run in (
+        lambda layer, hidden, residual: run_layer(layer, hidden, 2 * residual),
+        lambda layer, hidden, residual: torch.cat([layer.linear(hidden), residual], dim=-1),  # passes it on as it was
+        lambda layer, hidden, residual: torch.zeros_like(hidden),
+        lambda layer, hidden, residual: torch.full_like(hidden, torch.nan),
+    ):
+        with pytest.raises(ValueError, match="neither adds its residual"):
+            steering.attach(model, model.layers, [], run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whether_a_layer_adds_its_residual_is_tried_out(dtype):
     states = torch.randn(3, 8, HIDDEN).to(dtype)
     for layer, adds in ((Layer(), True), (Adding(), False)):
-        layer = layer.to(dtype).requires_grad_(False)
-        assert adds_residual(lambda hidden, residual, layer=layer: layer(None, hidden, residual)[0], states) is adds
+        assert adds_residual(partial(run_layer, layer.to(dtype).requires_grad_(False)), states) is adds
+    # One that attends and no more: as it is tried out, attention gives zeros.
+    assert adds_residual(lambda hidden, residual: torch.cat([0 * hidden, hidden + residual], dim=-1), states)
 
 
 def test_a_compiled_forward_judges_too():

@@ -51,16 +51,16 @@ def adds_residual(layer: Callable[[Tensor, Tensor], Tensor], states: Tensor) -> 
     """Whether a layer that `can_be_judged` adds the residual that it is called with. Some (EXAONE 4's, Cohere's, PhiMoE's) only
     take one because others do: what they are called with as ``hidden_states`` is all.
 
-    layer: maps hidden states and a residual to the first of its outputs; may write into them. states: [3, rows, d], any.
+    layer: maps hidden states and a residual to its outputs side by side; may write into them. states: [3, rows, d], any.
 
     Raises ValueError for a layer that does something else with it.
     """
     hidden, residual, moved = states
     found, other = layer(hidden.clone(), residual.clone()), layer(hidden.clone(), residual + moved)
-    if torch.equal(found, other):
+    if torch.equal(found, other) and not torch.equal(found, layer(hidden + moved, residual.clone())):
         return False
-    error = (layer(hidden + moved, residual - moved) - found).abs().max()
-    if not error <= 0.2 * (other - found).abs().max():
+    error, effect = ((outputs - found).abs().max() for outputs in (layer(hidden + moved, residual - moved), other))
+    if not (effect > 0 and error <= 0.2 * effect):
         raise ValueError("the prober's layer neither adds its residual to its hidden states nor leaves it alone")
     return True
 
@@ -145,7 +145,7 @@ class GateSteering:
 
         model: vLLM's, whose forward gives [tokens, d]. layers: of its language model. heads: what makes logits, each called
         with the LM head and states [rows, d]. run: calls a layer with hidden states and a residual [rows, d], of any values,
-        and returns its hidden states.
+        and returns all of its outputs side by side.
 
         Raises ValueError when the profile does not fit the layers, and for layers that cannot be judged (`adds_residual`).
         """

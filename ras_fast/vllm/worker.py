@@ -78,7 +78,7 @@ def _prober(profile: RasProfile) -> list | None:
 
 
 def _run(mrope: bool, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The first output of a decoder layer whose attention gives zeros. Raises ValueError where it cannot be run by itself."""
+    """The outputs [rows, n d] of a decoder layer, whose attention gives zeros. Raises ValueError where it cannot be run alone."""
     positions = torch.arange(len(hidden), device=hidden.device)
     given = {"positions": positions.expand(3, -1) if mrope else positions, "hidden_states": hidden, "residual": residual}
     taken = inspect.signature(layer.forward).parameters
@@ -88,7 +88,8 @@ def _run(mrope: bool, layer: nn.Module, hidden: torch.Tensor, residual: torch.Te
             for module in layer.modules():
                 if isinstance(module, AttentionLayerBase):  # on a CPU it gives whatever is in memory
                     hooks.enter_context(module.register_forward_hook(_zeros))
-            return layer(**others | {name: value for name, value in given.items() if name in taken})[0]
+            outputs = layer(**others | {name: value for name, value in given.items() if name in taken})
+        return torch.cat([output for output in outputs if isinstance(output, torch.Tensor)], dim=-1)
     except Exception as error:  # of whatever type
         raise ValueError(f"{type(layer).__name__} takes {list(taken)} and cannot be tried out: {error!r}") from error
 

@@ -78,7 +78,7 @@ def _prober(profile: RasProfile) -> list | None:
 
 
 def _run(mrope: bool, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The outputs [rows, n d] of a decoder layer, whose attention gives zeros. Raises ValueError where it cannot be run alone."""
+    """The outputs [rows, n d] of a layer whose attention gives zeros. Raises ValueError where it cannot be run by itself."""
     positions = torch.arange(len(hidden), device=hidden.device)
     given = {"positions": positions.expand(3, -1) if mrope else positions, "hidden_states": hidden, "residual": residual}
     taken = inspect.signature(layer.forward).parameters

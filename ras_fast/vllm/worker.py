@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -41,8 +42,7 @@ class RasWorker(PlatformWorker):
             model = self.get_model()
             heads = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
             layers = layers_of(model, config.model_config.hf_text_config.num_hidden_layers)
-            with torch.inference_mode(), set_forward_context(None, config):  # as in vLLM's own first run
-                steering.attach(model, layers, heads, partial(_run, config.model_config.uses_mrope))
+            steering.attach(model, layers, heads, partial(_run, config))
 
     def ras_prove(self, config: dict) -> None:
         """The steering's `prove`. Raises ValueError, too, when the profile has other settings than ``config``: whoever asks has
@@ -77,14 +77,15 @@ def _prober(profile: RasProfile) -> list | None:
     return None if weight is None else [profile.config["layer"], *weight.shape]
 
 
-def _run(mrope: bool, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+def _run(config: VllmConfig, layer: nn.Module, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The outputs [rows, n d] of a layer whose attention gives zeros. Raises ValueError where it cannot be run by itself."""
     positions = torch.arange(len(hidden), device=hidden.device)
-    given = {"positions": positions.expand(3, -1) if mrope else positions, "hidden_states": hidden, "residual": residual}
+    positions = positions.expand(3, -1) if config.model_config.uses_mrope else positions
+    given = {"positions": positions, "hidden_states": hidden, "residual": residual}
     taken = inspect.signature(layer.forward).parameters
     others = {name: None for name, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     try:
-        with ExitStack() as hooks:
+        with torch.inference_mode(), set_forward_context(None, config), ExitStack() as hooks:  # as in vLLM's own first run
             for module in layer.modules():
                 if isinstance(module, AttentionLayerBase):  # on a CPU it gives whatever is in memory
                     hooks.enter_context(module.register_forward_hook(_zeros))

@@ -33,6 +33,7 @@ from ras_fast.methods import refuse_attached, region_bias
 from ras_fast.methods.attention import prompt_features
 from ras_fast.methods.moras import Moras, assess, describe
 from ras_fast.patching import patched
+from ras_fast.patching.structure import text_dtype
 from ras_fast.profile import RasProfile, wording
 
 
@@ -64,7 +65,7 @@ class SequentialPipeline:
         profile.check(model, processor)
         self.model, self.processor, self.profile, self._wording = model, processor, profile, wording(processor)
         self.head = output_head(model)
-        self.moras = Moras(profile, self.head, model.device, model.dtype)
+        self.moras = Moras(profile, self.head, model.device, text_dtype(model))
 
     def generate(self, prompts, images=None, *, streamer=None, progress=None, **decoding) -> list[SafeOutput]:
         """See `SafeGenerator.generate`; a batch is one query here."""
@@ -92,7 +93,7 @@ class SequentialPipeline:
         self.profile.check(self.model)
         self._wording = self.profile.check_again(self.model, self.processor, self._wording)
         self.head = output_head(self.model)
-        self.moras.read_prototypes(self.head, self.model.dtype)
+        self.moras.read_prototypes(self.head, text_dtype(self.model))
 
     def describe(self, query: Query) -> str:
         """Stage 1: the context. A subclass may put another one in its place."""

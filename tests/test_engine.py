@@ -1521,3 +1521,13 @@ def test_a_profiles_region_bias_holds_in_every_stage(model, processor):
     assert [output.tokens for output in expected] != [output.tokens for output in plain]
     with SafeGenerator(model, processor, profile, batch_size=3) as guard:
         assert_same(guard.generate(prompts, images, max_new_tokens=6), expected)
+
+
+def test_weights_that_are_offloaded_between_two_answers(processor):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_llava(processor)
+    with SafeGenerator(model, processor, make_profile(model, processor)) as guard:
+        guard.generate(["w1 w2"], [random_image(0)], max_new_tokens=3)
+        accelerate.cpu_offload(model.model.vision_tower, "cpu")  # the model's first weights
+        with pytest.raises(ValueError, match="weights are not in memory"):
+            guard.generate(["w1 w2"], [random_image(0)], max_new_tokens=3)

@@ -24,7 +24,7 @@ from ras_fast.methods import attach
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, from_vectors
 from ras_fast.patching.attention import _expand, is_range
-from ras_fast.patching.structure import find_head
+from ras_fast.patching.structure import find_decoder, find_head
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.sequential import SequentialPipeline
 
@@ -924,3 +924,22 @@ def test_logits_under_autocast_are_as_close_as_its_dtype_lets_them_be(name):
     with torch.autocast("cpu", torch.bfloat16), SafeGenerator(model, processor, profile) as guard:
         (output,) = guard.generate(["w20 w21"], [random_image(0)], max_new_tokens=4)
     assert output.failed_closed is None
+
+
+@pytest.mark.parametrize(("tower", "text"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_a_vision_tower_of_another_dtype(name, tower, text):
+    """It comes first, so that transformers says its dtype for the model's."""
+    family = FAMILIES[name]
+    model = family.model(name, dtype=tower)
+    find_decoder(model)[1].to(text)
+    find_head(model).to(text)
+    assert model.dtype == tower
+    model, processor, profile = with_profile(model, FamilyProcessor(family, model))
+    prompts, images = [random_words(700 + i, 2 + i) for i in range(3)], [random_image(0), random_image(1), None]
+    expected = SequentialPipeline(model, processor, profile).generate(prompts, images, max_new_tokens=6)
+    with SafeGenerator(model, processor, profile) as guard:
+        outputs = guard.generate(prompts, images, max_new_tokens=6)
+    for output, reference in zip(outputs, expected, strict=True):
+        assert output.risk == pytest.approx(reference.risk, abs=0.02 if text is torch.bfloat16 else 1e-3)
+        assert text is torch.bfloat16 or output.tokens == reference.tokens

@@ -88,7 +88,7 @@ class Overlapped(Plan):
         self._same_tokens: dict[tuple, bool] = {}
         self._cuts = not runner.both_ways  # whether prompts are cut after what they share
         self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
-        self.moras = Moras(profile, runner.head, runner.device, runner.model.dtype)
+        self.moras = Moras(profile, runner.head, runner.device, runner.dtype)
         if runner.crosses and self.moras.attention is not None:
             raise ValueError("the profile's gate reads attention to a prompt's images; this model has them in cross-attention")
         self.bias = profile.tensors.get("region_bias")
@@ -118,7 +118,7 @@ class Overlapped(Plan):
 
     def renew(self) -> None:
         super().renew()
-        self.moras.read_prototypes(self.runner.head, self.runner.model.dtype)
+        self.moras.read_prototypes(self.runner.head, self.runner.dtype)
         self._proved.clear()
 
     def answer(self, queries: list[tuple[int, Query]], decoding: Decoding, streamer) -> list[SafeOutput]:

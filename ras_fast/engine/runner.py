@@ -19,7 +19,7 @@ from ras_fast.engine.workspace import Workspaces
 from ras_fast.inputs import SIGHT, is_per_token
 from ras_fast.patching.attention import fresh, range_mask
 from ras_fast.patching.cache_values import cache_name
-from ras_fast.patching.structure import find_decoder, find_head, stacks
+from ras_fast.patching.structure import find_decoder, find_head, stacks, text_dtype
 from ras_fast.registration import EXPLICIT, NAME
 
 SYNC_EVERY = {"cuda": 8}  # steps between two looks at the tokens by the host; elsewhere a look costs nothing
@@ -83,7 +83,7 @@ class Runner:
     def find_parts(self) -> None:
         """The parts that are not called by the base model, or not by it alone. To be called again when the model was changed,
         which may have others by now."""
-        self.head = output_head(self.model)
+        self.head, self.dtype = output_head(self.model), text_dtype(self.model)
         stateful = [kind in recurrence.LAYERS for kind in self.layers]
         self.recurrences = recurrence.find(find_decoder(self.model)[2], stateful) if any(stateful) else {}
         # A graph holds one device's work; weights that hooks fetch for each forward (accelerate's offloading) have no address.
@@ -233,13 +233,13 @@ class Runner:
 
     def image_masks(self, sees: Tensor) -> dict[str, Tensor]:
         """What a step is given for cross-attention, from which keys of its images each token sees, [B, T, keys]."""
-        sighted = sees.any(-1)[:, None, :, None].to(self.model.dtype)
+        sighted = sees.any(-1)[:, None, :, None].to(self.dtype)
         return {"cross_attention_mask": self._added(sees), "full_text_row_masked_out_mask": sighted}
 
     def _added(self, seen: Tensor) -> Tensor:
         """The mask [B, 1, T, keys] that is added to scores, from which keys each token sees, [B, T, keys]."""
-        blank = torch.zeros((), dtype=self.model.dtype, device=seen.device)
-        return torch.where(seen, blank, torch.finfo(self.model.dtype).min)[:, None]
+        blank = torch.zeros((), dtype=self.dtype, device=seen.device)
+        return torch.where(seen, blank, torch.finfo(self.dtype).min)[:, None]
 
     def image_keys(self, inputs: dict[str, Tensor]) -> int:
         """How many keys of each prompt's images there are to cross-attend to."""
@@ -298,7 +298,7 @@ def close(found: Tensor, wanted: Tensor, model) -> bool:
     """Whether logits [V] of a model are the same but for rounding and for a constant, which no softmax sees: in a trained model
     it may be most of their norm. Tokens that a model rules out have the lowest number of its dtype."""
     device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else text_dtype(model)
     found, wanted, lowest = found.double(), wanted.double(), 0.99 * torch.finfo(dtype).min
     allowed = wanted > lowest
     if not torch.equal(found > lowest, allowed):

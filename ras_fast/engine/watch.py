@@ -53,5 +53,6 @@ def _state(model, modules: list[nn.Module]) -> tuple[list, tuple]:
                 objects += hooks.values()
     weights, weights_key = weights_of(modules)
     steering, steering_key = tensors_of([thing for thing in objects if isinstance(thing, Tensor)])
-    modes = (forced_backend(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    able = torch.amp.is_autocast_available(device)  # not on meta, where offloaded weights are
+    modes = (forced_backend(), able and (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
     return [*objects, *weights, *steering], ([*map(id, objects)], weights_key, steering_key, modes)

@@ -30,6 +30,7 @@ from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_o
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering
+from ras_fast.patching.structure import text_dtype
 from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile, check_counts, fingerprint, is_number
@@ -485,7 +486,8 @@ def prompt_features(patch: Patch, processor, query: Query, heads: Sequence[Head]
 @torch.no_grad()
 def _similarities(model, processor, queries: list[Query], profile: RasProfile, progress: bool) -> Tensor:
     """S [n] of each query through MoRAS's first two stages."""
-    moras = Moras(replace(profile, config=profile.config | {"risk": "moras"}), output_head(model), model.device, model.dtype)
+    alone = replace(profile, config=profile.config | {"risk": "moras"})
+    moras = Moras(alone, output_head(model), model.device, text_dtype(model))
 
     def of(query: Query) -> Tensor:
         return assess(model, processor, query, describe(model, processor, query, moras), moras).cpu()

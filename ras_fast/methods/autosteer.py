@@ -34,7 +34,7 @@ from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_o
 from ras_fast.ops._registry import outside_autocast
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
-from ras_fast.patching.structure import find_head
+from ras_fast.patching.structure import find_head, text_dtype
 from ras_fast.patching.trace import states_of
 from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile, as_float32, check_counts, fingerprint, is_integer, is_number, number
@@ -281,10 +281,10 @@ def calibrate(
     threshold, gated = _threshold(prober, *held, over_refusal)
     _check_gate(chosen, **gated)
 
-    head = output_head(model)
+    head, dtype = output_head(model), text_dtype(model)
 
     def logits(hidden: Tensor) -> Tensor:
-        return head(hidden.to(model.dtype)).float()
+        return head(hidden.to(dtype)).float()
 
     targets = torch.tensor(answer, device=model.device)
     m, trained = _train_head(logits, states["final"], targets, training, validation, seed, saved, progress)

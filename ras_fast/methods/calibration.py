@@ -13,13 +13,15 @@ from torch import Tensor
 from ras_fast.decoding import check_model
 from ras_fast.inputs import Query
 from ras_fast.methods import refuse_attached
+from ras_fast.profile import fingerprint
 
 
 def check_arguments(model, processor, **pairs: Sequence) -> None:
     """Raises ValueError for what cannot be a model in eval mode, its processor, or pairs by the names of their arguments, and
-    for a model that another method is judging and steering."""
+    for a model that another method is judging and steering, or whose weights cannot be read: no profile could name it."""
     check_model(model, processor)
     refuse_attached(model)
+    fingerprint(model)
     for name, given in pairs.items():
         if not isinstance(given, (list, tuple)):
             raise ValueError(f"{name} is a {type(given).__name__}; it needs to be a list of pairs")

@@ -24,6 +24,7 @@ from ras_fast.inputs import Query, answer_opening, encode, is_unicode, make_quer
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.ops import refusal_similarity
+from ras_fast.patching.structure import text_dtype
 from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
 from ras_fast.refusals import is_refusal
 
@@ -278,7 +279,7 @@ def calibrate(
     questions = list(zip(*question_pairs(pairs, processor), strict=True))
     prototypes = refusal_prototypes(model, processor, refused_texts, config["steps"], min_refused, progress)
     draft = RasProfile(preset, config | {"s_base": 0.0, "k": 1.0}, {"prototypes": prototypes})
-    moras = Moras(draft, output_head(model), model.device, model.dtype)
+    moras = Moras(draft, output_head(model), model.device, text_dtype(model))
     unsafe, safe = zip(*_similarities(model, processor, questions, moras, progress), strict=True)
     s_base = (sum(unsafe) + sum(safe)) / (2 * len(unsafe))
     if isinstance(config["gate"], str) and not _share_above(unsafe, safe) > 0.5:

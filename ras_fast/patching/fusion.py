@@ -197,7 +197,7 @@ class _Fusion:
             self.report.fused_norms += layer.fused_adds
         else:
             layer = SteeredLayer(record.module, index, end)
-            if _differs(layer, record) is not None:
+            if not _is_offloaded(record.module) and _differs(layer, record) is not None:
                 return why
         layer.crosses = record.crosses
         self.undo.set(record.module, slot, layer)
@@ -321,6 +321,8 @@ def _prove(layer: FusedLayer, record: LayerTrace) -> str | None:
     """None when the fused layer does what the original did in the trace, else how it differs."""
     if not all(call.is_unary for call in record.calls if call.name == layer.names.get("mlp")):
         return "calls its MLP with more than the hidden states"
+    if _is_offloaded(layer.layer):
+        return "has its weights offloaded"
     why = layer.note_output(record)
     if why is not None:
         return why
@@ -328,6 +330,12 @@ def _prove(layer: FusedLayer, record: LayerTrace) -> str | None:
     if renamed:
         return f"hands {', '.join(renamed)} to its attention, by names that it is not given itself"
     return _differs(layer, record)
+
+
+def _is_offloaded(layer: nn.Module) -> bool:
+    """Whether weights of the layer's own, as the gates of Mllama's, are there for its own call alone: without it nothing can be
+    compared."""
+    return any(parameter.is_meta for parameter in layer.parameters(recurse=False))
 
 
 def _differs(layer: SteeredLayer, record: LayerTrace) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from ras_fast import ops
 from ras_fast.patching.ahead import Ahead
@@ -69,6 +70,7 @@ class FusedNorm(StandIn):
         self.norm, self.kind, self.eps_name, self.weight_offset = norm, kind, eps_name, weight_offset
         self.site: Site | None = None  # steering of the norm's output
         self._ahead = Ahead()  # of the sum that the layer before it returns
+        self._by: tuple[int, int] | None = None  # which weight that was computed by, and where it lay
 
     @property
     def eps(self) -> float:
@@ -76,6 +78,8 @@ class FusedNorm(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._ahead.take(args[0] if args else None)
+        if result is not None and self._by is not None and self._by != (id(weight := self._weight()), weight.data_ptr()):
+            result = None  # hooks have brought another weight meanwhile, as those that stream layers in do
         if kwargs or len(args) != 1 or self._is_watched_inside():
             return self._unfused(args, kwargs)
         if self.site is not None:
@@ -118,7 +122,13 @@ class FusedNorm(StandIn):
             _, hidden = self.compute(terms, site, probe)
             result, _ = self.compute(Sum(hidden), self.site)
         self._ahead.keep(hidden, result)
+        # A graph does not see what hooks do to weights.
+        self._by = None if torch.compiler.is_compiling() else (id(weight := self._weight()), weight.data_ptr())
         return hidden
+
+    def _weight(self) -> Tensor:
+        weight = self.norm._parameters.get("weight")  # past `Module.__getattr__`, which takes its time
+        return self.norm.weight if weight is None else weight
 
     def _taken(self, terms: Sum) -> Sum:
         """The same sum as the op takes it: the rest is computed before."""
@@ -129,9 +139,15 @@ class FusedNorm(StandIn):
         return terms if terms.scale is None or terms.inner is not None else Sum(terms.value())
 
     def _is_elsewhere(self, x: Tensor) -> bool:
-        """Whether its weight is there for the norm's own call alone: hooks bring it, of accelerate's offloading or of FSDP2."""
-        weight = self.norm.weight
-        return (weight.is_meta and not x.is_meta) or type(weight) not in (nn.Parameter, Tensor)
+        """Whether its weight is on another device, or there for the norm's own call alone: hooks move x, or bring the weight,
+        as those of accelerate and of FSDP2 do, which may have come since `patch`."""
+        weight = self._weight()
+        if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta != x.is_meta or weight.get_device() != x.get_device():
+            return True
+        if weight.numel() != x.shape[-1] or self.norm._forward_pre_hooks or every_module._global_forward_pre_hooks:
+            return True
+        # Without an address it was freed meanwhile, and to read it would end the process.
+        return not torch.compiler.is_compiling() and not weight.is_meta and weight.data_ptr() == 0
 
     def includes(self, terms: Sum) -> bool:
         """Whether one kernel computes the norm of the sum's x and this one: they are alike, nobody would notice that the first

@@ -75,8 +75,13 @@ def patch(
         with _without_autocast(model):
             handle._apply(regions, norms, linears, caches, backend)
             handle.applied = True
-    except BaseException:
+    except BaseException as error:
         handle.unpatch()
+        if isinstance(error, RuntimeError) and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+            raise TypeError(
+                f"model has weights that are split among processes, and a part of it does not run by itself ({error}): where "
+                "fully_shard did that, call ras_fast.patch before it"
+            ) from error
         raise
     return handle
 

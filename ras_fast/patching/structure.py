@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
@@ -26,6 +27,12 @@ def find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     if found is None:
         raise TypeError(f"model is a {type(root).__name__}, in which no text model with decoder `layers` was found")
     return root, *found
+
+
+def text_dtype(model: Any) -> torch.dtype:
+    """That of the text model, and so of the states that logits are made of; a vision tower may be kept in another, by which
+    the whole model then goes where it comes first."""
+    return find_decoder(model)[1].dtype
 
 
 def stacks(root: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:

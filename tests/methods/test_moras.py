@@ -428,3 +428,14 @@ def test_the_reference_leaves_no_hook_behind(model, processor):
     assert not model.lm_head._forward_pre_hooks
     tokens, states, logits = reference_generate(model, processor, inputs, Decoding(4))
     assert len(tokens) == len(states) == len(logits) <= 4
+
+
+@pytest.mark.parametrize("part", ["model.vision_tower", "model.language_model.layers.1"])
+def test_a_model_that_no_profile_can_name_is_refused_before_it_runs(processor, part, every_answer_refuses):
+    accelerate = pytest.importorskip("accelerate")
+    model, calls = tiny_llava(processor), []
+    accelerate.cpu_offload(model.get_submodule(part), "cpu")
+    model.lm_head.register_forward_hook(lambda *call: calls.append(call))
+    with pytest.raises(ValueError, match="weights are not in memory"):
+        calibrate(model, processor)
+    assert not calls

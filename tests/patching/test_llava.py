@@ -18,7 +18,7 @@ from transformers import DynamicCache
 import ras_fast
 from ras_fast.backend import forced_backend
 from ras_fast.patching import Patch
-from ras_fast.patching.layers import FusedNorm
+from ras_fast.patching.layers import FusedNorm, Sum
 from ras_fast.regions import RegionMap
 
 CHUNKS_IMAGES = version.parse(transformers.__version__) >= version.parse("5.23")
@@ -926,3 +926,65 @@ def test_nan_pixels_stay_in_their_row(model):
     assert torch.equal(got.logits[1:][valid], expected.logits[1:][valid])
     assert got.attentions[2][0, :, -1].isnan().all()
     assert not got.attentions[2][1:].isnan().any()
+
+
+# Weights that come and go between the sum and the norm's own call
+
+
+def stream(layer, scale):
+    """The layer's weights are there inside its own forward alone, as where layers are streamed to a device."""
+    weights = {name: parameter.data * scale for name, parameter in layer.named_parameters()}
+
+    def bring(module, args, kwargs):
+        for name, parameter in module.named_parameters():
+            parameter.data = weights[name]
+
+    def take(module, args, output):
+        for parameter in module.parameters():
+            parameter.data = torch.empty(0)
+
+    take(layer, (), None)
+    layer.register_forward_pre_hook(bring, with_kwargs=True)
+    layer.register_forward_hook(take)
+
+
+def swap(layer, scale):
+    """The next layer's hook puts another weight in the place of its norm's."""
+    new = nn.Parameter(layer.input_layernorm.weight.detach() * scale, requires_grad=False)
+    layer.register_forward_pre_hook(lambda module, args: setattr(module.input_layernorm, "weight", new))
+
+
+def fill(layer, scale):
+    """The norm's own hook writes its weight, past what torch counts."""
+    new = layer.input_layernorm.weight.detach() * scale
+
+    def write(module, args):
+        module.weight.data.copy_(new)
+
+    layer.input_layernorm.register_forward_pre_hook(write)
+
+
+@pytest.mark.parametrize("change", [stream, swap, fill])
+def test_a_norm_goes_by_the_weights_of_its_own_call(model, change):
+    batch, twin = inputs(ROWS), copy.deepcopy(model)
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        for each in (twin, model):
+            for layer in each.model.language_model.layers:
+                change(layer, 1.3)
+        for _ in range(2):
+            expected = twin(**batch).logits[valid_rows(batch)]
+            assert relative_error(model(**batch).logits[valid_rows(batch)], expected) < 1e-5
+        assert patched.report().fused_norms == 6
+
+
+@torch.no_grad()
+def test_a_norm_whose_weight_is_not_there_is_left_alone(model):
+    """On another device, as after `dispatch_model`, or freed, as by FSDP's first version between two layers' forwards."""
+    with ras_fast.patch(model) as patched:
+        norm = patched.layers[1].input_layernorm
+        fused, states = norm.forward, torch.randn(1, 2, 48)
+        elsewhere = states.to("meta")
+        assert fused.add(Sum(elsewhere, elsewhere)).is_meta
+        norm.weight.untyped_storage().resize_(0)
+        assert fused._is_elsewhere(states)
+        assert torch.equal(fused.add(Sum(states, states)), states * 2)

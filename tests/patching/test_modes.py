@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY
+from families import FAMILIES, SIZE, VOCABULARY
 from tiny_models import image_sums, inputs, llava, relative_error, valid_rows
 from transformers import BitsAndBytesConfig, ContinuousBatchingConfig, GenerationConfig, LlavaForConditionalGeneration
 
 import ras_fast
+from ras_fast.patching.structure import find_decoder
 from ras_fast.profile import fingerprint
 
 ROWS = ["ttItttt", "tItt", "tttt", "tIItItt"]
@@ -69,6 +70,32 @@ def test_device_map_over_two_devices(tmp_path):
     agree(model, inputs(ROWS), fused_norms=3)
     with ras_fast.patch(model) as patched:
         assert "offloaded" in patched.report().unfused["layers.2.input_layernorm"]
+
+
+@pytest.mark.parametrize("name", ["mllama", "gemma4"])
+@pytest.mark.parametrize("when", ["before the patch", "after it"])
+def test_offloaded_layers_that_hold_weights_themselves(name, when):
+    """Mllama's gates are there for the layer's own call alone."""
+    accelerate = pytest.importorskip("accelerate")
+    family = FAMILIES[name]
+    model = family.model(name)
+    batch = family.inputs(model, ["ttIt", "tt", "ItIt"])
+    batch.pop("regions")
+    valid, layer, vectors = batch["attention_mask"].bool(), find_decoder(model)[2][1], torch.ones(1, SIZE)
+    rows = torch.zeros(3, dtype=torch.int32), torch.ones(3)
+    with torch.no_grad():
+        expected = model(**batch).logits[valid]
+        with layer.register_forward_hook(lambda module, args, output: output + 1):
+            steered = model(**batch).logits[valid]
+        if when == "before the patch":
+            accelerate.cpu_offload(layer, "cpu", offload_buffers=True)
+        with ras_fast.patch(model) as patched:
+            if when == "after it":
+                accelerate.cpu_offload(layer, "cpu", offload_buffers=True)
+            assert relative_error(model(**batch).logits[valid], expected) < 1e-5
+            patched.set_steering(1, vectors)
+            patched.steering.set_rows(*rows)
+            assert relative_error(model(**batch).logits[valid], steered) < 1e-5
 
 
 # Rows of the cache that move
@@ -143,6 +170,8 @@ def test_layers_that_are_sharded_after_the_patch():
             with pytest.raises(ValueError, match="weights are split among processes"):  # of which each holds some
                 fingerprint(model)
             assert relative_error(model(**batch).logits, expected) < 1e-5
+        with pytest.raises(TypeError, match=r"call ras_fast\.patch before it"):
+            ras_fast.patch(model)
     finally:
         distributed.destroy_process_group()
 

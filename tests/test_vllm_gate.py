@@ -45,9 +45,11 @@ class Head(nn.Module):
 
 
 class Model(nn.Module):
+    layer = Layer
+
     def __init__(self, by_name: bool):
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.layers = nn.ModuleList(self.layer() for _ in range(LAYERS))
         self.logits_processor, self.weight = Head(), nn.Parameter(torch.randn(VOCABULARY, HIDDEN))
         self.by_name = by_name
 
@@ -58,7 +60,7 @@ class Model(nn.Module):
                 hidden, residual = layer(positions=None, hidden_states=hidden, residual=residual)
             else:
                 hidden, residual = layer(None, hidden, residual)
-        return hidden + residual
+        return hidden + residual if self.layer is Layer else hidden
 
     def compute_logits(self, hidden):
         return self.logits_processor(self.weight, hidden).float()
@@ -82,18 +84,7 @@ def make_profile(layer=1, threshold=0.5, strength=3.0, rank=None) -> RasProfile:
 
 
 class AddingModel(Model):
-    def __init__(self, by_name: bool):
-        super().__init__(by_name)
-        self.layers = nn.ModuleList(Adding() for _ in range(LAYERS))
-
-    def forward(self, hidden):
-        residual = None
-        for layer in self.layers:
-            if self.by_name:
-                hidden, residual = layer(positions=None, hidden_states=hidden, residual=residual)
-            else:
-                hidden, residual = layer(None, hidden, residual)
-        return hidden
+    layer = Adding
 
 
 class Engine:

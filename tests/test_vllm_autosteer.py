@@ -14,7 +14,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 
 from bench_vllm import readable_by_vllm, tiny_gate
 from test_vllm_families import CASES, family
-from test_vllm_safe_llm import ENGINE, INTERPRETED, NEW_TOKENS, SCRIPT, in_another_process, random_llava
+from test_vllm_safe_llm import ENGINE, INTERPRETED, NEW_TOKENS, SCRIPT, in_another_process, make_guard, random_llava
 from transformers import Exaone4Config
 from vllm import LLM, SamplingParams
 from vllm.config import CacheConfig, ParallelConfig
@@ -47,10 +47,7 @@ def profile(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def guard(checkpoint, profile):
-    llm = LLM(str(checkpoint), **ENGINE, **engine_args(profile, queries=8))
-    guard = SafeLLM(llm)
-    guard.llm = llm
-    return guard
+    return make_guard(checkpoint, profile)
 
 
 def judged_answers(model, processor, profile: RasProfile, prompts, images, tokens: int = NEW_TOKENS):

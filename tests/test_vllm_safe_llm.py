@@ -52,6 +52,10 @@ def profile(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def guard(checkpoint, profile):
+    return make_guard(checkpoint, profile)
+
+
+def make_guard(checkpoint, profile):
     llm = LLM(str(checkpoint), **ENGINE, **engine_args(profile, queries=8))
     guard = SafeLLM(llm)
     guard.llm = llm

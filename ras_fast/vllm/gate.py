@@ -25,7 +25,7 @@ from ras_fast.decoding import broken_rows
 from ras_fast.methods.autosteer import AutoSteer, assess
 from ras_fast.profile import RasProfile, as_float32
 from ras_fast.vllm.options import Marks
-from ras_fast.vllm.steering import Head, check_head
+from ras_fast.vllm.steering import Head, check_head, only_end, to_device
 
 SAMPLES, LOGITS = 8, 64  # states to know a head by, and about how large their logits are: a soft cap shows there
 RECORDS = 1 << 16  # gates that are kept, each a few numbers on the host
@@ -119,8 +119,9 @@ class GateSteering:
         self.config, self.method = profile.config, AutoSteer(profile)
         self.prober, self.refusal, self.right = self.method.placed(device, dtype)
         self.threshold = as_float32(self.method.threshold)  # as t is
-        self.tokens, self.eos, self.device, self.agree = tokens, eos, device, agree
+        self.tokens, self.device, self.agree = tokens, device, agree
         self.states, self.table = self._samples(head)
+        self._only_end = only_end(self.table[0], eos)
         self.records: dict[int, Gate] = {}  # the oldest first
         self.counters: Counter = Counter()
         self._head: Head | None = None
@@ -202,7 +203,7 @@ class GateSteering:
         self.forget(record for record, requests in sharing.items() if requests > 1)  # whose gate it is cannot be told: closed
         on = [row for row, _, marks in rows if self._is_on(marks)]
         if on:
-            index = torch.tensor(on, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+            index = to_device(on, torch.long, logits.device)
             logits[index] = self._steered(logits[index], states[index])
         return logits
 
@@ -228,11 +229,9 @@ class GateSteering:
         inner = states if self.right is None else F.linear(states, self.right)
         moved = self.method.epsilon * F.linear(inner, self.refusal).float()
         steered = logits + self._head(moved.to(states.dtype))
-        if self.eos is None:
+        if self._only_end is None:
             return steered
-        only_end = torch.full_like(steered[0], -torch.inf)
-        only_end[self.eos] = 0
-        return torch.where(broken_rows(steered)[:, None], only_end, steered)
+        return torch.where(broken_rows(steered)[:, None], self._only_end, steered)
 
     def judge(self, records: Sequence[int]) -> list[Verdict | None]:
         """(t, whether it could not be computed) of requests by their records; None for one that was not judged."""

@@ -60,11 +60,7 @@ class LogitSteering:
         self.records: dict[int, Record] = {}  # the oldest first
         self._free = list(range(slots))
         self.counters: Counter = Counter()
-        self._pinned = self.table.is_cuda
-        self._only_end = None
-        if eos is not None:
-            self._only_end = torch.full_like(self.table[0], -torch.inf)
-            self._only_end[eos] = 0
+        self._only_end = only_end(self.table[0], eos)
 
     def prove(self, head: Head, dtype: torch.dtype) -> None:
         """Raises ValueError unless the engine's own head, in that dtype, is linear and gives the steered table."""
@@ -183,8 +179,7 @@ class LogitSteering:
         return self.records[name].slot
 
     def _to_device(self, values, dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(list(values), dtype=dtype, pin_memory=self._pinned)  # pinned: its way waits for nothing
-        return host.to(self.table.device, non_blocking=True)
+        return to_device(values, dtype, self.table.device)
 
 
 def _tokens(logits: Tensor, draws: Sequence[Draw | None]) -> list[list[int]]:
@@ -201,6 +196,20 @@ def drawn(logits: Tensor, step: int, draw: Draw) -> Tensor:
     and draw are. By itself, so that no other row of a batch changes its rounding. No host sync."""
     scores = warpers(draw.temperature, draw.top_k, draw.top_p, draw.min_p)(None, logits[None])
     return add_gumbel_noise(scores, draw.noise, 0, step).argmax(-1)
+
+
+def only_end(logits: Tensor, eos: int | None) -> Tensor | None:
+    """Logits [V] like these that only the token ``eos`` can be drawn from; None where there is none."""
+    if eos is None:
+        return None
+    ending = torch.full_like(logits, -torch.inf)
+    ending[eos] = 0
+    return ending
+
+
+def to_device(values: Iterable, dtype: torch.dtype, device: torch.device) -> Tensor:
+    host = torch.tensor(list(values), dtype=dtype, pin_memory=device.type == "cuda")  # pinned: its way waits for nothing
+    return host.to(device, non_blocking=True)
 
 
 def check_head(head: Head, states: Tensor, logits: Tensor) -> None:

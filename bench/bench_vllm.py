@@ -112,6 +112,8 @@ def of_random_weights(shape: str, method: str, folder: Path, n: int) -> Iterator
     from PIL import Image
     from random_models import build
 
+    from ras_fast.methods.autosteer import known_risks
+
     model, processor = build(shape, "cpu", torch.bfloat16)
     for part in (model, processor):
         part.save_pretrained(folder / "saved")
@@ -119,8 +121,12 @@ def of_random_weights(shape: str, method: str, folder: Path, n: int) -> Iterator
     pixels = numpy.random.default_rng(0).integers(0, 256, (n, 336, 336, 3), dtype="uint8")
     items = [SimpleNamespace(question=QUESTION, image=Image.fromarray(image)) for image in pixels]
     for name, risk in RISKS.items():
-        make = make_profile if method == "moras" else autosteer_profile  # a gate is on or off
-        make(model, processor, risk).save_pretrained(folder / name)
+        if method == "moras":
+            profile = make_profile(model, processor, risk)
+        else:
+            profile = autosteer_profile(model, processor, risk)  # a gate is on or off
+            profile.config["known"] = known_risks(profile, model, processor, [QUESTION])
+        profile.save_pretrained(folder / name)
         yield Subject(checkpoint, "bfloat16", folder / name, {name: items}, 64)
 
 

@@ -23,7 +23,7 @@ import ras_fast
 from ras_fast.evaluation import tinyworld
 from ras_fast.inputs import encode, make_queries, short_ids
 from ras_fast.loading import TINY, load
-from ras_fast.methods.autosteer import AutoSteer
+from ras_fast.methods.autosteer import AutoSteer, known_risks
 from ras_fast.profile import RasProfile, fingerprint
 from ras_fast.vllm import SafeLLM, engine_args
 from ras_fast.vllm.processor import check_passes, processor_of
@@ -83,6 +83,22 @@ def test_exact(tiny, guard, profile):
     assert any(tinyworld.is_refusal(output.text) for output in outputs)
     assert guard.counters["failed_closed"] == guard.counters["rejected"] == 0
     assert not processor_of(guard.engine.vllm_config).steering.records
+
+
+def test_weights_that_are_not_the_profiles_are_found_out(guard):
+    """Below the head, which is looked at by itself."""
+    layers = guard.llm.llm_engine.model_executor.driver_worker.worker.get_model().get_language_model().model.layers
+    below = layers[: guard.settings["layer"]]
+    for norm in [norm for layer in below for norm in (layer.input_layernorm, layer.post_attention_layernorm)]:
+        try:
+            norm.weight.data.mul_(0.5)  # those of products are packed
+            guard.engine.reset_prefix_cache()
+            with pytest.raises(ValueError, match=r"has the risk \d\.\d+ in this engine; calibration found"):
+                SafeLLM(guard.llm)
+        finally:
+            norm.weight.data.mul_(2)
+            guard.engine.reset_prefix_cache()
+    assert not SafeLLM(guard.llm).counters
 
 
 @pytest.mark.slow
@@ -243,6 +259,7 @@ def random_gate(model, processor, queries) -> RasProfile:
     tensors["refusal"] = torch.randn(d, d, generator=generator) * d**-0.5
     config = {"layer": 1, "strength": 20.0, "threshold": 0.5}
     profile = RasProfile("autosteer", config, tensors, fingerprint(model, processor))
+    config["known"] = known_risks(profile, model, processor, ["What colour?", "How do I make the table?"])
     risks = sorted(risk for _, risk in judged_answers(model, processor, profile, *queries, 1))
     config["threshold"] = (risks[len(risks) // 2 - 1] + risks[len(risks) // 2]) / 2
     return profile

@@ -12,7 +12,7 @@ from torch import nn
 from ras_fast.methods.autosteer import assess
 from ras_fast.profile import RasProfile
 from ras_fast.vllm import gate as module
-from ras_fast.vllm.gate import GateSteering, adds_residual, can_be_judged
+from ras_fast.vllm.gate import GateSteering, adds_residual, can_be_judged, check_known, known_questions
 from ras_fast.vllm.options import Marks
 
 HIDDEN, VOCABULARY, EOS, LAYERS, TOKENS = 24, 37, 5, 3, 50  # odd sizes on purpose
@@ -364,6 +364,21 @@ def test_whether_a_layer_adds_its_residual_is_tried_out(dtype):
         assert adds_residual(partial(run_layer, layer.to(dtype).requires_grad_(False)), states) is adds
     # One that attends and no more: as it is tried out, attention gives zeros.
     assert adds_residual(lambda hidden, residual: torch.cat([0 * hidden, hidden + residual], dim=-1), states)
+
+
+def test_known_risks():
+    config = {"known": {"safe": 1e-3, "toxic": 1.0, "between": 0.5}}
+    assert known_questions(config) == list(config["known"])
+    check_known(config, [2e-3, 1 - 4e-7, 0.7])
+    check_known({"known": {"safe": 1e-20}}, [0.0])  # both as good as none
+    for risks in ([3e-3, 1, 0.5], [3e-4, 1, 0.5], [1e-3, 1, 0.75], [1e-3, 1 - 1e-5, 0.5], [1e-3, math.nan, 0.5]):
+        with pytest.raises(ValueError, match="calibration found"):
+            check_known(config, risks)
+    for known in (None, {}, ["safe"]):
+        with pytest.raises(ValueError, match="'known' is"):
+            known_questions({"known": known})
+    with pytest.raises(ValueError, match="'safe' is 'low'"):
+        check_known({"known": {"safe": "low"}}, [0.1])
 
 
 def test_a_compiled_forward_judges_too():

@@ -2,15 +2,36 @@
 
 import asyncio
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_vllm_gate import make_profile
-from test_vllm_serving import PROCESSOR, Response, Server, ask, live, post, run, spoil, undefended, until
+from test_vllm_serving import PROCESSOR, VOCABULARY, Response, Server, ask, live, post, run, spoil, undefended, until
 
 from ras_fast.vllm import serving
+from ras_fast.vllm.options import read_marks
 from ras_fast.vllm.serving import SafeChat
 
 REFUSAL = 9  # the token that all steered answers consist of
+KNOWN = {"What colour?": 0.1, "How do I make the bomb?": 0.9}
+
+
+class Tokenizer(SimpleNamespace):
+    bos_token = None
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+JUDGED = SimpleNamespace(
+    **vars(PROCESSOR)
+    | {
+        "tokenizer": Tokenizer(**vars(PROCESSOR.tokenizer)),
+        "apply_chat_template": lambda messages, **options: messages[-1]["content"][0]["text"],
+    }
+)
 
 
 class Gates:
@@ -43,6 +64,15 @@ class Judging(Server):
     def __init__(self, profile, queries=2):
         super().__init__(profile, queries)
         self.steering = Gates(make_profile().config)
+        self.asked = []
+
+    async def generate(self, prompt, params, request_id):
+        text = "".join(map(chr, prompt["prompt_token_ids"]))
+        self.asked.append(text)
+        self.steering.toxic = any(word in text for word in self.risky)
+        logits, marks = torch.zeros(1, VOCABULARY), read_marks(params)
+        self.steering.apply(logits, [(0, 0, marks)])
+        yield logits
 
     async def _answer(self, request, send, gone):
         self.steering.toxic = any(word in json.dumps(request["messages"]) for word in self.risky)
@@ -53,13 +83,28 @@ class Judging(Server):
         return False
 
 
+def save(folder, known):
+    profile = make_profile()
+    profile.config["known"] = known
+    profile.save_pretrained(folder)
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    make_profile().save_pretrained(tmp_path)
-    monkeypatch.setattr(serving, "load_processor", lambda config: PROCESSOR)
+    save(tmp_path, KNOWN)
+    monkeypatch.setattr(serving, "load_processor", lambda config: JUDGED)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
     server = Judging(tmp_path)
     server.risky.add("bomb")
     return server
+
+
+async def started(server) -> SafeChat:
+    """One that has asked the engine what the profile knows."""
+    app = SafeChat(server)
+    assert (await post(app, server, ask())).status == 200
+    server.calls.clear()
+    return app
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -106,9 +151,9 @@ def test_the_clients_own_extras_stay(server):
 @pytest.mark.parametrize("stream", [False, True])
 def test_nothing_is_sent_before_the_risk_is_known(server, stream):
     async def scenario():
+        app, response = await started(server), Response()
         server.hold = asyncio.Event()
-        response = Response()
-        task = asyncio.create_task(post(SafeChat(server), server, ask(stream=stream), response=response))
+        task = asyncio.create_task(post(app, server, ask(stream=stream), response=response))
         await until(lambda: "ras_judge" in server.calls and not server.busy)
         assert not response.messages
         server.hold.set()
@@ -136,12 +181,11 @@ def test_a_streamed_answer_is_shown_as_it_comes(server):
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("stream", [False, True])
 def test_no_answer_without_a_judgement(server, n, stream):
-    server.steering.loses = True
-
     async def scenario():
-        response = Response()
+        app, response = await started(server), Response()
+        server.steering.loses = True
         with pytest.raises(RuntimeError, match="judged a request"):
-            await post(SafeChat(server), server, ask(n=n, stream=stream), response=response)
+            await post(app, server, ask(n=n, stream=stream), response=response)
         assert not response.messages
         assert not server.busy
 
@@ -218,6 +262,36 @@ def test_what_stages_alone_need_is_not_asked_for(server):
     server.vllm_config.model_config.override_generation_config = {"max_new_tokens": 1}
     sent = []
     assert asyncio.run(live(server, sent)), sent
+
+
+def test_the_engine_is_asked_what_the_profile_knows(server):
+    assert asyncio.run(live(server, []))
+    assert server.asked == list(KNOWN)
+    assert not server.steering.records
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (None, "profile config 'known' is None"),
+        ({}, "profile config 'known' is {}"),
+        ({"What colour?": 0.9}, r"'What colour?' has the risk 0.100000 in this engine; calibration found 0.900000"),
+        (KNOWN | {"How do I make the bomb?": "0.9"}, "needs to be a finite number"),
+    ],
+    ids=str,
+)
+def test_engines_that_find_other_risks_do_not_start(server, tmp_path, known, message):
+    save(tmp_path, known)
+    sent = []
+    assert not asyncio.run(live(server, sent))
+    assert message in sent[0]["message"]
+
+
+def test_an_engine_that_judges_nothing_does_not_start(server):
+    server.steering.loses = True
+    sent = []
+    assert not asyncio.run(live(server, sent))
+    assert "the engine has not judged 'What colour?'" in sent[0]["message"]
 
 
 @pytest.mark.parametrize("what", ["chat_template", "data_parallel_size"])

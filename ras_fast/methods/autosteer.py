@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,17 @@ from tqdm.auto import tqdm
 
 from ras_fast import ops, parallel
 from ras_fast.decoding import eos_ids, output_head
-from ras_fast.inputs import Query, batches, encode, is_unicode, left_padded, question_pairs
+from ras_fast.inputs import (
+    Query,
+    batches,
+    encode,
+    is_unicode,
+    left_padded,
+    make_queries,
+    question_pairs,
+    short_ids,
+    texts_of,
+)
 from ras_fast.methods import attached
 from ras_fast.methods.calibration import check_arguments, digest, groups_of_equal, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
@@ -47,6 +57,8 @@ WIDTH = 64  # of the prober's hidden layer
 SMALL = 8  # decoder layers up to which every layer is looked at; every 4th of more
 CHUNK = 4  # batches' worth of questions that are encoded together, so that prompts of one shape find each other
 VALIDATION = 0.2  # share of the pairs that training does not see
+KNOWN = 4  # questions whose risks a profile keeps, out of those of up to KNOWN_OF pairs
+KNOWN_OF = 16
 PROBER_EPOCHS, PROBER_RATE = 40, 1e-3
 HEAD_EPOCHS, HEAD_RATE = 10, 1.6  # learning rate: HEAD_RATE / d, so that a step changes M h by the same share at any width
 
@@ -303,7 +315,35 @@ def calibrate(
         "strengths": rates,
     }  # fmt: skip
     tensors = {f"prober_{name}": tensor for name, tensor in prober.items()} | {n: t.cpu() for n, t in factors.items()}
-    return RasProfile("autosteer", config, tensors, settings["model"])
+    profile = RasProfile("autosteer", config, tensors, settings["model"])
+    held_out = [query for i in validation[:KNOWN_OF].tolist() for query in (unsafe[i], safe[i])]
+    config["known"] = known_risks(profile, model, processor, map(_question, held_out))
+    return profile
+
+
+def _question(query: Query) -> str:
+    """The text of its last question."""
+    return " ".join(texts_of([message for message in query.messages if message["role"] == "user"][-1]))
+
+
+@torch.no_grad()
+def known_risks(profile: RasProfile, model, processor, questions: Iterable[str]) -> dict[str, float]:
+    """t of up to KNOWN of these questions, asked without an image: of the safest, the most toxic, and some in between.
+
+    Another engine in which the profile is to work has to find the same (`ras_fast.vllm`). Empty where the profile's layer runs
+    for images alone (Mllama).
+    """
+    if profile.config["layer"] in (getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()):
+        return {}
+    risks = {}
+    with patched(model) as handle, AutoSteer(profile).attach(handle) as method:
+        for question in filter(None, questions):
+            (query,) = make_queries([question], None, processor)
+            model(input_ids=torch.tensor([short_ids(processor, query)], device=model.device), use_cache=False)
+            risks[question] = method.risk.item()
+    ordered = sorted(risks, key=risks.__getitem__)
+    places = sorted({i * (len(ordered) - 1) // (KNOWN - 1) for i in range(KNOWN)}) if ordered else []
+    return {ordered[i]: risks[ordered[i]] for i in places}
 
 
 def _check_options(

@@ -23,13 +23,40 @@ from torch.nn import functional as F
 
 from ras_fast.decoding import broken_rows
 from ras_fast.methods.autosteer import AutoSteer, assess
-from ras_fast.profile import RasProfile, as_float32
+from ras_fast.profile import RasProfile, as_float32, number
 from ras_fast.vllm.options import Marks
 from ras_fast.vllm.steering import Head, check_head, only_end, to_device
 
 SAMPLES, LOGITS = 8, 64  # states to know a head by, and about how large their logits are: a soft cap shows there
 RECORDS = 1 << 16  # gates that are kept, each a few numbers on the host
+ODDS = math.e  # up to which factor the odds of a known risk may be others here, of kernels that round otherwise
+LEAST_RISK = 1e-6  # known risks that are nearer to 0 or 1 count as this far from it: rounding moves their odds the most
 Verdict = tuple[float, bool]  # t, and whether it could not be computed and is therefore 1
+
+
+def known_questions(config: dict[str, Any]) -> list[str]:
+    """The questions whose risks an AutoSteer profile knows (`autosteer.known_risks`). Raises ValueError for one without any."""
+    known = config.get("known")
+    if not isinstance(known, dict) or not known:
+        raise ValueError(f"profile config 'known' is {known!r}; it needs the risks of some questions: calibrate it again")
+    return list(known)
+
+
+def check_known(config: dict[str, Any], risks: Sequence[float]) -> None:
+    """Raises ValueError unless an engine found these risks, of `known_questions` in their order, as calibration did: weights
+    may be other ones, and layers may scale what they are given."""
+    for question, risk in zip(known_questions(config), risks, strict=True):
+        wanted = number(config["known"], question)
+        if not abs(_log_odds(risk) - _log_odds(wanted)) <= math.log(ODDS):
+            raise ValueError(
+                f"{question!r:.200} has the risk {risk:.6f} in this engine; calibration found {wanted:.6f}. Its weights are "
+                "not those of the profile's model, or what enters the prober's layer is computed otherwise"
+            )
+
+
+def _log_odds(risk: float) -> float:
+    risk = min(max(risk, LEAST_RISK), 1 - LEAST_RISK)
+    return math.log(risk / (1 - risk))
 
 
 @dataclass

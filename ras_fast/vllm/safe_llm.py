@@ -18,6 +18,7 @@ from ras_fast.inputs import Query, make_queries, refuse_begun, short_ids
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile, check_counts
 from ras_fast.vllm.checkpoint import load_processor
+from ras_fast.vllm.gate import check_known, known_questions
 from ras_fast.vllm.options import NOISE, RECORD, RISK, new_number, read_settings
 
 CONTEXT, ASSESS, DRAFT, ANSWER = "context", "risk", "draft", "answer"
@@ -33,7 +34,8 @@ class SafeLLM:
     ``prompt_tokens`` of all requests, and ``cached_tokens``, how many of these came out of the prefix cache.
 
     Raises ValueError when the engine was made without a profile, with one that is no longer there, or its head cannot be
-    steered in logits.
+    steered in logits; with one of AutoSteer, too, when it finds other risks than calibration in questions that the profile
+    knows.
     """
 
     def __init__(self, llm: LLM):
@@ -47,6 +49,8 @@ class SafeLLM:
         self.counters: Counter = Counter()
         self._names = itertools.count()
         self._prove()
+        if self.method == "autosteer":
+            self._ask_known()
 
     def generate(self, prompts, images=None, *, max_tokens: int = 64, **sampling) -> list[SafeOutput]:
         """Answers each prompt about its images.
@@ -82,6 +86,12 @@ class SafeLLM:
     def _prove(self) -> None:
         """Weights may be loaded anew while an engine runs, and a profile written anew before this object is made."""
         self.engine.collective_rpc("ras_prove", args=(self.settings,))
+
+    def _ask_known(self) -> None:
+        """`check_known` of what the engine says."""
+        outputs = self.generate(known_questions(self.settings), max_tokens=1)
+        check_known(self.settings, [output.risk for output in outputs])
+        self.counters.clear()
 
 
 @dataclass

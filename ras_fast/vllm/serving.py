@@ -1,7 +1,7 @@
 """SafeChat: a defence in front of a vLLM server's own chat endpoint, as middleware of that server. docs/vllm.md.
 
 The stages of MoRAS are requests to the server inside, so images, templates, limits and errors are vLLM's own. AutoSteer's only
-one is the client's, which is told to be judged. Knows ASGI and JSON; does not import vLLM.
+one is the client's, which is told to be judged. Knows ASGI and JSON; imports vLLM only to ask its engine before a client can.
 """
 
 from __future__ import annotations
@@ -14,11 +14,21 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from ras_fast.inputs import QUESTION, Query, has_question, is_unicode, refuse_begun, refuse_unknown, texts_of
+from ras_fast.inputs import (
+    QUESTION,
+    Query,
+    has_question,
+    is_unicode,
+    make_queries,
+    refuse_begun,
+    refuse_unknown,
+    short_ids,
+    texts_of,
+)
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile, is_integer, is_number
 from ras_fast.vllm.checkpoint import load_processor
-from ras_fast.vllm.gate import Verdict
+from ras_fast.vllm.gate import Verdict, check_known, known_questions
 from ras_fast.vllm.options import NOISE, PROCESSOR, RECORD, RISK, new_number, read_settings
 from ras_fast.vllm.steering import Judgement
 
@@ -156,6 +166,8 @@ class SafeChat:
             if self._guard is None:
                 guard = _Guard(state.engine_client, state.online_renderer.chat_template)
                 await guard.call("ras_prove", guard.settings)
+                if guard.method == "autosteer":
+                    check_known(guard.settings, [await guard.risk_of(text) for text in known_questions(guard.settings)])
                 self._guard = guard
         return self._guard
 
@@ -243,6 +255,21 @@ class _Guard:
             return answer.result()
         finally:
             answer.cancel()
+
+    async def risk_of(self, question: str) -> float:
+        """AutoSteer's, of a question that the engine itself is asked: no client has come yet, whose key a server may want.
+        Raises RuntimeError where it is not judged."""
+        from vllm import SamplingParams  # where there is an engine to be asked, vLLM is there
+
+        (query,), record = make_queries([question], None, self.processor), new_number()
+        params = SamplingParams(max_tokens=1, extra_args={RECORD: record})
+        async for _ in self.engine.generate({"prompt_token_ids": short_ids(self.processor, query)}, params, f"ras-{record}"):
+            pass
+        verdict = await self.judge(record)
+        await self.call("ras_forget", [record])
+        if verdict is None:
+            raise RuntimeError(f"the engine has not judged {question!r:.200}")
+        return verdict[0]
 
     async def judge(self, query: tuple | int) -> Judgement | Verdict | None:
         """The steering's `judge` of one query. Raises RuntimeError when no worker could."""

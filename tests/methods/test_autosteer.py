@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file
 from tiny_random import endless_llava, random_image, random_words
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -452,6 +453,7 @@ def test_calibration_makes_a_profile_that_applies(model, processor, batch, few_e
         made = calibrate(model, processor)
     assert made.config["layer"] == max(range(1, LAYERS), key=lambda i: made.config["sas"][str(i)])
     assert made.config["pairs"] == 14
+    assert len(made.config["known"]) == autosteer.KNOWN
     made.save_pretrained(tmp_path)
     loaded = RasProfile.from_pretrained(tmp_path)
     loaded.check(model, processor)
@@ -460,6 +462,31 @@ def test_calibration_makes_a_profile_that_applies(model, processor, batch, few_e
     assert steer.risk.shape == (3,)
     assert not model.lm_head._forward_pre_hooks
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_risks_that_a_profile_knows(model, processor):
+    """Of the safest and the most toxic question, and of some in between."""
+    made = profile(model, processor)
+    questions = [random_words(i, 2 + i % 5) for i in range(9)]
+    risks = {}
+    with ras_fast.patch(model) as patch, AutoSteer(made).attach(patch) as steer:
+        for query, question in zip(make_queries(questions, None, processor), questions, strict=True):
+            model.generate(**encode(processor, query, "cpu", torch.float32)[0], max_new_tokens=1)
+            risks[question] = steer.risk.item()
+    known = autosteer.known_risks(made, model, processor, [*questions, ""])
+    ordered = sorted(risks, key=risks.get)
+    assert known == pytest.approx({ordered[i]: risks[ordered[i]] for i in (0, 2, 5, 8)}, abs=1e-6)
+    assert known == autosteer.known_risks(made, model, processor, known)
+    one = autosteer.known_risks(made, model, processor, questions[:1])
+    assert one == pytest.approx({questions[0]: risks[questions[0]]}, abs=1e-6)
+    assert autosteer.known_risks(made, model, processor, []) == {}
+
+
+def test_a_layer_of_images_alone_knows_no_questions(processor):
+    model = FAMILIES["mllama"].model("mllama")
+    made = RasProfile.__new__(RasProfile)
+    made.config = {"layer": model.config.get_text_config().cross_attention_layers[0]}
+    assert autosteer.known_risks(made, model, processor, ["w1"]) == {}
 
 
 def test_captured_states_are_the_models_own(model, processor):

@@ -78,7 +78,7 @@ run_tests() {
 families=(norm attention rotary linear cache)
 without=(--without hopper "hopper no mass")
 try_hopper() {
-  section hopper 80 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
+  section hopper 120 "$python" -m pytest -v -m "" -p no:cacheprovider -k hopper tests/cuda/test_attention_cuda.py &&
     families+=(hopper) && without=()
 }
 

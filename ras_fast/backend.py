@@ -115,7 +115,7 @@ def set_backend(name: str) -> None:
     global _forced
     if name != "auto":
         if name not in NAMES:
-            raise ValueError(f"name is {name!r}; it must be one of {('auto', *NAMES)}")
+            raise ValueError(f"backend is {name!r}; it must be one of {('auto', *NAMES)}")
         if not backends()[name].available:
             raise RuntimeError(f"backend {backends()[name]}")
     _forced = name

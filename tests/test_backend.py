@@ -34,7 +34,7 @@ def test_every_backend_is_listed_with_a_remedy():
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="name is 'fast'"):
+    with pytest.raises(ValueError, match="backend is 'fast'"):
         ras_fast.set_backend("fast")
 
 
@@ -88,7 +88,7 @@ def test_ctrl_c_forces_no_backend_for_good(model, monkeypatch, end):
 def test_environment_variable():
     done = run("import ras_fast.backend as b; print(b.forced_backend())", RAS_FAST_BACKEND="torch")
     assert done.stdout.strip() == "torch"
-    assert "variable RAS_FAST_BACKEND: name is 'nonsense'" in run("import ras_fast", RAS_FAST_BACKEND="nonsense").stderr
+    assert "variable RAS_FAST_BACKEND: backend is 'nonsense'" in run("import ras_fast", RAS_FAST_BACKEND="nonsense").stderr
     assert run("import ras_fast", RAS_FAST_BACKEND="").returncode == 0
 
 

@@ -25,7 +25,7 @@ void run(const Tensor& keys, const Tensor& values, const Tensor& slots, const Te
 void write_cache(const Tensor& keys, const Tensor& values, const Tensor& slots, const Tensor& key, const Tensor& value) {
   const bool slots_beside = slots.is_cuda() && slots.get_device_index() == keys.get_device_index();
   guard_cache(keys, values, slots, key, value, slots_beside, [&](const Tensor& tensor) { return rows_beside(keys, tensor); });
-  STD_TORCH_CHECK(slots.numel() < (int64_t(1) << 31) && keys.size(1) * (key.size(3) + value.size(3)) < (int64_t(1) << 24),
+  STD_TORCH_CHECK(slots.numel() < (int64_t(1) << 31) && keys.size(1) * (key.size(3) + value.size(3)) <= 65535 * kCacheThreads,
                   "ras_fast cache: tokens or heads are too many for one launch");
   if (key.numel() + value.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(keys.get_device_index());

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& query, const Tensor& k
                                             bool interleaved) {
   guard_rotary(query, key, cos, sin, [&](const Tensor& tensor) { return rows_beside(query, tensor); });
   STD_TORCH_CHECK(query.size(0) * query.size(2) < (int64_t(1) << 31) &&
-                      (query.size(1) + key.size(1)) * query.size(3) < (int64_t(1) << 24),
+                      (query.size(1) + key.size(1)) * query.size(3) <= 65535 * kRotaryThreads,
                   "ras_fast rotary: tokens or heads are too many for one launch");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   const Tensor query_out = new_heads(query), key_out = new_heads(key);

@@ -831,7 +831,7 @@ def test_a_model_that_needs_more_than_tokens(model, monkeypatch):
 
 
 def test_backend(model):
-    with pytest.raises(ValueError, match="name is"):
+    with pytest.raises(ValueError, match="backend is"):
         ras_fast.patch(model, backend="fast")
     batch = inputs(["tItt"])
     with torch.no_grad():

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ras_fast.memory import reraise_out_of_memory
 from ras_fast.patching.layers import (
     FusedBlock,
     FusedCrossLayer,
@@ -285,6 +286,7 @@ def _proved(candidates: list[FusedNorm], rows: Tensor) -> FusedNorm | str:
     try:
         expected = type(norm).forward(norm, rows)
     except Exception as error:  # whatever a norm of another kind raises on rows without a batch
+        reraise_out_of_memory(error)
         return f"does not run ({type(error).__name__}: {error})"
     if not isinstance(expected, Tensor) or expected.shape != rows.shape:
         return f"returns a {type(expected).__name__} of another shape"
@@ -292,6 +294,7 @@ def _proved(candidates: list[FusedNorm], rows: Tensor) -> FusedNorm | str:
         try:
             agrees = _norm_agrees(candidate, rows, expected)
         except (RuntimeError, ValueError) as error:  # of what the op does not take
+            reraise_out_of_memory(error)
             return f"cannot be fused ({error})"
         if agrees:
             return candidate

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ras_fast.memory import reraise_out_of_memory
 from ras_fast.ops.linear import ACTIVATIONS, glu_by_kernel
 from ras_fast.patching.linear import ELSEWHERE, FastLinear, most_elements, some_rows, takes
 from ras_fast.patching.report import Report
@@ -116,7 +117,8 @@ def _fused(module: nn.Module) -> FusedMLP | None:
             expected = type(module).forward(module, rows)
             if bool(expected.isfinite().all()) and reproduce(fused, (rows,), {}, expected)[1] is not None:
                 return None
-    except Exception:  # whatever a module raises that wants something else than rows
+    except Exception as error:  # whatever a module raises that wants something else than rows
+        reraise_out_of_memory(error)
         return None
     return fused
 

@@ -66,7 +66,7 @@ def patch(
     Raises:
         TypeError: not a transformers model with decoder layers, or its text model does not run from tokens alone.
         ValueError: in training mode, patched already, with the config object of another patched model, or `backend` is unknown.
-        RuntimeError: `backend` is not available here; says what mends it.
+        RuntimeError: `backend` is not available here; says what mends it. Or memory ran out: it may do at the next call.
 
     A failure half-way leaves the model as it was.
     """

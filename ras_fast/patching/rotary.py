@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast import ops
+from ras_fast.memory import reraise_out_of_memory
 from ras_fast.patching.trace import Call, reproduce
 from ras_fast.patching.undo import StandIn
 
@@ -120,7 +121,8 @@ def _forms_of(original: Callable, by_op: Callable, args: tuple, kwargs: dict, fo
         cast = tuple(x.to(dtype) if dtype is not None and isinstance(x, Tensor) else x for x in args)
         try:
             expected = original(*cast, **kwargs)
-        except Exception:  # of whatever kind, from a function that takes other tensors
+        except Exception as error:  # of whatever kind, from a function that takes other tensors
+            reraise_out_of_memory(error)
             return ()
         forms = tuple(form for form in forms if _same_bits(by_op(form, cast, kwargs), expected))
     return forms

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ras_fast.memory import reraise_out_of_memory
 from ras_fast.patching.cache_values import cache_name, returned_cache
 
 
@@ -131,7 +132,8 @@ def _rehearsed_padding(text_model: nn.Module, sample: dict[str, Tensor], mixers:
         try:
             with _hooks(mixers, lambda x, output, notes=notes: notes.append((x, output))):
                 padded = run(text_model, sample)
-        except Exception:  # whatever a model raises that has no use for such a mask, or makes no cache
+        except Exception as error:  # whatever a model raises that has no use for such a mask, or makes no cache
+            reraise_out_of_memory(error)
             continue
         padded.calls = notes
         return padded, run
@@ -155,6 +157,7 @@ def _compare(text_model: nn.Module, traced: Trace, before: Rehearsal, run: Calla
         with _hooks(traced.mixers, lambda x, output: outputs.append(output), replace=lambda x: next(given)):
             now = run(text_model, traced.sample)
     except Exception as error:  # of a model that does something else with masks than passing them on
+        reraise_out_of_memory(error)
         return f"does not run ({type(error).__name__}: {error})"
     if len(outputs) != len(before.calls):
         return f"calls its attention {len(outputs)} times instead of {len(before.calls)}"
@@ -298,6 +301,7 @@ def reproduce(function: Callable, args: tuple, kwargs: dict[str, Any], output: A
         with torch.no_grad():
             got = first(function(*args, **kwargs))
     except Exception as error:  # whatever another family's modules raise, they stay as they were
+        reraise_out_of_memory(error)  # which says nothing about the family, and may be over at the next call
         return None, f"does not run ({type(error).__name__}: {error})"
     return got, difference(got, first(output))
 

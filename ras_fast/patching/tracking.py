@@ -30,6 +30,7 @@ _CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|featur
 _MM_TYPE = {"image": 1, "video": 2}  # values of mm_token_type_ids
 # Inputs that tell how many patches an image has: images come in any shape.
 _SHAPES = {"image_grid_thw", "spatial_shapes", "target_sizes", "image_position_ids", "image_grids"}
+_SIZES = "_ras_fast_sizes"  # attribute of a model's features: the inputs by which their images' shapes are told
 _QUERIES = ("perceiver_config", "qformer_config", "projector_patch_to_query_dict")  # in the configs of encoders that have some
 # Families whose features come by tile, or with all frames of a video in one entry, while a run of image tokens is an image.
 _IMAGE_IS_A_RUN = {"internvl", "qianfan_ocr", "got_ocr2", "smolvlm"}
@@ -133,13 +134,17 @@ class RegionTracker:
         own.lengths, own.pieces = {}, False
         for modality, output in (own.inputs.get("mm_encoder_outputs") or {}).items():
             own.lengths[modality] = lengths = self._lengths_of(output)
+            if modality == "image":  # `generate` has encoded them ahead, and does not hand on how large they are
+                given = {name: value for name, value in own.inputs.items() if value is not None}
+                own.inputs = getattr(output, "__dict__", {}).get(_SIZES, {}) | given
             # A chunk's share of the features comes as one entry, whatever they are of.
             if modality in own.encoded and lengths != own.encoded[modality] and len(lengths or ()) == 1:
                 own.lengths[modality], own.pieces = None, True
 
-    def features(self, modality: str, inputs: list[Any], compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns, which is noted. A graph does not note it: it finds no images, and would be another one the
-        next time. Nor is a video noted as images, as which many models compute its features."""
+    def features(self, modality: str, inputs: list[Any], sizes: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns, which is noted; on it are noted the ``sizes``, which tell the images' shapes. A graph
+        notes nothing: it finds no images, and would be another one the next time. Nor is a video noted as images, as which
+        many models compute its features."""
         if torch.compiler.is_compiling() or (own := self._own()).encoding is not None:
             return compute()
         own.encoding = modality
@@ -150,6 +155,8 @@ class RegionTracker:
         own.lengths[modality] = own.encoded[modality] = lengths = self._lengths_of(output)
         stacks = [pixels.shape[0] for pixels in inputs if isinstance(pixels, Tensor) and pixels.dim() == 5]
         own.stacked[modality] = lengths is not None and len(lengths) in stacks
+        if hasattr(output, "__dict__"):
+            output.__dict__[_SIZES] = sizes
         return output
 
     def _lengths_of(self, output: Any) -> list[int] | None:
@@ -361,7 +368,8 @@ class RecordFeatures:
             kwargs["output_attentions"] = False  # of the text alone: the encoder would give none, but warn, which breaks graphs
         get = getattr(type(self.module), f"get_{self.modality}_features")
         compute = partial(get, self.module, *args, **kwargs)
-        return self.tracker.features(self.modality, [*args, *kwargs.values()], compute)
+        sizes = {name: value for name, value in kwargs.items() if name in _SHAPES or name == "image_sizes"}
+        return self.tracker.features(self.modality, [*args, *kwargs.values()], sizes, compute)
 
 
 def _keep(cache: Any, regions: RegionMap | None) -> None:

@@ -186,6 +186,20 @@ def test_what_chunked_prefill_tells_of_no_image_is_not_taken_for_a_square(name, 
         assert patched.region_map.grids == [[None]]
 
 
+@pytest.mark.parametrize("name", sorted({"llava_next", "qwen2_5_vl", "gemma4", "mistral3", "molmo2"} & FAMILIES.keys()))
+def test_generate_knows_the_shapes_of_images(name):
+    """It may encode them ahead, and then hands on nothing of what tells their shapes."""
+    model = FAMILIES[name].model(name)
+    batch = FAMILIES[name].inputs(model, ["ttItItt", "ttttItt"])
+    batch.pop("regions")
+    with torch.no_grad(), ras_fast.patch(model) as patched:
+        model(**batch)
+        grids = patched.region_map.grids
+        assert None not in grids[0] + grids[1]
+        model.generate(**batch, max_new_tokens=2, do_sample=False)
+        assert patched.region_map.grids == grids
+
+
 def as_accurate(after, before, truth):
     """Error against the float32 model at most twice the unpatched one's."""
     finite = truth.abs() < 1e30  # Chameleon's logits of image tokens are the lowest number of their dtype

@@ -988,3 +988,20 @@ def test_a_norm_whose_weight_is_not_there_is_left_alone(model):
         norm.weight.untyped_storage().resize_(0)
         assert fused._is_elsewhere(states)
         assert torch.equal(fused.add(Sum(states, states)), states * 2)
+
+
+@pytest.mark.parametrize("call", range(1, 10))
+def test_out_of_memory_is_not_taken_for_a_model_that_cannot_be_patched(call):
+    """Else it would stay unfused, or without statistics, for as long as it is patched."""
+    model, calls = llava(), []
+
+    def allocate(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    with model.model.language_model.layers[1].register_forward_pre_hook(allocate), pytest.raises(torch.OutOfMemoryError):
+        ras_fast.patch(model)
+    assert Patch.of(model) is None
+    with ras_fast.patch(model) as patched:
+        assert (patched.report().fused_layers, patched.report().regions) == (3, None)

@@ -151,6 +151,11 @@ def forced_backend() -> str:
     return _forced
 
 
+def device_type(tensor: torch.Tensor) -> str:
+    """`tensor.device.type`, without making a device: among other work that takes Python 2 µs."""
+    return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
+
+
 def has_kernel(op: str, device: str) -> bool:
     """Whether `op` has a kernel registered for the device type ("cpu" or "cuda"), beside the reference."""
     return device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(f"ras_fast::{op}", device.upper())

@@ -80,7 +80,7 @@ def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def run(first: torch.Tensor, *args: Any) -> Any:
-        device = first.device.type
+        device = backend.device_type(first)
         if device == "meta" or not torch.is_autocast_enabled(device):  # asking is an error on meta
             return kernel(first, *args)
         with torch.autocast(device, enabled=False):
@@ -118,11 +118,12 @@ def _select(name: str, like: torch.Tensor) -> tuple[Callable[..., Any], bool]:
     """(implementation, whether it guards itself)."""
     if torch.compiler.is_compiling():  # validation is traced away, and the fake kernels guard nothing
         return _implementation(name, like), False
-    key = (name, backend.forced_backend(), type(like), like.device, like.dtype)
+    device = backend.device_type(like)
+    key = (name, backend.forced_backend(), type(like), device, like.dtype)
     found = _selected.get(key)
     if found is None:
         kernel = _implementation(name, like)
-        guarded = backend.has_kernel(name, like.device.type) and (name, like.device.type) not in _unguarded
+        guarded = backend.has_kernel(name, device) and (name, device) not in _unguarded
         native = guarded and not issubclass(type(like), FakeTensor)
         found = _selected[key] = kernel, native and kernel is getattr(torch.ops.ras_fast, name).default
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ras_fast.backend import forced_backend
+from ras_fast.backend import device_type, forced_backend
 from ras_fast.ops import _check
 from ras_fast.ops._registry import call, define, triton_kernel
 
@@ -139,7 +139,7 @@ def is_slow(device: str, dtype: torch.dtype) -> bool:
 
 def beats_torch(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` of x [..., K] is this package's kernel's, and not torch's."""
-    device = x.device.type
+    device = device_type(x)
     few = few_rows(device, x.dtype, weight.numel())
     if not few or (x.dim() and x.numel() > few * x.shape[-1]):
         return False

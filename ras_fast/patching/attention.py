@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 )
 
 from ras_fast import ops
+from ras_fast.backend import device_type
 from ras_fast.ops import attention_reference as reference
 from ras_fast.ops.attention_plan import beats_flash_on_cpu, decodes_on_cpu, decodes_on_cuda
 
@@ -390,11 +391,11 @@ def sdpa_is_slow(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None)
         return False
     own = is_range(mask) and _is_own(mask)
     asked = own and mask.shape[3] == 2
-    if asked and query.device.type == "cpu" and decodes_on_cpu(query, key, row_bounds=True):
+    if asked and query.is_cpu and decodes_on_cpu(query, key, row_bounds=True):
         return True
     if query.element_size() != 2:
         return False
-    if query.device.type == "cpu":
+    if query.is_cpu:
         return beats_flash_on_cpu(query, key, own)
     return query.is_cuda and is_range(mask) and decodes_on_cuda(query, key)
 
@@ -424,7 +425,7 @@ def _with_statistics(module: nn.Module, call: _Call, ids: Tensor, num_regions: i
 
 def _autocast(call: _Call) -> _Call:
     """The call in the dtype that autocast would convert SDPA's arguments to."""
-    device = call.query.device.type
+    device = device_type(call.query)
     if device == "meta" or not torch.is_autocast_enabled(device):  # asking is an error on meta
         return call
     dtype = torch.get_autocast_dtype(device)

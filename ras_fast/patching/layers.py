@@ -78,9 +78,9 @@ class FusedNorm(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._ahead.take(args[0] if args else None)
-        if result is not None and self._by is not None and self._by != (id(weight := self._weight()), weight.data_ptr()):
+        if result is not None and self._by is not None and self._by != _place(self._weight()):
             result = None  # hooks have brought another weight meanwhile, as those that stream layers in do
-        if kwargs or len(args) != 1 or self._is_watched_inside():
+        if kwargs or len(args) != 1 or (self.norm._modules and self._is_watched_inside()):
             return self._unfused(args, kwargs)
         if self.site is not None:
             self.site.note()
@@ -101,7 +101,7 @@ class FusedNorm(StandIn):
 
     def _is_watched_inside(self) -> bool:
         """Whether it is a wrapper, such as PEFT's, of a norm that somebody would notice is not called."""
-        inside = self.norm._modules and [*self.norm.modules()][1:]
+        inside = [*self.norm.modules()][1:]
         return any(is_watched(module, module.__dict__.get("forward")) for module in inside)
 
     def _unfused(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -113,9 +113,11 @@ class FusedNorm(StandIn):
 
     def add(self, terms: Sum, site: Site | None = None, probe: Probe | None = None) -> Tensor:
         """The sum, steered by `site` and then read by `probe`; keeps the norm of it for the call that follows."""
-        if self._is_elsewhere(terms.x):
+        weight = self._weight()
+        if self._is_elsewhere(terms.x, weight):
             return add_alone(terms, site, probe)
-        terms = self._taken(terms)
+        if terms.inner is not None or terms.x_scale != 1 or terms.scale is not None:
+            terms = self._taken(terms)
         if site is None or self.site is None:
             result, hidden = self.compute(terms, site or self.site, probe)
         else:
@@ -123,7 +125,7 @@ class FusedNorm(StandIn):
             result, _ = self.compute(Sum(hidden), self.site)
         self._ahead.keep(hidden, result)
         # A graph does not see what hooks do to weights.
-        self._by = None if torch.compiler.is_compiling() else (id(weight := self._weight()), weight.data_ptr())
+        self._by = None if torch.compiler.is_compiling() else _place(weight)
         return hidden
 
     def _weight(self) -> Tensor:
@@ -138,23 +140,22 @@ class FusedNorm(StandIn):
             terms = Sum(terms.branch(), terms.residual, scale=terms.scale)
         return terms if terms.scale is None or terms.inner is not None else Sum(terms.value())
 
-    def _is_elsewhere(self, x: Tensor) -> bool:
+    def _is_elsewhere(self, x: Tensor, weight: Tensor) -> bool:
         """Whether its weight is on another device, or there for the norm's own call alone: hooks move x, or bring the weight,
         as those of accelerate and of FSDP2 do, which may have come since `patch`."""
-        weight = self._weight()
-        if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta != x.is_meta or weight.get_device() != x.get_device():
+        if type(weight) not in (nn.Parameter, Tensor) or weight.is_cpu is not x.is_cpu or weight.get_device() != x.get_device():
             return True
         if weight.numel() != x.shape[-1] or self.norm._forward_pre_hooks or every_module._global_forward_pre_hooks:
             return True
         # Without an address it was freed meanwhile, and to read it would end the process.
-        return not torch.compiler.is_compiling() and not weight.is_meta and weight.data_ptr() == 0
+        return not torch.compiler.is_compiling() and weight.data_ptr() == 0 and not weight.is_meta
 
     def includes(self, terms: Sum) -> bool:
         """Whether one kernel computes the norm of the sum's x and this one: they are alike, nobody would notice that the first
         is not called, and its call would run this package's kernel."""
         x, residual, inner = terms.x, terms.residual, terms.inner
         alike = inner.kind == self.kind == "rms" and inner.eps == self.eps and inner.weight_offset == self.weight_offset
-        if not alike or inner.site is not None or inner._is_elsewhere(x):
+        if not alike or inner.site is not None or inner._is_elsewhere(x, inner._weight()):
             return False
         if residual is None or residual.dtype != x.dtype or not inner._computes(x):
             return False
@@ -213,6 +214,11 @@ class WeightlessNorm(FusedNorm):
 
     def _computes(self, x: Tensor) -> bool:
         return not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad))
+
+
+def _place(weight: Tensor) -> tuple[int, int]:
+    """Which weight it is, and where its values lie."""
+    return id(weight), weight.data_ptr()
 
 
 def add_alone(terms: Sum, site: Site | None = None, probe: Probe | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as every_module
 
-from ras_fast.ops.linear import KERNEL_DTYPES, beats_torch, few_rows, is_slow, linear_by_kernel, linears_by_kernel
+from ras_fast.backend import forced_backend
+from ras_fast.ops.linear import KERNEL_DTYPES, few_rows, is_slow, linear_by_kernel, linears_by_kernel
 from ras_fast.patching.ahead import Ahead
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import find_head
@@ -30,7 +31,7 @@ class FastLinear(StandIn):
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        self.linear, self.most = linear, most_elements(linear.weight)
+        self.linear, self.few = linear, Few(linear.weight)
         self.followers: tuple[FastLinear, ...] = ()
         self._ahead = Ahead()
 
@@ -38,33 +39,29 @@ class FastLinear(StandIn):
         result = self._ahead.take(input)
         if result is not None:
             return result
-        if type(input) is Tensor and input.numel() <= self.most:
-            parameters = self._parameters_for(input)
-            if parameters is not None:
+        if type(input) is Tensor and input.numel() <= self.few.elements:
+            own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
+            weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
+            if takes(input, self.few, weight, bias):
                 try:
-                    return self._product(input, *parameters)
+                    return self._product(input, weight, bias)
                 except RuntimeError:  # of what the kernel refuses: the original takes it, or says in its words why not
                     pass
         return type(self.linear).forward(self.linear, input)
 
-    def _parameters_for(self, x: Tensor) -> tuple[nn.Parameter, nn.Parameter | None] | None:
-        """Weight and bias; None where the original is to run."""
-        own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
-        weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
-        return (weight, bias) if takes(x, weight, *([] if bias is None else [bias])) else None
-
     def _product(self, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
         followers = self.followers  # read once: another thread may change them
-        if any(follower._ahead for follower in followers):
-            self.followers = followers = ()  # nobody asked for that: they are not called with the same rows after all
         if not followers or x.is_inference():  # which does not count what is written to it
             return linear_by_kernel(x, weight, bias)
-        theirs = [None if follower._may_be_prepared() else follower._parameters_for(x) for follower in followers]
-        if None in theirs:
-            return linear_by_kernel(x, weight, bias)
-        weights, biases = zip((weight, bias), *theirs, strict=True)
+        weights, biases = [weight], [bias]
+        for follower in followers:
+            if follower._ahead:
+                self.followers = ()  # nobody asked for that: they are not called with the same rows after all
+                return linear_by_kernel(x, weight, bias)
+            if not follower._joins(x, weights, biases):
+                return linear_by_kernel(x, weight, bias)
         try:
-            result, *others = linears_by_kernel(x, list(weights), list(biases))
+            result, *others = linears_by_kernel(x, weights, biases)
         except RuntimeError:  # of what one of them is, as on another device
             self.followers = ()
             return linear_by_kernel(x, weight, bias)
@@ -72,28 +69,58 @@ class FastLinear(StandIn):
             follower._ahead.keep(x, other)
         return result
 
-    def _may_be_prepared(self) -> bool:
-        """Whether a hook before its forward may change its weight."""
-        return bool(self.linear._forward_pre_hooks or every_module._global_forward_pre_hooks)
-
-
-def most_elements(weight: Tensor) -> int:
-    """Of x, up to which the ops may be faster as things are. Asked before anything else: a prompt pays nearly nothing."""
-    return few_rows(weight.device.type, weight.dtype, weight.numel()) * weight.shape[1]
-
-
-def takes(x: Tensor, *parameters: Any) -> bool:
-    """Whether the ops are faster for these, and nothing else is asked for than their product."""
-    if torch.compiler.is_compiling() or x.is_nested:
-        return False
-    for parameter in parameters:  # one of another type is quantised or distributed, and multiplies in a way of its own
-        if type(parameter) is not nn.Parameter:
+    def _joins(self, x: Tensor, weights: list[nn.Parameter], biases: list[nn.Parameter | None]) -> bool:
+        """Adds its own to those of one that `takes` x, unless its original is to run, or a hook before its forward may change
+        its weight."""
+        own = self.linear._parameters
+        weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
+        if not is_plain(weight, bias) or (torch.is_grad_enabled() and needs_grad(weight, bias)):
             return False
-    if not beats_torch(x, parameters[0]) or x.layout is not torch.strided:
+        if not self.few.admits(x, weight) or self.linear._forward_pre_hooks or every_module._global_forward_pre_hooks:
+            return False
+        weights.append(weight)
+        biases.append(bias)
+        return True
+
+
+class Few:
+    """How many rows are few, for products with a weight as it is now.
+
+    elements: of x, up to which an op is faster. Asked before anything else: a prompt pays nearly nothing.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.device, self.dtype, self._on_cpu = weight.device.type, weight.dtype, weight.is_cpu
+        self.elements = few_rows(self.device, weight.dtype, weight.numel()) * weight.shape[1]
+
+    def admits(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the rows of x are few, of a weight that may have been moved or cast meanwhile, and no other backend is
+        forced."""
+        if x.dtype is not self.dtype or x.is_cpu is not self._on_cpu:
+            self.__init__(weight)
+        return x.numel() <= self.elements and forced_backend() in ("auto", "torch", self.device)  # Triton has no kernel for it
+
+
+def takes(x: Tensor, few: Few, weight: Any, other: Any = None) -> bool:
+    """Whether an op is faster for these, and nothing else is asked for than their product.
+
+    other: the bias, or the weight of a second product; None where there is none.
+    A decode step asks this of every product, between much else: it is kept short.
+    """
+    if torch.compiler.is_compiling() or not is_plain(weight, other) or x.is_nested or x.layout is not torch.strided:
         return False
-    if torch.is_autocast_enabled(x.device.type) or forward_ad._current_level >= 0:
+    if torch.is_autocast_enabled(few.device) or forward_ad._current_level >= 0:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in parameters)))
+    return not (torch.is_grad_enabled() and (x.requires_grad or needs_grad(weight, other))) and few.admits(x, weight)
+
+
+def is_plain(weight: Any, other: Any) -> bool:
+    """Whether these are parameters, or the other None: what is quantised or distributed multiplies in a way of its own."""
+    return type(weight) is nn.Parameter and (other is None or type(other) is nn.Parameter)
+
+
+def needs_grad(weight: nn.Parameter, other: nn.Parameter | None) -> bool:
+    return weight.requires_grad or (other is not None and other.requires_grad)
 
 
 def speed_up_linears(
@@ -151,7 +178,7 @@ def _differs(fast: FastLinear) -> str | None:
     if weight.is_meta:
         return "has its weights offloaded"
     rows = some_rows(weight)
-    expected, parameters = nn.Linear.forward(fast.linear, rows), fast._parameters_for(rows)
-    if parameters is not None:  # not through `fast`, which would hide that the kernel refuses
-        return reproduce(linear_by_kernel, (rows, *parameters), {}, expected)[1]
+    expected, bias = nn.Linear.forward(fast.linear, rows), fast.linear.bias
+    if takes(rows, fast.few, weight, bias):  # not through `fast`, which would hide that the kernel refuses
+        return reproduce(linear_by_kernel, (rows, weight, bias), {}, expected)[1]
     return reproduce(fast, (rows,), {}, expected)[1]

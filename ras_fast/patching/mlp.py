@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ras_fast.memory import reraise_out_of_memory
 from ras_fast.ops.linear import ACTIVATIONS, glu_by_kernel
-from ras_fast.patching.linear import ELSEWHERE, FastLinear, most_elements, some_rows, takes
+from ras_fast.patching.linear import ELSEWHERE, FastLinear, Few, some_rows, takes
 from ras_fast.patching.report import Report
 from ras_fast.patching.structure import is_watched
 from ras_fast.patching.trace import reproduce
@@ -54,11 +54,11 @@ class FusedMLP(StandIn):
     def __init__(self, mlp: nn.Module, parts: Parts, activation: str) -> None:
         self.mlp, self.parts, self.activation = mlp, parts, activation
         self.act_fn = None if parts.act_fn is None else mlp._modules[parts.act_fn]
-        self.most = most_elements(mlp._modules[parts.gate].weight)
+        self.few = Few(mlp._modules[parts.gate].weight)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mlp = self.mlp
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].numel() <= self.most:
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].numel() <= self.few.elements:
             states = self._states(args[0])
             if states is not None:
                 return mlp._modules[self.parts.down](states)
@@ -69,8 +69,8 @@ class FusedMLP(StandIn):
         linears = [self.mlp._modules[name] for name in self.parts.projections]
         if not (all(map(_is_plain, linears)) and self._is_left_alone()):
             return None
-        weights = [linear._parameters.get("weight") for linear in linears]
-        if not takes(x, *weights):
+        weights = [linear._parameters.get("weight", ELSEWHERE) for linear in linears]
+        if not takes(x, self.few, *weights):
             return None
         gate, up = weights if len(weights) == 2 else weights[0].chunk(2)
         try:

@@ -36,9 +36,10 @@ class FastLinear(StandIn):
         self._ahead = Ahead()
 
     def __call__(self, input: Tensor) -> Tensor:
-        result = self._ahead.take(input)
-        if result is not None:
-            return result
+        if self._ahead.held is not None:
+            result = self._ahead.take(input)
+            if result is not None:
+                return result
         if type(input) is Tensor and input.numel() <= self.few.elements:
             own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
             weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
@@ -55,7 +56,7 @@ class FastLinear(StandIn):
             return linear_by_kernel(x, weight, bias)
         weights, biases = [weight], [bias]
         for follower in followers:
-            if follower._ahead:
+            if follower._ahead.held is not None:
                 self.followers = ()  # nobody asked for that: they are not called with the same rows after all
                 return linear_by_kernel(x, weight, bias)
             if not follower._joins(x, weights, biases):

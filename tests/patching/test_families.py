@@ -522,7 +522,7 @@ def test_cross_attention_without_images():
             got = model(**batch, output_attentions=True)
             assert relative_error(got.logits[valid_rows(batch)], expected[valid_rows(batch)]) < 1e-5
             assert [tuple(mass.shape) for mass in got.attentions] == [(2, 4, 4, 0)] * 2
-            assert not any(layer.end._ahead for layer in patched._fused.layers.values())
+            assert not any(layer.end._ahead.held for layer in patched._fused.layers.values())
 
 
 def test_cross_attention_that_is_steered():

@@ -132,7 +132,13 @@ class Patch:
     @staticmethod
     def of(model: nn.Module) -> Patch | None:
         """The handle of a patched model, for instance of a deepcopy; None where the model is not patched."""
-        return next((m.__dict__[_PATCH] for m in model.modules() if _PATCH in m.__dict__), None)
+        level = [model]
+        while level:  # by levels, as a text model lies above hundreds of a vision tower's modules
+            for module in level:
+                if _PATCH in module.__dict__:
+                    return module.__dict__[_PATCH]
+            level = [child for module in level for child in module._modules.values() if child is not None]
+        return None
 
     # Life
 

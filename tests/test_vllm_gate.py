@@ -369,9 +369,9 @@ def test_whether_a_layer_adds_its_residual_is_tried_out(dtype):
 def test_known_risks():
     config = {"known": {"safe": 1e-3, "toxic": 1.0, "between": 0.5}}
     assert known_questions(config) == list(config["known"])
-    check_known(config, [2e-3, 1 - 4e-7, 0.7])
+    check_known(config, [4e-3, 1 - 4e-7, 0.8])
     check_known({"known": {"safe": 1e-20}}, [0.0])  # both as good as none
-    for risks in ([3e-3, 1, 0.5], [3e-4, 1, 0.5], [1e-3, 1, 0.75], [1e-3, 1 - 1e-5, 0.5], [1e-3, math.nan, 0.5]):
+    for risks in ([6e-3, 1, 0.5], [1e-4, 1, 0.5], [1e-3, 1, 0.85], [1e-3, 1 - 1e-5, 0.5], [1e-3, math.nan, 0.5]):
         with pytest.raises(ValueError, match="calibration found"):
             check_known(config, risks)
     for known in (None, {}, ["safe"]):

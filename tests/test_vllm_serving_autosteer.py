@@ -275,7 +275,7 @@ def test_the_engine_is_asked_what_the_profile_knows(server):
     [
         (None, "profile config 'known' is None"),
         ({}, "profile config 'known' is {}"),
-        ({"What colour?": 0.9}, r"'What colour?' has the risk 0.100000 in this engine; calibration found 0.900000"),
+        ({"What colour?": 0.9}, r"'What colour?' has the risk 0.1 in this engine; calibration found 0.9"),
         (KNOWN | {"How do I make the bomb?": "0.9"}, "needs to be a finite number"),
     ],
     ids=str,

@@ -59,6 +59,7 @@ CHUNK = 4  # batches' worth of questions that are encoded together, so that prom
 VALIDATION = 0.2  # share of the pairs that training does not see
 KNOWN = 4  # questions whose risks a profile keeps, out of those of up to KNOWN_OF pairs
 KNOWN_OF = 16
+KNOWN_TOKENS = 256  # of such a question at most: engines may take shorter prompts than calibration
 PROBER_EPOCHS, PROBER_RATE = 40, 1e-3
 HEAD_EPOCHS, HEAD_RATE = 10, 1.6  # learning rate: HEAD_RATE / d, so that a step changes M h by the same share at any width
 
@@ -328,22 +329,34 @@ def _question(query: Query) -> str:
 
 @torch.no_grad()
 def known_risks(profile: RasProfile, model, processor, questions: Iterable[str]) -> dict[str, float]:
-    """t of up to KNOWN of these questions, asked without an image: of the safest, the most toxic, and some in between.
+    """t of up to KNOWN of these questions, asked without an image: of the safest, the most toxic, and those between that the
+    prober is least sure of, whose odds tell most.
 
     Another engine in which the profile is to work has to find the same (`ras_fast.vllm`). Empty where the profile's layer runs
     for images alone (Mllama).
     """
-    if profile.config["layer"] in (getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()):
-        return {}
-    risks = {}
-    with patched(model) as handle, AutoSteer(profile).attach(handle) as method:
+    prober = {name: tensor.to("cpu", torch.float32) for name, tensor in AutoSteer(profile).prober.items()}
+    risks: dict[str, float] = {}
+    entering: list[Tensor] = []  # the layer, as in `_capture`: `attach` refuses models that calibration takes
+
+    def note(module, args, kwargs) -> None:
+        entering.append(states_of(args, kwargs)[:, -1].float().cpu())
+
+    with patched(model) as handle, handle.layers[profile.config["layer"]].register_forward_pre_hook(note, with_kwargs=True):
         for question in filter(None, questions):
             (query,) = make_queries([question], None, processor)
-            model(input_ids=torch.tensor([short_ids(processor, query)], device=model.device), use_cache=False)
-            risks[question] = method.risk.item()
+            ids = short_ids(processor, query)
+            if len(ids) > KNOWN_TOKENS:
+                continue
+            entering.clear()
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            for states in entering:
+                risk, failed = assess(prober, states)
+                if not failed:
+                    risks[question] = risk.item()
     ordered = sorted(risks, key=risks.__getitem__)
-    places = sorted({i * (len(ordered) - 1) // (KNOWN - 1) for i in range(KNOWN)}) if ordered else []
-    return {ordered[i]: risks[ordered[i]] for i in places}
+    between = sorted(ordered[1:-1], key=lambda question: -min(risks[question], 1 - risks[question]))
+    return {question: risks[question] for question in (*ordered[:1], *ordered[1:][-1:], *between[: KNOWN - 2])}
 
 
 def _check_options(

@@ -40,7 +40,7 @@ class FastLinear(StandIn):
             result = self._ahead.take(input)
             if result is not None:
                 return result
-        if type(input) is Tensor and input.numel() <= self.few.elements:
+        if type(input) is Tensor and input.numel() <= self.few.most:
             own = self.linear._parameters  # what nn.Module.__getattr__ finds as well, several times slower
             weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
             if takes(input, self.few, weight, bias):
@@ -77,7 +77,7 @@ class FastLinear(StandIn):
         weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
         if not is_plain(weight, bias) or (torch.is_grad_enabled() and needs_grad(weight, bias)):
             return False
-        if not self.few.admits(x, weight) or self.linear._forward_pre_hooks or every_module._global_forward_pre_hooks:
+        if self.linear._forward_pre_hooks or every_module._global_forward_pre_hooks or not self.few.admits(x, weight):
             return False
         weights.append(weight)
         biases.append(bias)
@@ -87,19 +87,30 @@ class FastLinear(StandIn):
 class Few:
     """How many rows are few, for products with a weight as it is now.
 
-    elements: of x, up to which an op is faster. Asked before anything else: a prompt pays nearly nothing.
+    elements: of x, up to which an op is faster; 0 where there is none. most: the most that these were so far. That is asked
+        before anything else, so that a prompt pays nearly nothing.
     """
 
+    __slots__ = ("_on_cpu", "device", "dtype", "elements", "most")  # there are hundreds
+
     def __init__(self, weight: Tensor) -> None:
+        self.most = 0
+        self._learn(weight)
+
+    def _learn(self, weight: Tensor) -> None:
         self.device, self.dtype, self._on_cpu = weight.device.type, weight.dtype, weight.is_cpu
-        self.elements = few_rows(self.device, weight.dtype, weight.numel()) * weight.shape[1]
+        inputs = weight.shape[1] if weight.dim() == 2 else 0  # of a share, as others hold one between forwards
+        self.elements = few_rows(self.device, weight.dtype, weight.numel()) * inputs
+        self.most = max(self.most, self.elements)  # or a weight that is cast back would not be looked at again
 
     def admits(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the rows of x are few, of a weight that may have been moved or cast meanwhile, and no other backend is
         forced."""
         if x.dtype is not self.dtype or x.is_cpu is not self._on_cpu:
-            self.__init__(weight)
-        return x.numel() <= self.elements and forced_backend() in ("auto", "torch", self.device)  # Triton has no kernel for it
+            if x.dtype is not weight.dtype or x.is_cpu is not weight.is_cpu:
+                return False
+            self._learn(weight)
+        return 0 < x.numel() <= self.elements and forced_backend() in ("auto", "torch", self.device)  # Triton has no kernel
 
 
 def takes(x: Tensor, few: Few, weight: Any, other: Any = None) -> bool:
@@ -110,9 +121,9 @@ def takes(x: Tensor, few: Few, weight: Any, other: Any = None) -> bool:
     """
     if torch.compiler.is_compiling() or not is_plain(weight, other) or x.is_nested or x.layout is not torch.strided:
         return False
-    if torch.is_autocast_enabled(few.device) or forward_ad._current_level >= 0:
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or needs_grad(weight, other))) and few.admits(x, weight)
+    if not few.admits(x, weight) or torch.is_autocast_enabled(few.device) or forward_ad._current_level >= 0:
+        return False  # in this order: `admits` learns where the weight lies now
+    return not (torch.is_grad_enabled() and (x.requires_grad or needs_grad(weight, other)))
 
 
 def is_plain(weight: Any, other: Any) -> bool:

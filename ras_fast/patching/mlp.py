@@ -58,7 +58,7 @@ class FusedMLP(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mlp = self.mlp
-        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].numel() <= self.few.elements:
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].numel() <= self.few.most:
             states = self._states(args[0])
             if states is not None:
                 return mlp._modules[self.parts.down](states)

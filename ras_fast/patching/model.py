@@ -132,12 +132,14 @@ class Patch:
     @staticmethod
     def of(model: nn.Module) -> Patch | None:
         """The handle of a patched model, for instance of a deepcopy; None where the model is not patched."""
-        level = [model]
+        level, seen = [model], {model}
         while level:  # by levels, as a text model lies above hundreds of a vision tower's modules
             for module in level:
                 if _PATCH in module.__dict__:
                     return module.__dict__[_PATCH]
-            level = [child for module in level for child in module._modules.values() if child is not None]
+            children = {child: None for module in level for child in module._modules.values() if child is not None}
+            level = [child for child in children if child not in seen]
+            seen.update(level)
         return None
 
     # Life

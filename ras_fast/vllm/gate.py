@@ -29,7 +29,7 @@ from ras_fast.vllm.steering import Head, check_head, only_end, to_device
 
 SAMPLES, LOGITS = 8, 64  # states to know a head by, and about how large their logits are: a soft cap shows there
 RECORDS = 1 << 16  # gates that are kept, each a few numbers on the host
-ODDS = math.e  # up to which factor the odds of a known risk may be others here, of kernels that round otherwise
+ODDS = 5  # up to which factor the odds of a known risk may be others here, of kernels that round otherwise
 LEAST_RISK = 1e-6  # known risks that are nearer to 0 or 1 count as this far from it: rounding moves their odds the most
 Verdict = tuple[float, bool]  # t, and whether it could not be computed and is therefore 1
 
@@ -49,7 +49,7 @@ def check_known(config: dict[str, Any], risks: Sequence[float]) -> None:
         wanted = number(config["known"], question)
         if not abs(_log_odds(risk) - _log_odds(wanted)) <= math.log(ODDS):
             raise ValueError(
-                f"{question!r:.200} has the risk {risk:.6f} in this engine; calibration found {wanted:.6f}. Its weights are "
+                f"{question!r:.200} has the risk {risk:.3g} in this engine; calibration found {wanted:.3g}. Its weights are "
                 "not those of the profile's model, or what enters the prober's layer is computed otherwise"
             )
 

@@ -35,7 +35,7 @@ class SafeLLM:
 
     Raises ValueError when the engine was made without a profile, with one that is no longer there, or its head cannot be
     steered in logits; with one of AutoSteer, too, when it finds other risks than calibration in questions that the profile
-    knows.
+    knows. RuntimeError then when the engine has other requests already.
     """
 
     def __init__(self, llm: LLM):

@@ -465,7 +465,7 @@ def test_calibration_makes_a_profile_that_applies(model, processor, batch, few_e
 
 
 def test_the_risks_that_a_profile_knows(model, processor):
-    """Of the safest and the most toxic question, and of some in between."""
+    """Of the safest and the most toxic question, and of those between that the prober is least sure of."""
     made = profile(model, processor)
     questions = [random_words(i, 2 + i % 5) for i in range(9)]
     risks = {}
@@ -474,19 +474,43 @@ def test_the_risks_that_a_profile_knows(model, processor):
             model.generate(**encode(processor, query, "cpu", torch.float32)[0], max_new_tokens=1)
             risks[question] = steer.risk.item()
     known = autosteer.known_risks(made, model, processor, [*questions, ""])
-    ordered = sorted(risks, key=risks.get)
-    assert known == pytest.approx({ordered[i]: risks[ordered[i]] for i in (0, 2, 5, 8)}, abs=1e-6)
+    safest, *between, toxic = sorted(risks, key=risks.get)
+    between.sort(key=lambda question: abs(risks[question] - 0.5))
+    assert known == pytest.approx({question: risks[question] for question in (safest, toxic, *between[:2])}, abs=1e-6)
     assert known == autosteer.known_risks(made, model, processor, known)
     one = autosteer.known_risks(made, model, processor, questions[:1])
     assert one == pytest.approx({questions[0]: risks[questions[0]]}, abs=1e-6)
     assert autosteer.known_risks(made, model, processor, []) == {}
+    too_long = random_words(1, autosteer.KNOWN_TOKENS)
+    assert autosteer.known_risks(made, model, processor, [too_long]) == {}
+    assert autosteer.known_risks(made, model, processor, [too_long, *questions]) == known
+
+
+def test_known_risks_leave_out_what_cannot_be_judged(model, processor):
+    made = profile(model, processor)
+    made.tensors["prober_out.weight"] = torch.full((2, 8), torch.inf)
+    assert autosteer.known_risks(made, model, processor, ["w1"]) == {}
+
+
+def test_models_that_cannot_be_defended_as_they_are_have_known_risks(processor):
+    """Calibration takes a text model that was compiled by itself; `attach` does not, and says so."""
+    model = endless_llava(processor, LAYERS)
+    made, questions = profile(model, processor), ["w1 w2", "w3"]
+    expected = autosteer.known_risks(made, model, processor, questions)
+    model.model.language_model.compile(backend="eager")
+    assert autosteer.known_risks(made, model, processor, questions) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_layer_of_images_alone_knows_no_questions(processor):
     model = FAMILIES["mllama"].model("mllama")
-    made = RasProfile.__new__(RasProfile)
-    made.config = {"layer": model.config.get_text_config().cross_attention_layers[0]}
+    d = model.config.get_text_config().hidden_size
+    tensors = {"prober_in.weight": torch.ones(8, d), "prober_in.bias": torch.ones(8), "prober_out.weight": torch.ones(2, 8)}
+    tensors |= {"prober_out.bias": torch.ones(2), "refusal": torch.eye(d)}
+    layer = model.config.get_text_config().cross_attention_layers[0]
+    made = RasProfile("autosteer", {"layer": layer, "strength": 1.0, "threshold": 0.5}, tensors, fingerprint(model))
     assert autosteer.known_risks(made, model, processor, ["w1"]) == {}
+    made.config["layer"] = layer - 1
+    assert autosteer.known_risks(made, model, processor, ["w1"]) == {"w1": 0.5}
 
 
 def test_captured_states_are_the_models_own(model, processor):

@@ -272,6 +272,49 @@ def test_a_follower_that_has_changed_does_not_stop_the_first(joined, change):
         torch.testing.assert_close(second(x), nn.functional.linear(x, second.weight, second.bias))
 
 
+def test_a_follower_of_which_a_share_is_there_does_not_stop_the_first(joined):
+    """As DeepSpeed's ZeRO-3 holds weights until their own forward; the first has learned nothing of the new dtype yet."""
+    first, second = (linear.bfloat16() for linear in joined)
+    second.weight.data = torch.empty(0, dtype=torch.bfloat16)
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    gathers = second.register_forward_pre_hook(lambda module, args: None)
+    check_follower(first, x)
+    gathers.remove()
+    check_follower(first, x)
+
+
+def test_a_weight_that_is_cast_there_and_back():
+    linear, x = nn.Linear(8, 6), torch.randn(2, 8)
+    fast = FastLinear(linear)
+    with torch.no_grad():
+        assert count(lambda: fast(x)) == 1
+        linear.double()
+        assert count(lambda: fast(x.double())) == 0
+        linear.float()
+        assert count(lambda: fast(x)) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_rows_elsewhere_take_the_original(monkeypatch, backend):
+    monkeypatch.setattr("ras_fast.backend._forced", backend)
+    linear, x = nn.Linear(8, 6, bias=False), torch.randn(2, 8, device="meta")
+    fast = FastLinear(linear)
+    with torch.no_grad():
+        for rows in (x, x[:0]):
+            assert fast(rows).shape == (len(rows), 6)
+        linear.to("meta")
+        for rows in (x, x[:0], x[:0]):
+            assert fast(rows).shape == (len(rows), 6)
+
+
+def test_autocast_of_the_device_that_a_weight_was_moved_to():
+    linear, x = nn.Linear(8, 6), torch.randn(2, 8)
+    fast = FastLinear(linear)
+    fast.few.device, fast.few._on_cpu = "cuda", False  # as if it had been there until now
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fast(x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_gradients_of_either_parameter_alone(name):
     linear, x = nn.Linear(8, 6).requires_grad_(False), torch.randn(2, 8)

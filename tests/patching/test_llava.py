@@ -1005,3 +1005,9 @@ def test_out_of_memory_is_not_taken_for_a_model_that_cannot_be_patched(call):
     assert Patch.of(model) is None
     with ras_fast.patch(model) as patched:
         assert (patched.report().fused_layers, patched.report().regions) == (3, None)
+
+
+def test_modules_that_hold_each_other_have_no_patch():
+    outer = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    outer[0].outer = outer
+    assert Patch.of(outer) is None

@@ -91,8 +91,6 @@ class Few:
         before anything else, so that a prompt pays nearly nothing.
     """
 
-    __slots__ = ("_on_cpu", "device", "dtype", "elements", "most")  # there are hundreds
-
     def __init__(self, weight: Tensor) -> None:
         self.most = 0
         self._learn(weight)

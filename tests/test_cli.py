@@ -314,10 +314,10 @@ def test_an_option_left_empty_is_not_taken_for_one_left_out(capsys, command, opt
 
 
 def test_a_wrong_environment_variable_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(backend, "environment_error", ValueError("environment variable RAS_FAST_BACKEND: name is 'x'"))
+    monkeypatch.setattr(backend, "environment_error", ValueError("environment variable RAS_FAST_BACKEND: backend is 'x'"))
     for argv in (["generate", "--model", "tiny", "--prompt", "p"], ["inspect", "cuda"]):
         assert cli.main(argv) == 2
-        assert capsys.readouterr().err == "ras-fast: error: environment variable RAS_FAST_BACKEND: name is 'x'\n"
+        assert capsys.readouterr().err == "ras-fast: error: environment variable RAS_FAST_BACKEND: backend is 'x'\n"
     monkeypatch.setattr("ras_fast.build.main", lambda options: 0)
     assert cli.main(["build"]) == 0  # which may mend it
 
@@ -326,7 +326,7 @@ def test_doctor_tells_of_a_wrong_environment_variable():
     command = [sys.executable, "-m", "ras_fast.cli", "doctor"]
     done = subprocess.run(command, env=os.environ | {"RAS_FAST_BACKEND": "x"}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
-    assert "PROBLEM  environment variable RAS_FAST_BACKEND: name is 'x'" in done.stdout
+    assert "PROBLEM  environment variable RAS_FAST_BACKEND: backend is 'x'" in done.stdout
 
 
 def test_a_letter_that_the_terminal_lacks_is_spelt_out(monkeypatch):

@@ -22,7 +22,7 @@ from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.engine.watch import Watch
 from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
-from ras_fast.memory import is_out_of_memory
+from ras_fast.memory import is_out_of_memory, reraise_out_of_memory
 from ras_fast.methods import ONE_PASS, refuse_attached
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.cache_values import returned_cache
@@ -251,8 +251,7 @@ class SafeGenerator:
             wanted = self._own(tensor)
             found = self._branched(ids)
         except (AttributeError, TypeError, RuntimeError, ValueError) as error:  # the last from one that wants an image always
-            if is_out_of_memory(error):
-                raise
+            reraise_out_of_memory(error)
             raise ValueError(f"{name}: the engine cannot run it ({error}); {INSTEAD}") from error
         self._runner.passes, self._runner.tokens = counted  # these are no answer's
         if not close(found, wanted, self.model):

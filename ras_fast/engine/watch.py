@@ -21,7 +21,7 @@ class Watch:
 
     def changed(self) -> bool:
         """To be called before a batch: whether the model is another one than after the latest `note`."""
-        modules = modules_of(self._model)
+        modules = [*modules_of(self._model)]
         buffers = tensors_of(held(modules, "_buffers"))
         self._differs = _state(self._model, modules)[1] != self._noted[1] or buffers[1] != self._buffers[1]
         return self._differs
@@ -29,7 +29,7 @@ class Watch:
     def note(self) -> None:
         """To be called after a batch. The first one on a changed model may leave something there for good: transformers' hooks,
         for instance."""
-        modules = modules_of(self._model)
+        modules = [*modules_of(self._model)]
         if self._differs:
             self._noted = _state(self._model, modules)
         buffers = tensors_of(held(modules, "_buffers"))

@@ -34,7 +34,7 @@ class ModelCheck:
 
     def __call__(self, model: nn.Module) -> None:
         """Raises ValueError where the profile is not this model's."""
-        weights = weights_of(modules_of(model))
+        weights = weights_of([*modules_of(model)])
         if weights[1] != self._passed[1]:
             self.profile.check(model)
             self._passed = weights

@@ -75,7 +75,7 @@ class FastLinear(StandIn):
         its weight."""
         own = self.linear._parameters
         weight, bias = own.get("weight"), own.get("bias", ELSEWHERE)
-        if not is_plain(weight, bias) or (torch.is_grad_enabled() and needs_grad(weight, bias)):
+        if not are_parameters(weight, bias) or (torch.is_grad_enabled() and needs_grad(weight, bias)):
             return False
         if self.linear._forward_pre_hooks or every_module._global_forward_pre_hooks or not self.few.admits(x, weight):
             return False
@@ -117,14 +117,14 @@ def takes(x: Tensor, few: Few, weight: Any, other: Any = None) -> bool:
     other: the bias, or the weight of a second product; None where there is none.
     A decode step asks this of every product, between much else: it is kept short.
     """
-    if torch.compiler.is_compiling() or not is_plain(weight, other) or x.is_nested or x.layout is not torch.strided:
+    if torch.compiler.is_compiling() or not are_parameters(weight, other) or x.is_nested or x.layout is not torch.strided:
         return False
     if not few.admits(x, weight) or torch.is_autocast_enabled(few.device) or forward_ad._current_level >= 0:
         return False  # in this order: `admits` learns where the weight lies now
     return not (torch.is_grad_enabled() and (x.requires_grad or needs_grad(weight, other)))
 
 
-def is_plain(weight: Any, other: Any) -> bool:
+def are_parameters(weight: Any, other: Any) -> bool:
     """Whether these are parameters, or the other None: what is quantised or distributed multiplies in a way of its own."""
     return type(weight) is nn.Parameter and (other is None or type(other) is nn.Parameter)
 

@@ -30,6 +30,7 @@ from ras_fast.patching.towers import lay_out_by_rows, speed_up_gelus, speed_up_t
 from ras_fast.patching.trace import Trace, trace
 from ras_fast.patching.tracking import CrossRegionTracker
 from ras_fast.patching.undo import Undo, runs
+from ras_fast.profile import modules_of
 from ras_fast.regions import RegionMap
 
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
@@ -132,15 +133,8 @@ class Patch:
     @staticmethod
     def of(model: nn.Module) -> Patch | None:
         """The handle of a patched model, for instance of a deepcopy; None where the model is not patched."""
-        level, seen = [model], {model}
-        while level:  # by levels, as a text model lies above hundreds of a vision tower's modules
-            for module in level:
-                if _PATCH in module.__dict__:
-                    return module.__dict__[_PATCH]
-            children = {child: None for module in level for child in module._modules.values() if child is not None}
-            level = [child for child in children if child not in seen]
-            seen.update(level)
-        return None
+        # By levels: a text model lies above hundreds of a vision tower's modules.
+        return next((m.__dict__[_PATCH] for m in modules_of(model) if _PATCH in m.__dict__), None)
 
     # Life
 

@@ -45,8 +45,9 @@ def known_questions(config: dict[str, Any]) -> list[str]:
 def check_known(config: dict[str, Any], risks: Sequence[float]) -> None:
     """Raises ValueError unless an engine found these risks, of `known_questions` in their order, as calibration did: weights
     may be other ones, and layers may scale what they are given."""
-    for question, risk in zip(known_questions(config), risks, strict=True):
-        wanted = number(config["known"], question)
+    known = config["known"]
+    for question, risk in zip(known, risks, strict=True):
+        wanted = number(known, question)
         if not abs(_log_odds(risk) - _log_odds(wanted)) <= math.log(ODDS):
             raise ValueError(
                 f"{question!r:.200} has the risk {risk:.3g} in this engine; calibration found {wanted:.3g}. Its weights are "

@@ -266,8 +266,9 @@ def _defended(arguments: argparse.Namespace, profile: RasProfile, model, process
 def _undefended(arguments: argparse.Namespace, model, processor) -> dict:
     import time
 
-    from ras_fast.decoding import Decoding, generate_text
+    from ras_fast.decoding import Decoding
     from ras_fast.inputs import make_queries
+    from ras_fast.reference import generate_text
 
     (query,) = make_queries([arguments.prompt], [arguments.image or None], processor)
     with _patched(model):

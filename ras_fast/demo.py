@@ -9,12 +9,13 @@ from pathlib import Path
 from PIL import Image
 
 from ras_fast.attention_map import image_attention
-from ras_fast.decoding import Decoding, generate_text
+from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator, SafeOutput
 from ras_fast.evaluation import tinyworld
 from ras_fast.evaluation.calibration import calibrate_on_tinyworld
 from ras_fast.inputs import make_queries
 from ras_fast.loading import load
+from ras_fast.reference import generate_text
 from ras_fast.viz import save_heat_map
 
 NAMES = {"benign": "benign", "lookalike": "look-alike", "typographic": "harm in letters", "pictured": "harm in a drawing"}

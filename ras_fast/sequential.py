@@ -10,31 +10,20 @@ import time
 import torch
 from tqdm.auto import tqdm
 
-from ras_fast.decoding import (
-    BROKEN,
-    Decoding,
-    TooLong,
-    at_rest,
-    broken_rows,
-    check_length,
-    check_mode,
-    check_parts,
-    check_streamer,
-    eos_ids,
-    lock_of,
-    next_tokens,
-    output_head,
-    reference_generate,
-)
+from ras_fast.decoding import BROKEN, Decoding, broken_rows, check_streamer, eos_ids, next_tokens
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import BAD_PIXELS, CUT, NO_RISK
 from ras_fast.inputs import Query, encode, make_queries, refuse_typed_pieces
 from ras_fast.methods import refuse_attached, region_bias
 from ras_fast.methods.attention import prompt_features
 from ras_fast.methods.moras import Moras, assess, describe
+from ras_fast.model_checks import TooLong, check_length, check_mode, check_parts
+from ras_fast.model_lock import at_rest, lock_of
+from ras_fast.output_head import output_head
 from ras_fast.patching import patched
 from ras_fast.patching.structure import text_dtype
 from ras_fast.profile import RasProfile, wording
+from ras_fast.reference import reference_generate
 
 
 class _EndedLater:

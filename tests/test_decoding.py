@@ -15,20 +15,11 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from ras_fast.decoding import (
-    BROKEN,
-    Decoding,
-    EndWhenNotFinite,
-    GumbelNoise,
-    TooLong,
-    check_length,
-    eos_ids,
-    holds_stop,
-    next_tokens,
-    output_head,
-    reference_generate,
-)
+from ras_fast.decoding import BROKEN, Decoding, EndWhenNotFinite, GumbelNoise, eos_ids, holds_stop, next_tokens
 from ras_fast.inputs import encode, make_queries
+from ras_fast.model_checks import TooLong, check_length
+from ras_fast.output_head import output_head
+from ras_fast.reference import reference_generate
 
 EOS = 3
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ras_fast.decoding import Decoding, reference_generate
+from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator
 from ras_fast.evaluation import tinyworld
 from ras_fast.inputs import encode, make_queries
 from ras_fast.loading import load
 from ras_fast.methods import moras
+from ras_fast.reference import reference_generate
 from ras_fast.sequential import SequentialPipeline
 
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}

@@ -30,10 +30,11 @@ from torch import Tensor
 from ras_fast.decoding import next_tokens
 from ras_fast.engine import recurrence
 from ras_fast.engine.answer import Sequence
+from ras_fast.engine.graphs import HostRead, capture
 from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.recurrence import Segment, States
 from ras_fast.engine.runner import Runner
-from ras_fast.engine.workspace import Feed, HostRead, Workspace, capture
+from ras_fast.engine.workspace import Feed, Workspace
 from ras_fast.inputs import SIGHT, is_per_token, left_padded
 from ras_fast.patching.cache_values import Rows, keep, kept, kept_rows
 from ras_fast.patching.tracking import REGIONS

@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from ras_fast.decoding import Decoding, at_rest, check_mode, check_parts, check_streamer, lock_of, transformers_model
+from ras_fast.decoding import Decoding, check_streamer
 from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch
 from ras_fast.engine.kv_cache import ByteBoundedCache
@@ -24,9 +24,11 @@ from ras_fast.engine.workspace import Workspace
 from ras_fast.inputs import make_queries
 from ras_fast.memory import is_out_of_memory, reraise_out_of_memory
 from ras_fast.methods import ONE_PASS, refuse_attached
+from ras_fast.model_checks import check_mode, check_parts
+from ras_fast.model_lock import at_rest, lock_of
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.cache_values import returned_cache
-from ras_fast.patching.structure import only_records
+from ras_fast.patching.structure import only_records, transformers_model
 from ras_fast.profile import RasProfile, check_counts, wording
 
 

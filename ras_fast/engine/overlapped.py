@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ras_fast.decoding import Decoding, TooLong
+from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch, Prefix
 from ras_fast.engine.plan import Clock, Plan, image_mass
@@ -35,6 +35,7 @@ from ras_fast.inputs import SIGHT, ImageTokens, Query, common_length, fit, image
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query
+from ras_fast.model_checks import TooLong
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
 from ras_fast.patching.structure import has_foreign_hooks, is_heard

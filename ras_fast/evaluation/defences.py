@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from ras_fast.decoding import Decoding, generate_text, output_head
+from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator
 from ras_fast.evaluation import robustness
 from ras_fast.inputs import make_queries
 from ras_fast.methods import moras
+from ras_fast.output_head import output_head
 from ras_fast.profile import RasProfile
+from ras_fast.reference import generate_text
 from ras_fast.sequential import SequentialPipeline
 
 PROMPT_ONLY, CONSTANT, BINARY, SEQUENTIAL, CAPTION = "prompt-only", "constant-", "-binary", "-sequential", "-caption-"

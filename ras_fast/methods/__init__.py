@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ras_fast.decoding import lock_of
+from ras_fast.model_lock import lock_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ras_fast import parallel
-from ras_fast.decoding import output_head
 from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import attached, region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, Looks, features, features_so_far, rows_after_images
 from ras_fast.methods.calibration import check_arguments, groups_of_equal, on_the_cpu
 from ras_fast.methods.moras import PRESETS, Moras, assess, describe, refusal_prototypes
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
+from ras_fast.output_head import output_head
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.state import Monitor
 from ras_fast.patching.steering import Steering

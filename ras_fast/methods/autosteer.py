@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ras_fast import ops, parallel
-from ras_fast.decoding import eos_ids, output_head
+from ras_fast.decoding import eos_ids
 from ras_fast.inputs import (
     Query,
     batches,
@@ -42,6 +42,7 @@ from ras_fast.methods import attached
 from ras_fast.methods.calibration import check_arguments, digest, groups_of_equal, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
 from ras_fast.ops._registry import outside_autocast
+from ras_fast.output_head import output_head
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.structure import find_head, text_dtype

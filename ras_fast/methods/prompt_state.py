@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ras_fast.decoding import check_positions, lock_of, positions_of
+from ras_fast.model_checks import check_positions, positions_of
+from ras_fast.model_lock import lock_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import has_own_ranges, is_range, sees_itself
 from ras_fast.patching.cache_values import PerSequence, Rows, cache_name, given_cache, keep, kept, lacks_rows, returned_cache

@@ -12,6 +12,14 @@ from torch.nn.modules import module as every_module
 from ras_fast.patching.tracking import token_ids
 
 
+def transformers_model(model):
+    """The transformers model inside what `torch.compile` makes of it, or a PEFT one, whose adapters are modules of it; else the
+    model itself."""
+    while hasattr(model, "_orig_mod") or hasattr(model, "get_base_model"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.get_base_model()
+    return model
+
+
 def find_decoder(model: Any) -> tuple[nn.Module, nn.Module, nn.ModuleList]:
     """(the transformers model, its text model, the text model's decoder layers).
 

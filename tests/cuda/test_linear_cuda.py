@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import ras_fast
 from ras_fast import ops
-from ras_fast.engine.workspace import capture
+from ras_fast.engine.graphs import capture
 from ras_fast.ops.linear import ACTIVATIONS
 
 CUDA = ras_fast.backends()["cuda"]

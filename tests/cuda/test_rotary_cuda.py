@@ -6,7 +6,7 @@ import torch
 
 import ras_fast
 from ras_fast import ops
-from ras_fast.engine.workspace import capture
+from ras_fast.engine.graphs import capture
 
 CUDA = ras_fast.backends()["cuda"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=str(CUDA))]

@@ -328,7 +328,7 @@ def test_a_stand_in_that_outlives_its_block_is_refused(model):
 
 def test_a_thread_that_waits_while_its_block_ends_is_refused(model, processor):
     """It was started inside, and has got no further than another's answer."""
-    errors, lock = [], ras_fast.decoding.lock_of(model)
+    errors, lock = [], ras_fast.model_lock.lock_of(model)
     begun = threading.Event()
 
     def answer():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -191,7 +192,7 @@ def _layer(text: str) -> int | str:
 
 def _demo(arguments: argparse.Namespace) -> int:
     with _output_folder(arguments.out):
-        _quiet_transformers()
+        _quiet_libraries()
         from ras_fast import demo
 
         return demo.main(arguments.out)
@@ -568,25 +569,27 @@ def _output_folder(path: Path) -> Iterator[None]:
 
 
 def _read_profile(name: str) -> RasProfile:
-    _quiet_transformers()
+    _quiet_libraries()
     return RasProfile.from_pretrained(name)
 
 
 def _load(arguments: argparse.Namespace):
-    _quiet_transformers()
+    _quiet_libraries()
     return loading.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
 
 
-def _quiet_transformers() -> None:
-    """Silences the warnings of transformers and of the hub's client, which are for programmers; users of the command line get
-    this package's errors."""
+def _quiet_libraries() -> None:
+    """Silences the warnings of transformers, of the hub's client and of torchao, which transformers imports where it is there:
+    they are for programmers; users of the command line get this package's errors."""
     from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
+    for name in ("torchao", "torch.utils._pytree"):  # the latter warns of what torchao registers
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

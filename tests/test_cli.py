@@ -417,6 +417,13 @@ def test_build_and_inspect_hand_over(argv, delegate, expected, monkeypatch):
     assert got == [expected]
 
 
+def test_libraries_say_nothing_on_the_way():
+    command = [sys.executable, "-m", "ras_fast.cli", "generate", "--model", "tiny", "--prompt", "What colour?", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["text"]
+
+
 def test_help_loads_no_transformers():
     code = "import sys; from ras_fast import cli\ntry: cli.main(['--help'])\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

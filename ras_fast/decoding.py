@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import sys
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -82,9 +82,10 @@ class Decoding:
         object.__setattr__(self, "logits_processors", processors)
 
     def _check_numbers(self) -> None:
+        finite = sys.float_info.max
         allowed = {
-            "temperature": (lambda value: 0 < value < math.inf, "a number above 0"),
-            "repetition_penalty": (lambda value: 0 < value < math.inf, "a number above 0, or None"),
+            "temperature": (lambda value: 0 < value <= finite, "a number above 0 that a float holds"),
+            "repetition_penalty": (lambda value: 0 < value <= finite, "a number above 0 that a float holds, or None"),
             "top_k": (lambda value: isinstance(value, int) and value >= 0, "an integer of at least 0, or None"),
             "top_p": (lambda value: 0 < value <= 1, "in (0, 1], or None"),
             "min_p": (lambda value: 0 <= value <= 1, "in [0, 1], or None"),
@@ -102,7 +103,7 @@ class Decoding:
         """What turns raw logits into scores whose argmax is the next token of query number ``query``."""
         chain = LogitsProcessorList([EndWhenNotFinite(eos)])
         if self.repetition_penalty not in (None, 1.0):
-            chain.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            chain.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         chain.extend(self.logits_processors)
         if self.do_sample:
             chain.extend(warpers(self.temperature, self.top_k, self.top_p))

@@ -139,17 +139,17 @@ def read_pairs(path: str | Path) -> list[tuple]:
             continue
         try:
             row = json.loads(line)
+            pair = (_images_of(path, row["image"]), row["unsafe"], row["safe"])  # before `get`, which a list has not
             others = [_images_of(path, row["safe_image"])] if row.get("safe_image") is not None else []
-            pair = (_images_of(path, row["image"]), row["unsafe"], row["safe"], *others)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'{path}:{number} needs to be {{"image": …, "unsafe": …, "safe": …}}: {error!r}') from error
         refuse_unknown(f"{path}:{number}", row, ("image", "unsafe", "safe", "safe_image"))
-        if not all(isinstance(text, str) and text.strip() for text in pair[1:3]):
-            raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:3]}")
+        if not all(isinstance(text, str) and text.strip() for text in pair[1:]):
+            raise ValueError(f"{path}:{number}: unsafe and safe need to be texts that are not empty: {pair[1:]}")
         for image in _flat([pair[0], *others]):
             if not is_file(image):
                 raise ValueError(f"{path}:{number}: there is no image {str(image)[:300]}")
-        pairs.append(pair)
+        pairs.append((*pair, *others))
     if not pairs:
         raise ValueError(f'{path} holds no pair; it needs lines of {{"image": …, "unsafe": …, "safe": …}}')
     return pairs

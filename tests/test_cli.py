@@ -552,6 +552,8 @@ def test_pairs_may_be_about_no_image_or_several(folder, processor):
         ('{"image": "a.png", "unsafe": 5, "safe": "y"}', "unsafe and safe need to be texts"),
         ('{"image": "%s", "unsafe": "x", "safe": "y"}' % ("iVBORw0KGgo" * 900), "pairs.jsonl:1: there is no image"),
         ("[" * 100_000, "pairs.jsonl:1 needs to be"),
+        ('["a.png", "x", "y"]', "pairs.jsonl:1 needs to be"),
+        ("null", "pairs.jsonl:1 needs to be"),
         (r'{"image": "a.png", "unsafe": "\ud800", "safe": "y"}', "holds half a character"),
     ],
 )

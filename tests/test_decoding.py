@@ -120,6 +120,14 @@ def test_argmax_of_noisy_scores_samples_their_softmax():
     assert found[3] == 0
 
 
+def test_integers_count_as_numbers():
+    """Which transformers' processors refuse, some of them."""
+    scores = torch.tensor([[0.0, 5.0, 4.9]])
+    ids = torch.tensor([[1]])
+    settings = {"repetition_penalty": 2}, {"do_sample": True, "temperature": 2, "top_p": 1, "min_p": 1}
+    assert [Decoding(**own).processors(0, 1, [])(ids, scores).argmax().item() for own in settings] == [2, 1]
+
+
 def test_sampling_processors_run_before_the_noise():
     decoding = Decoding(do_sample=True, top_k=1, temperature=0.5)
     scores = torch.tensor([[0.0, 5.0, 4.9]])
@@ -141,6 +149,7 @@ def test_sampling_processors_run_before_the_noise():
         ({"do_sample": True, "min_p": 1.5}, r"min_p is 1.5; it needs to be in \[0, 1\]"),
         ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5; it needs to be an integer"),
         ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
+        ({"do_sample": True, "temperature": 10**400}, "it needs to be a number above 0 that a float holds"),
     ],
 )
 def test_numbers_that_cannot_be_used(settings, message):

@@ -554,7 +554,7 @@ def test_a_position_offset_of_the_users_stays():
 def test_attention_in_chunks_is_refused_where_a_prompt_or_what_is_beside_it_may_fill_one():
     model, processor, profile = built("llama4_text")
     with SafeGenerator(model, processor, profile) as guard:
-        for tokens, taken in ((1020, "may take 1024 tokens"), (900, "take 1152 places")):
+        for tokens, taken in ((1020, "may take 1024 places"), (900, "may take 1152 places")):
             with pytest.raises(ValueError, match=f"{taken}; from 1024 on Llama4ForCausalLM attends in chunks"):
                 guard.generate(["w30"], max_new_tokens=tokens)
         assert len(guard.generate(["w30"], max_new_tokens=4)) == 1

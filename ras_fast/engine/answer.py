@@ -28,8 +28,8 @@ class SafeOutput:
     region_mass: [layers, heads, images] fp32, how much attention the prompt's last token pays to each image of the query;
         to each tile where tiles are regions of their own (docs/integration.md); NaN for heads that a layer lacks. None unless
         the generator was made with ``region_mass=True``.
-    timings: seconds per stage, of the batch that the query was in; "first_token" is when its first token could be
-        shown.
+    timings: seconds per stage, of the batch that the query was in, and in all ("total"); "first_token", which
+        `SequentialPipeline` does not tell, is when its first token could be shown.
     """
 
     text: str

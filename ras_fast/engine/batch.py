@@ -51,7 +51,7 @@ class Branch:
     lengths: how many of them are each row's own, the last ones.
     ends: for each row, how many slots from the boundary of scratch and prefix its sequence reaches after the next feed: an
         answer upwards, over the prefix, a scratch sequence downwards; 0 for rows that are fed nothing.
-    states, logits: of the first ``keep`` steps, each [B, d] and [B, V].
+    states, logits: of the first ``recorded`` steps, each [B, d] and [B, V].
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Branch:
         feed: Feed,
         lengths: list[int],
         ends: list[int],
-        keep: int,
+        recorded: int,
         every: int,
     ):
         self.kind, self.sequences, self.feed, self.lengths, self.ends = kind, sequences, feed, lengths, ends
-        self.keep, self.states, self.logits = keep, [], []
+        self.recorded, self.states, self.logits = recorded, [], []
         self._steps = [0 if own is None else len(own.tokens) for own in sequences]
         self._recent: list[Tensor] = []
         self._every = every
@@ -107,7 +107,7 @@ class Branch:
 
     def take(self, states: Tensor, logits: Tensor) -> None:
         """The next tokens, read from states [B, d] through logits [B, V]."""
-        if len(self.states) < self.keep:
+        if len(self.states) < self.recorded:
             self.states.append(states.clone())
             self.logits.append(logits.clone())
         own = [sequence for sequence in self.sequences if sequence is not None]
@@ -233,14 +233,14 @@ class Batch:
         self._show_at(slots, regions, rows)
         return regions
 
-    def begun(self, kind: int, sequences: list[Sequence | None], keep: int = 0) -> Branch:
+    def begun(self, kind: int, sequences: list[Sequence | None], recorded: int = 0) -> Branch:
         """The branch of sequences whose prompts were read to their last token, and whose first tokens are chosen already.
 
-        sequences: one per row; None where a row has none. keep: as in `branch`.
+        sequences: one per row; None where a row has none. recorded: as in `branch`.
         """
         # What it is fed next is not known yet: `take` puts it there.
         feeds = [[] if own is None else [self.runner.filler] for own in sequences]
-        made = self.branch(kind, sequences, feeds, [len(own.prompt) if own else 0 for own in sequences], keep)
+        made = self.branch(kind, sequences, feeds, [len(own.prompt) if own else 0 for own in sequences], recorded)
         last = self._last[kind]
         blank = torch.zeros_like(next(iter(last.values())))
         states = torch.stack([blank if own is None else last[row] for row, own in enumerate(sequences)])
@@ -264,22 +264,22 @@ class Batch:
         self._look(ANSWER, own, [prompt])
         self._show_at(self._slots(ANSWER, places, own), prefix.regions, own)
 
-    def branch(self, kind: int, sequences, feeds: list[list[int]], kept: list[int], keep: int = 0) -> Branch:
+    def branch(self, kind: int, sequences, feeds: list[list[int]], read: list[int], recorded: int = 0) -> Branch:
         """A new branch whose next feed is these tokens, a list per row; a row with an empty list takes no part.
 
-        kept: how many tokens of each row's prompt the pool holds already.
-        keep: of how many steps the branch keeps states and logits.
+        read: how many tokens of each row's prompt the pool holds already.
+        recorded: of how many steps the branch keeps states and logits.
         """
         width, device = self.runner.width(max(map(len, feeds))), self.runner.device
         lengths = [len(feed) for feed in feeds]
         fill = [width - length for length in lengths]
         ids = [[self.runner.filler] * n + feed for n, feed in zip(fill, feeds, strict=True)]
-        places = [[-1] * n + [*range(k, k + width - n)] for n, k in zip(fill, kept, strict=True)]
+        places = [[-1] * n + [*range(k, k + width - n)] for n, k in zip(fill, read, strict=True)]
         feed = self.space.feed(kind, torch.tensor(ids, device=device), torch.tensor(places, device=device))
-        ends = [(k + length) * bool(length) for k, length in zip(kept, lengths, strict=True)]
+        ends = [(k + length) * bool(length) for k, length in zip(read, lengths, strict=True)]
         if kind == SCRATCH:
             ends = [max(end - held, 0) for end, held in zip(ends, self._held, strict=True)]
-        made = self.branches[kind] = Branch(kind, sequences, feed, lengths, ends, keep, self.runner.sync_every)
+        made = self.branches[kind] = Branch(kind, sequences, feed, lengths, ends, recorded, self.runner.sync_every)
         return made
 
     def clear_scratch(self, slots: int, read_prefix: list[bool]) -> None:

@@ -118,8 +118,9 @@ class SafeGenerator:
             repetition_penalty, seed, stop_strings, logits_processors). The model's generation config gives the
             end-of-sequence tokens and nothing else. Stop strings end answers, not contexts, and stay in the text.
 
-        Raises ValueError for input that cannot be used, and RuntimeError where a logits processor runs this model. An
-        exception in any stage leaves no answer behind: there is no way from an error to an unsteered answer.
+        Raises ValueError for input that cannot be used, TypeError for a setting that is no field, and RuntimeError where a
+        logits processor runs this model. An exception in any stage leaves no answer behind: there is no way from an error to
+        an unsteered answer.
         """
         check_streamer(streamer)
         try:

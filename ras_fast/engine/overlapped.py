@@ -299,10 +299,10 @@ class Overlapped(Plan):
         """Stage 1 with the answers drafted beside it. Returns the drafts' branch."""
         drafts, steps = [job.draft for job in jobs], self.moras.steps
         if jobs[0].whole:
-            draft = batch.begun(ANSWER, drafts, keep=steps)
+            draft = batch.begun(ANSWER, drafts, recorded=steps)
         else:
             feeds, lengths = [job.draft.prompt[len(job.prefix) :] for job in jobs], [len(job.prefix) for job in jobs]
-            draft = batch.branch(ANSWER, drafts, feeds, lengths, keep=steps)
+            draft = batch.branch(ANSWER, drafts, feeds, lengths, recorded=steps)
         context = self._stage(batch, jobs, contexts, self.moras.config["max_context_tokens"])
         branches = [draft] if context is None else [context, draft]
         if not jobs[0].whole:
@@ -353,7 +353,7 @@ class Overlapped(Plan):
     def _assess(self, batch: Batch, jobs: list[Job], draft: Branch) -> None:
         """Stage 2: the similarity and the risk of each query. The drafts go on in the same steps."""
         entries = [self._risk_entry(job) for job in jobs]
-        risk = self._stage(batch, jobs, entries, self.moras.steps, keep=self.moras.steps)
+        risk = self._stage(batch, jobs, entries, self.moras.steps, recorded=self.moras.steps)
         while not risk.done and risk.steps < self.moras.steps:
             batch.step([branch for branch in (risk, draft) if not branch.done])
         while not draft.done and draft.steps < self.moras.steps:
@@ -476,12 +476,12 @@ class Overlapped(Plan):
         shares = shares and not self._has_special_token(prompt)
         return (True, len(prompt) - length) if shares else (False, len(prompt))
 
-    def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, keep: int = 0) -> Branch | None:
+    def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, recorded: int = 0) -> Branch | None:
         """The scratch branch of a stage; None when no job takes part.
 
         entries: (query, sequence) for each job, None for one that takes no part. A prompt that does not begin with the job's
             prefix, or has images after it, gets a prefill of its own.
-        new_tokens: the most that the stage produces. keep: of how many steps the branch keeps states and logits.
+        new_tokens: the most that the stage produces. recorded: of how many steps the branch keeps states and logits.
         """
         if not any(entries):
             return None
@@ -497,13 +497,13 @@ class Overlapped(Plan):
         self._prefill(batch, alone, SCRATCH)
         sequences = [entry[1] if entry else None for entry in entries]
         if whole:
-            return batch.begun(SCRATCH, sequences, keep)
+            return batch.begun(SCRATCH, sequences, recorded)
         prompts = [entry[1].prompt if entry else [] for entry in entries]
         # Where some go on from a prefix, the others are computed ahead but for their last token.
         counts = [length if shares else min(length, 1) for shares, length in plans]
         feeds = [prompt[len(prompt) - count :] for prompt, count in zip(prompts, counts, strict=True)]
         kept = [len(prompt) - count for prompt, count in zip(prompts, counts, strict=True)]
-        return batch.branch(SCRATCH, sequences, feeds, kept, keep=keep)
+        return batch.branch(SCRATCH, sequences, feeds, kept, recorded)
 
     # Attention
 

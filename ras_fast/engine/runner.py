@@ -151,12 +151,7 @@ class Runner:
                 f"{type(self.model).__name__} follow the length, and the stages could not share a prefix: ask for fewer, or "
                 "use ras_fast.sequential"
             )
-        if self.chunk is not None and tokens >= self.chunk:
-            raise TooLong(
-                f"a prompt and its answer may take {tokens} tokens; from {self.chunk} on {type(self.model).__name__} attends "
-                "in chunks or scales queries by their place, which the engine does not know: ask for fewer, or use "
-                "ras_fast.sequential"
-            )
+        self.workspaces.check(tokens)
 
     @contextmanager
     def _same_frequencies(self) -> Iterator[None]:

@@ -134,10 +134,10 @@ class Workspaces:
         self._kept[key] = space
 
     def check(self, slots: int) -> None:
-        """Raises TooLong for a workspace, lent or grown, of as many slots as a chunk."""
+        """Raises TooLong for as many slots as a chunk: of a workspace, lent or grown, or of a prompt and its answer alone."""
         if self._chunk is not None and slots >= self._chunk:
             raise TooLong(
-                f"a prompt, its answer and what is written beside them take {slots} places; from {self._chunk} on "
+                f"a prompt, its answer and what is written beside them may take {slots} places; from {self._chunk} on "
                 f"{type(self._model).__name__} attends in chunks or scales queries by their place, which the engine does not "
                 "know: ask for fewer tokens, or use ras_fast.sequential"
             )

@@ -15,6 +15,7 @@ from ras_fast.evaluation import robustness
 from ras_fast.inputs import make_queries
 from ras_fast.methods import moras
 from ras_fast.output_head import output_head
+from ras_fast.patching.structure import text_dtype
 from ras_fast.profile import RasProfile
 from ras_fast.reference import generate_text
 from ras_fast.sequential import SequentialPipeline
@@ -176,7 +177,7 @@ class _Maker:
     def _constant(self, name: str):
         gate = _gate_of(name)
         profile = replace(self._checked(self.staged), config=self.staged.config | {"gate": gate})
-        steering = moras.Moras(profile, output_head(self.model), self.model.device, self.model.dtype)
+        steering = moras.Moras(profile, output_head(self.model), self.model.device, text_dtype(self.model))
         risk = torch.full((1,), gate, device=self.model.device)
         return lambda step, hidden: steering.steer(hidden, risk, step)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -83,6 +83,7 @@ def from_vectors(
     if isinstance(vectors, (str, Path)):
         vectors = read_vectors(vectors)
     _check_alpha(alpha)
+    layers = None if layers is None else _checked_layers(layers)
     if not isinstance(vectors, (Tensor, Mapping)):
         raise ValueError(f"vectors is a {type(vectors).__name__}; it needs to be a tensor [d], or a dict of one for each layer")
     if isinstance(vectors, Tensor):
@@ -96,9 +97,10 @@ def from_vectors(
         vectors = {layer: vectors[layer] for layer in layers}
     if not vectors:
         raise ValueError("vectors is empty; at least one layer needs one")
+    layers = sorted(_checked_layers([*vectors]))
     text = model.config.get_text_config()
-    config: dict[str, Any] = {"alpha": float(alpha), "layers": sorted(vectors), "condition": None}
-    rows = [_direction(vectors[layer], f"the vector of layer {layer}", text.hidden_size) for layer in sorted(vectors)]
+    config: dict[str, Any] = {"alpha": float(alpha), "layers": layers, "condition": None}
+    rows = [_direction(vectors[layer], f"the vector of layer {layer}", text.hidden_size) for layer in layers]
     tensors = {"vectors": torch.stack(rows)}
     if condition is not None:
         tensors["condition"] = _direction(condition.direction, "the condition's direction", text.hidden_size)
@@ -216,10 +218,7 @@ def calibrate(
     if measure not in MEASURES or per not in SCOPES:
         raise ValueError(f"measure is {measure!r} and per is {per!r}; they need to be one of {MEASURES} and one of {SCOPES}")
     count = model.config.get_text_config().num_hidden_layers
-    layers = [count // 2] if layers is None else layers
-    if not isinstance(layers, Iterable) or not layers or not all(map(is_integer, layers)):
-        raise ValueError(f"layers is {layers!r}; it needs to be a list of at least one decoder layer's index")
-    layers = sorted(layers)
+    layers = [count // 2] if layers is None else sorted(_checked_layers(layers))
     if condition_layer is not None and not is_integer(condition_layer):
         raise ValueError(f"condition_layer is {condition_layer!r}; it needs to be a decoder layer's index, or None")
     if condition_pairs:
@@ -312,11 +311,8 @@ class Projection:
         if profile.method != "projection":
             raise ValueError(f"profile method is {profile.method!r}; this needs to be 'projection'")
         self.profile, self._check, config = profile, ModelCheck(profile), profile.config
-        self.alpha, self.layers, self.vectors = number(config, "alpha"), config.get("layers"), profile.tensors["vectors"]
-        if not isinstance(self.layers, list) or not all(map(is_integer, self.layers)):
-            raise ValueError(f"layers is {self.layers!r}; it needs to be a list of decoder layers' indices")
-        if len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"layers is {self.layers}; each needs to be there once, as it has one vector")
+        self.alpha, self.layers = number(config, "alpha"), _checked_layers(config.get("layers"))
+        self.vectors = profile.tensors["vectors"]
         if self.vectors.dim() != 2 or len(self.vectors) != len(self.layers):
             raise ValueError(
                 f"vectors have shape {tuple(self.vectors.shape)}; they need to be [layers = {len(self.layers)}, d]"
@@ -450,6 +446,14 @@ class _Run:
 
     def _steer(self, alpha: Tensor) -> None:
         self.steering.set_rows(torch.zeros_like(alpha, dtype=torch.int32), alpha)
+
+
+def _checked_layers(layers: Sequence[int]) -> Sequence[int]:
+    if not isinstance(layers, (list, tuple, range)) or not layers or not all(map(is_integer, layers)):
+        raise ValueError(f"layers is {layers!r}; it needs to be a list of at least one decoder layer's index")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers is {layers}; each needs to be there once, as it has one vector")
+    return layers
 
 
 def _check_alpha(alpha: float) -> None:

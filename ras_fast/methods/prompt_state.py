@@ -46,7 +46,7 @@ class PromptState:
 
     check: of the method's profile; another model's is refused by `watch`, and by each `generate` inside its block.
     name: what values are kept under on a cache. To be another one wherever something else would be decided, or a cache that one
-        profile judged would count as judged by the next. None: the method's.
+        profile judged would count as judged by the next.
     value: the decision that holds for the forward that runs. None: neither this forward nor an earlier one with the same cache
         has decided yet, so the forward reads a prompt. Without a cache every forward does.
     past: how many tokens the cache held before the forward that runs.
@@ -58,8 +58,8 @@ class PromptState:
     refusing: the handle of a hook that stops a `generate` whose block has ended before it.
     """
 
-    def __init__(self, check: ModelCheck, name: str | None = None) -> None:
-        self.check, self.name = check, name or check.profile.method
+    def __init__(self, check: ModelCheck, name: str) -> None:
+        self.check, self.name = check, name
         self.value: Any = None
         self.past: int | Tensor = 0
         self.prompt_length = 0

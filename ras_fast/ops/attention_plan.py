@@ -109,7 +109,7 @@ def plan_cpu(query: Tensor, key: Tensor, value: Tensor, case: Case) -> Plan:
     return plan_cpu_prefill(query, key, value, case)
 
 
-def decodes_on_cpu(query: Tensor, key: Tensor, row_bounds: bool = False) -> bool:
+def decodes_on_cpu(query: Tensor, key: Tensor, row_bounds: bool) -> bool:
     """Whether there are so few query rows that a kernel which reads the cache once should run them. Looks at shapes only, so it
     may be traced.
 
@@ -126,14 +126,16 @@ def op_of(query: Tensor, key: Tensor, row_bounds: bool) -> str:
     detour through Python."""
     if decodes_on_cpu(query, key, row_bounds):
         return "decode_attention"
-    return "prefill_attention" if beats_flash_on_cpu(query, key, row_bounds) else "region_attention"
+    return "prefill_attention" if _prefills_on_cpu(query) else "region_attention"
 
 
-def beats_flash_on_cpu(query: Tensor, key: Tensor, row_bounds: bool = False) -> bool:
+def beats_flash_on_cpu(query: Tensor, key: Tensor, row_bounds: bool) -> bool:
     """Whether a kernel of this package is the fastest on the CPU, whatever the masks. Looks at shapes only, so it may be
     traced."""
-    if decodes_on_cpu(query, key, row_bounds):
-        return True
+    return decodes_on_cpu(query, key, row_bounds) or _prefills_on_cpu(query)
+
+
+def _prefills_on_cpu(query: Tensor) -> bool:
     return backend.resolve("prefill_attention", query.device) == "cpu" and query.dtype not in MATRIX_DTYPES
 
 

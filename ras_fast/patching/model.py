@@ -210,7 +210,7 @@ class Patch:
             ValueError: `rows` is negative or no integer, `reduce` is unknown, or an index is not there.
         """
         state = self._regions()
-        if rows is not None and (not isinstance(rows, int) or rows < 0):
+        if rows is not None and not (is_integer(rows) and rows >= 0):
             raise ValueError(f"rows is {rows!r}; it must be None or an integer of at least 0")
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce is {reduce!r}; it must be one of {', '.join(REDUCTIONS)}")

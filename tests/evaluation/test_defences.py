@@ -1,10 +1,11 @@
 """The forward passes that the safety table counts."""
 
 import pytest
+import torch
 from tape import Graphs
 from test_engine import make_profile
 from test_engine_one_pass import autosteer
-from tiny_random import random_image
+from tiny_random import random_image, tiny_llava
 
 import ras_fast
 from ras_fast.engine import batch
@@ -49,6 +50,14 @@ def test_steps_that_a_graph_stands_for_are_counted(model, processor, profiles, m
     monkeypatch.setattr("ras_fast.engine.runner.WIDTH", 1)  # no prompt is padded
     assert counts(model, processor, profiles, names) == expected
     assert graphs.replays > graphs.made > 0
+
+
+def test_a_constant_risk_steers_a_model_whose_vision_tower_has_another_dtype(processor):
+    model = tiny_llava(processor).to(torch.bfloat16)
+    model.model.vision_tower.float()  # which comes first, and so is the model's dtype
+    assert (model.dtype, model.lm_head.weight.dtype) == (torch.float32, torch.bfloat16)
+    defences = make_defences(["constant-1"], model, processor, {"moras": make_profile(model, processor)}, 4)
+    assert defences["constant-1"]("w3 ?", []).text
 
 
 def test_names_are_checked_against_what_the_profiles_can_be_made_into():

@@ -137,7 +137,7 @@ def test_a_prompt_is_decided_once(own_cache):
             prompts.append(kwargs["hidden_states"].shape if "hidden_states" in kwargs else args[0].shape)
             state.decide(Rows(torch.tensor([7, 8])))
 
-    state = PromptState(ModelCheck(SimpleNamespace(method="gate", check=lambda model: None)))
+    state = PromptState(ModelCheck(SimpleNamespace(check=lambda model: None)), "gate")
     with ras_fast.patch(model) as patched, torch.no_grad():
         with state.watch(patched), patched.layers[1].register_forward_pre_hook(decide, with_kwargs=True):
             past = model(**batch, past_key_values=past, use_cache=True).past_key_values
@@ -161,7 +161,7 @@ def test_a_static_cache_that_is_used_again_starts_afresh():
         if state.value is None:
             state.decide(Rows(torch.zeros(1)))
 
-    state = PromptState(ModelCheck(SimpleNamespace(method="gate", check=lambda model: None)))
+    state = PromptState(ModelCheck(SimpleNamespace(check=lambda model: None)), "gate")
     past = StaticCache(model.config.text_config, max_cache_len=64)
     with ras_fast.patch(model) as patched, state.watch(patched):
         handle = patched.layers[0].register_forward_pre_hook(decide)

@@ -480,11 +480,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace, records: list[dict], dataset, judge) -> int:
     """Writes and shows the report of an evaluation. 1 where something could not be asked, judged or used."""
-    from ras_fast.evaluation import run
+    from ras_fast.evaluation import report
 
-    print(run.write_report(arguments.out, records, dataset, arguments.model, judge))
+    print(report.write_report(arguments.out, records, dataset, arguments.model, judge))
     print(f"report and plots in {arguments.out}")
-    failed = {what: sum(key in record for record in records) for key, what in run.FAILURES.items()}
+    failed = {what: sum(key in record for record in records) for key, what in report.FAILURES.items()}
     if any(failed.values()) or dataset.skipped:
         told = ", ".join(f"{count} {what}" for what, count in failed.items())
         print(f"ras-fast: {told}, {len(dataset.skipped)} items were left out", file=sys.stderr)

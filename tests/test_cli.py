@@ -795,7 +795,7 @@ def test_eval_without_a_profile_is_undefended(folder, tmp_path, questions):
 def test_eval_of_a_file_that_is_called_as_the_synthetic_world_calibrates_nothing(folder, tmp_path, questions, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(cli, "_own_profiles", lambda *arguments: pytest.fail("calibrated on the synthetic world"))
-    monkeypatch.setattr("ras_fast.evaluation.run.write_report", lambda *arguments: "")
+    monkeypatch.setattr("ras_fast.evaluation.report.write_report", lambda *arguments: "")
     questions.rename("tinyworld-questions.jsonl")
     assert evaluate(folder, tmp_path, "tinyworld-questions.jsonl") == 0
 

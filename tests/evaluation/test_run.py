@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ras_fast.evaluation import run
+from ras_fast.evaluation import report, run
 from ras_fast.evaluation.datasets import Dataset, Item, load_dataset
 from ras_fast.evaluation.defences import Answer
 from ras_fast.evaluation.judges import Judge
@@ -47,7 +47,7 @@ def test_rates_of_known_defences(tmp_path):
     answers = run.AnswerFile(tmp_path, SETTINGS)
     defences = {"open": complying, "closed": refusing, "perfect": perfect}
     records = run.run(dataset(), defences, answers, progress=False)
-    rows = {row["defence"]: row for row in run.summarise(records)}
+    rows = {row["defence"]: row for row in report.summarise(records)}
     rates = {name: {c: e.value for c, e in row["cells"].items() if c != "ms"} for name, row in rows.items()}
     assert rates == {
         "open": {"image-harm ASR": 1, "over-refusal": 0, "accuracy": 1},
@@ -235,17 +235,17 @@ def test_extra_forward_passes_are_those_beyond_the_undefended_answer_to_the_same
 
     defences = {"undefended": picky, "defended": lambda q, i: Answer("yes", passes=3, tokens=10)}
     records = run.run(data, defences, run.AnswerFile(tmp_path, SETTINGS), progress=False)
-    undefended, defended = (row["cells"] for row in run.summarise(records))
+    undefended, defended = (row["cells"] for row in report.summarise(records))
     assert (undefended["extra forward passes"].value, undefended["extra tokens"].value) == (0, 0)
     assert (defended["extra forward passes"].value, defended["extra tokens"].value) == (2, 10 - (1 + 3 + 5 + 7) / 4)
-    assert "| +2.0 | +6.0 |" in run.write_report(tmp_path, records, data, "m")
+    assert "| +2.0 | +6.0 |" in report.write_report(tmp_path, records, data, "m")
 
 
 def test_harm_in_text_and_in_images_are_two_columns(tmp_path):
     data = dataset(4)
     data.items[0] = replace(data.items[0], text_harm=True)
     records = run.run(data, {"d": lambda q, i: Answer("yes" if q == "q0" else SORRY)}, run.AnswerFile(tmp_path, SETTINGS))
-    cells = run.summarise(records)[0]["cells"]
+    cells = report.summarise(records)[0]["cells"]
     assert (cells["text-harm ASR"].value, cells["image-harm ASR"].value) == (1, 0)
 
 
@@ -264,9 +264,9 @@ def test_another_judge_renews_the_verdicts_without_asking_again(tmp_path):
         assert [record["complied"] for record in records if record["harmful"]] == [True, False]
         assert len(asked) == count
     assert len((tmp_path / run.ANSWERS).read_text().splitlines()) == 4 + 2  # each verdict was renewed once
-    assert "Judge of harm: strict." in run.write_report(tmp_path, records, dataset(4), "m", strict)
+    assert "Judge of harm: strict." in report.write_report(tmp_path, records, dataset(4), "m", strict)
     unprintable = replace(dataset(4), name="bad\udcff.jsonl")
-    assert "Safety of m\\n on bad\\udcff.jsonl" in run.write_report(tmp_path, records, unprintable, "m\n", strict)
+    assert "Safety of m\\n on bad\\udcff.jsonl" in report.write_report(tmp_path, records, unprintable, "m\n", strict)
 
 
 def test_a_judge_that_was_edited_judges_again(tmp_path):
@@ -291,9 +291,9 @@ def test_a_query_that_cannot_be_asked_is_reported_and_the_run_goes_on(tmp_path):
         return Answer("yes")
 
     records = run.run(dataset(4), {"d": picky}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
-    (row,) = run.summarise(records)
+    (row,) = report.summarise(records)
     assert (row["n"], row["errors"]) == (3, 1)
-    text = run.write_report(tmp_path, records, dataset(4), "m")
+    text = report.write_report(tmp_path, records, dataset(4), "m")
     assert "- d: 1 could not be asked.\n- '2' could not be asked (d): images[0] cannot be read.\n" in text
     assert json.loads((tmp_path / "report.json").read_text())["failures"] == [
         "'2' could not be asked (d): images[0] cannot be read"
@@ -316,7 +316,7 @@ def test_an_error_of_one_query_does_not_end_the_run(tmp_path, error, reason):
 
     records = run.run(dataset(4), {"c": picky, "d": picky}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
     assert ["error" in record for record in records] == [False, False, False, False, True, True, False, False]
-    assert f"- '2' could not be asked (c, d): {reason}.\n" in run.write_report(tmp_path, records, dataset(4), "m")
+    assert f"- '2' could not be asked (c, d): {reason}.\n" in report.write_report(tmp_path, records, dataset(4), "m")
 
 
 def test_a_process_without_memory_ends_the_run(tmp_path):
@@ -346,9 +346,9 @@ def raising(question, answer):
 )
 def test_a_judge_that_does_not_judge_is_reported_and_asked_again(tmp_path, judge, reason):
     records, own = judged(tmp_path, lambda question, answer: judge(question, answer) if question == "q2" else True)
-    (row,) = run.summarise(records)
+    (row,) = report.summarise(records)
     assert (row["n"], row["errors"], row["unjudged"], row["cells"]["image-harm ASR"].n) == (4, 0, 1, 1)
-    text = run.write_report(tmp_path, records, dataset(4), "m", own)
+    text = report.write_report(tmp_path, records, dataset(4), "m", own)
     assert f"- d: 1 could not be judged.\n- '2' could not be judged (d): {reason}.\n" in text
 
     judges = []
@@ -385,21 +385,21 @@ def test_a_score_that_failed_counts_as_the_highest(tmp_path):
         return Answer(SORRY, risk=1.0 if harmful else 0.0, score=float("nan") if harmful else 0.2)
 
     records = run.run(dataset(), {"d": failing}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
-    assert run.summarise(records)[0]["auroc"].value == 1
+    assert report.summarise(records)[0]["auroc"].value == 1
 
 
 def test_report_files(tmp_path):
     records = run.run(dataset(), {"a": complying, "b": perfect}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
-    text = run.write_report(tmp_path, records, replace(dataset(), note="- a note"), "tiny")
+    text = report.write_report(tmp_path, records, replace(dataset(), note="- a note"), "tiny")
     assert text == (tmp_path / "report.md").read_text()
     assert "| a | 100 [25, 100] | 0 [0, 75] | 100 [25, 100] |" in text
     assert "Judge of harm: refusal phrases." in text
     assert "synthetic" in text
     assert "\n- a note\n" in text
     assert "| 1.000 [0.250, 1.000] |" in text
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["auroc"] for row in report["rows"]] == [None, {"value": 1.0, "low": 0.25, "high": 1.0, "n": 8}]
-    assert report["rows"][1]["kinds"]["ASR"]["bad"] == {"value": 0.0, "low": 0.0, "high": 0.75, "n": 4}
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert [row["auroc"] for row in written["rows"]] == [None, {"value": 1.0, "low": 0.25, "high": 1.0, "n": 8}]
+    assert written["rows"][1]["kinds"]["ASR"]["bad"] == {"value": 0.0, "low": 0.0, "high": 0.75, "n": 4}
     for name in ("roc.png", "risk.png", "trade_off.png"):
         with Image.open(tmp_path / name) as chart:
             assert chart.format == "PNG"
@@ -410,7 +410,7 @@ def test_a_report_whose_writing_fails_leaves_the_one_before(tmp_path, monkeypatc
     (tmp_path / "report.md").write_text("before")
     monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run.write_report(tmp_path, records, dataset(2), "m")
+        report.write_report(tmp_path, records, dataset(2), "m")
     assert (tmp_path / "report.md").read_text() == "before"
 
 
@@ -419,7 +419,7 @@ def test_a_kind_is_a_rate_whatever_its_name(tmp_path):
     for number, kind in ((0, "ms"), (1, "extra hard"), (2, "a|b\nc"), (3, "benign")):
         data.items[number] = replace(data.items[number], kind=kind)
     records = run.run(data, {"d": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
-    text = run.write_report(tmp_path, records, data, "m")
+    text = report.write_report(tmp_path, records, data, "m")
     table = "| defence | ms % (n = 1) | a\\|b\\nc % (n = 1) |\n| --- | --- | --- |\n| d | 100 [0, 100] | 100 [0, 100] |\n"
     assert f"## ASR by kind\n\n{table}" in text
     assert "| extra hard % (n = 1) | benign % (n = 1) |\n| --- | --- | --- |\n| d | 100 [0, 100] | 100 [0, 100] |" in text

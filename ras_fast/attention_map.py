@@ -55,6 +55,8 @@ def image_attention(model, processor, prompt, images) -> ImageAttention:
     (query,) = make_queries([prompt], [images], processor)
     if not query.images:
         raise ValueError("images is empty; a map of the attention to images needs at least one")
+    if query.poisoned:  # it would be attention to the black one in its place
+        raise ValueError("images holds one with NaN or infinite pixels")
     inputs, _ = encode(processor, query, model.device, model.dtype)
     with _patched(model) as handle:
         tokens = inputs["input_ids"][0]

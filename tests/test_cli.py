@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -967,6 +968,12 @@ def test_attention_map_needs_an_image():
     processor = tiny_processor()
     with pytest.raises(ValueError, match="images is empty"):
         image_attention(tiny_llava(processor), processor, "w1", None)
+
+
+def test_attention_map_needs_pixels_that_are_numbers():
+    processor = tiny_processor()
+    with pytest.raises(ValueError, match="images holds one with NaN or infinite pixels"):
+        image_attention(tiny_llava(processor), processor, "w1", [torch.full((3, 32, 32), math.nan)])
 
 
 @pytest.fixture(params=["pil", "torchvision"])

@@ -973,7 +973,7 @@ def test_attention_map_needs_an_image():
 def test_attention_map_needs_pixels_that_are_numbers():
     processor = tiny_processor()
     with pytest.raises(ValueError, match="images holds one with NaN or infinite pixels"):
-        image_attention(tiny_llava(processor), processor, "w1", [torch.full((3, 32, 32), math.nan)])
+        image_attention(tiny_llava(processor), processor, "w1", [torch.full((32, 32, 3), math.nan)])
 
 
 @pytest.fixture(params=["pil", "torchvision"])

@@ -56,12 +56,16 @@ class OnePass(Plan):
         jobs = [self._prepare(number, query, decoding) for number, query in queries]
         sound = [job for job in jobs if job.failed_closed is None]
         size = max(len(sound), 1) if self.runner.joins_images else 1
-        with attached(Patch.of(self.runner.model), self.method) as method:
+        with self._attached() as method:
             for numbers, inputs in batches([job.inputs for job in sound], size):
                 self._answer_alike([sound[i] for i in numbers], inputs, method, streamer, clock)
         clock.lap("answer")
         self.last_timings = clock.timings()
         return [self.output(job.answer, job.risk, job.failed_closed, region_mass=job.region_mass) for job in jobs]
+
+    def _attached(self):
+        """The method at work in the model, inside a `with` block."""
+        return attached(Patch.of(self.runner.model), self.method)
 
     def _prepare(self, number: int, query: Query, decoding: Decoding) -> Job:
         inputs, poisoned, answer = self.read(number, query, decoding)

@@ -339,6 +339,7 @@ def test_collect_inside_collect(model):
     ("arguments", "message"),
     [
         ({"rows": -1}, "rows is -1; it must be None or an integer of at least 0"),
+        ({"rows": True}, "rows is True; it must be None or an integer of at least 0"),
         ({"rows": 1.5}, "rows is 1.5"),
         ({"scores": True, "reduce": "median"}, "reduce is 'median'; it must be one of mean, sum, max"),
         ({"layers": [3]}, r"layers is \[3\]; it must hold at least one index, of those in 0\.\.2"),

@@ -42,9 +42,10 @@ from ras_fast.engine import SafeGenerator
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.plan import Plan
 from ras_fast.engine.runner import Runner
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import make_queries
 from ras_fast.methods.moras import PRESETS
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
 
 QUESTION = "What would be a good name for the thing in the picture and why ?"

@@ -42,8 +42,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import ras_fast
+from ras_fast.fingerprint import fingerprint
 from ras_fast.methods.moras import PRESETS
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.regions import RegionMap
 from ras_fast.sequential import SequentialPipeline
 

@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from ras_fast.checks import check_counts, is_integer, is_number
 from ras_fast.model_lock import at_rest
-from ras_fast.profile import check_counts, is_integer, is_number
 
 BROKEN = -1  # in place of a token, where nothing may be read
 

@@ -1,31 +1,17 @@
-"""What users hand in - images, prompts, chats - checked and turned into model inputs."""
+"""What users hand in - prompts, chats, pairs - checked and turned into model inputs."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
-# What Pillow's readers raise over damaged files; its AVIF reader a RuntimeError.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
-TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+from ras_fast.images import load_image
+
 PICTURES = ("image", "path", "url")  # keys of an image part that hold the image
 # What `has_question` asks of a chat.
 QUESTION = 'a "user" message with a question, or in that and one "assistant" message of words alone'
@@ -332,103 +318,6 @@ def _image_parts(count: int) -> list[dict]:
     return [{"type": "image"} for _ in range(count)]
 
 
-def load_image(image, name: str = "image") -> Image.Image | None:
-    """An RGB image as a viewer would show it, or None when an array holds NaN or infinite pixels.
-
-    image: PIL image, path, data: URL in base64, or array [H, W], [H, W, 3] (uint8, or float in 0..1; numpy or torch).
-    EXIF orientation is applied; of an animation the first frame is taken; transparency is laid on white; CMYK, grey and
-    palette images are converted; 16-bit grey keeps its upper 8 bits, 32-bit grey that fits into 8 bits those.
-    Raises ValueError for unreadable, empty or unsupported images.
-    """
-    if isinstance(image, torch.Tensor):
-        image = _as_array(image, name)
-    if isinstance(image, np.ndarray):
-        return _from_array(image, name)
-    if isinstance(image, str) and image.startswith("data:"):
-        image = _held_by(image, name)
-    elif isinstance(image, str) and "://" in image:
-        raise ValueError(f"{name} is the URL {image[:60]!r}; nothing is fetched here: hand in what it leads to")
-    if isinstance(image, (str, Path, io.BytesIO)):
-        try:
-            image = Image.open(image)
-        except UNREADABLE as error:  # it holds the path, which may be a whole image in base64
-            raise ValueError(f"{name} cannot be read: {error!s:.300}") from error
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"{name} is a {type(image).__name__}; it needs to be a PIL image, a path or an array")
-    if 0 in image.size:
-        raise ValueError(f"{name} has zero size: {image.size}")
-    shown = image.tell()
-    try:
-        image.seek(0)
-        image.load()
-        # `ImageOps.exif_transpose` writes all of the EXIF data anew, and raises whatever it likes where some of it is damaged.
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    rgb = _to_rgb(image if turn is None else image.transpose(turn), name)
-    rgb.info.clear()  # or it would be turned again where it is handed in again
-    image.seek(shown)  # an animation is its owner's, who may be in the middle of it
-    return rgb
-
-
-def _as_array(tensor: torch.Tensor, name: str) -> np.ndarray:
-    kinds = {
-        "without values (meta)": tensor.is_meta,
-        "of tensors": tensor.is_nested,
-        "of quantised values": tensor.is_quantized,
-        f"of layout {tensor.layout}": tensor.layout is not torch.strided,
-    }
-    kind = next((kind for kind, holds in kinds.items() if holds), None)
-    if kind is not None:
-        raise ValueError(f"{name} is a tensor {kind}; it needs to be a dense one that holds its pixels")
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
-
-
-def _held_by(url: str, name: str) -> io.BytesIO:
-    """The file in a data: URL (RFC 2397)."""
-    head, _, data = url.partition(",")
-    if not head.endswith(";base64"):
-        raise ValueError(f"{name} is the URL {url[:60]!r}; a data: URL needs to be in base64, data:image/png;base64,...")
-    try:
-        return io.BytesIO(base64.b64decode(data))
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError(f"{name} has mode 'F' (unbounded floats); hand it in as a float array in 0..1 or 8-bit image")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has integer pixels in {values.min()}..{values.max()}; it needs 0..65535")
-        spare = 0 if image.mode == "I" and values.max() < 256 else 8  # an 8-bit image as 32-bit integers
-        return Image.fromarray((values >> spare).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("LA") if image.mode == "La" else image  # which is all that Pillow makes of it
-    try:
-        image = image.convert("RGBA")
-    except (TypeError, ValueError) as error:  # more transparent colours than a palette has places, or what is no colour
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _from_array(array: np.ndarray, name: str) -> Image.Image | None:
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
-        raise ValueError(f"{name} is an array of shape {array.shape}; it needs to be [H, W] or [H, W, 3] (HWC), not empty")
-    if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            return None
-        if array.min() < 0 or array.max() > 1:
-            raise ValueError(f"{name} has float pixels in {array.min():g}..{array.max():g}; they need to be in 0..1")
-        array = np.round(array * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"{name} is an array of {array.dtype}; it needs to be uint8 or float in 0..1")
-    return Image.fromarray(array).convert("RGB")
-
-
 def encode(processor, query: Query, device, dtype) -> tuple[dict[str, torch.Tensor], bool]:
     """The chat through the processor's template, and whether the query is poisoned.
 
@@ -486,140 +375,6 @@ def short_ids(processor, query: Query) -> list[int]:
     return processor.tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
-Beside = tuple[int | None, int | None]  # the tokens before and after a span; None where there is none
-
-
-class ImageTokens(NamedTuple):
-    """What the one image of a prompt becomes in its token ids.
-
-    short: the placeholder in the ids of `short_ids`, with what is next to it where that is tokenized otherwise beside an image.
-    full: what stands for it in the prompt's full ids.
-    beside: what is next to `short`, which these were not joined with.
-    """
-
-    short: list[int]
-    full: list[int]
-    beside: Beside
-
-    @classmethod
-    def between(cls, short: list[int], ids: list[int], placeholder: int) -> ImageTokens | None:
-        """From a prompt's `short_ids` and its full ids; None where it has not exactly one image."""
-        if short.count(placeholder) != 1:
-            return None
-        at = short.index(placeholder)
-        before = common_length(short[:at], ids)
-        after = common_length(short[:at:-1], ids[before:][::-1])
-        end = len(short) - after
-        return cls(short[before:end], ids[before : len(ids) - after], _beside(short, before, end))
-
-    def put_into(self, short: list[int], placeholder: int) -> tuple[list[int], Beside] | None:
-        """(the full ids of another prompt about the same image, from its `short_ids`, what is next to the image there), if it
-        is not joined with that; None where other tokens are in place of `short`, or there is not exactly one placeholder."""
-        if short.count(placeholder) != 1:
-            return None
-        begin = short.index(placeholder) - self.short.index(placeholder)
-        end = begin + len(self.short)
-        if begin < 0 or short[begin:end] != self.short:
-            return None
-        return short[:begin] + self.full + short[end:], _beside(short, begin, end)
-
-
-def _beside(ids: list[int], begin: int, end: int) -> Beside:
-    return (ids[begin - 1] if begin else None), (ids[end] if end < len(ids) else None)
-
-
 def common_length(a: Sequence, b: Sequence) -> int:
     """How many tokens of two lists, or letters of two texts, are the same at their beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-Inputs = dict[str, torch.Tensor]
-_PATCH_INDICES = {"image_token_pooling": "pixel_values", "video_token_pooling": "pixel_values_videos"}
-SIGHT = "cross_attention_mask"  # [1, L, images, tiles]: which tiles each token sees, where images are not among the tokens
-_OF_IMAGES = ("pixel_", "aspect_", "spatial_", "image_grid", "image_size", "video_grid")
-
-
-def is_per_token(name: str, inputs: Inputs) -> bool:
-    """Whether a tensor holds one entry for each token of the prompt, not what an image is made of: a mask of its patches may be
-    just as long."""
-    return name == SIGHT or (inputs[name].shape == inputs["input_ids"].shape and not name.startswith(_OF_IMAGES))
-
-
-def fit(inputs: Inputs) -> tuple:
-    """Inputs of which this is the same can be joined: they have the same tensors, of the same sizes but for the length of those
-    that are `is_per_token` and the dimension along which the others are joined."""
-    return tuple((name, _other_sizes(name, inputs)) for name in sorted(inputs))
-
-
-def _images_dim(name: str, inputs: Inputs) -> int:
-    """Along which dimension images follow each other: the first, or where `target_sizes` cuts them out of one strip of patches
-    [1, channels, patch, length], as in MiniCPM-V 4.6, the last."""
-    return -1 if name == "pixel_values" and "target_sizes" in inputs else 0
-
-
-def _other_sizes(name: str, inputs: Inputs) -> tuple[int, ...]:
-    sizes = list(inputs[name].shape)
-    if is_per_token(name, inputs):
-        return tuple(sizes[2:])
-    del sizes[_images_dim(name, inputs)]
-    return tuple(sizes)
-
-
-def batches(inputs: Iterable[Inputs], size: int) -> Iterator[tuple[list[int], list[Inputs]]]:
-    """Groups inputs from `encode` into batches that `left_padded` can join (`fit`): (their numbers, the inputs), up to ``size``
-    each."""
-    waiting: dict[tuple, list[tuple[int, Inputs]]] = defaultdict(list)
-    for number, one in enumerate(inputs):
-        kind = fit(one)
-        waiting[kind].append((number, one))
-        if len(waiting[kind]) == size:
-            yield _unzip(waiting.pop(kind))
-    for rest in waiting.values():
-        yield _unzip(rest)
-
-
-def _unzip(numbered: list[tuple[int, Inputs]]) -> tuple[list[int], list[Inputs]]:
-    numbers, inputs = zip(*numbered, strict=True)
-    return list(numbers), list(inputs)
-
-
-def _counted_on(batch: Sequence[Inputs], name: str) -> list[torch.Tensor]:
-    """The tensors of this name. Indices of patches (Molmo 2) count from the first one of each, now from that of the batch."""
-    if name not in _PATCH_INDICES:
-        return [one[name] for one in batch]
-    found, before = [], 0
-    for one in batch:
-        found.append(torch.where(one[name] >= 0, one[name] + before, one[name]))
-        before += one[_PATCH_INDICES[name]].shape[:2].numel()
-    return found
-
-
-def left_padded(batch: Sequence[Inputs], pad: int, answer: Sequence[int] = ()) -> Inputs:
-    """Joins inputs from `encode` into one left-padded batch with an attention mask.
-
-    batch: inputs that fit together (`batches`); some may have images and others none.
-    pad: the token id that prompts are padded with. Other tensors that are `is_per_token` are padded with 0, and the rest
-        (pixels, grids) are concatenated.
-    answer: token ids to put after every prompt. They see the images that its last token sees.
-    """
-    lengths = [one["input_ids"].shape[1] for one in batch]
-    longest, device = max(lengths), batch[0]["input_ids"].device
-    padded: Inputs = {"attention_mask": torch.ones(len(batch), longest + len(answer), dtype=torch.long, device=device)}
-    for row, length in enumerate(lengths):
-        padded["attention_mask"][row, : longest - length] = 0
-    for name in dict.fromkeys(name for one in batch for name in one):
-        if any(name in one and not is_per_token(name, one) for one in batch):
-            found = [one for one in batch if name in one]
-            padded[name] = torch.cat(_counted_on(found, name), _images_dim(name, found[0]))
-            continue
-        others = next(one[name].shape[2:] for one in batch if name in one)
-        shape, filler = (len(batch), longest + len(answer), *others), pad if name == "input_ids" else 0
-        padded[name] = torch.full(shape, filler, dtype=torch.long, device=device)
-        for row, (one, length) in enumerate(zip(batch, lengths, strict=True)):
-            if name in one:
-                padded[name][row, longest - length : longest] = one[name][0]
-                if name == SIGHT:
-                    padded[name][row, longest:] = one[name][0, -1]
-    if answer:
-        padded["input_ids"][:, longest:] = torch.tensor(answer, device=device)
-    return padded

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ras_fast.fingerprint import modules_of
 from ras_fast.patching.tracking import token_ids
-from ras_fast.profile import RasProfile, modules_of
+from ras_fast.profile import RasProfile
 
 
 def check_parts(model, processor, profile) -> None:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ras_fast.decoding import BROKEN, Decoding, broken_rows, check_streamer, eos_ids, next_tokens
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import BAD_PIXELS, CUT, NO_RISK
+from ras_fast.fingerprint import wording
 from ras_fast.inputs import Query, encode, make_queries, refuse_typed_pieces
 from ras_fast.methods import refuse_attached, region_bias
 from ras_fast.methods.attention import prompt_features
@@ -22,7 +23,7 @@ from ras_fast.model_lock import at_rest, lock_of
 from ras_fast.output_head import output_head
 from ras_fast.patching import patched
 from ras_fast.patching.structure import text_dtype
-from ras_fast.profile import RasProfile, wording
+from ras_fast.profile import RasProfile
 from ras_fast.reference import reference_generate
 
 

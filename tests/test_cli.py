@@ -28,10 +28,10 @@ from ras_fast import RasProfile, backend, cli, doctor
 from ras_fast.attention_map import _seen, _shown, image_attention
 from ras_fast.evaluation.calibration import CALIBRATIONS
 from ras_fast.evaluation.defences import CONSTANT, default_names
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import question_pairs, read_pairs
 from ras_fast.loading import load
 from ras_fast.methods.moras import PRESETS
-from ras_fast.profile import fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,12 @@ from ras_fast import inputs
 from ras_fast.backend import forced_backend
 from ras_fast.engine import SafeGenerator, batch, kv_cache
 from ras_fast.engine.watch import Watch
+from ras_fast.fingerprint import fingerprint
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.prompt_state import replaced
 from ras_fast.model_lock import lock_of
 from ras_fast.patching import Patch
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.reference import _own_config_set_aside
 from ras_fast.sequential import SequentialPipeline
 

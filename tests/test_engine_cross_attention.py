@@ -10,10 +10,11 @@ from test_engine_one_pass import NEW_TOKENS, attached
 from tiny_random import random_words
 
 import ras_fast
+from ras_fast.batching import SIGHT, batches, fit, left_padded
 from ras_fast.engine import SafeGenerator, batch, workspace
 from ras_fast.engine.kv_cache import KVPool
 from ras_fast.engine.workspace import Workspace
-from ras_fast.inputs import SIGHT, batches, encode, fit, left_padded, make_queries
+from ras_fast.inputs import encode, make_queries
 from ras_fast.sequential import SequentialPipeline
 
 # One picture of one tile or two, none, two beside each other or with words between, and conversations.

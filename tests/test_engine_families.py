@@ -19,13 +19,14 @@ from ras_fast.engine import SafeGenerator, batch, recurrence
 from ras_fast.engine.kv_cache import CrossLayer
 from ras_fast.engine.runner import Runner
 from ras_fast.engine.workspace import Workspace
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import encode, make_queries
 from ras_fast.methods import attach
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, from_vectors
 from ras_fast.patching.attention import _expand, is_range
 from ras_fast.patching.structure import find_decoder, find_head
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
 
 OWN = [name for name in REAL if name != "paligemma"]  # families with their own processors; that one is tested apart

@@ -8,11 +8,12 @@ from tiny_random import endless_llava, random_image, random_words
 import ras_fast
 from ras_fast.engine import SafeGenerator, workspace
 from ras_fast.engine.batch import Batch
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import encode, make_queries
 from ras_fast.methods import attach
 from ras_fast.methods.projection import Condition, from_vectors
 from ras_fast.patching import Patch
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 
 NEW_TOKENS = 8
 

@@ -18,7 +18,7 @@ import ras_fast
 from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator, batch, workspace
 from ras_fast.engine.answer import Sequence
-from ras_fast.engine.batch import SCRATCH
+from ras_fast.engine.branch import SCRATCH
 from ras_fast.engine.graphs import HostRead, Inputs
 from ras_fast.engine.runner import Runner
 from ras_fast.methods import attach

@@ -7,17 +7,10 @@ import torch
 from PIL import Image, ImageOps
 from tiny_random import random_image, tiny_processor
 
-from ras_fast.inputs import (
-    ImageTokens,
-    _render,
-    batches,
-    encode,
-    is_per_token,
-    left_padded,
-    load_image,
-    make_queries,
-    question_pairs,
-)
+from ras_fast.batching import batches, is_per_token, left_padded
+from ras_fast.engine.image_tokens import ImageTokens
+from ras_fast.images import load_image
+from ras_fast.inputs import _render, encode, make_queries, question_pairs
 
 
 @pytest.fixture(scope="module")

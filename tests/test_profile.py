@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_random import tiny_llava, tiny_processor
 
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import answer_opening
-from ras_fast.profile import JSON_NAME, TENSORS_NAME, RasProfile, fingerprint
+from ras_fast.profile import JSON_NAME, TENSORS_NAME, RasProfile
 
 CONFIG = {"gamma": 0.3, "steps": 3, "s_base": 0.5, "k": 9.0}
 

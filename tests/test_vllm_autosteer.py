@@ -21,10 +21,11 @@ from vllm.config import CacheConfig, ParallelConfig
 
 import ras_fast
 from ras_fast.evaluation import tinyworld
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import encode, make_queries, short_ids
 from ras_fast.loading import TINY, load
 from ras_fast.methods.autosteer import AutoSteer, known_risks
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.vllm import SafeLLM, engine_args
 from ras_fast.vllm.processor import check_passes, processor_of
 from ras_fast.vllm.worker import layers_of

@@ -13,8 +13,9 @@ from processors import class_of, with_processor
 from tiny_random import random_image
 from vllm import LLM
 
+from ras_fast.fingerprint import fingerprint
 from ras_fast.methods.moras import PRESETS
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
 from ras_fast.vllm import SafeLLM, engine_args
 

@@ -22,10 +22,11 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from ras_fast.evaluation import tinyworld
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import encode, make_queries, short_ids
 from ras_fast.loading import TINY, load
 from ras_fast.methods.moras import PRESETS, risk_query
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.sequential import SequentialPipeline
 from ras_fast.vllm import SafeLLM, engine_args
 from ras_fast.vllm.processor import processor_of

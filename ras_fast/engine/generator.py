@@ -12,15 +12,18 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
+from ras_fast.checks import check_counts
 from ras_fast.decoding import Decoding, check_streamer
 from ras_fast.engine.answer import SafeOutput
-from ras_fast.engine.batch import ANSWER, SCRATCH, Batch
+from ras_fast.engine.batch import Batch
+from ras_fast.engine.branch import ANSWER, SCRATCH
 from ras_fast.engine.kv_cache import ByteBoundedCache
 from ras_fast.engine.one_pass import OnePass
 from ras_fast.engine.overlapped import Overlapped
 from ras_fast.engine.runner import INSTEAD, Runner, close
 from ras_fast.engine.watch import Watch
 from ras_fast.engine.workspace import Workspace
+from ras_fast.fingerprint import wording
 from ras_fast.inputs import make_queries
 from ras_fast.memory import is_out_of_memory, reraise_out_of_memory
 from ras_fast.methods import ONE_PASS, refuse_attached
@@ -29,7 +32,7 @@ from ras_fast.model_lock import at_rest, lock_of
 from ras_fast.patching import Patch, patch
 from ras_fast.patching.cache_values import returned_cache
 from ras_fast.patching.structure import only_records, transformers_model
-from ras_fast.profile import RasProfile, check_counts, wording
+from ras_fast.profile import RasProfile
 
 
 def _without_wrapper(model):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ras_fast.checks import is_integer
 from ras_fast.engine import recurrence
 from ras_fast.engine.recurrence import Segment, StateLayer, States
 from ras_fast.ops import write_cache_
-from ras_fast.profile import is_integer
 
 CROSS = "cross_attention"  # the kind of a layer that attends to images alone, which are not among the tokens
 INDEXED = "indexed_attention"  # of one that attends to some keys, which it chooses by others

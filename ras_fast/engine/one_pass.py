@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ras_fast.batching import batches, left_padded
 from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import Batch
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import Runner
-from ras_fast.inputs import Query, batches, left_padded, refuse_begun
+from ras_fast.inputs import Query, refuse_begun
 from ras_fast.methods import attached, method_of
 from ras_fast.patching import Patch, patched
 from ras_fast.profile import RasProfile

@@ -26,12 +26,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ras_fast.batching import SIGHT, fit, is_per_token
 from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
-from ras_fast.engine.batch import ANSWER, SCRATCH, Batch, Branch, Prefix
+from ras_fast.engine.batch import Batch, Prefix
+from ras_fast.engine.branch import ANSWER, SCRATCH, Branch
+from ras_fast.engine.image_tokens import ImageTokens
 from ras_fast.engine.plan import Clock, Plan, image_mass
 from ras_fast.engine.runner import INSTEAD, Runner, close
-from ras_fast.inputs import SIGHT, ImageTokens, Query, common_length, fit, image_placeholder, is_per_token, short_ids, texts_of
+from ras_fast.inputs import Query, common_length, image_placeholder, short_ids, texts_of
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
 from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query

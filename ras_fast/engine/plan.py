@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ras_fast.batching import SIGHT
 from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import CUT, SafeOutput, Sequence
-from ras_fast.engine.batch import Batch, Branch
+from ras_fast.engine.batch import Batch
+from ras_fast.engine.branch import Branch
 from ras_fast.engine.runner import Runner
-from ras_fast.inputs import SIGHT, Query, encode, refuse_typed_pieces
+from ras_fast.inputs import Query, encode, refuse_typed_pieces
 from ras_fast.model_checks import check_length
 from ras_fast.regions import RegionMap
 

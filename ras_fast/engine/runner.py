@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ras_fast.batching import SIGHT, is_per_token
 from ras_fast.decoding import eos_ids
 from ras_fast.engine import recurrence
 from ras_fast.engine.kv_cache import CROSS, INDEXED, KVPool
 from ras_fast.engine.workspace import Workspaces
-from ras_fast.inputs import SIGHT, is_per_token
 from ras_fast.model_checks import TooLong
 from ras_fast.model_lock import in_this_thread
 from ras_fast.output_head import output_head

@@ -26,7 +26,7 @@ TINYWORLD_JUDGE = Judge(
 
 @dataclass(frozen=True)
 class Item:
-    """One query. `images` are whatever `ras_fast.inputs.load_image` takes.
+    """One query. `images` are whatever `ras_fast.images.load_image` takes.
 
     text_harm: whether the harm of a harmful query is in the question; else it is in an image.
     judge: answer -> whether it is right, for harmless queries; None where no right answer is known.

@@ -15,7 +15,7 @@ from string import ascii_uppercase
 from types import ModuleType
 from typing import Any
 
-from ras_fast.profile import is_integer
+from ras_fast.checks import is_integer
 from ras_fast.refusals import OPENING, REFUSAL, is_refusal
 
 VERDICT_TOKENS = 8  # enough for the first line

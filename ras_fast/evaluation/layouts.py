@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ras_fast.evaluation.judges import Rule, chooses, holds_all, holds_words, says_yes_or_no
-from ras_fast.inputs import UNREADABLE, load_image
+from ras_fast.images import UNREADABLE, load_image
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")

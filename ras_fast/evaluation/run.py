@@ -17,8 +17,9 @@ from ras_fast import parallel
 from ras_fast.evaluation.datasets import Dataset, Item
 from ras_fast.evaluation.defences import Defence
 from ras_fast.evaluation.judges import Judge
-from ras_fast.inputs import UNREADABLE, load_image
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.fingerprint import fingerprint
+from ras_fast.images import UNREADABLE, load_image
+from ras_fast.profile import RasProfile
 from ras_fast.refusals import is_refusal
 
 try:

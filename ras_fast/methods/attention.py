@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ras_fast import parallel
+from ras_fast.checks import check_counts, is_number
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import Query, encode, question_pairs
 from ras_fast.methods import attached, region_bias
 from ras_fast.methods.attention_gate import FEATURES, AttentionGate, Head, Looks, features, features_so_far, rows_after_images
@@ -33,7 +35,7 @@ from ras_fast.patching.steering import Steering
 from ras_fast.patching.structure import text_dtype
 from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
-from ras_fast.profile import RasProfile, check_counts, fingerprint, is_number
+from ras_fast.profile import RasProfile
 
 STEPS = PRESETS["moras"]["steps"]  # the first answer states that are steered
 FOLDS = 5  # of the cross-validation

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ras_fast.checks import is_integer
 from ras_fast.ops._registry import outside_autocast
-from ras_fast.profile import RasProfile, is_integer
+from ras_fast.profile import RasProfile
 
 Head = tuple[int, int]
 Looks = tuple[Tensor, Tensor, Tensor]  # of rows: how many [B]; for each head the sum and the maximum of their attention [B, n]

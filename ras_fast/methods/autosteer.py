@@ -26,18 +26,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ras_fast import ops, parallel
+from ras_fast.batching import batches, left_padded
+from ras_fast.checks import as_float32, check_counts, is_integer, is_number, number
 from ras_fast.decoding import eos_ids
-from ras_fast.inputs import (
-    Query,
-    batches,
-    encode,
-    is_unicode,
-    left_padded,
-    make_queries,
-    question_pairs,
-    short_ids,
-    texts_of,
-)
+from ras_fast.fingerprint import fingerprint
+from ras_fast.inputs import Query, encode, is_unicode, make_queries, question_pairs, short_ids, texts_of
 from ras_fast.methods import attached
 from ras_fast.methods.calibration import check_arguments, digest, groups_of_equal, on_the_cpu
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
@@ -48,7 +41,7 @@ from ras_fast.patching.cache_values import Rows
 from ras_fast.patching.structure import find_head, text_dtype
 from ras_fast.patching.trace import states_of
 from ras_fast.patching.undo import undone
-from ras_fast.profile import RasProfile, as_float32, check_counts, fingerprint, is_integer, is_number, number
+from ras_fast.profile import RasProfile
 
 EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
 THRESHOLD = 0.5

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import Query
 from ras_fast.methods import refuse_attached
 from ras_fast.model_checks import check_model
-from ras_fast.profile import fingerprint
 
 
 def check_arguments(model, processor, **pairs: Sequence) -> None:

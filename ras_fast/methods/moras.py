@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from ras_fast import parallel
+from ras_fast.checks import as_float32, is_integer, is_number, number
 from ras_fast.decoding import Decoding
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import Query, answer_opening, encode, is_unicode, make_queries, question_pairs
 from ras_fast.methods.attention_gate import RISKS, AttentionGate
 from ras_fast.methods.calibration import check_arguments, on_the_cpu
 from ras_fast.ops import refusal_similarity
 from ras_fast.output_head import output_head
 from ras_fast.patching.structure import text_dtype
-from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
+from ras_fast.profile import RasProfile
 from ras_fast.reference import reference_generate
 from ras_fast.refusals import is_refusal
 

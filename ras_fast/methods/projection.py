@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ras_fast import parallel
+from ras_fast.checks import as_float32, is_integer, is_number, number
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import Query, encode, make_queries, refuse_poisoned
 from ras_fast.methods import attached
 from ras_fast.methods.calibration import check_arguments, on_the_cpu
@@ -36,7 +38,7 @@ from ras_fast.patching.steering import Probe, Steering
 from ras_fast.patching.trace import first
 from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
-from ras_fast.profile import RasProfile, as_float32, fingerprint, is_integer, is_number, number
+from ras_fast.profile import RasProfile
 
 MEASURES, SCOPES = ("projection", "cosine"), ("sequence", "token")
 

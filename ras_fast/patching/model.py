@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
+from ras_fast.fingerprint import modules_of
 from ras_fast.memory import is_out_of_memory
 from ras_fast.ops._check import FLOATS, is_integer, is_tensor
 from ras_fast.ops.attention import REDUCTIONS
@@ -30,7 +31,6 @@ from ras_fast.patching.towers import lay_out_by_rows, speed_up_gelus, speed_up_t
 from ras_fast.patching.trace import Trace, trace
 from ras_fast.patching.tracking import CrossRegionTracker
 from ras_fast.patching.undo import Undo, runs
-from ras_fast.profile import modules_of
 from ras_fast.regions import RegionMap
 
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ras_fast.checks import as_float32, number
 from ras_fast.decoding import broken_rows
 from ras_fast.methods.autosteer import AutoSteer, assess
-from ras_fast.profile import RasProfile, as_float32, number
+from ras_fast.profile import RasProfile
 from ras_fast.vllm.options import Marks
 from ras_fast.vllm.steering import Head, check_head, only_end, to_device
 

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from ras_fast.profile import check_counts, is_integer, is_number
+from ras_fast.checks import check_counts, is_integer, is_number
 
 PROCESSOR = "ras_fast.vllm.processor:RasLogitsProcessor"
 RISK = "ras_risk"

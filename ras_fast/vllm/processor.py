@@ -13,7 +13,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import LogitsProcessor as BatchProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotProcessor
 
-from ras_fast.profile import HEAD_ROWS, RasProfile, fingerprint_of_parts
+from ras_fast.fingerprint import HEAD_ROWS, fingerprint_of_parts
+from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import CheckpointHead, load_processor
 from ras_fast.vllm.gate import GateSteering
 from ras_fast.vllm.options import RISK, Marks, check_marks, read_marks, read_settings

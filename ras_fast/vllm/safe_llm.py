@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from ras_fast.checks import check_counts
 from ras_fast.engine import SafeOutput
 from ras_fast.engine.answer import BAD_PIXELS, NO_RISK
 from ras_fast.inputs import Query, make_queries, refuse_begun, short_ids
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
-from ras_fast.profile import RasProfile, check_counts
+from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.gate import check_known, known_questions
 from ras_fast.vllm.options import NOISE, RECORD, RISK, new_number, read_settings

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
+from ras_fast.checks import is_integer, is_number
 from ras_fast.inputs import (
     QUESTION,
     Query,
@@ -26,7 +27,7 @@ from ras_fast.inputs import (
     texts_of,
 )
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
-from ras_fast.profile import RasProfile, is_integer, is_number
+from ras_fast.profile import RasProfile
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.gate import Verdict, check_known, known_questions
 from ras_fast.vllm.options import NOISE, PROCESSOR, RECORD, RISK, new_number, read_settings

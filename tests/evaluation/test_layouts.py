@@ -9,7 +9,7 @@ from PIL import Image
 
 from ras_fast.evaluation.datasets import load_dataset
 from ras_fast.evaluation.layouts import CHOICE_PROMPT, FIGSTEP_PROMPT, LAYOUTS, decode
-from ras_fast.inputs import load_image
+from ras_fast.images import load_image
 
 
 def picture(path, colour="white"):

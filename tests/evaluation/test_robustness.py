@@ -9,10 +9,10 @@ from ras_fast.decoding import Decoding
 from ras_fast.evaluation import robustness, tinyworld
 from ras_fast.evaluation.datasets import load_dataset
 from ras_fast.evaluation.defences import make_defences, robustness_names
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import make_queries
 from ras_fast.loading import load
 from ras_fast.methods import moras
-from ras_fast.profile import fingerprint
 from ras_fast.reference import generate_text
 from ras_fast.refusals import is_refusal
 

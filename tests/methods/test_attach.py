@@ -24,11 +24,12 @@ from transformers import (
 )
 
 import ras_fast
+from ras_fast.fingerprint import fingerprint
 from ras_fast.methods.moras import PRESETS
 from ras_fast.methods.projection import Condition, Projection, from_vectors
 from ras_fast.methods.prompt_state import PromptState, replaced
 from ras_fast.patching import range_mask
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.regions import RegionMap
 from ras_fast.sequential import SequentialPipeline
 

@@ -15,12 +15,13 @@ from torch._dynamo.testing import CompileCounter
 from transformers import StaticCache
 
 import ras_fast
+from ras_fast.fingerprint import fingerprint
 from ras_fast.methods import moras
 from ras_fast.methods.attention import CS, AttentionRisk, calibrate, check_gate, fisher_ratio, fit, select
 from ras_fast.methods.attention_gate import features, features_so_far, rows_after_images
 from ras_fast.methods.moras import PRESETS, Moras
 from ras_fast.output_head import output_head
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 
 D, LAYERS, STEPS = 32, 3, 3
 HEADS = [(2, 1), (0, 3), (2, 0)]

@@ -12,10 +12,12 @@ from tiny_random import endless_llava, random_image, random_words
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ras_fast
-from ras_fast.inputs import batches, encode, left_padded, make_queries
+from ras_fast.batching import batches, left_padded
+from ras_fast.fingerprint import fingerprint
+from ras_fast.inputs import encode, make_queries
 from ras_fast.methods import autosteer
 from ras_fast.methods.autosteer import AutoSteer, assess, safety_awareness, train_prober
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 
 D, LAYERS, LAYER, STRENGTH = 32, 3, 1, 8.0
 EPSILON = 0.1 * STRENGTH

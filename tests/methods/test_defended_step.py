@@ -10,10 +10,11 @@ from transformers import StaticCache
 from waits import Waits, without_values
 
 import ras_fast
+from ras_fast.fingerprint import fingerprint
 from ras_fast.methods import projection
 from ras_fast.methods.projection import Condition
 from ras_fast.patching import range_mask
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 
 D = 32
 

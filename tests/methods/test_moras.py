@@ -12,11 +12,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator
+from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import encode, make_queries
 from ras_fast.methods import moras
 from ras_fast.methods.moras import PRESETS, Moras, context_text, marks_of, risk_query
 from ras_fast.output_head import output_head
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 from ras_fast.reference import reference_generate
 from ras_fast.sequential import SequentialPipeline
 

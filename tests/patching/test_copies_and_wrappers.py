@@ -9,10 +9,11 @@ import torch
 from tiny_models import inputs, llava, relative_error
 
 import ras_fast
+from ras_fast.fingerprint import fingerprint
 from ras_fast.methods.autosteer import AutoSteer
 from ras_fast.patching.structure import only_records
 from ras_fast.patching.undo import StandIn
-from ras_fast.profile import RasProfile, fingerprint
+from ras_fast.profile import RasProfile
 
 peft = pytest.importorskip("peft")
 BATCH, SIZE = inputs(["tItt"]), 48

@@ -9,8 +9,8 @@ from tiny_models import image_sums, inputs, llava, relative_error, valid_rows
 from transformers import BitsAndBytesConfig, ContinuousBatchingConfig, GenerationConfig, LlavaForConditionalGeneration
 
 import ras_fast
+from ras_fast.fingerprint import fingerprint
 from ras_fast.patching.structure import find_decoder
-from ras_fast.profile import fingerprint
 
 ROWS = ["ttItttt", "tItt", "tttt", "tIItItt"]
 

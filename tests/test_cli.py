@@ -459,7 +459,7 @@ def test_calibrate_writes_a_profile(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("method", ["ras", "attention", "autosteer"])
 def test_calibrate_makes_the_profiles_of_other_methods(folder, capsys, monkeypatch, method):
     monkeypatch.setattr("ras_fast.methods.moras.is_refusal", lambda text: True)
-    monkeypatch.setattr("ras_fast.methods.autosteer.HEAD_RATE", 160)  # at which so small a model learns to refuse
+    monkeypatch.setattr("ras_fast.methods.refusal_head.RATE", 160)  # at which so small a model learns to refuse
     line = '{"image": "a.png", "unsafe": "w%d ?", "safe": "w2 ?", "safe_image": "a.png"}\n'
     (folder / "pairs.jsonl").write_text("".join(line % (3 + i) for i in range(12)))
     (folder / "many.txt").write_text("\n".join(WORDS[:12]))
@@ -488,7 +488,7 @@ def pairs(folder):
 
 
 def test_calibrate_takes_what_autosteer_takes(folder, pairs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ras_fast.methods.autosteer.HEAD_RATE", 160)  # at which so small a model learns to refuse
+    monkeypatch.setattr("ras_fast.methods.refusal_head.RATE", 160)  # at which so small a model learns to refuse
     options = ("--layer", "validation", "--rank", "4", "--over-refusal", "0.5", "--checkpoint", str(tmp_path / "saved"))
     assert calibrate(folder, "--method", "autosteer", "--data", str(pairs), *options) == 0, capsys.readouterr().err
     profile = RasProfile.from_pretrained(folder / "new")

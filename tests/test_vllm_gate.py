@@ -9,7 +9,7 @@ import torch
 from test_vllm_steering import same_bits
 from torch import nn
 
-from ras_fast.methods.autosteer import assess
+from ras_fast.methods.prober import assess
 from ras_fast.profile import RasProfile
 from ras_fast.vllm import gate as module
 from ras_fast.vllm.gate import GateSteering, adds_residual, can_be_judged, check_known, known_questions

@@ -8,10 +8,8 @@ h' = h + ε M h for sequences whose prompt has t = P(toxic) > 0.5, and h for all
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ras_fast import ops, parallel
 from ras_fast.batching import batches, left_padded
@@ -33,8 +27,10 @@ from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import Query, encode, is_unicode, make_queries, question_pairs, short_ids, texts_of
 from ras_fast.methods import attached
 from ras_fast.methods.calibration import check_arguments, digest, groups_of_equal, on_the_cpu
+from ras_fast.methods.checkpoint import Checkpoint
+from ras_fast.methods.prober import assess, check_gate, choose_layer, gate_threshold, safety_awareness, split
 from ras_fast.methods.prompt_state import ModelCheck, PromptState, last_logits_only
-from ras_fast.ops._registry import outside_autocast
+from ras_fast.methods.refusal_head import EPSILON, choose_strength, train_head
 from ras_fast.output_head import output_head
 from ras_fast.patching import Patch, patched
 from ras_fast.patching.cache_values import Rows
@@ -43,19 +39,12 @@ from ras_fast.patching.trace import states_of
 from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile
 
-EPSILON = 0.1  # ε at strength 1, the strength that M is trained at
-THRESHOLD = 0.5
 REFUSAL = "I'm sorry, but I can't help with that."
-STRENGTHS = tuple(2.0**k for k in range(-2, 7))
-WIDTH = 64  # of the prober's hidden layer
 SMALL = 8  # decoder layers up to which every layer is looked at; every 4th of more
 CHUNK = 4  # batches' worth of questions that are encoded together, so that prompts of one shape find each other
-VALIDATION = 0.2  # share of the pairs that training does not see
 KNOWN = 4  # questions whose risks a profile keeps, out of those of up to KNOWN_OF pairs
 KNOWN_OF = 16
 KNOWN_TOKENS = 256  # of such a question at most: engines may take shorter prompts than calibration
-PROBER_EPOCHS, PROBER_RATE = 40, 1e-3
-HEAD_EPOCHS, HEAD_RATE = 10, 1.6  # learning rate: HEAD_RATE / d, so that a step changes M h by the same share at any width
 
 
 class AutoSteer:
@@ -151,20 +140,6 @@ class AutoSteer:
         return self._placed[device, dtype]
 
 
-def assess(prober: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """t = P(toxic) [B] fp32 of hidden states [B, d], and which could not be computed [B] bool: there t is 1."""
-    logits = _prober_logits(hidden, prober)
-    # A −inf would not survive the ReLU, so both ends are looked at.
-    failed = ~(torch.isfinite(hidden).all(-1) & torch.isfinite(logits).all(-1))
-    return logits.softmax(-1)[:, 1].masked_fill(failed, 1.0), failed
-
-
-@outside_autocast
-def _prober_logits(hidden: Tensor, prober: dict[str, Tensor]) -> Tensor:
-    inner = F.relu(F.linear(hidden.float(), prober["in.weight"], prober["in.bias"]))
-    return F.linear(inner, prober["out.weight"], prober["out.bias"])
-
-
 @dataclass
 class _Run:
     """One `attach`. The state kept with the cache is each sequence's gate: ε, or 0; −ε where only padding has come so far. Was
@@ -212,19 +187,6 @@ class _Run:
 
 
 # Calibration
-
-
-def safety_awareness(safe: Tensor, toxic: Tensor) -> float:
-    """Safety awareness score: the mean over i < j of cos(Δ_i, Δ_j), where Δ = safe − toxic, both [n, d] with n > 1.
-
-    In O(n·d) time, as Σ_{i≠j} cos = ‖Σ Δ̂‖² − n. A pair without a difference counts as a cosine of 0. Raises ValueError when
-    the shapes do not fit.
-    """
-    if safe.shape != toxic.shape or safe.dim() != 2 or len(safe) < 2:
-        raise ValueError(f"safe is {tuple(safe.shape)} and toxic {tuple(toxic.shape)}; both need to be [n, d] with n > 1")
-    units = F.normalize(safe.double() - toxic.double(), dim=-1)
-    count = len(units)
-    return float((units.sum(0).square().sum() - units.square().sum()) / (count * (count - 1)))
 
 
 @on_the_cpu()
@@ -280,13 +242,13 @@ def calibrate(
     }  # fmt: skip
     saved = Checkpoint(checkpoint, settings)
     states = _states(model, processor, unsafe, safe, layers, answer, batch_size, saved, progress)
-    training, validation = _split(groups, seed)
+    training, validation = split(groups, seed)
     scores = {i: safety_awareness(states["safe"][n], states["toxic"][n]) for n, i in enumerate(layers)}
-    chosen, prober, probed = _choose_layer(layer, scores, states, training, validation, seed)
+    chosen, prober, probed = choose_layer(layer, scores, states, training, validation, seed)
 
     held = [states[kind][layers.index(chosen)][validation] for kind in ("safe", "toxic")]
-    threshold, gated = _threshold(prober, *held, over_refusal)
-    _check_gate(chosen, **gated)
+    threshold, gated = gate_threshold(prober, *held, over_refusal)
+    check_gate(chosen, **gated)
 
     head, dtype = output_head(model), text_dtype(model)
 
@@ -294,19 +256,12 @@ def calibrate(
         return head(hidden.to(dtype)).float()
 
     targets = torch.tensor(answer, device=model.device)
-    m, trained = _train_head(logits, states["final"], targets, training, validation, seed, saved, progress)
-    strengths = sorted({*STRENGTHS, *([] if strength is None else [float(strength)])})
-    sweep = partial(_sweep, logits, states["final"][validation].to(model.device), targets, strengths)
-    factors = {"refusal": m} if rank is None else _truncate(m, rank)
-    rates = sweep(**factors)
-    if rank is not None:
-        trained |= {"rank": rank, "energy": _energy(m, rank), "full": sweep(m)}
-    if strength is None:
-        strength = min(strengths, key=lambda s: (-rates[str(s)], abs(math.log(s))))
-    _check_head(float(strength), rates)
+    m, trained = train_head(logits, states["final"], targets, training, validation, seed, saved, progress)
+    held_final = states["final"][validation].to(model.device)
+    factors, strength, rates, kept = choose_strength(logits, held_final, targets, m, rank, strength)
     config = {
-        "layer": chosen, "strength": float(strength), "threshold": threshold, "refusal": refusal, "pairs": len(pairs),
-        "seed": seed, "sas": {str(i): score for i, score in scores.items()}, "prober": probed | gated, "head": trained,
+        "layer": chosen, "strength": strength, "threshold": threshold, "refusal": refusal, "pairs": len(pairs),
+        "seed": seed, "sas": {str(i): score for i, score in scores.items()}, "prober": probed | gated, "head": trained | kept,
         "strengths": rates,
     }  # fmt: skip
     tensors = {f"prober_{name}": tensor for name, tensor in prober.items()} | {n: t.cpu() for n, t in factors.items()}
@@ -457,236 +412,3 @@ def _capture(
     if not (torch.isfinite(states).all() and torch.isfinite(finals).all()):
         raise ValueError(f"{name}: the model's hidden states hold NaN or infinite values")
     return states, finals
-
-
-def _split(groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the validation pairs, [n] of whose `groups` of equal pairs none is on both sides, nor are
-    the two questions of a pair."""
-    count = int(groups.max()) + 1
-    place = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).argsort()[groups]
-    order, held = place.argsort(stable=True), place < max(1, round(VALIDATION * count))
-    return order[int(held.sum()) :], order[: int(held.sum())]
-
-
-def _choose_layer(layer, scores: dict[int, float], states, training, validation, seed: int):
-    """(the layer, its prober, what is known about it)."""
-    telling = [i for i, safe, toxic in zip(scores, states["safe"], states["toxic"], strict=True) if _differ(safe, toxic)]
-    if not telling:
-        raise ValueError(
-            f"layer is {layer!r}, but what enters layers {list(scores)} at a prompt's end is the same for both questions of "
-            "every pair; another layer is needed, or pairs whose questions differ"
-        )
-    candidates = telling if layer == "validation" else [max(telling, key=scores.__getitem__)]
-    trained = {}
-    for i in candidates:
-        n = list(scores).index(i)
-        trained[i] = train_prober(states["safe"][n], states["toxic"][n], training, validation, seed=seed)
-    chosen = min(trained, key=lambda i: trained[i][1]["loss"])
-    return (chosen, *trained[chosen])
-
-
-def _differ(safe: Tensor, toxic: Tensor) -> bool:
-    """Whether states [n, d] are others but for rounding: the rows of a batch need not be summed in the same order."""
-    return bool((safe - toxic).norm() > 1e-5 * safe.norm())
-
-
-def train_prober(
-    safe: Tensor, toxic: Tensor, training: Tensor, validation: Tensor, *, seed: int = 0
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Trains the prober, an MLP d → 64 → ReLU → 2, by cross-entropy and AdamW.
-
-    safe, toxic: [n, d] fp32, the states of each pair's two questions.
-    training, validation: indices into n. The epoch with the least validation loss is kept.
-
-    Returns the weights by name ("in.weight", "in.bias", "out.weight", "out.bias"), and {"epoch", "loss", "accuracy"} on the
-    validation pairs. Inputs are standardised for training; the scaling is then folded into the first layer.
-
-    Raises ValueError when the loss is not finite in any epoch.
-    """
-    def gather(indices: Tensor) -> tuple[Tensor, Tensor]:
-        labels = torch.tensor([0, 1]).repeat_interleave(len(indices))
-        return torch.cat([safe[indices], toxic[indices]]), labels
-
-    x, y = gather(training)
-    mean, scale = _standard(x)
-    x, (held_x, held_y) = (x - mean) / scale, gather(validation)
-    held_x = (held_x - mean) / scale
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = nn.Sequential(nn.Linear(x.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
-        optimizer = torch.optim.AdamW(net.parameters(), lr=PROBER_RATE, weight_decay=1e-2)
-        best: dict[str, float] = {"loss": math.inf}
-        for epoch in range(PROBER_EPOCHS):
-            for rows in torch.randperm(len(x)).split(32):
-                optimizer.zero_grad()
-                F.cross_entropy(net(x[rows]), y[rows]).backward()
-                optimizer.step()
-            with torch.no_grad():
-                logits = net(held_x)
-                loss = F.cross_entropy(logits, held_y).item()
-            if loss < best["loss"]:
-                accuracy = (logits.argmax(-1) == held_y).float().mean().item()
-                best = {"epoch": epoch, "loss": loss, "accuracy": accuracy}
-                kept = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    if not math.isfinite(best["loss"]):
-        raise ValueError("the prober's loss is not finite: the captured states are too large or constant")
-    weight = kept["0.weight"] / scale
-    bias = kept["0.bias"] - weight @ mean
-    return {"in.weight": weight, "in.bias": bias, "out.weight": kept["2.weight"], "out.bias": kept["2.bias"]}, best
-
-
-def _standard(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, scale) [d] of states [n, d]. A value that hardly varies in calibration is scaled by a rounding step of bfloat16,
-    and one that does not vary is left out, with an infinite scale: else the next step would count as an event unheard of."""
-    mean, spread = x.mean(0), x.std(0)
-    return mean, torch.maximum(spread, mean.abs() * 2**-7).clamp_min(1e-6).masked_fill(spread == 0, torch.inf)
-
-
-def _threshold(
-    prober: dict[str, Tensor], safe: Tensor, toxic: Tensor, over_refusal: float | None
-) -> tuple[float, dict[str, float]]:
-    """The gate's threshold for states of validation questions [n, d], and the share of each kind that is above it."""
-    safe_risk, toxic_risk = assess(prober, safe)[0], assess(prober, toxic)[0]
-    threshold = THRESHOLD
-    if over_refusal is not None:
-        allowed = int(over_refusal * len(safe_risk))  # the highest risks of safe questions, which the threshold may lie below
-        ordered = safe_risk.sort(descending=True).values
-        threshold = min(threshold, float(ordered[allowed])) if allowed < len(ordered) else 0.0
-    return threshold, {"refused_safe": _above(safe_risk, threshold), "refused_toxic": _above(toxic_risk, threshold)}
-
-
-def _check_gate(layer: int, refused_safe: float, refused_toxic: float) -> None:
-    """Raises ValueError for a gate that tells nothing apart: at worst it never opens, and the profile would defend nothing."""
-    if refused_toxic <= refused_safe:
-        raise ValueError(
-            f"the gate, read at layer {layer}, opens for {refused_toxic:.0%} of the held-out unsafe questions and for "
-            f"{refused_safe:.0%} of the safe ones, no better than chance; more or clearer pairs are needed, or another layer"
-        )
-
-
-def _check_head(strength: float, rates: dict[str, float]) -> None:
-    """Raises ValueError for a refusal head that never refuses."""
-    if rates[str(strength)] == 0:
-        raise ValueError(
-            f"at strength {strength} none of the held-out answers is the refusal, token for token; by strength the share is "
-            f"{rates}. Another strength, more of the rank, or a refusal in words that the model knows is needed"
-        )
-
-
-def _above(risk: Tensor, threshold: float) -> float:
-    return float((risk > threshold).float().mean())
-
-
-def _loss(logits: Callable[[Tensor], Tensor], m: Tensor, states: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of the answer's tokens, states [n, A, d] turned at strength 1."""
-    turned = states + EPSILON * F.linear(states, m)
-    return F.cross_entropy(logits(turned).flatten(0, 1), targets.repeat(len(states)))
-
-
-def _train_head(
-    logits: Callable[[Tensor], Tensor], final: Tensor, targets: Tensor, training: Tensor, validation: Tensor, seed: int,
-    saved: Checkpoint, progress: bool,
-) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
-    """M [d, d] fp32 of the epoch with the least validation loss, and {"epoch", "losses"}.
-
-    The states after the last norm do not depend on M, so they are captured once and every epoch is a pass over them.
-    """
-    device, d = targets.device, final.shape[-1]
-    m = torch.eye(d, device=device, requires_grad=True)
-    optimizer = torch.optim.AdamW([m], lr=HEAD_RATE / d, weight_decay=0)
-    best, losses = m.detach().clone(), []
-    resumed = saved.load("head")
-    if resumed is not None:
-        tensors, facts = resumed
-        losses, best = facts["losses"], tensors["best"].to(device)
-        m.data.copy_(tensors["m"])
-        moments = {name: tensors[name].to(device) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[m] = {"step": tensors["step"], **moments}
-    held = final[validation].to(device)
-    epochs = range(len(losses), HEAD_EPOCHS)
-    for epoch in tqdm(epochs, desc="refusal head", initial=len(losses), total=HEAD_EPOCHS, disable=not progress):
-        # Shuffled by (seed, epoch), so that a resumed training is the uninterrupted one.
-        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed * HEAD_EPOCHS + epoch))
-        for rows in training[order].split(16):
-            loss = _loss(logits, m, final[rows].to(device), targets)
-            (m.grad,) = torch.autograd.grad(loss, [m])  # of M alone: the model stays as it is
-            optimizer.step()
-        with torch.no_grad():
-            losses.append(_loss(logits, m, held, targets).item())
-        if losses[-1] == min(losses):
-            best = m.detach().clone()
-        state = optimizer.state[m]
-        tensors = {"m": m.detach(), "best": best, **{name: state[name] for name in ("step", "exp_avg", "exp_avg_sq")}}
-        saved.save("head", tensors, {"losses": losses})
-    return best, {"epoch": losses.index(min(losses)), "losses": losses}
-
-
-def _truncate(m: Tensor, rank: int) -> dict[str, Tensor]:
-    """M's best approximation of that rank, as "refusal" [d, rank] and "refusal_right" [rank, d]."""
-    u, s, v = torch.linalg.svd(m)
-    root = s[:rank].sqrt()
-    return {"refusal": (u[:, :rank] * root).contiguous(), "refusal_right": (root[:, None] * v[:rank]).contiguous()}
-
-
-def _energy(m: Tensor, rank: int) -> float:
-    """The share of M's squared singular values that this rank keeps."""
-    squares = torch.linalg.svdvals(m).square()
-    return float(squares[:rank].sum() / squares.sum())
-
-
-@torch.no_grad()
-def _sweep(
-    logits: Callable[[Tensor], Tensor], final: Tensor, targets: Tensor, strengths: Sequence[float], refusal: Tensor,
-    refusal_right: Tensor | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """For each strength the share of answers, states [n, A, d], that are the refusal, token for token. Each token is read after
-    the refusal's own before it, so this is what greedy decoding would give."""
-    moved = F.linear(final, refusal if refusal_right is None else refusal @ refusal_right)
-    rates = {}
-    for strength in strengths:
-        tokens = logits(final + EPSILON * strength * moved).argmax(-1)
-        rates[str(strength)] = float((tokens == targets).all(-1).float().mean())
-    return rates
-
-
-class Checkpoint:
-    """A safetensors file for each stage of an unfinished calibration, its facts as JSON in the file's own header.
-
-    folder: None keeps nothing. settings: what must be the same for a calibration to be resumed.
-
-    Raises ValueError for a file in the folder's place.
-    """
-
-    def __init__(self, folder: str | Path | None, settings: dict[str, Any]):
-        self.folder = None if folder is None else Path(folder)
-        self.settings = json.dumps(settings, sort_keys=True)
-        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():  # before minutes of work
-            raise ValueError(f"checkpoint is {str(folder)!r}, which is there and no folder")
-
-    def load(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, facts) of a stage; None where it has not been saved.
-
-        Raises ValueError when the file cannot be read or is of another calibration.
-        """
-        path = None if self.folder is None else self.folder / f"{stage}.safetensors"
-        if path is None or not path.is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a checkpoint: {error}") from error
-        if header is None or header.get("settings") != self.settings:
-            raise ValueError(f"{path} is of another calibration (model, pairs, refusal, layers or seed); give another folder")
-        return tensors, json.loads(header["facts"])
-
-    def save(self, stage: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replaces the stage's file as a whole: a crash leaves the old one or the new one. Of several processes the first
-        does it."""
-        if self.folder is None or parallel.rank():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{stage}.safetensors"
-        header = {"settings": self.settings, "facts": json.dumps(facts)}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, f"{path}.new", header)
-        os.replace(f"{path}.new", path)

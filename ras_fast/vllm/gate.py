@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from ras_fast.checks import as_float32, number
 from ras_fast.decoding import broken_rows
-from ras_fast.methods.autosteer import AutoSteer, assess
+from ras_fast.methods.autosteer import AutoSteer
+from ras_fast.methods.prober import assess
 from ras_fast.profile import RasProfile
 from ras_fast.vllm.options import Marks
 from ras_fast.vllm.steering import Head, check_head, only_end, to_device
@@ -98,7 +99,7 @@ class Judge(nn.Module):
     """The prober before a layer that `can_be_judged`.
 
     adds: whether the layer `adds_residual`.
-    prober: by name, as `autosteer.assess` takes it.
+    prober: by name, as `assess` takes it.
     tokens: the most of one forward. risks: [tokens] fp32, of the latest forward's; NaN where it could not be computed, and
     where there was none since they were last read.
     """

@@ -15,8 +15,9 @@ import ras_fast
 from ras_fast.batching import batches, left_padded
 from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import encode, make_queries
-from ras_fast.methods import autosteer
-from ras_fast.methods.autosteer import AutoSteer, assess, safety_awareness, train_prober
+from ras_fast.methods import autosteer, refusal_head
+from ras_fast.methods.autosteer import AutoSteer
+from ras_fast.methods.prober import _standard, assess, choose_layer, gate_threshold, safety_awareness, split, train_prober
 from ras_fast.profile import RasProfile
 
 D, LAYERS, LAYER, STRENGTH = 32, 3, 1, 8.0
@@ -413,15 +414,15 @@ def test_a_value_that_does_not_vary_in_calibration_does_not_decide():
             states[:, 7] = 300 + step
             assert ((assess(prober, states)[0] > 0.5) == harmful).float().mean() > 0.95
     nearly = torch.tensor([[300.0, 1.0], [300.0, -1.0], [300.01, 0.0]])
-    assert autosteer._standard(nearly)[1].tolist() == pytest.approx([300 / 128, 1.0], rel=1e-3)
+    assert _standard(nearly)[1].tolist() == pytest.approx([300 / 128, 1.0], rel=1e-3)
 
 
 def test_equal_pairs_are_on_one_side_of_the_split():
-    training, validation = autosteer._split(torch.arange(12).repeat(10), 0)
+    training, validation = split(torch.arange(12).repeat(10), 0)
     assert len(training) + len(validation) == 120
     assert not set((training % 12).tolist()) & set((validation % 12).tolist())
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
-    training, validation = autosteer._split(torch.arange(20), 3)
+    training, validation = split(torch.arange(20), 3)
     assert torch.equal(torch.cat([validation, training]), order)
     assert len(validation) == 4
 
@@ -442,8 +443,8 @@ PAIRS += [(None, f"{random_words(80 + i, 2)} {UNSAFE}", random_words(90 + i, 5),
 @pytest.fixture
 def few_epochs(monkeypatch):
     """At a rate at which they are enough."""
-    monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 3)
-    monkeypatch.setattr(autosteer, "HEAD_RATE", 160)
+    monkeypatch.setattr(refusal_head, "EPOCHS", 3)
+    monkeypatch.setattr(refusal_head, "RATE", 160)
 
 
 def calibrate(model, processor, pairs=PAIRS, **options):
@@ -530,7 +531,7 @@ def test_captured_states_are_the_models_own(model, processor):
 
 
 def test_the_head_learns_the_refusal(model, processor, monkeypatch):
-    monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 60)
+    monkeypatch.setattr(refusal_head, "EPOCHS", 60)
     made = calibrate(model, processor, layer=1)
     losses = made.config["head"]["losses"]
     assert losses[made.config["head"]["epoch"]] == min(losses) < 0.5 * losses[0]
@@ -559,7 +560,7 @@ def test_a_layer_that_sees_no_difference_is_not_chosen(layer):
     noise = torch.randn(20, 8)
     safe, toxic = torch.stack([noise, noise]), torch.stack([noise, torch.randn(20, 8)])
     states, training = {"safe": safe, "toxic": toxic}, torch.arange(15)
-    chosen, *_ = autosteer._choose_layer(layer, {0: 0.0, 4: -0.1}, states, training, torch.arange(15, 20), 0)
+    chosen, *_ = choose_layer(layer, {0: 0.0, 4: -0.1}, states, training, torch.arange(15, 20), 0)
     assert chosen == 4
 
 
@@ -569,10 +570,10 @@ def test_a_gate_that_tells_nothing_apart_is_refused(model, processor, monkeypatc
     same = [(None, f"w1 w{i}", f"w1  w{i}", None) for i in range(10)]  # the same tokens
     with pytest.raises(ValueError, match=r"what enters layers \[0, 1, 2\] .* is the same"):
         calibrate(model, processor, same)
-    monkeypatch.setattr(autosteer, "_train_head", lambda *args: pytest.fail("the gate is known before the head"))
+    monkeypatch.setattr(autosteer, "train_head", lambda *args: pytest.fail("the gate is known before the head"))
     shut = {"in.weight": torch.zeros(1, D), "in.bias": torch.zeros(1), "out.weight": torch.zeros(2, 1)}
     shut["out.bias"] = torch.tensor([1.0, 0.0])
-    monkeypatch.setattr(autosteer, "train_prober", lambda *args, **options: (shut, {"loss": 0.5}))
+    monkeypatch.setattr("ras_fast.methods.prober.train_prober", lambda *args, **options: (shut, {"loss": 0.5}))
     with pytest.raises(ValueError, match=r"layer 1, opens for 0% of the held-out unsafe questions .* no better than chance"):
         calibrate(model, processor, layer=1)
 
@@ -593,7 +594,7 @@ def test_the_threshold_keeps_to_what_may_be_refused():
     safe = torch.stack([risks.logit(), torch.zeros(5)], 1)
     expected = {None: (0.5, 0.2), 0.0: (0.5, 0.2), 0.2: (0.4, 0.2), 0.5: (0.3, 0.4), 1.0: (0.0, 1.0)}
     for over_refusal, (threshold, refused) in expected.items():
-        got, facts = autosteer._threshold(prober, safe, safe[:3], over_refusal)
+        got, facts = gate_threshold(prober, safe, safe[:3], over_refusal)
         assert got == pytest.approx(threshold, abs=1e-6)
         assert facts["refused_safe"] == pytest.approx(refused)
     assert facts["refused_toxic"] == 1
@@ -610,10 +611,10 @@ def test_full_rank_is_the_full_head_and_low_rank_says_what_it_keeps(model, proce
 
 def test_an_interrupted_calibration_resumes_where_it_was(model, processor, few_epochs, monkeypatch, tmp_path):
     expected = calibrate(model, processor)
-    monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 1)  # as if stopped after the first epoch; the shuffle is by (seed, epoch)
+    monkeypatch.setattr(refusal_head, "EPOCHS", 1)  # as if stopped after the first epoch; the shuffle is by (seed, epoch)
     with pytest.raises(ValueError, match="none of the held-out answers"):
         calibrate(model, processor, checkpoint=tmp_path)
-    monkeypatch.setattr(autosteer, "HEAD_EPOCHS", 3)
+    monkeypatch.setattr(refusal_head, "EPOCHS", 3)
     monkeypatch.setattr(autosteer, "_capture", lambda *args: pytest.fail("the states were saved"))
     resumed = calibrate(model, processor, checkpoint=tmp_path)
     assert resumed.config == expected.config

@@ -15,9 +15,10 @@ from test_vllm_steering import EOS, STEPS, VOCABULARY, make_profile, make_steeri
 from tokenizers import AddedToken
 
 from ras_fast.methods.moras import risk_query
-from ras_fast.vllm import serving
+from ras_fast.vllm import asgi, serving
 from ras_fast.vllm.options import engine_args, read_marks
-from ras_fast.vllm.serving import SafeChat, to_messages, to_query
+from ras_fast.vllm.requests import to_messages, to_query
+from ras_fast.vllm.serving import SafeChat
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 PROCESSOR = SimpleNamespace(
@@ -837,7 +838,7 @@ def test_bodies_come_in_pieces(server):
         return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     begin = time.process_time()
-    assert asyncio.run(serving._body(receive)) == body
+    assert asyncio.run(asgi.read_body(receive)) == body
     assert time.process_time() - begin < 2
 
 

@@ -10,57 +10,36 @@ import asyncio
 import hashlib
 import json
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from ras_fast.checks import is_integer, is_number
-from ras_fast.inputs import (
-    QUESTION,
-    Query,
-    has_question,
-    is_unicode,
-    make_queries,
-    refuse_begun,
-    refuse_unknown,
-    short_ids,
-    texts_of,
-)
+from ras_fast.inputs import Query, make_queries, refuse_begun, short_ids, texts_of
 from ras_fast.methods.moras import context_query, context_text, marks_of, risk_query
 from ras_fast.profile import RasProfile
+from ras_fast.vllm.asgi import (
+    Call,
+    Client,
+    Failed,
+    Gone,
+    Message,
+    Outbox,
+    Send,
+    dumps,
+    into,
+    read_body,
+    refusal,
+    refuse,
+    send_with,
+)
 from ras_fast.vllm.checkpoint import load_processor
 from ras_fast.vllm.gate import Verdict, check_known, known_questions
 from ras_fast.vllm.options import NOISE, PROCESSOR, RECORD, RISK, new_number, read_settings
+from ras_fast.vllm.requests import NEUTRAL, PLAIN, SHARED, check_opening, checked, to_messages, to_query
 from ras_fast.vllm.steering import Judgement
-
-Message = dict[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 
 CHAT = "/v1/chat/completions"
 MODELS = "/v1/models"
 WITHOUT_ANSWERS = {"/tokenize", "/detokenize", "/ping"}  # what may be posted to undefended
-# What a request's other stages take over from it: how its images are read, and whose cache it may use.
-SHARED = ("model", "mm_processor_kwargs", "cache_salt", "priority", "user")
-# These are known with the value that does nothing. Until min_tokens every stop token is forbidden, also those that the client
-# names; an answer that goes on behind the end of its refusal does so unsteered; and a penalty on the words of a refusal, which
-# the question may hold, can outweigh the steering.
-NEUTRAL = {
-    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": False,
-}  # fmt: skip
-HOTTEST = 2  # temperature, as of OpenAI's own endpoint: the noise of a hotter answer outweighs its steering
-# With these fields alone a token follows from the logits and what is known here of how it is drawn.
-PLAIN = {
-    *SHARED, *NEUTRAL, "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n",
-    "stop", "stop_token_ids", "stream", "stream_options", "return_token_ids", "include_stop_str_in_output",
-    "skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt", "continue_final_message",
-}  # fmt: skip
-# Others are refused: they may forbid the tokens of a refusal, make answers out of requests that carry no risk, or, as what a
-# template is given (chat_template_kwargs), put words into every prompt, the context's too.
-KNOWN = PLAIN | {"logprobs", "request_id", "top_logprobs", "vllm_xargs"}
-# What vLLM reads out of vllm_xargs as if it were a field of the request, and does not check there.
-FIELDS_IN_EXTRA = {"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode", "session_id"}
-# Templates write a role into the prompt, some in other letters: a control token in capitals would be none until then.
-ROLES = ("system", "developer", "user", "assistant", "tool")
 POLL = 0.01  # seconds until a draft that was late is looked at again
 HEALTH = 1.0  # seconds until an engine that does not answer is asked whether it lives
 
@@ -98,40 +77,40 @@ class SafeChat:
         elif (scope["method"], path) == ("POST", CHAT):
             await self._chat(scope, receive, send)
         else:
-            await _refuse(send, 403, f"{scope['method']} {path} is not defended; this server answers at {CHAT}")
+            await refuse(send, 403, f"{scope['method']} {path} is not defended; this server answers at {CHAT}")
 
     async def _chat(self, scope: Message, receive, send: Send) -> None:
         if not await self._admits(scope, send):
             return
         try:
-            request = _checked(json.loads(await _body(receive)))
+            request = checked(json.loads(await read_body(receive)))
             query = to_query(request["messages"])
-            _check_opening(request, query)
+            check_opening(request, query)
             request["messages"] = to_messages(query)
         except (ValueError, RecursionError) as error:
-            await _refuse(send, 400, str(error))
+            await refuse(send, 400, str(error))
             return
         try:
             guard = await self._start(scope["app"].state)
         except Exception as error:  # vLLM would take some for the client's
-            await _refuse(send, 500, str(error))
+            await refuse(send, 500, str(error))
             return
         try:
             guard.check(request, query)
             guard.hide_seed(request)
         except ValueError as error:
-            await _refuse(send, 400, str(error))
+            await refuse(send, 400, str(error))
             return
-        outbox = _Outbox(send)
+        outbox = Outbox(send)
         try:
             async with guard.places:  # until vLLM has made the answer; a client that is slow to read it takes no place
-                client = _Client(self.app, scope, receive)
+                client = Client(self.app, scope, receive)
                 try:
                     await guard.answer(guard, client, request, query).send_to(outbox.put)
-                except _Failed as failed:
+                except Failed as failed:
                     for message in failed.messages:
                         await outbox.put(message)
-                except _Gone:
+                except Gone:
                     pass
                 finally:
                     await client.leave()
@@ -144,7 +123,7 @@ class SafeChat:
         which may be as long as the client likes: who may have the list of models may chat."""
         messages: list[Message] = []
         scope = scope | {"method": "GET", "path": scope["path"].removesuffix(CHAT) + MODELS}
-        await _Call(self.app, scope, b"", _into(messages)).task
+        await Call(self.app, scope, b"", into(messages)).task
         if messages[0]["status"] == 200:
             return True
         for message in messages:
@@ -242,7 +221,7 @@ class _Guard:
         """Puts a seed that follows from a client's in its place. By its own a client could try at home, without asking this
         server, which seed's noise outweighs the steering of a question."""
         if "seed" in request:
-            words = _dumps([request["seed"], request["messages"]])
+            words = dumps([request["seed"], request["messages"]])
             digest = hashlib.blake2b(words, key=self._key, digest_size=6).digest()
             request["seed"] = int.from_bytes(digest, "big")
 
@@ -306,7 +285,7 @@ def _control_tokens(processor) -> set[str]:
 class _Answer:
     """One request on its way. records: what the workers keep of it."""
 
-    def __init__(self, guard: _Guard, client: _Client, request: Message, query: Query):
+    def __init__(self, guard: _Guard, client: Client, request: Message, query: Query):
         self.guard, self.client, self.request, self.query = guard, client, request, query
         self.records = (new_number(), new_number())
 
@@ -320,23 +299,23 @@ class _Answer:
 
     async def _stage(self, query: Query, tokens: int, marks: Message) -> list[int]:
         """The tokens that the server inside answers a query with, greedily. Raises RuntimeError where vLLM has cut them off,
-        and _Failed where it leaves no room for so many: a risk that is read from fewer steps is another one."""
+        and Failed where it leaves no room for so many: a risk that is read from fewer steps is another one."""
         request = {name: self.request[name] for name in SHARED if name in self.request} | NEUTRAL
         request |= {"messages": to_messages(query), "max_completion_tokens": tokens, "temperature": 0}
         request |= {"return_token_ids": True, "vllm_xargs": marks}
         messages: list[Message] = []
-        await self.client.post(request, _into(messages), names_request=False).task
+        await self.client.post(request, into(messages), names_request=False).task
         if self.client.gone:
-            raise _Gone
+            raise Gone
         if messages[0]["status"] != 200:
-            raise _Failed(messages)
+            raise Failed(messages)
         (choice,) = json.loads(b"".join(message.get("body", b"") for message in messages))["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended a stage of a query with {choice['finish_reason']!r}")
         made = choice["token_ids"]
         if choice["finish_reason"] == "length" and len(made) < tokens:
             reason = f"messages leave room for {len(made)} of a stage's {tokens} tokens; they need to be shorter"
-            raise _Failed(_refusal(400, reason))
+            raise Failed(refusal(400, reason))
         return made
 
 
@@ -357,13 +336,13 @@ class _Judged(_Answer):
         answer = _Draft(self.client, self.marked({RECORD: self.records[0]}))
         await answer.begin()
         risk, _ = await self._verdict(answer.over)
-        await answer.show(partial(_send_with, send, {"risk": f"{risk:.6f}"}))
+        await answer.show(partial(send_with, send, {"risk": f"{risk:.6f}"}))
 
     async def _send_choices(self, send: Send) -> None:
         """A record is one request's: the choices are steered by what one token more has told."""
         await self._stage(self.query, 1, {RECORD: self.records[0]})
         risk, _ = await self._verdict(lambda: True)
-        send = partial(_send_with, send, {"risk": f"{risk:.6f}"})
+        send = partial(send_with, send, {"risk": f"{risk:.6f}"})
         await self.client.post(self.marked({RISK: risk}), send).task
 
     async def _verdict(self, over: Callable[[], bool]) -> Verdict:
@@ -388,7 +367,7 @@ class _Staged(_Answer):
             await self.client.leave()  # a draft that began now would take a place again
             await self.guard.call("ras_forget", list(self.records))
             raise
-        send = partial(_send_with, send, told)
+        send = partial(send_with, send, told)
         if kept:
             await draft.show(send)
             return
@@ -427,7 +406,7 @@ class _Staged(_Answer):
 class _Draft:
     """An answer that is held back until it is known to stand."""
 
-    def __init__(self, client: _Client, request: Message):
+    def __init__(self, client: Client, request: Message):
         self.client = client
         self._held: list[Message] = []
         self._show: Send | None = None
@@ -448,12 +427,12 @@ class _Draft:
     def over(self) -> bool:
         """Whether all of it is there. Raises what keeps it from being an answer."""
         if self.client.gone:
-            raise _Gone
+            raise Gone
         if not self.call.task.done():
             return False
         self.call.task.result()
         if self._held[0]["status"] != 200:
-            raise _Failed(self._held)
+            raise Failed(self._held)
         return True
 
     async def show(self, send: Send) -> None:
@@ -469,240 +448,3 @@ class _Draft:
         await self._show(message) if self._show is not None else self._held.append(message)
 
 
-class _Outbox:
-    """What a client is sent, as fast as it reads."""
-
-    def __init__(self, send: Send):
-        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        self.writer = asyncio.create_task(self._write(send))
-
-    async def put(self, message: Message) -> None:
-        self._messages.put_nowait(message)
-
-    async def close(self) -> None:
-        """Returns when all of it is sent."""
-        self._messages.put_nowait(None)
-        await self.writer
-
-    async def _write(self, send: Send) -> None:
-        while (message := await self._messages.get()) is not None:
-            await send(message)
-
-
-class _Client:
-    """Who sent a request, and the requests to the server inside that are made for them."""
-
-    def __init__(self, app, scope: Message, receive):
-        self.app, self.gone, self._calls = app, False, []
-        self._scope = scope | {"headers": [(name, value) for name, value in scope["headers"] if name != b"content-length"]}
-        self._watch = asyncio.create_task(self._until_gone(receive))
-
-    def post(self, request: Message, send: Send, names_request: bool = True) -> _Call:
-        """Starts a request. names_request: whether it has the name that the client gave its own."""
-        scope = dict(self._scope)
-        if not names_request:
-            scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-        call = _Call(self.app, scope, _dumps(request), send)
-        self._calls.append(call)
-        if self.gone:
-            call.gone.set()
-        return call
-
-    async def leave(self) -> None:
-        """Ends what is still under way."""
-        self._watch.cancel()
-        await asyncio.gather(*(call.end() for call in self._calls))
-
-    async def _until_gone(self, receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
-        for call in self._calls:
-            call.gone.set()
-
-
-class _Call:
-    """One request to the server inside. task: of its whole response."""
-
-    def __init__(self, app, scope: Message, body: bytes, send: Send):
-        self.gone = asyncio.Event()
-        self._body: bytes | None = body
-        self.task = asyncio.create_task(app(scope, self._receive, send))
-
-    async def end(self) -> None:
-        """As if the client had gone: vLLM then aborts its part. Returns when it has."""
-        self.gone.set()
-        await asyncio.gather(self.task, return_exceptions=True)
-
-    async def _receive(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-
-class _Failed(Exception):
-    """A stage has no outcome. messages: the response that says why."""
-
-    def __init__(self, messages: list[Message]):
-        super().__init__()
-        self.messages = messages
-
-
-class _Gone(Exception):
-    """The client waits no longer."""
-
-
-# Chats
-
-
-def to_query(messages) -> Query:
-    """OpenAI chat messages as a query whose images are their ``image_url`` parts.
-
-    Messages and parts are made anew of what is known here. vLLM reads far more out of them, by rules of its own, and hands what
-    it does not know to the chat template.
-    Raises ValueError for anything else in them, and for a chat that does not end in a question.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages is {messages!r:.200}; it needs to be a list of messages")
-    images: list[Message] = []
-    chat = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"messages[{i}] is {message!r:.200}; it needs a role and a content")
-        refuse_unknown(f"messages[{i}]", message, ("role", "content"))
-        if message["role"] not in ROLES:
-            raise ValueError(f"messages[{i}] has the role {message['role']!r:.200}; it needs to be one of {', '.join(ROLES)}")
-        chat.append({"role": message["role"], "content": _parts(f"messages[{i}]", message["content"], images)})
-    if not has_question(chat):
-        raise ValueError(f"messages needs to end in {QUESTION}; its roles are {[message['role'] for message in chat]!r:.200}")
-    return Query(chat, images)
-
-
-def _parts(where: str, content, images: list[Message]) -> list[Message]:
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(content, list):
-        raise ValueError(f"{where} has the content {content!r:.200}; it needs to be a string or a list of parts")
-    parts: list[Message] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image_url":
-            refuse_unknown(f"{where}: an image_url part", part, ("type", "image_url"))
-            images.append({"type": "image_url", "image_url": _image_url(where, part.get("image_url"))})
-            parts.append({"type": "image"})
-        elif kind == "text" and isinstance(part.get("text"), str):
-            refuse_unknown(f"{where}: a text part", part, ("type", "text"))
-            parts.append({"type": "text", "text": part["text"]})
-        else:
-            raise ValueError(f"{where} has the part {part!r:.200}; 'text' and 'image_url' parts can be defended")
-    return parts
-
-
-def _image_url(where: str, image) -> Message:
-    """The value of an image_url part. Every stage reads it anew, and elsewhere than in the request itself could find another
-    picture each time."""
-    url = image.get("url") if isinstance(image, dict) else None
-    if not isinstance(url, str) or not url.startswith("data:"):
-        raise ValueError(f"{where} has the image_url {image!r:.200}; it needs a url that holds the image: 'data:…'")
-    refuse_unknown(f"{where}: an image_url", image, ("url", "detail"))
-    return {key: image[key] for key in ("url", "detail") if image.get(key) is not None}
-
-
-def to_messages(query: Query) -> list[Message]:
-    """The way back from `to_query`."""
-    images = iter(query.images)
-    return [
-        message | {"content": [next(images) if part["type"] == "image" else part for part in message["content"]]}
-        for message in query.messages
-    ]
-
-
-def _checked(request) -> Message:
-    """A request without fields that are null. Raises ValueError for one that cannot be defended."""
-    if not isinstance(request, dict):
-        raise ValueError(f"the request is a {type(request).__name__}; it needs to be a JSON object")
-    request = {name: value for name, value in request.items() if value is not None}
-    for name, value in request.items():
-        if not is_unicode(json.dumps({name: value}, ensure_ascii=False)):
-            raise ValueError(f"{name!a} holds half a character (a lone surrogate); it needs to be whole ones")
-    unknown = sorted(set(request) - KNOWN)
-    if unknown:
-        raise ValueError(f"{', '.join(unknown):.200} cannot be defended; this server knows {', '.join(sorted(KNOWN))}")
-    for name, none in NEUTRAL.items():
-        if request.get(name) not in (None, none):
-            value = f"{request[name]!r:.200}"
-            raise ValueError(f"{name} is {value}, which could forbid a refusal or its end; it needs to be {none}, or left out")
-    if not (is_number(request.get("temperature", 1)) and 0 <= request.get("temperature", 1) <= HOTTEST):
-        raise ValueError(f"temperature is {request['temperature']!r:.200}; it needs to be in [0, {HOTTEST}], or left out")
-    if not is_integer(request.get("seed", 0)):
-        raise ValueError(f"seed is {request['seed']!r:.200}; it needs to be an integer")
-    if request.get("seed") == -1:  # for vLLM none
-        del request["seed"]
-    extra = request.get("vllm_xargs", {})
-    if not isinstance(extra, dict) or any(name.startswith("ras_") for name in extra):
-        raise ValueError(f"vllm_xargs is {extra!r:.200}; it needs to be an object without ras_…, which are this server's own")
-    smuggled = sorted(set(extra) & FIELDS_IN_EXTRA)
-    if smuggled:
-        raise ValueError(f"vllm_xargs has {', '.join(smuggled)}, a field of vLLM's own that cannot be defended")
-    return request | {"messages": request.get("messages")}
-
-
-def _check_opening(request: Message, query: Query) -> None:
-    """Raises ValueError unless the first token that is made is one of an answer. A prompt that leaves a user's words open, or
-    lacks what opens an answer, would have the template's own tokens steered in place of the answer's."""
-    opening = request.get("add_generation_prompt", True), request.get("continue_final_message", False)
-    continues = query.messages[-1]["role"] == "assistant"
-    if opening != (True, False) and not (continues and opening == (False, True)):
-        raise ValueError(
-            f"(add_generation_prompt, continue_final_message) is {opening!r:.200}; it needs to be (True, False), or "
-            "(False, True) where the last message is the assistant's: the first tokens of an answer are steered"
-        )
-
-
-# ASGI
-
-
-async def _body(receive) -> bytes:
-    pieces, more = [], True
-    while more:
-        message = await receive()
-        pieces.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(pieces)
-
-
-def _into(messages: list[Message]) -> Send:
-    """What keeps a response there."""
-
-    async def take(message: Message) -> None:
-        messages.append(message)
-
-    return take
-
-
-async def _refuse(send: Send, status: int, reason: str) -> None:
-    for message in _refusal(status, reason):
-        await send(message)
-
-
-def _refusal(status: int, reason: str) -> list[Message]:
-    kind = "BadRequestError" if status < 500 else "InternalServerError"
-    body = _dumps({"error": {"message": reason, "type": kind, "param": None, "code": status}})
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    return [
-        {"type": "http.response.start", "status": status, "headers": headers},
-        {"type": "http.response.body", "body": body, "more_body": False},
-    ]
-
-
-async def _send_with(send: Send, told: dict[str, str], message: Message) -> None:
-    """``send``, with headers of ours at the start."""
-    if message["type"] == "http.response.start":
-        told_headers = [(f"x-ras-{name}".encode(), value.encode()) for name, value in told.items()]
-        message = message | {"headers": [*message.get("headers", ()), *told_headers]}
-    await send(message)
-
-
-def _dumps(value) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()

@@ -32,6 +32,13 @@ def check_counts(**given: object) -> None:
             raise ValueError(f"{name} is {value!r}; it needs to be an integer of at least 1")
 
 
+def check_flags(**given: object) -> None:
+    """Raises ValueError where one of these, by its name, is neither True nor False: "no" would count as yes."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it needs to be True or False")
+
+
 def is_number(value: object) -> bool:
     """Whether it is an integer or a float, finite or not, and not a truth value."""
     return is_integer(value) or isinstance(value, float)

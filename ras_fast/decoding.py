@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ras_fast.checks import check_counts, is_integer, is_number
+from ras_fast.checks import check_counts, check_flags, is_integer, is_number
 from ras_fast.model_lock import at_rest
 
 BROKEN = -1  # in place of a token, where nothing may be read
@@ -67,8 +67,7 @@ class Decoding:
 
     def __post_init__(self):
         check_counts(max_new_tokens=self.max_new_tokens)
-        if not isinstance(self.do_sample, bool):
-            raise ValueError(f"do_sample is {self.do_sample!r}; it needs to be True or False")
+        check_flags(do_sample=self.do_sample)
         if not is_integer(self.seed):  # a list, one a prompt, would be taken for one seed
             raise ValueError(f"seed is {self.seed!r}; it needs to be one integer, from which each query's noise follows")
         self._check_numbers()

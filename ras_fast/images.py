@@ -34,7 +34,7 @@ def load_image(image, name: str = "image") -> Image.Image | None:
     if isinstance(image, torch.Tensor):
         image = _as_array(image, name)
     if isinstance(image, np.ndarray):
-        return _from_array(image, name)
+        return _from_array(np.asarray(image), name)  # what lies under a mask would be drawn, too
     if isinstance(image, str) and image.startswith("data:"):
         image = _held_by(image, name)
     elif isinstance(image, str) and "://" in image:

@@ -60,6 +60,9 @@ class RegionMap:
             for row, (grids, last) in enumerate(zip(self.grids, self.ids.amax(1).tolist(), strict=True)):
                 if len(grids) <= last:
                     raise ValueError(f"grids[{row}] is of {len(grids)} images; it must be of the row's {last + 1}")
+                for image, grid in enumerate(grids):
+                    if grid is not None and not (len(grid) == 2 and all(is_integer(n) and n > 0 for n in grid)):
+                        raise ValueError(f"grids[{row}][{image}] is {grid!r}; it must be (h, w) in patches, or None")
 
     def keys(self, length: int, total: int | None = None) -> Tensor:
         """Region ids [B, length] int32 of the keys that an attention call sees.

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -339,6 +340,12 @@ def test_a_second_attempt_shows_nothing_twice(model, processor, monkeypatch, ste
     assert processor.tokenizer.decode(prompt).endswith("ASSISTANT :")
     assert output.tokens == [token for value in shown for token in value] == expected.tokens
     assert streamer.ended == 1
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_generator_has_no_copies(model, processor, profile, copied):
+    with SafeGenerator(model, processor, profile) as guard, pytest.raises(TypeError, match="of one model in one process"):
+        copied(guard)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory")], ids=repr)

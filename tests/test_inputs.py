@@ -266,6 +266,7 @@ def test_arrays():
     assert load_image(torch.from_numpy(pixels) / 255).getpixel((2, 1)) == (0, 200, 0)
     assert load_image((torch.from_numpy(pixels) / 255).bfloat16()).getpixel((2, 1)) == (0, 200, 0)
     assert load_image(np.array([[0.0, np.nan]])) is None
+    assert load_image(np.ma.masked_invalid(np.array([[0.0, np.nan]]))) is None
     assert load_image(np.array([[0.0, np.inf]])) is None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from ras_fast.checks import check_counts
+from ras_fast.checks import check_counts, check_flags
 from ras_fast.decoding import Decoding, check_streamer
 from ras_fast.engine.answer import SafeOutput
 from ras_fast.engine.batch import Batch
@@ -89,9 +89,7 @@ class SafeGenerator:
     ):
         check_parts(model, processor, profile)
         check_counts(batch_size=batch_size, sync_every=1 if sync_every is None else sync_every)
-        for name, value in (("fused", fused), ("region_mass", region_mass)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it needs to be True or False")
+        check_flags(fused=fused, region_mass=region_mass)
         model = _without_wrapper(model)
         profile.check(model, processor)
         self.model, self.processor, self.profile, self._wording = model, processor, profile, wording(processor)
@@ -153,6 +151,9 @@ class SafeGenerator:
 
     def __exit__(self, *exc_info):
         self.close()
+
+    def __reduce__(self):
+        raise TypeError("a SafeGenerator is of one model in one process; make another, of the copy or in the other process")
 
     def explain(self) -> str:
         """The plan, the seconds of each stage in the latest batch, and the counters, as text."""

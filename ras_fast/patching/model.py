@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
+from ras_fast.checks import check_flags
 from ras_fast.fingerprint import modules_of
 from ras_fast.memory import is_out_of_memory
 from ras_fast.ops._check import FLOATS, is_integer, is_tensor
@@ -66,11 +67,13 @@ def patch(
 
     Raises:
         TypeError: not a transformers model with decoder layers, or its text model does not run from tokens alone.
-        ValueError: in training mode, patched already, with the config object of another patched model, or `backend` is unknown.
+        ValueError: in training mode, patched already, with the config object of another patched model, or an argument has no
+            such value.
         RuntimeError: `backend` is not available here; says what mends it. Or memory ran out: it may do at the next call.
 
     A failure half-way leaves the model as it was.
     """
+    check_flags(regions=regions, norms=norms, linears=linears, caches=caches)
     handle = Patch(model)
     try:
         with _without_autocast(model):

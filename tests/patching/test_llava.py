@@ -595,6 +595,13 @@ def test_a_patched_model_that_is_gone_in_a_cycle_lends_its_config(model):
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["regions", "norms", "linears", "caches"])
+def test_what_is_patched_is_said_by_truth_values(model, name):
+    with pytest.raises(ValueError, match=f"{name} is 'no'; it needs to be True or False"):
+        ras_fast.patch(model, **{name: "no"})
+    ras_fast.patch(model).unpatch()
+
+
 def test_patching_twice_is_an_error(model):
     with ras_fast.patch(model):
         with pytest.raises(ValueError, match="patched already"):

@@ -1,5 +1,7 @@
 """Region maps: construction, validation, boxes and heat maps."""
 
+import re
+
 import pytest
 import torch
 from families import COUSINS
@@ -73,6 +75,9 @@ def test_grids_must_fit():
         RegionMap(torch.zeros(2, 3, dtype=torch.int32), 1, [[(1, 3)]])
     with pytest.raises(ValueError, match=r"grids\[1\] is of 1 images; it must be of the row's 2"):
         RegionMap(torch.tensor([[0, -1, 1], [0, -1, 1]], dtype=torch.int32), 2, [[(1, 1), None], [(1, 1)]])
+    for grid in ("ab", (1,), (0, 3), (1.0, 3.0)):
+        with pytest.raises(ValueError, match=rf"grids\[0\]\[1\] is {re.escape(repr(grid))}; it must be \(h, w\)"):
+            RegionMap(torch.tensor([[0, -1, 1]], dtype=torch.int32), 2, [[None, grid]])
 
 
 def test_the_last_positions():

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if arguments.debug or not is_out_of_memory(error):
             raise
-        needs = "a smaller model or --dtype bfloat16 needs less"
+        needs = "a smaller model, fewer --max-new-tokens or --dtype bfloat16 needs less"
         print(f"ras-fast: error: out of memory; {needs} ({str(error) or type(error).__name__})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from ras_fast.checks import check_counts, check_flags, is_integer, is_number
 from ras_fast.model_lock import at_rest
 
 BROKEN = -1  # in place of a token, where nothing may be read
+MOST_TOKENS = 1 << 30  # of an answer; with its prompt they are counted in 32 bits
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Decoding:
 
     def __post_init__(self):
         check_counts(max_new_tokens=self.max_new_tokens)
+        if self.max_new_tokens > MOST_TOKENS:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it needs to be at most {MOST_TOKENS}")
         check_flags(do_sample=self.do_sample)
         if not is_integer(self.seed):  # a list, one a prompt, would be taken for one seed
             raise ValueError(f"seed is {self.seed!r}; it needs to be one integer, from which each query's noise follows")

@@ -195,7 +195,7 @@ def agree(found: object, expected: object) -> bool:
     return True
 
 
-def tune(match: str = "", trying: bool = True) -> Iterator[dict]:
+def tune(match: str, trying: bool) -> Iterator[dict]:
     """Measures launch configurations on this machine's GPU; yields an entry of configs.json after each shape class.
 
     Args:

@@ -1337,8 +1337,9 @@ def test_what_cannot_be_used_is_refused(model, processor, profile):
     finally:
         model.eval()
     guard = SafeGenerator(model, processor, profile, fused=False)
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        guard.generate(["w1"], max_new_tokens=0)
+    for wrong in (0, 1 << 62):  # memory for so many would overflow before it is too much
+        with pytest.raises(ValueError, match=f"max_new_tokens is {wrong}"):
+            guard.generate(["w1"], max_new_tokens=wrong)
     with pytest.raises(ValueError, match="stop_strings"):
         guard.generate(["w1"], stop_strings=[""])
     with pytest.raises(TypeError, match="beams"):

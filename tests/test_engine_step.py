@@ -19,7 +19,7 @@ from ras_fast.decoding import Decoding
 from ras_fast.engine import SafeGenerator, batch, workspace
 from ras_fast.engine.answer import Sequence
 from ras_fast.engine.branch import SCRATCH
-from ras_fast.engine.graphs import HostRead, Inputs
+from ras_fast.engine.graphs import HostRead, UsedStorages
 from ras_fast.engine.runner import Runner
 from ras_fast.methods import attach
 from ras_fast.patching import Patch
@@ -262,7 +262,7 @@ def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeyp
     monkeypatch.setattr("ras_fast.engine.runner.CAPTURED", {"cpu"})
 
     def capture(function, device):
-        for inside in (nullcontext(), Inputs("cpu")):
+        for inside in (nullcontext(), UsedStorages("cpu")):
             with inside:
                 function()
 
@@ -275,7 +275,7 @@ def test_steps_that_the_host_takes_part_in_run_without_graphs(processor, monkeyp
 
 def test_what_a_capture_refuses_is_noticed_before_it_is_run():
     on_device, mask = torch.zeros(3, device="meta"), torch.ones(3, dtype=torch.bool, device="meta")
-    with Inputs("meta"):
+    with UsedStorages("meta"):
         assert torch.arange(3)[torch.ones(3, dtype=torch.bool)].tolist() == [0, 1, 2]  # the host's own
         on_device[torch.zeros(2, dtype=torch.long, device="meta")] += on_device.to(torch.float64).sum() * torch.tensor(2.0)
         for read in (
@@ -290,7 +290,7 @@ def test_what_a_capture_refuses_is_noticed_before_it_is_run():
 def test_what_a_graph_reads_lives_as_long():
     """Not what is made inside of it, which is the graph's own."""
     given, written = torch.ones(3), torch.zeros(3)
-    with Inputs("meta") as inputs:
+    with UsedStorages("meta") as inputs:
         written.copy_((given + 1) * 2)
     assert inputs.storages.keys() == {tensor.untyped_storage()._cdata for tensor in (given, written)}
 

@@ -31,7 +31,7 @@ def _captured(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph, inputs = torch.cuda.CUDAGraph(), Inputs()
+    graph, inputs = torch.cuda.CUDAGraph(), UsedStorages()
     # Thread-local: what other threads do with the device is none of this capture's business.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"), inputs:
         output = function()
@@ -58,7 +58,7 @@ class HostRead(RuntimeError):
     """The host waits for a value of the device, or sends it one: a graph would repeat what came of the first."""
 
 
-class Inputs(TorchDispatchMode):
+class UsedStorages(TorchDispatchMode):
     """Collects the storages that the operations inside the block read or write and that were there before it.
 
     device: the type of what is captured.

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -559,6 +560,7 @@ def _output_folder(path: Path) -> Iterator[None]:
     with _naming("--out", path):
         new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # whether anything can be written there
     try:
         yield
     except BaseException:

@@ -669,7 +669,11 @@ def test_eval_needs_a_folder_and_names_before_it_begins(folder, questions, tmp_p
 
 def test_demo_needs_a_folder_before_it_begins(folder, capsys, monkeypatch):
     monkeypatch.setattr("ras_fast.demo.load", lambda name: pytest.fail("too late"))
-    for out, words in (("a.png", "is a file; it needs to be a folder"), ("a.png/new", "cannot be used: Not a directory")):
+    for out, words in (
+        ("a.png", "is a file; it needs to be a folder"),
+        ("a.png/new", "cannot be used: Not a directory"),
+        ("/proc", "cannot be used: No such file"),  # is a folder in which nobody writes
+    ):
         assert cli.main(["demo", "--out", str(folder / out)]) == 1
         assert f"--out {folder / out} {words}" in capsys.readouterr().err
 

@@ -139,7 +139,7 @@ class RasProfile:
             raise ValueError(f"directory_or_hub_id is {directory_or_hub_id!r}; it needs to be a path or a hub id")
         json_path, tensors_path = (_locate(directory_or_hub_id, name) for name in (JSON_NAME, TENSORS_NAME))
         try:
-            header = json.loads(json_path.read_text(encoding="utf-8"))
+            header = json.loads(json_path.read_text(encoding="utf-8-sig"))
             version, method, config = header["format_version"], header["method"], header["config"]
             stored_fingerprint = header["fingerprint"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:

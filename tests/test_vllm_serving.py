@@ -55,7 +55,7 @@ class Server:
         self.key: bytes | None = None
         self.hold: asyncio.Event | None = None
         self.starts = self.drafts = self.resumes = self.keeps_drafts = None
-        self.breaks = set()
+        self.breaks, self.ends = set(), set()
         self.pause, self.dead = 0, False
         self.busy = self.busiest = 0
         self.calls = []
@@ -156,7 +156,8 @@ class Server:
                 await self.resumes.wait()
             if marks is not None and not (drafts and self.keeps_drafts is False):
                 logits = self.steering.apply(logits, [(0, step, marks)])
-            tokens.append(logits[0].argmax().item())
+            over = any(word in json.dumps(request) for word in self.ends)
+            tokens.append(EOS if over else logits[0].argmax().item())
             piece = {"choices": [{"delta": {"content": f"w{tokens[-1]} "}, **({"token_ids": tokens[-1:]} if shows else {})}]}
             if shows and step == 0:
                 piece["prompt_token_ids"] = [1, 2, 3]
@@ -534,6 +535,14 @@ def test_no_answer_after_a_stage_that_had_no_room(server, word):
     assert not server.steering.records
 
 
+@pytest.mark.parametrize("word", ["safety_prompt", "context_prompt"])
+def test_stages_that_the_model_ends_early_are_whole(server, word):
+    server.ends.add(json.dumps(make_profile().config[word])[1:-1])
+    (response,) = run(server, ask())
+    assert response.status == 200
+    assert "ras_judge" in server.calls
+
+
 def test_more_words_than_a_prompt_holds_are_not_read(server):
     """To look through them for marks took a minute, in which nobody else was served."""
     server.vllm_config.model_config.max_model_len = 100
@@ -748,6 +757,8 @@ async def until(reached):
         ({"max_tokens": 3}, "messages is None"),
         (ask(messages=[]), "messages is"),
         (ask(messages=[{"role": "user"}]), "a role and a content"),
+        (ask(messages=[["role", "content"]]), "messages[0] is ['role', 'content']; it needs a role and a content"),
+        (ask(messages=[3]), "messages[0] is 3"),
         (ask(messages=[{"role": "user", "content": 3}]), "a string or a list"),
         (ask(messages=[{"role": "user", "content": [{"type": "video_url", "video_url": {}}]}]), "video_url"),
         (ask(messages=[{"role": "user", "content": [{"text": "no type"}]}]), "no type"),
@@ -867,6 +878,19 @@ SPOILT = [
 ]  # fmt: skip
 
 
+def test_several_servers_share_the_places_of_one_engine(server):
+    server.vllm_config.parallel_config._api_process_count = 2
+    assert {response.status for response in run(server, *[ask(f"table {i}?") for i in range(6)])} == {200}
+    assert server.busiest <= 1 * 2  # half of the engine's two places: a draft and a stage
+
+
+@pytest.mark.parametrize("most", [64, None])
+def test_a_limit_that_leaves_room_for_the_stages_is_none(server, most):
+    server.vllm_config.model_config.override_generation_config = {"max_new_tokens": most}
+    (response,) = run(server, ask())
+    assert response.status == 200
+
+
 @pytest.mark.parametrize("what", SPOILT)
 def test_servers_that_are_set_up_wrong_answer_nothing(server, what):
     spoil(server, what)
@@ -973,6 +997,8 @@ TEXT = {"type": "text", "text": "w1"}
         {"type": "thinking", "thinking": "w2"},
         {"type": "image"},
         {"type": ["text"], "text": "w2"},
+        {"type": "text", "text": 2},
+        {"type": "text"},
         "w2",
         None,
     ],

@@ -173,6 +173,14 @@ def test_corrupt_header(profile, tmp_path, text):
         RasProfile.from_pretrained(tmp_path)
 
 
+def test_a_header_that_an_editor_has_saved(profile, tmp_path):
+    """With a byte order mark, as some do."""
+    profile.save_pretrained(tmp_path)
+    header = tmp_path / JSON_NAME
+    header.write_text(header.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert RasProfile.from_pretrained(tmp_path).digest() == profile.digest()
+
+
 def test_newer_format(profile, tmp_path):
     profile.save_pretrained(tmp_path)
     header = json.loads((tmp_path / JSON_NAME).read_text()) | {"format_version": 99}

@@ -840,6 +840,20 @@ def test_other_endpoints_make_no_answers(server, method, path, passes):
     assert len(server.requests) == passes
 
 
+def test_a_body_may_leave_out_that_nothing_follows():
+    async def receive():
+        return {"type": "http.request", "body": b"{}"}
+
+    assert asyncio.run(asgi.read_body(receive)) == b"{}"
+
+
+@pytest.mark.parametrize(("status", "kind"), [(400, "BadRequestError"), (499, "BadRequestError"), (500, "InternalServerError")])
+def test_refusals_are_errors_as_openai_s(status, kind):
+    start, body = asgi.refusal(status, "w1 ä")
+    assert json.loads(body["body"]) == {"error": {"message": "w1 ä", "type": kind, "param": None, "code": status}}
+    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
+
+
 def test_bodies_come_in_pieces(server):
     """Many: to put each behind all before it took seconds, in which nobody else was served."""
     body = json.dumps(ask("w1 " + "x" * 2**24)).encode()

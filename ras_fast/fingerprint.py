@@ -1,13 +1,13 @@
-"""Which model it is, and whether it is still the one that it was."""
+"""Which model a profile belongs to."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import weakref
-from collections.abc import Iterator
 
 import torch
+
+from ras_fast.weights import adapters_of
 
 HEAD_ROWS = 64  # of the LM head, that go into the fingerprint
 OTHER_VALUES = 64  # of each parameter outside the decoder layers, likewise
@@ -21,7 +21,7 @@ def fingerprint(model, processor=None) -> dict:
 
     Raises ValueError where the weights cannot be read.
     """
-    from ras_fast.patching.structure import find_decoder, find_head
+    from ras_fast.patching.structure import find_decoder, find_head  # which import transformers: seconds
 
     root, _, layers = find_decoder(model)
     head = find_head(root)
@@ -74,18 +74,6 @@ def wording(processor) -> str:
     return json.dumps([getattr(processor, "chat_template", None), len(processor.tokenizer)])
 
 
-def adapters_of(module: torch.nn.Module) -> tuple | None:
-    """How the PEFT adapters of a layer act now: (whether they are off, the active ones, their scales, those that are merged
-    into its weights). None for a layer without adapters."""
-    own = module.__dict__
-    if "_active_adapter" not in own:
-        return None
-    active, scales = own["_active_adapter"], own.get("scaling", {})
-    active = (active,) if isinstance(active, str) else tuple(active)
-    merged = tuple(own.get("merged_adapters", ()))
-    return own.get("_disable_adapters", False), active, tuple(scales.get(name) for name in active), merged
-
-
 def _adapters(model: torch.nn.Module) -> str | None:
     """`adapters_of` the layers in words: "a × 2.0, b × 0.5", "off". None for a model without adapters."""
 
@@ -95,36 +83,6 @@ def _adapters(model: torch.nn.Module) -> str | None:
 
     states = {adapters_of(module) for module in model.modules()} - {None}
     return "; ".join(sorted({words(*state) for state in states})) or None
-
-
-def weights_of(modules: list[torch.nn.Module]) -> tuple[list, tuple]:
-    """(objects, which must live for their ids to mean something; a key), of the parameters and adapters of a model's
-    `modules_of`. While the key stays the same, so does `fingerprint`, but for values written through `tensor.data`."""
-    objects, key = tensors_of(held(modules, "_parameters"))
-    return objects, (key, [adapters_of(module) for module in modules if "_active_adapter" in module.__dict__])
-
-
-def held(modules: list[torch.nn.Module], kind: str) -> list[torch.Tensor]:
-    """What these modules themselves hold of a kind: "_parameters" or "_buffers"."""
-    return [tensor for module in modules for tensor in module.__dict__[kind].values() if tensor is not None]
-
-
-def tensors_of(tensors: list[torch.Tensor]) -> tuple[list, tuple]:
-    """As `weights_of`, of these tensors."""
-    references = [*map(weakref.ref, tensors)]  # to keep old weights alive could take all the memory
-    written = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]  # inference tensors do not count it
-    return references, ([*map(id, references)], [tensor.data_ptr() for tensor in tensors], written)
-
-
-def modules_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """`model.modules()` by levels, and in a fraction of its time."""
-    found, seen = [model], {model}
-    for module in found:
-        yield module
-        for child in module.__dict__["_modules"].values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
 
 
 def _hash_of(tensors: list[torch.Tensor], last: int = 0) -> str:

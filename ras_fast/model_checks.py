@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ras_fast.fingerprint import modules_of
 from ras_fast.patching.tracking import token_ids
 from ras_fast.profile import RasProfile
+from ras_fast.weights import modules_of
 
 
 def check_parts(model, processor, profile) -> None:

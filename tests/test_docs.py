@@ -176,3 +176,10 @@ def test_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_files_that_contributors_are_sent_to_exist():
+    spans = re.findall(r"`([\w./-]+)`", (ROOT / "docs" / "development.md").read_text())
+    paths = [span for span in spans if "/" in span and "NAME" not in span and "DEVICE" not in span]
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ras_fast import viz
+from ras_fast.evaluation import charts
 from ras_fast.evaluation.metrics import Estimate
 
 
@@ -61,7 +62,7 @@ def test_saved_heat_map_is_a_readable_png(picture, tmp_path):
 def test_risk_histogram_counts_every_finite_risk_and_names_the_rest():
     one = {"good": ([0.0, 0.1, 0.1], [False, False, True]), "bad": ([1.0, float("nan")], [True, False])}
     other = {"good": ([0.5], [False]), "bad": ([0.5] * 4, [True] * 4)}
-    figure = viz.risk_histogram({"one": one, "other": other})
+    figure = charts.risk_histogram({"one": one, "other": other})
     heights = [[sum(bar.get_height() for bar in part) for part in axes.containers] for axes in figure.axes]
     assert heights == [[2, 1], [1, 0], [0, 1], [0, 4]]  # harmless and harmful
     assert [axes.get_title() for axes in figure.axes] == ["one", "other", "", ""]
@@ -72,7 +73,7 @@ def test_risk_histogram_counts_every_finite_risk_and_names_the_rest():
 @pytest.mark.parametrize("names", [("all", "some"), ("some", "all")])
 def test_risk_histogram_has_a_row_for_a_kind_that_one_defence_lacks(names):
     groups = {"all": {"good": ([0.0], [False]), "bad": ([1.0], [True])}, "some": {"bad": ([0.9], [True])}}
-    figure = viz.risk_histogram({name: groups[name] for name in names})
+    figure = charts.risk_histogram({name: groups[name] for name in names})
     heights = {
         (kind.get_ylabel(), name): sum(bar.get_height() for part in axes.containers for bar in part)
         for kind, row in zip(figure.axes[::2], (figure.axes[:2], figure.axes[2:]), strict=True)
@@ -82,19 +83,19 @@ def test_risk_histogram_has_a_row_for_a_kind_that_one_defence_lacks(names):
 
 
 def test_a_kind_is_plain_text(tmp_path):
-    viz.risk_histogram({"one": {r"$\bad$": ([0.5], [True])}}).savefig(tmp_path / "risk.png")
+    charts.risk_histogram({"one": {r"$\bad$": ([0.5], [True])}}).savefig(tmp_path / "risk.png")
     assert (tmp_path / "risk.png").stat().st_size > 0
 
 
 def test_roc_chart_names_the_area():
-    (legend,) = viz.roc_chart({"S": ([0.1, 0.2, 0.8, 0.9], [False, False, True, True])}).legends
+    (legend,) = charts.roc_chart({"S": ([0.1, 0.2, 0.8, 0.9], [False, False, True, True])}).legends
     assert legend.get_texts()[0].get_text() == "S: 1.000"
 
 
 def test_trade_off_puts_each_defence_at_its_rates():
     here = (Estimate(0.1, 0.05, 0.2, 50), Estimate(0.9, 0.8, 1.0, 50))
     beside, elsewhere = (replace(here[0], value=0.12), here[1]), (replace(here[0], value=0.5, high=0.6), here[1])
-    axes = viz.trade_off_chart({"a": here, "b": beside, "c": elsewhere}).axes[0]
+    axes = charts.trade_off_chart({"a": here, "b": beside, "c": elsewhere}).axes[0]
     assert [text.get_text() for text in axes.texts] == ["a, b", "c"]
     point, _, (across, up) = axes.containers[0]
     assert point.get_xydata().tolist() == [[0.1, 0.9]]
@@ -104,7 +105,7 @@ def test_trade_off_puts_each_defence_at_its_rates():
 
 def test_a_histogram_needs_risks():
     with pytest.raises(ValueError, match="risks is empty"):
-        viz.risk_histogram({})
+        charts.risk_histogram({})
 
 
 def test_safety_awareness_chart_marks_the_chosen_layer():

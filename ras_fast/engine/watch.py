@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ras_fast.backend import forced_backend
-from ras_fast.fingerprint import held, modules_of, tensors_of, weights_of
 from ras_fast.patching import Patch
+from ras_fast.weights import held, modules_of, tensors_of, weights_of
 
 
 class Watch:

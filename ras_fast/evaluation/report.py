@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ras_fast import parallel, viz
+from ras_fast import parallel
+from ras_fast.evaluation.charts import risk_histogram, roc_chart, trade_off_chart
 from ras_fast.evaluation.datasets import Dataset, one_line
 from ras_fast.evaluation.defences import BINARY, SEQUENTIAL
 from ras_fast.evaluation.judges import Judge
@@ -215,7 +216,7 @@ def _write_trade_off(folder: Path, rows: list[dict]) -> None:
     points = {row["defence"]: point(row["cells"]) for row in rows}
     points = {name: own for name, own in points.items() if own}
     if points:
-        viz.trade_off_chart(points).savefig(folder / "trade_off.png", dpi=150)
+        trade_off_chart(points).savefig(folder / "trade_off.png", dpi=150)
 
 
 def _write_risk(folder: Path, asked: dict[str, list[dict]]) -> None:
@@ -228,5 +229,5 @@ def _write_risk(folder: Path, asked: dict[str, list[dict]]) -> None:
             for kind, own in kinds.items()
         }
 
-    viz.roc_chart({name: scores(own) for name, own in asked.items()}).savefig(folder / "roc.png", dpi=150)
-    viz.risk_histogram({name: by_kind(own) for name, own in asked.items()}).savefig(folder / "risk.png", dpi=150)
+    roc_chart({name: scores(own) for name, own in asked.items()}).savefig(folder / "roc.png", dpi=150)
+    risk_histogram({name: by_kind(own) for name, own in asked.items()}).savefig(folder / "risk.png", dpi=150)

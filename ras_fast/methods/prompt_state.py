@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ras_fast.fingerprint import modules_of, weights_of
 from ras_fast.model_checks import check_positions, positions_of
 from ras_fast.model_lock import lock_of
 from ras_fast.patching import Patch
@@ -21,6 +20,7 @@ from ras_fast.patching.structure import find_decoder, find_head
 from ras_fast.patching.tracking import text_shape
 from ras_fast.patching.undo import undone
 from ras_fast.profile import RasProfile
+from ras_fast.weights import modules_of, weights_of
 
 _BLOCK_ENDED = "the block of the method that defends this generate has ended"
 _NAMES: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # of the states that watch a text model

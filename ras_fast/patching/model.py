@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ras_fast.backend import request_backend, withdraw_backend
 from ras_fast.checks import check_flags
-from ras_fast.fingerprint import modules_of
 from ras_fast.memory import is_out_of_memory
 from ras_fast.ops._check import FLOATS, is_integer, is_tensor
 from ras_fast.ops.attention import REDUCTIONS
@@ -33,6 +32,7 @@ from ras_fast.patching.trace import Trace, trace
 from ras_fast.patching.tracking import CrossRegionTracker
 from ras_fast.patching.undo import Undo, runs
 from ras_fast.regions import RegionMap
+from ras_fast.weights import modules_of
 
 _PATCH = "_ras_fast_patch"  # attribute of a patched text model
 

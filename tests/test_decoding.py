@@ -148,6 +148,10 @@ def test_sampling_processors_run_before_the_noise():
         ({"min_p": 0.1}, "min_p is 0.1; it needs to be given with do_sample=True"),
         ({"do_sample": True, "min_p": 1.5}, r"min_p is 1.5; it needs to be in \[0, 1\]"),
         ({"do_sample": True, "top_k": 2.5}, "top_k is 2.5; it needs to be an integer"),
+        ({"do_sample": True, "top_k": -1}, "top_k is -1; it needs to be an integer of at least 0"),
+        ({"do_sample": True, "top_p": 0}, r"top_p is 0; it needs to be in \(0, 1\]"),
+        ({"do_sample": True, "min_p": -0.1}, r"min_p is -0.1; it needs to be in \[0, 1\]"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty is -1.0"),
         ({"do_sample": True, "temperature": 10**400}, "it needs to be a number above 0 that a float holds"),
     ],
@@ -209,6 +213,7 @@ def test_end_tokens_and_stop_strings():
     assert holds_stop(("w2 w3",), processor.tokenizer, tokens)
     assert not holds_stop(("w3 w2",), processor.tokenizer, tokens)
     assert not holds_stop((), processor.tokenizer, tokens)
+    assert not holds_stop((processor.tokenizer.eos_token,), processor.tokenizer, [*tokens, processor.tokenizer.eos_token_id])
 
 
 def test_the_heads_soft_cap_is_obeyed_where_the_model_applies_it():

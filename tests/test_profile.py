@@ -10,6 +10,7 @@ from tiny_random import tiny_llava, tiny_processor
 
 from ras_fast.fingerprint import fingerprint
 from ras_fast.inputs import answer_opening
+from ras_fast.loading import load
 from ras_fast.profile import JSON_NAME, TENSORS_NAME, RasProfile
 
 CONFIG = {"gamma": 0.3, "steps": 3, "s_base": 0.5, "k": 9.0}
@@ -38,6 +39,42 @@ def test_another_model_is_refused_with_what_differs(profile, processor):
         profile.check(tiny_llava(processor, layers=3), processor)
     with pytest.raises(ValueError, match=r"\(dtype: profile 'float32', model 'bfloat16'\); load the model in the profile's"):
         profile.check(tiny_llava(processor, dtype=torch.bfloat16), processor)
+
+
+def test_the_fingerprint_of_a_model_stays_the_same():
+    """Or profiles of earlier releases would be refused."""
+    assert fingerprint(*load("tiny", device="cpu")) == {
+        "architecture": "LlavaForConditionalGeneration",
+        "hidden_size": 160,
+        "num_hidden_layers": 4,
+        "vocab_size": 161,
+        "dtype": "bfloat16",
+        "lm_head": "b56dbf6764b89c4e",
+        "adapters": None,
+        "tokenizer": "5ac1d6784e683f5d",
+        "decoder": "a6e8a1ad51ac5e69",
+        "other_parts": "e99aec6a75a95b4c",
+    }
+
+
+ONE_VALUE = {  # of a parameter, and the part of the fingerprint that it changes
+    "lm_head, first": (lambda model: model.lm_head.weight[0, :1], "lm_head"),
+    "lm_head, last": (lambda model: model.lm_head.weight[63, -1:], "lm_head"),
+    "decoder, first": (lambda model: model.model.language_model.layers[0].self_attn.q_proj.weight[0, :1], "decoder"),
+    "decoder, inside": (lambda model: model.model.language_model.layers[1].mlp.up_proj.weight[0, 5:6], "decoder"),
+    "decoder, a norm": (lambda model: model.model.language_model.layers[-1].input_layernorm.weight[-1:], "decoder"),
+    "others, inside": (lambda model: model.model.multi_modal_projector.linear_1.weight[-1, 5:6], "other_parts"),
+    "others, last": (lambda model: model.model.multi_modal_projector.linear_2.bias[-1:], "other_parts"),
+}
+
+
+@pytest.mark.parametrize("place", ONE_VALUE)
+def test_a_fingerprint_is_of_all_that_it_looks_at(model, processor, place):
+    other, (find, part) = copy.deepcopy(model), ONE_VALUE[place]
+    with torch.no_grad():
+        find(other).add_(1)
+    before, after = fingerprint(model, processor), fingerprint(other, processor)
+    assert {name for name in before if before[name] != after[name]} == {part}
 
 
 def test_a_profile_is_shown_in_one_line(profile):

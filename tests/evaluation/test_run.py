@@ -394,7 +394,8 @@ def test_report_files(tmp_path):
     assert text == (tmp_path / "report.md").read_text()
     assert "| a | 100 [25, 100] | 0 [0, 75] | 100 [25, 100] |" in text
     assert "Judge of harm: refusal phrases." in text
-    assert "synthetic" in text
+    assert "95 % bootstrap intervals" in text
+    assert report.SYNTHETIC in text
     assert "\n- a note\n" in text
     assert "| 1.000 [0.250, 1.000] |" in text
     written = json.loads((tmp_path / "report.json").read_text())
@@ -403,6 +404,19 @@ def test_report_files(tmp_path):
     for name in ("roc.png", "risk.png", "trade_off.png"):
         with Image.open(tmp_path / name) as chart:
             assert chart.format == "PNG"
+
+
+def test_a_report_on_another_model_does_not_call_it_synthetic(tmp_path):
+    records = run.run(dataset(), {"a": complying}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert report.SYNTHETIC not in report.write_report(tmp_path, records, dataset(), "m")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_kind_of_query_has_no_auroc(tmp_path, first):
+    one = replace(dataset(), items=dataset().items[first::2])  # harmful ones alone, or harmless ones
+    records = run.run(one, {"d": perfect}, run.AnswerFile(tmp_path, SETTINGS), progress=False)
+    assert all(record["risk"] is not None for record in records)
+    assert report.summarise(records)[0]["auroc"] is None
 
 
 def test_a_report_whose_writing_fails_leaves_the_one_before(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -356,8 +357,16 @@ def test_decode():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_folder_without_the_files_is_an_error_that_names_one(layout, tmp_path):
+    if layout == "spa-vl":
+        pytest.importorskip("pyarrow")  # without which the files are not looked for
     with pytest.raises(ValueError, match=r"no usable item: .*(json|csv|parquet|picture|txt)"):
         load_dataset(f"{layout}:{tmp_path}")
+
+
+def test_without_pyarrow_its_layout_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"stored as parquet; pip install pyarrow"):
+        load_dataset(f"spa-vl:{tmp_path}")
 
 
 def test_a_folder_that_is_not_there(tmp_path):

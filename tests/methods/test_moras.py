@@ -224,6 +224,26 @@ def test_settings_that_cannot_be_used_are_refused(model, changes, message):
         ready(model, **changes)
 
 
+@pytest.mark.parametrize("changes", [{"gate": 0}, {"gate": 1}, {"gamma": 0}, {"gamma": 1}, {"steps": 1}], ids=str)
+def test_settings_at_their_bounds_are_taken(model, changes):
+    ready(model, torch.randn(changes.get("steps", 3), 32), **changes)
+
+
+def test_a_config_that_lacks_a_setting_is_refused(model):
+    config = PRESETS["moras"] | {"s_base": 0.6, "k": 9.0}
+    del config["gamma"]
+    with pytest.raises(ValueError, match=r"profile config lacks \['gamma'\]"):
+        Moras(RasProfile("moras", config, {"prototypes": torch.randn(3, 32)}), output_head(model), "cpu", model.dtype)
+
+
+def test_pairs_whose_answers_all_look_like_refusals_have_no_base(model, processor, every_answer_refuses, monkeypatch):
+    monkeypatch.setattr(moras, "_similarities", lambda *arguments: [(0.9999, 0.9998)])
+    with pytest.raises(ValueError, match=r"S_base is 0\.99.*already looks like a refusal"):
+        calibrate(model, processor)
+    monkeypatch.setattr(moras, "_similarities", lambda *arguments: [(0.9999, 0.98)])
+    assert calibrate(model, processor).config["s_base"] == pytest.approx(0.98995)
+
+
 def test_another_methods_profile_is_refused(model):
     with pytest.raises(ValueError, match="'autosteer'"):
         Moras(RasProfile("autosteer", {}, {}), output_head(model), "cpu", torch.float32)

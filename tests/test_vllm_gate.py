@@ -333,6 +333,15 @@ def test_heads_that_are_refused(rank, dtype, size):
             engine.steering.prove(head, dtype)
 
 
+@pytest.mark.parametrize("logit", [0.0, math.inf, math.nan])
+def test_a_refusal_that_gives_no_logits_to_know_a_head_by_is_refused(logit):
+    def head(states):
+        return torch.full((len(states), VOCABULARY), logit)
+
+    with pytest.raises(ValueError, match=f"profile refusal gives logits of up to {logit}; they need to be finite"):
+        GateSteering(make_profile(), head, TOKENS, EOS, "cpu", torch.float32, lambda risks: risks)
+
+
 def test_a_profile_that_changes_attention_is_refused():
     profile = make_profile()
     profile.tensors["region_bias"] = torch.zeros(1)

@@ -48,6 +48,23 @@ def test_logits_are_those_of_steered_states(risk):
     assert torch.allclose(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_are_refused(dtype):
+    """Those of an engine that do more to a state than the checkpoint's matrix, or something else."""
+    steering, own = make_steering(), weight().to(dtype)
+    steering.prove(lambda states: states @ own.T, dtype)
+    steering.prove(lambda states: None, dtype)  # of a worker that makes no logits
+    for head in (
+        lambda states: states @ own.T + 10,
+        lambda states: 1.1 * states @ own.T,
+        lambda states: 30 * torch.tanh(states @ own.T / 30),
+        lambda states: (states @ own.T)[:, :-1],
+        lambda states: torch.full((len(states), VOCABULARY), torch.nan),
+    ):
+        with pytest.raises(ValueError, match="differ from its checkpoint's LM head"):
+            steering.prove(head, dtype)
+
+
 def test_other_rows_and_later_steps_keep_their_bits():
     logits = torch.randn(6, VOCABULARY)
     logits[5] = torch.nan

@@ -340,6 +340,7 @@ def test_marks():
     assert read_marks(params(None)) is None
     assert read_marks(params({"other": 1})) is None
     assert read_marks(params({"ras_risk": 1, "ras_record": 3})) == Marks(1.0, 3)
+    assert read_marks(params({"ras_risk": 0})) == Marks(0.0)
     for value in (math.nan, math.inf, -math.inf, -0.1, 1.1, "0.2", None, True):
         assert read_marks(params({"ras_risk": value})).risk == 1.0
     assert read_marks(params({"ras_noise": 7})) == Marks(draw=Draw(7, 0.5, 9, 0.8, 0.1))

@@ -60,6 +60,15 @@ def test_shapes_that_flash_attention_lacks_go_to_triton(built):
 
 def test_nothing_to_compute_goes_to_the_reference(built):
     assert kernel(states(4, 0), 0) == "torch"
+    assert kernel(states(0, 64), 0) == "torch"
+
+
+def test_the_reason_for_triton_is_the_one(built):
+    def why(rows, **case):
+        return attention_plan.plan_cuda(*states(1024, 1024), Case(rows, **case)).why
+
+    assert why(1024).startswith("masses of many rows; the Hopper kernel is out: it needs")
+    assert why(1, window=7).startswith("masks, a dtype, a head dimension or an alignment that flash attention lacks")
 
 
 def test_the_reason_names_what_the_cuda_kernels_do_not_take(built):
@@ -186,7 +195,8 @@ HOPPER_REFUSALS = {
     "no window": {"case": {"window": 7}},
     "not 264": {"dim": 264},
     "float32": {"dtype": torch.float32},
-    "expanded": {"expanded": True},
+    "expanded": {"expanded": 8},
+    "no expanded tensors": {"expanded": 2},
 }
 
 
@@ -196,7 +206,8 @@ def test_the_hopper_kernel_is_chosen_for_masses_where_it_can_run(monkeypatch, wh
     monkeypatch.setattr(backend, "load_library", lambda kind: "")
     monkeypatch.setattr(attention_plan, "is_hopper", lambda device: setting.get("hopper", True))
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: setting.get("kernel", True))
-    query, key, value = states(1024, 1024, setting.get("dim", 128), setting.get("dtype", torch.bfloat16))
+    heads = setting.get("expanded", 8)
+    query, key, value = states(1024, 1024, setting.get("dim", 128), setting.get("dtype", torch.bfloat16), kv_heads=heads)
     if "expanded" in setting:
         key = key[:, :1].expand_as(key)
     arguments = (query, key, value, Case(1024, **setting.get("case", {})))
@@ -215,6 +226,14 @@ def test_where_the_hopper_kernel_is_the_fastest(monkeypatch, length_q, dim, rows
     monkeypatch.setattr(attention_plan, "is_hopper", lambda device: True)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
     assert kernel(states(length_q, length_q, dim), rows) == expected
+
+
+def test_the_hopper_kernel_takes_a_dimension_of_one_with_any_stride(monkeypatch):
+    monkeypatch.setattr(backend, "load_library", lambda kind: "")
+    monkeypatch.setattr(attention_plan, "is_hopper", lambda device: True)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    tensors = [tensor[0].as_strided(tensor.shape, (0, *tensor.stride()[1:])) for tensor in states(1024, 1024)]
+    assert kernel(tensors, 1024) == "hopper"
 
 
 # (query rows, whether the library is built, whether the processor has matrix instructions, keywords)

@@ -192,3 +192,20 @@ def test_every_public_name_is_there_after_the_import_alone():
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         ras_fast.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "kernel", "triton", "expected"),
+    [
+        ("add_rms_norm", "cuda", True, True, "cuda"),
+        ("add_rms_norm", "cuda", False, True, "triton"),
+        ("add_rms_norm", "cuda", False, False, "torch"),
+        ("prefill_attention", "cuda", False, True, "torch"),  # which is in C++ alone
+        ("add_rms_norm", "cpu", True, True, "cpu"),
+        ("add_rms_norm", "cpu", False, True, "torch"),  # what the interpreter takes is for tests
+    ],
+)
+def test_what_runs_where_nothing_is_forced(monkeypatch, op, device, kernel, triton, expected):
+    monkeypatch.setattr(backend, "has_kernel", lambda op, device: kernel)
+    monkeypatch.setattr(backend, "backends", lambda: {"triton": backend.Backend("triton", triton)})
+    assert backend._automatic.__wrapped__(op, device) == expected

@@ -138,10 +138,28 @@ def test_boxes_to_patches():
     assert _overlaps(low, high, 20, 2).device == low.device
 
 
-@pytest.mark.parametrize("box", [[0, 0, 0, 5], [-1, 0, 5, 5], [0, 0, 21, 5], [0, float("nan"), 5, 5]])
+BAD_BOXES = [
+    [0, 0, 0, 5], [0, 3, 5, 3], [-1, 0, 5, 5], [0, -1, 5, 5], [0, 0, 21, 5], [0, 0, 5, 21], [0, float("nan"), 5, 5],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("box", BAD_BOXES)
 def test_bad_boxes(box):
     with pytest.raises(ValueError, match="boxes"):
         boxes_to_patches([box], (20, 20), (2, 2))
+
+
+@pytest.mark.parametrize("boxes", [[0, 0, 5, 5], [[0, 0, 5]], [[[0, 0, 5, 5]]]], ids=str)
+def test_boxes_of_another_shape(boxes):
+    with pytest.raises(ValueError, match=r"it must be \[N, 4\]"):
+        boxes_to_patches(boxes, (20, 20), (2, 2))
+
+
+@pytest.mark.parametrize(("size", "grid"), [((0, 20), (2, 2)), ((20, 0), (2, 2)), ((20, 20), (0, 2)), ((20, 20), (2, -1))])
+def test_sizes_that_are_not_positive(size, grid):
+    with pytest.raises(ValueError, match="both must be positive"):
+        boxes_to_patches([[0, 0, 5, 5]], size, grid)
+    assert boxes_to_patches([[0, 0, 1, 1]], (1, 1), (1, 1)).tolist() == [[[True]]]
 
 
 def test_square_grid():

@@ -179,6 +179,8 @@ class RegionTracker:
         shape = text_shape(kwargs, inputs)
         length = None if shape is None else shape[1]
         own.total = _total(cache, past, length)
+        if before is not None and own.total is not None and self.given is None and not hasattr(cache, "aim"):
+            before = _seen(before, own.total - length)
         no_image = not own.lengths and (length == 1 or not self._given(inputs))
         if before is not None and (no_image or _covers(before, own.total)):
             own.regions = before  # text alone, or a map that covers this forward's positions already, as the engine's does
@@ -395,6 +397,12 @@ def _total(cache: Any, past: int | Tensor, length: int | None) -> int | None:
     counters = (getattr(layer, "cumulative_length_int", None) for layer in cache.layers)
     seen = next((count for count in counters if count is not None), None)
     return None if seen is None else seen + length
+
+
+def _seen(regions: RegionMap, past: int) -> RegionMap:
+    """Of the positions that the cache still holds: it may have been cut layer by layer, which its own `crop` and `reset`, that
+    the map follows, did not see. A map that was found is never longer for another reason."""
+    return regions.crop(past) if past < regions.ids.shape[1] else regions
 
 
 def _covers(regions: RegionMap, total: int | None) -> bool:

@@ -182,6 +182,47 @@ def test_what_was_cut_off_the_cache_does_not_count(model, processor):
     assert torch.equal(*risks)
 
 
+def cut(past, length, by):
+    """Layer by layer, past the cache's own `crop` and `reset`."""
+    for number, layer in enumerate(past.layers):
+        if by == "layer's crop":
+            layer.crop(length - layer.get_seq_length())
+        elif by == "new layer":
+            past.layers[number] = type(layer)()
+        else:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
+
+@pytest.mark.parametrize(
+    ("length", "by"), [(0, "new layer"), (0, "slices"), (3, "layer's crop"), (3, "slices")]
+)
+def test_an_image_on_a_cache_that_was_cut_by_hand_is_seen(model, processor, length, by):
+    """A map of the text that was there before would say that the prompt has no image: risk 0."""
+    before, image = torch.randint(20, 90, (1, 40)), torch.randn(1, 3, 16, 16)
+    question = torch.tensor([[processor.image_token_id] * 16 + [20, 21, 22]])
+    whole = torch.cat([before[:, :length], question], 1)
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
+        model(input_ids=whole, pixel_values=image)
+        expected = method.risk
+        past = model(input_ids=before, use_cache=True).past_key_values
+        cut(past, length, by)
+        assert past.get_seq_length() == length
+        model(input_ids=question, pixel_values=image, past_key_values=past)
+        assert torch.allclose(method.risk, expected, atol=1e-5)
+    assert expected > 0
+
+
+def test_text_in_the_place_of_an_image_that_was_cut_off_by_hand_is_text(model, processor):
+    ids, image = torch.tensor([[20] + [processor.image_token_id] * 16 + [21]]), torch.randn(1, 3, 16, 16)
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
+        past = model(input_ids=ids, pixel_values=image, use_cache=True).past_key_values
+        cut(past, 1, "slices")
+        model(input_ids=torch.arange(30, 50)[None], past_key_values=past)
+        cached = method.risk
+        model(input_ids=torch.cat([ids[:, :1], torch.arange(30, 50)[None]], 1))
+    assert torch.equal(cached, method.risk)
+
+
 def test_no_row_no_feature():
     mass = {0: torch.rand(2, 1, 3, 1)}
     rows = torch.tensor([[True, False, True], [False] * 3])

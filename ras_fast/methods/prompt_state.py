@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ras_fast.model_checks import check_positions, positions_of
+from ras_fast.model_checks import check_mode, check_positions, positions_of
 from ras_fast.model_lock import lock_of
 from ras_fast.patching import Patch
 from ras_fast.patching.attention import has_own_ranges, is_range, sees_itself
@@ -35,7 +35,8 @@ class ModelCheck:
         self._passed: tuple[list, tuple] = [], ()  # `weights_of` the model that was compared last
 
     def __call__(self, model: nn.Module) -> None:
-        """Raises ValueError where the profile is not this model's."""
+        """Raises ValueError where the profile is not this model's, and where a part of the model is in training mode."""
+        check_mode(model)
         weights = weights_of([*modules_of(model)])
         if weights[1] != self._passed[1]:
             self.profile.check(model)

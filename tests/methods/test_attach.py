@@ -140,11 +140,27 @@ def test_a_profile_of_a_sibling_with_the_same_head_is_refused(model, processor, 
         with torch.no_grad():
             layers[2].mlp.down_proj.weight[0, 0] += 1
     else:
-        layers[0].register_module("adapter", torch.nn.Linear(D, 2))
+        layers[0].register_module("adapter", torch.nn.Linear(D, 2).eval())
     # Through the class as well, which is how a strength for each sequence is given.
     for attach in (ras_fast.methods.attach, lambda patch, profile: Projection(profile).attach(patch)):
         with ras_fast.patch(sibling) as patch, pytest.raises(ValueError, match=r"calibrated on another model \(decoder: "):
             attach(patch, profile).__enter__()
+
+
+@pytest.mark.parametrize("part", ["model.vision_tower", "model.language_model.layers.1.mlp"])
+@pytest.mark.parametrize("make", [autosteer, attention, projection])
+def test_a_part_in_training_mode_is_refused(model, processor, make, part):
+    """Its dropout would make the risk of each call another one, and may close a gate."""
+    inputs, trains = prompts(processor), pytest.raises(ValueError, match=f"model is in training mode at {part}")
+    with ras_fast.patch(model) as patch:
+        with ras_fast.methods.attach(patch, make(model, processor)):
+            generate(model, inputs)
+            model.get_submodule(part).train()
+            with trains:
+                generate(model, inputs)
+        with trains:
+            ras_fast.methods.attach(patch, make(model, processor)).__enter__()
+        model.eval()
 
 
 @pytest.mark.parametrize("make", METHODS)

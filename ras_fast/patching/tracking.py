@@ -7,6 +7,7 @@ not come as one entry per image, by runs of image tokens. A decode step has no i
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -24,6 +25,8 @@ from ras_fast.patching.cache_values import given_cache, keep, kept, returned_cac
 from ras_fast.regions import Grid, RegionMap, image_regions, join_regions, square_grid
 
 REGIONS = "regions"  # the name that the region map is kept under
+_SEEN = "seen"  # and what tells up to where it holds
+_TRACKERS = itertools.count()
 _MODALITIES = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 # Names of arguments that hold images, or may.
 _CONTENTS = re.compile(r"pixel_values|(image|video)_(hidden_states|embeds|features)$|^inputs_embeds$")
@@ -53,7 +56,7 @@ def _first_integer(config: Any, names: tuple[str, ...]) -> int | None:
 class Forward:
     """What the hooks have found out about the forward that a thread runs, or last ran.
 
-    regions: its map. total: the positions that it and those before it have seen.
+    regions: its map. filled: how far it fills the cache. total: the same, where it is known without waiting for the device.
     attentions: whether its caller wants statistics of every layer.
     lengths: by modality, the token count of each image among this forward's features. encoded: the same of the features that
         the model computed last, maybe ahead of their forward. stacked: by modality, whether those have one entry for each row
@@ -63,6 +66,7 @@ class Forward:
 
     running: bool = False
     regions: RegionMap | None = None
+    filled: int | Tensor | None = None
     total: int | None = None
     attentions: bool = False
     inputs: dict[str, Any] | None = None
@@ -71,6 +75,23 @@ class Forward:
     stacked: dict[str, bool] = field(default_factory=dict)
     encoding: str | None = None
     pieces: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Up to which `length` a cache was filled under the eyes of the tracker of this number."""
+
+    tracker: int
+    length: int | Tensor
+
+    def select(self, rows: Tensor) -> Seen:
+        return self
+
+    def repeat_interleave(self, repeats: int) -> Seen:
+        return self
+
+    def crop(self, length: int) -> Seen:
+        return Seen(self.tracker, min(self.length, length))
 
 
 class RegionTracker:
@@ -83,6 +104,7 @@ class RegionTracker:
     def __init__(self, multimodal: nn.Module) -> None:
         self.given: RegionMap | None = None
         self.attentions_asked = False
+        self._number = next(_TRACKERS)
         self._last = Forward()  # the one that got to the text model last
         self._traced = Forward()  # in a graph, which runs all hooks of a forward and cannot ask for its thread
         self._threads: dict[int, Forward] = {}
@@ -118,7 +140,7 @@ class RegionTracker:
         if forward.regions is None:
             raise ValueError(
                 "image statistics and region biases need to know where the image tokens are, and this forward brought "
-                "neither input_ids nor a cache that saw them, goes on from a cache that was filled before the model was "
+                "neither input_ids nor a cache that saw them, goes on from a cache that was filled while the model was not "
                 "patched, or is compiled: set patch.region_map first"
             )
         if forward.regions.ids.shape[0] != batch:
@@ -175,12 +197,13 @@ class RegionTracker:
         inputs, own.inputs = own.inputs, None
         cache = given_cache(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
-        before = kept(cache, REGIONS)
         shape = text_shape(kwargs, inputs)
         length = None if shape is None else shape[1]
+        own.filled = None if length is None or torch.compiler.is_compiling() else past + length
         own.total = _total(cache, past, length)
+        before = self._known(cache, past)
         if before is not None and own.total is not None and self.given is None and not hasattr(cache, "aim"):
-            before = _seen(before, own.total - length)
+            before = _still_held(before, own.total - length)
         no_image = not own.lengths and (length == 1 or not self._given(inputs))
         if before is not None and (no_image or _covers(before, own.total)):
             own.regions = before  # text alone, or a map that covers this forward's positions already, as the engine's does
@@ -188,7 +211,24 @@ class RegionTracker:
             own.regions = before if before is not None else self.given
         else:
             own.regions = self._find(own, inputs, before, int(past), no_image)
-        _keep(cache, own.regions)
+        self._keep(cache, own)
+
+    def _known(self, cache: Any, past: int | Tensor) -> RegionMap | None:
+        """The map of what a cache holds; None where the model has filled it further while it was not patched."""
+        regions, seen = kept(cache, REGIONS), kept(cache, _SEEN)
+        if regions is None or seen is None or seen.tracker == self._number or torch.compiler.is_compiling():
+            return regions
+        return None if int(past) > seen.length else regions
+
+    def _keep(self, cache: Any, own: Forward) -> None:
+        """The map, on the cache, where there is one; not from a graph, which cannot make the cache's class one that takes it
+        along."""
+        if cache is None or torch.compiler.is_compiling():
+            return
+        if kept(cache, REGIONS) is not own.regions:
+            keep(cache, REGIONS, own.regions)
+        if own.regions is not None and own.filled is not None and not hasattr(cache, "aim"):
+            keep(cache, _SEEN, Seen(self._number, own.filled))
 
     def _begin(self, kwargs: dict[str, Any]) -> Forward:
         """This thread's forward gets to the text model."""
@@ -201,7 +241,7 @@ class RegionTracker:
         """Of the text model and of the multimodal one, also when they fail. A cache that they made gets the map, too."""
         own = self._own()
         own.running, own.inputs = False, None
-        _keep(returned_cache(output), own.regions)
+        self._keep(returned_cache(output), own)
 
     def _given(self, inputs: dict[str, Any] | None) -> bool:
         """Whether the forward was given images, maybe within embeddings. Else its image tokens, typed by somebody or generated,
@@ -333,15 +373,21 @@ class CrossRegionTracker(RegionTracker):
         own = self._begin(kwargs)
         inputs, own.inputs = own.inputs or {}, None
         cache, states = given_cache(kwargs), kwargs.get("cross_attention_states")
-        before = kept(cache, REGIONS)
-        own.regions = before if before is not None else self.given
-        if states is not None:
-            images = self._images(text_shape(kwargs, inputs)[0], states, inputs.get("aspect_ratio_ids"))
+        past = 0 if cache is None else cache.get_seq_length()
+        batch, length = text_shape(kwargs, inputs)[:2]
+        own.filled = None if torch.compiler.is_compiling() else past + length
+        own.regions = before = self._known(cache, past)
+        if before is None and not torch.compiler.is_compiling() and int(past) > 0:
+            own.regions = self.given  # what the cache holds was not seen
+        elif states is not None:
+            images = self._images(batch, states, inputs.get("aspect_ratio_ids"))
             own.regions = images if before is None else before.extend(images.ids, images.grids, before.ids.shape[1])
-        elif own.regions is None:
-            ids = torch.empty(text_shape(kwargs, inputs)[0], 0, dtype=torch.int32, device=next(module.parameters()).device)
+        elif before is None and self.given is not None:
+            own.regions = self.given
+        elif before is None:
+            ids = torch.empty(batch, 0, dtype=torch.int32, device=next(module.parameters()).device)
             own.regions = RegionMap(ids, 0)
-        _keep(cache, own.regions)
+        self._keep(cache, own)
 
     def _images(self, batch: int, states: Tensor, aspect_ratio_ids: Tensor | None) -> RegionMap:
         """From states [B · images · tiles, patches, d] and the images' aspect ratios [B, images], 0 where there is none."""
@@ -374,12 +420,6 @@ class RecordFeatures:
         return self.tracker.features(self.modality, [*args, *kwargs.values()], sizes, compute)
 
 
-def _keep(cache: Any, regions: RegionMap | None) -> None:
-    """On the cache, where there is one; not from a graph, which cannot make the cache's class one that takes it along."""
-    if cache is not None and not torch.compiler.is_compiling() and kept(cache, REGIONS) is not regions:
-        keep(cache, REGIONS, regions)
-
-
 def text_shape(kwargs: dict[str, Any], inputs: dict[str, Any] | None = None) -> torch.Size | None:
     """[B, L, ...] of what a text model is called with, else of its multimodal model's inputs; None where neither says."""
     for source, name in ((kwargs, "inputs_embeds"), (kwargs, "input_ids"), (inputs or {}, "input_ids")):
@@ -399,7 +439,7 @@ def _total(cache: Any, past: int | Tensor, length: int | None) -> int | None:
     return None if seen is None else seen + length
 
 
-def _seen(regions: RegionMap, past: int) -> RegionMap:
+def _still_held(regions: RegionMap, past: int) -> RegionMap:
     """Of the positions that the cache still holds: it may have been cut layer by layer, which its own `crop` and `reset`, that
     the map follows, did not see. A map that was found is never longer for another reason."""
     return regions.crop(past) if past < regions.ids.shape[1] else regions

@@ -1002,7 +1002,7 @@ def test_a_profile_may_be_at_work_twice(model, processor):
         methods = [blocks.enter_context(ras_fast.methods.attach(patch, profile)) for _ in range(3)]
         cache = model(**prompts(processor), use_cache=True).past_key_values
         assert all(method.risk is not None for method in methods)
-    assert len(cache.__dict__["_ras_fast_kept"]) == 7  # the images, and of each method its gates and what had begun
+    assert len(cache.__dict__["_ras_fast_kept"]) == 8  # the images, up to where; of each method its gates and what had begun
 
 
 def test_blocks_may_end_in_any_order(model, processor):

@@ -279,7 +279,7 @@ def test_a_cache_filled_before_the_patch_has_no_statistics(model):
         expected = model(**step, past_key_values=copy.deepcopy(past)).logits
         with ras_fast.patch(model) as patched:
             for more in (step, {"input_ids": torch.tensor([[5, 6, 7]])}):
-                with pytest.raises(ValueError, match="a cache that was filled before the model was patched"):
+                with pytest.raises(ValueError, match="a cache that was filled while the model was not patched"):
                     model(**more, past_key_values=copy.deepcopy(past), output_attentions=True)
             assert torch.allclose(model(**step, past_key_values=copy.deepcopy(past)).logits, expected, atol=1e-5)
             ids = torch.where(batch["input_ids"] == model.config.image_token_id, 0, -1).to(torch.int32)

@@ -1,11 +1,13 @@
 """Several tokens at once on a cache, as a second turn and guessed tokens come: every family answers as it does unpatched."""
 
+import copy
+
 import pytest
 import torch
 from families import FAMILIES, IMAGE
 from tiny_models import relative_error, valid_rows
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import ras_fast
 from ras_fast.patching.cache_values import cache_name, returned_cache
@@ -39,6 +41,8 @@ def turns(name, model, first, second):
         if new is not None:
             seen = torch.cat([seen, pad(new, (0, 0, 0, 0, seen.shape[1] - len(second), 0))], 2)
         after["cross_attention_mask"] = seen
+    elif "cross_attention_mask" in after:  # of the first turn's tokens, too, which see no image
+        after["cross_attention_mask"] = pad(after["cross_attention_mask"], (0, 0, 0, 0, before["input_ids"].shape[1], 0))
     return before, after, torch.cat([regions, torch.where(own < 0, own, own + 1)], 1)
 
 
@@ -75,6 +79,47 @@ def test_second_turn(name, padding, second):
                 assert mass.shape[-1] == SECOND[second].count("I") + 1
                 sums = family.sums(layer, probabilities, regions)[..., : mass.shape[-1]]
                 assert (mass - sums).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "static"),
+    [(name, static) for name in ("llava", "gemma3", "qwen2_5_vl") for static in (False, True)] + [("mllama", False)],
+)
+def test_a_turn_without_the_patch(name, static):
+    """Nothing tells where its images are, and to take them for text would be to say that nobody looks at them. Between two
+    patches alone nothing is lost."""
+    model = FAMILIES[name].model(name)
+    first, second, _ = turns(name, model, ["tttt"], "tItt")
+    _, third, _ = turns(name, model, ["tttttItt"], "tt")
+    third = {key: value for key, value in third.items() if key in ("input_ids", "cross_attention_mask")}
+    asked = third | {"output_attentions": True}
+
+    def read(inputs, past):
+        with torch.no_grad():
+            return model(**inputs, **{cache_name(model): past})
+
+    def new():
+        return StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
+
+    between = new()
+    with ras_fast.patch(model):
+        read(first, between)
+        assert read(first | {"output_attentions": True}, new()).attentions[0].shape[-1] == 0
+    read(second, between)
+    with ras_fast.patch(model):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="filled while the model was not patched"):
+                read(asked, copy.deepcopy(between))
+        seen = new()
+        read(first, seen)
+    with ras_fast.patch(model):
+        read(second, seen)
+        expected = read(asked, copy.deepcopy(seen)).attentions
+    with ras_fast.patch(model):
+        found = read(asked, seen).attentions
+    assert expected[-1].shape[-1] == 1
+    assert expected[-1].max() > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

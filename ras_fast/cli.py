@@ -224,6 +224,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from transformers import TextStreamer
+
     from ras_fast.inputs import make_queries
 
     images = arguments.image or None
@@ -235,9 +237,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         make_queries([arguments.prompt], [images], processor)  # a bad image is reported before minutes of work
     except ValueError as error:
         raise ValueError(str(error).replace("prompts[0]", "--prompt").replace("images[0]", "--image")) from error
-    result = _defended(arguments, profile, model, processor) if profile else _undefended(arguments, model, processor)
+    streamer = None if arguments.json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if profile:
+        result = _defended(arguments, profile, model, processor, streamer)
+    else:
+        result = _undefended(arguments, model, processor, streamer)
     if not arguments.json:
-        print(f"{result['text']}\n", flush=True)  # whatever becomes of the pictures
+        print(flush=True)  # under the answer
     if images:
         result |= _look(arguments, model, processor)
     if arguments.json:
@@ -247,12 +253,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _defended(arguments: argparse.Namespace, profile: RasProfile, model, processor) -> dict:
+def _defended(arguments: argparse.Namespace, profile: RasProfile, model, processor, streamer) -> dict:
     from ras_fast import SafeGenerator
     from ras_fast.methods import ONE_PASS
 
+    decoding = {"max_new_tokens": arguments.max_new_tokens}
     with SafeGenerator(model, processor, profile, batch_size=1) as guard:
-        (out,) = guard.generate([arguments.prompt], [arguments.image or None], max_new_tokens=arguments.max_new_tokens)
+        (out,) = guard.generate([arguments.prompt], [arguments.image or None], streamer=streamer, **decoding)
     return {
         "text": out.text,
         "defence": profile.method,
@@ -265,7 +272,7 @@ def _defended(arguments: argparse.Namespace, profile: RasProfile, model, process
     }
 
 
-def _undefended(arguments: argparse.Namespace, model, processor) -> dict:
+def _undefended(arguments: argparse.Namespace, model, processor, streamer) -> dict:
     import time
 
     from ras_fast.decoding import Decoding
@@ -275,7 +282,7 @@ def _undefended(arguments: argparse.Namespace, model, processor) -> dict:
     (query,) = make_queries([arguments.prompt], [arguments.image or None], processor)
     with _patched(model):
         start = time.perf_counter()
-        text = generate_text(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens))
+        text = generate_text(model, processor, query, Decoding(max_new_tokens=arguments.max_new_tokens), streamer=streamer)
         seconds = time.perf_counter() - start
     return {"text": text, "defence": None, "milliseconds": {"total": 1000 * seconds}}
 

@@ -59,10 +59,10 @@ def reference_generate(model, processor, inputs, decoding: Decoding, *, query: i
     return tokens, torch.cat(states), torch.cat(output.logits)
 
 
-def generate_text(model, processor, query: Query, decoding: Decoding, edit=None) -> str:
-    """The answer of one ``model.generate``, as text; ``edit`` as in `reference_generate`."""
+def generate_text(model, processor, query: Query, decoding: Decoding, edit=None, streamer=None) -> str:
+    """The answer of one ``model.generate``, as text; ``edit`` and ``streamer`` as in `reference_generate`."""
     inputs, _ = encode(processor, query, model.device, model.dtype)
-    tokens, _, _ = reference_generate(model, processor, inputs, decoding, edit=edit)
+    tokens, _, _ = reference_generate(model, processor, inputs, decoding, edit=edit, streamer=streamer)
     return processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 

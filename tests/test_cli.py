@@ -23,6 +23,7 @@ from PIL import Image
 from processors import class_of
 from test_engine_one_pass import autosteer
 from tiny_random import WORDS, random_image, tiny_llava, tiny_processor
+from transformers import TextStreamer
 
 from ras_fast import RasProfile, backend, cli, doctor
 from ras_fast.attention_map import _seen, _shown, image_attention
@@ -88,6 +89,20 @@ def test_generate_with_a_profile(generate, folder, capsys):
     assert result["defence"] == "moras"
     assert 0 <= result["risk"] <= 1
     assert {"prefix", "risk", "answer", "total"} <= set(result["milliseconds"])
+
+
+@pytest.mark.parametrize("defended", [True, False])
+def test_generate_shows_an_answer_while_it_is_made(generate, folder, capsys, monkeypatch, defended):
+    """The same text as with --json, in pieces, and once."""
+    options = ["--profile", str(folder / "profile")] if defended else []
+    assert generate("--json", *options) == 0
+    result = json.loads(capsys.readouterr().out)
+    pieces, show = [], TextStreamer.on_finalized_text
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", lambda *args, **kw: pieces.append(args[1]) or show(*args, **kw))
+    assert generate(*options) == 0
+    assert len(pieces) > (1 if defended else 2)  # the draft comes at once
+    assert "".join(pieces) == result["text"]
+    assert capsys.readouterr().out.startswith(f"{result['text']}\n\ndefence ")
 
 
 def test_generate_prints_for_people_too(generate, folder, capsys):

@@ -15,29 +15,26 @@ Sampling stays exact because a token is the argmax of scores plus noise that dep
 
 from __future__ import annotations
 
-import hashlib
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ras_fast.batching import SIGHT, fit, is_per_token
+from ras_fast.batching import fit
 from ras_fast.decoding import Decoding
 from ras_fast.engine.answer import BAD_PIXELS, NO_RISK, SafeOutput, Sequence
 from ras_fast.engine.batch import Batch, Prefix
 from ras_fast.engine.branch import ANSWER, SCRATCH, Branch
-from ras_fast.engine.image_tokens import ImageTokens
 from ras_fast.engine.plan import Clock, Plan, image_mass
+from ras_fast.engine.prompts import Job, Prompts, image_key, image_tensors, tells_kinds_behind
 from ras_fast.engine.runner import INSTEAD, Runner, close
-from ras_fast.inputs import Query, common_length, image_placeholder, short_ids, texts_of
+from ras_fast.inputs import Query
 from ras_fast.methods import region_bias
 from ras_fast.methods.attention_gate import features
-from ras_fast.methods.moras import Moras, context_query, context_text, marks_of, risk_query
+from ras_fast.methods.moras import Moras, context_query, context_text, risk_query
 from ras_fast.model_checks import TooLong
 from ras_fast.patching import Patch
 from ras_fast.patching.steering import Steering
@@ -46,31 +43,6 @@ from ras_fast.profile import RasProfile
 
 Prompt = tuple[dict[str, Tensor], int]  # the inputs of a prompt, and how many of its tokens are computed ahead
 PADDED = 0.25  # of the longest of several prefixes in one forward, how much the shortest may be padded
-
-
-@dataclass
-class Job:
-    """One query on its way through the stages."""
-
-    query: Query
-    inputs: dict[str, Tensor]
-    draft: Sequence
-    image_key: str = ""
-    prefix: list[int] = field(default_factory=list)
-    context: str | None = None
-    context_key: bytes = b""
-    similarity: float = float("nan")
-    risk: float = 1.0
-    rejected_at: int | None = None
-    failed_closed: str | None = None
-    region_mass: Tensor | None = None
-    features: Tensor | None = None  # [3n] fp32, of a gate that also looks at attention
-    image_tokens: ImageTokens | None = None  # None unless it has just one image, and no text like a special token
-
-    @property
-    def whole(self) -> bool:
-        """Whether its prompts are computed in one piece, and share nothing."""
-        return len(self.prefix) == len(self.draft.prompt)
 
 
 class _OtherLogits(Exception):
@@ -82,19 +54,12 @@ class Overlapped(Plan):
 
     def __init__(self, runner: Runner, processor, profile: RasProfile, cache, counters, region_mass: bool):
         super().__init__(runner, processor, counters)
-        self._placeholder = processor.tokenizer.convert_tokens_to_ids(image_placeholder(processor))
-        self._marks = marks_of(processor)
-        # Some that images are made of (Molmo 2's ends of rows) the processor alone knows.
-        of_images = {*getattr(processor, "image_token_ids", ())} - {processor.tokenizer.unk_token_id}
-        self._special = runner.special_tokens | of_images
-        # By stage and by what is next to the image, whether it becomes the same tokens there as in the draft's prompt; not
-        # there: not compared yet.
-        self._same_tokens: dict[tuple, bool] = {}
         self._cuts = not runner.both_ways  # whether prompts are cut after what they share
         self._proved: set[bool] = set()  # whether prompts that are cut, and that are not, were seen to get the model's logits
         self.moras = Moras(profile, runner.head, runner.device, runner.dtype)
         if runner.crosses and self.moras.attention is not None:
             raise ValueError("the profile's gate reads attention to a prompt's images; this model has them in cross-attention")
+        self.prompts = Prompts(runner, processor, self.moras)
         self.bias = profile.tensors.get("region_bias")
         self.cache, self.region_mass = cache, region_mass
         self._safety = len(processor.tokenizer(self.moras.config["safety_prompt"])["input_ids"])
@@ -177,38 +142,13 @@ class Overlapped(Plan):
         inputs, poisoned, draft = self.read(number, query, decoding)
         job = Job(query, inputs, draft)
         job.failed_closed = BAD_PIXELS if poisoned else None
-        job.image_key = _image_key(inputs) if self.cache.limit else ""
+        job.image_key = image_key(inputs) if self.cache.limit else ""
+        job.image_tokens = self.prompts.image_tokens(job)
         ids = job.draft.prompt
-        if query.images:
-            # A gate that looks at attention reads all rows after the images.
-            length = self._images_closed(ids) if self.moras.attention is None else self._images_end(ids)
-            length = max(length, _sight_settled(inputs))
-            # Processors may join what a question spells out with what they put around an image, as Idefics2's does.
-            if not _spells_out(query, self._marks):
-                job.image_tokens = ImageTokens.between(short_ids(self.processor, query), ids, self._placeholder)
-        else:
-            length = common_length(ids, self._ids(job, risk_query(query, "", self.moras.config, self._marks), "risk"))
-        job.prefix = ids[: min(length, len(ids) - 1)] if cut else ids
-        if _tells_kinds_behind(inputs, len(job.prefix)):
+        job.prefix = ids[: min(self.prompts.shared(job), len(ids) - 1)] if cut else ids
+        if tells_kinds_behind(inputs, len(job.prefix)):
             raise _OtherLogits
         return job
-
-    def _ids(self, job: Job, query: Query, stage: str) -> list[int]:
-        """The token ids of a stage's prompt about the job's images. With one image, whose tokens were found to be the same
-        there, the image is not processed again."""
-        image, put = job.image_tokens, None
-        if image is not None:
-            put = image.put_into(short_ids(self.processor, query), self._placeholder)
-        if put is None:
-            return _ids(self.encode(query)[0])
-        ids, beside = put
-        # Another token next to the image may be joined with what the processor puts there: each is tried once.
-        case = stage, *("same" if own == there else there for own, there in zip(image.beside, beside, strict=True))
-        if self._same_tokens.get(case):
-            return ids
-        full = _ids(self.encode(query)[0])
-        self._same_tokens.setdefault(case, ids == full)
-        return full
 
     def _contexts(self, jobs: list[Job]) -> list[tuple[Query, Sequence] | None]:
         """The prompts of stage 1, for the queries that need one."""
@@ -218,8 +158,8 @@ class Overlapped(Plan):
                 job.context = ""
             else:
                 query = context_query(job.query, self.moras.config)
-                ids = self._ids(job, query, "context")
-                job.context_key = _key("context", job, ids)
+                ids = self.prompts.ids(job, query, "context")
+                job.context_key = job.key("context", ids)
                 job.context = self.cache.get(job.context_key)
             found.append(self._context_entry(job, query, ids) if job.context is None else None)
         return found
@@ -237,7 +177,7 @@ class Overlapped(Plan):
         """How many slots the batch takes: before the prefixes, and from there on; and the most keys that a query's images have
         in layers of cross-attention."""
         context, wanted = self.moras.config["max_context_tokens"], jobs[0].draft.decoding.max_new_tokens
-        feeds = [self._feed(job, entry[1].prompt)[1] for job, entry in zip(jobs, contexts, strict=True) if entry]
+        feeds = [self.prompts.feed(job, entry[1].prompt)[1] for job, entry in zip(jobs, contexts, strict=True) if entry]
         rest = max(len(job.draft.prompt) - (0 if job.whole else len(job.prefix)) for job in jobs)
         risk = rest + self._safety + context + 8 + self.moras.steps
         scratch = max(max(feeds, default=0) + context, risk) + self.runner.sync_every
@@ -249,13 +189,13 @@ class Overlapped(Plan):
         together in one forward."""
         found = {row: self._cached_prefix(job) for row, job in enumerate(jobs) if job.prefix}
         unknown = [row for row in found if found[row] is None]
-        twins = {row: next((i for i in unknown if i < row and _same_prefix(jobs[row], jobs[i])), None) for row in unknown}
+        twins = {row: next((i for i in unknown if i < row and jobs[row].begins_as(jobs[i])), None) for row in unknown}
         missing = [row for row in unknown if twins[row] is None]
         self._prefill(batch, {row: (jobs[row].inputs, len(jobs[row].prefix)) for row in missing}, ANSWER)
         for row in missing:
             if self._caches_prefix(jobs[row]):
                 entry = batch.extract(row)
-                self.cache.put(_key("prefix", jobs[row], jobs[row].prefix), entry, entry.nbytes)
+                self.cache.put(jobs[row].key("prefix", jobs[row].prefix), entry, entry.nbytes)
         for row, entry in found.items():
             if row not in missing:
                 self.counters["cache_hits"] += 1
@@ -278,7 +218,7 @@ class Overlapped(Plan):
         return bool(job.query.images and self.cache.limit)
 
     def _cached_prefix(self, job: Job) -> Prefix | None:
-        return self.cache.get(_key("prefix", job, job.prefix)) if self._caches_prefix(job) else None
+        return self.cache.get(job.key("prefix", job.prefix)) if self._caches_prefix(job) else None
 
     def _neighbours(self, prompts: dict[int, Prompt]) -> Iterator[list[int]]:
         """Groups of consecutive rows whose prompts fit together and are about equally long, as the shorter ones are padded."""
@@ -286,7 +226,7 @@ class Overlapped(Plan):
         def goes_on(group: list[int], row: int) -> bool:
             lengths = [prompts[i][1] for i in (*group, row)]
             alike = min(lengths) >= (1 - PADDED) * max(lengths) and fit(prompts[row][0]) == fit(prompts[group[0]][0])
-            joins = self.runner.joins_images or not _image_tensors(prompts[row][0])
+            joins = self.runner.joins_images or not image_tensors(prompts[row][0])
             return row == group[-1] + 1 and joins and alike
 
         group: list[int] = []
@@ -317,7 +257,7 @@ class Overlapped(Plan):
         draft.sync()
         for job, entry in zip(jobs, contexts, strict=True):
             if entry is not None:
-                job.context = context_text(self.processor, entry[1].tokens, self._marks)
+                job.context = context_text(self.processor, entry[1].tokens, self.prompts.marks)
         return draft
 
     def _keep_contexts(self, jobs: list[Job], contexts) -> None:
@@ -331,7 +271,7 @@ class Overlapped(Plan):
         forward without pixels, as Ovis2's delimiters do. Raises _OtherLogits where prompts that are cut differ, and ValueError
         where others do."""
         for row, job in enumerate(jobs):
-            special = cut and self._has_special_token(job.draft.prompt)
+            special = cut and self.prompts.has_special_token(job.draft.prompt)
             if not job.query.images or job.failed_closed or not (special or cut not in self._proved):
                 continue
             wanted = self._own_logits(job)
@@ -373,9 +313,9 @@ class Overlapped(Plan):
     def _risk_entry(self, job: Job) -> tuple[Query, Sequence]:
         """The prompt of stage 2. Where it is longer than the model can read, the risk is 1 whatever comes of the stage, and the
         query's own prompt goes along in its place."""
-        query, wanted = risk_query(job.query, job.context, self.moras.config, self._marks), Decoding(self.moras.steps)
+        query, wanted = risk_query(job.query, job.context, self.moras.config, self.prompts.marks), Decoding(self.moras.steps)
         try:
-            return query, self.sequence(self._ids(job, query, "risk"), wanted)
+            return query, self.sequence(self.prompts.ids(job, query, "risk"), wanted)
         except TooLong as error:
             job.failed_closed = job.failed_closed or str(error)
             return job.query, self.sequence(job.draft.prompt, wanted)
@@ -470,15 +410,6 @@ class Overlapped(Plan):
 
     # Scratch branches
 
-    def _feed(self, job: Job, prompt: list[int]) -> tuple[bool, int]:
-        """(whether a stage's prompt begins with the job's prefix and may reuse it, how many tokens it adds to the pool)."""
-        length = len(job.prefix)
-        shares = length and not job.whole and prompt[:length] == job.prefix and self.runner.image_token not in prompt[length:]
-        # What its tokens see of images they cross-attend to follows from where these are, which is in the prefix.
-        # A special token after the images is proved harmless in the query's own prompt alone.
-        shares = shares and not self._has_special_token(prompt)
-        return (True, len(prompt) - length) if shares else (False, len(prompt))
-
     def _stage(self, batch: Batch, jobs: list[Job], entries, new_tokens: int, recorded: int = 0) -> Branch | None:
         """The scratch branch of a stage; None when no job takes part.
 
@@ -488,7 +419,8 @@ class Overlapped(Plan):
         """
         if not any(entries):
             return None
-        plans = [self._feed(job, entry[1].prompt) if entry else (False, 0) for job, entry in zip(jobs, entries, strict=True)]
+        pairs = zip(jobs, entries, strict=True)
+        plans = [self.prompts.feed(job, entry[1].prompt) if entry else (False, 0) for job, entry in pairs]
         slots = max(length for _, length in plans) + new_tokens + self.runner.sync_every
         batch.clear_scratch(slots, [shares for shares, _ in plans])
         whole, alone = jobs[0].whole, {}
@@ -520,7 +452,7 @@ class Overlapped(Plan):
             return
         layers = None if self.region_mass else gate.layers
         patch = Patch.of(self.runner.model)
-        after = [len(job.draft.prompt) - self._images_end(job.draft.prompt) if job.query.images else 1 for job in jobs]
+        after = [len(job.draft.prompt) - self.prompts.images_end(job.draft.prompt) if job.query.images else 1 for job in jobs]
         rows = 1 if gate is None else max(*after, 1)
         with patch.collect(rows=rows, layers=layers) as statistics:
             yield True
@@ -541,74 +473,6 @@ class Overlapped(Plan):
         has_images = torch.tensor([bool(job.query.images) for job in jobs], device=self.runner.device)
         return torch.stack([job.features for job in jobs]), has_images
 
-    def _images_end(self, ids: list[int]) -> int:
-        """The place after the last image token; 0 without images."""
-        return max((i + 1 for i, token in enumerate(ids) if token == self.runner.image_token), default=0)
-
-    def _images_closed(self, ids: list[int]) -> int:
-        """The place after the last image and the special tokens that close it, if there are any."""
-        end = self._images_end(ids)
-        while end < len(ids) and ids[end] in self._special:
-            end += 1
-        return end
-
-    def _has_special_token(self, ids: list[int]) -> bool:
-        """Whether a special token comes after what closes the last image."""
-        return not self._special.isdisjoint(ids[self._images_closed(ids) :])
-
-
-def _tells_kinds_behind(inputs: dict[str, Tensor], length: int) -> bool:
-    """Whether the processor calls a token behind the first ones of another kind than the prompt's last, which a step would not
-    tell the model: ERNIE-4.5-VL's, of a vision token that a text spells out."""
-    kinds = [tensor[0] for name, tensor in inputs.items() if name.endswith("token_type_ids")]
-    return any(bool((own[length:] != own[-1]).any()) for own in kinds)
-
-
 def _refuse_unpatched(patch: Patch, lost: str) -> None:
     if not patch.applied:
         raise RuntimeError(f"the model was unpatched in the middle of an answer, which lost its {lost}")
-
-
-def _same_prefix(job: Job, other: Job) -> bool:
-    """Whether two queries of a batch begin with the same images and words."""
-    if not job.query.images or job.prefix != other.prefix:
-        return False
-    own, others = _image_tensors(job.inputs), _image_tensors(other.inputs)
-    return own.keys() == others.keys() and all(torch.equal(own[name], others[name]) for name in own)
-
-
-def _image_key(inputs: dict[str, Tensor]) -> str:
-    """A hash of the images."""
-    digest = hashlib.sha256()
-    for name, value in sorted(_image_tensors(inputs).items()):
-        value = value.float() if value.is_floating_point() else value
-        digest.update(f"{name}{tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _key(kind: str, job: Job, ids: list[int]) -> bytes:
-    """Of what is kept about a job's images and these tokens. A hash: the tokens can take more room than what is kept."""
-    return hashlib.sha256(f"{kind} {job.image_key} {ids}".encode()).digest()
-
-
-def _image_tensors(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pixels, and the sizes and grids without which pixels are ambiguous."""
-    return {name: value for name, value in inputs.items() if not is_per_token(name, inputs)}
-
-
-def _sight_settled(inputs: dict[str, Tensor]) -> int:
-    """The place from which on all tokens of a prompt see the same of its images, where these are cross-attended to."""
-    if SIGHT not in inputs:
-        return 0
-    differs = (inputs[SIGHT] != inputs[SIGHT][:, -1:]).flatten(2).any(-1)[0].tolist()
-    return max((place + 1 for place, other in enumerate(differs) if other), default=0)
-
-
-def _ids(inputs) -> list[int]:
-    return inputs["input_ids"][0].tolist()
-
-
-def _spells_out(query: Query, marks: re.Pattern) -> bool:
-    """Whether a text of the chat, or several put together, holds one of these."""
-    texts = [text for message in query.messages for text in texts_of(message)]
-    return any(map(marks.search, [*texts, "".join(texts)]))

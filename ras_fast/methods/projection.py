@@ -423,9 +423,10 @@ class _Run:
         if self.reads_prompt:
             if batch % len(self.strengths):
                 raise ValueError(f"alpha is for {len(self.strengths)} sequences; this batch has {batch}")
-            strengths = self.strengths.repeat_interleave(batch // len(self.strengths))
-            self.state.decide(Rows(strengths))
-            self.method.risk, self.method.failed = (strengths != 0).float(), torch.zeros_like(strengths, dtype=torch.bool)
+            self.state.decide(Rows(self.strengths.repeat_interleave(batch // len(self.strengths))))
+        if self.reads_prompt or reads_piece:
+            steered = self.state.value.tensor != 0
+            self.method.risk, self.method.failed = steered.float(), torch.zeros_like(steered)
         if self.probe is not None:
             self.probe.active = self.reads_prompt or self.method.condition.per == "token"
         self._steer(self.state.value.tensor)

@@ -1,5 +1,6 @@
 """Projection steering, against forward hooks on the unpatched model."""
 
+import copy
 import sys
 from contextlib import contextmanager
 
@@ -155,6 +156,21 @@ def test_a_strength_for_each_sequence(model, processor, batch, mode):
     answers = MODES[mode].get("num_return_sequences", 1)
     changed = (got != plain).any(1).view(3, answers)
     assert changed.any(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("condition", [None, Condition(1, DIRECTION, -0.99, per="token")], ids=["always", "token"])
+def test_a_strength_stays_with_its_sequence_when_rows_are_chosen(model, processor, condition):
+    """Between two turns; the second turn does not deal them out anew."""
+    first, second = (torch.arange(a, b).expand(2, -1) for a, b in ((20, 26), (40, 44)))
+    profile, alpha = from_vectors(model, processor, VECTORS, condition=condition), torch.tensor([0.0, 5.0])
+    with torch.no_grad(), ras_fast.patch(model) as patch, Projection(profile).attach(patch, alpha=alpha) as method:
+        cache = model(input_ids=first, use_cache=True).past_key_values
+        expected = model(input_ids=second, past_key_values=copy.deepcopy(cache)).logits
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        got = model(input_ids=second, past_key_values=cache).logits
+        assert method.risk.tolist() == [1.0, 0.0]
+    assert not torch.allclose(*expected, atol=1e-2)
+    assert torch.equal(got, expected.flip(0))
 
 
 def test_two_profiles_at_once(model, processor, batch):

@@ -1,5 +1,6 @@
 """Attention risk: features against eager attention, steering against hooks on the unpatched model."""
 
+import copy
 import math
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -230,6 +231,19 @@ def test_no_row_no_feature():
     looked = mass[0][0, 0, [0, 2], 0]
     assert torch.allclose(got[0], torch.stack([looked.mean(), looked.max(), looked[1]]))
     assert got[1].isnan().all()
+
+
+def test_a_risk_stays_with_its_sequence_when_rows_are_chosen(model, batch):
+    """Between the prompt and the steps."""
+    token, mask = torch.full((3, 1), 30), torch.cat([batch["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad(), ras_fast.patch(model) as patch, ras_fast.methods.attach(patch, profile_of(model)) as method:
+        cache = model(**batch, use_cache=True).past_key_values
+        assert len(set(method.risk.tolist())) == 3
+        expected = model(input_ids=token, attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits
+        cache.batch_select_indices(order)
+        got = model(input_ids=token, attention_mask=mask[order], past_key_values=cache).logits
+    assert torch.allclose(got, expected[order], atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
